@@ -1,0 +1,100 @@
+# Everything a checkout needs, from a bare machine: `make demo`, `make test`. Run `make` for the list.
+#
+# All that is installed or compiled lies in .venv; nothing outside the checkout is written, nothing but Python (3.11 or newer, with
+# venv) and a C++ compiler is expected of the machine. A second call finds the stamp of the first and starts at once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/setup.log
+
+# faiss-gpu where an NVIDIA driver answers, faiss-cpu elsewhere (`make setup FAISS=gpu` decides by hand, e.g. on a login node).
+NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+FAISS ?= $(if $(filter 0,$(NUM_GPUS)),cpu,gpu)
+EXTRAS := $(FAISS),demo-build,weights,test,lint
+NUM_RANKS := $(if $(filter 1,$(NUM_GPUS)),1,2)
+
+# Done once for each content of these files: a newer checkout installs again, a touched file does not.
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt tools/warm_up_deepspeed.py | sha256sum | cut -c1-12)-$(FAISS)
+
+# The tools' own folder first, so that DeepSpeed finds the `ninja` it was compiled with (another one makes it compile again),
+# and what it compiles stays in the checkout.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint format bench clean distclean
+
+help: ## show this list
+	@echo "dist_proxygml: make TARGET"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## install everything into .venv (the other targets do it by themselves)
+
+demo: $(STAMP) ## train on the embedded images with DeepSpeed workers, evaluate, write a report
+	@$(BIN)/deepspeed --num_gpus $(NUM_RANKS) launchers/train.py --config configs/demo_cpu.json --resume never
+
+test: $(STAMP) ## run all tests
+	@$(BIN)/python -m pytest tests
+
+lint: $(STAMP) ## check style (ruff) and types (mypy)
+	@$(BIN)/ruff check --output-format concise .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+bench: $(STAMP) ## time the loss against its plain formulation on this machine
+	@$(BIN)/python benchmarks/head.py
+
+clean: ## remove caches; runs/ and .venv stay
+	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	@rm -rf $(VENV)
+
+# ---- set-up ------------------------------------------------------------------------------------------------------------------
+
+# $(call pip_install,ARGUMENTS): pip's messages go to the log; a terminal shows the latest one, a failure the last twenty.
+define pip_install
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-input --progress-bar off $(1) 2>&1 | tee -a $(LOG) \
+	| awk -v terminal="$$(if [ -t 2 ]; then echo 1; fi)" \
+	  'terminal && /Collecting|Downloading|Building|Installing/ { printf "\r\033[K      %.72s", $$0; fflush() } \
+	   END { if (terminal) printf "\r\033[K" }' \
+	|| { tail -n 20 $(LOG); echo "pip failed; all of its messages are in $(LOG)"; exit 1; }
+endef
+
+$(STAMP):
+	@candidates="$(or $(PYTHON),python3 python3.13 python3.12 python3.11)"; \
+	for python in $$candidates; do \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "expected Python 3.11 or newer with the venv module, found none among: $$candidates"; \
+	  echo "install it (Debian, Ubuntu: apt install python3 python3-venv) or name one: make setup PYTHON=/path/to/python3.11"; \
+	  exit 1; \
+	fi; \
+	echo "[1/4] $$($$python --version) in .venv"; \
+	if [ "$$(cat $(VENV)/made-for 2>/dev/null)" != "$(CURDIR)" ]; then \
+	  $$python -m venv --clear $(VENV) && echo "$(CURDIR)" > $(VENV)/made-for; \
+	fi
+	@rm -f $(VENV)/installed-* $(LOG)
+	@echo "[2/4] torch and torchvision (1 to 2 minutes, 3 GB)"
+	$(call pip_install,-c constraints.txt torch torchvision)
+	@echo "[3/4] DeepSpeed, WebDataset, faiss-$(FAISS) and the rest (about 1 minute)"
+	@$(BIN)/python -m pip uninstall --quiet --yes faiss-$(if $(filter gpu,$(FAISS)),cpu,gpu) 2>/dev/null
+	$(call pip_install,-c constraints.txt -e '.[$(EXTRAS)]')
+	@echo "[4/4] DeepSpeed's CPU communication extension (compiled once, about 1 minute)"
+	@$(BIN)/python tools/warm_up_deepspeed.py >> $(LOG) 2>&1 || { tail -n 3 $(LOG); \
+	  echo "could not compile it, so DeepSpeed will not start on CPUs here; GPUs do not need it. Expected a C++ compiler"; \
+	  echo "(Debian, Ubuntu: apt install g++); after that: rm $@ && make setup. All messages are in $(LOG)"; }
+	@grep -q TORCH_EXTENSIONS_DIR $(BIN)/activate \
+	|| echo 'export TORCH_EXTENSIONS_DIR="$$VIRTUAL_ENV/torch_extensions"  # what make compiled for DeepSpeed' >> $(BIN)/activate
+	@touch "$@"

@@ -1,0 +1,227 @@
+"""Checkpoints: one folder a step, written aside by all ranks and published by one rename.
+
+    checkpoints/step-000800/
+        engine/...               backbone and its optimizer, as DeepSpeed writes them
+        bank/...                 proxies and their optimizer state, through torch.distributed.checkpoint; loads on any number of ranks
+        backbone.safetensors     the backbone alone, whole, for evaluation and for use elsewhere
+        random-rank-000.pt       random generator state of each rank
+        state.json               step, number of ranks, hash of the class table: written last
+
+The bank is saved as DTensors placed Shard(0) over classes. With ZeRO 1 to 3 the engine's part loads on the number of ranks that wrote it.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from dist_proxygml.engine import Engine
+from dist_proxygml.loss import ProxyGMLLoss
+from dist_proxygml.parallel import ParallelContext, barrier, run_together
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint says about the run, besides tensors."""
+
+    step: int
+    """Optimizer steps done; with the number of steps of an epoch, also the position in the data."""
+    world_size: int
+    zero_stage: int
+    class_table_sha256: str
+    """Hash of the training split's class table: proxy rows mean nothing under another one."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def published_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints below `directory`, oldest first."""
+    return sorted((p.parent for p in directory.glob("step-*/state.json")), key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def find_checkpoint(directory: Path, resume: str) -> Path | None:
+    """The checkpoint that --resume means: "never" none, "auto" the newest if there is one, else the path of one.
+
+    Raises:
+        ValueError: the path holds no complete checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return next(reversed(published_checkpoints(directory)), None)
+    path = Path(resume)
+    if not (path / "state.json").is_file():
+        known = ", ".join(p.name for p in published_checkpoints(directory)) or "none"
+        raise ValueError(f"expected a checkpoint folder with state.json at {path}, found none; this run has: {known}")
+    return path
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    state: RunState,
+    engine: Engine,
+    loss: ProxyGMLLoss,
+    bank_optimizer: torch.optim.Optimizer,
+    context: ParallelContext,
+    keep_last: int,
+) -> Path:
+    """Write and publish a checkpoint below `directory`, then delete all but the newest `keep_last`. Called on all ranks."""
+    final = directory / checkpoint_name(state.step)
+    partial = directory / f".{final.name}.partial"
+    # 1. a clean place
+    run_together(context, _make_empty, partial if context.is_main else None)
+    # 2. every rank writes its part
+    engine.save(partial)
+    _dcp_save(_bank_tensors(loss, bank_optimizer), partial / "bank", context)
+    weights = engine.full_state_dict()
+    random_state = {"torch": torch.get_rng_state()}
+    if context.device.type == "cuda":
+        random_state["cuda"] = torch.cuda.get_rng_state(context.device)
+
+    def write_own() -> None:
+        torch.save(random_state, partial / f"random-rank-{context.rank:03d}.pt")
+        if context.is_main:
+            save_file({name: value.contiguous() for name, value in weights.items()}, partial / "backbone.safetensors")
+
+    run_together(context, write_own)
+    # 3. publish, then forget the oldest
+    run_together(context, _publish if context.is_main else _nothing, partial, final, state)
+    if context.is_main:
+        for old in published_checkpoints(directory)[:-keep_last]:
+            shutil.rmtree(old)
+    return final
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The RunState of a complete checkpoint."""
+    return RunState(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    *,
+    engine: Engine,
+    loss: ProxyGMLLoss,
+    bank_optimizer: torch.optim.Optimizer,
+    context: ParallelContext,
+    class_table_sha256: str,
+) -> RunState:
+    """Bring back the backbone, the bank, both optimizers and the random state. Called on all ranks.
+
+    Raises:
+        ValueError: other classes, another ZeRO stage, or with ZeRO another number of ranks than the checkpoint's.
+    """
+    state = read_state(checkpoint)
+    if state.class_table_sha256 != class_table_sha256:
+        raise ValueError(
+            f"{checkpoint} was trained on the class table {state.class_table_sha256[:12]}, the shards have {class_table_sha256[:12]}; "
+            "a proxy would stand for another class. Use the shards of that run or --resume never"
+        )
+    if state.zero_stage != engine.zero_stage:
+        raise ValueError(
+            f"{checkpoint} was written with ZeRO stage {state.zero_stage}, the configuration says {engine.zero_stage}; use the same stage"
+        )
+    if state.zero_stage > 0 and state.world_size != context.world_size:
+        raise ValueError(
+            f"{checkpoint} was written by {state.world_size} ranks with ZeRO stage {state.zero_stage}, which loads on "
+            f"{state.world_size} ranks, not on {context.world_size}; start as many ranks, or use ZeRO stage 0"
+        )
+    engine.load(checkpoint)
+    _load_bank(loss, bank_optimizer, checkpoint / "bank", context)
+    random_file = checkpoint / f"random-rank-{context.rank:03d}.pt"
+    if state.world_size == context.world_size:
+        random_state = torch.load(random_file, weights_only=True)
+        torch.set_rng_state(random_state["torch"])
+        if context.device.type == "cuda" and "cuda" in random_state:
+            torch.cuda.set_rng_state(random_state["cuda"], context.device)
+    return state
+
+
+def load_backbone(checkpoint: Path, model: nn.Module) -> None:
+    """Load the weights that a checkpoint holds into a backbone of the same configuration and precision.
+
+    Raises:
+        ValueError: no such file, or another network.
+    """
+    path = checkpoint / "backbone.safetensors"
+    if not path.is_file():
+        raise ValueError(f"expected backbone weights at {path}, found none")
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
+
+
+def _bank_tensors(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The bank's tensors under names that do not depend on the number of ranks; a rank's rows as DTensors."""
+    tensors: dict[str, Any] = {"proxies": _over_classes(loss.proxies.detach(), loss)}
+    for name, value in optimizer.state[loss.proxies].items():
+        is_rows = isinstance(value, Tensor) and value.shape == loss.proxies.shape
+        tensors[f"optimizer.{name}"] = _over_classes(value, loss) if is_rows else value
+    return tensors
+
+
+def _over_classes(rows: Tensor, loss: ProxyGMLLoss) -> Tensor:
+    if loss.group is None:
+        return rows
+    mesh = DeviceMesh.from_group(loss.group, rows.device.type)
+    shape = torch.Size((loss.partition.num_classes, *rows.shape[1:]))
+    stride = (rows.shape[1] * rows.shape[2], rows.shape[2], 1)
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext) -> None:
+    dcp.save(tensors, checkpoint_id=directory, process_group=context.group, no_dist=context.group is None)
+
+
+def _load_bank(
+    loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext
+) -> None:
+    """Read this rank's rows straight into the parameter and the optimizer's state."""
+    if not optimizer.state[loss.proxies]:  # torch makes the state at the first step: make it here, as that step would
+        loss.proxies.grad = torch.zeros_like(loss.proxies)
+        learning_rates = [group["lr"] for group in optimizer.param_groups]
+        before = loss.proxies.detach().clone()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = learning_rate
+        loss.proxies.detach().copy_(before)
+        loss.proxies.grad = None
+    tensors = _bank_tensors(loss, optimizer)
+    dcp.load(tensors, checkpoint_id=directory, process_group=context.group, no_dist=context.group is None)
+    state = optimizer.state[loss.proxies]
+    for name in list(state):
+        loaded = tensors[f"optimizer.{name}"]
+        state[name] = loaded.to_local() if isinstance(loaded, DTensor) else loaded
+
+
+def _make_empty(directory: Path | None) -> None:
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+
+
+def _publish(partial: Path, final: Path, state: RunState) -> None:
+    (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+
+
+def _nothing(*_: object) -> None:
+    return None

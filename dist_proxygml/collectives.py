@@ -1,0 +1,126 @@
+"""Differentiable collectives over ragged rows. Every function is called on all ranks of `group`; `group=None` means one process.
+
+The loss is the same number on every rank, and every rank runs backward on its own copy of it. That fixes the backward rules:
+
+    gather_rows      forward all-gather in rank order    backward reduce-scatter SUM (each rank's copy holds a part of the gradient)
+    all_reduce_sum   forward SUM                         backward identity (the copies of the sum are one and the same number)
+
+SUM, never AVG: what an engine averages later is undone once, by name, in loss.py. Rows are padded to the longest rank because
+gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so the padding costs next to nothing.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size_of(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks of the group; 1 without a group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """This process's rank in the group; 0 without a group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def gather_rows(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows, concatenated in rank order: [row_counts[rank], ...] -> [sum(row_counts), ...].
+
+    Forward: all-gather. Backward: reduce-scatter SUM, each rank receiving the gradient of its own rows.
+    """
+    if group is None:
+        return rows
+    return _GatherRows.apply(rows, tuple(row_counts), group)
+
+
+def all_reduce_sum(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the ranks. Forward: all-reduce SUM. Backward: identity, for values that every rank uses alike."""
+    return value if group is None else _AllReduceSum.apply(value, group)
+
+
+def all_reduce_max(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """Largest value over the ranks, elementwise. No gradient."""
+    value = value.detach().clone()
+    if group is not None:
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    return value
+
+
+def exchange_rows(
+    blocks: Tensor,
+    *,
+    send_counts: Sequence[int],
+    receive_shapes: Sequence[tuple[int, int]],
+    group: dist.ProcessGroup,
+) -> list[Tensor]:
+    """Send consecutive row blocks of a matrix to the ranks in order; receive one block from each. No gradient.
+
+    Args:
+        blocks: [sum(send_counts), width]; rank r receives the r-th block of send_counts[r] rows.
+        send_counts: rows for each rank.
+        receive_shapes: (rows, width) of the block that each rank sends here.
+        group: the ranks that exchange.
+
+    Returns:
+        The received blocks in rank order.
+    """
+    width = blocks.shape[1]
+    receive_sizes = [rows * columns for rows, columns in receive_shapes]
+    received = blocks.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(
+        received, blocks.contiguous().view(-1), receive_sizes, [count * width for count in send_counts], group=group
+    )
+    return [part.view(shape) for part, shape in zip(received.split(receive_sizes), receive_shapes, strict=True)]
+
+
+def gather_objects(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
+    """The small picklable `value` of every rank, in rank order. Slow: for messages and set-up, not for steps."""
+    values: list[T] = [value] * world_size_of(group)
+    if group is not None:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, row_counts, group):  # type: ignore[no-untyped-def]
+        ctx.row_counts, ctx.group = row_counts, group
+        longest = max(row_counts)
+        padded = _pad_rows(rows, longest)
+        gathered = rows.new_empty((len(row_counts) * longest, *rows.shape[1:]))
+        dist.all_gather_single(gathered, padded, group=group)
+        blocks = gathered.view(len(row_counts), longest, *rows.shape[1:])
+        return torch.cat([block[:count] for block, count in zip(blocks, row_counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        longest = max(ctx.row_counts)
+        padded = torch.cat([_pad_rows(block, longest) for block in gradient.split(ctx.row_counts)])
+        own = gradient.new_empty((longest, *gradient.shape[1:]))
+        dist.reduce_scatter_single(own, padded, dist.ReduceOp.SUM, group=ctx.group)
+        return own[: ctx.row_counts[dist.get_rank(ctx.group)]], None, None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):  # type: ignore[no-untyped-def]
+        total = value.clone()
+        dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient, None
+
+
+def _pad_rows(rows: Tensor, length: int) -> Tensor:
+    rows = rows.contiguous()
+    if rows.shape[0] == length:
+        return rows
+    return torch.cat([rows, rows.new_zeros((length - rows.shape[0], *rows.shape[1:]))])

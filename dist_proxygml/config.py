@@ -1,0 +1,373 @@
+"""Typed, closed configuration: JSON in, frozen objects out.
+
+A file is one JSON object; `--set a.b=value` overrides single keys before validation. Unknown keys, wrong types and settings that
+contradict each other are refused here, before any process group, device or data is touched. Fields are documented where they
+are declared; `docs/configuration.md` is generated from them.
+
+Declined: YAML (a second syntax for the same thing), inheritance between files (a run must be readable from one file), and
+options through the environment.
+"""
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_proxygml.partition import ClassPartition
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+class RandomResizedCropConfig(_Section):
+    """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; the published training augmentation."""
+
+    name: Literal["random_resized_crop"]
+    size: int = Field(224, ge=1, description="Side of the square result, in pixels.")
+    scale: tuple[float, float] = Field((0.08, 1.0), description="Range of the crop's share of the image area.")
+    flip: bool = Field(True, description="Mirror left-right with probability 1/2.")
+
+
+class CenterCropConfig(_Section):
+    """Shorter side resized to `resize`, then the central `size` x `size` square; the published test transform."""
+
+    name: Literal["center_crop"]
+    resize: int = Field(256, ge=1, description="Length of the shorter side after resizing, in pixels.")
+    size: int = Field(224, ge=1, description="Side of the square crop, in pixels.")
+
+
+class ResizeConfig(_Section):
+    """The whole image resized to a square by area averaging."""
+
+    name: Literal["resize"]
+    size: int = Field(ge=1, description="Side of the square result, in pixels.")
+
+
+class AffineJitterConfig(_Section):
+    """Affine warp and colour jitter of whole small images, computed for a batch at once.
+
+    Each number is the half-width of a uniform range; 0 switches that part off.
+    """
+
+    name: Literal["affine_jitter"]
+    size: int = Field(ge=1, description="Side of the square result, in pixels.")
+    degrees: float = Field(0.0, ge=0, description="Rotation, degrees.")
+    log_scale: float = Field(0.0, ge=0, description="Natural logarithm of the zoom factor.")
+    shift: float = Field(0.0, ge=0, description="Translation along each axis, as a share of half the side.")
+    shear: float = Field(0.0, ge=0, description="Shear, and logarithm of the change of aspect ratio.")
+    brightness: float = Field(0.0, ge=0, le=1, description="Factor 1 +- brightness on all values.")
+    contrast: float = Field(0.0, ge=0, le=1, description="Factor 1 +- contrast about the image's mean colour.")
+    saturation: float = Field(0.0, ge=0, le=1, description="Factor 1 +- saturation about grey.")
+    hue: float = Field(0.0, ge=0, description="Rotation of the colours about the grey axis, radians.")
+    flip: bool = Field(False, description="Mirror left-right with probability 1/2.")
+    fill: int = Field(255, ge=0, le=255, description="Grey level outside the image.")
+
+
+TransformConfig = Annotated[
+    RandomResizedCropConfig | CenterCropConfig | ResizeConfig | AffineJitterConfig, Field(discriminator="name")
+]
+
+
+class DataConfig(_Section):
+    """Where the images come from and how they are prepared."""
+
+    shards: str = Field(description="Folder of WebDataset shards with an index.json.")
+    train_split: str = Field("train", description="Split of the index to train on.")
+    test_split: str = Field("test", description="Split of the index to evaluate on; its classes are never trained.")
+    num_classes: int = Field(ge=1, description="Number of classes of the training split; checked against the shards.")
+    num_workers: int = Field(4, ge=0, description="Data loading processes per rank; 0 loads in the training process.")
+    shuffle_window: int | None = Field(None, ge=1, description="Shards read at a time while shuffling; null shuffles over all.")
+    drop_last: bool = Field(False, description="Leave out the short last step of an epoch.")
+    cache_images: bool = Field(False, description="Keep decoded images in memory: small data sets only, with num_workers 0.")
+    train_transform: TransformConfig = Field(description="Augmentation of training images.")
+    test_transform: TransformConfig = Field(description="Preparation of test images.")
+
+
+# ---- model and loss --------------------------------------------------------------------------------------------------
+
+
+class BackboneConfig(_Section):
+    """The network from images to unit-length embeddings."""
+
+    name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
+    embedding_dim: int = Field(512, ge=1, description="Dimension D of the embedding.")
+    pretrained: str | None = Field(
+        None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
+    )
+    pool: int = Field(1, ge=1, description="Side of the grid that the feature map is averaged to; 1 is global average pooling.")
+    batch_norm: Literal["train", "frozen"] = Field(
+        "train", description="frozen keeps the running statistics fixed; scale and offset are still trained (as published)."
+    )
+    channels_last: bool = Field(False, description="Store images and weights as NHWC; faster on CPUs and on tensor cores.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
+
+
+class ProxiesConfig(_Section):
+    """The proxy bank and the ProxyGML loss."""
+
+    per_class: int = Field(1, ge=1, description="Proxies per class N.")
+    ratio: float | None = Field(None, gt=0, le=1, description="Share r of all proxies kept per image: k = ceil(r*C*N).")
+    topk: int | None = Field(None, ge=1, description="Number k of proxies kept per image, instead of ratio.")
+    regularization_weight: float = Field(0.0, ge=0, description="Weight lambda of the proxy regulariser.")
+    scale: float = Field(1.0, gt=0, description="Softmax scale s; 1 in every published run.")
+    selection: Literal["auto", "gather", "candidates"] = Field(
+        "auto", description="How ranks find the global top-k: gather the bank, exchange candidates, or the cheaper of the two."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_k(self) -> "ProxiesConfig":
+        if (self.ratio is None) == (self.topk is None):
+            raise ValueError(f"expected exactly one of ratio and topk, got ratio={self.ratio} and topk={self.topk}; remove one")
+        return self
+
+
+# ---- optimisation ----------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(_Section):
+    """Optimizer of backbone and proxies; one rule, separate learning rates."""
+
+    name: Literal["adam", "adamw"] = Field("adam", description="Update rule; adam adds weight decay to the gradient (L2).")
+    backbone_lr: float = Field(gt=0, description="Learning rate of the backbone.")
+    embedding_lr: float | None = Field(None, gt=0, description="Learning rate of the embedding layer; null takes backbone_lr.")
+    proxies_lr: float = Field(gt=0, description="Learning rate of the proxies. Not to be scaled with the number of ranks.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the backbone.")
+    proxies_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the proxies.")
+    eps: float = Field(1e-8, gt=0, description="Adam's eps; 0.01 in the published runs, where it sets the effective step.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates.")
+    proxies_clip_norm: float | None = Field(
+        None, gt=0, description="Largest norm of the proxies' gradient over all ranks; the backbone's is deepspeed.gradient_clipping."
+    )
+
+
+class ScheduleConfig(_Section):
+    """Factor on all learning rates as a function of training progress."""
+
+    name: Literal["constant", "step", "cosine"] = Field("constant", description="Shape of the schedule.")
+    milestones: list[int] = Field(default_factory=list, description="step: epochs (1-based) at whose start gamma is applied.")
+    gamma: float = Field(0.1, gt=0, description="step: factor at each milestone.")
+    warmup_steps: int = Field(0, ge=0, description="Linear warm-up from 0 over so many optimizer steps.")
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self) -> "ScheduleConfig":
+        if (self.name == "step") != bool(self.milestones):
+            raise ValueError(f"milestones {self.milestones} do not fit schedule {self.name!r}: only, and always, 'step' has milestones")
+        return self
+
+
+class TrainingConfig(_Section):
+    """The training run."""
+
+    epochs: int = Field(ge=1, description="Number of passes over the training split.")
+    batch_size: int = Field(ge=1, description="Images of one optimizer step, over all ranks and accumulated micro-batches.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null trains all epochs.")
+    frozen_trunk_epochs: list[int] = Field(
+        default_factory=list,
+        description="Epochs (1-based) that train only the embedding layer and the proxies; [2] is the published warm-up.",
+    )
+
+
+class EvaluationConfig(_Section):
+    """When and how the test split is evaluated."""
+
+    every_epochs: int = Field(1, ge=0, description="Evaluate after every so many epochs, and after the last; 0 only after the last.")
+    at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults in minutes.")
+    raw_pixels: bool = Field(False, description="Also evaluate raw pixels at start, as a baseline.")
+    batch_size: int = Field(64, ge=1, description="Images per forward pass of one rank.")
+    recall_at: list[int] = Field(default_factory=lambda: [1, 2, 4, 8], description="K of Recall@K.")
+    kmeans_seeds: int = Field(5, ge=0, description="k-means runs behind NMI; 0 leaves NMI out.")
+
+
+class CheckpointConfig(_Section):
+    """Checkpoints of the run."""
+
+    every_steps: int | None = Field(None, ge=1, description="Optimizer steps between checkpoints; null writes one per epoch.")
+    keep_last: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
+
+
+class TelemetryConfig(_Section):
+    """What is logged how often."""
+
+    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two lines of metrics.jsonl and TensorBoard scalars.")
+    progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+# Keys that DeepSpeed also knows and that have one owner here: what to use instead.
+_OWNED_DEEPSPEED_KEYS = {
+    "optimizer": "the section optimizer",
+    "scheduler": "the section schedule",
+    "fp16": "bf16 or float32; a loss scale is not supported",
+    "gradient_allreduce_op": "its default: the loss relies on the mean over ranks",
+}
+
+
+class Config(_Section):
+    """A training run, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
+    runs_dir: str = Field("runs", description="Folder that run folders are made in.")
+    seed: int = Field(0, ge=0, description="Seed of initialisation, sample order and augmentation.")
+    data: DataConfig
+    backbone: BackboneConfig
+    proxies: ProxiesConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    training: TrainingConfig
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to DeepSpeed as it is: zero_optimization, bf16, gradient_accumulation_steps, gradient_clipping."
+    )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return int(self.deepspeed.get("gradient_accumulation_steps", 1))
+
+    @property
+    def run_directory(self) -> Path:
+        """Folder of this run."""
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _deepspeed_does_not_contradict(self) -> "Config":
+        for key, instead in _OWNED_DEEPSPEED_KEYS.items():
+            value = self.deepspeed.get(key)
+            if value is not None and value != {"enabled": False}:
+                raise ValueError(f"deepspeed.{key} is set, but it is decided elsewhere; remove it and use {instead}")
+        accumulation = self.deepspeed.get("gradient_accumulation_steps", 1)
+        if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
+            raise ValueError(f"deepspeed.gradient_accumulation_steps must be an integer of at least 1, got {accumulation!r}")
+        stated = self.deepspeed.get("train_batch_size", self.training.batch_size)
+        if stated != self.training.batch_size:
+            raise ValueError(
+                f"training.batch_size is {self.training.batch_size} but deepspeed.train_batch_size is {stated}; "
+                "make them equal or remove the one in deepspeed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_epochs_exist(self) -> "Config":
+        beyond = [epoch for epoch in self.training.frozen_trunk_epochs if not 1 <= epoch <= self.training.epochs]
+        if beyond:
+            raise ValueError(f"training.frozen_trunk_epochs {beyond} lie outside 1..{self.training.epochs}")
+        return self
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Images of one rank in one micro-batch.
+
+        Raises:
+            ValueError: the batch does not divide over the ranks and micro-batches, or contradicts the DeepSpeed section.
+        """
+        slots = world_size * self.accumulation
+        micro, rest = divmod(self.training.batch_size, slots)
+        if rest:
+            allowed = [w for w in range(1, 2 * world_size + 1) if self.training.batch_size % (w * self.accumulation) == 0]
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} does not divide over {world_size} ranks x {self.accumulation} "
+                f"micro-batches; use a multiple of {slots}, or one of {allowed} ranks"
+            )
+        stated = self.deepspeed.get("train_micro_batch_size_per_gpu", micro)
+        if stated != micro:
+            raise ValueError(
+                f"deepspeed.train_micro_batch_size_per_gpu is {stated}, but training.batch_size {self.training.batch_size} over "
+                f"{world_size} ranks x {self.accumulation} micro-batches gives {micro}; remove it or change the number of ranks"
+            )
+        return micro
+
+    def partition(self, world_size: int, rank: int) -> ClassPartition:
+        """The classes of one rank."""
+        return ClassPartition(self.data.num_classes, world_size, rank)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read and validate a JSON configuration, with `a.b=value` overrides applied first.
+
+    A value is read as JSON where it is JSON, else as a string.
+
+    Raises:
+        ValueError: no such file, no JSON, unknown key (the nearest known key is named), wrong type, or a contradiction.
+    """
+    path = Path(path)
+    if not path.is_file():
+        nearby = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby) or 'none'}")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold one JSON object, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: dict[str, Any], *, source: str) -> Config:
+    """Validate a configuration that is already a dictionary; `source` names it in errors."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors(include_url=False))
+        raise ValueError(f"{source} is not a valid configuration:\n{problems}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"--set expects KEY=VALUE such as proxies.ratio=0.1, got {override!r}")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    section = raw
+    for depth, parent in enumerate(parents):
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ValueError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    section[last] = value
+
+
+def _explain(problem: typing.Mapping[str, Any]) -> str:
+    location = tuple(part for part in problem["loc"])
+    where = ".".join(str(part) for part in location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(Config, location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        return f"{where}: unknown key; did you mean {nearest[0]!r}? known keys: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{where}: required, but missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _known_keys(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section that a validation error's location points into."""
+    for part in location:
+        candidates = [s for s in _sections_of(section.model_fields[part].annotation)] if part in section.model_fields else []
+        if candidates:
+            section = candidates[0]
+            variants = candidates
+        else:  # the tag of a discriminated union, e.g. data.train_transform.resize
+            section = next((s for s in variants if typing.get_args(s.model_fields["name"].annotation) == (part,)), section)
+    return sorted(section.model_fields)
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [section for arg in typing.get_args(annotation) for section in _sections_of(arg)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -1,0 +1,1 @@
+"""Raw downloads to batches: source layouts, WebDataset shards, index, epoch order, loaders."""

@@ -1,0 +1,287 @@
+"""The index of a folder of shards: what is in it, where every image lies, and its hashes.
+
+    index.json                 kind, version, and per split: counts, classes, hashes,
+                               shards (file, num_samples, bytes, sha256)
+    index.samples.SPLIT.npy    24 bytes per sample, memory-mapped: shard, label, offset, nbytes,
+                               crc32
+
+The index alone defines an epoch; shards are only bytes. It is written last, so a folder without one
+is an unfinished build. Opening checks everything that is cheap: kind and version, the hash of the
+sample table, label counts, and the presence and size of every shard. `verify --deep` reads the
+rest.
+Declined: one JSON with a record per image, which takes seconds to parse and grows in every worker.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dist_proxygml.data.shards import ListedShard, publish
+
+INDEX_FILE = "index.json"
+INDEX_KIND = "dist-proxygml-index"
+INDEX_VERSION = 1
+SAMPLE_DTYPE = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("nbytes", "<u4"), ("crc32", "<u4")])
+
+
+@dataclass(frozen=True, slots=True)
+class ClassEntry:
+    """One class of a split; labels are contiguous from 0 in the order of the source's ids."""
+
+    label: int
+    name: str
+    source_id: int | str
+    count: int
+
+
+class ShardEntry(NamedTuple):
+    """One shard file of a split."""
+
+    file: str
+    num_samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """One split of a folder of shards. A sample's id is its row in `samples`."""
+
+    root: Path
+    split: str
+    dataset: str
+    classes: tuple[ClassEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    class_table_sha256: str  # of (label, name, source_id); the proxy bank belongs to this table
+    sha256: str  # of index.json
+    samples: np.ndarray  # [n] of SAMPLE_DTYPE, memory-mapped
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images n of the split."""
+        return len(self.samples)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C of the split's class table."""
+        return len(self.classes)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of every sample, int64 [n]; a copy in memory."""
+        return self.samples["label"].astype(np.int64)
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        """Where the shards lie, in the order of `shards`."""
+        return [self.root / shard.file for shard in self.shards]
+
+    def describe(self, sample_id: int) -> str:
+        """Which sample an id is, for messages: shard file, key's number and label."""
+        row = self.samples[sample_id]
+        path = self.root / self.shards[row["shard"]].file
+        return f"{path}, {self.split} sample {sample_id} (label {row['label']})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A memory map pickles as a copy of its content; a worker maps the file again instead.
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        del plain["samples"]
+        return _map_again, (plain,)
+
+
+def _map_again(plain: dict[str, Any]) -> ShardIndex:
+    table = plain["root"] / sample_table_name(plain["split"])
+    return ShardIndex(**plain, samples=np.load(table, mmap_mode="r"))
+
+
+def sample_table_name(split: str) -> str:
+    """The file name of a split's sample table."""
+    return f"index.samples.{split}.npy"
+
+
+def open_index(directory: str | Path, split: str) -> ShardIndex:
+    """Open one split of a folder of shards.
+
+    Raises ValueError, naming what is wrong and how to mend it, when the folder or its index is
+    missing, the version is another one, the split does not exist, the sample table is stale, or a
+    shard is missing or has another size.
+    """
+    root = Path(directory)
+    document, digest = read_index(root)
+    splits = document["splits"]
+    if split not in splits:
+        raise ValueError(
+            f"{root / INDEX_FILE} has the splits {', '.join(sorted(splits))}, not {split!r}; name one of them"
+        )
+    try:
+        return _open_split(root, split, str(document.get("dataset", "")), splits[split], digest)
+    except (KeyError, TypeError) as problem:
+        raise ValueError(
+            f"{root / INDEX_FILE}: split {split!r} lacks or garbles the field {problem}; "
+            f"make the index again with `python -m dist_proxygml.shard index {root}`"
+        ) from problem
+
+
+def read_index(root: Path) -> tuple[dict[str, Any], str]:
+    """The content of `index.json` and its sha256.
+
+    Raises ValueError when it is missing, no JSON, or of another kind or version.
+    """
+    build = "build the shards with `python -m dist_proxygml.shard build`"
+    if not root.is_dir():
+        raise ValueError(f"shard folder {root} does not exist; {build}, or name another folder")
+    path = root / INDEX_FILE
+    if not path.is_file():
+        num_tars = len(list(root.glob("*.tar")))
+        remedy = (
+            f"an unfinished build has none, so run the build again; "
+            f"for shards of another origin run `python -m dist_proxygml.shard index {root}`"
+            if num_tars
+            else build
+        )
+        raise ValueError(f"shard folder {root} has {num_tars} tar files and no {INDEX_FILE}; {remedy}")
+    content = path.read_bytes()
+    try:
+        document = json.loads(content)
+    except ValueError as problem:
+        raise ValueError(
+            f"{path} is not JSON ({problem}); copy it again or run `python -m dist_proxygml.shard index {root}`"
+        ) from None
+    if not isinstance(document, dict) or document.get("kind") != INDEX_KIND or "splits" not in document:
+        raise ValueError(
+            f"{path} is not a shard index: expected the kind {INDEX_KIND!r}; name a folder built by dist_proxygml.shard"
+        )
+    if document.get("version") != INDEX_VERSION:
+        raise ValueError(
+            f"{path} has version {document.get('version')}, this program reads version "
+            f"{INDEX_VERSION}; "
+            f"run `python -m dist_proxygml.shard index {root}` or use the program that wrote it"
+        )
+    return document, hashlib.sha256(content).hexdigest()
+
+
+def _open_split(root: Path, split: str, dataset: str, entry: Mapping[str, Any], digest: str) -> ShardIndex:
+    classes = tuple(ClassEntry(c["label"], c["name"], c["source_id"], c["count"]) for c in entry["classes"])
+    shards = tuple(ShardEntry(s["file"], s["num_samples"], s["bytes"], s["sha256"]) for s in entry["shards"])
+    problems = shard_size_problems(root, shards)
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(
+            f"{root}: {len(problems)} of {len(shards)} shards of {split!r} are unusable: {shown}; "
+            "copy or build them again"
+        )
+
+    table = root / sample_table_name(split)
+    remedy = f"copy the folder again or run `python -m dist_proxygml.shard index {root}`"
+    if not table.is_file():
+        raise ValueError(f"{table} is missing; {remedy}")
+    with open(table, "rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != entry["samples"]["sha256"]:
+        raise ValueError(
+            f"{table} does not belong to {root / INDEX_FILE}: sha256 {found[:12]}..., expected "
+            f"{entry['samples']['sha256'][:12]}...; {remedy}"
+        )
+    samples = np.load(table, mmap_mode="r")
+    counts = [c.count for c in classes]
+    if samples.dtype != SAMPLE_DTYPE or len(samples) != entry["num_samples"]:
+        raise ValueError(
+            f"{table} has {len(samples)} rows of {samples.dtype}, expected {entry['num_samples']} "
+            f"of {SAMPLE_DTYPE}; {remedy}"
+        )
+    if len(samples) == 0:
+        raise ValueError(f"{root / INDEX_FILE}: split {split!r} has no images; build the shards again")
+    labels = samples["label"]
+    if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+        raise ValueError(
+            f"{table} has labels {labels.min()} to {labels.max()}, but {root / INDEX_FILE} has "
+            f"{len(classes)} classes; {remedy}"
+        )
+    if np.bincount(labels, minlength=len(classes)).tolist() != counts or [c.label for c in classes] != list(
+        range(len(classes))
+    ):
+        raise ValueError(f"{table} and {root / INDEX_FILE} disagree on the number of images per class; {remedy}")
+    return ShardIndex(root, split, dataset, classes, shards, entry["class_table_sha256"], digest, samples)
+
+
+def shard_size_problems(root: Path, shards: Sequence[ShardEntry]) -> list[str]:
+    """One sentence for each shard that is missing or whose size is not the index's."""
+    problems = []
+    for shard in shards:
+        path = root / shard.file
+        if not path.is_file():
+            problems.append(f"{shard.file} is missing")
+        elif path.stat().st_size != shard.bytes:
+            problems.append(f"{shard.file} has {path.stat().st_size} bytes, the index says {shard.bytes}")
+    return problems
+
+
+def class_table_sha256(classes: Sequence[ClassEntry]) -> str:
+    """The hash of which label means which class; image counts do not matter."""
+    table = [[c.label, c.name, c.source_id] for c in classes]
+    return hashlib.sha256(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")).hexdigest()
+
+
+def write_index(
+    root: Path,
+    *,
+    dataset: str,
+    build: Mapping[str, Any],
+    shards: Mapping[str, Sequence[tuple[str, ListedShard]]],
+    classes: Mapping[str, Sequence[tuple[str, int | str]]],
+) -> None:
+    """Write the sample tables and, last, `index.json`.
+
+    `shards` gives the listed shard files of every split in order, `classes` the (name, source id)
+    of every label of every split; `build` records how the shards were made. Two splits with the
+    same class table share one label space (query and gallery).
+    """
+    splits = {}
+    for split, files in shards.items():
+        rows = [
+            (number, sample.label, sample.offset, sample.num_bytes, sample.crc32)
+            for number, (_, listed) in enumerate(files)
+            for sample in listed.samples
+        ]
+        samples = np.array(rows, dtype=SAMPLE_DTYPE)
+        with publish(root / sample_table_name(split)) as stream:
+            np.save(stream, samples)
+        table_digest = hashlib.sha256((root / sample_table_name(split)).read_bytes()).hexdigest()
+        counts = np.bincount(samples["label"], minlength=len(classes[split])).tolist()
+        entries = [
+            ClassEntry(label, name, source_id, count)
+            for label, ((name, source_id), count) in enumerate(zip(classes[split], counts, strict=True))
+        ]
+        splits[split] = {
+            "num_samples": len(samples),
+            "num_classes": len(entries),
+            "class_table_sha256": class_table_sha256(entries),
+            "samples": {"file": sample_table_name(split), "sha256": table_digest},
+            "shards": [
+                ShardEntry(file, len(listed.samples), listed.num_bytes, listed.sha256)._asdict()
+                for file, listed in files
+            ],
+            "classes": [asdict(entry) for entry in entries],
+        }
+    document = {
+        "kind": INDEX_KIND,
+        "version": INDEX_VERSION,
+        "dataset": dataset,
+        "build": dict(build),
+        "splits": splits,
+    }
+    with publish(root / INDEX_FILE) as stream:
+        stream.write(_one_record_per_line(document).encode("utf-8"))
+
+
+def _one_record_per_line(document: Mapping[str, Any]) -> str:
+    """JSON with one class or shard a line: short to read, good to diff."""
+    text = json.dumps(document, ensure_ascii=False, indent=1)
+    return re.sub(r"\{[^{}\[\]]*\}", lambda record: re.sub(r"\n\s*", " ", record.group()), text) + "\n"

@@ -1,0 +1,196 @@
+"""The embedding pass: every image of a split through the model exactly once, on all ranks, into one
+table.
+
+Each rank embeds the batches that its loader gives it; the rows are gathered, sorted by sample id
+and checked, so every rank ends with the same table. No padding and no sampler that repeats images
+to make ranks even: repeated rows are sure hits in a gallery. Rows are brought to unit length in
+float32 outside autocast, whatever precision the forward pass ran in.
+
+Dimension key: b images of a batch, n images of the split, D embedding.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_proxygml.collectives import gather_rows
+from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.parallel import ParallelContext, everyone, run_together
+
+
+class EmbeddingTable(NamedTuple):
+    """One row per image of a split, in the order of the split's index."""
+
+    embeddings: Tensor  # float32 [n, D], unit rows, on the CPU
+    labels: Tensor  # int64 [n]
+    ids: Tensor  # int64 [n], always 0 .. n - 1
+
+
+def embed(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    context: ParallelContext,
+    num_samples: int,
+    describe: Callable[[int], str] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> EmbeddingTable:
+    """Embed a split: this rank's batches here, the other ranks' batches there, one table
+    everywhere.
+
+    Called on all ranks. The model runs in evaluation mode without gradients; the mode of each of
+    its modules is restored.
+
+    Args:
+        model: images uint8 [b, 3, H, W] -> embeddings [b, D], on `context.device`.
+        loader: this rank's batches; together the ranks' batches hold each id 0 .. num_samples - 1
+            once. May be empty.
+        context: this process among its peers.
+        num_samples: number of images n of the split.
+        describe: what to call a sample in a message besides its id, such as `ShardIndex.describe`.
+        progress: called after each batch with the number of images just embedded on this rank.
+
+    Raises:
+        ValueError: on every rank, when an id is missing, repeated or out of range, or when an
+            embedding is zero or not finite.
+    """
+    # 1. This rank's part. No collectives in here: a damaged image stops one rank only.
+    local = run_together(context, _embed_batches, model, loader, context.device, progress)
+
+    # 2. A rank without a batch does not know D; it still takes part in every collective.
+    shapes = everyone(context, tuple(local.embeddings.shape))
+    row_counts = [rows for rows, _ in shapes]
+    width = max(columns for _, columns in shapes)
+    if row_counts[context.rank] == 0:
+        local = local._replace(embeddings=local.embeddings.new_zeros(0, width))
+
+    # 3. The same table everywhere, checked everywhere: what is wrong is wrong on all ranks.
+    rows = EmbeddingTable(*(gather_rows(part, row_counts=row_counts, group=context.group).cpu() for part in local))
+    order_n = torch.argsort(rows.ids, stable=True)
+    table = EmbeddingTable(*(part[order_n] for part in rows))
+    check_table(table, num_samples=num_samples, describe=describe)
+    return table
+
+
+def check_table(table: EmbeddingTable, *, num_samples: int, describe: Callable[[int], str] | None = None) -> None:
+    """Refuse a table that metrics must not be computed from.
+
+    Raises:
+        ValueError: ids other than 0 .. num_samples - 1 in order, or rows that are zero or not
+            finite (named by their ids).
+    """
+    expected_n = torch.arange(num_samples)
+    if not torch.equal(table.ids, expected_n):
+        found, counts = table.ids.unique(return_counts=True)
+        raise ValueError(
+            f"expected each of the {num_samples} images of the split exactly once, got "
+            f"{table.ids.numel()} rows; "
+            f"missing ids: {_some(expected_n[~torch.isin(expected_n, found)])}; repeated ids: "
+            f"{_some(found[counts > 1])}; "
+            f"unknown ids: {_some(found[~torch.isin(found, expected_n)])}; the ranks' loaders must "
+            "cut the split up, not sample from it"
+        )
+    # Unit rows were asked for: anything shorter than a half was zero.
+    zero_n = torch.linalg.vector_norm(table.embeddings, dim=1) < 0.5
+    unusable = {
+        "not finite": (
+            ~table.embeddings.isfinite().all(dim=1),
+            "has the model diverged? Lower the learning rate, or look at these images",
+        ),
+        "zero": (
+            zero_n,
+            "they have no direction to compare; look at the model's last layers, or at them",
+        ),
+    }
+    for problem, (bad_n, remedy) in unusable.items():
+        if bad_n.any():
+            bad = bad_n.nonzero().flatten()
+            first = "" if describe is None else f", the first is {describe(int(bad[0]))}"
+            raise ValueError(
+                f"the embeddings of {bad.numel()} of {num_samples} images are {problem} (ids "
+                f"{_some(bad)}{first}); "
+                f"{remedy}"
+            )
+
+
+def save_table(table: EmbeddingTable, path: Path) -> Path:
+    """Write the table as a numpy archive with the arrays embeddings, labels and ids; complete or
+    not there at all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("wb") as file:
+        np.savez(file, **{name: value.numpy() for name, value in table._asdict().items()})
+    unfinished.replace(path)
+    return path
+
+
+def load_table(path: Path) -> EmbeddingTable:
+    """Read a table that `save_table` wrote.
+
+    Raises:
+        ValueError: the file is not such a table.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return EmbeddingTable(*(torch.from_numpy(arrays[name]) for name in EmbeddingTable._fields))
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a table of embeddings ({error}); run the evaluation again to write it"
+        ) from error
+
+
+def _embed_batches(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    device: torch.device,
+    progress: Callable[[int], object] | None,
+) -> EmbeddingTable:
+    rows, labels, ids = [], [], []
+    with torch.inference_mode(), _evaluation_mode(model):
+        for batch in loader:
+            output_bD = model(batch.images.to(device, non_blocking=True))
+            with torch.autocast(device.type, enabled=False):
+                rows.append(F.normalize(output_bD.float(), dim=1))
+            labels.append(batch.labels)
+            ids.append(batch.ids)
+            if progress is not None:
+                progress(len(batch.ids))
+    # Copies made outside inference mode are ordinary tensors, which collectives may write to.
+    if not rows:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return EmbeddingTable(torch.zeros(0, 0, device=device), nothing, nothing)
+    return EmbeddingTable(
+        torch.cat(rows).clone(),
+        torch.cat(labels).to(device).clone(),
+        torch.cat(ids).to(device).clone(),
+    )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while; afterwards each module is in the mode it was in, frozen parts
+    included.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _some(ids: Tensor, most: int = 10) -> str:
+    """The first ids of a list, readable: "3, 17, 90 and 5 more"."""
+    if ids.numel() == 0:
+        return "none"
+    listed = ", ".join(str(number) for number in ids[:most].tolist())
+    return listed if ids.numel() <= most else f"{listed} and {ids.numel() - most} more"

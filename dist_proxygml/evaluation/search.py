@@ -1,0 +1,124 @@
+"""Exact inner-product search and k-means: the only file that knows faiss.
+
+Flat indexes only: every score is computed, nothing is approximated. Inner products of unit rows
+rather than L2 distances: the same order in exact arithmetic, without the cancellation. faiss
+decides neither who "self" is nor how ties go; ranking.py does. All of it runs on the CPU, in
+float32.
+
+Dimension key: q queries, g gallery rows, K neighbours, n points, D embedding.
+"""
+
+import importlib
+import importlib.metadata
+from types import ModuleType
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+
+class FlatIndex:
+    """A gallery of float32 rows, searched exhaustively by inner product.
+
+    Raises:
+        ValueError: faiss is missing or installed twice.
+    """
+
+    def __init__(self, gallery_gD: Float[np.ndarray, "g D"]) -> None:
+        faiss = load_faiss()
+        self.num_rows, width = gallery_gD.shape
+        self._index = faiss.IndexFlatIP(width)
+        self._index.add(np.ascontiguousarray(gallery_gD, dtype=np.float32))
+
+    def search(
+        self, queries_qD: Float[np.ndarray, "q D"], num_neighbours: int
+    ) -> tuple[Float[np.ndarray, "q K"], Int[np.ndarray, "q K"]]:
+        """Scores (descending) and gallery row numbers of the best `num_neighbours` rows, at most
+        `num_rows` of them.
+
+        The order of equal scores, and which of them make the cut, is faiss's affair. The last bits
+        of a score depend on the shape of the query block, so callers cut their blocks independently
+        of the number of ranks.
+        """
+        scores_qK, rows_qK = self._index.search(
+            np.ascontiguousarray(queries_qD, dtype=np.float32), min(num_neighbours, self.num_rows)
+        )
+        return scores_qK, rows_qK
+
+
+def cluster(
+    points_nD: Float[np.ndarray, "n D"], *, num_clusters: int, seed: int, num_iterations: int
+) -> Int[np.ndarray, " n"]:
+    """k-means over all points (no subsampling), one start from random points; the cluster of each
+    point.
+
+    Raises:
+        ValueError: faiss is missing or installed twice.
+    """
+    faiss = load_faiss()
+    num_points, width = points_nD.shape
+    points_nD = np.ascontiguousarray(points_nD, dtype=np.float32)
+    kmeans = faiss.Kmeans(
+        width,
+        num_clusters,
+        niter=num_iterations,
+        nredo=1,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=num_points,  # faiss would silently keep 256 points a cluster
+    )
+    kmeans.train(points_nD)
+    _, clusters_n1 = kmeans.index.search(points_nD, 1)
+    clusters_n: Int[np.ndarray, " n"] = clusters_n1[:, 0]
+    return clusters_n
+
+
+def load_faiss() -> ModuleType:
+    """The faiss module, told to use as many threads as torch does.
+
+    Raises:
+        ValueError: no faiss is installed, two packages claim the module, or the one there does not
+            start.
+    """
+    packages = installed_faiss()
+    if len(packages) > 1:
+        raise ValueError(
+            f"expected one faiss package, found {len(packages)}: {', '.join(packages)}; they "
+            "overwrite each other's files. "
+            "Remove all of them with `pip uninstall "
+            f"{' '.join(package.split()[0] for package in packages)}`, "
+            "then install one: `pip install faiss-cpu`, or faiss-gpu on a machine with an NVIDIA "
+            "GPU"
+        )
+    try:
+        faiss = importlib.import_module("faiss")
+    except (ImportError, RuntimeError, OSError) as error:
+        found = f"{packages[0]} is installed but does not start" if packages else "none is installed"
+        raise ValueError(
+            f"evaluation needs a faiss package: {found} ({error}); "
+            "`pip install faiss-cpu`, or faiss-gpu on a machine with an NVIDIA GPU"
+        ) from error
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return faiss
+
+
+def installed_faiss() -> list[str]:
+    """The installed packages that own the module `faiss`, each as "name version"."""
+    names = (
+        "faiss",
+        "faiss-cpu",
+        "faiss-gpu",
+        "faiss-gpu-cu11",
+        "faiss-gpu-cu12",
+        "faiss-gpu-cuvs",
+        "faiss-gpu-cu12-cuvs",
+        "faiss-gpu-cu13-cuvs",
+        "faiss-cuda",
+    )
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

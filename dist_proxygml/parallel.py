@@ -1,0 +1,124 @@
+"""The parallel world: one small object, built once by a launcher, passed down.
+
+Nothing else in the project asks torch.distributed who it is. `group` is None for a lone process, and every function that takes
+a group accepts None, so the library runs without a process group as well.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_proxygml.collectives import gather_objects
+
+T = TypeVar("T")
+
+
+class OneRankError(ValueError):
+    """A user's mistake that this rank alone knows of. Any other ValueError is raised by all ranks alike, so rank 0 reports it."""
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that talks and writes."""
+        return self.rank == 0
+
+
+def single_process(device: str = "cpu") -> ParallelContext:
+    """A world of one process, without a process group."""
+    return ParallelContext(rank=0, world_size=1, local_rank=0, device=torch.device(device), group=None)
+
+
+def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext:
+    """Start the process group that the launcher described in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    Called on all ranks. NCCL on GPUs, gloo on CPUs. On CPUs the cores are shared out over this host's ranks unless
+    OMP_NUM_THREADS says otherwise; left alone, every rank would start a thread per core.
+
+    Raises:
+        ValueError: a rank has no GPU of its own although the host has GPUs.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: expected at least {local_rank + 1} on this host, found "
+                f"{torch.cuda.device_count()}; start fewer ranks per host"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_world_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    return ParallelContext(rank, world_size, local_rank, device, dist.group.WORLD)
+
+
+def run_together(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
+    """Run `function(*args)` on every rank; if it raises a ValueError or OSError on any rank, raise on all of them.
+
+    Called on all ranks. The message is that of the lowest failing rank, so that one rank may print it for all.
+    `function` must not use collectives: its peers may already have failed.
+    """
+    result, failure = None, None
+    try:
+        result = function(*args)
+    except (ValueError, OSError) as error:
+        failure = str(error) if context.world_size == 1 else f"{error} (on rank {context.rank})"
+    failures = everyone(context, failure)
+    first = next((message for message in failures if message is not None), None)
+    if first is not None:
+        raise ValueError(first)
+    return result  # type: ignore[return-value]
+
+
+def everyone(context: ParallelContext, value: T) -> list[T]:
+    """The picklable `value` of every rank, in rank order. Called on all ranks."""
+    return gather_objects(value, group=context.group)
+
+
+def barrier(context: ParallelContext) -> None:
+    """Wait for every rank. Called on all ranks."""
+    if context.group is not None:
+        dist.barrier(group=context.group)
+
+
+def run_launcher(main: Callable[[], None]) -> None:
+    """Run a launcher's body and leave the process: status 0, or 2 with one message for a user's mistake.
+
+    The message is printed by rank 0 for all ranks, or by the one rank that has it. A launcher such as deepspeed ends the others.
+    """
+    status = 0
+    try:
+        main()
+    except ValueError as error:
+        status = 2
+        if isinstance(error, OneRankError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    finally:
+        if dist.is_initialized() and status == 0:
+            dist.destroy_process_group()
+    sys.exit(status)

@@ -1,0 +1,96 @@
+"""What a run says while it works: metrics.jsonl, TensorBoard, a progress bar. Rank 0 writes, the others are silent.
+
+metrics.jsonl is the record (one JSON object a line, appended, readable after a crash); TensorBoard holds the same numbers and images for
+people. No measurement is made on steps that are not logged, so that nothing waits for a GPU in between.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Telemetry:
+    """The log of one run."""
+
+    def __init__(self, run_directory: Path, *, enabled: bool, num_steps: int, start_step: int, progress_bar: bool) -> None:
+        self._enabled = enabled
+        self._images_since, self._time_since = 0, time.perf_counter()
+        if enabled:
+            self._lines = (run_directory / "metrics.jsonl").open("a", buffering=1)
+            self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=start_step or None)
+            # a file gets a line every 15 seconds, a terminal a moving bar
+            pace = {"mininterval": 0.5, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 15.0, "ncols": 110}
+            self._bar = tqdm(
+                total=num_steps, initial=start_step, unit="step", disable=not progress_bar, delay=1e-3, **pace
+            )
+
+    def count(self, num_images: int) -> None:
+        """One more optimizer step, over `num_images` images of all ranks."""
+        self._images_since += num_images
+        if self._enabled:
+            self._bar.update()
+
+    def log_training(self, step: int, epoch: int, values: Mapping[str, float | None]) -> None:
+        """The scalars of a logged step; the rate is that since the last call."""
+        now = time.perf_counter()
+        rate = self._images_since / max(now - self._time_since, 1e-9)
+        self._images_since, self._time_since = 0, now
+        if not self._enabled:
+            return
+        numbers = {name: value for name, value in values.items() if value is not None}
+        numbers |= {"images_per_second": rate, **memory_gib()}
+        self._write({"kind": "train", "step": step, "epoch": epoch, **numbers})
+        for name, value in numbers.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        self._bar.set_description(f"epoch {epoch}", refresh=False)
+        self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:,.0f} images/s", refresh=False)
+
+    def log_evaluation(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of an evaluation after `step` steps."""
+        self.pause()
+        if self._enabled:
+            self._write({"kind": "evaluation", "step": step, "epoch": epoch, **metrics})
+            for name, value in metrics.items():
+                self._board.add_scalar(f"evaluation/{name}", value, step)
+
+    def log_images(self, name: str, images: Tensor, step: int) -> None:
+        """A grid of uint8 images [n, 3, H, W]."""
+        if self._enabled:
+            self._board.add_images(name, images, step)
+
+    def pause(self) -> None:
+        """Leave out of the images/s what happened since the last logged step: an evaluation or a checkpoint."""
+        self._images_since, self._time_since = 0, time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Print for people, above the progress bar."""
+        if self._enabled:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def close(self) -> None:
+        """Flush and close all logs."""
+        if self._enabled:
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+
+
+def memory_gib() -> dict[str, float]:
+    """Peak memory of this process, and of its GPU if it has one, in GiB."""
+    peak = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        peak["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return peak

@@ -1,0 +1,415 @@
+"""The training run: train() schedules, train_step() computes.
+
+One step: embeddings through the engine -> loss over the partitioned bank -> gradients of the proxies (final, on their rank) and of the
+embeddings (handed to the engine) -> both optimizers step. Everything that changes from step to step is a function of the step number:
+learning rates, the order of the images, their augmentation. So a checkpoint needs a step, not a history.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_proxygml.backbone import RawPixels, build_backbone
+from dist_proxygml.checkpoint import (
+    RunState,
+    checkpoint_name,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from dist_proxygml.collectives import all_reduce_sum
+from dist_proxygml.config import Config
+from dist_proxygml.data.index import ShardIndex, open_index
+from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, build_train_loader
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.engine import Engine, engine_settings
+from dist_proxygml.evaluation.embed import save_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
+from dist_proxygml.evaluation.report import format_table, write_report
+from dist_proxygml.loss import LossTerms, ProxyGMLLoss
+from dist_proxygml.optim import (
+    build_backbone_optimizer,
+    build_bank_optimizer,
+    clip_norm_,
+    learning_rate_factor,
+    set_learning_rates,
+)
+from dist_proxygml.parallel import OneRankError, ParallelContext, barrier, run_together
+from dist_proxygml.plan import plan_head
+from dist_proxygml.telemetry import Telemetry
+
+_NUM_LOGGED_IMAGES = 16
+
+
+@dataclass
+class TrainState:
+    """What a training step reads and changes."""
+
+    context: ParallelContext
+    config: Config
+    engine: Engine
+    loss: ProxyGMLLoss
+    bank_optimizer: torch.optim.Optimizer
+    num_steps: int
+    steps_per_epoch: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Sums over a step's micro-batches, still on the device, and the two gradient norms where they were measured."""
+
+    terms: LossTerms
+    backbone_norm: float | None
+    proxies_norm: Tensor | None
+
+
+def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> Path:
+    """Train, evaluate, checkpoint and report one run. Called on all ranks.
+
+    Args:
+        config: the run.
+        context: this process among its peers.
+        resume: "auto" continues the newest checkpoint of the run if there is one, "never" starts anew (an earlier run of that
+            name is moved aside), a path continues that checkpoint.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: on every rank: the configuration, the shards and the ranks do not fit together, or a batch is damaged.
+    """
+    # 1. Refuse what cannot work before anything is built or written.
+    settings = engine_settings(config, context.world_size)
+    train_index, test_index = run_together(context, _open_data, config)
+    run_directory = config.run_directory
+    checkpoints = run_directory / "checkpoints"
+    found = run_together(context, find_checkpoint, checkpoints, resume)
+    start_step = read_state(found).step if found else 0
+    run_together(context, _prepare_run_directory, config, context.is_main, resume)
+
+    # 2. Build.
+    steps_per_epoch = run_together(context, lambda: _train_loader(config, context, train_index, epoch=0).num_steps)
+    state = build_train_state(config, context, settings=settings, steps_per_epoch=steps_per_epoch)
+    if found:
+        restored = load_checkpoint(
+            found,
+            engine=state.engine,
+            loss=state.loss,
+            bank_optimizer=state.bank_optimizer,
+            context=context,
+            class_table_sha256=train_index.class_table_sha256,
+        )
+        state.step = restored.step
+    telemetry = Telemetry(
+        run_directory,
+        enabled=context.is_main,
+        num_steps=state.num_steps,
+        start_step=start_step,
+        progress_bar=config.telemetry.progress_bar,
+    )
+    telemetry.say(_greeting(config, context, train_index, test_index, found))
+
+    # 3. Train.
+    if state.step == 0 and config.evaluation.at_start:
+        if config.evaluation.raw_pixels:
+            _evaluate_raw_pixels(config, context, test_index, run_directory)
+        evaluate_run(state, test_index, telemetry, run_directory)
+    cache = ImageCache() if config.data.cache_images else None
+    while state.step < state.num_steps:
+        _train_epoch(state, train_index, telemetry, checkpoints, cache)
+        epoch, is_last = state.step // state.steps_per_epoch, state.step == state.num_steps
+        every = config.evaluation.every_epochs
+        if is_last or (every and epoch % every == 0):
+            evaluate_run(state, test_index, telemetry, run_directory)
+
+    # 4. Show.
+    telemetry.close()
+    run_together(context, _show if context.is_main else _nothing, run_directory, test_index)
+    barrier(context)
+    return run_directory
+
+
+def build_train_state(
+    config: Config, context: ParallelContext, *, settings: dict[str, object], steps_per_epoch: int
+) -> TrainState:
+    """Backbone, bank and optimizers at step 0, the same on any number of ranks. Called on all ranks."""
+    torch.manual_seed(config.seed)
+    model = run_together(context, build_backbone, config.backbone).to(context.device)
+    trunk, embedding = model.parameter_groups()
+    engine = Engine(
+        model,
+        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding),
+        settings=settings,
+        context=context,
+    )
+    loss = ProxyGMLLoss(
+        config.data.num_classes,
+        config.backbone.embedding_dim,
+        proxies_per_class=config.proxies.per_class,
+        ratio=config.proxies.ratio,
+        topk=config.proxies.topk,
+        regularization_weight=config.proxies.regularization_weight,
+        scale=config.proxies.scale,
+        group=context.group,
+        selection=config.proxies.selection,
+        seed=config.seed,
+    ).to(context.device)
+    num_steps = steps_per_epoch * config.training.epochs
+    return TrainState(
+        context=context,
+        config=config,
+        engine=engine,
+        loss=loss,
+        bank_optimizer=build_bank_optimizer(config.optimizer, loss.proxies),
+        num_steps=min(num_steps, config.training.max_steps or num_steps),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bool) -> StepReport:
+    """One optimizer step over the global batch that `micro_batches` are this rank's part of. Called on all ranks.
+
+    Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that their average is the mean over the
+    step's images. The engine divides the backbone's by the number of micro-batches itself; the bank's are divided here.
+    """
+    context, config = state.context, state.config
+    learning_rates = _learning_rates(state)
+    set_learning_rates(state.engine.optimizer, learning_rates[:2])
+    set_learning_rates(state.bank_optimizer, learning_rates[2:])
+
+    # 1. Forward and backward, micro-batch by micro-batch.
+    sums: list[Tensor] | None = None
+    for batch in micro_batches:
+        weight = batch.loss_weight(len(micro_batches))
+        embeddings = state.engine.embed(batch.images)
+        handed_over = embeddings.detach().requires_grad_()
+        terms = state.loss(handed_over, batch.labels.to(context.device, non_blocking=True))
+        (terms.total * weight).backward()
+        assert handed_over.grad is not None
+        state.engine.backward(embeddings, handed_over.grad)
+        backbone_norm = state.engine.step(measure_norm=measure)
+        weighted = [term.detach() * (weight / len(micro_batches)) for term in terms]
+        sums = weighted if sums is None else [total + part for total, part in zip(sums, weighted, strict=True)]
+    assert sums is not None
+
+    # 2. The bank steps where the engine stepped.
+    gradient = state.loss.proxies.grad
+    assert gradient is not None
+    gradient /= len(micro_batches)
+    proxies_norm = None
+    clip = config.optimizer.proxies_clip_norm
+    if measure or clip is not None:  # partitions are disjoint: squares add up over ranks
+        proxies_norm = all_reduce_sum(gradient.square().sum(), group=context.group).sqrt()
+    if clip is not None and proxies_norm is not None:
+        clip_norm_(gradient, norm=proxies_norm, max_norm=clip)
+    if state.engine.step_was_applied():
+        state.bank_optimizer.step()
+    state.bank_optimizer.zero_grad()
+    state.step += 1
+    return StepReport(LossTerms(*sums), backbone_norm, proxies_norm)
+
+
+def evaluate_run(state: TrainState, index: ShardIndex, telemetry: Telemetry, run_directory: Path) -> EvaluationResult:
+    """Evaluate the state's backbone; log and store the result. Called on all ranks."""
+    config, context = state.config, state.context
+    model = state.engine.module
+    if state.engine.zero_stage == 3:  # its forward passes are collective, and ranks hold different numbers of batches
+        model = build_evaluation_model(config, context)
+        model.load_state_dict(state.engine.full_state_dict())
+    result = evaluate_model(config, context, model, index)
+    epoch = state.step // state.steps_per_epoch
+    if context.is_main:
+        store_evaluation(run_directory, checkpoint_name(state.step), result, with_embeddings=True)
+        telemetry.log_evaluation(state.step, epoch, result.metrics)
+        numbers = ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if not name.endswith("_sd"))
+        telemetry.say(f"epoch {epoch}, step {state.step}: {numbers}")
+    return result
+
+
+def build_evaluation_model(config: Config, context: ParallelContext) -> nn.Module:
+    """A backbone without an engine, in the precision that the engine would give it."""
+    model = build_backbone(config.backbone, load_pretrained=False).to(context.device)
+    return model.bfloat16() if config.deepspeed.get("bf16", {}).get("enabled") else model
+
+
+def evaluate_model(config: Config, context: ParallelContext, model: nn.Module, index: ShardIndex) -> EvaluationResult:
+    """Evaluate a backbone on a split as the configuration says. Called on all ranks."""
+    return evaluate(
+        model,
+        index,
+        build_transform(config.data.test_transform),
+        context=context,
+        recall_at=config.evaluation.recall_at,
+        batch_size=config.evaluation.batch_size,
+        num_workers=config.data.num_workers,
+        kmeans_seeds=config.evaluation.kmeans_seeds,
+        preprocessing=config.data.test_transform.model_dump(),
+    )
+
+
+def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *, with_embeddings: bool) -> Path:
+    """Write evaluation/NAME.json, and embeddings/NAME.npz in place of earlier embeddings. On rank 0 only."""
+    path = run_directory / "evaluation" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(result.to_json())
+    if with_embeddings and result.table is not None:
+        newest = save_table(result.table, run_directory / "embeddings" / f"{name}.npz")
+        for old in set(newest.parent.glob("*.npz")) - {newest}:
+            old.unlink()
+    return path
+
+
+def _train_epoch(
+    state: TrainState, index: ShardIndex, telemetry: Telemetry, checkpoints: Path, cache: ImageCache | None
+) -> None:
+    """Train to the end of the epoch, or of the run."""
+    config, context = state.config, state.context
+    epoch, start = divmod(state.step, state.steps_per_epoch)
+    loader = _train_loader(config, context, index, epoch=epoch, start_step=start, cache=cache)
+    state.engine.module.train()
+    telemetry.pause()
+    batches = iter(loader)
+    while state.step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
+        micro_batches = _next_step(batches, config.accumulation, context)
+        if state.step == 0:
+            telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
+        measure = (state.step + 1) % config.telemetry.log_every_steps == 0
+        learning_rates = _learning_rates(state)
+        report = train_step(state, micro_batches, measure=measure)
+        telemetry.count(micro_batches[0].step_size)
+        if measure:
+            telemetry.log_training(
+                state.step,
+                epoch + 1,
+                {
+                    "loss": report.terms.total.item(),
+                    "classification": report.terms.classification.item(),
+                    "regularization": report.terms.regularization.item(),
+                    "kept_classes": report.terms.kept_classes.item(),
+                    "lr_backbone": learning_rates[0],
+                    "lr_embedding": learning_rates[1],
+                    "lr_proxies": learning_rates[2],
+                    "gradient_norm_backbone": report.backbone_norm,
+                    "gradient_norm_proxies": None if report.proxies_norm is None else report.proxies_norm.item(),
+                },
+            )
+        every = config.checkpoint.every_steps or state.steps_per_epoch
+        if state.step % every == 0 or state.step == state.num_steps:
+            save_checkpoint(
+                checkpoints,
+                state=RunState(state.step, context.world_size, state.engine.zero_stage, index.class_table_sha256),
+                engine=state.engine,
+                loss=state.loss,
+                bank_optimizer=state.bank_optimizer,
+                context=context,
+                keep_last=config.checkpoint.keep_last,
+            )
+            telemetry.pause()
+
+
+def _next_step(batches: Iterator[Batch], accumulation: int, context: ParallelContext) -> list[Batch]:
+    try:
+        return list(itertools.islice(batches, accumulation))
+    except ValueError as error:
+        raise OneRankError(f"{error} (on rank {context.rank})") from None
+
+
+def _learning_rates(state: TrainState) -> list[float]:
+    """Learning rates of trunk, embedding layer and proxies at the state's step."""
+    optimizer = state.config.optimizer
+    factor = learning_rate_factor(
+        state.config.schedule, step=state.step, steps_per_epoch=state.steps_per_epoch, num_steps=state.num_steps
+    )
+    frozen = state.step // state.steps_per_epoch + 1 in state.config.training.frozen_trunk_epochs
+    embedding = optimizer.embedding_lr or optimizer.backbone_lr
+    return [0.0 if frozen else factor * optimizer.backbone_lr, factor * embedding, factor * optimizer.proxies_lr]
+
+
+def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex]:
+    train_index = open_index(config.data.shards, config.data.train_split)
+    test_index = open_index(config.data.shards, config.data.test_split)
+    if train_index.num_classes != config.data.num_classes:
+        raise ValueError(
+            f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of {config.data.shards} has "
+            f"{train_index.num_classes} classes; edit the configuration or point data.shards at the right shards"
+        )
+    return train_index, test_index
+
+
+def _train_loader(
+    config: Config,
+    context: ParallelContext,
+    index: ShardIndex,
+    *,
+    epoch: int,
+    start_step: int = 0,
+    cache: ImageCache | None = None,
+) -> BatchLoader:
+    return build_train_loader(
+        index,
+        build_transform(config.data.train_transform),
+        batch_size=config.training.batch_size,
+        accumulation=config.accumulation,
+        rank=context.rank,
+        world_size=context.world_size,
+        seed=config.seed,
+        epoch=epoch,
+        start_step=start_step,
+        num_workers=config.data.num_workers,
+        shuffle_window=config.data.shuffle_window,
+        drop_last=config.data.drop_last,
+        cache=cache,
+        pin_memory=context.device.type == "cuda",
+    )
+
+
+def _prepare_run_directory(config: Config, is_main: bool, resume: str) -> None:
+    """Make the run's folder and write the resolved configuration; an earlier run is moved aside, never overwritten."""
+    if not is_main:
+        return
+    directory = config.run_directory
+    if resume == "never" and directory.exists():
+        aside = next(path for n in itertools.count(1) if not (path := directory.with_name(f"{directory.name}.{n}")).exists())
+        os.rename(directory, aside)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"expected to write into {directory.resolve()}: {error.strerror}; set runs_dir to a folder of yours") from None
+
+
+def _greeting(
+    config: Config, context: ParallelContext, train_index: ShardIndex, test_index: ShardIndex, found: Path | None
+) -> str:
+    start = f"continuing {found}" if found else "starting anew"
+    return (
+        f"{config.name}: {train_index.num_samples:,} images of {train_index.num_classes:,} classes to train on, "
+        f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on; "
+        f"{context.world_size} rank(s) on {context.device.type}; {start}\n"
+        f"{plan_head(config, world_size=context.world_size)}"
+    )
+
+
+def _evaluate_raw_pixels(config: Config, context: ParallelContext, index: ShardIndex, run_directory: Path) -> None:
+    pixels = RawPixels().to(context.device)
+    result = evaluate_model(config, context, pixels, index)
+    if context.is_main:
+        store_evaluation(run_directory, "pixels", result, with_embeddings=False)
+
+
+def _show(run_directory: Path, index: ShardIndex) -> None:
+    report = write_report(run_directory, index)
+    print(format_table(run_directory), flush=True)
+    print(f"report: {report.resolve()}", flush=True)
+
+
+def _nothing(*_: object) -> None:
+    return None

@@ -1,0 +1,55 @@
+"""Evaluate a checkpoint: `deepspeed launchers/evaluate.py --run runs/demo_cpu`.
+
+With the run's own shards and number of threads this repeats the numbers of the training run to the last digit.
+"""
+
+import argparse
+from pathlib import Path
+
+from dist_proxygml.config import load_config
+from dist_proxygml.parallel import join_world, run_launcher, run_together
+
+EXAMPLES = """examples:
+  deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
+  deepspeed launchers/evaluate.py --run runs/sop_8gpu --checkpoint step-000800 --data shards/other
+"""
+
+
+def main() -> None:
+    """Parse, evaluate, print the table and store the result in the run's folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
+    parser.add_argument("--checkpoint", help="name of a checkpoint of that run, such as step-000800 (default: the newest)")
+    parser.add_argument("--data", help="folder of other shards (default: the run's own)")
+    parser.add_argument("--split", help="split of the shards (default: the run's test split)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    arguments = parser.parse_args()
+    config = load_config(arguments.run / "config.json")
+    context = join_world()
+
+    from dist_proxygml.checkpoint import find_checkpoint, load_backbone  # noqa: PLC0415 - seconds of imports
+    from dist_proxygml.data.index import open_index  # noqa: PLC0415
+    from dist_proxygml.evaluation.report import format_metrics  # noqa: PLC0415
+    from dist_proxygml.training import build_evaluation_model, evaluate_model, store_evaluation  # noqa: PLC0415
+
+    checkpoints = arguments.run / "checkpoints"
+    wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
+    checkpoint = run_together(context, find_checkpoint, checkpoints, wanted)
+    if checkpoint is None:
+        raise ValueError(f"expected a checkpoint in {checkpoints}, found none; train the run first")
+    split = arguments.split or config.data.test_split
+    index = run_together(context, open_index, arguments.data or config.data.shards, split)
+    model = run_together(context, build_evaluation_model, config, context)
+    run_together(context, load_backbone, checkpoint, model)
+    result = evaluate_model(config, context, model, index)
+    if context.is_main:
+        suffix = "" if arguments.data is None and arguments.split is None else f"-on-{Path(index.root).name}-{split}"
+        path = store_evaluation(arguments.run, f"{checkpoint.name}{suffix}", result, with_embeddings=False)
+        print(format_metrics({checkpoint.name: result.metrics}))
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    run_launcher(main)

@@ -1,0 +1,157 @@
+"""Checkpoints: what is saved comes back, on any number of ranks; what cannot come back is refused."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_proxygml.checkpoint import (
+    RunState,
+    find_checkpoint,
+    load_backbone,
+    load_checkpoint,
+    published_checkpoints,
+    read_state,
+    save_checkpoint,
+)
+from dist_proxygml.engine import Engine
+from dist_proxygml.loss import ProxyGMLLoss
+from dist_proxygml.parallel import ParallelContext
+from tests.harness import run_ranks
+
+NUM_CLASSES = 7  # uneven over 2 and 3 ranks
+
+
+def parts(context: ParallelContext, stage: int, seed: int) -> tuple[Engine, ProxyGMLLoss, torch.optim.Optimizer]:
+    """A tiny backbone under DeepSpeed and a bank; `seed` varies all numbers."""
+    torch.manual_seed(seed)
+    model = nn.Linear(5, 4)
+    settings = {"train_batch_size": 6, "zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False}
+    engine = Engine(model, torch.optim.Adam(model.parameters(), lr=0.1), settings=settings, context=context)
+    loss = ProxyGMLLoss(NUM_CLASSES, 4, proxies_per_class=2, ratio=0.5, group=context.group, seed=seed)
+    return engine, loss, torch.optim.Adam(loss.parameters(), lr=0.1)
+
+
+def step(context: ParallelContext, engine: Engine, loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, seed: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = torch.randn(6, 5, generator=generator), torch.randint(0, NUM_CLASSES, (6,), generator=generator)
+    own = slice(context.rank * 6 // context.world_size, (context.rank + 1) * 6 // context.world_size)
+    embeddings = nn.functional.normalize(engine.embed(images[own]))
+    leaf = embeddings.detach().requires_grad_()
+    terms = loss(leaf, labels[own])
+    terms.total.backward()
+    engine.backward(embeddings, leaf.grad)
+    engine.step(measure_norm=False)
+    optimizer.step()
+    optimizer.zero_grad()
+    return terms.total.item()
+
+
+def train_and_save(context: ParallelContext, stage: int, directory: Path) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Three steps, a checkpoint after each of the first two, and the losses of the steps that follow the second."""
+    engine, loss, optimizer = parts(context, stage, seed=0)
+    for number in (1, 2):
+        step(context, engine, loss, optimizer, seed=number)
+        save_checkpoint(
+            directory,
+            state=RunState(number, context.world_size, stage, "classes"),
+            engine=engine,
+            loss=loss,
+            bank_optimizer=optimizer,
+            context=context,
+            keep_last=1,
+        )
+    bank = bank_arrays(loss, optimizer)
+    return [step(context, engine, loss, optimizer, seed=number) for number in (3, 4)], bank
+
+
+def load_and_train(context: ParallelContext, stage: int, directory: Path) -> tuple[list[float], dict[str, np.ndarray]]:
+    engine, loss, optimizer = parts(context, stage, seed=1)
+    load_checkpoint(
+        find_checkpoint(directory, "auto"),
+        engine=engine,
+        loss=loss,
+        bank_optimizer=optimizer,
+        context=context,
+        class_table_sha256="classes",
+    )
+    bank = bank_arrays(loss, optimizer)
+    return [step(context, engine, loss, optimizer, seed=number) for number in (3, 4)], bank
+
+
+def bank_arrays(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    state = optimizer.state[loss.proxies]
+    rows = {"proxies": loss.proxies.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    return {name: value.numpy().copy() for name, value in rows.items()} | {"step": np.array([state["step"].item()])}
+
+
+def joined(ranks: list[tuple[list[float], dict[str, np.ndarray]]], name: str) -> np.ndarray:
+    return np.concatenate([bank[name] for _, bank in ranks])
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("saved_by", "loaded_by", "stage"), [(2, 2, 1), (2, 2, 3), (3, 1, 0), (1, 3, 0)])
+def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(
+    tmp_path: Path, saved_by: int, loaded_by: int, stage: int
+) -> None:
+    before = run_ranks(train_and_save, saved_by, stage, tmp_path, timeout=90)
+    after = run_ranks(load_and_train, loaded_by, stage, tmp_path, timeout=90)
+    for name in ("proxies", "exp_avg", "exp_avg_sq"):
+        np.testing.assert_array_equal(joined(before, name), joined(after, name), err_msg=name)
+    assert {bank["step"].item() for _, bank in after} == {2.0}
+    if saved_by == loaded_by:
+        assert after[0][0] == before[0][0]
+    else:  # sums in another order
+        np.testing.assert_allclose(after[0][0], before[0][0], rtol=1e-5)
+    # keep_last = 1, and nothing half-written stays behind
+    assert [path.name for path in published_checkpoints(tmp_path)] == ["step-000002"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+    model = nn.Linear(5, 4)
+    load_backbone(tmp_path / "step-000002", model)
+    with pytest.raises(ValueError, match="does not fit the configured backbone"):
+        load_backbone(tmp_path / "step-000002", nn.Linear(5, 3))
+
+
+def load_elsewhere(context: ParallelContext, directory: Path, classes: str) -> None:
+    engine, loss, optimizer = parts(context, 0, seed=1)
+    load_checkpoint(
+        directory / "step-000001", engine=engine, loss=loss, bank_optimizer=optimizer, context=context, class_table_sha256=classes
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "classes", "message"),
+    [
+        ({}, "others", "trained on the class table"),
+        ({"zero_stage": 2}, "classes", "written with ZeRO stage 2, the configuration says 0"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, int], classes: str, message: str) -> None:
+    state = RunState(step=1, world_size=1, zero_stage=0, class_table_sha256="classes")
+    (tmp_path / "step-000001").mkdir()
+    import json
+
+    (tmp_path / "step-000001" / "state.json").write_text(json.dumps(dataclasses.asdict(state) | change))
+    with pytest.raises(ValueError, match=message):
+        run_ranks(load_elsewhere, 1, tmp_path, classes)
+
+
+def test_only_published_checkpoints_are_found(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "auto") is None
+    for name in ("step-000900", "step-001000", ".step-001100.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text('{"step": 1, "world_size": 1, "zero_stage": 0, "class_table_sha256": ""}')
+    (tmp_path / "step-002000").mkdir()  # published by nobody: no state.json
+    assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
+    assert find_checkpoint(tmp_path, "never") is None
+    assert find_checkpoint(tmp_path, str(tmp_path / "step-000900")) == tmp_path / "step-000900"
+    assert read_state(tmp_path / "step-001000").step == 1
+    with pytest.raises(ValueError, match=r"this run has: step-000900, step-001000"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-002000"))
+    shutil.rmtree(tmp_path / "step-001000")
+    assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-000900"

@@ -1,0 +1,139 @@
+"""The differentiable collectives on uneven rows, against sums worked out in one process."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, exchange_rows, gather_rows
+from dist_proxygml.parallel import ParallelContext
+from tests.harness import run_ranks
+
+ROW_COUNTS = [[4], [3, 1], [2, 0, 3], [0, 0, 1], [0, 0, 0], [5, 5, 5]]
+
+
+def rows_of(rank: int, num_rows: int) -> Tensor:
+    """Every number of every rank is another one."""
+    return 100.0 * rank + torch.arange(num_rows * 2, dtype=torch.float64).reshape(num_rows, 2)
+
+
+def weights_of(rank: int, num_rows: int) -> Tensor:
+    """What this rank does with each of the gathered numbers: every rank something else."""
+    return torch.cos(torch.arange(num_rows * 2, dtype=torch.float64) + 10 * rank).reshape(
+        num_rows, 2
+    )
+
+
+def gather_and_differentiate(
+    context: ParallelContext, row_counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    rows = rows_of(context.rank, row_counts[context.rank]).requires_grad_()
+    gathered = gather_rows(rows, row_counts=row_counts, group=context.group)
+    (gathered * weights_of(context.rank, sum(row_counts))).sum().backward()
+    assert rows.grad is not None
+    return gathered.detach(), rows.grad
+
+
+@pytest.mark.parametrize("row_counts", ROW_COUNTS, ids=str)
+def test_rows_are_gathered_in_rank_order_and_gradients_summed_at_their_owner(
+    row_counts: list[int],
+) -> None:
+    world_size = len(row_counts)
+    results = run_ranks(gather_and_differentiate, world_size, row_counts)
+    everything = torch.cat([rows_of(rank, count) for rank, count in enumerate(row_counts)])
+    summed = torch.stack([weights_of(rank, sum(row_counts)) for rank in range(world_size)]).sum(
+        dim=0
+    )
+    for gathered, _ in results:
+        assert torch.equal(gathered, everything)
+    for (_, gradient), expected in zip(results, summed.split(row_counts), strict=True):
+        assert gradient.shape == expected.shape
+        torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=1e-14)
+
+
+def gather_integers_and_cubes(context: ParallelContext) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(context.rank, dtype=torch.int64) + 10 * context.rank
+    bank = torch.full((context.rank, 2, 3), float(context.rank))
+    counts = list(range(context.world_size))
+    return (
+        gather_rows(labels, row_counts=counts, group=context.group),
+        gather_rows(bank, row_counts=counts, group=context.group),
+    )
+
+
+def test_labels_and_three_dimensional_banks_are_gathered_too() -> None:
+    for labels, bank in run_ranks(gather_integers_and_cubes, 3):
+        assert labels.tolist() == [10, 20, 21]
+        assert labels.dtype == torch.int64
+        assert bank[:, 0, 0].tolist() == [1.0, 2.0, 2.0]
+        assert bank.shape == (3, 2, 3)
+
+
+def reduce_and_differentiate(context: ParallelContext) -> tuple[Tensor, Tensor, Tensor]:
+    value = torch.tensor([1.0, -2.0], dtype=torch.float64) * (context.rank + 1)
+    value.requires_grad_()
+    total = all_reduce_sum(value, group=context.group)
+    (total**2).sum().backward()  # every rank computes the same number
+    assert value.grad is not None
+    largest = all_reduce_max(value, group=context.group)
+    assert not largest.requires_grad
+    return total.detach(), value.grad, largest
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_sum_over_ranks_has_the_gradient_of_the_shared_number(
+    world_size: int,
+) -> None:
+    count = world_size * (world_size + 1) / 2
+    total = torch.tensor([1.0, -2.0], dtype=torch.float64) * count
+    largest = torch.tensor([float(world_size), -2.0], dtype=torch.float64)
+    for actual, gradient, actual_largest in run_ranks(reduce_and_differentiate, world_size):
+        assert torch.equal(actual, total)
+        assert torch.equal(
+            gradient, 2 * total
+        )  # d(sum^2)/d(own part), counted once and not once per rank
+        assert torch.equal(actual_largest, largest)
+
+
+def reduce_nothing(context: ParallelContext) -> tuple[Tensor, Tensor, Tensor]:
+    value = torch.arange(2.0) + context.rank
+    original = value.clone()
+    total, largest = (
+        all_reduce_sum(value, group=context.group),
+        all_reduce_max(value, group=context.group),
+    )
+    assert torch.equal(value, original), "a collective must not write into its argument"
+    return total, largest, all_reduce_sum(torch.zeros(0), group=context.group)
+
+
+def test_reductions_leave_their_argument_alone_and_take_empty_tensors() -> None:
+    for total, largest, empty in run_ranks(reduce_nothing, 2):
+        assert total.tolist() == [1.0, 3.0]
+        assert largest.tolist() == [1.0, 2.0]
+        assert empty.shape == (0,)
+
+
+def exchange(context: ParallelContext) -> list[Tensor]:
+    """Rank r sends each receiver (receiver + 1) rows of width r; those of rank 0 are empty."""
+    send_counts = [receiver + 1 for receiver in range(context.world_size)]
+    blocks = torch.full((sum(send_counts), context.rank), 7.0 + context.rank)
+    blocks += torch.arange(sum(send_counts))[:, None] / 10
+    shapes = [(context.rank + 1, sender) for sender in range(context.world_size)]
+    assert context.group is not None
+    return exchange_rows(
+        blocks, send_counts=send_counts, receive_shapes=shapes, group=context.group
+    )
+
+
+def test_blocks_of_different_sizes_reach_their_receivers() -> None:
+    results = run_ranks(exchange, 3)
+    assert [block.shape for block in results[2]] == [(3, 0), (3, 1), (3, 2)]
+    torch.testing.assert_close(results[0][2], torch.tensor([[9.0, 9.0]]))
+    torch.testing.assert_close(results[1][1], torch.tensor([[8.1], [8.2]]))
+    torch.testing.assert_close(results[2][2][:, 0], torch.tensor([9.3, 9.4, 9.5]))
+
+
+def test_without_a_group_every_collective_is_the_identity() -> None:
+    rows = rows_of(0, 3).requires_grad_()
+    assert torch.equal(gather_rows(rows, row_counts=[3], group=None), rows)
+    assert torch.equal(all_reduce_sum(rows, group=None), rows)
+    assert torch.equal(all_reduce_max(rows, group=None), rows)

@@ -1,0 +1,144 @@
+"""Evaluation gives the same result, to the last digit, for any number of ranks, and fails on all of
+them together.
+
+Starting ranks is what takes time here, so each number of ranks is started once and goes through all
+scenes.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_proxygml.config import ResizeConfig
+from dist_proxygml.data.index import open_index
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.evaluation.embed import EmbeddingTable
+from dist_proxygml.evaluation.evaluator import Settings, evaluate, evaluate_table
+from dist_proxygml.parallel import ParallelContext, single_process
+from tests.harness import run_ranks
+from tests.shards_of_noise import SIDE, Projection, write_noise_shards
+
+CLASS_SIZES = [1, 9, 3, 1, 2, 5, 3, 13]  # 37 images
+COPY_OF = {20: 3, 30: 3, 31: 7}
+
+
+class Outcome(NamedTuple):
+    """What one rank saw."""
+
+    uneven: str  # 3 batches: two ranks share them unevenly
+    idle: str  # 1 batch: the other ranks have none
+    table: list[Tensor]
+    close: str  # neighbours so close that the last bits of their scores decide
+    not_finite: str  # the error, when the last rank's embeddings are not finite
+    damaged: str  # the error, when the last rank cannot read an image
+
+
+class Spoiling(Projection):
+    """Embeds, and gives no number at all when told to."""
+
+    def __init__(self, *, spoil: bool) -> None:
+        super().__init__()
+        self.spoil = spoil
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings = super().forward(images)
+        return embeddings * float("nan") if self.spoil else embeddings
+
+
+def close_neighbours() -> EmbeddingTable:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 90, (700,), generator=generator)
+    rows = 1 + 1e-3 * torch.randn(700, 96, generator=generator)
+    return EmbeddingTable(torch.nn.functional.normalize(rows, dim=1), labels, torch.arange(700))
+
+
+def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
+    index = open_index(directory, "test")
+    resize = build_transform(ResizeConfig(name="resize", size=SIDE))
+    last = context.rank == context.world_size - 1
+
+    def failing(images: list[Tensor], generators: object) -> Tensor:
+        if last:
+            raise ValueError("this image is damaged")
+        return resize(images, ())
+
+    uneven, idle = (
+        evaluate(
+            Projection(),
+            index,
+            resize,
+            context=context,
+            recall_at=(1, 2, 4),
+            batch_size=size,
+            kmeans_seeds=4,
+        )
+        for size in (16, 100)
+    )
+    assert uneven.table is not None
+    settings = Settings(recall_at=(1, 5), kmeans_seeds=(7, 3), tile_size=64)
+    close = evaluate_table(close_neighbours(), context=context, settings=settings)
+    with pytest.raises(ValueError, match="not finite") as not_finite:
+        evaluate(Spoiling(spoil=last), index, resize, context=context, batch_size=16)
+    with pytest.raises(ValueError, match="damaged") as damaged:
+        evaluate(Projection(), index, failing, context=context, batch_size=16)
+    return Outcome(
+        uneven.to_json(),
+        idle.to_json(),
+        list(uneven.table),
+        close.to_json(),
+        str(not_finite.value),
+        str(damaged.value),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone_and_ranks(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Outcome, dict[int, list[Outcome]]]:
+    directory = tmp_path_factory.mktemp("noise")
+    write_noise_shards(directory, CLASS_SIZES, copy_of=COPY_OF)
+    ranks = {size: run_ranks(go_through_all_scenes, size, directory) for size in (1, 2, 3)}
+    return go_through_all_scenes(single_process(), directory), ranks
+
+
+Runs = tuple[Outcome, dict[int, list[Outcome]]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("scene", ["uneven", "idle", "close"])
+def test_the_result_is_the_same_for_any_number_of_ranks(
+    alone_and_ranks: Runs, scene: str, world_size: int
+) -> None:
+    alone, ranks = alone_and_ranks
+    assert [getattr(outcome, scene) for outcome in ranks[world_size]] == [
+        getattr(alone, scene)
+    ] * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_ends_with_the_whole_table(alone_and_ranks: Runs, world_size: int) -> None:
+    alone, ranks = alone_and_ranks
+    assert alone.table[0].shape == (37, 6)
+    for outcome in ranks[world_size]:
+        assert all(torch.equal(a, b) for a, b in zip(outcome.table, alone.table, strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "ids"), [(2, "ids 16, 17, 18"), (3, "ids 32, 33, 34")])
+def test_embeddings_that_are_not_finite_stop_all_ranks_with_the_same_words(
+    alone_and_ranks: Runs, world_size: int, ids: str
+) -> None:
+    messages = {outcome.not_finite for outcome in alone_and_ranks[1][world_size]}
+    assert len(messages) == 1
+    assert ids in messages.pop()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_damaged_image_stops_all_ranks_with_the_same_words(
+    alone_and_ranks: Runs, world_size: int
+) -> None:
+    messages = {outcome.damaged for outcome in alone_and_ranks[1][world_size]}
+    assert len(messages) == 1
+    assert f"on rank {world_size - 1}" in messages.pop()

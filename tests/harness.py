@@ -1,0 +1,202 @@
+"""Runs one function on several gloo ranks of this machine and hands back what each rank returned.
+
+Chosen: a fork server that has torch loaded, so that four ranks start in a fraction of a second
+after a one-off few seconds; a file as rendezvous, so that no port can be taken; results travel as
+bytes, so that no rank shares memory or file descriptors with the test. Declined:
+`torch.multiprocessing.spawn`, which imports torch once for every rank of every test; preloading the
+package under test, which would hide what its import does.
+
+    def sum_of_ranks(context: ParallelContext, start: float) -> float: ...   # top level of a module
+    assert run_ranks(sum_of_ranks, 3, 0.5) == [3.5, 3.5, 3.5]
+
+Either every rank returns, or the error of the rank that failed first is raised here. All ranks have
+ended when `run_ranks` returns or raises.
+"""
+
+import builtins
+import datetime
+import functools
+import io
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# What takes long to import; the first optimizer that a process builds loads `torch._dynamo`.
+PRELOADED_MODULES = ["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest"]
+
+
+class Report(NamedTuple):
+    """What a rank tells the test: its result (None: none) and the error that ended it."""
+
+    rank: int
+    finished_at: float  # seconds of the machine's monotonic clock, the same for all processes
+    result: bytes | None
+    error_type: str = ""
+    error_message: str = ""
+    traceback_text: str = ""
+
+
+def run_ranks(
+    function: Callable[..., T], world_size: int, *args: Any, timeout: float = 60.0
+) -> list[T]:
+    """Call `function(context, *args)` on `world_size` gloo ranks; the results in rank order.
+
+    `function`, what it takes and what it returns must be picklable: a function at the top level of
+    a module. Each rank has a real process group (also when `world_size` is 1) and one thread.
+
+    Raises:
+        The error of the rank that failed first, with the rank and its traceback in the message; of
+        the same type where that is a built-in one, RuntimeError otherwise. TimeoutError when a rank
+        has not returned after `timeout` seconds.
+    """
+    context = _fork_server()
+    arguments = _to_bytes(args)
+    processes: list[Any] = []
+    connections: list[Connection] = []
+    with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
+        try:
+            for rank in range(world_size):
+                connection, connection_of_rank = context.Pipe()
+                process = context.Process(
+                    target=_run_rank,
+                    args=(function, arguments, rank, world_size, directory, timeout),
+                    kwargs={"connection": connection_of_rank},
+                    name=f"rank-{rank}",
+                    daemon=True,
+                )
+                process.start()
+                connection_of_rank.close()  # or the end of the rank would not end its pipe
+                processes.append(process)
+                connections.append(connection)
+            results = _collect(processes, connections, timeout=timeout)
+            for connection in connections:
+                connection.send_bytes(b"end")
+            for process in processes:
+                process.join(timeout=10.0)
+            return results
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+                process.close()
+            for connection in connections:
+                connection.close()
+
+
+@functools.cache
+def _fork_server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED_MODULES)
+    return context
+
+
+def _collect(processes: list[Any], connections: list[Connection], *, timeout: float) -> list[Any]:
+    """Wait for one report of every rank; raise for the first failure without waiting for all."""
+    deadline = time.monotonic() + timeout
+    reports: dict[int, Report] = {}
+    while len(reports) < len(processes):
+        waiting = [c for rank, c in enumerate(connections) if rank not in reports]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = [rank for rank in range(len(processes)) if rank not in reports]
+            raise TimeoutError(
+                f"ranks {missing} had not returned after {timeout:g} s; all ranks were killed"
+            )
+        for connection in ready:
+            rank = connections.index(connection)  # type: ignore[arg-type]
+            reports[rank] = _receive(rank, processes[rank], connections[rank])
+        failures = [report for report in reports.values() if report.result is None]
+        if failures:  # the earliest: the others usually report only that a peer went away
+            raise _as_error(min(failures, key=lambda report: (report.finished_at, report.rank)))
+    return [_from_bytes(reports[rank].result) for rank in range(len(processes))]
+
+
+def _receive(rank: int, process: Any, connection: Connection) -> Report:
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except EOFError:
+        process.join(timeout=10.0)
+        message = f"the process ended with exit code {process.exitcode} and returned nothing"
+        return Report(rank, time.monotonic(), None, "RuntimeError", message)
+
+
+def _as_error(report: Report) -> BaseException:
+    message = (
+        f"rank {report.rank}: {report.error_type}: {report.error_message}\n{report.traceback_text}"
+    )
+    error_type = getattr(builtins, report.error_type, RuntimeError)
+    try:
+        return error_type(message)
+    except TypeError:  # some built-in errors take other arguments
+        return RuntimeError(message)
+
+
+def _run_rank(
+    function: Callable[..., Any],
+    arguments: bytes,
+    rank: int,
+    world_size: int,
+    directory: str,
+    timeout: float,
+    *,
+    connection: Connection,
+) -> None:
+    """Runs in the rank's process: join the group, call the function, report, leave last."""
+    try:
+        torch.set_num_threads(1)
+        # The name of the host may not resolve on a bare machine; gloo would look it up.
+        if any(name == "lo" for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{Path(directory) / 'rendezvous'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+        from dist_proxygml.parallel import ParallelContext
+
+        context = ParallelContext(
+            rank=rank,
+            world_size=world_size,
+            local_rank=rank,
+            device=torch.device("cpu"),
+            group=dist.group.WORLD,
+        )
+        result = _to_bytes(function(context, *_from_bytes(arguments)))
+        report = Report(rank, time.monotonic(), result)
+    except BaseException as error:
+        text = traceback.format_exc()
+        report = Report(rank, time.monotonic(), None, type(error).__name__, str(error), text)
+    connection.send_bytes(pickle.dumps(report))
+    try:
+        connection.recv_bytes()  # leaving early would break a collective that others are still in
+    except EOFError:
+        return
+    dist.destroy_process_group()
+
+
+def _to_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _from_bytes(data: bytes | None) -> Any:
+    assert data is not None
+    return torch.load(io.BytesIO(data), weights_only=False)

@@ -1,0 +1,178 @@
+"""The launchers through the real deepspeed command, on the embedded shards: train, stop, resume, evaluate, and every way to be refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/demo_cpu.json"
+# 20 steps of the demo: 2 optimizer steps a second are enough for a test on two busy cores
+SHORT = (
+    "training.max_steps=20",
+    "training.batch_size=32",
+    "checkpoint.every_steps=10",
+    "telemetry.log_every_steps=1",
+    "evaluation.kmeans_seeds=1",
+    "schedule.warmup_steps=0",
+)
+
+
+def run(command: list[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True, check=False)
+
+
+def deepspeed(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(["deepspeed", "--num_gpus", str(num_ranks), "--master_port", "29713", *arguments])
+
+
+def lines(run_directory: Path, kind: str) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of 20 steps on two ranks."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={runs}", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "recall@1" in done.stdout.lower()
+    assert "report.html" in done.stdout
+    return runs / "demo_cpu"
+
+
+@pytest.mark.timeout(300)
+def test_a_run_leaves_everything_that_it_promises(trained: Path) -> None:
+    training, evaluations = lines(trained, "train"), lines(trained, "evaluation")
+    assert [line["step"] for line in training] == list(range(1, 21))
+    assert [line["step"] for line in evaluations] == [0, 20]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert {"classification", "regularization", "kept_classes", "lr_backbone", "lr_proxies", "gradient_norm_backbone"} <= training[0].keys()
+    assert {"gradient_norm_proxies", "images_per_second", "memory_gib"} <= training[0].keys()
+    assert evaluations[-1]["recall@1"] != evaluations[0]["recall@1"]
+    pixels = json.loads((trained / "evaluation" / "pixels.json").read_text())
+    assert pixels["metrics"]["recall@1"] == pytest.approx(0.353, abs=0.005)  # measured apart from this code
+    assert [path.name for path in sorted((trained / "checkpoints").iterdir())] == ["step-000010", "step-000020"]
+    assert "<html" in (trained / "report.html").read_text()
+    assert json.loads((trained / "config.json").read_text())["training"]["max_steps"] == 20
+
+
+@pytest.mark.timeout(300)
+def test_tensorboard_reads_the_scalars_and_images_back(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    losses = [scalar.value for scalar in events.Scalars("train/loss")]
+    assert losses == pytest.approx([line["loss"] for line in lines(trained, "train")], rel=1e-6)
+    assert len(events.Scalars("evaluation/recall@1")) == 2
+    assert events.Tags()["images"]
+
+
+@pytest.mark.timeout(300)
+def test_a_stopped_run_resumes_with_the_same_losses(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "demo_cpu")
+    shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
+    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continuing" in done.stdout
+    records = lines(tmp_path / "demo_cpu", "train")
+    first, again = records[10:20], records[20:]
+    assert [line["step"] for line in again] == list(range(11, 21))
+    for expected, got in zip(first, again, strict=True):
+        assert (got["loss"], got["kept_classes"], got["lr_proxies"]) == (expected["loss"], expected["kept_classes"], expected["lr_proxies"])
+    assert lines(tmp_path / "demo_cpu", "evaluation")[-1] == lines(trained, "evaluation")[-1]
+
+
+@pytest.mark.timeout(300)
+def test_evaluating_a_checkpoint_repeats_the_run_to_the_last_digit(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    stored = tmp_path / "copy" / "evaluation" / "step-000020.json"
+    expected = json.loads(stored.read_text())
+    stored.unlink()
+    done = deepspeed(2, "launchers/evaluate.py", "--run", str(tmp_path / "copy"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(stored.read_text()) == expected
+    # one rank: another number of threads, the same numbers
+    stored.unlink()
+    done = deepspeed(1, "launchers/evaluate.py", "--run", str(tmp_path / "copy"), "--checkpoint", "step-000020")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(stored.read_text()) == expected
+
+
+@pytest.mark.timeout(300)
+def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "demo_cpu")
+    changes = ["training.max_steps=1", "evaluation.at_start=false"]
+    done = run(
+        [sys.executable, "launchers/train.py", "--config", CONFIG, "--resume", "never", "--set", f"runs_dir={tmp_path}", *SHORT, *changes]
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(lines(tmp_path / "demo_cpu", "train")) == 1
+    assert (tmp_path / "demo_cpu.1" / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["proxies.rato=0.1"], "did you mean 'ratio'?"),
+        (["training.epochs=many"], "training.epochs: input should be a valid integer"),
+        (["proxies.ratio=0.0001"], "raise the ratio"),
+        (["data.num_classes=500"], "data.num_classes is 500, but the split 'train' of shards/demo has 549 classes"),
+        (["data.shards=shards/nowhere"], "shards/nowhere"),
+        (["training.batch_size=7", "deepspeed.gradient_accumulation_steps=2"], "does not divide over 1 ranks x 2"),
+        (["deepspeed.train_batch_size=128"], "deepspeed.train_batch_size is 128"),
+        (["deepspeed.optimizer.type=Adam"], "use the section optimizer"),
+        (["runs_dir=README.md"], "set runs_dir to a folder of yours"),
+        (["backbone.name=timm/resnet5O"], "timm/resnet50"),
+        (["backbone.pretrained=weights/none.pth"], "weights/none.pth"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_message_and_nothing_is_written(tmp_path: Path, changes: list[str], message: str) -> None:
+    runs = [] if any("runs_dir" in change for change in changes) else [f"runs_dir={tmp_path / 'runs'}"]
+    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *runs, *changes], timeout=60)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_refuse_with_one_message(tmp_path: Path) -> None:
+    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path / 'runs'}", "training.batch_size=63")
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("does not divide over 2 ranks") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(ROOT / "shards" / "demo", shards)
+    for shard in sorted(shards.glob("train-*.tar")):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 0xFF  # the size stays, the crc does not
+        shard.write_bytes(content)
+    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", f"data.shards={shards}", "evaluation.at_start=false")
+    assert done.returncode != 0
+    assert "crc32" in done.stderr + done.stdout
+    assert "train-00000" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
+def test_every_configuration_validates_and_plans_without_data_or_gpu(config: str) -> None:
+    done = run([sys.executable, "launchers/train.py", "--config", f"configs/{config}", "--dry-run", "2"], timeout=60)
+    assert done.returncode == 0, done.stderr
+    resolved, _, plan = done.stdout.partition("plan of the head")
+    assert json.loads(resolved)["name"] == config.removesuffix(".json")
+    assert "bank optimizer state" in plan
+    assert "messages per step" in plan

@@ -1,0 +1,248 @@
+"""Evaluation on one process: what is counted, what is refused, and that nothing around it changes a
+number.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_proxygml.config import ResizeConfig
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.evaluation.embed import EmbeddingTable, embed, load_table, save_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
+from dist_proxygml.parallel import single_process
+from tests.shards_of_noise import SIDE, Projection, write_noise_shards
+
+CLASS_SIZES = [1, 9, 3, 1, 2, 5, 3, 13]  # two lone images, one class larger than the largest K
+COPY_OF = {20: 3, 30: 3, 31: 7}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return write_noise_shards(tmp_path_factory.mktemp("noise"), CLASS_SIZES, copy_of=COPY_OF)
+
+
+def evaluated(model: nn.Module, index: ShardIndex, **options: Any) -> EvaluationResult:
+    transform = build_transform(ResizeConfig(name="resize", size=SIDE))
+    return evaluate(model, index, transform, context=single_process(), batch_size=7, **options)
+
+
+def table_of(embeddings: list[list[float]], labels: list[int]) -> EmbeddingTable:
+    return EmbeddingTable(torch.tensor(embeddings), torch.tensor(labels), torch.arange(len(labels)))
+
+
+def full_sort_metrics(table: EmbeddingTable, recall_at: tuple[int, ...]) -> dict[str, float]:
+    """The definitions, query by query, in float64."""
+    rows, labels = table.embeddings.numpy().astype(np.float64), table.labels.numpy()
+    values: dict[str, list[float]] = {}
+    for query in range(len(rows)):
+        others = [other for other in range(len(rows)) if other != query]
+        num_positives = sum(int(labels[other] == labels[query]) for other in others)
+        if not num_positives:
+            continue
+        order = sorted(
+            others, key=lambda other: (-round(float(rows[query] @ rows[other]), 7), other)
+        )
+        hits = [int(labels[other] == labels[query]) for other in order]
+        for k in recall_at:
+            values.setdefault(f"recall@{k}", []).append(float(any(hits[:k])))
+        precisions = [sum(hits[: i + 1]) / (i + 1) for i in range(num_positives) if hits[i]]
+        values.setdefault("r_precision", []).append(sum(hits[:num_positives]) / num_positives)
+        values.setdefault("map@r", []).append(sum(precisions) / num_positives)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def test_an_evaluation_gives_the_metrics_of_a_full_sort_and_counts_the_lone_images(
+    index: ShardIndex,
+) -> None:
+    result = evaluated(Projection(), index, recall_at=(1, 2, 4))
+    assert result.table is not None
+    expected = full_sort_metrics(result.table, (1, 2, 4))
+    assert 0.3 < expected["recall@1"] < 0.95  # neither hopeless nor solved
+    found = {name: result.metrics[name] for name in expected}
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert (result.num_images, result.num_classes, result.num_queries, result.num_lone) == (
+        37,
+        8,
+        35,
+        2,
+    )
+    low, high = result.recall_at_1_bounds
+    assert low <= result.metrics["recall@1"] <= high
+
+
+def test_hand_worked_example() -> None:
+    # On a circle: a at 0 and 10 degrees, b at 12 and 90, one lone c at 1.
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 12.0, 90.0, 1.0]))
+    table = EmbeddingTable(
+        torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([4, 4, 2, 2, 9]), torch.arange(5)
+    )
+    result = evaluate_table(
+        table, context=single_process(), settings=Settings(recall_at=(1, 2, 3), kmeans_seeds=())
+    )
+    # First right answers: image 0 at 2 (behind the lone image), 1 at 3, 2 at 4, 3 at 1. R = 1
+    # everywhere.
+    assert result.metrics == {
+        "recall@1": 0.25,
+        "recall@2": 0.5,
+        "recall@3": 0.75,
+        "r_precision": 0.25,
+        "map@r": 0.25,
+    }
+    assert (result.num_queries, result.num_lone) == (4, 1)
+
+
+def test_copies_of_an_image_under_another_label_are_not_taken_for_the_query_itself() -> None:
+    # Images 0 and 1 are the same picture under two labels; 2 belongs to 0 and 3 to 1. The search
+    # may return 0 before 1 for the query 1: who drops the first column as "self" then counts 1 as
+    # its own right answer, and gets 0.5.
+    rows = [[1.0, 0.0], [1.0, 0.0], [0.8, 0.6], [0.8, -0.6]]
+    result = evaluate_table(
+        table_of(rows, [0, 1, 0, 1]),
+        context=single_process(),
+        settings=Settings(recall_at=(1, 2), kmeans_seeds=()),
+    )
+    assert (
+        result.metrics["recall@1"] == 0.25
+    )  # 2 and 3 both find 0 before 1, its equal: right for 2, wrong for 3
+    assert result.recall_at_1_bounds == (0.0, 0.5)
+
+
+def test_clustering_reports_the_mean_and_the_deviation_over_the_seeds(index: ShardIndex) -> None:
+    one, three, none = (evaluated(Projection(), index, kmeans_seeds=seeds) for seeds in (1, 3, 0))
+    assert "nmi" not in none.metrics
+    assert none.protocol["clustering"] is None
+    assert one.metrics["nmi_sd"] == 0.0
+    assert three.metrics["nmi_sd"] > 0.0
+    assert 0.3 < three.metrics["nmi"] < 1.0
+    assert three.protocol["clustering"]["seeds"] == [0, 1, 2]
+
+
+def test_the_modes_of_all_modules_are_restored(index: ShardIndex) -> None:
+    model = Projection().train()
+    model.frozen.eval()
+    modes: list[tuple[bool, bool]] = []
+    model.register_forward_pre_hook(
+        lambda module, _: modes.append((module.training, torch.is_grad_enabled()))
+    )
+    evaluated(model, index)
+    assert set(modes) == {(False, False)}
+    assert model.training
+    assert not model.frozen.training
+
+
+def test_autocast_around_it_changes_nothing(index: ShardIndex) -> None:
+    plain = evaluated(Projection(), index)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = evaluated(Projection(), index)
+    assert inside.to_json() == plain.to_json()
+
+
+def test_scaled_outputs_are_brought_to_unit_length(index: ShardIndex) -> None:
+    class Scaled(Projection):
+        def forward(self, images: Tensor) -> Tensor:
+            brightness_b1 = images.flatten(1).float().mean(dim=1, keepdim=True)
+            return super().forward(images) * 2 ** (
+                brightness_b1.round() % 5
+            )  # powers of two round nothing
+
+    assert evaluated(Scaled(), index).metrics == evaluated(Projection(), index).metrics
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "zero")],
+)
+def test_unusable_embeddings_are_refused_with_the_ids_of_their_images(
+    index: ShardIndex, value: float, problem: str
+) -> None:
+    class Spoiling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection, self.seen = Projection(), 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            embeddings = self.projection(images)
+            for bad in (11, 36):
+                if self.seen <= bad < self.seen + len(images):
+                    embeddings[bad - self.seen] = value
+            self.seen += len(images)
+            return embeddings
+
+    with pytest.raises(
+        ValueError,
+        match=rf"2 of 37 images are {problem} \(ids 11, 36, the first is .*test-000000.tar",
+    ):
+        evaluated(Spoiling(), index)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0, 1, 1, 2], "missing ids: 3; repeated ids: 1;"),
+        ([0, 1, 2], "got 3 rows; missing ids: 3;"),
+        ([0, 1, 2, 3, 9], "unknown ids: 9;"),
+    ],
+)
+def test_a_loader_that_repeats_or_misses_images_is_refused(ids: list[int], message: str) -> None:
+    images = torch.randint(0, 256, (len(ids), 3, SIDE, SIDE), dtype=torch.uint8)
+    batch = Batch(
+        images, torch.zeros(len(ids), dtype=torch.int64), torch.tensor(ids), len(ids), len(ids)
+    )
+    with pytest.raises(ValueError, match=message):
+        embed(Projection(), [batch], context=single_process(), num_samples=4)
+
+
+@pytest.mark.parametrize("recall_at", [(1, 37), (0,), ()])
+def test_a_recall_that_the_split_cannot_give_is_refused_before_embedding(
+    index: ShardIndex, recall_at: tuple[int, ...]
+) -> None:
+    class NeverCalled(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise AssertionError("embedded before checking")
+
+    with pytest.raises(ValueError, match=r"recall_at is .* from 1 to 36"):
+        evaluated(NeverCalled(), index, recall_at=recall_at)
+
+
+def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no class of the split has two images"):
+        evaluated(Projection(), write_noise_shards(tmp_path, [1, 1, 1]), recall_at=(1,))
+
+
+def test_the_result_comes_back_from_json_to_the_last_digit(index: ShardIndex) -> None:
+    result = evaluated(Projection(), index, preprocessing={"name": "resize", "size": SIDE})
+    again = EvaluationResult.from_json(result.to_json())
+    assert again == result
+    assert again.fingerprint == result.fingerprint
+    assert json.loads(result.to_json())["protocol"]["data"]["index_sha256"] == index.sha256
+    assert again.protocol["data"]["preprocessing"] == {"name": "resize", "size": SIDE}
+    with pytest.raises(ValueError, match="expected the JSON of an evaluation"):
+        EvaluationResult.from_json('{"metrics": {}}')
+
+
+def test_the_fingerprint_follows_the_protocol_and_not_the_numbers(index: ShardIndex) -> None:
+    first, second, other = (
+        evaluated(Projection(width), index, recall_at=k)
+        for width, k in ((6, [1]), (5, [1]), (6, [2]))
+    )
+    assert first.metrics != second.metrics
+    assert first.fingerprint == second.fingerprint != other.fingerprint
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    table = table_of([[1.0, 0.0], [0.6, 0.8]], [3, 3])
+    path = save_table(table, tmp_path / "embeddings" / "step-000800.npz")
+    again = load_table(path)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(again, table, strict=True))
+    assert [file.name for file in path.parent.iterdir()] == ["step-000800.npz"]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not a table of embeddings"):
+        load_table(path)

@@ -1,0 +1,169 @@
+"""Opening a folder of shards."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_proxygml.data.index import SAMPLE_DTYPE, ShardIndex, class_table_sha256, open_index
+from dist_proxygml.data.shards import ShardReader, list_shard
+from tests.shards_of_noise import write_noise_shards
+
+SIZES = [3, 1, 4]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    return write_noise_shards(tmp_path / "shards", SIZES, num_shards=3)
+
+
+def edit(index: ShardIndex, **changes: object) -> None:
+    path = index.root / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def message_of_opening(index: ShardIndex, split: str = "test") -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        open_index(index.root, split)
+    return str(caught.value)
+
+
+def test_an_index_says_what_the_shards_hold(index: ShardIndex) -> None:
+    assert (index.num_samples, index.num_classes, index.split) == (8, 3, "test")
+    assert index.samples.dtype == SAMPLE_DTYPE
+    assert isinstance(index.samples, np.memmap)
+    assert index.labels.dtype == np.int64
+    assert np.bincount(index.labels).tolist() == SIZES == [entry.count for entry in index.classes]
+    assert [shard.num_samples for shard in index.shards] == [3, 3, 2]
+    assert index.samples["shard"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert index.class_table_sha256 == class_table_sha256(index.classes)
+
+
+def test_every_row_of_the_table_leads_to_its_image(index: ShardIndex) -> None:
+    reader = ShardReader(index.shard_paths, max_open=2)
+    for row in index.samples[::-1]:
+        payload = reader.read(
+            int(row["shard"]),
+            offset=int(row["offset"]),
+            num_bytes=int(row["nbytes"]),
+            crc32=int(row["crc32"]),
+        )
+        assert payload.startswith(b"\x89PNG")
+        assert payload.endswith(b"IEND\xaeB`\x82")
+    assert len(reader._descriptors) == 2
+    reader.close()
+
+
+def test_an_index_travels_to_another_process_as_paths_not_as_a_table(index: ShardIndex) -> None:
+    travelled = pickle.dumps(index)
+    again = pickle.loads(travelled)
+    assert isinstance(again.samples, np.memmap)
+    assert np.array_equal(again.samples, index.samples)
+    assert again.classes == index.classes
+    assert again.sha256 == index.sha256
+    assert index.samples.tobytes() not in travelled
+
+
+def test_the_class_tables_hash_ignores_counts_but_not_order(index: ShardIndex) -> None:
+    one, two, three = index.classes
+    assert class_table_sha256([one, three, two]) != index.class_table_sha256
+
+
+def test_a_missing_folder_is_named_with_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere does not exist; build .*dist_proxygml\.shard"):
+        open_index(tmp_path / "nowhere", "train")
+
+
+def test_a_folder_without_an_index_is_an_unfinished_build(index: ShardIndex) -> None:
+    (index.root / "index.json").unlink()
+    message = message_of_opening(index)
+    assert "3 tar files and no index.json" in message
+    assert "run the build again" in message
+    assert f"shard index {index.root}" in message
+
+
+def test_an_empty_folder_is_told_apart_from_an_unfinished_build(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"0 tar files and no index\.json; build the shards"):
+        open_index(tmp_path, "train")
+
+
+def test_another_version_kind_or_no_json_at_all_is_refused(index: ShardIndex) -> None:
+    edit(index, version=2)
+    assert "has version 2, this program reads version 1" in message_of_opening(index)
+    edit(index, version=1, kind="other")
+    assert "not a shard index" in message_of_opening(index)
+    (index.root / "index.json").write_text("{")
+    assert "is not JSON" in message_of_opening(index)
+
+
+def test_an_unknown_split_is_refused_with_those_that_exist(index: ShardIndex) -> None:
+    assert "has the splits test, not 'train'" in message_of_opening(index, "train")
+
+
+def test_a_garbled_split_is_refused_not_half_read(index: ShardIndex) -> None:
+    edit(index, splits={"test": {"num_samples": 8}})
+    assert "lacks or garbles the field 'classes'" in message_of_opening(index)
+
+
+def test_a_missing_and_a_cut_shard_are_both_named(index: ShardIndex) -> None:
+    index.shard_paths[0].unlink()
+    content = index.shard_paths[2].read_bytes()
+    index.shard_paths[2].write_bytes(content[:-512])
+    message = message_of_opening(index)
+    assert "2 of 3 shards" in message
+    assert "test-000000.tar is missing" in message
+    assert f"test-000002.tar has {len(content) - 512} bytes, the index says {len(content)}" in message
+
+
+def test_a_stale_table_is_refused(index: ShardIndex) -> None:
+    table = index.root / "index.samples.test.npy"
+    rows = np.load(table)
+    rows["label"] = rows["label"][::-1]
+    np.save(table, rows)
+    assert "does not belong to" in message_of_opening(index)
+    table.unlink()
+    assert "index.samples.test.npy is missing" in message_of_opening(index)
+
+
+def test_labels_beyond_the_class_table_and_wrong_counts_are_refused(index: ShardIndex) -> None:
+    document = json.loads((index.root / "index.json").read_text())
+    classes = document["splits"]["test"]["classes"]
+    document["splits"]["test"]["classes"] = classes[:2]
+    edit(index, **document)
+    assert "labels 0 to 2, but" in message_of_opening(index)
+    classes[0]["count"] += 1
+    document["splits"]["test"]["classes"] = classes
+    edit(index, **document)
+    assert "disagree on the number of images per class" in message_of_opening(index)
+
+
+def test_changed_bytes_and_a_file_that_shrank_are_noticed_at_the_read(index: ShardIndex) -> None:
+    row = index.samples[0]
+    reader = ShardReader(index.shard_paths)
+    where = {"offset": int(row["offset"]), "num_bytes": int(row["nbytes"])}
+    with pytest.raises(ValueError, match="the index says 00000001: the bytes changed"):
+        reader.read(0, **where, crc32=1)
+    index.shard_paths[0].write_bytes(index.shard_paths[0].read_bytes()[: where["offset"] + 5])
+    with pytest.raises(ValueError, match=r"got 5: the file was cut"):
+        reader.read(0, **where, crc32=int(row["crc32"]))
+    index.shard_paths[1].unlink()
+    with pytest.raises(ValueError, match="cannot be opened: No such file"):
+        reader.read(1, **where, crc32=0)
+
+
+@pytest.mark.parametrize("keep", [1100, 1024, 1536, -5000])
+def test_listing_a_cut_tar_is_refused(index: ShardIndex, keep: int) -> None:
+    path = index.shard_paths[0]
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"test-000000\.tar"):
+        list_shard(path)
+
+
+def test_listing_something_that_is_no_tar_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-000000.tar"
+    for content in (b"<html>503</html>" * 100, b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="copy or build the shard again"):
+            list_shard(path)

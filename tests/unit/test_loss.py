@@ -1,0 +1,354 @@
+"""ProxyGMLLoss in one process: the oracle, the paper's special cases, what is refused."""
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_proxygml import ProxyGMLLoss
+from tests.problems import (
+    ROUNDING,
+    SELECTIONS,
+    Problem,
+    assert_agrees_with_the_oracle,
+    build_loss,
+    outcomes,
+    random_problem,
+    reference_of,
+    relative_difference,
+    tied_problem,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_drawn_problems_agree_with_the_oracle(data: st.DataObject) -> None:
+    num_classes = data.draw(st.integers(2, 7), label="C")
+    proxies_per_class = data.draw(st.integers(1, 3), label="N")
+    make = data.draw(st.sampled_from([random_problem, tied_problem]), label="make")
+    problem = make(
+        num_classes=num_classes,
+        proxies_per_class=proxies_per_class,
+        num_images=data.draw(st.integers(1, 5), label="B"),
+        seed=data.draw(st.integers(0, 2**30), label="seed"),
+        topk=data.draw(
+            st.integers(proxies_per_class + 1, num_classes * proxies_per_class), label="k"
+        ),
+        regularization_weight=data.draw(st.sampled_from([0.0, 0.3]), label="lambda"),
+        scale=data.draw(st.sampled_from([1.0, 4.0]), label="scale"),
+    )
+    results = outcomes(problem, world_size=None, selection=data.draw(st.sampled_from(SELECTIONS)))
+    assert_agrees_with_the_oracle(results, problem)
+
+
+def test_with_every_proxy_kept_and_one_a_class_it_is_the_normalised_softmax() -> None:
+    problem = random_problem(num_classes=7, topk=7)
+    embeddings = problem.embeddings.clone().requires_grad_()
+    proxies = problem.proxies.clone().requires_grad_()
+    expected = F.cross_entropy(embeddings @ F.normalize(proxies[:, 0], dim=1).T, problem.labels)
+    expected.backward()
+    assert embeddings.grad is not None
+    assert proxies.grad is not None
+    (result,) = outcomes(problem, world_size=None)
+    assert relative_difference(result.total, expected.detach()) < ROUNDING
+    assert relative_difference(result.grad_embeddings, embeddings.grad) < ROUNDING
+    assert relative_difference(result.grad_proxies, proxies.grad) < ROUNDING
+    assert result.kept_classes == 7
+
+
+def test_a_ratio_of_one_keeps_every_proxy() -> None:
+    assert ProxyGMLLoss(7, 5, proxies_per_class=3, ratio=1.0).topk == 21
+
+
+def test_one_image_worked_out_by_hand() -> None:
+    # Classes on both axes and the diagonal; an image on the first axis keeps that and the diagonal.
+    proxies = torch.tensor([[[2.0, 0.0]], [[0.0, 5.0]], [[3.0, 3.0]]], dtype=torch.float64)
+    problem = Problem(
+        torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0]), proxies, topk=2
+    )
+    terms = build_loss(problem)(problem.embeddings, problem.labels)
+    expected = math.log(math.exp(1.0) + math.exp(math.sqrt(0.5))) - 1.0
+    assert terms.total.item() == pytest.approx(expected, rel=1e-14)
+    assert terms.kept_classes.item() == 2
+    assert terms.regularization.item() == 0
+
+
+def test_a_class_without_images_still_gets_gradients_where_it_is_kept() -> None:
+    problem = random_problem(num_classes=4, topk=4, labels=[0, 0, 1, 2, 1, 0, 2])
+    (result,) = outcomes(problem, world_size=None)
+    assert result.grad_proxies[3].abs().max() > 1e-3
+    assert_agrees_with_the_oracle([result], problem)
+
+
+def test_proxies_that_no_image_keeps_get_a_gradient_of_exactly_zero() -> None:
+    problem = random_problem(num_classes=6, topk=2, num_images=1, labels=[2])
+    (result,) = outcomes(problem, world_size=None)
+    assert (result.grad_proxies.flatten(1).abs().amax(dim=1) > 0).sum() == 2
+
+
+def test_the_length_of_a_proxy_changes_no_term_and_the_length_of_its_gradient_inversely() -> None:
+    problem = random_problem(num_classes=5, proxies_per_class=2, topk=5, regularization_weight=0.3)
+    (result,) = outcomes(problem, world_size=None)
+    (longer,) = outcomes(problem._replace(proxies=4 * problem.proxies), world_size=None)
+    assert relative_difference(longer.total, result.total) < ROUNDING
+    assert relative_difference(4 * longer.grad_proxies, result.grad_proxies) < ROUNDING
+
+
+def test_the_gradients_are_those_of_finite_differences() -> None:
+    problem = random_problem(
+        num_classes=5, proxies_per_class=2, num_images=3, topk=5, regularization_weight=0.3
+    )
+    loss = build_loss(problem)
+    embeddings = problem.embeddings.clone().requires_grad_()
+
+    def total(embeddings: torch.Tensor, proxies: torch.Tensor) -> torch.Tensor:
+        terms = torch.func.functional_call(loss, {"proxies": proxies}, (embeddings, problem.labels))
+        return terms.total
+
+    torch.autograd.gradcheck(total, (embeddings, loss.proxies), eps=1e-6, atol=1e-7)
+
+
+def test_gradients_add_up_over_calls_as_accumulation_needs() -> None:
+    problem = random_problem(num_classes=5, num_images=6, topk=3)
+    loss = build_loss(problem)
+    for rows in (slice(0, 3), slice(3, 6)):
+        (loss(problem.embeddings[rows], problem.labels[rows]).total / 2).backward()
+    expected = reference_of(problem).grad_proxies
+    assert loss.proxies.grad is not None
+    assert relative_difference(loss.proxies.grad, expected) < ROUNDING
+
+
+def test_extreme_scales_neither_overflow_nor_vanish() -> None:
+    problem = random_problem(num_classes=5, topk=5)
+    loss = build_loss(problem._replace(scale=1e4))
+    terms = loss(problem.embeddings, problem.labels)
+    similarity = problem.embeddings @ F.normalize(problem.proxies[:, 0], dim=1).T
+    expected = F.cross_entropy(1e4 * similarity, problem.labels)
+    assert relative_difference(terms.total.detach(), expected) < 1e-10
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 9, 20])
+def test_a_regulariser_in_chunks_is_the_whole_one(
+    logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_proxygml.loss._REGULARIZER_LOGITS", logits_at_once)
+    problem = random_problem(num_classes=7, proxies_per_class=3, topk=9, regularization_weight=2.0)
+    assert_agrees_with_the_oracle(outcomes(problem, world_size=None), problem)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "proxies_per_class", "ratio", "expected"),
+    [
+        (100, 12, 0.05, 60),  # CUB, Cars and SOP as published
+        (98, 12, 0.05, 59),
+        (11_318, 1, 0.05, 566),
+        (48, 10, 0.05, 25),  # 0.05 * (48 * 10) is 24 and 0.05 * 48 * 10 a little more
+        (45, 12, 0.05, 27),  # 0.05 * 12 * 45 is a little more than 27
+    ],
+)
+def test_k_comes_from_the_global_numbers_rounded_up_in_the_published_order(
+    num_classes: int, proxies_per_class: int, ratio: float, expected: int
+) -> None:
+    loss = ProxyGMLLoss(num_classes, 2, proxies_per_class=proxies_per_class, ratio=ratio)
+    assert loss.topk == expected
+
+
+@pytest.mark.parametrize("topk", [1, 3, 19])
+def test_k_of_at_most_n_or_beyond_all_proxies_is_refused_with_the_numbers(topk: int) -> None:
+    with pytest.raises(ValueError, match=rf"3 .*at most 18 .*k = {topk}") as raised:
+        ProxyGMLLoss(6, 4, proxies_per_class=3, topk=topk)
+    assert "ratio" in str(raised.value)  # the remedy
+
+
+def test_a_ratio_that_keeps_no_negative_is_refused() -> None:
+    with pytest.raises(ValueError, match="k = 12"):
+        ProxyGMLLoss(98, 8, proxies_per_class=12, ratio=0.01)
+
+
+@pytest.mark.parametrize("topk", [4, 6])
+def test_k_of_at_most_twice_n_is_warned_about(topk: int) -> None:
+    with pytest.warns(UserWarning, match=f"k = {topk}"):
+        ProxyGMLLoss(6, 4, proxies_per_class=3, topk=topk)
+
+
+def test_k_above_twice_n_is_silent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProxyGMLLoss(6, 4, proxies_per_class=3, topk=7)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"ratio": 0.0}, "ratio"),
+        ({"ratio": 1.5}, "ratio"),
+        ({"ratio": 0.5, "topk": 4}, "ratio=0.5, topk=4"),
+        ({"proxies_per_class": 0}, "proxies_per_class"),
+        ({"regularization_weight": -0.1}, "regularization_weight"),
+        ({"scale": 0.0}, "scale"),
+        ({"scale": float("nan")}, "scale"),
+        ({"gradient_reduction": "average"}, "gradient_reduction.*'average'"),
+        ({"selection": "all"}, "selection.*'all'"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(setting: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ProxyGMLLoss(60, 4, **setting)
+
+
+@pytest.mark.parametrize(("num_classes", "embedding_dim"), [(0, 4), (-1, 4), (60, 0)])
+def test_an_empty_bank_is_refused(num_classes: int, embedding_dim: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        ProxyGMLLoss(num_classes, embedding_dim)
+
+
+# Initial proxies
+
+
+def test_initial_proxies_fill_the_published_interval_and_nothing_else() -> None:
+    proxies = ProxyGMLLoss(2500, 8, proxies_per_class=4, seed=3).proxies.detach()
+    bound = 1 / math.sqrt(2500 * 4)
+    assert proxies.shape == (2500, 4, 8)
+    assert proxies.abs().max() <= bound
+    assert proxies.abs().max() > 0.999 * bound
+    assert abs(float(proxies.mean())) < 0.01 * bound
+    assert float(proxies.std()) == pytest.approx(bound / math.sqrt(3), rel=0.01)
+
+
+def test_initial_proxies_depend_on_the_seed_alone_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, again, other = (ProxyGMLLoss(60, 4, seed=seed).proxies for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_no_two_classes_start_with_the_same_proxies() -> None:
+    proxies = ProxyGMLLoss(5000, 8, seed=0).proxies.detach().flatten(1)
+    assert len(proxies.unique(dim=0)) == 5000
+
+
+# Bad batches
+
+
+def good_batch() -> tuple[ProxyGMLLoss, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return (
+        ProxyGMLLoss(6, 4, topk=3),
+        F.normalize(torch.randn(3, 4), dim=1),
+        torch.tensor([0, 5, 2]),
+    )
+
+
+@pytest.mark.parametrize(("label", "row"), [(6, 0), (-1, 2), (2**40, 1)])
+def test_a_label_out_of_range_is_refused_with_its_row(label: int, row: int) -> None:
+    loss, embeddings, labels = good_batch()
+    labels[row] = label
+    with pytest.raises(ValueError, match=f"0 to 5, got {label} in row {row}"):
+        loss(embeddings, labels)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_embedding_that_is_not_finite_is_refused_with_its_row(value: float) -> None:
+    loss, embeddings, labels = good_batch()
+    embeddings[1, 2] = value
+    with pytest.raises(ValueError, match=r"row 1 .*1 of 3 rows"):
+        loss(embeddings, labels)
+
+
+def test_wrong_shapes_and_types_are_refused_with_what_was_expected() -> None:
+    loss, embeddings, labels = good_batch()
+    wrong: list[tuple[torch.Tensor, torch.Tensor, str]] = [
+        (embeddings[:, :3], labels, r"\[b, 4\].*\[3, 3\]"),
+        (embeddings[0], labels, r"\[b, 4\].*\[4\]"),
+        (embeddings, labels[:2], r"\[3, 4\] and \[2\]"),
+        (embeddings, labels[:, None], r"\[3, 1\]"),
+        (embeddings.double(), labels, r"torch.float32.*torch.float64"),
+        (embeddings.half(), labels, r"torch.float16"),
+        (embeddings, labels.int(), r"torch.int64.*torch.int32"),
+        (embeddings, labels.float(), r"torch.int64.*torch.float32"),
+        (embeddings[:0], labels[:0], "at least one image"),
+    ]
+    for bad_embeddings, bad_labels, expected in wrong:
+        with pytest.raises(ValueError, match=expected):
+            loss(bad_embeddings, bad_labels)
+
+
+# What it must not do
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_nothing_as_large_as_proxies_times_classes_is_ever_built(selection: str) -> None:
+    num_classes, proxies_per_class = (
+        3000,
+        2,
+    )  # 6000 * 3000 = 18 million; a chunk of the regulariser is 4 million
+    loss = ProxyGMLLoss(
+        num_classes,
+        4,
+        proxies_per_class=proxies_per_class,
+        regularization_weight=0.3,
+        selection=selection,
+    )
+    embeddings = F.normalize(torch.randn(3, 4), dim=1).requires_grad_()
+    with LargestTensor() as largest:
+        loss(embeddings, torch.tensor([0, 7, 2999])).total.backward()
+    assert largest.numel < num_classes * proxies_per_class * num_classes / 4
+
+
+def test_under_autocast_the_loss_is_computed_in_the_precision_of_its_proxies() -> None:
+    loss, embeddings, labels = good_batch()
+    expected = loss(embeddings, labels).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = loss(embeddings, labels).total
+    assert total.dtype == torch.float32
+    assert torch.equal(total, expected)
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    problem = random_problem(num_classes=7, proxies_per_class=3, topk=9, regularization_weight=0.3)
+    first, second = (outcomes(problem, world_size=None)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_state_is_the_proxies_alone_and_loads_back() -> None:
+    loss, embeddings, labels = good_batch()
+    other = ProxyGMLLoss(6, 4, topk=3, seed=9)
+    assert list(loss.state_dict()) == ["proxies"]
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other(embeddings, labels).total, loss(embeddings, labels).total)
+
+
+def test_printing_the_loss_shows_its_settings() -> None:
+    text = repr(
+        ProxyGMLLoss(60, 4, proxies_per_class=2, topk=9, scale=3.0, regularization_weight=0.5)
+    )
+    assert all(
+        part in text
+        for part in ("num_classes=60", "topk=9", "scale=3.0", "regularization_weight=0.5")
+    )
