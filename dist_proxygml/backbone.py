@@ -48,9 +48,7 @@ class Preprocessing(NamedTuple):
     value_range: float = 1.0  # largest value: 1 or 255
     order: str = "RGB"  # of the channels, and so of mean and std
 
-    def apply(
-        self, images: UInt8[Tensor, "b 3 H W"], *, channels_last: bool = False
-    ) -> Float[Tensor, "b 3 H W"]:
+    def apply(self, images: UInt8[Tensor, "b 3 H W"], *, channels_last: bool = False) -> Float[Tensor, "b 3 H W"]:
         """Network input in float32, stored as NHWC if `channels_last`."""
         channels = [
             (images[:, "RGB".index(colour)].float() / (255.0 / self.value_range) - mean) / std
@@ -96,7 +94,8 @@ class EmbeddingModel(nn.Module):
         self.pool = pool
         self.embedding = embedding
         self.frozen_batch_norm = frozen_batch_norm
-        self.channels_last = channels_last  # of the images only: DeepSpeed broadcasts weights as bytes, which must be contiguous
+        # Of the images only: DeepSpeed broadcasts weights as bytes, which must be contiguous.
+        self.channels_last = channels_last
         self.train(self.training)
 
     def forward(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b D"]:
@@ -203,9 +202,7 @@ def build_backbone(config: BackboneConfig, *, load_pretrained: bool = True) -> E
 def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
     family, slash, name = config.name.partition("/")
     if family in ("timm", "torchvision") and not name:
-        raise ValueError(
-            f"expected a model name after the slash, got {config.name!r}; say {family}/resnet50"
-        )
+        raise ValueError(f"expected a model name after the slash, got {config.name!r}; say {family}/resnet50")
     if config.pretrained in ("timm", "torchvision") and config.pretrained != family:
         raise ValueError(
             f"backbone.pretrained {config.pretrained!r} does not fit backbone.name "
@@ -254,8 +251,7 @@ def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
     for field, value in expected.items():
         if getattr(config, field) != value:
             raise ValueError(
-                f"backbone.{field} must be {value} for raw_pixels, which has no layers, "
-                f"got {getattr(config, field)!r}"
+                f"backbone.{field} must be {value} for raw_pixels, which has no layers, got {getattr(config, field)!r}"
             )
     return RawPixels()
 
@@ -297,9 +293,7 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
     # 1. The model without its classifier.
     if not timm.is_model(name):
         known = [f"timm/{n}" for n in timm.list_models()]
-        raise ValueError(
-            f"unknown backbone {config.name!r}; did you mean {_nearest(config.name, known)}?"
-        )
+        raise ValueError(f"unknown backbone {config.name!r}; did you mean {_nearest(config.name, known)}?")
     options = dict(config.options)
     index = _single_index(options.pop("out_indices")) if "out_indices" in options else None
     pooling: dict[str, Any] = {}  # as the library does it for its classifier
@@ -317,13 +311,9 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
             raise ValueError(f"backbone.options.{key} is not for {config.name}: remove it, {why}")
     download = config.pretrained == "timm" and load_pretrained
     try:
-        model: Any = timm.create_model(
-            name, pretrained=download, num_classes=0, **pooling, **options
-        )
+        model: Any = timm.create_model(name, pretrained=download, num_classes=0, **pooling, **options)
     except TypeError as error:  # the model's constructor, a plain function, knows its options
-        raise ValueError(
-            f"timm does not accept backbone.options {options} for {name}: {error}"
-        ) from None
+        raise ValueError(f"timm does not accept backbone.options {options} for {name}: {error}") from None
     except Exception as error:  # networks, hubs and caches fail in many types
         if not download:
             raise
@@ -361,9 +351,7 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
 def _single_index(value: Any) -> int:
     if isinstance(value, list) and len(value) == 1 and type(value[0]) is int:
         return value[0]
-    raise ValueError(
-        f"backbone.options.out_indices must be a list of one integer, got {value!r}; say [3]"
-    )
+    raise ValueError(f"backbone.options.out_indices must be a list of one integer, got {value!r}; say [3]")
 
 
 # ---- torchvision ---------------------------------------------------------------------------------
@@ -387,9 +375,7 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
     # 1. The model.
     if name not in _torchvision_names():
         known = [f"torchvision/{n}" for n in _torchvision_names()]
-        raise ValueError(
-            f"unknown backbone {config.name!r}; did you mean {_nearest(config.name, known)}?"
-        )
+        raise ValueError(f"unknown backbone {config.name!r}; did you mean {_nearest(config.name, known)}?")
     options = dict(config.options)
     node = options.pop("return_node", None)
     download = config.pretrained == "torchvision" and load_pretrained
@@ -397,9 +383,7 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
     try:
         model = torchvision.models.get_model(name, weights=weights, **options)
     except TypeError as error:
-        raise ValueError(
-            f"torchvision does not accept backbone.options {options} for {name}: {error}"
-        ) from None
+        raise ValueError(f"torchvision does not accept backbone.options {options} for {name}: {error}") from None
     except OSError as error:
         if not download:
             raise
@@ -478,9 +462,7 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
 def _load_file(module: nn.Module, config: BackboneConfig, *, classifiers: list[str]) -> None:
     assert config.pretrained is not None
     weights = read_weight_file(Path(config.pretrained))
-    load_weights(
-        module, weights, classifiers=classifiers, source=f"weight file {config.pretrained}"
-    )
+    load_weights(module, weights, classifiers=classifiers, source=f"weight file {config.pretrained}")
 
 
 def _refuse_unknown_options(config: BackboneConfig, *, known: Iterable[str]) -> None:

@@ -98,9 +98,7 @@ class BNInception(nn.Module):
     def _inception(self, name: str, block: Block, x: Tensor) -> Tensor:
         branches = [] if block.direct is None else [self._convolve(f"{name}_1x1", x)]
         branches.append(self._convolve(f"{name}_3x3", self._convolve(f"{name}_3x3_reduce", x)))
-        double = self._convolve(
-            f"{name}_double_3x3_1", self._convolve(f"{name}_double_3x3_reduce", x)
-        )
+        double = self._convolve(f"{name}_double_3x3_1", self._convolve(f"{name}_double_3x3_reduce", x))
         branches.append(self._convolve(f"{name}_double_3x3_2", double))
         if block.pool == "average":
             pooled = F.avg_pool2d(x, 3, stride=1, padding=1)  # the padding's zeros count
@@ -111,14 +109,10 @@ class BNInception(nn.Module):
             pooled = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
         else:
             pooled = F.max_pool2d(x, 3, stride=1, padding=1)
-        branches.append(
-            pooled if block.projected is None else self._convolve(f"{name}_pool_proj", pooled)
-        )
+        branches.append(pooled if block.projected is None else self._convolve(f"{name}_pool_proj", pooled))
         return torch.cat(branches, dim=1)
 
-    def _add(
-        self, name: str, inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1
-    ) -> None:
+    def _add(self, name: str, inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1) -> None:
         self.add_module(name, nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2))
         self.add_module(f"{name}_bn", nn.BatchNorm2d(outputs))
 

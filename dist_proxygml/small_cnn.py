@@ -64,9 +64,7 @@ class ResidualBlock(nn.Module):
         return F.relu(x + self.second(self.first(x)))
 
 
-def _convolution(
-    inputs: int, outputs: int, *, stride: int = 1, activation: bool = True
-) -> nn.Sequential:
+def _convolution(inputs: int, outputs: int, *, stride: int = 1, activation: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = [
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -79,6 +77,4 @@ def _convolution(
 def _check_integers(name: str, values: Any, *, at_least: int) -> None:
     fits = isinstance(values, Sequence) and len(values) > 0
     if not fits or any(type(value) is not int or value < at_least for value in values):
-        raise ValueError(
-            f"{name} of small_cnn must be made of integers of at least {at_least}, got {values!r}"
-        )
+        raise ValueError(f"{name} of small_cnn must be made of integers of at least {at_least}, got {values!r}")

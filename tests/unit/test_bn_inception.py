@@ -111,8 +111,6 @@ def test_a_file_like_the_published_one_loads(network: BNInception, tmp_path: Pat
     path = tmp_path / "bn_inception.pth"
     torch.save(published, path, _use_new_zipfile_serialization=False)
     torch.manual_seed(1)
-    model = build_backbone(
-        BackboneConfig(name="bn_inception", embedding_dim=7, pretrained=str(path))
-    )
+    model = build_backbone(BackboneConfig(name="bn_inception", embedding_dim=7, pretrained=str(path)))
     for name, tensor in model.trunk.state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name]), name
