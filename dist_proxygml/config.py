@@ -106,7 +106,7 @@ class BackboneConfig(_Section):
     batch_norm: Literal["train", "frozen"] = Field(
         "train", description="frozen keeps the running statistics fixed; scale and offset are still trained (as published)."
     )
-    channels_last: bool = Field(False, description="Store images and weights as NHWC; faster on CPUs and on tensor cores.")
+    channels_last: bool = Field(False, description="Store images as NHWC; faster on CPUs and on tensor cores.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
 
 

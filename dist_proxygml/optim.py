@@ -61,4 +61,4 @@ def _optimizer(
     config: OptimizerConfig, groups: list[dict[str, object]], *, weight_decay: float
 ) -> torch.optim.Optimizer:
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, betas=config.betas, eps=config.eps, weight_decay=weight_decay)  # type: ignore[arg-type]
+    return kind(groups, betas=config.betas, eps=config.eps, weight_decay=weight_decay)

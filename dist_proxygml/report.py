@@ -23,9 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
-    parser.add_argument(
-        "--data", type=Path, help="folder of its shards (default: the one the run was trained with)"
-    )
+    parser.add_argument("--data", type=Path, help="folder of its shards (default: the one the run was trained with)")
     given = parser.parse_args(arguments)
     try:
         return _write(given.run, given.data)
@@ -41,9 +39,7 @@ def _write(run_directory: Path, data: Path | None) -> int:
     settings = read_run(run_directory).config.get("data", {})
     index = None
     try:
-        index = open_index(
-            data or settings.get("shards", "shards"), settings.get("test_split", "test")
-        )
+        index = open_index(data or settings.get("shards", "shards"), settings.get("test_split", "test"))
     except ValueError as error:
         if data is not None:
             raise

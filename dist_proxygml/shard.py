@@ -71,14 +71,9 @@ def build_shards(
     the image that is neither JPEG nor PNG or cannot be read.
     """
     if samples_per_shard < 1 or (resize is not None and resize < 1):
-        raise ValueError(
-            f"expected at least 1 sample per shard and 1 pixel, got {samples_per_shard} and "
-            f"{resize}"
-        )
+        raise ValueError(f"expected at least 1 sample per shard and 1 pixel, got {samples_per_shard} and {resize}")
     _clear_folder(out, overwrite=overwrite)
-    splits = sorted(
-        {image.split for image in dataset.images}, key=lambda split: (split != "train", split)
-    )
+    splits = sorted({image.split for image in dataset.images}, key=lambda split: (split != "train", split))
     classes = {split: _class_table(dataset, split) for split in splits}
     listed: dict[str, list[tuple[str, ListedShard]]] = {}
     with tqdm(
@@ -90,9 +85,7 @@ def build_shards(
     ) as bar:
         for split, table in classes.items():
             label_of = {source_id: label for label, (_, source_id) in enumerate(table)}
-            images = _shuffled(
-                [image for image in dataset.images if image.split == split], split=split, seed=seed
-            )
+            images = _shuffled([image for image in dataset.images if image.split == split], split=split, seed=seed)
             listed[split] = []
             for first in range(0, len(images), samples_per_shard):
                 file = shard_name(split, first // samples_per_shard)
@@ -120,8 +113,7 @@ def build_shards(
 def _clear_folder(out: Path, *, overwrite: bool) -> None:
     if (out / INDEX_FILE).exists() and not overwrite:
         raise ValueError(
-            f"{out} already holds finished shards; pass --overwrite to replace them, or name "
-            "another folder"
+            f"{out} already holds finished shards; pass --overwrite to replace them, or name another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / INDEX_FILE).unlink(missing_ok=True)  # first: a folder without it is an unfinished build
@@ -135,35 +127,24 @@ def _class_table(dataset: SourceDataset, split: str) -> list[tuple[str, int | st
     """(name, source id) of every label of a split, in the order of the source's ids."""
     space = dataset.label_space(split)
     names = {image.source_id: image.class_name for image in dataset.images if image.split in space}
-    return [
-        (names[source_id], source_id)
-        for source_id in sorted(names, key=lambda i: (isinstance(i, str), i))
-    ]
+    return [(names[source_id], source_id) for source_id in sorted(names, key=lambda i: (isinstance(i, str), i))]
 
 
 def _shuffled(images: list[SourceImage], *, split: str, seed: int) -> list[SourceImage]:
-    draws = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(split.encode())])).random_raw(
-        len(images)
-    )
+    draws = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(split.encode())])).random_raw(len(images))
     return [images[i] for i in np.argsort(draws, kind="stable")]
 
 
-def _shard_sample(
-    image: SourceImage, *, sample_id: int, label: int, resize: int | None
-) -> ShardSample:
+def _shard_sample(image: SourceImage, *, sample_id: int, label: int, resize: int | None) -> ShardSample:
     where = image.content if isinstance(image.content, Path) else image.name
     payload = image.content.read_bytes() if isinstance(image.content, Path) else image.content
     try:
         payload, (width, height) = _prepare(payload, resize=resize)
     except Exception as problem:  # Pillow raises its own types, OSError, SyntaxError ...
-        raise ValueError(
-            f"{where} cannot be read as an image: {problem}; repair or remove it"
-        ) from problem
+        raise ValueError(f"{where} cannot be read as an image: {problem}; repair or remove it") from problem
     extension = image_extension(payload)
     if extension is None:
-        raise ValueError(
-            f"{where} is neither JPEG nor PNG; convert it, or pass --resize to re-encode"
-        )
+        raise ValueError(f"{where} is neither JPEG nor PNG; convert it, or pass --resize to re-encode")
     info = {
         "source": image.name,
         "source_id": image.source_id,
@@ -207,9 +188,7 @@ def index_shards(root: Path, *, quiet: bool = False) -> None:
     for path in tqdm(tars, desc=f"indexing {root}", unit=" shards", disable=quiet, mininterval=0.5):
         split = split_of_shard(path.name)
         if split is None:
-            raise ValueError(
-                f"{path} has no number at the end of its name; expected names like train-000000.tar"
-            )
+            raise ValueError(f"{path} has no number at the end of its name; expected names like train-000000.tar")
         listed = list_shard(path)
         shards.setdefault(split, []).append((path.name, listed))
         # Query and gallery share one label space.
@@ -220,9 +199,7 @@ def index_shards(root: Path, *, quiet: bool = False) -> None:
     classes = {}
     for split in shards:
         table = names["query" if split == "gallery" else split]
-        classes[split] = [
-            table.get(label, (str(label), label)) for label in range(max(table, default=-1) + 1)
-        ]
+        classes[split] = [table.get(label, (str(label), label)) for label in range(max(table, default=-1) + 1)]
     write_index(
         root,
         dataset=previous.get("dataset", root.resolve().name),
@@ -271,23 +248,17 @@ def _shard_problems(index: ShardIndex, number: int) -> list[str]:
     problems = []
     if listed.sha256 != index.shards[number].sha256:
         problems.append(
-            f"{path}: sha256 is {listed.sha256[:12]}..., the index says "
-            f"{index.shards[number].sha256[:12]}..."
+            f"{path}: sha256 is {listed.sha256[:12]}..., the index says {index.shards[number].sha256[:12]}..."
         )
-    found = [
-        (sample.label, sample.offset, sample.num_bytes, sample.crc32) for sample in listed.samples
-    ]
-    rows = [
-        (int(r["label"]), int(r["offset"]), int(r["nbytes"]), int(r["crc32"])) for r in expected
-    ]
+    found = [(sample.label, sample.offset, sample.num_bytes, sample.crc32) for sample in listed.samples]
+    rows = [(int(r["label"]), int(r["offset"]), int(r["nbytes"]), int(r["crc32"])) for r in expected]
     if len(found) != len(rows):
         return [*problems, f"{path}: has {len(found)} samples, the index says {len(rows)}"]
     content = path.read_bytes()
     for sample, got, want in zip(listed.samples, found, rows, strict=True):
         if got != want:
             problems.append(
-                f"{path}: sample {sample.key} has (label, offset, bytes, crc32) {got}, the index "
-                f"says {want}"
+                f"{path}: sample {sample.key} has (label, offset, bytes, crc32) {got}, the index says {want}"
             )
             continue
         try:
@@ -300,10 +271,7 @@ def _shard_problems(index: ShardIndex, number: int) -> list[str]:
 def describe_shards(root: Path) -> str:
     """Counts, classes and class sizes of every split as text."""
     document, digest = read_index(root)
-    lines = [
-        f"{root}: {document.get('dataset')}, index {digest[:12]}, built with "
-        f"{document.get('build')}"
-    ]
+    lines = [f"{root}: {document.get('dataset')}, index {digest[:12]}, built with {document.get('build')}"]
     for split in document["splits"]:
         index = open_index(root, split)
         counts = np.array([entry.count for entry in index.classes])
@@ -318,18 +286,13 @@ def describe_shards(root: Path) -> str:
 
 
 def _histogram(counts: np.ndarray) -> list[str]:
-    edges = np.unique(
-        np.linspace(
-            counts.min(), counts.max() + 1, min(11, counts.max() - counts.min() + 2)
-        ).astype(int)
-    )
+    edges = np.unique(np.linspace(counts.min(), counts.max() + 1, min(11, counts.max() - counts.min() + 2)).astype(int))
     classes_per_bin, _ = np.histogram(counts, bins=edges)
     lines = []
     for low, high, number in zip(edges[:-1], edges[1:] - 1, classes_per_bin, strict=True):
         sizes = f"{low}" if low == high else f"{low}-{high}"
         lines.append(
-            f"  {sizes:>9} images  {number:6d} classes  "
-            f"{'#' * int(np.ceil(40 * number / classes_per_bin.max()))}"
+            f"  {sizes:>9} images  {number:6d} classes  {'#' * int(np.ceil(40 * number / classes_per_bin.max()))}"
         )
     return lines
 
@@ -348,8 +311,7 @@ def _build(options: argparse.Namespace) -> int:
     dataset = _read_dataset(options)
     if dataset.num_left_out:
         print(
-            f"{dataset.num_left_out} listed images are not there and were left out "
-            "(--allow-partial)",
+            f"{dataset.num_left_out} listed images are not there and were left out (--allow-partial)",
             file=sys.stderr,
         )
     build_shards(
@@ -373,13 +335,10 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
     # Before hours of work: where would it go?
     if (options.out / INDEX_FILE).exists() and not options.overwrite:
         raise ValueError(
-            f"{options.out} already holds finished shards; pass --overwrite to replace them, or "
-            "name another folder"
+            f"{options.out} already holds finished shards; pass --overwrite to replace them, or name another folder"
         )
     if options.split_classes is not None and options.dataset != "imagefolder":
-        raise ValueError(
-            f"--split-classes is for imagefolder; {options.dataset} has a published split"
-        )
+        raise ValueError(f"--split-classes is for imagefolder; {options.dataset} has a published split")
     if options.dataset == "demo":
         cache = Path.home() / ".cache" / "dist_proxygml" / "emoji"
 
@@ -388,9 +347,7 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
 
         return read_emoji(options.root, cache=cache, progress=progress)
     if options.root is None:
-        raise ValueError(
-            f"building {options.dataset} needs --root, the folder of the unpacked download"
-        )
+        raise ValueError(f"building {options.dataset} needs --root, the folder of the unpacked download")
     if options.dataset == "imagefolder":
         return read_imagefolder(
             options.root,
@@ -429,9 +386,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def command(
-        parent: Any, name: str, run: Any, *, help: str, example: str
-    ) -> argparse.ArgumentParser:
+    def command(parent: Any, name: str, run: Any, *, help: str, example: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = parent.add_parser(
             name,
             help=help,

@@ -240,8 +240,10 @@ def build_evaluation_model(config: Config, context: ParallelContext) -> nn.Modul
     return model.bfloat16() if config.deepspeed.get("bf16", {}).get("enabled") else model
 
 
-def evaluate_model(config: Config, context: ParallelContext, model: nn.Module, index: ShardIndex) -> EvaluationResult:
-    """Evaluate a backbone on a split as the configuration says. Called on all ranks."""
+def evaluate_model(
+    config: Config, context: ParallelContext, model: nn.Module, index: ShardIndex, *, kmeans_seeds: int | None = None
+) -> EvaluationResult:
+    """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks."""
     return evaluate(
         model,
         index,
@@ -250,7 +252,7 @@ def evaluate_model(config: Config, context: ParallelContext, model: nn.Module, i
         recall_at=config.evaluation.recall_at,
         batch_size=config.evaluation.batch_size,
         num_workers=config.data.num_workers,
-        kmeans_seeds=config.evaluation.kmeans_seeds,
+        kmeans_seeds=config.evaluation.kmeans_seeds if kmeans_seeds is None else kmeans_seeds,
         preprocessing=config.data.test_transform.model_dump(),
     )
 
@@ -400,7 +402,7 @@ def _greeting(
 
 def _evaluate_raw_pixels(config: Config, context: ParallelContext, index: ShardIndex, run_directory: Path) -> None:
     pixels = RawPixels().to(context.device)
-    result = evaluate_model(config, context, pixels, index)
+    result = evaluate_model(config, context, pixels, index, kmeans_seeds=min(1, config.evaluation.kmeans_seeds))
     if context.is_main:
         store_evaluation(run_directory, "pixels", result, with_embeddings=False)
 

@@ -1,6 +1,4 @@
-"""A folder of shards small enough for any test: each class has a random pattern, each image is it
-with noise.
-"""
+"""A folder of shards small enough for any test: each class has a random pattern, each image is it with noise."""
 
 import io
 from pathlib import Path

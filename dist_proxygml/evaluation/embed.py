@@ -121,9 +121,7 @@ def check_table(table: EmbeddingTable, *, num_samples: int, describe: Callable[[
 
 
 def save_table(table: EmbeddingTable, path: Path) -> Path:
-    """Write the table as a numpy archive with the arrays embeddings, labels and ids; complete or
-    not there at all.
-    """
+    """Write the table as a numpy archive with the arrays embeddings, labels and ids; complete or not there at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
     with unfinished.open("wb") as file:
@@ -176,9 +174,7 @@ def _embed_batches(
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while; afterwards each module is in the mode it was in, frozen parts
-    included.
-    """
+    """`model.eval()` for a while; afterwards each module is in the mode it was in, frozen parts included."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

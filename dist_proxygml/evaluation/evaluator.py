@@ -271,9 +271,7 @@ def _score_queries(
 def _normalized_mutual_information(
     table: EmbeddingTable, *, context: ParallelContext, settings: Settings
 ) -> list[float]:
-    """NMI of each seed, in the order of the seeds; rank r computes seeds r, r + W, ... Called on
-    all ranks.
-    """
+    """NMI of each seed, in the order of the seeds; rank r computes seeds r, r + W, ... Called on all ranks."""
     embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
     num_clusters = len(np.unique(labels_n))
     local: dict[int, float] = {}

@@ -102,9 +102,7 @@ def read_run(run_directory: Path) -> RunRecord:
 
 
 def format_table(run_directory: Path) -> str:
-    """The results of a run for the terminal: raw pixels, before training, after training, as far as
-    there are.
-    """
+    """The results of a run for the terminal: raw pixels, before training, after training, as far as there are."""
     rows = read_run(run_directory).rows
     if not rows:
         return f"{run_directory} has no evaluation yet"
@@ -313,9 +311,7 @@ def _galleries_of(table: EmbeddingTable, index: ShardIndex) -> list[str]:
 
 
 def _why_red(labels_q: np.ndarray) -> str:
-    """A sentence for data whose classes are smaller than a row, where even a perfect model shows
-    red.
-    """
+    """A sentence for data whose classes are smaller than a row, where even a perfect model shows red."""
     sizes = np.unique(labels_q, return_counts=True)[1]
     if sizes.max() > NUM_NEIGHBOURS:
         return ""
@@ -478,9 +474,7 @@ def _footer(run: RunRecord, index: ShardIndex | None) -> str:
 
 
 def _attribution(root: Path) -> str:
-    """The makers of the images, where the shards' folder names them: pictures must not travel
-    without them.
-    """
+    """The makers of the images, where the shards' folder names them: pictures must not travel without them."""
     path = root / "ATTRIBUTION.md"
     if not path.is_file():
         return ""
@@ -492,9 +486,7 @@ def _attribution(root: Path) -> str:
 
 
 def _training_lines(path: Path) -> list[dict[str, Any]]:
-    """The logged training steps in order; where a resumed run logged a step again, the last line
-    counts.
-    """
+    """The logged training steps in order; where a resumed run logged a step again, the last line counts."""
     if not path.is_file():
         return []
     by_step = {}
@@ -523,9 +515,7 @@ def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
 
 
 def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
-    """Whether no class of the split has the id of a training class. False when that cannot be found
-    out.
-    """
+    """Whether no class of the split has the id of a training class. False when that cannot be found out."""
     try:
         training = open_index(index.root, run.config["data"]["train_split"])
     except (KeyError, TypeError, ValueError):

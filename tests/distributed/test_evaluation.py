@@ -109,13 +109,9 @@ Runs = tuple[Outcome, dict[int, list[Outcome]]]
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("scene", ["uneven", "idle", "close"])
-def test_the_result_is_the_same_for_any_number_of_ranks(
-    alone_and_ranks: Runs, scene: str, world_size: int
-) -> None:
+def test_the_result_is_the_same_for_any_number_of_ranks(alone_and_ranks: Runs, scene: str, world_size: int) -> None:
     alone, ranks = alone_and_ranks
-    assert [getattr(outcome, scene) for outcome in ranks[world_size]] == [
-        getattr(alone, scene)
-    ] * world_size
+    assert [getattr(outcome, scene) for outcome in ranks[world_size]] == [getattr(alone, scene)] * world_size
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -136,9 +132,7 @@ def test_embeddings_that_are_not_finite_stop_all_ranks_with_the_same_words(
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_damaged_image_stops_all_ranks_with_the_same_words(
-    alone_and_ranks: Runs, world_size: int
-) -> None:
+def test_a_damaged_image_stops_all_ranks_with_the_same_words(alone_and_ranks: Runs, world_size: int) -> None:
     messages = {outcome.damaged for outcome in alone_and_ranks[1][world_size]}
     assert len(messages) == 1
     assert f"on rank {world_size - 1}" in messages.pop()

@@ -26,8 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loss", "backbone", "evaluation"),
     ("data",),
     ("selection", "proxies", "bn_inception", "pretrained", "small_cnn"),
-    ("collectives",),
     ("parallel",),
+    ("collectives",),
     ("config",),
     ("partition",),
 )

@@ -1,6 +1,4 @@
-"""Evaluation on one process: what is counted, what is refused, and that nothing around it changes a
-number.
-"""
+"""Evaluation on one process: what is counted, what is refused, and that nothing around it changes a number."""
 
 import json
 from pathlib import Path
@@ -47,9 +45,7 @@ def full_sort_metrics(table: EmbeddingTable, recall_at: tuple[int, ...]) -> dict
         num_positives = sum(int(labels[other] == labels[query]) for other in others)
         if not num_positives:
             continue
-        order = sorted(
-            others, key=lambda other: (-round(float(rows[query] @ rows[other]), 7), other)
-        )
+        order = sorted(others, key=lambda other: (-round(float(rows[query] @ rows[other]), 7), other))
         hits = [int(labels[other] == labels[query]) for other in order]
         for k in recall_at:
             values.setdefault(f"recall@{k}", []).append(float(any(hits[:k])))
@@ -81,12 +77,8 @@ def test_an_evaluation_gives_the_metrics_of_a_full_sort_and_counts_the_lone_imag
 def test_hand_worked_example() -> None:
     # On a circle: a at 0 and 10 degrees, b at 12 and 90, one lone c at 1.
     angles = torch.deg2rad(torch.tensor([0.0, 10.0, 12.0, 90.0, 1.0]))
-    table = EmbeddingTable(
-        torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([4, 4, 2, 2, 9]), torch.arange(5)
-    )
-    result = evaluate_table(
-        table, context=single_process(), settings=Settings(recall_at=(1, 2, 3), kmeans_seeds=())
-    )
+    table = EmbeddingTable(torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([4, 4, 2, 2, 9]), torch.arange(5))
+    result = evaluate_table(table, context=single_process(), settings=Settings(recall_at=(1, 2, 3), kmeans_seeds=()))
     # First right answers: image 0 at 2 (behind the lone image), 1 at 3, 2 at 4, 3 at 1. R = 1
     # everywhere.
     assert result.metrics == {
@@ -109,9 +101,7 @@ def test_copies_of_an_image_under_another_label_are_not_taken_for_the_query_itse
         context=single_process(),
         settings=Settings(recall_at=(1, 2), kmeans_seeds=()),
     )
-    assert (
-        result.metrics["recall@1"] == 0.25
-    )  # 2 and 3 both find 0 before 1, its equal: right for 2, wrong for 3
+    assert result.metrics["recall@1"] == 0.25  # 2 and 3 both find 0 before 1, its equal: right for 2, wrong for 3
     assert result.recall_at_1_bounds == (0.0, 0.5)
 
 
@@ -129,9 +119,7 @@ def test_the_modes_of_all_modules_are_restored(index: ShardIndex) -> None:
     model = Projection().train()
     model.frozen.eval()
     modes: list[tuple[bool, bool]] = []
-    model.register_forward_pre_hook(
-        lambda module, _: modes.append((module.training, torch.is_grad_enabled()))
-    )
+    model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
     evaluated(model, index)
     assert set(modes) == {(False, False)}
     assert model.training
@@ -149,9 +137,7 @@ def test_scaled_outputs_are_brought_to_unit_length(index: ShardIndex) -> None:
     class Scaled(Projection):
         def forward(self, images: Tensor) -> Tensor:
             brightness_b1 = images.flatten(1).float().mean(dim=1, keepdim=True)
-            return super().forward(images) * 2 ** (
-                brightness_b1.round() % 5
-            )  # powers of two round nothing
+            return super().forward(images) * 2 ** (brightness_b1.round() % 5)  # powers of two round nothing
 
     assert evaluated(Scaled(), index).metrics == evaluated(Projection(), index).metrics
 
@@ -193,11 +179,20 @@ def test_unusable_embeddings_are_refused_with_the_ids_of_their_images(
 )
 def test_a_loader_that_repeats_or_misses_images_is_refused(ids: list[int], message: str) -> None:
     images = torch.randint(0, 256, (len(ids), 3, SIDE, SIDE), dtype=torch.uint8)
-    batch = Batch(
-        images, torch.zeros(len(ids), dtype=torch.int64), torch.tensor(ids), len(ids), len(ids)
-    )
+    batch = Batch(images, torch.zeros(len(ids), dtype=torch.int64), torch.tensor(ids), len(ids), len(ids))
     with pytest.raises(ValueError, match=message):
         embed(Projection(), [batch], context=single_process(), num_samples=4)
+
+
+def test_the_table_is_in_the_order_of_the_ids_whatever_the_order_of_the_batches() -> None:
+    images = torch.randint(0, 256, (5, 3, SIDE, SIDE), dtype=torch.uint8)
+    ids = [torch.tensor([3, 1]), torch.tensor([4, 0, 2])]
+    batches = [Batch(images[part], part * 10, part, len(part), len(part)) for part in ids]
+    table = embed(Projection(), batches, context=single_process(), num_samples=5)
+    assert table.ids.tolist() == [0, 1, 2, 3, 4]
+    assert table.labels.tolist() == [0, 10, 20, 30, 40]
+    expected = torch.nn.functional.normalize(Projection()(images), dim=1)
+    torch.testing.assert_close(table.embeddings, expected.detach())
 
 
 @pytest.mark.parametrize("recall_at", [(1, 37), (0,), ()])
@@ -230,8 +225,7 @@ def test_the_result_comes_back_from_json_to_the_last_digit(index: ShardIndex) ->
 
 def test_the_fingerprint_follows_the_protocol_and_not_the_numbers(index: ShardIndex) -> None:
     first, second, other = (
-        evaluated(Projection(width), index, recall_at=k)
-        for width, k in ((6, [1]), (5, [1]), (6, [2]))
+        evaluated(Projection(width), index, recall_at=k) for width, k in ((6, [1]), (5, [1]), (6, [2]))
     )
     assert first.metrics != second.metrics
     assert first.fingerprint == second.fingerprint != other.fingerprint

@@ -1,7 +1,9 @@
 """Opening a folder of shards."""
 
+import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,26 @@ def test_listing_a_cut_tar_is_refused(index: ShardIndex, keep: int) -> None:
     path = index.shard_paths[0]
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"test-000000\.tar"):
+        list_shard(path)
+
+
+def test_a_tar_cut_between_two_samples_is_told_by_its_missing_end_mark(index: ShardIndex) -> None:
+    path = index.shard_paths[0]
+    with tarfile.open(path) as tar:
+        second_sample = tar.getmembers()[3].offset
+    path.write_bytes(path.read_bytes()[:second_sample])
+    with pytest.raises(ValueError, match="no end mark, so it was cut"):
+        list_shard(path)
+
+
+def test_members_of_a_sample_that_are_apart_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.png", "b.png", "a.cls", "b.cls"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"1"))
+    with pytest.raises(ValueError, match="the members of sample a are not adjacent"):
         list_shard(path)
 
 

@@ -1,6 +1,4 @@
-"""Metrics against numbers worked out by hand, a loop over a full sort in exact arithmetic, and
-scikit-learn.
-"""
+"""Metrics against numbers worked out by hand, a loop over a full sort in exact arithmetic, and scikit-learn."""
 
 import math
 from fractions import Fraction
@@ -63,20 +61,14 @@ def test_a_list_shorter_than_r_is_refused() -> None:
 def test_tie_bounds_take_the_ties_at_their_worst_and_at_their_best(
     relevant: list[int], scores: list[float], bounds: tuple[bool, bool]
 ) -> None:
-    found = metrics.tie_bounds(
-        np.array([relevant], bool), np.array([scores], np.float32), tolerance=1e-6
-    )
+    found = metrics.tie_bounds(np.array([relevant], bool), np.array([scores], np.float32), tolerance=1e-6)
     assert (bool(found[0][0]), bool(found[1][0])) == bounds
 
 
 def test_nmi_of_two_equal_halves_cut_across_is_zero_and_of_the_same_cut_is_one() -> None:
     labels = np.array([0, 0, 1, 1])
-    assert metrics.normalized_mutual_information(labels, np.array([5, 5, 2, 2])) == pytest.approx(
-        1.0
-    )
-    assert metrics.normalized_mutual_information(labels, np.array([0, 1, 0, 1])) == pytest.approx(
-        0.0
-    )
+    assert metrics.normalized_mutual_information(labels, np.array([5, 5, 2, 2])) == pytest.approx(1.0)
+    assert metrics.normalized_mutual_information(labels, np.array([0, 1, 0, 1])) == pytest.approx(0.0)
 
 
 def test_nmi_averages_the_entropies_arithmetically() -> None:
@@ -88,9 +80,7 @@ def test_nmi_averages_the_entropies_arithmetically() -> None:
 
 def test_the_mean_does_not_depend_on_the_order_of_the_values() -> None:
     values = np.random.default_rng(0).random(1001)
-    assert (
-        metrics.exact_mean(values) == metrics.exact_mean(values[::-1]) == math.fsum(values) / 1001
-    )
+    assert metrics.exact_mean(values) == metrics.exact_mean(values[::-1]) == math.fsum(values) / 1001
 
 
 def integer_problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,9 +90,7 @@ def integer_problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     num_images = int(generator.integers(6, 90))
     labels = generator.integers(0, generator.integers(2, num_images), num_images)
-    labels[: num_images // 4] = labels[
-        0
-    ]  # one class of a quarter of the images, at least one lone one
+    labels[: num_images // 4] = labels[0]  # one class of a quarter of the images, at least one lone one
     labels[-1] = labels.max() + 1
     if not metrics.count_positives(labels).any():
         labels[1] = labels[0]
@@ -121,9 +109,7 @@ def oracle(rows: np.ndarray, labels: np.ndarray, recall_at: tuple[int, ...]) -> 
         num_positives = sum(labels[other] == labels[query] for other in others)
         if num_positives == 0:
             continue
-        order = sorted(
-            others, key=lambda other: (-float(np.dot(row.astype(np.float64), rows[other])), other)
-        )
+        order = sorted(others, key=lambda other: (-float(np.dot(row.astype(np.float64), rows[other])), other))
         hits = [int(labels[other] == labels[query]) for other in order]
         recalls = [float(any(hits[:k])) for k in recall_at]
         precision = Fraction(sum(hits[:num_positives]), int(num_positives))
@@ -142,9 +128,7 @@ def test_every_metric_equals_a_full_sort_with_duplicates_ties_and_lone_classes(s
     recall_at = (1, 2, 4)
     num_positives = metrics.count_positives(labels)
     num_neighbours = min(max(*recall_at, num_positives.max()), len(rows) - 1)
-    ranking = rank_neighbours(
-        FlatIndex(rows), rows, query_ids=np.arange(len(rows)), num_neighbours=int(num_neighbours)
-    )
+    ranking = rank_neighbours(FlatIndex(rows), rows, query_ids=np.arange(len(rows)), num_neighbours=int(num_neighbours))
     query = num_positives > 0
     relevant = (labels[ranking.ids] == labels[:, None])[query]
     found = np.stack(

@@ -33,9 +33,7 @@ def test_an_epoch_visits_every_image_at_most_once_and_all_of_them_unless_it_says
     drop_last: bool,
     seed: int,
 ) -> None:
-    order = epoch_order(
-        shards_of(num_samples, num_shards), seed=seed, epoch=3, shuffle_window=window
-    )
+    order = epoch_order(shards_of(num_samples, num_shards), seed=seed, epoch=3, shuffle_window=window)
     assert sorted(order) == list(range(num_samples))
     slots = world_size * accumulation
     batch_size = per_slot * slots

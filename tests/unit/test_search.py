@@ -1,6 +1,4 @@
-"""The faiss part: exact scores, no subsampling in k-means, and one clear error when faiss is not
-usable.
-"""
+"""The faiss part: exact scores, no subsampling in k-means, and one clear error when faiss is not usable."""
 
 import importlib
 import importlib.metadata
@@ -21,9 +19,7 @@ def test_search_returns_the_largest_inner_products_in_order() -> None:
     scores, ids = search.FlatIndex(gallery).search(queries, 7)
     exact = queries.astype(np.float64) @ gallery.astype(np.float64).T
     assert ids.tolist() == np.argsort(-exact, axis=1)[:, :7].tolist()
-    np.testing.assert_allclose(
-        scores, -np.sort(-exact, axis=1)[:, :7], atol=1e-6
-    )  # float32 products of 9 terms
+    np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :7], atol=1e-6)  # float32 products of 9 terms
 
 
 def test_search_never_returns_more_rows_than_there_are() -> None:
@@ -37,9 +33,7 @@ def test_clustering_finds_well_separated_groups_of_very_different_sizes() -> Non
     centres = np.eye(3, dtype=np.float32) * 100
     groups = np.repeat(np.arange(3), sizes)
     points = centres[groups] + np.random.default_rng(0).normal(size=(1900, 3)).astype(np.float32)
-    clusters = [
-        search.cluster(points, num_clusters=3, seed=seed, num_iterations=25) for seed in range(8)
-    ]
+    clusters = [search.cluster(points, num_clusters=3, seed=seed, num_iterations=25) for seed in range(8)]
     found = [len(np.unique(groups * 10 + cluster)) for cluster in clusters]
     assert all(len(cluster) == 1900 for cluster in clusters)
     assert min(found) == 3  # some start finds exactly the groups
@@ -47,9 +41,7 @@ def test_clustering_finds_well_separated_groups_of_very_different_sizes() -> Non
 
 def test_clustering_depends_on_the_seed_alone() -> None:
     points = unit_rows(300, 8)
-    first, again, other = (
-        search.cluster(points, num_clusters=40, seed=seed, num_iterations=5) for seed in (3, 3, 4)
-    )
+    first, again, other = (search.cluster(points, num_clusters=40, seed=seed, num_iterations=5) for seed in (3, 3, 4))
     assert first.tolist() == again.tolist()
     assert first.tolist() != other.tolist()
 
@@ -66,9 +58,7 @@ def test_clustering_uses_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(faiss.Clustering, "train", counting_train)
     search.cluster(unit_rows(600, 4), num_clusters=2, seed=0, num_iterations=1)
-    assert trained_on == [
-        (600, 1200)
-    ]  # at faiss's default of 256 points a centroid only 512 would be used
+    assert trained_on == [(600, 1200)]  # at faiss's default of 256 points a centroid only 512 would be used
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -108,7 +98,5 @@ def test_no_faiss_package_is_refused_with_the_command_that_helps(
 def test_a_faiss_package_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "faiss-gpu")
     without_module(monkeypatch, RuntimeError("libcublas.so.12 not found"))
-    with pytest.raises(
-        ValueError, match=r"faiss-gpu 1.15.1 is installed but does not start .libcublas"
-    ):
+    with pytest.raises(ValueError, match=r"faiss-gpu 1.15.1 is installed but does not start .libcublas"):
         search.load_faiss()
