@@ -1,9 +1,11 @@
 """Time and memory of the ProxyGML head on one process: `python benchmarks/head.py [--sizes cub sop] [--repeats 7]`.
 
-Rows: this head; the published formulation written densely (similarities, a 0/1 matrix [P, C] that sums proxies into classes, a masked
-softmax over all classes); and the bare product X @ P.T that no exact head can do without. All are measured in the same call, each in a
-process of its own so that its peak memory is its own, on the same random batch, forward and backward; the median of the repeats after
-one warm-up is shown. The dense head is also checked to give this head's loss, so that both compute the same thing.
+Rows: this head; the published formulation written densely (similarities, a 0/1 matrix [P, C] that sums proxies into
+    classes, a masked
+softmax over all classes); and the bare product X @ P.T that no exact head can do without. All are measured in the same
+call, each in a process of its own so that its peak memory is its own, on the same random batch, forward and backward;
+the median of the repeats after one warm-up is shown. The dense head is also checked to give this head's loss, so that
+both compute the same thing.
 
 Prints a table and one JSON line per row, with device and versions, for docs/benchmarks/.
 """
@@ -45,11 +47,16 @@ HEADS = ("product", "dense", "proxygml")
 def main() -> None:
     """Measure every head at every size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=sorted(SIZES), help="problems (default: all)")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=sorted(SIZES), default=sorted(SIZES), help="problems (default: all)"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="counted repeats of each head")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process")
     arguments = parser.parse_args()
-    print(f"{'size':<6}{'head':<10}{'forward ms':>12}{'backward ms':>13}{'both ms':>10}{'/ product':>11}{'peak MiB':>10}{'loss':>12}")
+    print(
+        f"{'size':<6}{'head':<10}{'forward ms':>12}{'backward ms':>13}{'both ms':>10}{'/ product':>11}"
+        f"{'peak MiB':>10}{'loss':>12}"
+    )
     for size in arguments.sizes:
         rows = {head: in_own_process(head, size, arguments.repeats, arguments.threads) for head in HEADS}
         if abs(rows["dense"]["loss"] - rows["proxygml"]["loss"]) > 1e-4 * abs(rows["dense"]["loss"]):
@@ -62,7 +69,17 @@ def main() -> None:
                 f"{row['peak_mib']:>10.0f}{row['loss']:>12.5f}"
             )
         for head, row in rows.items():
-            print(json.dumps({"size": size, "head": head, **row, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
+            print(
+                json.dumps(
+                    {
+                        "size": size,
+                        "head": head,
+                        **row,
+                        "machine": platform.processor() or platform.machine(),
+                        "torch": torch.__version__,
+                    }
+                )
+            )
 
 
 def in_own_process(head: str, size: str, repeats: int, threads: int) -> dict[str, float]:
@@ -116,12 +133,16 @@ def build(head: str, size: Size) -> tuple[Callable[[torch.Tensor, torch.Tensor],
     def dense(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         proxies_PD = F.normalize(loss.proxies.flatten(0, 1), dim=1)
         similarity_BP = x @ proxies_PD.T
-        priority_BP = similarity_BP.detach() + 2.0 * (y[:, None] == classes)  # cosines are at most 1: positives come first
+        priority_BP = similarity_BP.detach() + 2.0 * (
+            y[:, None] == classes
+        )  # cosines are at most 1: positives come first
         kept_BP = torch.zeros_like(similarity_BP).scatter_(1, priority_BP.topk(loss.topk, dim=1).indices, 1.0)
         logits_BC, kept_BC = (similarity_BP * kept_BP) @ one_hot_PC, kept_BP @ one_hot_PC > 0
         total = F.cross_entropy(logits_BC.masked_fill(~kept_BC, -torch.inf), y)
         if size.regularization_weight:
-            total = total + size.regularization_weight * F.cross_entropy(proxies_PD @ proxies_PD.T @ one_hot_PC, classes)
+            total = total + size.regularization_weight * F.cross_entropy(
+                proxies_PD @ proxies_PD.T @ one_hot_PC, classes
+            )
         return total
 
     return dense, loss.proxies

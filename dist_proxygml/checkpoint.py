@@ -2,12 +2,13 @@
 
     checkpoints/step-000800/
         engine/...               backbone and its optimizer, as DeepSpeed writes them
-        bank/...                 proxies and their optimizer state, through torch.distributed.checkpoint; loads on any number of ranks
-        backbone.safetensors     the backbone alone, whole, for evaluation and for use elsewhere
-        random-rank-000.pt       random generator state of each rank
-        state.json               step, number of ranks, hash of the class table: written last
+        bank/...                 proxies and their optimizer state, through torch.distributed.checkpoint; loads on any
+        number of ranks backbone.safetensors     the backbone alone, whole, for evaluation and for use elsewhere
+        random-rank-000.pt       random generator state of each rank state.json               step, number of ranks,
+        hash of the class table: written last
 
-The bank is saved as DTensors placed Shard(0) over classes. With ZeRO 1 to 3 the engine's part loads on the number of ranks that wrote it.
+The bank is saved as DTensors placed Shard(0) over classes. With ZeRO 1 to 3 the engine's part loads on the number of
+ranks that wrote it.
 """
 
 import json
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dist_proxygml.engine import Engine
 from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext, barrier, run_together
+from dist_proxygml.parallel import ParallelContext, run_together
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def checkpoint_name(step: int) -> str:
 
 def published_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints below `directory`, oldest first."""
-    return sorted((p.parent for p in directory.glob("step-*/state.json")), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(
+        (p.parent for p in directory.glob("step-*/state.json")), key=lambda p: int(p.name.removeprefix("step-"))
+    )
 
 
 def find_checkpoint(directory: Path, resume: str) -> Path | None:
@@ -78,7 +81,9 @@ def save_checkpoint(
     context: ParallelContext,
     keep_last: int,
 ) -> Path:
-    """Write and publish a checkpoint below `directory`, then delete all but the newest `keep_last`. Called on all ranks."""
+    """Write and publish a checkpoint below `directory`, then delete all but the newest `keep_last`. Called on all
+    ranks.
+    """
     final = directory / checkpoint_name(state.step)
     partial = directory / f".{final.name}.partial"
     # 1. a clean place
@@ -127,12 +132,13 @@ def load_checkpoint(
     state = read_state(checkpoint)
     if state.class_table_sha256 != class_table_sha256:
         raise ValueError(
-            f"{checkpoint} was trained on the class table {state.class_table_sha256[:12]}, the shards have {class_table_sha256[:12]}; "
-            "a proxy would stand for another class. Use the shards of that run or --resume never"
+            f"{checkpoint} was trained on the class table {state.class_table_sha256[:12]}, the shards have "
+            f"{class_table_sha256[:12]}; a proxy would stand for another class. Use that run's shards or --resume never"
         )
     if state.zero_stage != engine.zero_stage:
         raise ValueError(
-            f"{checkpoint} was written with ZeRO stage {state.zero_stage}, the configuration says {engine.zero_stage}; use the same stage"
+            f"{checkpoint} was written with ZeRO stage {state.zero_stage}, the configuration says {engine.zero_stage}; "
+            "use the same stage"
         )
     if state.zero_stage > 0 and state.world_size != context.world_size:
         raise ValueError(
@@ -187,9 +193,7 @@ def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext
     dcp.save(tensors, checkpoint_id=directory, process_group=context.group, no_dist=context.group is None)
 
 
-def _load_bank(
-    loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext
-) -> None:
+def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
     """Read this rank's rows straight into the parameter and the optimizer's state."""
     if not optimizer.state[loss.proxies]:  # torch makes the state at the first step: make it here, as that step would
         loss.proxies.grad = torch.zeros_like(loss.proxies)

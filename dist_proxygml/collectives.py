@@ -1,12 +1,16 @@
-"""Differentiable collectives over ragged rows. Every function is called on all ranks of `group`; `group=None` means one process.
+"""Differentiable collectives over ragged rows. Every function is called on all ranks of `group`; `group=None` means one
+process.
 
-The loss is the same number on every rank, and every rank runs backward on its own copy of it. That fixes the backward rules:
+The loss is the same number on every rank, and every rank runs backward on its own copy of it. That fixes the backward
+rules:
 
-    gather_rows      forward all-gather in rank order    backward reduce-scatter SUM (each rank's copy holds a part of the gradient)
-    all_reduce_sum   forward SUM                         backward identity (the copies of the sum are one and the same number)
+    gather_rows      forward all-gather in rank order    backward reduce-scatter SUM (each rank's copy holds a part of
+    the gradient) all_reduce_sum   forward SUM                         backward identity (the copies of the sum are one
+    and the same number)
 
-SUM, never AVG: what an engine averages later is undone once, by name, in loss.py. Rows are padded to the longest rank because
-gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so the padding costs next to nothing.
+SUM, never AVG: what an engine averages later is undone once, by name, in loss.py. Rows are padded to the longest rank
+because gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so the padding costs next
+to nothing.
 """
 
 from collections.abc import Sequence

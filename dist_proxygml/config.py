@@ -1,10 +1,11 @@
 """Typed, closed configuration: JSON in, frozen objects out.
 
-A file is one JSON object; `--set a.b=value` overrides single keys before validation. Unknown keys, wrong types and settings that
-contradict each other are refused here, before any process group, device or data is touched. Fields are documented where they
-are declared; `docs/configuration.md` is generated from them.
+A file is one JSON object; `--set a.b=value` overrides single keys before validation. Unknown keys, wrong types and
+settings that contradict each other are refused here, before any process group, device or data is touched. Fields are
+documented where they are declared; `docs/configuration.md` is generated from them.
 
-Declined: YAML (a second syntax for the same thing), inheritance between files (a run must be readable from one file), and
+Declined: YAML (a second syntax for the same thing), inheritance between files (a run must be readable from one file),
+    and
 options through the environment.
 """
 
@@ -28,7 +29,7 @@ class _Section(BaseModel):
 
 
 class RandomResizedCropConfig(_Section):
-    """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; the published training augmentation."""
+    """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; published for training."""
 
     name: Literal["random_resized_crop"]
     size: int = Field(224, ge=1, description="Side of the square result, in pixels.")
@@ -84,9 +85,13 @@ class DataConfig(_Section):
     test_split: str = Field("test", description="Split of the index to evaluate on; its classes are never trained.")
     num_classes: int = Field(ge=1, description="Number of classes of the training split; checked against the shards.")
     num_workers: int = Field(4, ge=0, description="Data loading processes per rank; 0 loads in the training process.")
-    shuffle_window: int | None = Field(None, ge=1, description="Shards read at a time while shuffling; null shuffles over all.")
+    shuffle_window: int | None = Field(
+        None, ge=1, description="Shards read at a time while shuffling; null shuffles over all."
+    )
     drop_last: bool = Field(False, description="Leave out the short last step of an epoch.")
-    cache_images: bool = Field(False, description="Keep decoded images in memory: small data sets only, with num_workers 0.")
+    cache_images: bool = Field(
+        False, description="Keep decoded images in memory: small data sets only, with num_workers 0."
+    )
     train_transform: TransformConfig = Field(description="Augmentation of training images.")
     test_transform: TransformConfig = Field(description="Preparation of test images.")
 
@@ -102,9 +107,12 @@ class BackboneConfig(_Section):
     pretrained: str | None = Field(
         None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
     )
-    pool: int = Field(1, ge=1, description="Side of the grid that the feature map is averaged to; 1 is global average pooling.")
+    pool: int = Field(
+        1, ge=1, description="Side of the grid that the feature map is averaged to; 1 is global average pooling."
+    )
     batch_norm: Literal["train", "frozen"] = Field(
-        "train", description="frozen keeps the running statistics fixed; scale and offset are still trained (as published)."
+        "train",
+        description="frozen keeps the running statistics fixed; scale and offset are still trained (as published).",
     )
     channels_last: bool = Field(False, description="Store images as NHWC; faster on CPUs and on tensor cores.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
@@ -119,13 +127,16 @@ class ProxiesConfig(_Section):
     regularization_weight: float = Field(0.0, ge=0, description="Weight lambda of the proxy regulariser.")
     scale: float = Field(1.0, gt=0, description="Softmax scale s; 1 in every published run.")
     selection: Literal["auto", "gather", "candidates"] = Field(
-        "auto", description="How ranks find the global top-k: gather the bank, exchange candidates, or the cheaper of the two."
+        "auto",
+        description="How ranks find the global top-k: gather the bank, exchange candidates, or the cheaper of the two.",
     )
 
     @model_validator(mode="after")
     def _one_way_to_say_k(self) -> "ProxiesConfig":
         if (self.ratio is None) == (self.topk is None):
-            raise ValueError(f"expected exactly one of ratio and topk, got ratio={self.ratio} and topk={self.topk}; remove one")
+            raise ValueError(
+                f"expected exactly one of ratio and topk, got ratio={self.ratio} and topk={self.topk}; remove one"
+            )
         return self
 
 
@@ -135,16 +146,26 @@ class ProxiesConfig(_Section):
 class OptimizerConfig(_Section):
     """Optimizer of backbone and proxies; one rule, separate learning rates."""
 
-    name: Literal["adam", "adamw"] = Field("adam", description="Update rule; adam adds weight decay to the gradient (L2).")
+    name: Literal["adam", "adamw"] = Field(
+        "adam", description="Update rule; adam adds weight decay to the gradient (L2)."
+    )
     backbone_lr: float = Field(gt=0, description="Learning rate of the backbone.")
-    embedding_lr: float | None = Field(None, gt=0, description="Learning rate of the embedding layer; null takes backbone_lr.")
-    proxies_lr: float = Field(gt=0, description="Learning rate of the proxies. Not to be scaled with the number of ranks.")
+    embedding_lr: float | None = Field(
+        None, gt=0, description="Learning rate of the embedding layer; null takes backbone_lr."
+    )
+    proxies_lr: float = Field(
+        gt=0, description="Learning rate of the proxies. Not to be scaled with the number of ranks."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the backbone.")
     proxies_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the proxies.")
-    eps: float = Field(1e-8, gt=0, description="Adam's eps; 0.01 in the published runs, where it sets the effective step.")
+    eps: float = Field(
+        1e-8, gt=0, description="Adam's eps; 0.01 in the published runs, where it sets the effective step."
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates.")
     proxies_clip_norm: float | None = Field(
-        None, gt=0, description="Largest norm of the proxies' gradient over all ranks; the backbone's is deepspeed.gradient_clipping."
+        None,
+        gt=0,
+        description="Largest norm of the proxies' gradient over all ranks (the backbone: deepspeed.gradient_clipping).",
     )
 
 
@@ -152,14 +173,18 @@ class ScheduleConfig(_Section):
     """Factor on all learning rates as a function of training progress."""
 
     name: Literal["constant", "step", "cosine"] = Field("constant", description="Shape of the schedule.")
-    milestones: list[int] = Field(default_factory=list, description="step: epochs (1-based) at whose start gamma is applied.")
+    milestones: list[int] = Field(
+        default_factory=list, description="step: epochs (1-based) at whose start gamma is applied."
+    )
     gamma: float = Field(0.1, gt=0, description="step: factor at each milestone.")
     warmup_steps: int = Field(0, ge=0, description="Linear warm-up from 0 over so many optimizer steps.")
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> "ScheduleConfig":
         if (self.name == "step") != bool(self.milestones):
-            raise ValueError(f"milestones {self.milestones} do not fit schedule {self.name!r}: only, and always, 'step' has milestones")
+            raise ValueError(
+                f"milestones {self.milestones} do not fit schedule {self.name!r}: only 'step' has milestones"
+            )
         return self
 
 
@@ -167,18 +192,22 @@ class TrainingConfig(_Section):
     """The training run."""
 
     epochs: int = Field(ge=1, description="Number of passes over the training split.")
-    batch_size: int = Field(ge=1, description="Images of one optimizer step, over all ranks and accumulated micro-batches.")
+    batch_size: int = Field(
+        ge=1, description="Images of one optimizer step, over all ranks and accumulated micro-batches."
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null trains all epochs.")
     frozen_trunk_epochs: list[int] = Field(
         default_factory=list,
-        description="Epochs (1-based) that train only the embedding layer and the proxies; [2] is the published warm-up.",
+        description="Epochs (1-based) that train only embedding layer and proxies; [2] is the published warm-up.",
     )
 
 
 class EvaluationConfig(_Section):
     """When and how the test split is evaluated."""
 
-    every_epochs: int = Field(1, ge=0, description="Evaluate after every so many epochs, and after the last; 0 only after the last.")
+    every_epochs: int = Field(
+        1, ge=0, description="Evaluate after every so many epochs, and after the last; 0 only after the last."
+    )
     at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults in minutes.")
     raw_pixels: bool = Field(False, description="Also evaluate raw pixels at start, as a baseline.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass of one rank.")
@@ -189,14 +218,18 @@ class EvaluationConfig(_Section):
 class CheckpointConfig(_Section):
     """Checkpoints of the run."""
 
-    every_steps: int | None = Field(None, ge=1, description="Optimizer steps between checkpoints; null writes one per epoch.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between checkpoints; null writes one per epoch."
+    )
     keep_last: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
 
 
 class TelemetryConfig(_Section):
     """What is logged how often."""
 
-    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two lines of metrics.jsonl and TensorBoard scalars.")
+    log_every_steps: int = Field(
+        10, ge=1, description="Optimizer steps between two lines of metrics.jsonl and TensorBoard scalars."
+    )
     progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")
 
 
@@ -227,7 +260,8 @@ class Config(_Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="Passed to DeepSpeed as it is: zero_optimization, bf16, gradient_accumulation_steps, gradient_clipping."
+        default_factory=dict,
+        description="Passed to DeepSpeed as it is: zero_optimization, bf16, gradient_clipping, ...",
     )
 
     @property
@@ -248,7 +282,9 @@ class Config(_Section):
                 raise ValueError(f"deepspeed.{key} is set, but it is decided elsewhere; remove it and use {instead}")
         accumulation = self.deepspeed.get("gradient_accumulation_steps", 1)
         if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
-            raise ValueError(f"deepspeed.gradient_accumulation_steps must be an integer of at least 1, got {accumulation!r}")
+            raise ValueError(
+                f"deepspeed.gradient_accumulation_steps must be an integer of at least 1, got {accumulation!r}"
+            )
         stated = self.deepspeed.get("train_batch_size", self.training.batch_size)
         if stated != self.training.batch_size:
             raise ValueError(
@@ -268,21 +304,25 @@ class Config(_Section):
         """Images of one rank in one micro-batch.
 
         Raises:
-            ValueError: the batch does not divide over the ranks and micro-batches, or contradicts the DeepSpeed section.
+            ValueError: the batch does not divide over the ranks and micro-batches, or contradicts the DeepSpeed
+                section.
         """
         slots = world_size * self.accumulation
         micro, rest = divmod(self.training.batch_size, slots)
         if rest:
-            allowed = [w for w in range(1, 2 * world_size + 1) if self.training.batch_size % (w * self.accumulation) == 0]
+            allowed = [
+                w for w in range(1, 2 * world_size + 1) if self.training.batch_size % (w * self.accumulation) == 0
+            ]
             raise ValueError(
-                f"training.batch_size {self.training.batch_size} does not divide over {world_size} ranks x {self.accumulation} "
-                f"micro-batches; use a multiple of {slots}, or one of {allowed} ranks"
+                f"training.batch_size {self.training.batch_size} does not divide over {world_size} ranks x "
+                f"{self.accumulation} micro-batches; use a multiple of {slots}, or one of {allowed} ranks"
             )
         stated = self.deepspeed.get("train_micro_batch_size_per_gpu", micro)
         if stated != micro:
             raise ValueError(
-                f"deepspeed.train_micro_batch_size_per_gpu is {stated}, but training.batch_size {self.training.batch_size} over "
-                f"{world_size} ranks x {self.accumulation} micro-batches gives {micro}; remove it or change the number of ranks"
+                f"deepspeed.train_micro_batch_size_per_gpu is {stated}, but training.batch_size "
+                f"{self.training.batch_size} over {world_size} ranks x {self.accumulation} micro-batches gives "
+                f"{micro}; remove it or change the number of ranks"
             )
         return micro
 
@@ -302,7 +342,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     path = Path(path)
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby) or 'none'}")
+        raise ValueError(
+            f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby) or 'none'}"
+        )
     try:
         raw = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -358,12 +400,16 @@ def _explain(problem: typing.Mapping[str, Any]) -> str:
 def _known_keys(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Field names of the section that a validation error's location points into."""
     for part in location:
-        candidates = [s for s in _sections_of(section.model_fields[part].annotation)] if part in section.model_fields else []
+        candidates = (
+            [s for s in _sections_of(section.model_fields[part].annotation)] if part in section.model_fields else []
+        )
         if candidates:
             section = candidates[0]
             variants = candidates
         else:  # the tag of a discriminated union, e.g. data.train_transform.resize
-            section = next((s for s in variants if typing.get_args(s.model_fields["name"].annotation) == (part,)), section)
+            section = next(
+                (s for s in variants if typing.get_args(s.model_fields["name"].annotation) == (part,)), section
+            )
     return sorted(section.model_fields)
 
 

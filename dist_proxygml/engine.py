@@ -1,12 +1,12 @@
 """The DeepSpeed engine around the backbone. The only file that imports deepspeed.
 
-DeepSpeed manages what it is good at: data parallelism, ZeRO 0-3, bf16, gradient accumulation and clipping of the backbone. The proxy
-bank stays OUTSIDE of the engine's module, because the engine broadcasts rank 0's parameters at start, averages all gradients over
-ranks, and saves one rank's copy: right for replicas, wrong for a partition.
+DeepSpeed manages what it is good at: data parallelism, ZeRO 0-3, bf16, gradient accumulation and clipping of the
+backbone. The proxy bank stays OUTSIDE of the engine's module, because the engine broadcasts rank 0's parameters at
+start, averages all gradients over ranks, and saves one rank's copy: right for replicas, wrong for a partition.
 
 The loss hands over the gradient of the embeddings, not a graph that runs through the bank: the engine gets the scalar
-sum(embeddings * gradient), whose derivative is that gradient. So whatever the engine multiplies into its loss (1 / accumulation)
-reaches the backbone only, and the proxies' gradient is exact as autograd left it.
+sum(embeddings * gradient), whose derivative is that gradient. So whatever the engine multiplies into its loss (1 /
+accumulation) reaches the backbone only, and the proxies' gradient is exact as autograd left it.
 """
 
 import logging
@@ -30,9 +30,11 @@ class Engine:
     ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of DeepSpeed's own imports
-            import deepspeed  # noqa: PLC0415 - seconds of import time that only training needs
+            import deepspeed
 
-        os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # DeepSpeed insists on it, also when a launcher is not used
+        os.environ.setdefault(
+            "LOCAL_RANK", str(context.local_rank)
+        )  # DeepSpeed insists on it, also when a launcher is not used
         deepspeed.utils.logger.setLevel(logging.WARNING)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
@@ -60,7 +62,9 @@ class Engine:
         return self._engine(images.to(self._device, non_blocking=True))
 
     def backward(self, embeddings: Tensor, gradient: Tensor) -> None:
-        """Back-propagate the gradient of the embeddings into the backbone; at a step's last micro-batch, average over ranks."""
+        """Back-propagate the gradient of the embeddings into the backbone; at a step's last micro-batch, average over
+        ranks.
+        """
         self._engine.backward((embeddings * gradient).sum())
 
     def step(self, *, measure_norm: bool) -> float | None:

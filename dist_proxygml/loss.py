@@ -6,15 +6,16 @@
     nll = log sum_{c with a kept proxy} exp(s*z_c) - s*z_label      masked softmax, mean over the GLOBAL batch
     total = nll + lambda * regulariser;   the regulariser classifies every proxy against the class sums of all proxies
 
-Each rank owns whole classes, so z is local and only vectors of length B cross ranks. Two ways to the same numbers: "candidates"
-gathers the embeddings and exchanges candidate similarities; "gather" gathers the bank and works on the rank's own images. Gathering
-the logits (B x C on every rank) or a one-hot [P, C] matrix for the class sums was declined: a class's N proxies are adjacent
-columns, so a reshape does it.
+Each rank owns whole classes, so z is local and only vectors of length B cross ranks. Two ways to the same numbers:
+"candidates" gathers the embeddings and exchanges candidate similarities; "gather" gathers the bank and works on the
+rank's own images. Gathering the logits (B x C on every rank) or a one-hot [P, C] matrix for the class sums was
+declined: a class's N proxies are adjacent columns, so a reshape does it.
 
-Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv 2010.13636).
+Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
+    2010.13636).
 
-Dimension key: R rows (images) at hand, b/B images of this rank / over the group, c/C classes, p/P proxies, N proxies per class, D embedding;
-lower case is this rank's slice.
+Dimension key: R rows (images) at hand, b/B images of this rank / over the group, c/C classes, p/P proxies, N proxies
+per class, D embedding; lower case is this rank's slice.
 """
 
 import math
@@ -26,7 +27,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, gather_objects, gather_rows, rank_in, world_size_of
+from dist_proxygml.collectives import (
+    all_reduce_max,
+    all_reduce_sum,
+    gather_objects,
+    gather_rows,
+    rank_in,
+    world_size_of,
+)
 from dist_proxygml.partition import ClassPartition
 from dist_proxygml.proxies import initial_proxies
 from dist_proxygml.selection import cheaper_selection, num_kept_proxies, select_proxies
@@ -51,11 +59,13 @@ class LossTerms(NamedTuple):
 class ProxyGMLLoss(nn.Module):
     """The ProxyGML loss and this rank's proxies.
 
-    Without a group it is a loss like any other: call it with unit embeddings and labels, call backward, step an optimizer on its
-    parameters. With a group it is called on all ranks, each with its own images, and gives the loss of them all.
+    Without a group it is a loss like any other: call it with unit embeddings and labels, call backward, step an
+    optimizer on its parameters. With a group it is called on all ranks, each with its own images, and gives the loss of
+    them all.
 
     Gradients: those of `proxies` are complete on their rank and must not be reduced or averaged over ranks; keep this
-    module outside of DistributedDataParallel or a DeepSpeed engine. Those of the embeddings depend on `gradient_reduction`.
+    module outside of DistributedDataParallel or a DeepSpeed engine. Those of the embeddings depend on
+    `gradient_reduction`.
 
     Args:
         num_classes: C, over all ranks.
@@ -66,13 +76,16 @@ class ProxyGMLLoss(nn.Module):
         regularization_weight: lambda, weight of the proxy regulariser.
         scale: softmax scale s of the classification term; 1 in every published run.
         group: ranks that the classes are partitioned over; None for one process.
-        gradient_reduction: what the data-parallel engine does with the backbone's gradients over ranks: "mean" (DeepSpeed, DDP)
-            or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which the engine undoes.
-        selection: "gather" the bank, exchange "candidates", or "auto", the one that moves fewer bytes for the batch at hand.
+        gradient_reduction: what the data-parallel engine does with the backbone's gradients over ranks: "mean"
+            (DeepSpeed, DDP) or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which
+            the engine undoes.
+        selection: "gather" the bank, exchange "candidates", or "auto", the one that moves fewer bytes for the batch at
+            hand.
         seed: of the initial proxies, which do not depend on the number of ranks.
 
     Raises:
-        ValueError: k <= N (no negative would be kept: loss and gradients would be 0), k > C*N, or a setting out of range.
+        ValueError: k <= N (no negative would be kept: loss and gradients would be 0), k > C*N, or a setting out of
+            range.
     """
 
     proxies: nn.Parameter
@@ -95,7 +108,9 @@ class ProxyGMLLoss(nn.Module):
     ) -> None:
         super().__init__()
         if embedding_dim < 1 or proxies_per_class < 1:
-            raise ValueError(f"embedding_dim and proxies_per_class must be at least 1, got {embedding_dim} and {proxies_per_class}")
+            raise ValueError(
+                f"embedding_dim and proxies_per_class must be at least 1, got {embedding_dim} and {proxies_per_class}"
+            )
         if gradient_reduction not in ("mean", "sum"):
             raise ValueError(f'gradient_reduction must be "mean" or "sum", got {gradient_reduction!r}')
         if selection not in ("auto", "gather", "candidates"):
@@ -122,8 +137,8 @@ class ProxyGMLLoss(nn.Module):
             labels: [b] int64 global class ids.
 
         Raises:
-            ValueError: wrong shape or type, a non-finite embedding (its rank and row are named), a label out of range; the same
-                error on every rank.
+            ValueError: wrong shape or type, a non-finite embedding (its rank and row are named), a label out of range;
+                the same error on every rank.
         """
         row_counts = self._agree_on_rows(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -173,7 +188,9 @@ class ProxyGMLLoss(nn.Module):
             proxies_pD, partition, group = proxies_cND.flatten(0, 1), self.partition, self.group
 
         similarity_Rp = embeddings_RD @ proxies_pD.T
-        class_of_proxy_p = torch.arange(partition.start, partition.stop, device=labels_R.device).repeat_interleave(num_per_class)
+        class_of_proxy_p = torch.arange(partition.start, partition.stop, device=labels_R.device).repeat_interleave(
+            num_per_class
+        )
         kept_Rp = select_proxies(
             similarity_Rp.detach(),
             labels_R[:, None] == class_of_proxy_p,
@@ -183,7 +200,9 @@ class ProxyGMLLoss(nn.Module):
             group=group,
         )
         logits_Rc, kept_Rc = class_logits(similarity_Rp, kept_Rp, proxies_per_class=num_per_class)
-        nll_R, kept_R = masked_cross_entropy(self.scale * logits_Rc, kept_Rc, labels_R, partition=partition, group=group)
+        nll_R, kept_R = masked_cross_entropy(
+            self.scale * logits_Rc, kept_Rc, labels_R, partition=partition, group=group
+        )
         sums_2 = torch.stack([nll_R.sum(), kept_R.sum()])
         if gathers_bank:  # the rows were this rank's own
             sums_2 = all_reduce_sum(sums_2, group=self.group)
@@ -212,9 +231,8 @@ class ProxyGMLLoss(nn.Module):
         where = f"on rank {self.partition.rank}"
         num_classes, dim, dtype = self.partition.num_classes, self.proxies.shape[2], self.proxies.dtype
         if embeddings.ndim != 2 or embeddings.shape[1] != dim or labels.shape != embeddings.shape[:1]:
-            return (
-                f"expected embeddings [b, {dim}] and labels [b], got {list(embeddings.shape)} and {list(labels.shape)} {where}"
-            )
+            shapes = f"{list(embeddings.shape)} and {list(labels.shape)}"
+            return f"expected embeddings [b, {dim}] and labels [b], got {shapes} {where}"
         if embeddings.dtype != dtype or labels.dtype != torch.int64:
             return (
                 f"expected {dtype} embeddings (like the proxies) and torch.int64 labels, got {embeddings.dtype} and "
@@ -227,8 +245,8 @@ class ProxyGMLLoss(nn.Module):
         if not bool(finite_b.all()):
             rows = (~finite_b).nonzero().flatten().tolist()
             return (
-                f"expected finite embeddings, got NaN or infinity in row {rows[0]} {where} ({len(rows)} of {len(labels)} rows); "
-                "lower the learning rate or look at that image"
+                f"expected finite embeddings, got NaN or infinity in row {rows[0]} {where} "
+                f"({len(rows)} of {len(labels)} rows); lower the learning rate or look at that image"
             )
         row = int((~valid_b).nonzero()[0])
         return (
@@ -253,14 +271,14 @@ def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | Non
     num_proxies = num_classes * proxies_per_class
     if not proxies_per_class < topk <= num_proxies:
         raise ValueError(
-            f"expected more than proxies_per_class = {proxies_per_class} and at most {num_proxies} kept proxies per image, got "
-            f"k = {topk}: an image always keeps its own {proxies_per_class} proxies, and without a negative every loss and "
-            "gradient is 0; raise the ratio"
+            f"expected more than proxies_per_class = {proxies_per_class} and at most {num_proxies} kept proxies per "
+            f"image, got k = {topk}: an image always keeps its own {proxies_per_class} proxies, and without a negative "
+            "every loss and gradient is 0; raise the ratio"
         )
     if topk <= 2 * proxies_per_class:
         warnings.warn(
-            f"k = {topk} keeps at most as many negatives as positives ({proxies_per_class} proxies per class); published results "
-            "fall off there, consider a larger ratio",
+            f"k = {topk} keeps at most as many negatives as positives ({proxies_per_class} per class); published "
+            "results fall off there, consider a larger ratio",
             stacklevel=3,
         )
     return topk
@@ -286,12 +304,17 @@ def masked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood [R] of each row's label among its kept classes, and the number of those [R].
 
-    Called on all ranks of `group`; every rank returns the same values. Three vectors cross ranks: one MAX, then SUM of two and a count.
+    Called on all ranks of `group`; every rank returns the same values. Three vectors cross ranks: one MAX, then SUM of
+    two and a count.
     Backward: each rank gets the gradient of its own classes; no communication.
     """
     logits_Rc = logits_Rc.masked_fill(~kept_Rc, -math.inf)
-    local_max_R = logits_Rc.detach().amax(dim=1) if partition.num_local else logits_Rc.new_full(labels_R.shape, -math.inf)
-    row_max_R = all_reduce_max(local_max_R, group=group)  # a shift only, so no gradient; finite, for the label's class is kept
+    local_max_R = (
+        logits_Rc.detach().amax(dim=1) if partition.num_local else logits_Rc.new_full(labels_R.shape, -math.inf)
+    )
+    row_max_R = all_reduce_max(
+        local_max_R, group=group
+    )  # a shift only, so no gradient; finite, for the label's class is kept
     owned_R = (labels_R >= partition.start) & (labels_R < partition.stop)
     if partition.num_local:
         column_R = torch.where(owned_R, labels_R - partition.start, 0)
@@ -306,15 +329,15 @@ def masked_cross_entropy(
 def proxy_regularizer(proxies_cND: Tensor, *, partition: ClassPartition, group: dist.ProcessGroup | None) -> Tensor:
     """Mean cross entropy of every proxy classified against the class sums of all proxies (own similarity 1 included).
 
-    Called on all ranks of `group`; every rank returns the same value. Class sums are all that crosses ranks: a [P, P] matrix is never
-    needed, and the [P, C] logits exist in row chunks only, which backward computes again.
+    Called on all ranks of `group`; every rank returns the same value. Class sums are all that crosses ranks: a [P, P]
+    matrix is never needed, and the [P, C] logits exist in row chunks only, which backward computes again.
 
     Args:
         proxies_cND: this rank's proxies, unit vectors.
         partition: whose classes they are.
         group: the ranks; None for one process.
     """
-    num_local, num_per_class, _ = proxies_cND.shape
+    num_per_class = proxies_cND.shape[1]
     sums_CD = gather_rows(proxies_cND.sum(dim=1), row_counts=partition.counts(), group=group)
     labels_p = torch.arange(partition.start, partition.stop, device=proxies_cND.device).repeat_interleave(num_per_class)
     local_sum = _ChunkedCrossEntropySum.apply(proxies_cND.flatten(0, 1), sums_CD, labels_p)
@@ -352,9 +375,9 @@ def _chunks(num_rows: int, num_columns: int) -> list[slice]:
 class _ScaleGradient(torch.autograd.Function):
     """The same value, whose gradient is multiplied by a factor.
 
-    Why W: the loss L is already the mean over the global batch, and its gradient with respect to the backbone's weights is the
-    SUM over ranks of what each rank back-propagates. DeepSpeed and DDP take the mean, (1/W) * sum, so each rank back-propagates
-    W times its part.
+    Why W: the loss L is already the mean over the global batch, and its gradient with respect to the backbone's weights
+    is the SUM over ranks of what each rank back-propagates. DeepSpeed and DDP take the mean, (1/W) * sum, so each rank
+    back-propagates W times its part.
     """
 
     @staticmethod

@@ -1,11 +1,12 @@
 """Optimizers of the backbone and of the proxies, and the learning-rate schedule.
 
-The schedule is a pure function of the step number, so resuming needs no scheduler state and the backbone (inside DeepSpeed) and the
-bank (outside) cannot drift apart. Published recipe: torch Adam with eps 0.01 and weight decay added to the gradient, learning rates
-x 0.1 at the start of epochs 20 and 40, and a second epoch that trains only the embedding layer and the proxies.
+The schedule is a pure function of the step number, so resuming needs no scheduler state and the backbone (inside
+DeepSpeed) and the bank (outside) cannot drift apart. Published recipe: torch Adam with eps 0.01 and weight decay added
+to the gradient, learning rates x 0.1 at the start of epochs 20 and 40, and a second epoch that trains only the
+embedding layer and the proxies.
 
-The frozen epoch is a learning rate of 0 for the trunk. Removing its parameters from the optimizer was declined: ZeRO fixes its
-partitions at start. Adam's moments keep averaging meanwhile; the weights do not move.
+The frozen epoch is a learning rate of 0 for the trunk. Removing its parameters from the optimizer was declined: ZeRO
+fixes its partitions at start. Adam's moments keep averaging meanwhile; the weights do not move.
 """
 
 import math
@@ -30,7 +31,9 @@ def build_backbone_optimizer(
 
 def build_bank_optimizer(config: OptimizerConfig, proxies: nn.Parameter) -> torch.optim.Optimizer:
     """The optimizer of this rank's proxies."""
-    return _optimizer(config, [{"params": [proxies], "lr": config.proxies_lr}], weight_decay=config.proxies_weight_decay)
+    return _optimizer(
+        config, [{"params": [proxies], "lr": config.proxies_lr}], weight_decay=config.proxies_weight_decay
+    )
 
 
 def learning_rate_factor(config: ScheduleConfig, *, step: int, steps_per_epoch: int, num_steps: int) -> float:

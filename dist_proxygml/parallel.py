@@ -1,7 +1,7 @@
 """The parallel world: one small object, built once by a launcher, passed down.
 
-Nothing else in the project asks torch.distributed who it is. `group` is None for a lone process, and every function that takes
-a group accepts None, so the library runs without a process group as well.
+Nothing else in the project asks torch.distributed who it is. `group` is None for a lone process, and every function
+that takes a group accepts None, so the library runs without a process group as well.
 """
 
 import os
@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 
 class OneRankError(ValueError):
-    """A user's mistake that this rank alone knows of. Any other ValueError is raised by all ranks alike, so rank 0 reports it."""
+    """A user's mistake that this rank alone knows of. Any other ValueError is raised by all ranks alike, so rank 0
+    reports it.
+    """
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def single_process(device: str = "cpu") -> ParallelContext:
 
 
 def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext:
-    """Start the process group that the launcher described in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    """Start the process group that the launcher described in the environment (RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT).
 
     Called on all ranks. NCCL on GPUs, gloo on CPUs. On CPUs the cores are shared out over this host's ranks unless
     OMP_NUM_THREADS says otherwise; left alone, every rank would start a thread per core.
@@ -109,7 +112,8 @@ def barrier(context: ParallelContext) -> None:
 def run_launcher(main: Callable[[], None]) -> None:
     """Run a launcher's body and leave the process: status 0, or 2 with one message for a user's mistake.
 
-    The message is printed by rank 0 for all ranks, or by the one rank that has it. A launcher such as deepspeed ends the others.
+    The message is printed by rank 0 for all ranks, or by the one rank that has it. A launcher such as deepspeed ends
+    the others.
     """
     status = 0
     try:

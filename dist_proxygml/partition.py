@@ -1,9 +1,9 @@
 """Which rank owns which classes: contiguous ranges in rank order. Pure integers, no process group.
 
-The split is torch.chunk's: ceil(C / W) classes a rank, the last ranks may own fewer or none. A balanced split (sizes that differ
-by at most one) was declined: the largest share, which bounds memory and time, is the same, and this one is what a DTensor placed
-`Shard(0)` means, so checkpoints load on any number of ranks without code of ours. Contiguity makes "rank order" and "global proxy
-index order" the same thing, which the tie rule of the selection relies on.
+The split is torch.chunk's: ceil(C / W) classes a rank, the last ranks may own fewer or none. A balanced split (sizes
+that differ by at most one) was declined: the largest share, which bounds memory and time, is the same, and this one is
+what a DTensor placed `Shard(0)` means, so checkpoints load on any number of ranks without code of ours. Contiguity
+makes "rank order" and "global proxy index order" the same thing, which the tie rule of the selection relies on.
 """
 
 from dataclasses import dataclass

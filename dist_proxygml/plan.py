@@ -1,6 +1,8 @@
-"""What a run will need, before it allocates anything: bytes per rank for the head, bytes and messages per step. Pure integers.
+"""What a run will need, before it allocates anything: bytes per rank for the head, bytes and messages per step. Pure
+integers.
 
-The head is the proxy bank, its gradient and optimizer state, and the similarity buffers of one micro-batch; the backbone is DeepSpeed's.
+The head is the proxy bank, its gradient and optimizer state, and the similarity buffers of one micro-batch; the
+backbone is DeepSpeed's.
 """
 
 from dataclasses import dataclass
@@ -10,8 +12,8 @@ from dist_proxygml.loss import checked_topk
 from dist_proxygml.selection import bytes_per_step, cheaper_selection
 
 _FLOAT = 4  # the bank and the similarities are float32
-# [B, p] arrays alive at once at the peak of a step: similarities, a masked copy for the choice, the kept similarities, and a gradient;
-# the kept, positive and tie masks are one byte each.
+# [B, p] arrays alive at once at the peak of a step: similarities, a masked copy for the choice, the kept similarities,
+# and a gradient; the kept, positive and tie masks are one byte each.
 _SIMILARITY_ARRAYS_BYTES = 4 * _FLOAT + 3
 
 
@@ -71,8 +73,8 @@ def plan_head(config: Config, *, world_size: int) -> HeadPlan:
         similarities = micro * num_proxies * _SIMILARITY_ARRAYS_BYTES + 2 * num_proxies * dim * _FLOAT
     else:
         similarities = micro * world_size * own_proxies * _SIMILARITY_ARRAYS_BYTES
-    # sizes, then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back, MAX, SUM, gradient;
-    # the regulariser: class sums, their gradient, and its own sum
+    # sizes, then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back, MAX, SUM,
+    # gradient; the regulariser: class sums, their gradient, and its own sum
     messages = 1 + (3 if selection == "gather" else 7) + (3 if proxies.regularization_weight > 0 else 0)
     return HeadPlan(
         world_size=world_size,

@@ -1,17 +1,20 @@
-"""The relation-guided subgraph: exactly the k most similar proxies of each image, its own class's proxies always among them.
+"""The relation-guided subgraph: exactly the k most similar proxies of each image, its own class's proxies always among
+them.
 
-Order of the negatives: similarity descending, global proxy index ascending, over ALL ranks. torch.topk's indices are not used:
-which of several equal values it returns is undefined. Its values are, so the m-th value becomes a threshold and ties at the
-threshold are handed out in index order.
+Order of the negatives: similarity descending, global proxy index ascending, over ALL ranks. torch.topk's indices are
+not used: which of several equal values it returns is undefined. Its values are, so the m-th value becomes a threshold
+and ties at the threshold are handed out in index order.
 
-Without gathering the bank: every rank sends its best q = min(m, p) negative similarities of each image to the rank that owns
-the image; the owner finds the m-th value over all ranks and how many ties at it each rank may keep, and sends both back. A rank
-can never keep more than q of its own negatives, so this is exact. Received per rank: B * q * 4 bytes, independent of D.
+Without gathering the bank: every rank sends its best q = min(m, p) negative similarities of each image to the rank that
+owns the image; the owner finds the m-th value over all ranks and how many ties at it each rank may keep, and sends both
+back. A rank can never keep more than q of its own negatives, so this is exact. Received per rank: B * q * 4 bytes,
+independent of D.
 
 Declined: adding a large constant to the positives before top-k (it costs the float32 resolution of what is compared).
 No gradient flows through the choice.
 
-Dimension key: R rows (images), B images over the group, b images of this rank, p proxies of this rank, P proxies over the group, q candidates.
+Dimension key: R rows (images), B images over the group, b images of this rank, p proxies of this rank, P proxies over
+the group, q candidates.
 """
 
 import math
@@ -44,7 +47,8 @@ def select_proxies(
 ) -> Tensor:
     """Which proxies each image keeps: all its positives and its `num_negatives` best negatives over all ranks.
 
-    Called on all ranks of `group`, each with the same R = sum(row_counts) rows and its own p = proxy_counts[rank] columns.
+    Called on all ranks of `group`, each with the same R = sum(row_counts) rows and its own p = proxy_counts[rank]
+    columns.
 
     Args:
         similarity_Rp: similarities, finite.
@@ -72,7 +76,11 @@ def select_proxies(
 
 
 def _agree(
-    best_Rq: Tensor, num_negatives: int, row_counts: Sequence[int], proxy_counts: Sequence[int], group: dist.ProcessGroup
+    best_Rq: Tensor,
+    num_negatives: int,
+    row_counts: Sequence[int],
+    proxy_counts: Sequence[int],
+    group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """Threshold [R] of every image and this rank's share of the ties at it, settled by the image's owner."""
     num_own = row_counts[rank_in(group)]
@@ -115,7 +123,8 @@ def bytes_per_step(
 ) -> int:
     """Bytes that one rank receives per step, forward and backward, in float32, averaged over the ranks.
 
-    gather: the bank, and its gradient back. candidates: the embeddings and their gradient, q similarities of each of the
+    gather: the bank, and its gradient back. candidates: the embeddings and their gradient, q similarities of each of
+        the
     batch's images, a threshold and a quota (16 bytes) from each owner, five numbers per image for the log-sum-exp.
     """
     from_others = (world_size - 1) / world_size

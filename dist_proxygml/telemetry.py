@@ -1,7 +1,8 @@
 """What a run says while it works: metrics.jsonl, TensorBoard, a progress bar. Rank 0 writes, the others are silent.
 
-metrics.jsonl is the record (one JSON object a line, appended, readable after a crash); TensorBoard holds the same numbers and images for
-people. No measurement is made on steps that are not logged, so that nothing waits for a GPU in between.
+metrics.jsonl is the record (one JSON object a line, appended, readable after a crash); TensorBoard holds the same
+numbers and images for people. No measurement is made on steps that are not logged, so that nothing waits for a GPU in
+between.
 """
 
 import json
@@ -21,14 +22,20 @@ from tqdm import tqdm
 class Telemetry:
     """The log of one run."""
 
-    def __init__(self, run_directory: Path, *, enabled: bool, num_steps: int, start_step: int, progress_bar: bool) -> None:
+    def __init__(
+        self, run_directory: Path, *, enabled: bool, num_steps: int, start_step: int, progress_bar: bool
+    ) -> None:
         self._enabled = enabled
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
             self._lines = (run_directory / "metrics.jsonl").open("a", buffering=1)
             self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=start_step or None)
             # a file gets a line every 15 seconds, a terminal a moving bar
-            pace = {"mininterval": 0.5, "dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 15.0, "ncols": 110}
+            pace = (
+                {"mininterval": 0.5, "dynamic_ncols": True}
+                if sys.stderr.isatty()
+                else {"mininterval": 15.0, "ncols": 110}
+            )
             self._bar = tqdm(
                 total=num_steps, initial=start_step, unit="step", disable=not progress_bar, delay=1e-3, **pace
             )

@@ -1,8 +1,9 @@
 """The training run: train() schedules, train_step() computes.
 
-One step: embeddings through the engine -> loss over the partitioned bank -> gradients of the proxies (final, on their rank) and of the
-embeddings (handed to the engine) -> both optimizers step. Everything that changes from step to step is a function of the step number:
-learning rates, the order of the images, their augmentation. So a checkpoint needs a step, not a history.
+One step: embeddings through the engine -> loss over the partitioned bank -> gradients of the proxies (final, on their
+rank) and of the embeddings (handed to the engine) -> both optimizers step. Everything that changes from step to step is
+a function of the step number: learning rates, the order of the images, their augmentation. So a checkpoint needs a
+step, not a history.
 """
 
 import itertools
@@ -77,14 +78,15 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     Args:
         config: the run.
         context: this process among its peers.
-        resume: "auto" continues the newest checkpoint of the run if there is one, "never" starts anew (an earlier run of that
-            name is moved aside), a path continues that checkpoint.
+        resume: "auto" continues the newest checkpoint of the run if there is one, "never" starts anew (an earlier run
+            of that name is moved aside), a path continues that checkpoint.
 
     Returns:
         The run's folder.
 
     Raises:
-        ValueError: on every rank: the configuration, the shards and the ranks do not fit together, or a batch is damaged.
+        ValueError: on every rank: the configuration, the shards and the ranks do not fit together, or a batch is
+            damaged.
     """
     # 1. Refuse what cannot work before anything is built or written.
     settings = engine_settings(config, context.world_size)
@@ -177,7 +179,8 @@ def build_train_state(
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bool) -> StepReport:
     """One optimizer step over the global batch that `micro_batches` are this rank's part of. Called on all ranks.
 
-    Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that their average is the mean over the
+    Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that their average is the
+        mean over the
     step's images. The engine divides the backbone's by the number of micro-batches itself; the bank's are divided here.
     """
     context, config = state.context, state.config
@@ -229,7 +232,9 @@ def evaluate_run(state: TrainState, index: ShardIndex, telemetry: Telemetry, run
     if context.is_main:
         store_evaluation(run_directory, checkpoint_name(state.step), result, with_embeddings=True)
         telemetry.log_evaluation(state.step, epoch, result.metrics)
-        numbers = ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if not name.endswith("_sd"))
+        numbers = ", ".join(
+            f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if not name.endswith("_sd")
+        )
         telemetry.say(f"epoch {epoch}, step {state.step}: {numbers}")
     return result
 
@@ -340,8 +345,9 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex]:
     test_index = open_index(config.data.shards, config.data.test_split)
     if train_index.num_classes != config.data.num_classes:
         raise ValueError(
-            f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of {config.data.shards} has "
-            f"{train_index.num_classes} classes; edit the configuration or point data.shards at the right shards"
+            f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of "
+            f"{config.data.shards} has {train_index.num_classes} classes; edit the configuration or point "
+            "data.shards at the right shards"
         )
     return train_index, test_index
 
@@ -379,13 +385,17 @@ def _prepare_run_directory(config: Config, is_main: bool, resume: str) -> None:
         return
     directory = config.run_directory
     if resume == "never" and directory.exists():
-        aside = next(path for n in itertools.count(1) if not (path := directory.with_name(f"{directory.name}.{n}")).exists())
+        aside = next(
+            path for n in itertools.count(1) if not (path := directory.with_name(f"{directory.name}.{n}")).exists()
+        )
         os.rename(directory, aside)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"expected to write into {directory.resolve()}: {error.strerror}; set runs_dir to a folder of yours") from None
+        raise ValueError(
+            f"expected to write into {directory.resolve()}: {error.strerror}; set runs_dir to a folder of yours"
+        ) from None
 
 
 def _greeting(

@@ -21,7 +21,9 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
-    parser.add_argument("--checkpoint", help="name of a checkpoint of that run, such as step-000800 (default: the newest)")
+    parser.add_argument(
+        "--checkpoint", help="name of a checkpoint of that run, such as step-000800 (default: the newest)"
+    )
     parser.add_argument("--data", help="folder of other shards (default: the run's own)")
     parser.add_argument("--split", help="split of the shards (default: the run's test split)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
@@ -29,10 +31,10 @@ def main() -> None:
     config = load_config(arguments.run / "config.json")
     context = join_world()
 
-    from dist_proxygml.checkpoint import find_checkpoint, load_backbone  # noqa: PLC0415 - seconds of imports
-    from dist_proxygml.data.index import open_index  # noqa: PLC0415
-    from dist_proxygml.evaluation.report import format_metrics  # noqa: PLC0415
-    from dist_proxygml.training import build_evaluation_model, evaluate_model, store_evaluation  # noqa: PLC0415
+    from dist_proxygml.checkpoint import find_checkpoint, load_backbone
+    from dist_proxygml.data.index import open_index
+    from dist_proxygml.evaluation.report import format_metrics
+    from dist_proxygml.training import build_evaluation_model, evaluate_model, store_evaluation
 
     checkpoints = arguments.run / "checkpoints"
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"

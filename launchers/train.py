@@ -22,13 +22,18 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="JSON configuration, see configs/")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings: proxies.ratio=0.1 seed=1"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings: proxies.ratio=0.1 seed=1",
     )
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: continue the run's newest checkpoint if there is one (default); never: start anew; PATH: that checkpoint",
+        help="auto: continue the newest checkpoint if there is one (default); never: start anew; PATH: that checkpoint",
     )
     parser.add_argument(
         "--dry-run",
@@ -36,7 +41,7 @@ def main() -> None:
         type=int,
         const=0,
         metavar="RANKS",
-        help="print the resolved configuration and the plan for so many ranks (default: those started), then stop; needs no data",
+        help="print the resolved configuration and the plan for so many ranks (default: those started); needs no data",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     arguments = parser.parse_args()
@@ -45,16 +50,16 @@ def main() -> None:
         _print_plan(config, world_size=arguments.dry_run)
         return
     context = join_world()
-    from dist_proxygml.training import train  # noqa: PLC0415 - seconds of imports that the lines above do not need
+    from dist_proxygml.training import train
 
     train(config, context, resume=arguments.resume)
 
 
 def _print_plan(config: Config, *, world_size: int) -> None:
-    import os  # noqa: PLC0415
+    import os
 
-    from dist_proxygml.engine import engine_settings  # noqa: PLC0415
-    from dist_proxygml.plan import plan_head  # noqa: PLC0415
+    from dist_proxygml.engine import engine_settings
+    from dist_proxygml.plan import plan_head
 
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_head(config, world_size=world_size)

@@ -50,9 +50,7 @@ class Report(NamedTuple):
     traceback_text: str = ""
 
 
-def run_ranks(
-    function: Callable[..., T], world_size: int, *args: Any, timeout: float = 60.0
-) -> list[T]:
+def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: float = 60.0) -> list[T]:
     """Call `function(context, *args)` on `world_size` gloo ranks; the results in rank order.
 
     `function`, what it takes and what it returns must be picklable: a function at the top level of
@@ -114,9 +112,7 @@ def _collect(processes: list[Any], connections: list[Connection], *, timeout: fl
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             missing = [rank for rank in range(len(processes)) if rank not in reports]
-            raise TimeoutError(
-                f"ranks {missing} had not returned after {timeout:g} s; all ranks were killed"
-            )
+            raise TimeoutError(f"ranks {missing} had not returned after {timeout:g} s; all ranks were killed")
         for connection in ready:
             rank = connections.index(connection)  # type: ignore[arg-type]
             reports[rank] = _receive(rank, processes[rank], connections[rank])
@@ -136,9 +132,7 @@ def _receive(rank: int, process: Any, connection: Connection) -> Report:
 
 
 def _as_error(report: Report) -> BaseException:
-    message = (
-        f"rank {report.rank}: {report.error_type}: {report.error_message}\n{report.traceback_text}"
-    )
+    message = f"rank {report.rank}: {report.error_type}: {report.error_message}\n{report.traceback_text}"
     error_type = getattr(builtins, report.error_type, RuntimeError)
     try:
         return error_type(message)

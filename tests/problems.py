@@ -70,9 +70,7 @@ def random_problem(
     embeddings = torch.nn.functional.normalize(normal(num_images, embedding_dim), dim=1)
     drawn = torch.randint(num_classes, (num_images,), generator=generator)
     proxies = normal(num_classes, proxies_per_class, embedding_dim)
-    return Problem(
-        embeddings, drawn if labels is None else torch.tensor(labels), proxies, **options
-    )
+    return Problem(embeddings, drawn if labels is None else torch.tensor(labels), proxies, **options)
 
 
 def tied_problem(

@@ -93,9 +93,7 @@ def reference_loss(
     regularization = torch.stack(losses).mean()
 
     total = classification + regularization_weight * regularization
-    return ReferenceTerms(
-        total, classification, regularization, sum(kept_classes) / len(kept_classes)
-    )
+    return ReferenceTerms(total, classification, regularization, sum(kept_classes) / len(kept_classes))
 
 
 def reference_gradients(

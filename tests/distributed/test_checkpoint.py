@@ -36,7 +36,9 @@ def parts(context: ParallelContext, stage: int, seed: int) -> tuple[Engine, Prox
     return engine, loss, torch.optim.Adam(loss.parameters(), lr=0.1)
 
 
-def step(context: ParallelContext, engine: Engine, loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, seed: int) -> float:
+def step(
+    context: ParallelContext, engine: Engine, loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, seed: int
+) -> float:
     generator = torch.Generator().manual_seed(seed)
     images, labels = torch.randn(6, 5, generator=generator), torch.randint(0, NUM_CLASSES, (6,), generator=generator)
     own = slice(context.rank * 6 // context.world_size, (context.rank + 1) * 6 // context.world_size)
@@ -120,7 +122,12 @@ def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(
 def load_elsewhere(context: ParallelContext, directory: Path, classes: str) -> None:
     engine, loss, optimizer = parts(context, 0, seed=1)
     load_checkpoint(
-        directory / "step-000001", engine=engine, loss=loss, bank_optimizer=optimizer, context=context, class_table_sha256=classes
+        directory / "step-000001",
+        engine=engine,
+        loss=loss,
+        bank_optimizer=optimizer,
+        context=context,
+        class_table_sha256=classes,
     )
 
 
@@ -131,7 +138,9 @@ def load_elsewhere(context: ParallelContext, directory: Path, classes: str) -> N
         ({"zero_stage": 2}, "classes", "written with ZeRO stage 2, the configuration says 0"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, int], classes: str, message: str) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, change: dict[str, int], classes: str, message: str
+) -> None:
     state = RunState(step=1, world_size=1, zero_stage=0, class_table_sha256="classes")
     (tmp_path / "step-000001").mkdir()
     import json
@@ -145,7 +154,9 @@ def test_only_published_checkpoints_are_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "auto") is None
     for name in ("step-000900", "step-001000", ".step-001100.partial"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "state.json").write_text('{"step": 1, "world_size": 1, "zero_stage": 0, "class_table_sha256": ""}')
+        (tmp_path / name / "state.json").write_text(
+            '{"step": 1, "world_size": 1, "zero_stage": 0, "class_table_sha256": ""}'
+        )
     (tmp_path / "step-002000").mkdir()  # published by nobody: no state.json
     assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
     assert find_checkpoint(tmp_path, "never") is None

@@ -18,14 +18,10 @@ def rows_of(rank: int, num_rows: int) -> Tensor:
 
 def weights_of(rank: int, num_rows: int) -> Tensor:
     """What this rank does with each of the gathered numbers: every rank something else."""
-    return torch.cos(torch.arange(num_rows * 2, dtype=torch.float64) + 10 * rank).reshape(
-        num_rows, 2
-    )
+    return torch.cos(torch.arange(num_rows * 2, dtype=torch.float64) + 10 * rank).reshape(num_rows, 2)
 
 
-def gather_and_differentiate(
-    context: ParallelContext, row_counts: list[int]
-) -> tuple[Tensor, Tensor]:
+def gather_and_differentiate(context: ParallelContext, row_counts: list[int]) -> tuple[Tensor, Tensor]:
     rows = rows_of(context.rank, row_counts[context.rank]).requires_grad_()
     gathered = gather_rows(rows, row_counts=row_counts, group=context.group)
     (gathered * weights_of(context.rank, sum(row_counts))).sum().backward()
@@ -40,9 +36,7 @@ def test_rows_are_gathered_in_rank_order_and_gradients_summed_at_their_owner(
     world_size = len(row_counts)
     results = run_ranks(gather_and_differentiate, world_size, row_counts)
     everything = torch.cat([rows_of(rank, count) for rank, count in enumerate(row_counts)])
-    summed = torch.stack([weights_of(rank, sum(row_counts)) for rank in range(world_size)]).sum(
-        dim=0
-    )
+    summed = torch.stack([weights_of(rank, sum(row_counts)) for rank in range(world_size)]).sum(dim=0)
     for gathered, _ in results:
         assert torch.equal(gathered, everything)
     for (_, gradient), expected in zip(results, summed.split(row_counts), strict=True):
@@ -88,9 +82,7 @@ def test_a_sum_over_ranks_has_the_gradient_of_the_shared_number(
     largest = torch.tensor([float(world_size), -2.0], dtype=torch.float64)
     for actual, gradient, actual_largest in run_ranks(reduce_and_differentiate, world_size):
         assert torch.equal(actual, total)
-        assert torch.equal(
-            gradient, 2 * total
-        )  # d(sum^2)/d(own part), counted once and not once per rank
+        assert torch.equal(gradient, 2 * total)  # d(sum^2)/d(own part), counted once and not once per rank
         assert torch.equal(actual_largest, largest)
 
 
@@ -119,9 +111,7 @@ def exchange(context: ParallelContext) -> list[Tensor]:
     blocks += torch.arange(sum(send_counts))[:, None] / 10
     shapes = [(context.rank + 1, sender) for sender in range(context.world_size)]
     assert context.group is not None
-    return exchange_rows(
-        blocks, send_counts=send_counts, receive_shapes=shapes, group=context.group
-    )
+    return exchange_rows(blocks, send_counts=send_counts, receive_shapes=shapes, group=context.group)
 
 
 def test_blocks_of_different_sizes_reach_their_receivers() -> None:

@@ -22,9 +22,7 @@ def sum_of_ranks(context: ParallelContext, start: float) -> tuple[int, int, int,
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_results_come_back_in_rank_order_from_a_working_group(world_size: int) -> None:
     results = run_ranks(sum_of_ranks, world_size, 0.5)
-    assert [result[:3] for result in results] == [
-        (rank, world_size, 1) for rank in range(world_size)
-    ]
+    assert [result[:3] for result in results] == [(rank, world_size, 1) for rank in range(world_size)]
     expected = world_size * (world_size - 1) / 2 + world_size * 0.5
     assert all(total.tolist() == [expected] for *_, total in results)
 

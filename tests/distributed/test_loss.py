@@ -46,36 +46,20 @@ def regularised(**options: Any) -> Problem:
 CUTS = {
     "7 classes on 3 ranks": Cut(regularised(num_classes=7, proxies_per_class=3, topk=9), [3, 2, 2]),
     "7 classes on 2 ranks": Cut(regularised(num_classes=7, proxies_per_class=2, topk=6), [5, 2]),
-    "a rank without classes": Cut(
-        regularised(num_classes=2, proxies_per_class=3, topk=5), [3, 2, 2]
-    ),
+    "a rank without classes": Cut(regularised(num_classes=2, proxies_per_class=3, topk=5), [3, 2, 2]),
     "4 classes on 3 ranks": Cut(regularised(num_classes=4, proxies_per_class=2, topk=5), [2, 2, 3]),
     "one class a rank": Cut(regularised(num_classes=3, proxies_per_class=4, topk=9), [3, 2, 2]),
     "k one more than N": Cut(regularised(num_classes=7, proxies_per_class=3, topk=4), [3, 2, 2]),
-    "k beyond one partition": Cut(
-        regularised(num_classes=7, proxies_per_class=1, topk=5), [3, 2, 2]
-    ),
+    "k beyond one partition": Cut(regularised(num_classes=7, proxies_per_class=1, topk=5), [3, 2, 2]),
     "everything kept": Cut(regularised(num_classes=7, proxies_per_class=2, topk=14), [3, 2, 2]),
     "one proxy, not regularised": Cut(random_problem(num_classes=7, topk=4), [3, 2, 2]),
-    "a rank without images": Cut(
-        regularised(num_classes=7, proxies_per_class=2, topk=6), [4, 0, 3]
-    ),
-    "a short last batch": Cut(
-        regularised(num_classes=7, proxies_per_class=2, topk=6, num_images=2), [2, 0, 0]
-    ),
+    "a rank without images": Cut(regularised(num_classes=7, proxies_per_class=2, topk=6), [4, 0, 3]),
+    "a short last batch": Cut(regularised(num_classes=7, proxies_per_class=2, topk=6, num_images=2), [2, 0, 0]),
     "one image": Cut(regularised(num_classes=7, topk=4, num_images=1), [0, 0, 1]),
-    "neither images nor classes": Cut(
-        regularised(num_classes=2, proxies_per_class=2, topk=3, num_images=3), [2, 1, 0]
-    ),
-    "images of one class": Cut(
-        regularised(num_classes=7, proxies_per_class=2, topk=5, labels=[6] * 7), [3, 2, 2]
-    ),
-    "labels owned by other ranks": Cut(
-        regularised(num_classes=7, topk=3, labels=[6, 6, 5, 0, 1, 0, 2]), [3, 2, 2]
-    ),
-    "another scale": Cut(
-        regularised(num_classes=7, proxies_per_class=2, topk=6, scale=3.5), [3, 2, 2]
-    ),
+    "neither images nor classes": Cut(regularised(num_classes=2, proxies_per_class=2, topk=3, num_images=3), [2, 1, 0]),
+    "images of one class": Cut(regularised(num_classes=7, proxies_per_class=2, topk=5, labels=[6] * 7), [3, 2, 2]),
+    "labels owned by other ranks": Cut(regularised(num_classes=7, topk=3, labels=[6, 6, 5, 0, 1, 0, 2]), [3, 2, 2]),
+    "another scale": Cut(regularised(num_classes=7, proxies_per_class=2, topk=6, scale=3.5), [3, 2, 2]),
     "a heavy regulariser": Cut(
         random_problem(num_classes=7, proxies_per_class=3, topk=9, regularization_weight=50.0),
         [3, 2, 2],
@@ -85,9 +69,7 @@ CUTS = {
         [3, 2, 2],
     ),
     "everything ties": Cut(tied_problem(num_classes=7, topk=4, num_directions=1), [3, 2, 2]),
-    "ties and a rank without classes": Cut(
-        tied_problem(num_classes=2, proxies_per_class=4, topk=6), [3, 2, 2]
-    ),
+    "ties and a rank without classes": Cut(tied_problem(num_classes=2, proxies_per_class=4, topk=6), [3, 2, 2]),
 }
 
 
@@ -95,8 +77,7 @@ CUTS = {
 def test_the_loss_of_all_ranks_is_that_of_the_oracle(name: str) -> None:
     problem, row_counts = CUTS[name]
     tasks = [
-        Task(problem, row_counts, {"selection": selection, "gradient_reduction": "sum"})
-        for selection in SELECTIONS
+        Task(problem, row_counts, {"selection": selection, "gradient_reduction": "sum"}) for selection in SELECTIONS
     ]
     for results in outcomes_of(tasks, world_size=len(row_counts)):
         assert [len(result.grad_embeddings) for result in results] == row_counts
@@ -129,20 +110,14 @@ def test_for_an_averaging_engine_the_embeddings_gradient_is_w_times_the_global_o
     selection: str,
 ) -> None:
     problem, row_counts = CUTS["7 classes on 3 ranks"]
-    results = outcomes(
-        problem, world_size=3, row_counts=row_counts, selection=selection, gradient_reduction="mean"
-    )
+    results = outcomes(problem, world_size=3, row_counts=row_counts, selection=selection, gradient_reduction="mean")
     assert_agrees_with_the_oracle(results, problem, embedding_gradient_factor=3)
 
 
-def backbone_gradients(
-    context: ParallelContext, gradient_reduction: str, selection: str
-) -> tuple[Tensor, Tensor]:
+def backbone_gradients(context: ParallelContext, gradient_reduction: str, selection: str) -> tuple[Tensor, Tensor]:
     """The gradient of a shared linear layer after the reduction that the option announces."""
     problem = CUTS["7 classes on 3 ranks"].problem
-    loss = build_loss(
-        problem, group=context.group, selection=selection, gradient_reduction=gradient_reduction
-    )
+    loss = build_loss(problem, group=context.group, selection=selection, gradient_reduction=gradient_reduction)
     rows = [slice(0, 3), slice(3, 5), slice(5, 7)][context.rank]
     weight = torch.eye(problem.embeddings.shape[1], dtype=torch.float64, requires_grad=True)
     loss(problem.embeddings[rows] @ weight, problem.labels[rows]).total.backward()
@@ -155,9 +130,7 @@ def backbone_gradients(
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("gradient_reduction", ["mean", "sum"])
-def test_a_shared_layer_gets_the_gradient_of_the_global_mean_loss(
-    gradient_reduction: str, selection: str
-) -> None:
+def test_a_shared_layer_gets_the_gradient_of_the_global_mean_loss(gradient_reduction: str, selection: str) -> None:
     problem = CUTS["7 classes on 3 ranks"].problem
     expected = problem.embeddings.T @ reference_of(problem).grad_embeddings
     for weight_gradient, _ in run_ranks(backbone_gradients, 3, gradient_reduction, selection):
@@ -167,16 +140,10 @@ def test_a_shared_layer_gets_the_gradient_of_the_global_mean_loss(
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_float32_agrees_with_the_oracle_to_float32(selection: str) -> None:
     problem, row_counts = CUTS["7 classes on 3 ranks"]
-    rounded = problem._replace(
-        embeddings=problem.embeddings.float(), proxies=problem.proxies.float()
-    )
-    results = outcomes(
-        rounded, world_size=3, row_counts=row_counts, selection=selection, gradient_reduction="sum"
-    )
+    rounded = problem._replace(embeddings=problem.embeddings.float(), proxies=problem.proxies.float())
+    results = outcomes(rounded, world_size=3, row_counts=row_counts, selection=selection, gradient_reduction="sum")
     assert results[0].total.dtype == torch.float32
-    expected = reference_of(
-        rounded._replace(embeddings=rounded.embeddings.double(), proxies=rounded.proxies.double())
-    )
+    expected = reference_of(rounded._replace(embeddings=rounded.embeddings.double(), proxies=rounded.proxies.double()))
     assert relative_difference(results[0].total.double(), expected.terms.total.detach()) < 1e-6
     grad_proxies = torch.cat([result.grad_proxies for result in results]).double()
     grad_embeddings = torch.cat([result.grad_embeddings for result in results]).double()
@@ -218,16 +185,12 @@ def regulariser_on_rank(context: ParallelContext, problem: Problem) -> tuple[Ten
     return value.detach(), proxies.grad
 
 
-def proxies_and_loss_without_gradient(
-    context: ParallelContext, options: dict[str, Any]
-) -> tuple[Tensor, LossTerms]:
+def proxies_and_loss_without_gradient(context: ParallelContext, options: dict[str, Any]) -> tuple[Tensor, LossTerms]:
     problem = CUTS["7 classes on 3 ranks"].problem
     loss = build_loss(problem, group=context.group, **options)
     with torch.no_grad():
         terms = loss(problem.embeddings, problem.labels)  # the same images on every rank
-    initial = ProxyGMLLoss(
-        5000, 3, proxies_per_class=2, group=context.group, seed=7
-    ).proxies.detach()
+    initial = ProxyGMLLoss(5000, 3, proxies_per_class=2, group=context.group, seed=7).proxies.detach()
     return initial, terms
 
 
@@ -241,9 +204,7 @@ def test_initial_proxies_are_the_same_bits_on_any_number_of_ranks(world_size: in
 def test_the_loss_can_be_evaluated_without_gradients() -> None:
     results = run_ranks(proxies_and_loss_without_gradient, 2, {"selection": "candidates"})
     problem = CUTS["7 classes on 3 ranks"].problem
-    twice = problem._replace(
-        embeddings=problem.embeddings.repeat(2, 1), labels=problem.labels.repeat(2)
-    )
+    twice = problem._replace(embeddings=problem.embeddings.repeat(2, 1), labels=problem.labels.repeat(2))
     expected = reference_of(twice).terms
     for _, terms in results:
         assert not terms.total.requires_grad
@@ -268,9 +229,7 @@ def test_world_size_does_not_change_the_terms() -> None:
 # Ranks fail together
 
 
-def messages_of_a_bad_batch(
-    context: ParallelContext, bad_ranks: list[int], fault: str
-) -> tuple[str, float]:
+def messages_of_a_bad_batch(context: ParallelContext, bad_ranks: list[int], fault: str) -> tuple[str, float]:
     """The error of a batch that is wrong on some ranks, and the loss of a good one after it."""
     problem = random_problem(num_classes=7, topk=4, num_images=4, seed=context.rank)
     loss = build_loss(problem, group=context.group)

@@ -77,9 +77,7 @@ def case_of(
 ) -> Case:
     num_classes = similarity.shape[1] // proxies_per_class
     class_of = torch.arange(num_classes).repeat_interleave(proxies_per_class)
-    counts = [
-        count * proxies_per_class for count in ClassPartition(num_classes, world_size).counts()
-    ]
+    counts = [count * proxies_per_class for count in ClassPartition(num_classes, world_size).counts()]
     positive = torch.tensor(labels, dtype=torch.int64)[:, None] == class_of
     return Case(similarity, positive, num_negatives, row_counts, counts)
 
@@ -147,12 +145,8 @@ def test_special_cuts_are_selected_as_sorting_does() -> None:
 
     cases = [
         # k beyond every partition, and all negatives kept
-        case_of(
-            similarity(4, 7), [0, 3, 6, 6], num_negatives=5, row_counts=[2, 1, 1], world_size=3
-        ),
-        case_of(
-            similarity(4, 7), [0, 3, 6, 6], num_negatives=6, row_counts=[2, 1, 1], world_size=3
-        ),
+        case_of(similarity(4, 7), [0, 3, 6, 6], num_negatives=5, row_counts=[2, 1, 1], world_size=3),
+        case_of(similarity(4, 7), [0, 3, 6, 6], num_negatives=6, row_counts=[2, 1, 1], world_size=3),
         # two classes on three ranks: the last rank owns none
         case_of(similarity(3, 2), [0, 1, 0], num_negatives=1, row_counts=[1, 1, 1], world_size=3),
         case_of(
@@ -175,9 +169,7 @@ def test_special_cuts_are_selected_as_sorting_does() -> None:
             proxies_per_class=2,
         ),
         # one negative only
-        case_of(
-            similarity(5, 7), [0, 1, 2, 3, 4], num_negatives=1, row_counts=[0, 4, 1], world_size=3
-        ),
+        case_of(similarity(5, 7), [0, 1, 2, 3, 4], num_negatives=1, row_counts=[0, 4, 1], world_size=3),
     ]
     assert_selected_as_the_oracle_does(cases, world_size=3)
 

@@ -27,15 +27,24 @@ def configuration(**changes: object) -> Config:
         "backbone": {"name": "small_cnn", "embedding_dim": 8, "batch_norm": "frozen", "options": {"width": 4}},
         "proxies": {"per_class": 2, "ratio": 0.5, "regularization_weight": 0.3, "scale": 4.0},
         # a large eps keeps Adam from blowing up rounding where a gradient is almost 0, as the published 0.01 does
-        "optimizer": {"name": "adam", "backbone_lr": 1e-3, "embedding_lr": 3e-3, "proxies_lr": 1e-2, "eps": 0.01, "weight_decay": 1e-4},
+        "optimizer": {
+            "name": "adam",
+            "backbone_lr": 1e-3,
+            "embedding_lr": 3e-3,
+            "proxies_lr": 1e-2,
+            "eps": 0.01,
+            "weight_decay": 1e-4,
+        },
         "schedule": {"name": "step", "milestones": [3], "gamma": 0.1},
         "training": {"epochs": 6, "batch_size": 12, "frozen_trunk_epochs": [2]},
     }
     return parse_config(raw | changes, source="the test")
 
 
-def trained_parameters(context: ParallelContext, accumulation: int, zero_stage: int, clip: float) -> dict[str, np.ndarray]:
-    """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last of them short (6 images)."""
+def trained_parameters(
+    context: ParallelContext, accumulation: int, zero_stage: int, clip: float
+) -> dict[str, np.ndarray]:
+    """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last one of 6 images."""
     from dist_proxygml.training import build_train_state, train_step
 
     config = configuration(
@@ -55,7 +64,9 @@ def trained_parameters(context: ParallelContext, accumulation: int, zero_stage: 
         assert plan.num_steps == 4
         for step in range(plan.num_steps):
             parts = [plan.micro_batch(step, micro, context.rank) for micro in range(accumulation)]
-            batches = [Batch(images[p.ids], labels[p.ids], torch.from_numpy(p.ids), p.global_size, p.step_size) for p in parts]
+            batches = [
+                Batch(images[p.ids], labels[p.ids], torch.from_numpy(p.ids), p.global_size, p.step_size) for p in parts
+            ]
             report = train_step(state, batches, measure=True)
     weights = {name: value.numpy() for name, value in state.engine.full_state_dict().items()}
     return weights | {

@@ -1,4 +1,6 @@
-"""The launchers through the real deepspeed command, on the embedded shards: train, stop, resume, evaluate, and every way to be refused."""
+"""The launchers through the real deepspeed command, on the embedded shards: train, stop, resume, evaluate, and every
+way to be refused.
+"""
 
 import json
 import os
@@ -25,7 +27,9 @@ SHORT = (
 def run(command: list[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("OMP_NUM_THREADS", None)
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True, check=False
+    )
 
 
 def deepspeed(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +58,14 @@ def test_a_run_leaves_everything_that_it_promises(trained: Path) -> None:
     assert [line["step"] for line in training] == list(range(1, 21))
     assert [line["step"] for line in evaluations] == [0, 20]
     assert training[-1]["loss"] < training[0]["loss"]
-    assert {"classification", "regularization", "kept_classes", "lr_backbone", "lr_proxies", "gradient_norm_backbone"} <= training[0].keys()
+    assert {
+        "classification",
+        "regularization",
+        "kept_classes",
+        "lr_backbone",
+        "lr_proxies",
+        "gradient_norm_backbone",
+    } <= training[0].keys()
     assert {"gradient_norm_proxies", "images_per_second", "memory_gib"} <= training[0].keys()
     assert evaluations[-1]["recall@1"] != evaluations[0]["recall@1"]
     pixels = json.loads((trained / "evaluation" / "pixels.json").read_text())
@@ -87,7 +98,11 @@ def test_a_stopped_run_resumes_with_the_same_losses(trained: Path, tmp_path: Pat
     first, again = records[10:20], records[20:]
     assert [line["step"] for line in again] == list(range(11, 21))
     for expected, got in zip(first, again, strict=True):
-        assert (got["loss"], got["kept_classes"], got["lr_proxies"]) == (expected["loss"], expected["kept_classes"], expected["lr_proxies"])
+        assert (got["loss"], got["kept_classes"], got["lr_proxies"]) == (
+            expected["loss"],
+            expected["kept_classes"],
+            expected["lr_proxies"],
+        )
     assert lines(tmp_path / "demo_cpu", "evaluation")[-1] == lines(trained, "evaluation")[-1]
 
 
@@ -112,7 +127,18 @@ def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path
     shutil.copytree(trained, tmp_path / "demo_cpu")
     changes = ["training.max_steps=1", "evaluation.at_start=false"]
     done = run(
-        [sys.executable, "launchers/train.py", "--config", CONFIG, "--resume", "never", "--set", f"runs_dir={tmp_path}", *SHORT, *changes]
+        [
+            sys.executable,
+            "launchers/train.py",
+            "--config",
+            CONFIG,
+            "--resume",
+            "never",
+            "--set",
+            f"runs_dir={tmp_path}",
+            *SHORT,
+            *changes,
+        ]
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(lines(tmp_path / "demo_cpu", "train")) == 1
@@ -136,7 +162,9 @@ def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path
         (["backbone.pretrained=weights/none.pth"], "weights/none.pth"),
     ],
 )
-def test_a_mistake_is_refused_in_one_message_and_nothing_is_written(tmp_path: Path, changes: list[str], message: str) -> None:
+def test_a_mistake_is_refused_in_one_message_and_nothing_is_written(
+    tmp_path: Path, changes: list[str], message: str
+) -> None:
     runs = [] if any("runs_dir" in change for change in changes) else [f"runs_dir={tmp_path / 'runs'}"]
     done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *runs, *changes], timeout=60)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -148,7 +176,9 @@ def test_a_mistake_is_refused_in_one_message_and_nothing_is_written(tmp_path: Pa
 
 @pytest.mark.timeout(300)
 def test_two_ranks_refuse_with_one_message(tmp_path: Path) -> None:
-    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path / 'runs'}", "training.batch_size=63")
+    done = deepspeed(
+        2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path / 'runs'}", "training.batch_size=63"
+    )
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("does not divide over 2 ranks") == 1
     assert not (tmp_path / "runs").exists()
@@ -162,7 +192,16 @@ def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(t
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 0xFF  # the size stays, the crc does not
         shard.write_bytes(content)
-    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", f"data.shards={shards}", "evaluation.at_start=false")
+    done = deepspeed(
+        2,
+        "launchers/train.py",
+        "--config",
+        CONFIG,
+        "--set",
+        f"runs_dir={tmp_path}",
+        f"data.shards={shards}",
+        "evaluation.at_start=false",
+    )
     assert done.returncode != 0
     assert "crc32" in done.stderr + done.stdout
     assert "train-00000" in done.stderr + done.stdout

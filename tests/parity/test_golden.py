@@ -67,9 +67,7 @@ def test_loss_and_gradients_are_the_recorded_ones(
         assert max(difference.values()) < RELATIVE, (case, difference)
 
 
-def five_steps_of_adam(
-    context: ParallelContext, selection: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def five_steps_of_adam(context: ParallelContext, selection: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss before each step and this rank's proxies after the fifth."""
     golden, problem = load_golden("n3_regularised"), golden_problem("n3_regularised")
     counts = even_rows(len(problem.labels), context.world_size)
@@ -112,7 +110,5 @@ def test_the_number_of_kept_proxies_is_the_recorded_one() -> None:
         golden = load_golden(case)
         num_classes, proxies_per_class, embedding_dim = golden["proxies"].shape
         ratio = float(golden["ratio"])
-        loss = ProxyGMLLoss(
-            num_classes, embedding_dim, proxies_per_class=proxies_per_class, ratio=ratio
-        )
+        loss = ProxyGMLLoss(num_classes, embedding_dim, proxies_per_class=proxies_per_class, ratio=ratio)
         assert loss.topk == int(golden["k"]), case

@@ -22,9 +22,7 @@ def test_the_oracle_agrees_with_the_recorded_loss_and_gradients(case: str) -> No
     result = reference_of(golden_problem(case))
     terms = result.terms
     assert relative_difference(terms.total.detach(), golden["loss_total"]) < RELATIVE
-    assert (
-        relative_difference(terms.classification.detach(), golden["loss_classification"]) < RELATIVE
-    )
+    assert relative_difference(terms.classification.detach(), golden["loss_classification"]) < RELATIVE
     assert relative_difference(result.grad_embeddings, golden["grad_embeddings"]) < RELATIVE
     assert relative_difference(result.grad_proxies, golden["grad_proxies"]) < RELATIVE
 
@@ -33,9 +31,7 @@ def test_the_oracle_agrees_with_the_recorded_loss_and_gradients(case: str) -> No
 def test_the_oracle_counts_kept_proxies_as_recorded(case: str) -> None:
     golden = load_golden(case)
     num_classes, proxies_per_class, _ = golden["proxies"].shape
-    k = num_kept(
-        ratio=float(golden["ratio"]), num_classes=num_classes, proxies_per_class=proxies_per_class
-    )
+    k = num_kept(ratio=float(golden["ratio"]), num_classes=num_classes, proxies_per_class=proxies_per_class)
     assert k == int(golden["k"])
 
 
@@ -55,9 +51,7 @@ def test_the_oracle_takes_the_recorded_steps_of_adam() -> None:
     assert relative_difference(problem.proxies, golden["adam_proxies"]) < RELATIVE
 
 
-def test_the_oracle_keeps_the_positives_then_the_best_negatives_with_the_lower_index_first() -> (
-    None
-):
+def test_the_oracle_keeps_the_positives_then_the_best_negatives_with_the_lower_index_first() -> None:
     similarity = [0.5, 0.9, 0.5, -1.0, 0.5]
     positive = [False, False, False, True, False]
     assert kept_proxies(similarity, positive, topk=3) == [True, True, False, True, False]

@@ -37,9 +37,7 @@ def test_drawn_problems_agree_with_the_oracle(data: st.DataObject) -> None:
         proxies_per_class=proxies_per_class,
         num_images=data.draw(st.integers(1, 5), label="B"),
         seed=data.draw(st.integers(0, 2**30), label="seed"),
-        topk=data.draw(
-            st.integers(proxies_per_class + 1, num_classes * proxies_per_class), label="k"
-        ),
+        topk=data.draw(st.integers(proxies_per_class + 1, num_classes * proxies_per_class), label="k"),
         regularization_weight=data.draw(st.sampled_from([0.0, 0.3]), label="lambda"),
         scale=data.draw(st.sampled_from([1.0, 4.0]), label="scale"),
     )
@@ -69,9 +67,7 @@ def test_a_ratio_of_one_keeps_every_proxy() -> None:
 def test_one_image_worked_out_by_hand() -> None:
     # Classes on both axes and the diagonal; an image on the first axis keeps that and the diagonal.
     proxies = torch.tensor([[[2.0, 0.0]], [[0.0, 5.0]], [[3.0, 3.0]]], dtype=torch.float64)
-    problem = Problem(
-        torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0]), proxies, topk=2
-    )
+    problem = Problem(torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0]), proxies, topk=2)
     terms = build_loss(problem)(problem.embeddings, problem.labels)
     expected = math.log(math.exp(1.0) + math.exp(math.sqrt(0.5))) - 1.0
     assert terms.total.item() == pytest.approx(expected, rel=1e-14)
@@ -101,9 +97,7 @@ def test_the_length_of_a_proxy_changes_no_term_and_the_length_of_its_gradient_in
 
 
 def test_the_gradients_are_those_of_finite_differences() -> None:
-    problem = random_problem(
-        num_classes=5, proxies_per_class=2, num_images=3, topk=5, regularization_weight=0.3
-    )
+    problem = random_problem(num_classes=5, proxies_per_class=2, num_images=3, topk=5, regularization_weight=0.3)
     loss = build_loss(problem)
     embeddings = problem.embeddings.clone().requires_grad_()
 
@@ -134,9 +128,7 @@ def test_extreme_scales_neither_overflow_nor_vanish() -> None:
 
 
 @pytest.mark.parametrize("logits_at_once", [1, 9, 20])
-def test_a_regulariser_in_chunks_is_the_whole_one(
-    logits_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_regulariser_in_chunks_is_the_whole_one(logits_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_proxygml.loss._REGULARIZER_LOGITS", logits_at_once)
     problem = random_problem(num_classes=7, proxies_per_class=3, topk=9, regularization_weight=2.0)
     assert_agrees_with_the_oracle(outcomes(problem, world_size=None), problem)
@@ -345,10 +337,5 @@ def test_state_is_the_proxies_alone_and_loads_back() -> None:
 
 
 def test_printing_the_loss_shows_its_settings() -> None:
-    text = repr(
-        ProxyGMLLoss(60, 4, proxies_per_class=2, topk=9, scale=3.0, regularization_weight=0.5)
-    )
-    assert all(
-        part in text
-        for part in ("num_classes=60", "topk=9", "scale=3.0", "regularization_weight=0.5")
-    )
+    text = repr(ProxyGMLLoss(60, 4, proxies_per_class=2, topk=9, scale=3.0, regularization_weight=0.5))
+    assert all(part in text for part in ("num_classes=60", "topk=9", "scale=3.0", "regularization_weight=0.5"))
