@@ -201,6 +201,18 @@ def test_initial_proxies_are_the_same_bits_on_any_number_of_ranks(world_size: in
     assert torch.equal(torch.cat([initial for initial, _ in results]), whole)
 
 
+def kept_for_ratio(context: ParallelContext) -> list[int]:
+    sizes = [(98, 12, 0.05), (45, 12, 0.05), (7, 1, 0.5)]
+    return [
+        ProxyGMLLoss(num_classes, 2, proxies_per_class=number, ratio=ratio, group=context.group).topk
+        for num_classes, number, ratio in sizes
+    ]
+
+
+def test_k_comes_from_all_classes_and_not_from_those_of_a_rank() -> None:
+    assert run_ranks(kept_for_ratio, 3) == [[59, 27, 4]] * 3
+
+
 def test_the_loss_can_be_evaluated_without_gradients() -> None:
     results = run_ranks(proxies_and_loss_without_gradient, 2, {"selection": "candidates"})
     problem = CUTS["7 classes on 3 ranks"].problem

@@ -1,0 +1,42 @@
+"""Ranks fail together, and only then."""
+
+import pytest
+
+from dist_proxygml.parallel import ParallelContext, everyone, run_together, single_process
+from tests.harness import run_ranks
+
+
+def open_file(rank: int, failing: list[int]) -> str:
+    if rank in failing:
+        raise OSError(f"rank {rank} found no file")
+    return f"file of rank {rank}"
+
+
+def try_together(context: ParallelContext, failing: list[int]) -> str:
+    try:
+        return run_together(context, open_file, context.rank, failing)
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+def test_every_rank_gets_its_own_result_when_none_fails() -> None:
+    assert run_ranks(try_together, 3, []) == ["file of rank 0", "file of rank 1", "file of rank 2"]
+
+
+@pytest.mark.parametrize("failing", [[1], [2, 1], [0, 1, 2]])
+def test_all_ranks_raise_the_error_of_the_lowest_failing_rank(failing: list[int]) -> None:
+    first = min(failing)
+    assert run_ranks(try_together, 3, failing) == [f"refused: rank {first} found no file (on rank {first})"] * 3
+
+
+def test_one_process_raises_without_naming_a_rank() -> None:
+    with pytest.raises(ValueError, match=r"^rank 0 found no file$"):
+        run_together(single_process(), open_file, 0, [0])
+
+
+def ranks_seen(context: ParallelContext) -> list[int]:
+    return everyone(context, context.rank)
+
+
+def test_everyone_is_in_rank_order() -> None:
+    assert run_ranks(ranks_seen, 3) == [[0, 1, 2]] * 3

@@ -1,0 +1,166 @@
+"""Configurations: what is accepted, and the message for everything that is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_proxygml.config import Config, load_config, parse_config
+from dist_proxygml.engine import engine_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALLEST: dict[str, Any] = {
+    "name": "smallest",
+    "data": {
+        "shards": "shards/demo",
+        "num_classes": 10,
+        "train_transform": {"name": "random_resized_crop"},
+        "test_transform": {"name": "center_crop"},
+    },
+    "backbone": {"name": "small_cnn"},
+    "proxies": {"ratio": 0.5},
+    "optimizer": {"backbone_lr": 1e-3, "proxies_lr": 1e-2},
+    "training": {"epochs": 3, "batch_size": 24},
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """SMALLEST with `section__key=value` changed."""
+    raw: dict[str, Any] = json.loads(json.dumps(SMALLEST))
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        section = raw
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return raw
+
+
+def message_of(raw: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match="is not a valid configuration") as caught:
+        parse_config(raw, source="the test")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_configuration_of_the_project_is_valid_and_named_like_its_file(path: Path) -> None:
+    assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("config", "num_classes", "per_class", "weight", "proxies_lr", "batch_norm"),
+    [
+        ("cub_1gpu", 100, 12, 0.3, 0.03, "frozen"),
+        ("cars_1gpu", 98, 12, 0.3, 0.03, "frozen"),
+        ("sop_8gpu", 11_318, 1, 0.0, 0.3, "train"),
+    ],
+)
+def test_published_settings_are_those_of_the_paper(
+    config: str, num_classes: int, per_class: int, weight: float, proxies_lr: float, batch_norm: str
+) -> None:
+    c = load_config(ROOT / "configs" / f"{config}.json")
+    assert (c.data.num_classes, c.proxies.per_class, c.proxies.ratio) == (num_classes, per_class, 0.05)
+    assert (c.proxies.regularization_weight, c.proxies.scale) == (weight, 1.0)
+    assert (c.optimizer.name, c.optimizer.eps, c.optimizer.backbone_lr) == ("adam", 0.01, 1e-4)
+    assert (c.optimizer.proxies_lr, c.backbone.batch_norm) == (proxies_lr, batch_norm)
+    assert (c.optimizer.weight_decay, c.optimizer.proxies_weight_decay) == (1e-4, 1e-4)
+    assert (c.schedule.name, c.schedule.milestones, c.schedule.gamma) == ("step", [20, 40], 0.1)
+    assert (c.training.epochs, c.training.batch_size, c.training.frozen_trunk_epochs) == (50, 32, [2])
+    assert (c.backbone.name, c.backbone.embedding_dim) == ("bn_inception", 512)
+    assert c.data.train_transform.model_dump() == {
+        "name": "random_resized_crop",
+        "size": 224,
+        "scale": (0.08, 1.0),
+        "flip": True,
+    }
+    assert c.data.test_transform.model_dump() == {"name": "center_crop", "resize": 256, "size": 224}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proxies__rato": 0.1}, "proxies.rato: unknown key; did you mean 'ratio'?"),
+        ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
+        ({"data__test_transform__sise": 3}, "did you mean 'size'?"),
+        ({"data__test_transform__name": "crop"}, "data.test_transform"),
+        ({"training__epochs": "three"}, "training.epochs: input should be a valid integer"),
+        ({"training__epochs": 0}, "training.epochs: input should be greater than or equal to 1, got 0"),
+        ({"proxies__ratio": 1.5}, "proxies.ratio: input should be less than or equal to 1, got 1.5"),
+        ({"proxies__topk": 3}, "exactly one of ratio and topk"),
+        ({"schedule__name": "step"}, "only 'step' has milestones"),
+        ({"training__frozen_trunk_epochs": [4]}, "lie outside 1..3"),
+        ({"deepspeed__optimizer": {"type": "Adam"}}, "use the section optimizer"),
+        ({"deepspeed__fp16": {"enabled": True}}, "bf16 or float32"),
+        ({"deepspeed__gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op"),
+        ({"deepspeed__train_batch_size": 48}, "training.batch_size is 24 but deepspeed.train_batch_size is 48"),
+        ({"deepspeed__gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be an integer of at least 1"),
+        ({"name": "../elsewhere"}, "name: string should match pattern"),
+        ({"optimizer__backbone_lr": float("nan")}, "optimizer.backbone_lr"),
+    ],
+)
+def test_a_mistake_is_explained(changes: dict[str, Any], message: str) -> None:
+    assert message in message_of(changed(**changes))
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    text = message_of(changed(proxies__rato=1, training__epochs="x"))
+    assert "rato" in text
+    assert "training.epochs" in text
+
+
+def test_a_missing_key_is_named() -> None:
+    raw = changed()
+    del raw["optimizer"]["proxies_lr"]
+    assert "optimizer.proxies_lr: required, but missing" in message_of(raw)
+
+
+def test_overrides_are_json_where_they_can_be_and_text_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(SMALLEST))
+    changes = ["seed=3", "data.shards=/some/where", "deepspeed.bf16.enabled=true", "schedule.warmup_steps=5"]
+    config = load_config(path, changes)
+    assert (config.seed, config.data.shards, config.schedule.warmup_steps) == (3, "/some/where", 5)
+    assert config.deepspeed == {"bf16": {"enabled": True}}
+    with pytest.raises(ValueError, match="--set expects KEY=VALUE"):
+        load_config(path, ["seed"])
+    with pytest.raises(ValueError, match="seed is a value, not a section"):
+        load_config(path, ["seed=1", "seed.deeper=1"])
+
+
+def test_a_file_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("{]")
+    with pytest.raises(ValueError, match=r"found no such file; there are: .*real\.json"):
+        load_config(tmp_path / "reel.json")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_config(tmp_path / "real.json")
+
+
+def test_the_batch_divides_over_ranks_and_micro_batches() -> None:
+    config = parse_config(changed(deepspeed__gradient_accumulation_steps=2), source="the test")
+    assert [config.micro_batch_size(ranks) for ranks in (1, 2, 3)] == [12, 6, 4]
+    with pytest.raises(ValueError, match=r"does not divide over 5 ranks x 2 micro-batches; use a multiple of 10"):
+        config.micro_batch_size(5)
+    stated = parse_config(changed(deepspeed__train_micro_batch_size_per_gpu=8), source="the test")
+    assert stated.micro_batch_size(3) == 8
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is 8, but"):
+        stated.micro_batch_size(2)
+
+
+def test_deepspeed_gets_its_section_as_it_is_and_the_batch_sizes() -> None:
+    section = {
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+    }
+    config = parse_config(changed(deepspeed=section), source="the test")
+    settings = engine_settings(config, 3)
+    assert section.items() <= settings.items()
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [settings[size] for size in sizes] == [24, 8, 1]
+
+
+def test_the_resolved_configuration_reads_back_as_the_same() -> None:
+    config = parse_config(SMALLEST, source="the test")
+    assert Config.model_validate(json.loads(config.model_dump_json())) == config
