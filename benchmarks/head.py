@@ -1,11 +1,10 @@
 """Time and memory of the ProxyGML head on one process: `python benchmarks/head.py [--sizes cub sop] [--repeats 7]`.
 
 Rows: this head; the published formulation written densely (similarities, a 0/1 matrix [P, C] that sums proxies into
-    classes, a masked
-softmax over all classes); and the bare product X @ P.T that no exact head can do without. All are measured in the same
-call, each in a process of its own so that its peak memory is its own, on the same random batch, forward and backward;
-the median of the repeats after one warm-up is shown. The dense head is also checked to give this head's loss, so that
-both compute the same thing.
+classes, a masked softmax over all classes); and the bare product X @ P.T that no exact head can do without. All are
+measured in the same call, each in a process of its own so that its peak memory is its own, on the same random batch,
+forward and backward; the median of the repeats after one warm-up is shown. The dense head is also checked to give this
+head's loss, so that both compute the same thing.
 
 Prints a table and one JSON line per row, with device and versions, for docs/benchmarks/.
 """

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Self
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from jaxtyping import Float, UInt8
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import feature_extraction
 
+from dist_proxygml.batch_norm import convert_batch_norm
 from dist_proxygml.bn_inception import BNInception
 from dist_proxygml.config import BackboneConfig
 from dist_proxygml.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
@@ -162,7 +164,9 @@ class Trunk(NamedTuple):
     image_size: int  # a side that the trunk accepts; any, where the architecture does not fix one
 
 
-def build_backbone(config: BackboneConfig, *, load_pretrained: bool = True) -> EmbeddingModel:
+def build_backbone(
+    config: BackboneConfig, *, load_pretrained: bool = True, group: dist.ProcessGroup | None = None
+) -> EmbeddingModel:
     """The embedding model that `config` names, in training mode.
 
     Names: `bn_inception`, `small_cnn`, `raw_pixels`, `timm/NAME` and `torchvision/NAME`
@@ -177,9 +181,11 @@ def build_backbone(config: BackboneConfig, *, load_pretrained: bool = True) -> E
     `pretrained`: path of a weight file, loaded by strict names except for its classifier, of
     whatever size, which the embedding layer replaces; "package" for the ImageNet weights that a
     Python package ships (timm/tf_efficientnet_lite0 only); "timm" or "torchvision" for the
-    library's own download. With `load_pretrained` False the model is the same, preprocessing
-    included, but its weights stay random: for loading a checkpoint over them where the original
-    weights are not at hand.
+    library's own download.
+
+    BatchNorm layers take their statistics over the ranks of `group` (batch_norm.py). With `load_pretrained` False the
+    model is the same, preprocessing included, but its weights stay random: for loading a checkpoint over them where the
+    original weights are not at hand.
 
     Raises:
         ValueError: unknown name (the nearest are named), unknown option, weights that are missing
@@ -188,6 +194,7 @@ def build_backbone(config: BackboneConfig, *, load_pretrained: bool = True) -> E
     if config.name == "raw_pixels":
         return _build_raw_pixels(config)
     trunk = _build_trunk(config, load_pretrained=load_pretrained)
+    convert_batch_norm(trunk.module, group)
     num_features = _count_features(trunk, config=config)
     return EmbeddingModel(
         trunk.module,

@@ -1,14 +1,14 @@
 """Checkpoints: one folder a step, written aside by all ranks and published by one rename.
 
     checkpoints/step-000800/
-        engine/...               backbone and its optimizer, as DeepSpeed writes them
-        bank/...                 proxies and their optimizer state, through torch.distributed.checkpoint; loads on any
-        number of ranks backbone.safetensors     the backbone alone, whole, for evaluation and for use elsewhere
-        random-rank-000.pt       random generator state of each rank state.json               step, number of ranks,
-        hash of the class table: written last
+        engine/...             backbone and its optimizer, as DeepSpeed writes them
+        bank/...               proxies and their optimizer state, through torch.distributed.checkpoint
+        backbone.safetensors   the backbone alone, whole, for evaluation and for use elsewhere
+        random-rank-000.pt     random generator state of each rank
+        state.json             step, number of ranks, and the settings that the numbers depend on: written last
 
-The bank is saved as DTensors placed Shard(0) over classes. With ZeRO 1 to 3 the engine's part loads on the number of
-ranks that wrote it.
+The bank is saved as DTensors placed Shard(0) over classes and loads on any number of ranks. With ZeRO 1 to 3 the
+engine's part loads on the number of ranks that wrote it.
 """
 
 import json
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dist_proxygml.engine import Engine
 from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext, run_together
+from dist_proxygml.parallel import ParallelContext, on_main, run_together
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class RunState:
     step: int
     """Optimizer steps done; with the number of steps of an epoch, also the position in the data."""
     world_size: int
-    zero_stage: int
-    class_table_sha256: str
-    """Hash of the training split's class table: proxy rows mean nothing under another one."""
+    settings: dict[str, Any]
+    """What a continued run must have in common with this one, by name: configuration, data, class table."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -58,16 +57,23 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
     """The checkpoint that --resume means: "never" none, "auto" the newest if there is one, else the path of one.
 
     Raises:
-        ValueError: the path holds no complete checkpoint.
+        ValueError: the path holds no complete checkpoint, or this run has newer ones, which would mix with its own.
     """
     if resume == "never":
         return None
+    published = published_checkpoints(directory)
     if resume == "auto":
-        return next(reversed(published_checkpoints(directory)), None)
+        return published[-1] if published else None
     path = Path(resume)
     if not (path / "state.json").is_file():
-        known = ", ".join(p.name for p in published_checkpoints(directory)) or "none"
+        known = ", ".join(p.name for p in published) or "none"
         raise ValueError(f"expected a checkpoint folder with state.json at {path}, found none; this run has: {known}")
+    newer = [p.name for p in published if read_state(p).step > read_state(path).step]
+    if newer:
+        raise ValueError(
+            f"{directory} holds checkpoints newer than {path.name}: {', '.join(newer)}; move them away, or continue "
+            "under another name with --set name=NAME"
+        )
     return path
 
 
@@ -87,7 +93,7 @@ def save_checkpoint(
     final = directory / checkpoint_name(state.step)
     partial = directory / f".{final.name}.partial"
     # 1. a clean place
-    run_together(context, _make_empty, partial if context.is_main else None)
+    on_main(context, _make_empty, partial)
     # 2. every rank writes its part
     engine.save(partial)
     _dcp_save(_bank_tensors(loss, bank_optimizer), partial / "bank", context)
@@ -103,10 +109,8 @@ def save_checkpoint(
 
     run_together(context, write_own)
     # 3. publish, then forget the oldest
-    run_together(context, _publish if context.is_main else _nothing, partial, final, state)
-    if context.is_main:
-        for old in published_checkpoints(directory)[:-keep_last]:
-            shutil.rmtree(old)
+    on_main(context, _publish, partial, final, state)
+    on_main(context, lambda: _forget(published_checkpoints(directory)[:-keep_last]))
     return final
 
 
@@ -122,37 +126,18 @@ def load_checkpoint(
     loss: ProxyGMLLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
-    class_table_sha256: str,
+    settings: dict[str, Any],
 ) -> RunState:
     """Bring back the backbone, the bank, both optimizers and the random state. Called on all ranks.
 
     Raises:
-        ValueError: other classes, another ZeRO stage, or with ZeRO another number of ranks than the checkpoint's.
+        ValueError: the checkpoint's settings are not `settings`, or with ZeRO its number of ranks is another one.
     """
-    state = read_state(checkpoint)
-    if state.class_table_sha256 != class_table_sha256:
-        raise ValueError(
-            f"{checkpoint} was trained on the class table {state.class_table_sha256[:12]}, the shards have "
-            f"{class_table_sha256[:12]}; a proxy would stand for another class. Use that run's shards or --resume never"
-        )
-    if state.zero_stage != engine.zero_stage:
-        raise ValueError(
-            f"{checkpoint} was written with ZeRO stage {state.zero_stage}, the configuration says {engine.zero_stage}; "
-            "use the same stage"
-        )
-    if state.zero_stage > 0 and state.world_size != context.world_size:
-        raise ValueError(
-            f"{checkpoint} was written by {state.world_size} ranks with ZeRO stage {state.zero_stage}, which loads on "
-            f"{state.world_size} ranks, not on {context.world_size}; start as many ranks, or use ZeRO stage 0"
-        )
+    state = run_together(context, _check_state, checkpoint, settings, engine.zero_stage, context.world_size)
     engine.load(checkpoint)
     _load_bank(loss, bank_optimizer, checkpoint / "bank", context)
-    random_file = checkpoint / f"random-rank-{context.rank:03d}.pt"
     if state.world_size == context.world_size:
-        random_state = torch.load(random_file, weights_only=True)
-        torch.set_rng_state(random_state["torch"])
-        if context.device.type == "cuda" and "cuda" in random_state:
-            torch.cuda.set_rng_state(random_state["cuda"], context.device)
+        run_together(context, _load_random_state, checkpoint, context)
     return state
 
 
@@ -166,7 +151,7 @@ def load_backbone(checkpoint: Path, model: nn.Module) -> None:
     if not path.is_file():
         raise ValueError(f"expected backbone weights at {path}, found none")
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        model.load_state_dict(load_file(path), strict=True, assign=True)  # in the precision they were trained in
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
 
@@ -214,18 +199,52 @@ def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: 
         state[name] = loaded.to_local() if isinstance(loaded, DTensor) else loaded
 
 
-def _make_empty(directory: Path | None) -> None:
-    if directory is not None:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+def _check_state(checkpoint: Path, settings: dict[str, Any], zero_stage: int, world_size: int) -> RunState:
+    state = read_state(checkpoint)
+    names = sorted(state.settings.keys() | settings.keys())
+    changed = [name for name in names if state.settings.get(name) != settings.get(name)]
+    if changed:
+        details = "; ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other settings: {details}. Continue with the same ones, give this run "
+            "another name with --set name=NAME, or start anew with --resume never"
+        )
+    if zero_stage > 0 and state.world_size != world_size:
+        raise ValueError(
+            f"{checkpoint} was written by {state.world_size} ranks with ZeRO stage {zero_stage}, which loads on "
+            f"{state.world_size} ranks, not on {world_size}; start as many ranks, or use ZeRO stage 0"
+        )
+    return state
+
+
+def _load_random_state(checkpoint: Path, context: ParallelContext) -> None:
+    random_state = torch.load(checkpoint / f"random-rank-{context.rank:03d}.pt", weights_only=True)
+    torch.set_rng_state(random_state["torch"])
+    if context.device.type == "cuda" and "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"], context.device)
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
 
 
 def _publish(partial: Path, final: Path, state: RunState) -> None:
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-    if final.exists():
-        shutil.rmtree(final)
+    for path in [*(p for p in partial.rglob("*") if p.is_file()), partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    _forget([final] if final.exists() else [])
     os.rename(partial, final)
 
 
-def _nothing(*_: object) -> None:
-    return None
+def _forget(checkpoints: list[Path]) -> None:
+    """Delete checkpoints, each unpublished first, so that half a checkpoint never looks like one."""
+    for path in checkpoints:
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)

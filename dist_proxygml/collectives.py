@@ -1,12 +1,10 @@
-"""Differentiable collectives over ragged rows. Every function is called on all ranks of `group`; `group=None` means one
-process.
+"""Differentiable collectives over ragged rows; `group=None` means one process.
 
-The loss is the same number on every rank, and every rank runs backward on its own copy of it. That fixes the backward
-rules:
+Every function is called on all ranks of `group`. The loss is the same number on every rank, and every rank runs
+backward on its own copy of it. That fixes the backward rules:
 
-    gather_rows      forward all-gather in rank order    backward reduce-scatter SUM (each rank's copy holds a part of
-    the gradient) all_reduce_sum   forward SUM                         backward identity (the copies of the sum are one
-    and the same number)
+    gather_rows      forward: all-gather in rank order     backward: reduce-scatter SUM, as each copy holds a part
+    all_reduce_sum   forward: SUM                          backward: identity, as the copies of the sum are one number
 
 SUM, never AVG: what an engine averages later is undone once, by name, in loss.py. Rows are padded to the longest rank
 because gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so the padding costs next
@@ -21,6 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class AgreedError(ValueError):
+    """A user's mistake that all ranks know of and raise alike, so that one of them may report it for all."""
 
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:

@@ -1,12 +1,11 @@
 """Typed, closed configuration: JSON in, frozen objects out.
 
 A file is one JSON object; `--set a.b=value` overrides single keys before validation. Unknown keys, wrong types and
-settings that contradict each other are refused here, before any process group, device or data is touched. Fields are
-documented where they are declared; `docs/configuration.md` is generated from them.
+settings that contradict each other are refused here, before any process group, device or data is touched. A
+sentence at each field says what it is.
 
 Declined: YAML (a second syntax for the same thing), inheritance between files (a run must be readable from one file),
-    and
-options through the environment.
+and options through the environment.
 """
 
 import difflib
@@ -22,7 +21,7 @@ from dist_proxygml.partition import ClassPartition
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -235,12 +234,39 @@ class TelemetryConfig(_Section):
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
-# Keys that DeepSpeed also knows and that have one owner here: what to use instead.
+# Top-level keys of DeepSpeed that work with this project. DeepSpeed itself ignores a key that it does not know.
+_DEEPSPEED_KEYS = (
+    "activation_checkpointing",
+    "bf16",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "data_types",
+    "dump_state",
+    "flops_profiler",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "steps_per_print",
+    "torch_autocast",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+# Keys that DeepSpeed knows and that have one owner here, or undo what the loss relies on: what to use instead.
 _OWNED_DEEPSPEED_KEYS = {
     "optimizer": "the section optimizer",
     "scheduler": "the section schedule",
     "fp16": "bf16 or float32; a loss scale is not supported",
+    "amp": "bf16 or float32; a loss scale is not supported",
     "gradient_allreduce_op": "its default: the loss relies on the mean over ranks",
+    "managed_gradient_accumulation": "its default: proxies and backbone must step together",
 }
 
 
@@ -276,10 +302,13 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _deepspeed_does_not_contradict(self) -> "Config":
-        for key, instead in _OWNED_DEEPSPEED_KEYS.items():
-            value = self.deepspeed.get(key)
-            if value is not None and value != {"enabled": False}:
+        for key in self.deepspeed:
+            if key in _OWNED_DEEPSPEED_KEYS:
+                instead = _OWNED_DEEPSPEED_KEYS[key]
                 raise ValueError(f"deepspeed.{key} is set, but it is decided elsewhere; remove it and use {instead}")
+            if key not in _DEEPSPEED_KEYS:
+                nearest = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=0.0)[0]
+                raise ValueError(f"deepspeed.{key}: unknown or unsupported key; did you mean {nearest!r}?")
         accumulation = self.deepspeed.get("gradient_accumulation_steps", 1)
         if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
             raise ValueError(
@@ -359,7 +388,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:
     """Validate a configuration that is already a dictionary; `source` names it in errors."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate_json(json.dumps(raw))  # strict types as JSON has them: a list may be a tuple
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors(include_url=False))
         raise ValueError(f"{source} is not a valid configuration:\n{problems}") from None

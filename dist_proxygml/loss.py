@@ -12,7 +12,7 @@ rank's own images. Gathering the logits (B x C on every rank) or a one-hot [P, C
 declined: a class's N proxies are adjacent columns, so a reshape does it.
 
 Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
-    2010.13636).
+2010.13636).
 
 Dimension key: R rows (images) at hand, b/B images of this rank / over the group, c/C classes, p/P proxies, N proxies
 per class, D embedding; lower case is this rank's slice.
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_proxygml.collectives import (
+    AgreedError,
     all_reduce_max,
     all_reduce_sum,
     gather_objects,
@@ -137,8 +138,8 @@ class ProxyGMLLoss(nn.Module):
             labels: [b] int64 global class ids.
 
         Raises:
-            ValueError: wrong shape or type, a non-finite embedding (its rank and row are named), a label out of range;
-                the same error on every rank.
+            ValueError: wrong shape or type, a non-finite embedding (its rank and row are named), a label out of range,
+                a non-finite loss; the same error on every rank.
         """
         row_counts = self._agree_on_rows(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -149,6 +150,11 @@ class ProxyGMLLoss(nn.Module):
             else:
                 regularization = classification.new_zeros(())
             total = classification + self.regularization_weight * regularization
+        if not bool(total.isfinite()):  # the same number on every rank, so they raise together
+            raise AgreedError(
+                f"expected a finite loss, got {total.item()}; the embeddings are, so a proxy is NaN or infinite: "
+                "lower the learning rate of the proxies"
+            )
         return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
 
     def selection_for(self, batch_size: int) -> str:
@@ -214,17 +220,17 @@ class ProxyGMLLoss(nn.Module):
         problem = self._problem_with(embeddings, labels)
         if self.group is None:
             if problem is not None:
-                raise ValueError(problem)
+                raise AgreedError(problem)
             row_counts = [len(labels)]
         else:
             own_2 = torch.tensor([[0 if problem else len(labels), problem is not None]], device=self.proxies.device)
             all_W2 = gather_rows(own_2, row_counts=[1] * self.partition.world_size, group=self.group).tolist()
             if any(failed for _, failed in all_W2):
                 problems = gather_objects(problem, group=self.group)
-                raise ValueError(next(text for text in problems if text is not None))
+                raise AgreedError(next(text for text in problems if text is not None))
             row_counts = [count for count, _ in all_W2]
         if sum(row_counts) == 0:
-            raise ValueError("expected at least one image in the global batch, got none on any rank")
+            raise AgreedError("expected at least one image in the global batch, got none on any rank")
         return row_counts
 
     def _problem_with(self, embeddings: Tensor, labels: Tensor) -> str | None:

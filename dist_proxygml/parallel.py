@@ -14,15 +14,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_proxygml.collectives import gather_objects
+from dist_proxygml.collectives import AgreedError, gather_objects
 
 T = TypeVar("T")
 
 
 class OneRankError(ValueError):
-    """A user's mistake that this rank alone knows of. Any other ValueError is raised by all ranks alike, so rank 0
-    reports it.
-    """
+    """A user's mistake that this rank alone knows of, so this rank reports it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise OneRankError(
                 f"local rank {local_rank} has no GPU: expected at least {local_rank + 1} on this host, found "
                 f"{torch.cuda.device_count()}; start fewer ranks per host"
             )
@@ -74,9 +72,10 @@ def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext
         if "OMP_NUM_THREADS" not in os.environ:
             local_world_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    else:  # no launcher: a world of one needs no address, and so cannot find its port taken
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     return ParallelContext(rank, world_size, local_rank, device, dist.group.WORLD)
 
 
@@ -94,7 +93,7 @@ def run_together(context: ParallelContext, function: Callable[..., T], *args: ob
     failures = everyone(context, failure)
     first = next((message for message in failures if message is not None), None)
     if first is not None:
-        raise ValueError(first)
+        raise AgreedError(first)
     return result  # type: ignore[return-value]
 
 
@@ -103,26 +102,30 @@ def everyone(context: ParallelContext, value: T) -> list[T]:
     return gather_objects(value, group=context.group)
 
 
-def barrier(context: ParallelContext) -> None:
-    """Wait for every rank. Called on all ranks."""
-    if context.group is not None:
-        dist.barrier(group=context.group)
+def on_main(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
+    """Run `function(*args)` on rank 0 and give every rank its result, or its error. Called on all ranks.
+
+    For what one rank must decide or write; the result must be picklable.
+    """
+    result = run_together(context, lambda: function(*args) if context.is_main else None)
+    return everyone(context, result)[0]  # type: ignore[return-value]
 
 
 def run_launcher(main: Callable[[], None]) -> None:
-    """Run a launcher's body and leave the process: status 0, or 2 with one message for a user's mistake.
+    """Run a launcher's body; a user's mistake becomes one message and exit status 2, without a traceback.
 
-    The message is printed by rank 0 for all ranks, or by the one rank that has it. A launcher such as deepspeed ends
-    the others.
+    What all ranks know is printed by rank 0: agreed errors, and whatever is wrong before the world is joined, where all
+    ranks read the same. What one rank knows it prints itself. A launcher such as deepspeed then ends the other ranks.
+    Any other error is ours and keeps its traceback.
     """
-    status = 0
     try:
         main()
     except ValueError as error:
-        status = 2
+        is_shared = isinstance(error, AgreedError) or not dist.is_initialized()
+        if not is_shared and not isinstance(error, OneRankError):
+            raise
         if isinstance(error, OneRankError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-    finally:
-        if dist.is_initialized() and status == 0:
-            dist.destroy_process_group()
-    sys.exit(status)
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

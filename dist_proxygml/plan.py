@@ -69,10 +69,14 @@ def plan_head(config: Config, *, world_size: int) -> HeadPlan:
     selection = proxies.selection if proxies.selection != "auto" else cheaper_selection(**sizes)
     own_proxies = config.partition(world_size, 0).num_local * proxies.per_class
     bank = own_proxies * dim * _FLOAT
+    others = (world_size - 1) / world_size
     if selection == "gather":
         similarities = micro * num_proxies * _SIMILARITY_ARRAYS_BYTES + 2 * num_proxies * dim * _FLOAT
     else:
         similarities = micro * world_size * own_proxies * _SIMILARITY_ARRAYS_BYTES
+    regularizer = 0  # class sums and their gradient
+    if proxies.regularization_weight > 0:
+        regularizer = config.data.num_classes * dim * 2 * _FLOAT
     # sizes, then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back, MAX, SUM,
     # gradient; the regulariser: class sums, their gradient, and its own sum
     messages = 1 + (3 if selection == "gather" else 7) + (3 if proxies.regularization_weight > 0 else 0)
@@ -84,8 +88,9 @@ def plan_head(config: Config, *, world_size: int) -> HeadPlan:
         bank_bytes=bank,
         gradient_bytes=bank,
         optimizer_bytes=2 * bank,
-        similarity_bytes=similarities,
-        received_bytes_per_step=config.accumulation * bytes_per_step(selection, **sizes),
+        similarity_bytes=similarities + regularizer,
+        received_bytes_per_step=config.accumulation
+        * (bytes_per_step(selection, **sizes) + round(others * regularizer)),
         messages_per_step=0 if world_size == 1 else config.accumulation * messages,
     )
 

@@ -68,7 +68,7 @@ def select_proxies(
         quota_R = quota_R1[:, 0]
     else:
         threshold_R, quota_R = _agree(best_Rq, num_negatives, row_counts, proxy_counts, group)
-    above_Rp = negatives_Rp > threshold_R[:, None]
+    above_Rp = ~(negatives_Rp <= threshold_R[:, None])  # NaN is kept, so that it shows in the loss
     equal_Rp = negatives_Rp == threshold_R[:, None]
     if bool((equal_Rp.sum(dim=1) > quota_R).any()):  # rare; a local matter, no collective depends on it
         equal_Rp &= equal_Rp.cumsum(dim=1) <= quota_R[:, None]

@@ -29,7 +29,9 @@ class Telemetry:
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
             self._lines = (run_directory / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=start_step or None)
+            self._board = SummaryWriter(
+                str(run_directory / "tensorboard"), purge_step=start_step + 1 if start_step else None
+            )
             # a file gets a line every 15 seconds, a terminal a moving bar
             pace = (
                 {"mininterval": 0.5, "dynamic_ncols": True}

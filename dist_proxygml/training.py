@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from dist_proxygml.checkpoint import (
     checkpoint_name,
     find_checkpoint,
     load_checkpoint,
-    read_state,
     save_checkpoint,
 )
 from dist_proxygml.collectives import all_reduce_sum
@@ -32,7 +32,7 @@ from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, build_tr
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.engine import Engine, engine_settings
 from dist_proxygml.evaluation.embed import save_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
+from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_settings, evaluate
 from dist_proxygml.evaluation.report import format_table, write_report
 from dist_proxygml.loss import LossTerms, ProxyGMLLoss
 from dist_proxygml.optim import (
@@ -42,7 +42,7 @@ from dist_proxygml.optim import (
     learning_rate_factor,
     set_learning_rates,
 )
-from dist_proxygml.parallel import OneRankError, ParallelContext, barrier, run_together
+from dist_proxygml.parallel import OneRankError, ParallelContext, on_main, run_together
 from dist_proxygml.plan import plan_head
 from dist_proxygml.telemetry import Telemetry
 
@@ -88,63 +88,61 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
         ValueError: on every rank: the configuration, the shards and the ranks do not fit together, or a batch is
             damaged.
     """
-    # 1. Refuse what cannot work before anything is built or written.
-    settings = engine_settings(config, context.world_size)
-    train_index, test_index = run_together(context, _open_data, config)
+    # 1. Refuse what cannot work before anything is built.
     run_directory = config.run_directory
     checkpoints = run_directory / "checkpoints"
-    found = run_together(context, find_checkpoint, checkpoints, resume)
-    start_step = read_state(found).step if found else 0
-    run_together(context, _prepare_run_directory, config, context.is_main, resume)
+    plan = run_together(context, lambda: plan_head(config, world_size=context.world_size))
+    train_index, test_index = run_together(context, _open_data, config)
+    found = on_main(context, find_checkpoint, checkpoints, resume)
+    steps_per_epoch = run_together(
+        context, lambda: _train_loader(config, context, train_index, epoch=0, start_step=0).num_steps
+    )
 
-    # 2. Build.
-    steps_per_epoch = run_together(context, lambda: _train_loader(config, context, train_index, epoch=0).num_steps)
-    state = build_train_state(config, context, settings=settings, steps_per_epoch=steps_per_epoch)
+    # 2. Build, and only then write.
+    state = build_train_state(config, context, steps_per_epoch=steps_per_epoch)
+    comparable = _comparable_settings(config, train_index)
     if found:
-        restored = load_checkpoint(
+        state.step = load_checkpoint(
             found,
             engine=state.engine,
             loss=state.loss,
             bank_optimizer=state.bank_optimizer,
             context=context,
-            class_table_sha256=train_index.class_table_sha256,
-        )
-        state.step = restored.step
+            settings=comparable,
+        ).step
+    moved = on_main(context, _prepare_run_directory, config, resume)
     telemetry = Telemetry(
         run_directory,
         enabled=context.is_main,
         num_steps=state.num_steps,
-        start_step=start_step,
+        start_step=state.step,
         progress_bar=config.telemetry.progress_bar,
     )
-    telemetry.say(_greeting(config, context, train_index, test_index, found))
+    telemetry.say(_greeting(config, context, train_index, test_index, found, moved))
+    telemetry.say(str(plan))
 
-    # 3. Train.
-    if state.step == 0 and config.evaluation.at_start:
-        if config.evaluation.raw_pixels:
-            _evaluate_raw_pixels(config, context, test_index, run_directory)
-        evaluate_run(state, test_index, telemetry, run_directory)
+    # 3. Train. An evaluation that was due when the run stopped is made up for.
+    if state.step == 0 and config.evaluation.raw_pixels:
+        _evaluate_raw_pixels(config, context, test_index, run_directory)
     cache = ImageCache() if config.data.cache_images else None
-    while state.step < state.num_steps:
-        _train_epoch(state, train_index, telemetry, checkpoints, cache)
-        epoch, is_last = state.step // state.steps_per_epoch, state.step == state.num_steps
-        every = config.evaluation.every_epochs
-        if is_last or (every and epoch % every == 0):
+    while True:
+        if _evaluation_is_due(state) and not on_main(context, _evaluation_path(run_directory, state).exists):
             evaluate_run(state, test_index, telemetry, run_directory)
+        if state.step == state.num_steps:
+            break
+        _train_epoch(state, train_index, telemetry, checkpoints, settings=comparable, cache=cache)
 
     # 4. Show.
     telemetry.close()
-    run_together(context, _show if context.is_main else _nothing, run_directory, test_index)
-    barrier(context)
+    on_main(context, _show, run_directory, test_index)
     return run_directory
 
 
-def build_train_state(
-    config: Config, context: ParallelContext, *, settings: dict[str, object], steps_per_epoch: int
-) -> TrainState:
+def build_train_state(config: Config, context: ParallelContext, *, steps_per_epoch: int) -> TrainState:
     """Backbone, bank and optimizers at step 0, the same on any number of ranks. Called on all ranks."""
+    settings = run_together(context, engine_settings, config, context.world_size)
     torch.manual_seed(config.seed)
-    model = run_together(context, build_backbone, config.backbone).to(context.device)
+    model = run_together(context, lambda: build_backbone(config.backbone, group=context.group)).to(context.device)
     trunk, embedding = model.parameter_groups()
     engine = Engine(
         model,
@@ -165,6 +163,7 @@ def build_train_state(
         seed=config.seed,
     ).to(context.device)
     num_steps = steps_per_epoch * config.training.epochs
+    torch.manual_seed(config.seed + context.rank)  # dropout: other images, other masks
     return TrainState(
         context=context,
         config=config,
@@ -225,8 +224,9 @@ def evaluate_run(state: TrainState, index: ShardIndex, telemetry: Telemetry, run
     config, context = state.config, state.context
     model = state.engine.module
     if state.engine.zero_stage == 3:  # its forward passes are collective, and ranks hold different numbers of batches
-        model = build_evaluation_model(config, context)
-        model.load_state_dict(state.engine.full_state_dict())
+        model = build_evaluation_model(config)
+        model.load_state_dict(state.engine.full_state_dict(), assign=True)
+        model.to(context.device)
     result = evaluate_model(config, context, model, index)
     epoch = state.step // state.steps_per_epoch
     if context.is_main:
@@ -239,10 +239,10 @@ def evaluate_run(state: TrainState, index: ShardIndex, telemetry: Telemetry, run
     return result
 
 
-def build_evaluation_model(config: Config, context: ParallelContext) -> nn.Module:
-    """A backbone without an engine, in the precision that the engine would give it."""
-    model = build_backbone(config.backbone, load_pretrained=False).to(context.device)
-    return model.bfloat16() if config.deepspeed.get("bf16", {}).get("enabled") else model
+def build_evaluation_model(config: Config) -> nn.Module:
+    """A backbone without an engine, for weights to be loaded into; the random generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return build_backbone(config.backbone, load_pretrained=False)
 
 
 def evaluate_model(
@@ -275,7 +275,13 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
 
 
 def _train_epoch(
-    state: TrainState, index: ShardIndex, telemetry: Telemetry, checkpoints: Path, cache: ImageCache | None
+    state: TrainState,
+    index: ShardIndex,
+    telemetry: Telemetry,
+    checkpoints: Path,
+    *,
+    settings: dict[str, Any],
+    cache: ImageCache | None,
 ) -> None:
     """Train to the end of the epoch, or of the run."""
     config, context = state.config, state.context
@@ -312,7 +318,7 @@ def _train_epoch(
         if state.step % every == 0 or state.step == state.num_steps:
             save_checkpoint(
                 checkpoints,
-                state=RunState(state.step, context.world_size, state.engine.zero_stage, index.class_table_sha256),
+                state=RunState(state.step, context.world_size, settings),
                 engine=state.engine,
                 loss=state.loss,
                 bank_optimizer=state.bank_optimizer,
@@ -349,6 +355,7 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex]:
             f"{config.data.shards} has {train_index.num_classes} classes; edit the configuration or point "
             "data.shards at the right shards"
         )
+    check_settings(test_index.labels, Settings(recall_at=tuple(config.evaluation.recall_at)))
     return train_index, test_index
 
 
@@ -358,7 +365,7 @@ def _train_loader(
     index: ShardIndex,
     *,
     epoch: int,
-    start_step: int = 0,
+    start_step: int,
     cache: ImageCache | None = None,
 ) -> BatchLoader:
     return build_train_loader(
@@ -379,34 +386,73 @@ def _train_loader(
     )
 
 
-def _prepare_run_directory(config: Config, is_main: bool, resume: str) -> None:
-    """Make the run's folder and write the resolved configuration; an earlier run is moved aside, never overwritten."""
-    if not is_main:
-        return
-    directory = config.run_directory
-    if resume == "never" and directory.exists():
-        aside = next(
-            path for n in itertools.count(1) if not (path := directory.with_name(f"{directory.name}.{n}")).exists()
-        )
-        os.rename(directory, aside)
+def _prepare_run_directory(config: Config, resume: str) -> Path | None:
+    """Make the run's folder and write the resolved configuration. With "never" an earlier run is moved aside, not lost.
+
+    Returns:
+        Where the earlier run went, if there was one.
+    """
+    directory, aside = config.run_directory, None
     try:
+        if resume == "never" and directory.exists():
+            names = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            os.rename(directory, aside)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
     except OSError as error:
         raise ValueError(
             f"expected to write into {directory.resolve()}: {error.strerror}; set runs_dir to a folder of yours"
         ) from None
+    return aside
+
+
+def _evaluation_path(run_directory: Path, state: TrainState) -> Path:
+    return run_directory / "evaluation" / f"{checkpoint_name(state.step)}.json"
+
+
+def _evaluation_is_due(state: TrainState) -> bool:
+    """Before the first step if wanted, after the last always, and between epochs every so many."""
+    evaluation = state.config.evaluation
+    if state.step in (0, state.num_steps):
+        return state.step > 0 or evaluation.at_start
+    epoch, rest = divmod(state.step, state.steps_per_epoch)
+    return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
+
+
+def _comparable_settings(config: Config, index: ShardIndex) -> dict[str, Any]:
+    """What the numbers of a run depend on, flat: a run continues only under the same."""
+    whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
+    free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
+    if config.schedule.name != "cosine":  # the other schedules do not look ahead: such a run may be made longer
+        free |= {"training.epochs", "training.max_steps"}
+    flat = {name: value for name, value in _flattened(whole) if name not in free}
+    return flat | {"class table": index.class_table_sha256, "shards": index.sha256}
+
+
+def _flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _greeting(
-    config: Config, context: ParallelContext, train_index: ShardIndex, test_index: ShardIndex, found: Path | None
+    config: Config,
+    context: ParallelContext,
+    train_index: ShardIndex,
+    test_index: ShardIndex,
+    found: Path | None,
+    moved: Path | None,
 ) -> str:
     start = f"continuing {found}" if found else "starting anew"
+    if moved:
+        start += f", the earlier run of this name is now {moved}"
     return (
         f"{config.name}: {train_index.num_samples:,} images of {train_index.num_classes:,} classes to train on, "
         f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on; "
-        f"{context.world_size} rank(s) on {context.device.type}; {start}\n"
-        f"{plan_head(config, world_size=context.world_size)}"
+        f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )
 
 
@@ -421,7 +467,3 @@ def _show(run_directory: Path, index: ShardIndex) -> None:
     report = write_report(run_directory, index)
     print(format_table(run_directory), flush=True)
     print(f"report: {report.resolve()}", flush=True)
-
-
-def _nothing(*_: object) -> None:
-    return None

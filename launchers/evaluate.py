@@ -6,8 +6,9 @@ With the run's own shards and number of threads this repeats the numbers of the 
 import argparse
 from pathlib import Path
 
+from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import load_config
-from dist_proxygml.parallel import join_world, run_launcher, run_together
+from dist_proxygml.parallel import join_world, on_main, run_launcher, run_together
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
@@ -38,13 +39,14 @@ def main() -> None:
 
     checkpoints = arguments.run / "checkpoints"
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
-    checkpoint = run_together(context, find_checkpoint, checkpoints, wanted)
+    checkpoint = on_main(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:
-        raise ValueError(f"expected a checkpoint in {checkpoints}, found none; train the run first")
+        raise AgreedError(f"expected a checkpoint in {checkpoints}, found none; train the run first")
     split = arguments.split or config.data.test_split
     index = run_together(context, open_index, arguments.data or config.data.shards, split)
-    model = run_together(context, build_evaluation_model, config, context)
+    model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
+    model.to(context.device)
     result = evaluate_model(config, context, model, index)
     if context.is_main:
         suffix = "" if arguments.data is None and arguments.split is None else f"-on-{Path(index.root).name}-{split}"

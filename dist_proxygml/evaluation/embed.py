@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_proxygml.collectives import gather_rows
+from dist_proxygml.collectives import AgreedError, gather_rows
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.parallel import ParallelContext, everyone, run_together
 
@@ -89,7 +89,7 @@ def check_table(table: EmbeddingTable, *, num_samples: int, describe: Callable[[
     expected_n = torch.arange(num_samples)
     if not torch.equal(table.ids, expected_n):
         found, counts = table.ids.unique(return_counts=True)
-        raise ValueError(
+        raise AgreedError(
             f"expected each of the {num_samples} images of the split exactly once, got "
             f"{table.ids.numel()} rows; "
             f"missing ids: {_some(expected_n[~torch.isin(expected_n, found)])}; repeated ids: "
@@ -113,7 +113,7 @@ def check_table(table: EmbeddingTable, *, num_samples: int, describe: Callable[[
         if bad_n.any():
             bad = bad_n.nonzero().flatten()
             first = "" if describe is None else f", the first is {describe(int(bad[0]))}"
-            raise ValueError(
+            raise AgreedError(
                 f"the embeddings of {bad.numel()} of {num_samples} images are {problem} (ids "
                 f"{_some(bad)}{first}); "
                 f"{remedy}"

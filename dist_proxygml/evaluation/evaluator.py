@@ -154,7 +154,7 @@ def evaluate(
             `recall_at` the split cannot give, or no class with two images.
     """
     settings = Settings(recall_at=tuple(recall_at), kmeans_seeds=tuple(range(kmeans_seeds)))
-    run_together(context, _check_before_embedding, index.labels, settings)
+    run_together(context, check_settings, index.labels, settings)
     loader = build_evaluation_loader(
         index,
         transform,
@@ -179,6 +179,8 @@ def evaluate(
         "index_sha256": index.sha256,
         "class_table_sha256": index.class_table_sha256,
         "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "forward_batch_size": batch_size,
+        "weights": sorted({str(parameter.dtype) for parameter in model.parameters()}),
     }
     return evaluate_table(table, context=context, settings=settings, data=data)
 
@@ -204,7 +206,7 @@ def evaluate_table(
             with two images.
     """
     labels_n = table.labels.numpy()
-    run_together(context, _check_before_embedding, labels_n, settings)
+    run_together(context, check_settings, labels_n, settings)
     num_positives_n = metrics.count_positives(labels_n)
     query_n = num_positives_n > 0
 
@@ -287,7 +289,7 @@ def _normalized_mutual_information(
     return [of_seed[seed] for seed in settings.kmeans_seeds]
 
 
-def _check_before_embedding(labels_n: np.ndarray, settings: Settings) -> None:
+def check_settings(labels_n: np.ndarray, settings: Settings) -> None:
     """Find what would fail after the embedding pass, before it."""
     load_faiss()
     wrong = [k for k in settings.recall_at if not 1 <= k < len(labels_n)]

@@ -1,11 +1,11 @@
 """Retrieval and clustering metrics, per query, from neighbours in their exact order.
 
-    rel(i)      1 if the i-th neighbour (self left out) has the query's label
-    R           number of images with the query's label, the query left out
-    Recall@K    1 if any of rel(1) .. rel(K)                       the metric-learning sense: a hit
-    rate R-Precision sum_{i <= R} rel(i) / R MAP@R       sum_{i <= R} rel(i) * (hits among the first
-    i) / i / R        Musgrave et al., arXiv 2003.08505 NMI         2 I(U; V) / (H(U) + H(V))
-    arithmetic averaging
+    rel(i)         1 if the i-th neighbour (self left out) has the query's label
+    R              number of images with the query's label, the query left out
+    Recall@K       1 if any of rel(1) .. rel(K)                             in the metric-learning sense: a hit rate
+    R-Precision    sum_{i <= R} rel(i) / R
+    MAP@R          sum_{i <= R} rel(i) * (hits among the first i) / i / R   Musgrave et al., arXiv 2003.08505
+    NMI            2 I(U; V) / (H(U) + H(V))                                arithmetic averaging
 
 Recall in the sense of information retrieval (hits over R) is another number and is not offered
 under this name. MRR is not either: it needs the position of the first right answer wherever it is,

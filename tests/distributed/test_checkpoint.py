@@ -1,7 +1,7 @@
 """Checkpoints: what is saved comes back, on any number of ranks; what cannot come back is refused."""
 
 import dataclasses
-import shutil
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from dist_proxygml.parallel import ParallelContext
 from tests.harness import run_ranks
 
 NUM_CLASSES = 7  # uneven over 2 and 3 ranks
+SETTINGS = {"seed": 0, "class table": "abc"}
 
 
 def parts(context: ParallelContext, stage: int, seed: int) -> tuple[Engine, ProxyGMLLoss, torch.optim.Optimizer]:
@@ -60,7 +61,7 @@ def train_and_save(context: ParallelContext, stage: int, directory: Path) -> tup
         step(context, engine, loss, optimizer, seed=number)
         save_checkpoint(
             directory,
-            state=RunState(number, context.world_size, stage, "classes"),
+            state=RunState(number, context.world_size, SETTINGS),
             engine=engine,
             loss=loss,
             bank_optimizer=optimizer,
@@ -79,7 +80,7 @@ def load_and_train(context: ParallelContext, stage: int, directory: Path) -> tup
         loss=loss,
         bank_optimizer=optimizer,
         context=context,
-        class_table_sha256="classes",
+        settings=SETTINGS,
     )
     bank = bank_arrays(loss, optimizer)
     return [step(context, engine, loss, optimizer, seed=number) for number in (3, 4)], bank
@@ -119,50 +120,53 @@ def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(
         load_backbone(tmp_path / "step-000002", nn.Linear(5, 3))
 
 
-def load_elsewhere(context: ParallelContext, directory: Path, classes: str) -> None:
-    engine, loss, optimizer = parts(context, 0, seed=1)
-    load_checkpoint(
-        directory / "step-000001",
-        engine=engine,
-        loss=loss,
-        bank_optimizer=optimizer,
-        context=context,
-        class_table_sha256=classes,
-    )
+def load_elsewhere(context: ParallelContext, directory: Path, stage: int, settings: dict[str, object]) -> None:
+    engine, loss, optimizer = parts(context, stage, seed=1)
+    checkpoint = directory / "step-000001"
+    load_checkpoint(checkpoint, engine=engine, loss=loss, bank_optimizer=optimizer, context=context, settings=settings)
 
 
 @pytest.mark.parametrize(
-    ("change", "classes", "message"),
+    ("stage", "settings", "message"),
     [
-        ({}, "others", "trained on the class table"),
-        ({"zero_stage": 2}, "classes", "written with ZeRO stage 2, the configuration says 0"),
+        (0, {"seed": 1, "class table": "abc"}, "other settings: seed was 0, is 1. Continue with the same ones"),
+        (0, {"seed": 0}, "class table was abc, is None"),
+        (2, SETTINGS, "written by 2 ranks with ZeRO stage 2, which loads on 2 ranks, not on 1"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
-    tmp_path: Path, change: dict[str, int], classes: str, message: str
+    tmp_path: Path, stage: int, settings: dict[str, object], message: str
 ) -> None:
-    state = RunState(step=1, world_size=1, zero_stage=0, class_table_sha256="classes")
-    (tmp_path / "step-000001").mkdir()
-    import json
-
-    (tmp_path / "step-000001" / "state.json").write_text(json.dumps(dataclasses.asdict(state) | change))
+    write_state(tmp_path / "step-000001", 1)
     with pytest.raises(ValueError, match=message):
-        run_ranks(load_elsewhere, 1, tmp_path, classes)
+        run_ranks(load_elsewhere, 1, tmp_path, stage, settings)
+
+
+def write_state(checkpoint: Path, step: int) -> None:
+    checkpoint.mkdir()
+    state = RunState(step=step, world_size=2, settings=SETTINGS)
+    (checkpoint / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
 
 
 def test_only_published_checkpoints_are_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "auto") is None
-    for name in ("step-000900", "step-001000", ".step-001100.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "state.json").write_text(
-            '{"step": 1, "world_size": 1, "zero_stage": 0, "class_table_sha256": ""}'
-        )
+    write_state(tmp_path / "step-000900", 900)
+    write_state(tmp_path / "step-001000", 1000)
+    write_state(tmp_path / ".step-001100.partial", 1100)
     (tmp_path / "step-002000").mkdir()  # published by nobody: no state.json
     assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
     assert find_checkpoint(tmp_path, "never") is None
-    assert find_checkpoint(tmp_path, str(tmp_path / "step-000900")) == tmp_path / "step-000900"
-    assert read_state(tmp_path / "step-001000").step == 1
+    assert find_checkpoint(tmp_path, str(tmp_path / "step-001000")) == tmp_path / "step-001000"
+    assert read_state(tmp_path / "step-001000").step == 1000
     with pytest.raises(ValueError, match=r"this run has: step-000900, step-001000"):
         find_checkpoint(tmp_path, str(tmp_path / "step-002000"))
-    shutil.rmtree(tmp_path / "step-001000")
-    assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-000900"
+
+
+def test_continuing_an_older_checkpoint_is_refused_while_newer_ones_would_mix_with_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    write_state(tmp_path / "mine" / "step-000900", 900)
+    write_state(tmp_path / "mine" / "step-001000", 1000)
+    older = str(tmp_path / "mine" / "step-000900")
+    with pytest.raises(ValueError, match=r"holds checkpoints newer than step-000900: step-001000"):
+        find_checkpoint(tmp_path / "mine", older)
+    assert find_checkpoint(tmp_path / "another-name", older) == Path(older)

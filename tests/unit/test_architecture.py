@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("loss", "backbone", "evaluation"),
     ("data",),
-    ("selection", "proxies", "bn_inception", "pretrained", "small_cnn"),
+    ("selection", "proxies", "batch_norm", "bn_inception", "pretrained", "small_cnn"),
     ("parallel",),
     ("collectives",),
     ("config",),

@@ -94,6 +94,11 @@ def test_published_settings_are_those_of_the_paper(
         ({"deepspeed__optimizer": {"type": "Adam"}}, "use the section optimizer"),
         ({"deepspeed__fp16": {"enabled": True}}, "bf16 or float32"),
         ({"deepspeed__gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op"),
+        ({"deepspeed__managed_gradient_accumulation": False}, "must step together"),
+        ({"deepspeed__gradient_cliping": 1.0}, "did you mean 'gradient_clipping'?"),
+        ({"data__train_transform__flip": "no"}, "flip: input should be a valid boolean"),
+        ({"data__num_classes": "10"}, "data.num_classes: input should be a valid integer"),
+        ({"training__epochs": True}, "training.epochs: input should be a valid integer"),
         ({"deepspeed__train_batch_size": 48}, "training.batch_size is 24 but deepspeed.train_batch_size is 48"),
         ({"deepspeed__gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be an integer of at least 1"),
         ({"name": "../elsewhere"}, "name: string should match pattern"),
@@ -163,4 +168,4 @@ def test_deepspeed_gets_its_section_as_it_is_and_the_batch_sizes() -> None:
 
 def test_the_resolved_configuration_reads_back_as_the_same() -> None:
     config = parse_config(SMALLEST, source="the test")
-    assert Config.model_validate(json.loads(config.model_dump_json())) == config
+    assert Config.model_validate_json(config.model_dump_json()) == config

@@ -19,6 +19,15 @@ def test_the_plan_of_stanford_online_products_on_eight_ranks() -> None:
     assert plan.received_bytes_per_step == round(7 / 8 * 32 * (512 * 8 + 566 * 4 + 16 + 20))
 
 
+def test_the_regulariser_adds_class_sums_and_their_gradient() -> None:
+    path = ROOT / "configs" / "cub_1gpu.json"
+    without = plan_head(load_config(path, ["proxies.regularization_weight=0"]), world_size=4)
+    plan = plan_head(load_config(path), world_size=4)
+    sums = 100 * 512 * 4
+    assert plan.received_bytes_per_step - without.received_bytes_per_step == 3 / 4 * 2 * sums
+    assert plan.similarity_bytes - without.similarity_bytes == 2 * sums
+
+
 def test_one_rank_sends_nothing() -> None:
     plan = plan_head(load_config(ROOT / "configs" / "cub_1gpu.json"), world_size=1)
     assert (plan.received_bytes_per_step, plan.messages_per_step) == (0, 0)
