@@ -3,6 +3,7 @@
 And that the ranks fail together: the same error on all of them, after which the group still works.
 """
 
+import math
 import random
 from typing import Any, NamedTuple
 
@@ -308,3 +309,18 @@ def empty_everywhere(context: ParallelContext) -> str:
 
 def test_a_batch_that_is_empty_on_every_rank_is_refused() -> None:
     assert all("at least one image" in message for message in run_ranks(empty_everywhere, 2))
+
+
+def loss_with_a_broken_proxy(context: ParallelContext, selection: str) -> None:
+    loss = ProxyGMLLoss(7, 4, topk=3, group=context.group, selection=selection)
+    if context.rank == context.world_size - 1:
+        with torch.no_grad():
+            loss.proxies[-1] = math.nan
+    embeddings = torch.nn.functional.normalize(torch.ones(2, 4))
+    loss(embeddings, torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("selection", ["gather", "candidates"])
+def test_a_broken_proxy_of_another_rank_is_reported_by_all(selection: str) -> None:
+    with pytest.raises(ValueError, match="a proxy is NaN or infinite"):
+        run_ranks(loss_with_a_broken_proxy, 3, selection)

@@ -339,3 +339,14 @@ def test_state_is_the_proxies_alone_and_loads_back() -> None:
 def test_printing_the_loss_shows_its_settings() -> None:
     text = repr(ProxyGMLLoss(60, 4, proxies_per_class=2, topk=9, scale=3.0, regularization_weight=0.5))
     assert all(part in text for part in ("num_classes=60", "topk=9", "scale=3.0", "regularization_weight=0.5"))
+
+
+@pytest.mark.parametrize("num_broken", [1, 3, 19])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_proxy_is_never_hidden_by_the_selection(num_broken: int, value: float) -> None:
+    loss = ProxyGMLLoss(20, 8, topk=4)
+    embeddings = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        loss.proxies[1 : 1 + num_broken] = value
+    with pytest.raises(ValueError, match="a proxy is NaN or infinite"):
+        loss(embeddings, torch.zeros(5, dtype=torch.int64))  # class 0 itself is sound
