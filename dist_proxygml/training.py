@@ -78,8 +78,8 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     Args:
         config: the run.
         context: this process among its peers.
-        resume: "auto" continues the newest checkpoint of the run if there is one, "never" starts anew (an earlier run
-            of that name is moved aside), a path continues that checkpoint.
+        resume: "auto" continues the newest checkpoint of the run if there is one, "never" starts anew, a path continues
+            that checkpoint. A new run moves an earlier one of its name aside.
 
     Returns:
         The run's folder.
@@ -110,7 +110,7 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
             context=context,
             settings=comparable,
         ).step
-    moved = on_main(context, _prepare_run_directory, config, resume)
+    moved = on_main(context, _prepare_run_directory, config, found is not None)
     telemetry = Telemetry(
         run_directory,
         enabled=context.is_main,
@@ -178,9 +178,9 @@ def build_train_state(config: Config, context: ParallelContext, *, steps_per_epo
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bool) -> StepReport:
     """One optimizer step over the global batch that `micro_batches` are this rank's part of. Called on all ranks.
 
-    Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that their average is the
-        mean over the
-    step's images. The engine divides the backbone's by the number of micro-batches itself; the bank's are divided here.
+    Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that the average over
+    micro-batches is the mean over the step's images. The engine divides the backbone's by their number itself; the
+    bank's are divided here.
     """
     context, config = state.context, state.config
     learning_rates = _learning_rates(state)
@@ -229,13 +229,11 @@ def evaluate_run(state: TrainState, index: ShardIndex, telemetry: Telemetry, run
         model.to(context.device)
     result = evaluate_model(config, context, model, index)
     epoch = state.step // state.steps_per_epoch
-    if context.is_main:
-        store_evaluation(run_directory, checkpoint_name(state.step), result, with_embeddings=True)
-        telemetry.log_evaluation(state.step, epoch, result.metrics)
-        numbers = ", ".join(
-            f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if not name.endswith("_sd")
-        )
-        telemetry.say(f"epoch {epoch}, step {state.step}: {numbers}")
+    name = checkpoint_name(state.step)
+    on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=True))
+    telemetry.log_evaluation(state.step, epoch, result.metrics)
+    numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))
+    telemetry.say(f"epoch {epoch}, step {state.step}: {numbers}")
     return result
 
 
@@ -386,15 +384,15 @@ def _train_loader(
     )
 
 
-def _prepare_run_directory(config: Config, resume: str) -> Path | None:
-    """Make the run's folder and write the resolved configuration. With "never" an earlier run is moved aside, not lost.
+def _prepare_run_directory(config: Config, continues: bool) -> Path | None:
+    """Make the run's folder and write the resolved configuration. What a new run finds there is moved aside, not lost.
 
     Returns:
         Where the earlier run went, if there was one.
     """
     directory, aside = config.run_directory, None
     try:
-        if resume == "never" and directory.exists():
+        if not continues and directory.exists():
             names = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
             aside = next(path for path in names if not path.exists())
             os.rename(directory, aside)
@@ -459,8 +457,7 @@ def _greeting(
 def _evaluate_raw_pixels(config: Config, context: ParallelContext, index: ShardIndex, run_directory: Path) -> None:
     pixels = RawPixels().to(context.device)
     result = evaluate_model(config, context, pixels, index, kmeans_seeds=min(1, config.evaluation.kmeans_seeds))
-    if context.is_main:
-        store_evaluation(run_directory, "pixels", result, with_embeddings=False)
+    on_main(context, lambda: store_evaluation(run_directory, "pixels", result, with_embeddings=False))
 
 
 def _show(run_directory: Path, index: ShardIndex) -> None:

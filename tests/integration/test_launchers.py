@@ -128,6 +128,39 @@ def test_evaluating_a_checkpoint_repeats_the_run_to_the_last_digit(trained: Path
 
 
 @pytest.mark.timeout(300)
+def test_a_finished_run_is_shown_again_and_never_continued_under_other_settings(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "demo_cpu")
+    evaluation = tmp_path / "demo_cpu" / "evaluation" / "step-000020.json"
+    evaluation.unlink()  # as if the run had been killed in its last evaluation
+    command = [sys.executable, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT]
+    done = run(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "after training" in done.stdout
+    assert evaluation.exists()
+    assert len(lines(tmp_path / "demo_cpu", "train")) == 20
+    configuration = (tmp_path / "demo_cpu" / "config.json").read_text()
+    done = run([*command, "seed=1", "proxies.ratio=0.1"])
+    assert done.returncode == 2
+    assert "other settings: proxies.ratio was 0.05, is 0.1; seed was 0, is 1." in done.stderr
+    assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
+
+
+@pytest.mark.timeout(300)
+def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_path: Path) -> None:
+    changes = ["deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=true", "evaluation.at_start=false"]
+    changes += ["evaluation.raw_pixels=false", "training.max_steps=4"]
+    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT, *changes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stored = tmp_path / "demo_cpu" / "evaluation" / "step-000004.json"
+    expected = json.loads(stored.read_text())
+    assert expected["protocol"]["data"]["weights"] == ["torch.bfloat16"]
+    stored.unlink()
+    done = deepspeed(2, "launchers/evaluate.py", "--run", str(tmp_path / "demo_cpu"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(stored.read_text()) == expected
+
+
+@pytest.mark.timeout(300)
 def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "demo_cpu")
     changes = ["training.max_steps=1", "evaluation.at_start=false"]
@@ -154,6 +187,8 @@ def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["evaluation.recall_at=[5000]"], "change evaluation.recall_at"),
+        (["deepspeed.gradient_cliping=1"], "did you mean 'gradient_clipping'?"),
         (["proxies.rato=0.1"], "did you mean 'ratio'?"),
         (["training.epochs=many"], "training.epochs: input should be a valid integer"),
         (["proxies.ratio=0.0001"], "raise the ratio"),
