@@ -12,7 +12,7 @@ from dist_proxygml.data.plan import EpochPlan
 from dist_proxygml.parallel import ParallelContext
 from tests.harness import run_ranks
 
-NUM_CLASSES, NUM_IMAGES, NUM_STEPS = 7, 42, 20
+NUM_CLASSES, NUM_IMAGES, NUM_STEPS = 7, 43, 20
 
 
 def configuration(**changes: object) -> Config:
@@ -44,7 +44,7 @@ def configuration(**changes: object) -> Config:
 def trained_parameters(
     context: ParallelContext, accumulation: int, zero_stage: int, batch_norm: str, bf16: bool = False
 ) -> dict[str, np.ndarray]:
-    """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last one of 6 images."""
+    """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last one of 7 images."""
     from dist_proxygml.training import build_train_state, train_step
 
     config = configuration(
@@ -64,12 +64,22 @@ def trained_parameters(
         order = np.random.default_rng(epoch).permutation(NUM_IMAGES)
         plan = EpochPlan(order, config.training.batch_size, accumulation, context.world_size)
         assert plan.num_steps == 4
+        before = {name: value.clone() for name, value in state.engine.full_state_dict().items()}
         for step in range(plan.num_steps):
             parts = [plan.micro_batch(step, micro, context.rank) for micro in range(accumulation)]
             batches = [
                 Batch(images[p.ids], labels[p.ids], torch.from_numpy(p.ids), p.global_size, p.step_size) for p in parts
             ]
             report = train_step(state, batches, measure=state.step % 2 == 1)
+        after = state.engine.full_state_dict()
+        moved = {
+            name.split(".")[0]
+            for name, value in after.items()
+            if "running" not in name and "num_" not in name
+            if not torch.equal(value, before[name])
+        }
+        # the second epoch is the published warm-up: it trains the embedding layer and the proxies alone
+        assert moved == ({"embedding"} if epoch == 1 else {"trunk", "embedding"})
     weights = state.engine.full_state_dict()
     assert {w.dtype for n, w in weights.items() if "running" in n} == {torch.float32}
     assert {p.dtype for p in state.engine.module.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
