@@ -47,21 +47,27 @@ class GlobalBatchNorm(_BatchNorm):
         """Normalised x [b, C, ...], in the type of x."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        exact = torch.promote_types(x.dtype, torch.float32)  # float64 stays what it is
-        wide_x, weight, bias = x.to(exact), self.weight.to(exact), self.bias.to(exact)
+        wide = torch.promote_types(x.dtype, torch.float32)  # float64 stays what it is
+        wide_x, weight, bias = x.to(wide), self.weight.to(wide), self.bias.to(wide)
+        mean_C, var_C = self.running_mean.to(wide), self.running_var.to(wide)  # the buffers themselves, unless cast
         if not self.training:
-            y = F.batch_norm(wide_x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+            y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, False, 0.0, self.eps)
         else:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             if world_size_of(self.group) == 1:
-                y = F.batch_norm(wide_x, self.running_mean, self.running_var, weight, bias, True, momentum, self.eps)
+                y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, True, momentum, self.eps)
             else:
-                y, mean_C, var_C, count = _NormalizeOverRanks.apply(wide_x, weight, bias, self.eps, self.group)
+                y, batch_mean_C, batch_var_C, count = _NormalizeOverRanks.apply(
+                    wide_x, weight, bias, self.eps, self.group
+                )
                 with torch.no_grad():
-                    self.running_mean.lerp_(mean_C, momentum)
-                    self.running_var.lerp_(var_C * count / (count - 1), momentum)
+                    mean_C.lerp_(batch_mean_C, momentum)
+                    var_C.lerp_(batch_var_C * count / (count - 1), momentum)
+            if mean_C is not self.running_mean:
+                self.running_mean.copy_(mean_C)
+                self.running_var.copy_(var_C)
         return self.after(y.to(x.dtype))
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -84,6 +84,14 @@ def test_names_and_values_stay_when_layers_are_replaced() -> None:
     assert sum(isinstance(module, GlobalBatchNorm) for module in model.modules()) == 2
 
 
+def test_statistics_that_were_cast_are_still_updated() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    convert_batch_norm(model, None)
+    model.bfloat16()
+    model(5 + torch.randn(64, 3, 2, 2, generator=torch.Generator().manual_seed(0)).bfloat16())
+    torch.testing.assert_close(model[0].running_mean.float(), torch.full((3,), 0.5), rtol=0.1, atol=0)
+
+
 def test_bf16_weights_meet_float32_statistics() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     convert_batch_norm(model, None)
