@@ -37,7 +37,7 @@ help: ## show this list
 setup: $(STAMP) ## install everything into .venv (the other targets do it by themselves)
 
 demo: $(STAMP) ## train on the embedded images with DeepSpeed workers, evaluate, write a report
-	@$(BIN)/deepspeed --num_gpus $(NUM_RANKS) launchers/train.py --config configs/demo_cpu.json --resume never
+	@$(BIN)/deepspeed --log_level warning --num_gpus $(NUM_RANKS) launchers/train.py --config configs/demo_cpu.json --resume never
 
 test: $(STAMP) ## run all tests
 	@$(BIN)/python -m pytest tests
