@@ -53,28 +53,38 @@ def published_checkpoints(directory: Path) -> list[Path]:
     )
 
 
-def find_checkpoint(directory: Path, resume: str) -> Path | None:
-    """The checkpoint that --resume means: "never" none, "auto" the newest if there is one, else the path of one.
+def find_checkpoint(directory: Path, wanted: str) -> Path | None:
+    """The newest checkpoint below `directory` if there is one ("auto"), or the one at the path that `wanted` is.
 
     Raises:
-        ValueError: the path holds no complete checkpoint, or this run has newer ones, which would mix with its own.
+        ValueError: the path holds no complete checkpoint.
     """
-    if resume == "never":
-        return None
     published = published_checkpoints(directory)
-    if resume == "auto":
+    if wanted == "auto":
         return published[-1] if published else None
-    path = Path(resume)
+    path = Path(wanted)
     if not (path / "state.json").is_file():
         known = ", ".join(p.name for p in published) or "none"
         raise ValueError(f"expected a checkpoint folder with state.json at {path}, found none; this run has: {known}")
-    newer = [p.name for p in published if read_state(p).step > read_state(path).step]
-    if newer:
+    return path
+
+
+def checkpoint_to_continue(directory: Path, resume: str) -> Path | None:
+    """What --resume means for a run with checkpoints below `directory`: "never" none, else as `find_checkpoint`.
+
+    Raises:
+        ValueError: no complete checkpoint at the path, or this run has newer ones, which would mix with its own.
+    """
+    if resume == "never":
+        return None
+    found = find_checkpoint(directory, resume)
+    newer = [p.name for p in published_checkpoints(directory) if found and read_state(p).step > read_state(found).step]
+    if found and newer:
         raise ValueError(
-            f"{directory} holds checkpoints newer than {path.name}: {', '.join(newer)}; move them away, or continue "
+            f"{directory} holds checkpoints newer than {found.name}: {', '.join(newer)}; move them away, or continue "
             "under another name with --set name=NAME"
         )
-    return path
+    return found
 
 
 def save_checkpoint(

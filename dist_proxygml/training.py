@@ -21,7 +21,7 @@ from dist_proxygml.backbone import RawPixels, build_backbone
 from dist_proxygml.checkpoint import (
     RunState,
     checkpoint_name,
-    find_checkpoint,
+    checkpoint_to_continue,
     load_checkpoint,
     save_checkpoint,
 )
@@ -93,7 +93,7 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     checkpoints = run_directory / "checkpoints"
     plan = run_together(context, lambda: plan_head(config, world_size=context.world_size))
     train_index, test_index = run_together(context, _open_data, config)
-    found = on_main(context, find_checkpoint, checkpoints, resume)
+    found = on_main(context, checkpoint_to_continue, checkpoints, resume)
     steps_per_epoch = run_together(
         context, lambda: _train_loader(config, context, train_index, epoch=0, start_step=0).num_steps
     )

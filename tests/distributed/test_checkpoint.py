@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_proxygml.checkpoint import (
     RunState,
+    checkpoint_to_continue,
     find_checkpoint,
     load_backbone,
     load_checkpoint,
@@ -155,7 +156,6 @@ def test_only_published_checkpoints_are_found(tmp_path: Path) -> None:
     write_state(tmp_path / ".step-001100.partial", 1100)
     (tmp_path / "step-002000").mkdir()  # published by nobody: no state.json
     assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
-    assert find_checkpoint(tmp_path, "never") is None
     assert find_checkpoint(tmp_path, str(tmp_path / "step-001000")) == tmp_path / "step-001000"
     assert read_state(tmp_path / "step-001000").step == 1000
     with pytest.raises(ValueError, match=r"this run has: step-000900, step-001000"):
@@ -168,5 +168,8 @@ def test_continuing_an_older_checkpoint_is_refused_while_newer_ones_would_mix_wi
     write_state(tmp_path / "mine" / "step-001000", 1000)
     older = str(tmp_path / "mine" / "step-000900")
     with pytest.raises(ValueError, match=r"holds checkpoints newer than step-000900: step-001000"):
-        find_checkpoint(tmp_path / "mine", older)
-    assert find_checkpoint(tmp_path / "another-name", older) == Path(older)
+        checkpoint_to_continue(tmp_path / "mine", older)
+    assert checkpoint_to_continue(tmp_path / "another-name", older) == Path(older)
+    assert checkpoint_to_continue(tmp_path / "mine", "auto") == tmp_path / "mine" / "step-001000"
+    assert checkpoint_to_continue(tmp_path / "mine", "never") is None
+    assert find_checkpoint(tmp_path / "mine", older) == Path(older)  # to look at, any of them

@@ -119,8 +119,12 @@ def test_evaluating_a_checkpoint_repeats_the_run_to_the_last_digit(trained: Path
     done = deepspeed(2, "launchers/evaluate.py", "--run", str(tmp_path / "copy"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(stored.read_text()) == expected
-    # another number of ranks, the same number of threads a rank: the same numbers
+    # another number of ranks, the same number of threads a rank: the same numbers; an older checkpoint: its own
     stored.unlink()
+    older = tmp_path / "copy" / "evaluation" / "step-000010.json"
+    done = deepspeed(1, "launchers/evaluate.py", "--run", str(tmp_path / "copy"), "--checkpoint", "step-000010")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(older.read_text())["metrics"] != expected["metrics"]
     arguments = ["launchers/evaluate.py", "--run", str(tmp_path / "copy"), "--checkpoint", "step-000020"]
     done = deepspeed(1, *arguments, threads=max(1, len(os.sched_getaffinity(0)) // 2))
     assert done.returncode == 0, done.stdout + done.stderr

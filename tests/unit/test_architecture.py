@@ -37,7 +37,7 @@ OWNERS: dict[str, set[str]] = {
     "faiss": {"evaluation.search"},
     "webdataset": {"data", "shard"},
     "submitit": {"launchers.submit"},
-    "pydantic": {"backbone", "config", "small_cnn"},  # the options of a network are typed beside it
+    "pydantic": {"config"},
     "timm": {"backbone"},
     "torch.utils.tensorboard": {"telemetry"},
 }
