@@ -10,6 +10,7 @@ and options through the environment.
 
 import difflib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -125,10 +126,38 @@ class ProxiesConfig(_Section):
     topk: int | None = Field(None, ge=1, description="Number k of proxies kept per image, instead of ratio.")
     regularization_weight: float = Field(0.0, ge=0, description="Weight lambda of the proxy regulariser.")
     scale: float = Field(1.0, gt=0, description="Softmax scale s; 1 in every published run.")
-    selection: Literal["auto", "gather", "candidates"] = Field(
-        "auto",
-        description="How ranks find the global top-k: gather the bank, exchange candidates, or the cheaper of the two.",
+    regularization_anchors: int | None = Field(
+        None,
+        ge=1,
+        description="Proxies drawn per micro-batch to estimate the regulariser, without bias; null takes all of them "
+        "where the class sums fit the memory budget, and as many as the batch has images where they do not.",
     )
+    selection: Literal["auto", "gather", "candidates", "histogram"] = Field(
+        "auto",
+        description="How ranks find the global top-k: gather the bank, exchange candidates, add up histograms, or the "
+        "one that moves the fewest bytes.",
+    )
+    memory_budget: str = Field(
+        "256 MiB",
+        pattern=r"^[0-9]+(\.[0-9]+)? ?(B|KiB|MiB|GiB)$",
+        description="Memory of one rank for similarities and kept proxies, beyond bank, gradient and optimizer state.",
+    )
+    matmul_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the inputs of products; similarities and sums are float32 either way."
+    )
+    initialization: Literal["published", "unit", "class_mean"] = Field(
+        "published",
+        description="published: uniform in +-1/sqrt(C*N); unit: random unit vectors; class_mean: mean embedding of "
+        "each class's images under the initial backbone.",
+    )
+    unit_norm: bool = Field(
+        False, description="Bring updated proxies back to unit length after each step: a constant effective step size."
+    )
+
+    @property
+    def memory_budget_bytes(self) -> int:
+        """memory_budget as a number."""
+        return parse_bytes(self.memory_budget)
 
     @model_validator(mode="after")
     def _one_way_to_say_k(self) -> "ProxiesConfig":
@@ -152,6 +181,12 @@ class OptimizerConfig(_Section):
     embedding_lr: float | None = Field(
         None, gt=0, description="Learning rate of the embedding layer; null takes backbone_lr."
     )
+    proxies_name: Literal["adam", "adamw", "sgd", "rowwise_adagrad", "sparse_adam"] | None = Field(
+        None,
+        description="Update rule of the proxies; null takes name. rowwise_adagrad and sparse_adam read and write only "
+        "the proxies that an image kept.",
+    )
+    proxies_momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum of the proxies.")
     proxies_lr: float = Field(
         gt=0, description="Learning rate of the proxies. Not to be scaled with the number of ranks."
     )
@@ -245,6 +280,7 @@ _DEEPSPEED_KEYS = (
     "data_types",
     "dump_state",
     "flops_profiler",
+    "fp16",
     "gradient_accumulation_steps",
     "gradient_clipping",
     "gradient_predivide_factor",
@@ -263,8 +299,7 @@ _DEEPSPEED_KEYS = (
 _OWNED_DEEPSPEED_KEYS = {
     "optimizer": "the section optimizer",
     "scheduler": "the section schedule",
-    "fp16": "bf16 or float32; a loss scale is not supported",
-    "amp": "bf16 or float32; a loss scale is not supported",
+    "amp": "deepspeed.fp16 or bf16",
     "gradient_allreduce_op": "its default: the loss relies on the mean over ranks",
     "managed_gradient_accumulation": "its default: proxies and backbone must step together",
 }
@@ -358,6 +393,12 @@ class Config(_Section):
     def partition(self, world_size: int, rank: int) -> ClassPartition:
         """The classes of one rank."""
         return ClassPartition(self.data.num_classes, world_size, rank)
+
+
+def parse_bytes(text: str) -> int:
+    """A byte count with a binary unit as a number: "1.5 KiB" -> 1536."""
+    number, unit = re.fullmatch(r"([0-9.]+) ?(B|KiB|MiB|GiB)", text).groups()  # type: ignore[union-attr]
+    return int(float(number) * 1024 ** ("B", "KiB", "MiB", "GiB").index(unit))
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

@@ -92,7 +92,7 @@ def test_published_settings_are_those_of_the_paper(
         ({"schedule__name": "step"}, "only 'step' has milestones"),
         ({"training__frozen_trunk_epochs": [4]}, "lie outside 1..3"),
         ({"deepspeed__optimizer": {"type": "Adam"}}, "use the section optimizer"),
-        ({"deepspeed__fp16": {"enabled": True}}, "bf16 or float32"),
+        ({"deepspeed__amp": {"enabled": True}}, "fp16 or bf16"),
         ({"deepspeed__gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op"),
         ({"deepspeed__managed_gradient_accumulation": False}, "must step together"),
         ({"deepspeed__gradient_cliping": 1.0}, "did you mean 'gradient_clipping'?"),
