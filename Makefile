@@ -16,7 +16,7 @@ LOG := $(VENV)/setup.log
 # faiss-gpu where an NVIDIA driver answers, faiss-cpu elsewhere (`make setup FAISS=gpu` decides by hand, e.g. on a login node).
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 FAISS ?= $(if $(filter 0,$(NUM_GPUS)),cpu,gpu)
-EXTRAS := $(FAISS),demo-build,weights,test,lint
+EXTRAS := $(FAISS),demo-build,weights,test,lint,bench
 NUM_RANKS := $(if $(filter 1,$(NUM_GPUS)),1,2)
 
 # Done once for each content of these files: a newer checkout installs again, a touched file does not.
@@ -50,8 +50,9 @@ lint: $(STAMP) ## check style (ruff) and types (mypy)
 format: $(STAMP) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-bench: $(STAMP) ## time the loss against its plain formulation on this machine
-	@$(BIN)/python benchmarks/head.py
+bench: $(STAMP) ## time the loss against others on this machine, up to ten million classes (quarter of an hour, 8 GB)
+	@$(BIN)/python -m benchmarks.head
+	@$(BIN)/python -m benchmarks.ranks
 
 clean: ## remove caches; runs/ and .venv stay
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,11 +7,12 @@
         random-rank-000.pt     random generator state of each rank
         state.json             step, number of ranks, and the settings that the numbers depend on: written last
 
-The bank is saved as DTensors placed Shard(0) over classes and loads on any number of ranks. With ZeRO 1 to 3 the
-engine's part loads on the number of ranks that wrote it.
+The bank and its optimizer's rows are saved as DTensors placed Shard(0) over classes and load on any number of ranks.
+With ZeRO 1 to 3 the engine's part loads on the number of ranks that wrote it.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -22,12 +23,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from dist_proxygml.engine import Engine
 from dist_proxygml.loss import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext, on_main, run_together
+
+# In front of the names of the bank optimizer's state.
+_STATE_PREFIX = "optimizer."
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def save_checkpoint(
     on_main(context, _make_empty, partial)
     # 2. every rank writes its part
     engine.save(partial)
-    _dcp_save(_bank_tensors(loss, bank_optimizer), partial / "bank", context)
+    _dcp_save(_bank_tensors(loss, bank_optimizer.state[loss.proxies]), partial / "bank", context)
     weights = engine.full_state_dict()
     random_state = {"torch": torch.get_rng_state()}
     if context.device.type == "cuda":
@@ -166,21 +171,21 @@ def load_backbone(checkpoint: Path, model: nn.Module) -> None:
         raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
 
 
-def _bank_tensors(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The bank's tensors under names that do not depend on the number of ranks; a rank's rows as DTensors."""
-    tensors: dict[str, Any] = {"proxies": _over_classes(loss.proxies.detach(), loss)}
-    for name, value in optimizer.state[loss.proxies].items():
-        is_rows = isinstance(value, Tensor) and value.shape == loss.proxies.shape
-        tensors[f"optimizer.{name}"] = _over_classes(value, loss) if is_rows else value
+def _bank_tensors(loss: ProxyGMLLoss, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The bank and its optimizer's state under names that do not depend on the number of ranks; rows as DTensors."""
+    tensors = {"proxies": _over_classes(loss.proxies.detach(), loss)}
+    for name, value in state.items():  # rows [c, ...], or a step counter without a dimension
+        tensors[_STATE_PREFIX + name] = _over_classes(value, loss) if value.ndim else value
     return tensors
 
 
 def _over_classes(rows: Tensor, loss: ProxyGMLLoss) -> Tensor:
+    """This rank's rows [c, ...] as its part of [C, ...]."""
     if loss.group is None:
         return rows
     mesh = DeviceMesh.from_group(loss.group, rows.device.type)
     shape = torch.Size((loss.partition.num_classes, *rows.shape[1:]))
-    stride = (rows.shape[1] * rows.shape[2], rows.shape[2], 1)
+    stride = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
@@ -189,24 +194,24 @@ def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext
 
 
 def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
-    """Read this rank's rows straight into the parameter and the optimizer's state."""
-    if not optimizer.state[loss.proxies]:  # torch makes the state at the first step: make it here, as that step would
-        loss.proxies.grad = torch.zeros_like(loss.proxies)
-        learning_rates = [group["lr"] for group in optimizer.param_groups]
-        before = loss.proxies.detach().clone()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        optimizer.step()
-        for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = learning_rate
-        loss.proxies.detach().copy_(before)
-        loss.proxies.grad = None
-    tensors = _bank_tensors(loss, optimizer)
+    """Read this rank's rows straight into the parameter and into a new state of the optimizer.
+
+    torch's optimizers make their state at their first step. The checkpoint's table of contents says what belongs to it,
+    so no such step, with a gradient as large as the bank, is needed to make room.
+    """
+    contents = run_together(context, dcp.FileSystemReader(directory).read_metadata).state_dict_metadata
+    state = {}
+    for name, entry in contents.items():
+        if name.startswith(_STATE_PREFIX):
+            assert isinstance(entry, TensorStorageMetadata)
+            if entry.size:
+                shape, device = (loss.partition.num_local, *entry.size[1:]), loss.proxies.device
+            else:  # a step counter: on the CPU, from where the optimizer moves it if it wants it elsewhere
+                shape, device = (), torch.device("cpu")
+            state[name.removeprefix(_STATE_PREFIX)] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
+    tensors = _bank_tensors(loss, state)
     dcp.load(tensors, checkpoint_id=directory, process_group=context.group, no_dist=context.group is None)
-    state = optimizer.state[loss.proxies]
-    for name in list(state):
-        loaded = tensors[f"optimizer.{name}"]
-        state[name] = loaded.to_local() if isinstance(loaded, DTensor) else loaded
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
 
 
 def _check_state(checkpoint: Path, settings: dict[str, Any], zero_stage: int, world_size: int) -> RunState:

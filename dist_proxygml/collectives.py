@@ -11,7 +11,10 @@ because gloo and NCCL gather equal blocks only; batches and partitions differ by
 to nothing.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -19,6 +22,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+@dataclass
+class Traffic:
+    """What this rank received from others, in bytes; an all-reduce counts as the ring algorithm does it."""
+
+    received: int = 0
+
+
+_traffic: contextvars.ContextVar[Traffic | None] = contextvars.ContextVar("traffic", default=None)
+
+
+@contextlib.contextmanager
+def count_bytes() -> Iterator[Traffic]:
+    """Count the bytes that this module's collectives bring to this rank inside the block, and in the backward passes
+    of what was computed inside. `gather_objects` is not counted.
+    """
+    traffic = Traffic()
+    token = _traffic.set(traffic)
+    try:
+        yield traffic
+    finally:
+        _traffic.reset(token)
+
+
+def _count(traffic: Traffic | None, received: float) -> None:
+    if traffic is not None:
+        traffic.received += round(received)
 
 
 class AgreedError(ValueError):
@@ -55,6 +86,7 @@ def all_reduce_max(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     value = value.detach().clone()
     if group is not None:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+        _count(_traffic.get(), _all_reduced_bytes(value, group))
     return value
 
 
@@ -82,6 +114,8 @@ def exchange_rows(
     dist.all_to_all_single(
         received, blocks.contiguous().view(-1), receive_sizes, [count * width for count in send_counts], group=group
     )
+    from_others = sum(receive_sizes) - receive_sizes[dist.get_rank(group)]
+    _count(_traffic.get(), from_others * blocks.element_size())
     return [part.view(shape) for part, shape in zip(received.split(receive_sizes), receive_shapes, strict=True)]
 
 
@@ -96,11 +130,12 @@ def gather_objects(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, row_counts, group):  # type: ignore[no-untyped-def]
-        ctx.row_counts, ctx.group = row_counts, group
+        ctx.row_counts, ctx.group, ctx.traffic = row_counts, group, _traffic.get()
         longest = max(row_counts)
         padded = _pad_rows(rows, longest)
         gathered = rows.new_empty((len(row_counts) * longest, *rows.shape[1:]))
         dist.all_gather_single(gathered, padded, group=group)
+        _count(ctx.traffic, gathered.nbytes - padded.nbytes)
         blocks = gathered.view(len(row_counts), longest, *rows.shape[1:])
         return torch.cat([block[:count] for block, count in zip(blocks, row_counts, strict=True)])
 
@@ -110,6 +145,7 @@ class _GatherRows(torch.autograd.Function):
         padded = torch.cat([_pad_rows(block, longest) for block in gradient.split(ctx.row_counts)])
         own = gradient.new_empty((longest, *gradient.shape[1:]))
         dist.reduce_scatter_single(own, padded, dist.ReduceOp.SUM, group=ctx.group)
+        _count(ctx.traffic, padded.nbytes - own.nbytes)
         return own[: ctx.row_counts[dist.get_rank(ctx.group)]], None, None
 
 
@@ -118,11 +154,17 @@ class _AllReduceSum(torch.autograd.Function):
     def forward(ctx, value, group):  # type: ignore[no-untyped-def]
         total = value.clone()
         dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
+        _count(_traffic.get(), _all_reduced_bytes(total, group))
         return total
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         return gradient, None
+
+
+def _all_reduced_bytes(value: Tensor, group: dist.ProcessGroup) -> float:
+    world_size = dist.get_world_size(group)
+    return 2 * (world_size - 1) / world_size * value.nbytes
 
 
 def _pad_rows(rows: Tensor, length: int) -> Tensor:

@@ -21,6 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dist_proxygml.partition import ClassPartition
 
 
+# A byte count with a binary unit.
+_BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB)"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -139,7 +143,7 @@ class ProxiesConfig(_Section):
     )
     memory_budget: str = Field(
         "256 MiB",
-        pattern=r"^[0-9]+(\.[0-9]+)? ?(B|KiB|MiB|GiB)$",
+        pattern=f"^{_BYTES}$",
         description="Memory of one rank for similarities and kept proxies, beyond bank, gradient and optimizer state.",
     )
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
@@ -201,6 +205,25 @@ class OptimizerConfig(_Section):
         gt=0,
         description="Largest norm of the proxies' gradient over all ranks (the backbone: deepspeed.gradient_clipping).",
     )
+
+    @property
+    def proxies_rule(self) -> str:
+        """Update rule of the proxies."""
+        return self.proxies_name or self.name
+
+    @model_validator(mode="after")
+    def _proxies_options_belong_to_the_rule(self) -> "OptimizerConfig":
+        if self.proxies_momentum > 0 and self.proxies_rule != "sgd":
+            raise ValueError(
+                f"expected proxies_momentum 0 for {self.proxies_rule!r}, got {self.proxies_momentum}: only sgd has "
+                'momentum; remove it, or set proxies_name to "sgd"'
+            )
+        if self.proxies_weight_decay > 0 and self.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
+            raise ValueError(
+                f"expected proxies_weight_decay 0 for {self.proxies_rule!r}, which leaves proxies alone that no image "
+                f"kept, got {self.proxies_weight_decay}; remove it, or set proxies_name to adam, adamw or sgd"
+            )
+        return self
 
 
 class ScheduleConfig(_Section):
@@ -358,6 +381,16 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _sparse_adam_has_sparse_gradients(self) -> "Config":
+        weight = self.proxies.regularization_weight
+        if self.optimizer.proxies_rule == "sparse_adam" and weight > 0:
+            raise ValueError(
+                f"expected proxies.regularization_weight 0 for optimizer.proxies_name 'sparse_adam', got {weight}: the "
+                "regulariser gives every proxy a gradient; set it to 0, or proxies_name to rowwise_adagrad, sgd or adam"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_epochs_exist(self) -> "Config":
         beyond = [epoch for epoch in self.training.frozen_trunk_epochs if not 1 <= epoch <= self.training.epochs]
         if beyond:
@@ -396,9 +429,15 @@ class Config(_Section):
 
 
 def parse_bytes(text: str) -> int:
-    """A byte count with a binary unit as a number: "1.5 KiB" -> 1536."""
-    number, unit = re.fullmatch(r"([0-9.]+) ?(B|KiB|MiB|GiB)", text).groups()  # type: ignore[union-attr]
-    return int(float(number) * 1024 ** ("B", "KiB", "MiB", "GiB").index(unit))
+    """A byte count with a binary unit as a number: "1.5 KiB" -> 1536.
+
+    Raises:
+        ValueError: no such number and unit.
+    """
+    match = re.fullmatch(_BYTES, text)
+    if match is None:
+        raise ValueError(f'expected a number of B, KiB, MiB or GiB such as "256 MiB", got {text!r}')
+    return int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(match[2]))
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

@@ -1,33 +1,64 @@
 """The DeepSpeed engine around the backbone. The only file that imports deepspeed.
 
-DeepSpeed manages what it is good at: data parallelism, ZeRO 0-3, bf16, gradient accumulation and clipping of the
+DeepSpeed manages what it is good at: data parallelism, ZeRO 0-3, bf16, fp16, gradient accumulation and clipping of the
 backbone. The proxy bank stays OUTSIDE of the engine's module, because the engine broadcasts rank 0's parameters at
-start, averages all gradients over ranks, and saves one rank's copy: right for replicas, wrong for a partition.
+start, averages all gradients over ranks, and saves one rank's copy: right for replicas, wrong for a partition. A bank
+inside is refused.
 
 The loss hands over the gradient of the embeddings, not a graph that runs through the bank: the engine gets the scalar
 sum(embeddings * gradient), whose derivative is that gradient. So whatever the engine multiplies into its loss (1 /
-accumulation) reaches the backbone only, and the proxies' gradient is exact as autograd left it.
+accumulation, fp16's loss scale) reaches the backbone only, and the proxies' gradient is exact as autograd left it. A
+step that the engine skips, on all ranks alike, says so in `step_was_applied`; combinations of settings under which
+DeepSpeed would not, or would forget the scale, are refused.
 """
 
 import logging
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import Config
+from dist_proxygml.loss import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext
+
+_BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # as DeepSpeed spells it
 
 
 class Engine:
-    """A backbone under DeepSpeed. Every method is called on all ranks."""
+    """A backbone under DeepSpeed. It is built, and every method is called, on all ranks.
+
+    Args:
+        model: the backbone, alike on every rank.
+        optimizer: of the model's parameters, and no others.
+        settings: DeepSpeed's configuration, from `engine_settings`.
+        context: this process among its peers.
+        outside: parameters that must not be the model's: those that differ from rank to rank.
+
+    Raises:
+        ValueError: a proxy bank or a parameter of `outside` is in the model, the optimizer holds a parameter that the
+            model does not, or fp16 is on and the device is a CPU; the same error on every rank.
+    """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, settings: dict[str, Any], context: ParallelContext
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        settings: dict[str, Any],
+        context: ParallelContext,
+        outside: Iterable[nn.Parameter] = (),
     ) -> None:
+        _refuse_partitioned_parameters(model, optimizer, outside=outside)
+        if _is_enabled(settings, "fp16") and context.device.type == "cpu":
+            raise AgreedError(
+                "deepspeed.fp16 is enabled, but needs a GPU: this run is on CPUs; use deepspeed.bf16, or neither"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of DeepSpeed's own imports
             import deepspeed
@@ -83,7 +114,9 @@ class Engine:
         return None if norm is None else float(norm)
 
     def step_was_applied(self) -> bool:
-        """Whether the last step changed the parameters."""
+        """Whether the last call of `step` changed the parameters; the same on every rank. False before a step's last
+        micro-batch, and where gradients overflowed.
+        """
         return bool(self._engine.was_step_applied())
 
     def save(self, directory: Path) -> None:
@@ -110,8 +143,23 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed section as the user wrote it, completed with the batch sizes that follow from ours.
 
     Raises:
-        ValueError: the batch does not divide over the ranks, or the section contradicts ours.
+        ValueError: the batch does not divide over the ranks, the section contradicts ours, or it combines settings
+            under which DeepSpeed 0.19.8 scales the loss wrongly.
     """
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if _is_enabled(config.deepspeed, "fp16") and stage == 0:
+        # Its optimizer without ZeRO divides gradients by the loss scale, which nobody multiplied into the loss.
+        raise ValueError(
+            "deepspeed.fp16 is enabled with deepspeed.zero_optimization.stage 0, where DeepSpeed's gradients come out "
+            "too small by the loss scale; use stage 1, 2 or 3, or deepspeed.bf16"
+        )
+    autocast_dtype = config.deepspeed.get("torch_autocast", {}).get("dtype")
+    if _is_enabled(config.deepspeed, "torch_autocast") and autocast_dtype not in _BFLOAT16:
+        # float16: stage 0 reports a skipped step as applied, stages 1 to 3 never lower the scale. None: float16 unscaled.
+        raise ValueError(
+            f"deepspeed.torch_autocast.dtype must be bfloat16, got {autocast_dtype!r}, whose loss scaling does not work "
+            "with DeepSpeed's steps; use bfloat16, or deepspeed.fp16 with zero_optimization.stage 1, 2 or 3"
+        )
     return {
         "steps_per_print": 1 << 40,  # progress is shown by telemetry.py
         **config.deepspeed,
@@ -119,3 +167,31 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.micro_batch_size(world_size),
         "gradient_accumulation_steps": config.accumulation,
     }
+
+
+def _is_enabled(settings: Mapping[str, Any], section: str) -> bool:
+    return bool(settings.get(section, {}).get("enabled", False))
+
+
+def _refuse_partitioned_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, outside: Iterable[nn.Parameter]
+) -> None:
+    why = (
+        "the engine would overwrite it with rank 0's classes, average its gradient over ranks that own other classes, "
+        "and save one rank's; keep the loss out of the model and give its proxies an optimizer of their own"
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, ProxyGMLLoss):
+            raise AgreedError(f"expected a model without the proxy bank, got a ProxyGMLLoss at {name!r}: {why}")
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for parameter in outside:
+        if id(parameter) in names:
+            name = names[id(parameter)]
+            raise AgreedError(f"expected a model without the proxy bank, got its parameter at {name!r}: {why}")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise AgreedError(
+                    "expected an optimizer of the model's parameters, got one that holds another of shape "
+                    f"{list(parameter.shape)}; if it is the proxy bank, {why}"
+                )

@@ -7,25 +7,28 @@
     total = nll + lambda * regulariser;   the regulariser classifies every proxy against the class sums of all proxies
 
 Each rank owns whole classes, so z is local and only vectors of length B cross ranks. Two ways to the same numbers:
-"candidates" gathers the embeddings and exchanges candidate similarities; "gather" gathers the bank and works on the
-rank's own images. Gathering the logits (B x C on every rank) or a one-hot [P, C] matrix for the class sums was
-declined: a class's N proxies are adjacent columns, so a reshape does it.
+gather the embeddings and agree on the selection, by exchanging "candidates" or by a "histogram"; or "gather" the bank
+and work on the rank's own images. Neither S [B, P] nor the logits [B, C] ever exist: from the selection on, all there
+is are the B * k kept pairs, and only proxies with one have a gradient. Declined: gathering the logits (B x C on every
+rank), a one-hot [P, C] matrix for the class sums (a class's N proxies are adjacent).
 
 Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
 2010.13636).
 
 Dimension key: R rows (images) at hand, b/B images of this rank / over the group, c/C classes, p/P proxies, N proxies
-per class, D embedding; lower case is this rank's slice.
+per class, D embedding, n kept negative pairs, g kept negative classes of all rows, o rows whose class this rank owns;
+lower case is this rank's slice.
 """
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_proxygml.collectives import (
     AgreedError,
@@ -38,10 +41,22 @@ from dist_proxygml.collectives import (
 )
 from dist_proxygml.partition import ClassPartition
 from dist_proxygml.proxies import initial_proxies
-from dist_proxygml.selection import cheaper_selection, num_kept_proxies, select_proxies
-
-# Logits of the regulariser that are held at once: 4 million numbers, 16 MB in float32.
-_REGULARIZER_LOGITS = 1 << 22
+from dist_proxygml.regularizer import (
+    draw_anchors,
+    proxy_regularizer,
+    regularizer_anchors,
+    sampled_proxy_regularizer,
+)
+from dist_proxygml.selection import Exchange, num_kept_proxies, select_negatives
+from dist_proxygml.similarity import (
+    Bank,
+    Pairs,
+    build_bank,
+    embedding_gradient,
+    pair_similarities,
+    proxy_gradient,
+)
+from dist_proxygml.traffic import cheapest_selection
 
 
 class LossTerms(NamedTuple):
@@ -75,14 +90,22 @@ class ProxyGMLLoss(nn.Module):
         ratio: r in (0, 1]; k = ceil(r*C*N) proxies are kept per image. Default 0.05, unless `topk` is given.
         topk: k itself, instead of `ratio`.
         regularization_weight: lambda, weight of the proxy regulariser.
+        regularization_anchors: proxies drawn in each forward pass to estimate the regulariser. Default: all of them
+            where the class sums fit the memory budget, else as many as the global batch has images.
         scale: softmax scale s of the classification term; 1 in every published run.
         group: ranks that the classes are partitioned over; None for one process.
         gradient_reduction: what the data-parallel engine does with the backbone's gradients over ranks: "mean"
             (DeepSpeed, DDP) or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which
             the engine undoes.
-        selection: "gather" the bank, exchange "candidates", or "auto", the one that moves fewer bytes for the batch at
-            hand.
-        seed: of the initial proxies, which do not depend on the number of ranks.
+        selection: "gather" the bank, exchange "candidates", add up a "histogram", or "auto", the one that moves the
+            fewest bytes for the batch at hand.
+        memory_budget: bytes for similarities and kept pairs, beyond the bank, its gradient and optimizer state.
+        matmul_dtype: torch.bfloat16 rounds the inputs of the similarity product; its result, the softmax and all
+            gradients stay in the precision of the proxies.
+        sparse: `proxies.grad` becomes a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) has it: only
+            classes with a kept proxy are in it. Not with a regulariser, whose gradient touches every proxy.
+        initialization: "published", uniform in +-1/sqrt(C*N), or "unit", random unit vectors.
+        seed: of the initial proxies, which do not depend on the number of ranks, and of the anchors.
 
     Raises:
         ValueError: k <= N (no negative would be kept: loss and gradients would be 0), k > C*N, or a setting out of
@@ -91,6 +114,8 @@ class ProxyGMLLoss(nn.Module):
 
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
+    draw: int
+    """Number of the next draw of anchors; every forward pass adds one. A continued run sets it."""
 
     def __init__(
         self,
@@ -101,10 +126,15 @@ class ProxyGMLLoss(nn.Module):
         ratio: float | None = None,
         topk: int | None = None,
         regularization_weight: float = 0.0,
+        regularization_anchors: int | None = None,
         scale: float = 1.0,
         group: dist.ProcessGroup | None = None,
         gradient_reduction: Literal["mean", "sum"] = "mean",
-        selection: Literal["auto", "gather", "candidates"] = "auto",
+        selection: Literal["auto", "gather", "candidates", "histogram"] = "auto",
+        memory_budget: int = 1 << 28,
+        matmul_dtype: torch.dtype = torch.float32,
+        sparse: bool = False,
+        initialization: Literal["published", "unit"] = "published",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -114,8 +144,15 @@ class ProxyGMLLoss(nn.Module):
             )
         if gradient_reduction not in ("mean", "sum"):
             raise ValueError(f'gradient_reduction must be "mean" or "sum", got {gradient_reduction!r}')
-        if selection not in ("auto", "gather", "candidates"):
-            raise ValueError(f'selection must be "auto", "gather" or "candidates", got {selection!r}')
+        if selection not in ("auto", "gather", "candidates", "histogram"):
+            raise ValueError(f'selection must be "auto", "gather", "candidates" or "histogram", got {selection!r}')
+        if matmul_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
+        if sparse and regularization_weight > 0:
+            raise ValueError(
+                f"expected regularization_weight 0 with a sparse gradient, got {regularization_weight}: the "
+                "regulariser's gradient touches every proxy; use sparse=False"
+            )
         if regularization_weight < 0 or not scale > 0:
             raise ValueError(
                 f"regularization_weight must be at least 0 and scale above 0, got {regularization_weight} and {scale}"
@@ -124,11 +161,19 @@ class ProxyGMLLoss(nn.Module):
         self.proxies_per_class = proxies_per_class
         self.topk = checked_topk(num_classes, proxies_per_class, ratio=ratio, topk=topk)
         self.regularization_weight = regularization_weight
+        self.regularization_anchors = regularization_anchors
         self.scale = scale
         self.group = group
         self.gradient_reduction = gradient_reduction
         self.selection = selection
-        self.proxies = nn.Parameter(initial_proxies(self.partition, proxies_per_class, embedding_dim, seed=seed))
+        self.memory_budget = memory_budget
+        self.matmul_dtype = matmul_dtype
+        self.sparse = sparse
+        self.seed = seed
+        self.draw = 0
+        self.proxies = nn.Parameter(
+            initial_proxies(self.partition, proxies_per_class, embedding_dim, seed=seed, initialization=initialization)
+        )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> LossTerms:
         """The loss of the global batch; called on all ranks, which may hold different numbers of images, none included.
@@ -143,30 +188,31 @@ class ProxyGMLLoss(nn.Module):
         """
         row_counts = self._agree_on_rows(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
-            proxies_cND = F.normalize(self.proxies, dim=2)
-            classification, kept_classes = self._classification(embeddings, labels, proxies_cND, row_counts)
+            classification, kept_classes = self._classification(embeddings, labels, row_counts)
+            total, regularization = classification, classification.new_zeros(())
             if self.regularization_weight > 0:
-                regularization = proxy_regularizer(proxies_cND, partition=self.partition, group=self.group)
-            else:
-                regularization = classification.new_zeros(())
-            total = classification + self.regularization_weight * regularization
+                regularization = self._regularization(sum(row_counts))
+                total = classification + self.regularization_weight * regularization
         if not bool(total.isfinite()):  # the same number on every rank, so they raise together
             raise AgreedError(
                 f"expected a finite loss, got {total.item()}; the embeddings are, so a proxy is NaN or infinite: "
                 "lower the learning rate of the proxies"
             )
+        self.draw += 1
         return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
 
     def selection_for(self, batch_size: int) -> str:
-        """The selection used for a global batch of this size: "gather" or "candidates"."""
+        """The selection used for a global batch of this size: "gather", "candidates" or "histogram"."""
         if self.selection != "auto":
             return self.selection
-        return cheaper_selection(
+        return cheapest_selection(
             batch_size=batch_size,
-            num_proxies=self.partition.num_classes * self.proxies_per_class,
+            num_classes=self.partition.num_classes,
+            proxies_per_class=self.proxies_per_class,
             embedding_dim=self.proxies.shape[2],
             topk=self.topk,
             world_size=self.partition.world_size,
+            may_gather=not self.sparse,
         )
 
     def extra_repr(self) -> str:
@@ -176,66 +222,80 @@ class ProxyGMLLoss(nn.Module):
             f"scale={self.scale}, regularization_weight={self.regularization_weight}"
         )
 
-    def _classification(
-        self, embeddings_bD: Tensor, labels_b: Tensor, proxies_cND: Tensor, row_counts: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    def _classification(self, embeddings_bD: Tensor, labels_b: Tensor, row_counts: list[int]) -> tuple[Tensor, Tensor]:
         """Mean loss and mean number of kept classes per image of the global batch."""
-        num_per_class, num_rows = self.proxies_per_class, sum(row_counts)
+        num_rows = sum(row_counts)
         if self.gradient_reduction == "mean":
             embeddings_bD = _ScaleGradient.apply(embeddings_bD, self.partition.world_size)
-        gathers_bank = self.selection_for(num_rows) == "gather"
+        selection = self.selection_for(num_rows)
+        gathers_bank = selection == "gather"
         if gathers_bank:  # own images against all proxies
             embeddings_RD, labels_R, row_counts = embeddings_bD, labels_b, [len(labels_b)]
-            proxies_pD = gather_rows(proxies_cND, row_counts=self.partition.counts(), group=self.group).flatten(0, 1)
+            proxies_cND = gather_rows(self.proxies, row_counts=self.partition.counts(), group=self.group)
             partition, group = ClassPartition(self.partition.num_classes), None
         else:  # all images against own proxies
             embeddings_RD = gather_rows(embeddings_bD, row_counts=row_counts, group=self.group)
             labels_R = gather_rows(labels_b, row_counts=row_counts, group=self.group)
-            proxies_pD, partition, group = proxies_cND.flatten(0, 1), self.partition, self.group
-
-        similarity_Rp = embeddings_RD @ proxies_pD.T
-        class_of_proxy_p = torch.arange(partition.start, partition.stop, device=labels_R.device).repeat_interleave(
-            num_per_class
-        )
-        kept_Rp = select_proxies(
-            similarity_Rp.detach(),
-            labels_R[:, None] == class_of_proxy_p,
-            num_negatives=self.topk - num_per_class,
+            proxies_cND, partition, group = self.proxies, self.partition, self.group
+        settings = _Settings(
+            partition=partition,
+            num_negatives=self.topk - self.proxies_per_class,
+            scale=self.scale,
             row_counts=row_counts,
-            proxy_counts=[count * num_per_class for count in partition.counts()],
             group=group,
+            exchange="histogram" if selection == "histogram" else "candidates",
+            memory_budget=self.memory_budget,
+            matmul_dtype=self.matmul_dtype,
+            sparse=self.sparse,
         )
-        logits_Rc, kept_Rc = class_logits(similarity_Rp, kept_Rp, proxies_per_class=num_per_class)
-        nll_R, kept_R = masked_cross_entropy(
-            self.scale * logits_Rc, kept_Rc, labels_R, partition=partition, group=group
-        )
+        nll_R, kept_R = _Classification.apply(embeddings_RD, proxies_cND, labels_R, settings)
         sums_2 = torch.stack([nll_R.sum(), kept_R.sum()])
         if gathers_bank:  # the rows were this rank's own
             sums_2 = all_reduce_sum(sums_2, group=self.group)
         classification, kept_classes = (sums_2 / num_rows).unbind()
         return classification, kept_classes.detach()
 
+    def _regularization(self, batch_size: int) -> Tensor:
+        """Mean cross entropy of all proxies, or an estimate of it from the next draw of anchors."""
+        num_classes, num_per_class, dim = self.partition.num_classes, *self.proxies.shape[1:]
+        num_anchors = regularizer_anchors(
+            num_classes,
+            dim,
+            proxies_per_class=num_per_class,
+            wanted=self.regularization_anchors,
+            memory_budget=self.memory_budget,
+            batch_size=batch_size,
+        )
+        shared = {"partition": self.partition, "group": self.group, "memory_budget": self.memory_budget}
+        if num_anchors is None:
+            return proxy_regularizer(self.proxies, **shared)
+        anchors_A = draw_anchors(num_classes * num_per_class, num_anchors, seed=self.seed, draw=self.draw)
+        return sampled_proxy_regularizer(self.proxies, anchors_A.to(self.proxies.device), **shared)
+
     def _agree_on_rows(self, embeddings: Tensor, labels: Tensor) -> list[int]:
         """Rows of every rank, after every rank's batch was found valid."""
-        problem = self._problem_with(embeddings, labels)
-        if self.group is None:
-            if problem is not None:
-                raise AgreedError(problem)
-            row_counts = [len(labels)]
-        else:
-            own_2 = torch.tensor([[0 if problem else len(labels), problem is not None]], device=self.proxies.device)
-            all_W2 = gather_rows(own_2, row_counts=[1] * self.partition.world_size, group=self.group).tolist()
-            if any(failed for _, failed in all_W2):
-                problems = gather_objects(problem, group=self.group)
-                raise AgreedError(next(text for text in problems if text is not None))
-            row_counts = [count for count, _ in all_W2]
+        valid = self._are_valid(embeddings, labels)
+        num_rows = labels.shape[0] if labels.ndim else 0
+        own_12 = torch.stack([valid.new_full((), num_rows, dtype=torch.int64), valid.long()])[None]
+        all_W2 = gather_rows(own_12, row_counts=[1] * self.partition.world_size, group=self.group).tolist()
+        if not all(valid for _, valid in all_W2):  # the same on every rank
+            problems = gather_objects(self._problem_with(embeddings, labels), group=self.group)
+            raise AgreedError(next(text for text in problems if text is not None))
+        row_counts = [count for count, _ in all_W2]
         if sum(row_counts) == 0:
             raise AgreedError("expected at least one image in the global batch, got none on any rank")
         return row_counts
 
-    def _problem_with(self, embeddings: Tensor, labels: Tensor) -> str | None:
+    def _are_valid(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Whether this rank's batch can be used; bool on the device, so that ranks wait for each other once."""
+        if self._misshapen(embeddings, labels) is not None:
+            return torch.zeros((), dtype=torch.bool, device=self.proxies.device)
+        in_range = ((labels >= 0) & (labels < self.partition.num_classes)).all()
+        return embeddings.detach().isfinite().all() & in_range
+
+    def _misshapen(self, embeddings: Tensor, labels: Tensor) -> str | None:
         where = f"on rank {self.partition.rank}"
-        num_classes, dim, dtype = self.partition.num_classes, self.proxies.shape[2], self.proxies.dtype
+        dim, dtype = self.proxies.shape[2], self.proxies.dtype
         if embeddings.ndim != 2 or embeddings.shape[1] != dim or labels.shape != embeddings.shape[:1]:
             shapes = f"{list(embeddings.shape)} and {list(labels.shape)}"
             return f"expected embeddings [b, {dim}] and labels [b], got {shapes} {where}"
@@ -244,17 +304,21 @@ class ProxyGMLLoss(nn.Module):
                 f"expected {dtype} embeddings (like the proxies) and torch.int64 labels, got {embeddings.dtype} and "
                 f"{labels.dtype} {where}; convert them, or the loss with .to(dtype)"
             )
+        return None
+
+    def _problem_with(self, embeddings: Tensor, labels: Tensor) -> str | None:
+        problem = self._misshapen(embeddings, labels)
+        if problem is not None or bool(self._are_valid(embeddings, labels)):
+            return problem
+        where, num_classes = f"on rank {self.partition.rank}", self.partition.num_classes
         finite_b = embeddings.detach().isfinite().all(dim=1)
-        valid_b = (labels >= 0) & (labels < num_classes)
-        if bool((finite_b & valid_b).all()):
-            return None
         if not bool(finite_b.all()):
             rows = (~finite_b).nonzero().flatten().tolist()
             return (
                 f"expected finite embeddings, got NaN or infinity in row {rows[0]} {where} "
                 f"({len(rows)} of {len(labels)} rows); lower the learning rate or look at that image"
             )
-        row = int((~valid_b).nonzero()[0])
+        row = int(((labels < 0) | (labels >= num_classes)).nonzero()[0])
         return (
             f"expected labels from 0 to {num_classes - 1}, got {int(labels[row])} in row {row} {where}; "
             "num_classes does not fit the data"
@@ -290,92 +354,115 @@ def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | Non
     return topk
 
 
-def class_logits(similarity_Rp: Tensor, kept_Rp: Tensor, *, proxies_per_class: int) -> tuple[Tensor, Tensor]:
-    """Reverse label propagation: each class's sum of kept similarities [R, c], and whether any was kept, bool [R, c].
+class _Settings(NamedTuple):
+    """What the classification term needs besides tensors."""
 
-    A class's proxies are adjacent columns, and no rank owns a part of a class, so this is local.
-    """
-    shape = (similarity_Rp.shape[0], similarity_Rp.shape[1] // proxies_per_class, proxies_per_class)
-    similarity_RcN, kept_RcN = similarity_Rp.view(shape), kept_Rp.view(shape)
-    return similarity_RcN.masked_fill(~kept_RcN, 0).sum(dim=2), kept_RcN.any(dim=2)
+    partition: ClassPartition
+    """Classes of the proxies at hand."""
+    num_negatives: int
+    scale: float
+    row_counts: Sequence[int]
+    group: dist.ProcessGroup | None
+    exchange: Exchange
+    memory_budget: int
+    matmul_dtype: torch.dtype
+    sparse: bool
 
 
-def masked_cross_entropy(
-    logits_Rc: Tensor,
-    kept_Rc: Tensor,
-    labels_R: Tensor,
-    *,
-    partition: ClassPartition,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
+class _Classification(torch.autograd.Function):
     """Negative log-likelihood [R] of each row's label among its kept classes, and the number of those [R].
 
-    Called on all ranks of `group`; every rank returns the same values. Three vectors cross ranks: one MAX, then SUM of
-    two and a count.
-    Backward: each rank gets the gradient of its own classes; no communication.
+    Called on all ranks of the group; every rank returns the same values. Besides the selection, three vectors cross
+    ranks: one MAX, then SUM of two and a count. Backward: each rank gives the gradient of its own proxies, whole, and
+    its part of the embeddings' gradient; no communication.
     """
-    logits_Rc = logits_Rc.masked_fill(~kept_Rc, -math.inf)
-    local_max_R = (
-        logits_Rc.detach().amax(dim=1) if partition.num_local else logits_Rc.new_full(labels_R.shape, -math.inf)
-    )
-    row_max_R = all_reduce_max(
-        local_max_R, group=group
-    )  # a shift only, so no gradient; finite, for the label's class is kept
-    owned_R = (labels_R >= partition.start) & (labels_R < partition.stop)
-    if partition.num_local:
-        column_R = torch.where(owned_R, labels_R - partition.start, 0)
-        target_R = logits_Rc.gather(1, column_R[:, None])[:, 0].masked_fill(~owned_R, 0)
-    else:
-        target_R = torch.zeros_like(row_max_R)
-    exp_sum_R = (logits_Rc - row_max_R[:, None]).exp().sum(dim=1)
-    sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, kept_Rc.sum(dim=1).to(target_R.dtype)]), group=group)
-    return sums_3R[0].log() + row_max_R - sums_3R[1], sums_3R[2]
-
-
-def proxy_regularizer(proxies_cND: Tensor, *, partition: ClassPartition, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean cross entropy of every proxy classified against the class sums of all proxies (own similarity 1 included).
-
-    Called on all ranks of `group`; every rank returns the same value. Class sums are all that crosses ranks: a [P, P]
-    matrix is never needed, and the [P, C] logits exist in row chunks only, which backward computes again.
-
-    Args:
-        proxies_cND: this rank's proxies, unit vectors.
-        partition: whose classes they are.
-        group: the ranks; None for one process.
-    """
-    num_per_class = proxies_cND.shape[1]
-    sums_CD = gather_rows(proxies_cND.sum(dim=1), row_counts=partition.counts(), group=group)
-    labels_p = torch.arange(partition.start, partition.stop, device=proxies_cND.device).repeat_interleave(num_per_class)
-    local_sum = _ChunkedCrossEntropySum.apply(proxies_cND.flatten(0, 1), sums_CD, labels_p)
-    return all_reduce_sum(local_sum, group=group) / (partition.num_classes * num_per_class)
-
-
-class _ChunkedCrossEntropySum(torch.autograd.Function):
-    """sum_a cross_entropy(anchors @ classes.T, labels) with a bounded number of logits at a time."""
 
     @staticmethod
-    def forward(ctx, anchors_aD, classes_CD, labels_a):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(anchors_aD, classes_CD, labels_a)
-        total = anchors_aD.new_zeros(())
-        for rows in _chunks(len(anchors_aD), len(classes_CD)):
-            total += F.cross_entropy(anchors_aD[rows] @ classes_CD.T, labels_a[rows], reduction="sum")
-        return total
+    def forward(ctx, embeddings_RD, proxies_cND, labels_R, settings):  # type: ignore[no-untyped-def]
+        num_rows, num_per_class = len(embeddings_RD), proxies_cND.shape[1]
+        partition, group = settings.partition, settings.group
+        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype)
+
+        # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
+        first_proxy_R = (labels_R - partition.start) * num_per_class
+        negatives = select_negatives(
+            embeddings_RD,
+            bank,
+            excluded_R2=torch.stack([first_proxy_R, first_proxy_R + num_per_class], dim=1),
+            num_negatives=settings.num_negatives,
+            row_counts=settings.row_counts,
+            proxy_counts=[count * num_per_class for count in partition.counts()],
+            group=group,
+            exchange=settings.exchange,
+            memory_budget=settings.memory_budget,
+        )
+        owned_o = ((labels_R >= partition.start) & (labels_R < partition.stop)).nonzero().flatten()
+        own_proxy_oN = first_proxy_R[owned_o, None] + torch.arange(num_per_class, device=labels_R.device)
+        own_row_oN = owned_o[:, None].expand_as(own_proxy_oN)
+        own = Pairs(own_row_oN.flatten(), own_proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
+        own = own._replace(similarity=pair_similarities(embeddings_RD[own.row], bank, own.proxy))
+
+        # 2. Reverse label propagation: a class's kept pairs are adjacent, and no rank owns a part of a class.
+        class_n = negatives.proxy // num_per_class
+        _, group_n = torch.unique_consecutive(negatives.row * partition.num_local + class_n, return_inverse=True)
+        num_groups = int(group_n[-1]) + 1 if len(group_n) else 0
+        row_g = negatives.row.new_empty(num_groups).index_copy_(0, group_n, negatives.row)
+        logit_g = embeddings_RD.new_zeros(num_groups).index_add_(0, group_n, settings.scale * negatives.similarity)
+        own_logit_o = settings.scale * own.similarity.view(-1, num_per_class).sum(dim=1)
+        target_R = embeddings_RD.new_zeros(num_rows).index_copy_(0, owned_o, own_logit_o)
+
+        # 3. Masked softmax over all ranks' kept classes.
+        local_max_R = embeddings_RD.new_full((num_rows,), -math.inf)
+        local_max_R.index_copy_(0, owned_o, own_logit_o).scatter_reduce_(0, row_g, logit_g, "amax")
+        row_max_R = all_reduce_max(local_max_R, group=group)  # finite, for the label's class is kept
+        exp_sum_R = embeddings_RD.new_zeros(num_rows).index_add_(0, row_g, (logit_g - row_max_R[row_g]).exp())
+        exp_sum_R.index_add_(0, owned_o, (own_logit_o - row_max_R[owned_o]).exp())
+        num_kept_R = torch.bincount(torch.cat([row_g, owned_o]), minlength=num_rows).to(target_R.dtype)
+        # A proxy that is NaN or infinite is above no bound and would go unseen: it turns the sum into NaN, everywhere.
+        exp_sum_R += 0 * bank.inverse_norm.sum()
+        sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_kept_R]), group=group)
+        log_sum_R = sums_3R[0].log() + row_max_R
+
+        # 4. What backward needs: the probability of each kept pair's class.
+        ctx.settings, ctx.num_negatives = settings, len(negatives.row)
+        probability_g = (logit_g - log_sum_R[row_g]).exp()
+        own_probability_o = (own_logit_o - log_sum_R[owned_o]).exp()
+        pairs = Pairs(*(torch.cat(parts) for parts in zip(negatives, own, strict=True)))
+        weight_n = torch.cat([probability_g[group_n], (own_probability_o - 1).repeat_interleave(num_per_class)])
+        ctx.save_for_backward(embeddings_RD, proxies_cND, bank.inverse_norm, weight_n * settings.scale, *pairs)
+        kept_classes_R = sums_3R[2].clone()
+        ctx.mark_non_differentiable(kept_classes_R)
+        return log_sum_R - sums_3R[1], kept_classes_R
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        anchors_aD, classes_CD, labels_a = ctx.saved_tensors
-        d_anchors_aD, d_classes_CD = torch.empty_like(anchors_aD), torch.zeros_like(classes_CD)
-        for rows in _chunks(len(anchors_aD), len(classes_CD)):
-            d_logits = (anchors_aD[rows] @ classes_CD.T).softmax(dim=1)
-            d_logits[torch.arange(len(d_logits), device=d_logits.device), labels_a[rows]] -= 1
-            d_anchors_aD[rows] = d_logits @ classes_CD
-            d_classes_CD += d_logits.T @ anchors_aD[rows]
-        return gradient * d_anchors_aD, gradient * d_classes_CD, None
+    @once_differentiable
+    def backward(ctx, gradient_R, _):  # type: ignore[no-untyped-def]
+        embeddings_RD, proxies_cND, inverse_norm_p, weight_n, *pairs = ctx.saved_tensors
+        bank, pairs = Bank(proxies_cND.flatten(0, 1), inverse_norm_p), Pairs(*pairs)
+        weight_n = weight_n * gradient_R[pairs.row]
+        d_embeddings_RD = d_proxies_cND = None
+        if ctx.needs_input_grad[0]:
+            d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
+            for part in (slice(ctx.num_negatives), slice(ctx.num_negatives, None)):  # each of them ordered by row
+                ordered = Pairs(*(column[part] for column in pairs))
+                d_embeddings_RD += embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
+        if ctx.needs_input_grad[1]:
+            sparse = ctx.settings.sparse
+            proxy_u, d_proxies_uD = proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=sparse)
+            shape = proxies_cND.shape
+            d_proxies_cND = _by_class(proxy_u, d_proxies_uD, shape) if sparse else d_proxies_uD.view(shape)
+        return d_embeddings_RD, d_proxies_cND, None, None
 
 
-def _chunks(num_rows: int, num_columns: int) -> list[slice]:
-    size = max(1, _REGULARIZER_LOGITS // num_columns)
-    return [slice(start, start + size) for start in range(0, num_rows, size)]
+def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients of proxies u as a sparse gradient of shape [c, N, D] with the classes that have one of them."""
+    num_per_class, dim = shape[1:]
+    class_t, position_u = torch.unique_consecutive(proxy_u // num_per_class, return_inverse=True)
+    if num_per_class > 1:
+        gradient_pD = gradient_uD.new_zeros(len(class_t) * num_per_class, dim)
+        gradient_uD = gradient_pD.index_copy_(0, position_u * num_per_class + proxy_u % num_per_class, gradient_uD)
+    values_tND = gradient_uD.view(-1, num_per_class, dim)
+    return torch.sparse_coo_tensor(class_t[None], values_tND, shape, is_coalesced=True, check_invariants=False)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -1,20 +1,49 @@
-"""What a run will need, before it allocates anything: bytes per rank for the head, bytes and messages per step. Pure
-integers.
+"""What the head of a run will need, before anything is allocated: bytes per rank, bytes and messages per step.
 
-The head is the proxy bank, its gradient and optimizer state, and the similarity buffers of one micro-batch; the
-backbone is DeepSpeed's.
+    python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8 --memory "80 GiB"
+
+The head is the proxy bank, its gradient and optimizer state, and the working memory of one micro-batch; the backbone is
+DeepSpeed's. Training plans too, prints the table and refuses at once what does not fit, with what would. Integers and
+the configuration only: nothing here touches a process group.
+
+The working memory is a model of selection.py and similarity.py, held to 10 % of what is measured by a test. Of a
+sparse gradient the plan takes the most there can be, as if no two images kept the same proxy.
 """
 
+import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from dist_proxygml.config import Config
+import torch
+
+from dist_proxygml.config import Config, load_config, parse_bytes
 from dist_proxygml.loss import checked_topk
-from dist_proxygml.selection import bytes_per_step, cheaper_selection
+from dist_proxygml.memory import available_memory
+from dist_proxygml.optim import wants_sparse_gradient
+from dist_proxygml.partition import ClassPartition
+from dist_proxygml.regularizer import regularizer_anchors
+from dist_proxygml.selection import candidate_bytes_per_row, rows_per_block
+from dist_proxygml.similarity import chunk_width
+from dist_proxygml.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
 
 _FLOAT = 4  # the bank and the similarities are float32
-# [B, p] arrays alive at once at the peak of a step: similarities, a masked copy for the choice, the kept similarities,
-# and a gradient; the kept, positive and tie masks are one byte each.
-_SIMILARITY_ARRAYS_BYTES = 4 * _FLOAT + 3
+# Optimizer state, in numbers per element and per proxy.
+_STATE = {
+    "adam": (2, 0),
+    "adamw": (2, 0),
+    "sparse_adam": (2, 0),
+    "sgd": (0, 0),
+    "rowwise_adagrad": (0, 1),
+}
+# Bytes of a kept pair: once it is selected (row, proxy, similarity), and at most until the end of backward (its class,
+# weight and copies in another order).
+_BYTES_PER_SELECTED_PAIR = 20
+_BYTES_PER_KEPT_PAIR = 120
+_EXAMPLES = """examples:
+  python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8
+  python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 64 --memory "80 GiB" --set data.num_classes=10000000 --set proxies.topk=1000 --set proxies.ratio=null
+"""
 
 
 @dataclass(frozen=True)
@@ -25,12 +54,20 @@ class HeadPlan:
     num_proxies: int
     topk: int
     selection: str
+    anchors: int | None
+    """Anchors of the regulariser in each micro-batch; None: none, or all proxies."""
     bank_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    similarity_bytes: int
+    working_bytes: int
+    """Similarities, kept pairs, gathered embeddings and whatever else a micro-batch needs for a while."""
     received_bytes_per_step: int
     messages_per_step: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Most memory of the head on one rank."""
+        return self.bank_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes
 
     def __str__(self) -> str:
         """A table for people."""
@@ -42,57 +79,144 @@ class HeadPlan:
             ("bank", format_bytes(self.bank_bytes)),
             ("bank gradient", format_bytes(self.gradient_bytes)),
             ("bank optimizer state", format_bytes(self.optimizer_bytes)),
-            ("similarity buffers", format_bytes(self.similarity_bytes)),
+            ("working memory", format_bytes(self.working_bytes)),
+            ("together", format_bytes(self.total_bytes)),
             ("received per step", format_bytes(self.received_bytes_per_step)),
             ("messages per step", f"{self.messages_per_step}"),
         ]
+        if self.anchors is not None:
+            rows.insert(4, ("regulariser anchors", f"{self.anchors:,}"))
         return "plan of the head, per rank:\n" + "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
 
 
-def plan_head(config: Config, *, world_size: int) -> HeadPlan:
-    """The needs of `config` on `world_size` ranks.
+def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPlan:
+    """The needs of `config` on `world_size` ranks with devices of type `device`.
 
     Raises:
         ValueError: k <= N, or the batch does not divide over the ranks.
     """
-    proxies, dim = config.proxies, config.backbone.embedding_dim
-    num_proxies = config.data.num_classes * proxies.per_class
-    topk = checked_topk(config.data.num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk)
+    proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.data.num_classes
+    num_proxies = num_classes * proxies.per_class
+    topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk)
+    num_negatives = topk - proxies.per_class
     micro = config.micro_batch_size(world_size)
+    batch, budget = micro * world_size, proxies.memory_budget_bytes
+    sparse = wants_sparse_gradient(config)
     sizes = {
-        "batch_size": micro * world_size,
-        "num_proxies": num_proxies,
+        "batch_size": batch,
+        "num_classes": num_classes,
+        "proxies_per_class": proxies.per_class,
         "embedding_dim": dim,
         "topk": topk,
         "world_size": world_size,
     }
-    selection = proxies.selection if proxies.selection != "auto" else cheaper_selection(**sizes)
-    own_proxies = config.partition(world_size, 0).num_local * proxies.per_class
+    selection = proxies.selection
+    if selection == "auto":
+        selection = cheapest_selection(**sizes, may_gather=not sparse)
+
+    # 1. What stays: the bank of the rank with the most classes, its gradient, its optimizer's state.
+    own_proxies = ClassPartition(num_classes, world_size).num_local * proxies.per_class
     bank = own_proxies * dim * _FLOAT
-    others = (world_size - 1) / world_size
-    if selection == "gather":
-        similarities = micro * num_proxies * _SIMILARITY_ARRAYS_BYTES + 2 * num_proxies * dim * _FLOAT
-    else:
-        similarities = micro * world_size * own_proxies * _SIMILARITY_ARRAYS_BYTES
-    regularizer = 0  # class sums and their gradient
+    per_element, per_proxy = _STATE[config.optimizer.proxies_rule]
+    optimizer = own_proxies * (per_element * dim + per_proxy) * _FLOAT
+    gathers_bank = selection == "gather"
+    rows, proxies_at_hand = (micro, num_proxies) if gathers_bank else (batch, own_proxies)
+    num_kept = rows * min(topk, proxies_at_hand)
+    gradient = bank
+    if sparse:  # of classes, with all their proxies; accumulated ones are appended, then added up in a copy
+        touched = min(num_classes, num_kept, own_proxies) * proxies.per_class * dim * _FLOAT
+        gradient = touched if config.accumulation == 1 else touched * (config.accumulation + 1)
+
+    # 2. What comes and goes with a micro-batch.
+    block = rows_per_block(rows, num_negatives=num_negatives, num_proxies=proxies_at_hand, budget=budget)
+    width = min(chunk_width(block, memory_budget=budget, device=device), proxies_at_hand)
+    selecting = block * candidate_bytes_per_row(num_negatives, proxies_at_hand) + num_kept * _BYTES_PER_SELECTED_PAIR
+    working = (
+        max(selecting, num_kept * _BYTES_PER_KEPT_PAIR)
+        + 2 * width * block * _FLOAT
+        + 3 * rows * dim * _FLOAT
+        + proxies_at_hand * _FLOAT  # inverse lengths
+    )
+    if gathers_bank and world_size > 1:  # the bank of all ranks, padded and joined, and its gradient
+        working += 3 * num_proxies * dim * _FLOAT
+    anchors = None
+    regularizer = 0
     if proxies.regularization_weight > 0:
-        regularizer = config.data.num_classes * dim * 2 * _FLOAT
-    # sizes, then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back, MAX, SUM,
-    # gradient; the regulariser: class sums, their gradient, and its own sum
-    messages = 1 + (3 if selection == "gather" else 7) + (3 if proxies.regularization_weight > 0 else 0)
+        anchors = regularizer_anchors(
+            num_classes,
+            dim,
+            proxies_per_class=proxies.per_class,
+            wanted=proxies.regularization_anchors,
+            memory_budget=budget,
+            batch_size=batch,
+        )
+        regularizer = regularizer_bytes(anchors, num_classes=num_classes, embedding_dim=dim, world_size=world_size)
+        working += bank  # its own gradient, before the two are added
+        working += 2 * num_classes * dim * _FLOAT if anchors is None else 3 * anchors * dim * _FLOAT
+
+    # 3. Messages. Sizes; then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back,
+    # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. The regulariser: class
+    # sums, their gradient and a number, or anchors, MAX, SUM and their gradient.
+    num_blocks = -(-rows // block)
+    exchange = {"gather": 0, "candidates": 2, "histogram": 5}[selection] * num_blocks
+    messages = 1 + (3 if gathers_bank else 5 + exchange)
+    if proxies.regularization_weight > 0:
+        messages += 3 if anchors is None else 4
     return HeadPlan(
         world_size=world_size,
         num_proxies=num_proxies,
         topk=topk,
         selection=selection,
+        anchors=anchors,
         bank_bytes=bank,
-        gradient_bytes=bank,
-        optimizer_bytes=2 * bank,
-        similarity_bytes=similarities + regularizer,
-        received_bytes_per_step=config.accumulation
-        * (bytes_per_step(selection, **sizes) + round(others * regularizer)),
+        gradient_bytes=gradient,
+        optimizer_bytes=optimizer,
+        working_bytes=working,
+        received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer),
         messages_per_step=0 if world_size == 1 else config.accumulation * messages,
     )
+
+
+def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cpu") -> None:
+    """Refuse a head that does not fit into `memory` bytes of one rank.
+
+    Raises:
+        ValueError: with what it needs, what there is, and what would fit.
+    """
+    if plan.total_bytes <= memory:
+        return
+    raise ValueError(
+        f"expected a head of at most {format_bytes(memory)} per rank, the memory that is left there, got "
+        f"{format_bytes(plan.total_bytes)} on {plan.world_size} rank(s): bank {format_bytes(plan.bank_bytes)}, gradient "
+        f"{format_bytes(plan.gradient_bytes)}, optimizer state {format_bytes(plan.optimizer_bytes)}, working memory "
+        f"{format_bytes(plan.working_bytes)}; {_what_would_fit(config, plan, memory, device)}"
+    )
+
+
+def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) -> str:
+    """Changes, each alone, with which the head fits."""
+
+    def fits(changes: dict[str, dict[str, object]], world_size: int) -> bool:
+        sections = {name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
+        changed = config.model_copy(update=sections)
+        return plan_head(changed, world_size=world_size, device=device).total_bytes <= memory
+
+    remedies = []
+    for key, changes in (
+        ("optimizer.proxies_name=rowwise_adagrad", {"optimizer": {"proxies_name": "rowwise_adagrad"}}),
+        ("proxies.selection=candidates", {"proxies": {"selection": "candidates"}}),
+        ('proxies.memory_budget="64 MiB"', {"proxies": {"memory_budget": "64 MiB"}}),
+    ):
+        if fits(changes, plan.world_size):
+            remedies.append(f"--set {key}")
+    slots = config.training.batch_size // config.accumulation
+    more = (ranks for ranks in range(plan.world_size + 1, slots + 1) if slots % ranks == 0)
+    ranks = next((ranks for ranks in more if fits({}, ranks)), None)
+    if ranks is not None:
+        remedies.append(f"{ranks} ranks")
+    if not remedies:
+        return "no single change of optimizer, selection, budget or number of ranks would fit; use fewer proxies"
+    return "what would fit: " + ", or ".join(remedies)
 
 
 def format_bytes(count: float) -> str:
@@ -102,3 +226,40 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 the head fits, 1 it does not or the configuration is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_proxygml.plan",
+        description="Predict what the head of a run needs per rank: memory, bytes and messages. Starts nothing.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, type=Path, help="configuration of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, repeatable")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the ranks"
+    )
+    parser.add_argument(
+        "--memory", help='memory of one rank, such as "80 GiB" (default: what is left on this machine, for one rank)'
+    )
+    given = parser.parse_args(arguments)
+    try:
+        if given.ranks < 1:
+            raise ValueError(f"expected at least one rank, got --ranks {given.ranks}")
+        config = load_config(given.config, given.set)
+        plan = plan_head(config, world_size=given.ranks, device=given.device)
+        memory = parse_bytes(given.memory) if given.memory else available_memory(torch.device(given.device))
+        print(plan)
+        check_fits(config, plan, memory=memory, device=given.device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"fits into {format_bytes(memory)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

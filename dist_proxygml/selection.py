@@ -2,29 +2,44 @@
 them.
 
 Order of the negatives: similarity descending, global proxy index ascending, over ALL ranks. torch.topk's indices are
-not used: which of several equal values it returns is undefined. Its values are, so the m-th value becomes a threshold
-and ties at the threshold are handed out in index order.
+not used: which of several equal values it returns is undefined. A threshold is found instead, the m-th largest of an
+image's negatives, and ties at it are handed out in index order. Two ways for the ranks to find it:
 
-Without gathering the bank: every rank sends its best q = min(m, p) negative similarities of each image to the rank that
-owns the image; the owner finds the m-th value over all ranks and how many ties at it each rank may keep, and sends both
-back. A rank can never keep more than q of its own negatives, so this is exact. Received per rank: B * q * 4 bytes,
-independent of D.
+    candidates  every rank sends its best q = min(m, p) values of each image to the rank that owns the image, which
+                finds the threshold and how many ties at it each rank may keep, and sends both back. A rank never keeps
+                more than q of its own negatives, so this is exact. Received per rank: B * q * 4 bytes.
+    histogram   the ranks add up histograms of 256 bins, one for each byte of the value from the highest on: the bin
+                that holds the m-th largest is looked into next. Received per rank: B * 8 KiB in float32, whatever k is.
 
-Declined: adding a large constant to the positives before top-k (it costs the float32 resolution of what is compared).
+Both work on a block of rows at a time, as many as the memory budget holds; the number of blocks is the same on every
+rank. Where few of the proxies are wanted, only those above a guessed bound are looked at (similarity.py); otherwise the
+block's similarities are.
+
+Declined: adding a large constant to the positives before top-k (it costs the float32 resolution of what is compared);
+sending m / W candidates and a little more (it fails where related classes have adjacent numbers, as class tables do).
 No gradient flows through the choice.
 
 Dimension key: R rows (images), B images over the group, b images of this rank, p proxies of this rank, P proxies over
-the group, q candidates.
+the group, q candidates, n candidates before the exchange.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_proxygml.collectives import exchange_rows, rank_in
+from dist_proxygml.collectives import all_reduce_sum, exchange_rows, gather_rows, rank_in, world_size_of
+from dist_proxygml.similarity import BYTES_PER_PAIR, Bank, Pairs, all_similarities, best_pairs, expected_pairs, padded
+
+Exchange = Literal["candidates", "histogram"]
+
+_NUM_BINS = 256
+# Bytes of a candidate while a block is decided on: value, masks, index and a copy of them.
+_BYTES_PER_CANDIDATE = 32
 
 
 def num_kept_proxies(num_classes: int, proxies_per_class: int, ratio: float) -> int:
@@ -36,55 +51,134 @@ def num_kept_proxies(num_classes: int, proxies_per_class: int, ratio: float) -> 
 
 
 @torch.no_grad()
-def select_proxies(
-    similarity_Rp: Tensor,
-    positive_Rp: Tensor,
+def select_negatives(
+    embeddings_RD: Tensor,
+    bank: Bank,
+    *,
+    excluded_R2: Tensor,
+    num_negatives: int,
+    row_counts: Sequence[int],
+    proxy_counts: Sequence[int],
+    group: dist.ProcessGroup | None,
+    exchange: Exchange = "candidates",
+    memory_budget: int = 1 << 28,
+) -> Pairs:
+    """Each image's `num_negatives` most similar proxies over all ranks, those of its own class excluded: the ones that
+    are this rank's.
+
+    Called on all ranks of `group`, each with the same R = sum(row_counts) rows and its own p = proxy_counts[rank]
+    proxies.
+
+    Args:
+        embeddings_RD: rows, finite.
+        bank: this rank's proxies, finite.
+        excluded_R2: int64, first and one past the last local index of the row's own class; outside of 0 .. p - 1 where
+            another rank owns it.
+        num_negatives: m = k - N, between 1 and the number of negatives over all ranks.
+        row_counts: images that each rank owns, in row order.
+        proxy_counts: proxies of each rank, in global index order.
+        group: the ranks; None for one process.
+        exchange: how the ranks agree; "candidates" or "histogram".
+        memory_budget: bytes for the candidates of a block of rows.
+    """
+    num_rows = len(embeddings_RD)
+    size = rows_per_block(num_rows, num_negatives=num_negatives, num_proxies=max(proxy_counts), budget=memory_budget)
+    ends = list(itertools.accumulate(row_counts))
+    blocks = []
+    for start in range(0, max(1, num_rows), size):
+        stop = min(start + size, num_rows)
+        rows = slice(start, stop)
+        similarity_Rn, proxy_Rn = _candidates(
+            embeddings_RD[rows], bank, excluded_R2[rows], num_negatives, memory_budget
+        )
+        owned = [max(0, min(end, stop) - max(end - count, start)) for end, count in zip(ends, row_counts, strict=True)]
+        kept_Rn = keep_best(
+            similarity_Rn,
+            num_negatives=num_negatives,
+            row_counts=owned,
+            proxy_counts=proxy_counts,
+            group=group,
+            exchange=exchange,
+        )
+        row_n, column_n = kept_Rn.nonzero().unbind(1)
+        proxy_n = column_n if proxy_Rn is None else proxy_Rn[row_n, column_n]
+        blocks.append(Pairs(row_n + start, proxy_n, similarity_Rn[row_n, column_n]))
+    return Pairs(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+
+def rows_per_block(num_rows: int, *, num_negatives: int, num_proxies: int, budget: int) -> int:
+    """Rows that are decided on at once: what `budget` bytes hold. At least one, whatever it needs."""
+    return max(1, min(num_rows, budget // max(1, candidate_bytes_per_row(num_negatives, num_proxies))))
+
+
+def candidate_bytes_per_row(num_negatives: int, num_proxies: int) -> int:
+    """Bytes that deciding on a row takes."""
+    if looks_at_pairs(num_negatives, num_proxies):
+        return BYTES_PER_PAIR * expected_pairs(num_negatives, num_proxies)
+    return _BYTES_PER_CANDIDATE * num_proxies
+
+
+def looks_at_pairs(num_negatives: int, num_proxies: int) -> bool:
+    """Whether so few of the proxies are wanted that looking only at those above a guessed bound pays."""
+    return num_proxies >= 4096 and 8 * num_negatives <= num_proxies
+
+
+def keep_best(
+    similarity_Rn: Tensor,
     *,
     num_negatives: int,
     row_counts: Sequence[int],
     proxy_counts: Sequence[int],
     group: dist.ProcessGroup | None,
+    exchange: Exchange = "candidates",
 ) -> Tensor:
-    """Which proxies each image keeps: all its positives and its `num_negatives` best negatives over all ranks.
+    """Which candidates are among the `num_negatives` best of their row over all ranks; bool [R, n].
 
-    Called on all ranks of `group`, each with the same R = sum(row_counts) rows and its own p = proxy_counts[rank]
-    columns.
-
-    Args:
-        similarity_Rp: similarities, finite.
-        positive_Rp: bool, the proxies of the image's own class.
-        num_negatives: m = k - N, between 1 and the number of negatives over all ranks.
-        row_counts: images that each rank owns, in row order.
-        proxy_counts: proxies of each rank, in global index order.
-        group: the ranks; None for one process.
-
-    Returns:
-        bool [R, p].
+    Called on all ranks of `group`. Each rank's candidates hold its min(m, p) best, in index order; -inf is no
+    candidate.
     """
-    negatives_Rp = similarity_Rp.masked_fill(positive_Rp, -math.inf)
-    best_Rq = negatives_Rp.topk(min(num_negatives, negatives_Rp.shape[1]), dim=1).values
     if group is None:
-        threshold_R, quota_R1 = _threshold_and_quotas([best_Rq], num_negatives)
-        quota_R = quota_R1[:, 0]
+        threshold_R = similarity_Rn.kthvalue(similarity_Rn.shape[1] - num_negatives + 1, dim=1).values
+        quota_R = num_negatives - (similarity_Rn > threshold_R[:, None]).sum(dim=1)
+    elif exchange == "candidates":
+        threshold_R, quota_R = _agree_by_candidates(similarity_Rn, num_negatives, row_counts, proxy_counts, group)
     else:
-        threshold_R, quota_R = _agree(best_Rq, num_negatives, row_counts, proxy_counts, group)
-    above_Rp = ~(negatives_Rp <= threshold_R[:, None])  # NaN is kept, so that it shows in the loss
-    equal_Rp = negatives_Rp == threshold_R[:, None]
-    if bool((equal_Rp.sum(dim=1) > quota_R).any()):  # rare; a local matter, no collective depends on it
-        equal_Rp &= equal_Rp.cumsum(dim=1) <= quota_R[:, None]
-    return positive_Rp | above_Rp | equal_Rp
+        threshold_R, quota_R = _agree_by_histogram(similarity_Rn, num_negatives, group)
+    equal_Rn = similarity_Rn == threshold_R[:, None]
+    if bool((equal_Rn.sum(dim=1) > quota_R).any()):  # rare; a local matter, no collective depends on it
+        equal_Rn &= equal_Rn.cumsum(dim=1) <= quota_R[:, None]
+    return (similarity_Rn > threshold_R[:, None]) | equal_Rn
 
 
-def _agree(
-    best_Rq: Tensor,
+def _candidates(
+    embeddings_RD: Tensor, bank: Bank, excluded_R2: Tensor, num_negatives: int, memory_budget: int
+) -> tuple[Tensor, Tensor | None]:
+    """Similarities [R, n] that hold the rank's best min(m, p) of each row, in index order, and which proxies they are
+    (None: all).
+    """
+    num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
+    if looks_at_pairs(num_negatives, num_proxies):
+        pairs = best_pairs(
+            embeddings_RD, bank, excluded_R2=excluded_R2, num_wanted=num_negatives, memory_budget=memory_budget
+        )
+        return padded(pairs, num_rows=num_rows)
+    proxy_p = torch.arange(num_proxies, device=embeddings_RD.device)
+    excluded_Rp = (proxy_p >= excluded_R2[:, :1]) & (proxy_p < excluded_R2[:, 1:])
+    return all_similarities(embeddings_RD, bank).masked_fill_(excluded_Rp, -math.inf), None
+
+
+def _agree_by_candidates(
+    similarity_Rn: Tensor,
     num_negatives: int,
     row_counts: Sequence[int],
     proxy_counts: Sequence[int],
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """Threshold [R] of every image and this rank's share of the ties at it, settled by the image's owner."""
-    num_own = row_counts[rank_in(group)]
+    own_rank = rank_in(group)
+    num_own = row_counts[own_rank]
     # 1. to the owners: each rank's best negatives
+    best_Rq = _largest(similarity_Rn, min(num_negatives, proxy_counts[own_rank]))
     candidates = exchange_rows(
         best_Rq,
         send_counts=row_counts,
@@ -105,6 +199,12 @@ def _agree(
     return threshold_R.to(best_Rq.dtype), quota_R.long()
 
 
+def _largest(similarity_Rn: Tensor, count: int) -> Tensor:
+    """The `count` largest values of each row, filled up with -inf."""
+    largest_Rq = similarity_Rn.topk(min(count, similarity_Rn.shape[1]), dim=1).values
+    return torch.nn.functional.pad(largest_Rq, (0, count - largest_Rq.shape[1]), value=-math.inf)
+
+
 def _threshold_and_quotas(candidates: Sequence[Tensor], num_negatives: int) -> tuple[Tensor, Tensor]:
     """The m-th largest of all ranks' candidates [b], and how many values equal to it each rank may keep [b, W].
 
@@ -118,33 +218,41 @@ def _threshold_and_quotas(candidates: Sequence[Tensor], num_negatives: int) -> t
     return threshold_b, torch.minimum((num_ties_b[:, None] - served_before_bW).clamp_min(0), equal_bW)
 
 
-def bytes_per_step(
-    selection: str, *, batch_size: int, num_proxies: int, embedding_dim: int, topk: int, world_size: int
-) -> int:
-    """Bytes that one rank receives per step, forward and backward, in float32, averaged over the ranks.
-
-    gather: the bank, and its gradient back. candidates: the embeddings and their gradient, q similarities of each of
-        the
-    batch's images, a threshold and a quota (16 bytes) from each owner, five numbers per image for the log-sum-exp.
+def _agree_by_histogram(similarity_Rn: Tensor, num_negatives: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The same by radix selection (Knuth, The Art of Computer Programming, volume 3, 5.2.2): the threshold's bytes one
+    by one.
     """
-    from_others = (world_size - 1) / world_size
-    if selection == "gather":
-        return round(from_others * num_proxies * embedding_dim * 8)
-    candidates = min(topk, math.ceil(num_proxies / world_size))
-    return round(from_others * batch_size * (embedding_dim * 8 + candidates * 4 + 16 + 20))
+    num_rows, _ = similarity_Rn.shape
+    key_Rn = _ordered_bits(similarity_Rn)
+    bits = torch.iinfo(key_Rn.dtype).bits
+    prefix_R = key_Rn.new_zeros(num_rows)
+    wanted_R = torch.full((num_rows,), num_negatives, device=key_Rn.device)  # rank of the threshold among those left
+    inside_Rn = similarity_Rn > -math.inf
+    for shift in range(bits - 8, -1, -8):
+        digit_Rn = ((key_Rn >> shift) & (_NUM_BINS - 1)).long()
+        count_Rh = torch.zeros(num_rows, _NUM_BINS, dtype=torch.int32, device=key_Rn.device)
+        count_Rh.scatter_add_(1, digit_Rn, inside_Rn.int())
+        from_top_Rh = all_reduce_sum(count_Rh, group=group).flip(1).cumsum(1)  # number in this bin and those above
+        step_R = (from_top_Rh < wanted_R[:, None]).sum(dim=1)
+        above_R = torch.where(step_R > 0, from_top_Rh.gather(1, (step_R - 1).clamp_min(0)[:, None])[:, 0], 0)
+        wanted_R = wanted_R - above_R
+        bin_R = _NUM_BINS - 1 - step_R
+        inside_Rn &= digit_Rn == bin_R[:, None]
+        prefix_R |= bin_R.to(prefix_R.dtype) << shift
+    # `inside` holds the values equal to the threshold, of which the ranks keep `wanted` in rank order
+    equal_W1R = gather_rows(inside_Rn.sum(dim=1)[None], row_counts=[1] * world_size_of(group), group=group)
+    served_before_R = equal_W1R[: rank_in(group)].sum(dim=0)
+    return _from_ordered_bits(prefix_R, similarity_Rn.dtype), (wanted_R - served_before_R).clamp_min(0)
 
 
-def cheaper_selection(*, batch_size: int, num_proxies: int, embedding_dim: int, topk: int, world_size: int) -> str:
-    """ "gather" or "candidates", whichever receives fewer bytes; "gather" on a tie."""
-    cost = {
-        selection: bytes_per_step(
-            selection,
-            batch_size=batch_size,
-            num_proxies=num_proxies,
-            embedding_dim=embedding_dim,
-            topk=topk,
-            world_size=world_size,
-        )
-        for selection in ("gather", "candidates")
-    }
-    return min(cost, key=lambda selection: cost[selection])
+def _ordered_bits(value: Tensor) -> Tensor:
+    """Integers whose bytes, read as unsigned, order like the float values (both zeros alike)."""
+    bits = (value + 0.0).view(torch.int32 if value.dtype == torch.float32 else torch.int64)
+    lowest = torch.iinfo(bits.dtype).min
+    return torch.where(bits < 0, ~bits, bits ^ lowest)
+
+
+def _from_ordered_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float values of `_ordered_bits`."""
+    lowest = torch.iinfo(bits.dtype).min
+    return torch.where(bits < 0, bits ^ lowest, ~bits).view(dtype)

@@ -9,15 +9,19 @@ step, not a history.
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dist_proxygml.backbone import RawPixels, build_backbone
+from dist_proxygml.bank_optim import bring_to_unit_length_, squared_norm
 from dist_proxygml.checkpoint import (
     RunState,
     checkpoint_name,
@@ -28,7 +32,7 @@ from dist_proxygml.checkpoint import (
 from dist_proxygml.collectives import all_reduce_sum
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ShardIndex, open_index
-from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, build_train_loader
+from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, build_evaluation_loader, build_train_loader
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.engine import Engine, engine_settings
 from dist_proxygml.evaluation.embed import save_table
@@ -41,9 +45,11 @@ from dist_proxygml.optim import (
     clip_norm_,
     learning_rate_factor,
     set_learning_rates,
+    wants_sparse_gradient,
 )
 from dist_proxygml.parallel import OneRankError, ParallelContext, on_main, run_together
 from dist_proxygml.plan import plan_head
+from dist_proxygml.proxies import replace_by_class_means_
 from dist_proxygml.telemetry import Telemetry
 
 _NUM_LOGGED_IMAGES = 16
@@ -121,6 +127,9 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     telemetry.say(_greeting(config, context, train_index, test_index, found, moved))
     telemetry.say(str(plan))
 
+    if found is None and config.proxies.initialization == "class_mean":
+        start_from_class_means(state, train_index, telemetry)
+
     # 3. Train. An evaluation that was due when the run stopped is made up for.
     if state.step == 0 and config.evaluation.raw_pixels:
         _evaluate_raw_pixels(config, context, test_index, run_directory)
@@ -139,7 +148,11 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
 
 
 def build_train_state(config: Config, context: ParallelContext, *, steps_per_epoch: int) -> TrainState:
-    """Backbone, bank and optimizers at step 0, the same on any number of ranks. Called on all ranks."""
+    """Backbone, bank and optimizers at step 0, the same on any number of ranks. Called on all ranks.
+
+    The proxies are random: class means, which need the images, come from `start_from_class_means`. With
+    proxies.unit_norm they are brought to length 1 here already, whatever their initialisation.
+    """
     settings = run_together(context, engine_settings, config, context.world_size)
     torch.manual_seed(config.seed)
     model = run_together(context, lambda: build_backbone(config.backbone, group=context.group)).to(context.device)
@@ -159,9 +172,16 @@ def build_train_state(config: Config, context: ParallelContext, *, steps_per_epo
         regularization_weight=config.proxies.regularization_weight,
         scale=config.proxies.scale,
         group=context.group,
+        regularization_anchors=config.proxies.regularization_anchors,
         selection=config.proxies.selection,
+        memory_budget=config.proxies.memory_budget_bytes,
+        matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
+        sparse=wants_sparse_gradient(config),
+        initialization="published" if config.proxies.initialization == "published" else "unit",
         seed=config.seed,
     ).to(context.device)
+    if config.proxies.unit_norm:
+        bring_to_unit_length_(loss.proxies)
     num_steps = steps_per_epoch * config.training.epochs
     torch.manual_seed(config.seed + context.rank)  # dropout: other images, other masks
     return TrainState(
@@ -175,19 +195,64 @@ def build_train_state(config: Config, context: ParallelContext, *, steps_per_epo
     )
 
 
+def start_from_class_means(state: TrainState, index: ShardIndex, telemetry: Telemetry) -> None:
+    """Set each class's proxies to the mean embedding of its images under the state's backbone. Called on all ranks.
+
+    One pass over the split with the test transform, in evaluation mode; see `replace_by_class_means_`.
+
+    Raises:
+        ValueError: on every rank: an image is damaged, or an embedding is not finite.
+    """
+    config, context = state.config, state.context
+    telemetry.say(
+        f"class means: {index.num_samples:,} images of {index.num_classes:,} classes through the initial backbone"
+    )
+    loader = build_evaluation_loader(
+        index,
+        build_transform(config.data.test_transform),
+        batch_size=config.evaluation.batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
+        num_workers=config.data.num_workers,
+        pin_memory=context.device.type == "cuda",
+    )
+    model = _backbone_of_one_rank(state)
+    was_training = model.training
+    model.eval()
+    # Rank 0's share of the batches: a file gets a line every 15 seconds, a terminal a moving bar.
+    with tqdm(
+        loader,
+        desc="class means",
+        unit="batch",
+        disable=not (context.is_main and config.telemetry.progress_bar),
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    ) as batches:
+        replace_by_class_means_(
+            state.loss.proxies.detach(),
+            (_embedded(model, batch, context.device) for batch in batches),
+            num_batches=len(loader),
+            partition=state.loss.partition,
+            context=context,
+        )
+    model.train(was_training)
+
+
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bool) -> StepReport:
     """One optimizer step over the global batch that `micro_batches` are this rank's part of. Called on all ranks.
 
     Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that the average over
     micro-batches is the mean over the step's images. The engine divides the backbone's by their number itself; the
-    bank's are divided here.
+    bank's are divided here. A sparse gradient of the bank is brought to one row a class first, since several
+    micro-batches give a class several, whose norm is not that of their sum.
     """
     context, config = state.context, state.config
     learning_rates = _learning_rates(state)
     set_learning_rates(state.engine.optimizer, learning_rates[:2])
     set_learning_rates(state.bank_optimizer, learning_rates[2:])
 
-    # 1. Forward and backward, micro-batch by micro-batch.
+    # 1. Forward and backward, micro-batch by micro-batch. What the loss draws is numbered by the step, not by history.
+    state.loss.draw = state.step * config.accumulation
     sums: list[Tensor] | None = None
     for batch in micro_batches:
         weight = batch.loss_weight(len(micro_batches))
@@ -205,15 +270,22 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bo
     # 2. The bank steps where the engine stepped.
     gradient = state.loss.proxies.grad
     assert gradient is not None
-    gradient /= len(micro_batches)
+    kept_classes = None
+    if gradient.is_sparse:
+        state.loss.proxies.grad = gradient = gradient.coalesce()
+        kept_classes = gradient.indices()[0]
+    values = gradient if kept_classes is None else gradient.values()  # the gradient's own memory
+    values /= len(micro_batches)
     proxies_norm = None
     clip = config.optimizer.proxies_clip_norm
     if measure or clip is not None:  # partitions are disjoint: squares add up over ranks
-        proxies_norm = all_reduce_sum(gradient.square().sum(), group=context.group).sqrt()
+        proxies_norm = all_reduce_sum(squared_norm(values), group=context.group).sqrt()
     if clip is not None and proxies_norm is not None:
-        clip_norm_(gradient, norm=proxies_norm, max_norm=clip)
+        clip_norm_(values, norm=proxies_norm, max_norm=clip)
     if state.engine.step_was_applied():
         state.bank_optimizer.step()
+        if config.proxies.unit_norm:
+            bring_to_unit_length_(state.loss.proxies, classes_u=kept_classes)
     state.bank_optimizer.zero_grad()
     state.step += 1
     return StepReport(LossTerms(*sums), backbone_norm, proxies_norm)
@@ -222,12 +294,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bo
 def evaluate_run(state: TrainState, index: ShardIndex, telemetry: Telemetry, run_directory: Path) -> EvaluationResult:
     """Evaluate the state's backbone; log and store the result. Called on all ranks."""
     config, context = state.config, state.context
-    model = state.engine.module
-    if state.engine.zero_stage == 3:  # its forward passes are collective, and ranks hold different numbers of batches
-        model = build_evaluation_model(config)
-        model.load_state_dict(state.engine.full_state_dict(), assign=True)
-        model.to(context.device)
-    result = evaluate_model(config, context, model, index)
+    result = evaluate_model(config, context, _backbone_of_one_rank(state), index)
     epoch = state.step // state.steps_per_epoch
     name = checkpoint_name(state.step)
     on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=True))
@@ -270,6 +337,25 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
         for old in set(newest.parent.glob("*.npz")) - {newest}:
             old.unlink()
     return path
+
+
+def _backbone_of_one_rank(state: TrainState) -> nn.Module:
+    """The state's backbone, with forward passes that need no other rank. Called on all ranks.
+
+    Those of ZeRO 3 are collective, and ranks that embed a split hold different numbers of batches.
+    """
+    if state.engine.zero_stage < 3:
+        return state.engine.module
+    model = build_evaluation_model(state.config)
+    model.load_state_dict(state.engine.full_state_dict(), assign=True)
+    return model.to(state.context.device)
+
+
+@torch.no_grad()
+def _embedded(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings, float32 [b, D] unit rows, and labels [b] of a batch, on the device."""
+    embeddings_bD = model(batch.images.to(device, non_blocking=True))
+    return F.normalize(embeddings_bD.float(), dim=1), batch.labels.to(device, non_blocking=True)
 
 
 def _train_epoch(

@@ -21,7 +21,7 @@ from tests.reference import ReferenceResult, reference_gradients
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = ("n1_small", "n3_regularised", "cars196_shape")
-SELECTIONS = ("gather", "candidates")
+SELECTIONS = ("gather", "candidates", "histogram")
 
 # float64 against the oracle: sums of some hundred terms in another order, each rounded to 1.1e-16.
 ROUNDING = 1e-12

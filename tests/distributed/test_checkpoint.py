@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_proxygml.bank_optim import RowwiseAdagrad, SparseAdam
 from dist_proxygml.checkpoint import (
     RunState,
     checkpoint_to_continue,
@@ -19,8 +20,10 @@ from dist_proxygml.checkpoint import (
     read_state,
     save_checkpoint,
 )
+from dist_proxygml.config import OptimizerConfig
 from dist_proxygml.engine import Engine
 from dist_proxygml.loss import ProxyGMLLoss
+from dist_proxygml.optim import build_bank_optimizer
 from dist_proxygml.parallel import ParallelContext
 from tests.harness import run_ranks
 
@@ -32,7 +35,11 @@ def parts(context: ParallelContext, stage: int, seed: int) -> tuple[Engine, Prox
     """A tiny backbone under DeepSpeed and a bank; `seed` varies all numbers."""
     torch.manual_seed(seed)
     model = nn.Linear(5, 4)
-    settings = {"train_batch_size": 6, "zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False}
+    settings = {
+        "train_micro_batch_size_per_gpu": 6 // context.world_size,
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+    }
     engine = Engine(model, torch.optim.Adam(model.parameters(), lr=0.1), settings=settings, context=context)
     loss = ProxyGMLLoss(NUM_CLASSES, 4, proxies_per_class=2, ratio=0.5, group=context.group, seed=seed)
     return engine, loss, torch.optim.Adam(loss.parameters(), lr=0.1)
@@ -119,6 +126,111 @@ def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(
     load_backbone(tmp_path / "step-000002", model)
     with pytest.raises(ValueError, match="does not fit the configured backbone"):
         load_backbone(tmp_path / "step-000002", nn.Linear(5, 3))
+
+
+RULES: dict[str, dict[str, object]] = {
+    "adam": {},
+    "adamw": {},
+    "sgd": {},
+    "sgd with momentum": {"proxies_name": "sgd", "proxies_momentum": 0.9},
+    "rowwise_adagrad": {},
+    "sparse_adam": {},
+}
+
+
+def banks(context: ParallelContext, seed: int) -> dict[str, tuple[ProxyGMLLoss, torch.optim.Optimizer]]:
+    """A bank with every rule and 7 classes, and one with 4 classes, which leave the last of 3 ranks without any."""
+    made = {}
+    for rule, settings in RULES.items():
+        config = OptimizerConfig(backbone_lr=0.1, proxies_lr=0.1, **{"proxies_name": rule, **settings})
+        for num_classes in (NUM_CLASSES, 4):
+            loss = ProxyGMLLoss(num_classes, 4, proxies_per_class=2, ratio=0.9, group=context.group, seed=seed)
+            made[f"{rule}, {num_classes} classes"] = loss, build_bank_optimizer(config, loss.proxies)
+    return made
+
+
+def step_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """A step with a random gradient of every third class, the same for any number of ranks."""
+    num_classes = loss.partition.num_classes
+    gradient = torch.randn(num_classes, 2, 4, generator=torch.Generator().manual_seed(seed))
+    gradient[torch.arange(num_classes) % 3 != seed % 3] = 0
+    own = gradient[loss.partition.start : loss.partition.stop]
+    loss.proxies.grad = own.to_sparse(1) if isinstance(optimizer, RowwiseAdagrad | SparseAdam) else own.clone()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def everything(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    state = {name: value.numpy().copy() for name, value in optimizer.state[loss.proxies].items()}
+    return state | {"proxies": loss.proxies.detach().numpy().copy()}
+
+
+def save_banks(context: ParallelContext, directory: Path) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Of each bank its numbers when it was saved, and one step later."""
+    engine, _, _ = parts(context, 0, seed=0)
+    found = {}
+    for name, (loss, optimizer) in banks(context, seed=0).items():
+        for seed in (1, 2):
+            step_bank(loss, optimizer, seed)
+        save_checkpoint(
+            directory / name,
+            state=RunState(2, context.world_size, SETTINGS),
+            engine=engine,
+            loss=loss,
+            bank_optimizer=optimizer,
+            context=context,
+            keep_last=1,
+        )
+        found[name] = [everything(loss, optimizer)]
+        step_bank(loss, optimizer, 3)
+        found[name].append(everything(loss, optimizer))
+    return found
+
+
+def load_banks(context: ParallelContext, directory: Path) -> dict[str, list[dict[str, np.ndarray]]]:
+    engine, _, _ = parts(context, 0, seed=1)
+    found = {}
+    for name, (loss, optimizer) in banks(context, seed=1).items():
+        load_checkpoint(
+            directory / name / "step-000002",
+            engine=engine,
+            loss=loss,
+            bank_optimizer=optimizer,
+            context=context,
+            settings=SETTINGS,
+        )
+        found[name] = [everything(loss, optimizer)]
+        step_bank(loss, optimizer, 3)
+        found[name].append(everything(loss, optimizer))
+    return found
+
+
+@pytest.mark.timeout(180)
+def test_the_state_of_every_bank_optimizer_loads_bit_by_bit_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    saved = run_ranks(save_banks, 2, tmp_path, timeout=90)
+    row_names = {
+        "adam": {"exp_avg", "exp_avg_sq"},
+        "adamw": {"exp_avg", "exp_avg_sq"},
+        "sgd": set(),
+        "sgd with momentum": {"momentum_buffer"},
+        "rowwise_adagrad": {"squared_gradient"},
+        "sparse_adam": {"exp_avg", "exp_avg_sq"},
+    }
+    for world_size in (1, 3):
+        loaded = run_ranks(load_banks, world_size, tmp_path, timeout=90)
+        for bank in loaded[0]:
+            rows = {"proxies"} | row_names[bank.partition(",")[0]]
+            counters = {"step"} if "exp_avg" in rows else set()
+            assert all(rank[bank][0].keys() == rows | counters for rank in saved + loaded)
+            for moment in (0, 1):  # as saved, and after one more step
+                for name in rows:
+                    before, after = (
+                        np.concatenate([r[bank][moment][name] for r in ranks]) for ranks in (saved, loaded)
+                    )
+                    np.testing.assert_array_equal(after, before, err_msg=f"{bank}: {name} at {moment}")
+                    assert np.abs(before).max() > 0
+                for name in counters:
+                    assert {rank[bank][moment][name].item() for rank in loaded} == {2 + moment}
 
 
 def load_elsewhere(context: ParallelContext, directory: Path, stage: int, settings: dict[str, object]) -> None:

@@ -1,11 +1,13 @@
 """The plan's count of messages against the calls that a step really makes."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dist_proxygml.collectives import count_bytes
 from dist_proxygml.config import load_config
 from dist_proxygml.loss import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext
@@ -16,7 +18,7 @@ DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo_cpu.json"
 CALLS = ("all_gather_single", "reduce_scatter_single", "all_reduce", "all_to_all_single")
 
 
-def messages_of_a_step(context: ParallelContext, selection: str, weight: float) -> int:
+def traffic_of_a_step(context: ParallelContext, selection: str, weight: float, anchors: int | None) -> tuple[int, int]:
     count = 0
 
     def counted(original):  # type: ignore[no-untyped-def]
@@ -29,15 +31,37 @@ def messages_of_a_step(context: ParallelContext, selection: str, weight: float) 
 
     for name in CALLS:
         setattr(dist, name, counted(getattr(dist, name)))
-    loss = ProxyGMLLoss(7, 4, ratio=0.5, regularization_weight=weight, selection=selection, group=context.group)
+    loss = ProxyGMLLoss(
+        8,
+        4,
+        ratio=0.5,
+        regularization_weight=weight,
+        regularization_anchors=anchors,
+        selection=selection,
+        group=context.group,
+    )
     embeddings = torch.nn.functional.normalize(torch.randn(3, 4)).requires_grad_()
-    loss(embeddings, torch.arange(3)).total.backward()
-    return count
+    with count_bytes() as traffic:
+        loss(embeddings, torch.arange(3)).total.backward()
+    return count, traffic.received
 
 
-@pytest.mark.parametrize("selection", ["gather", "candidates"])
-@pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_the_plan_counts_the_messages_of_a_step(selection: str, weight: float) -> None:
-    changes = [f"proxies.selection={selection}", f"proxies.regularization_weight={weight}"]
-    planned = plan_head(load_config(DEMO, changes), world_size=2).messages_per_step
-    assert run_ranks(messages_of_a_step, 2, selection, weight) == [planned, planned]
+@pytest.mark.parametrize("selection", ["gather", "candidates", "histogram"])
+@pytest.mark.parametrize(("weight", "anchors"), [(0.0, None), (0.3, None), (0.3, 3)])
+def test_the_plan_counts_the_messages_and_bytes_of_a_step(selection: str, weight: float, anchors: int | None) -> None:
+    changes = {
+        "data.num_classes": 8,
+        "backbone.embedding_dim": 4,
+        "training.batch_size": 6,
+        "proxies.per_class": 1,
+        "proxies.ratio": 0.5,
+        "proxies.selection": selection,
+        "proxies.regularization_weight": weight,
+        "proxies.regularization_anchors": anchors,
+    }
+    config = load_config(DEMO, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    plan = plan_head(config, world_size=2)
+    (messages, received), _ = run_ranks(traffic_of_a_step, 2, selection, weight, anchors)
+    assert messages == plan.messages_per_step
+    slack = 4 * 4 * 4 if anchors else 0  # anchors are padded to the rank that owns the most
+    assert abs(received - plan.received_bytes_per_step) <= slack

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_proxygml import LossTerms, ProxyGMLLoss
-from dist_proxygml.loss import proxy_regularizer
 from dist_proxygml.parallel import ParallelContext
-from dist_proxygml.partition import ClassPartition
 from tests.harness import run_ranks
 from tests.problems import (
     ROUNDING,
@@ -152,38 +150,17 @@ def test_float32_agrees_with_the_oracle_to_float32(selection: str) -> None:
     assert relative_difference(grad_embeddings, expected.grad_embeddings) < 1e-5
 
 
-def test_both_selections_keep_the_same_proxies_where_numbers_are_exact() -> None:
+def test_all_selections_keep_the_same_proxies_where_numbers_are_exact() -> None:
     problem = tied_problem(num_classes=7, proxies_per_class=2, topk=6, num_directions=4, seed=3)
-    gather, candidates = outcomes_of(
+    gather, *others = outcomes_of(
         [Task(problem, [3, 1, 3], {"selection": selection}) for selection in SELECTIONS],
         world_size=3,
     )
-    assert torch.equal(gather[0].kept_classes, candidates[0].kept_classes)
-    for one, other in zip(gather, candidates, strict=True):
-        assert torch.equal(one.grad_proxies.abs() > 1e-12, other.grad_proxies.abs() > 1e-12)
-        assert relative_difference(one.total, other.total) < 1e-15
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_regulariser_and_its_gradient_are_the_oracle_s(world_size: int) -> None:
-    problem = random_problem(num_classes=7, proxies_per_class=3, topk=4)
-    expected = reference_of(problem, of="regularization")
-    results = run_ranks(regulariser_on_rank, world_size, problem)
-    for value, _ in results:
-        assert torch.equal(value, results[0][0])
-        assert relative_difference(value, expected.terms.regularization.detach()) < ROUNDING
-    gradient = torch.cat([gradient for _, gradient in results])
-    assert relative_difference(gradient, expected.grad_proxies) < ROUNDING
-
-
-def regulariser_on_rank(context: ParallelContext, problem: Problem) -> tuple[Tensor, Tensor]:
-    partition = ClassPartition(len(problem.proxies), context.world_size, context.rank)
-    proxies = problem.proxies[partition.start : partition.stop].clone().requires_grad_()
-    unit = torch.nn.functional.normalize(proxies, dim=2)
-    value = proxy_regularizer(unit, partition=partition, group=context.group)
-    value.backward()
-    assert proxies.grad is not None
-    return value.detach(), proxies.grad
+    for other in others:
+        assert torch.equal(gather[0].kept_classes, other[0].kept_classes)
+        for one, another in zip(gather, other, strict=True):
+            assert torch.equal(one.grad_proxies.abs() > 1e-12, another.grad_proxies.abs() > 1e-12)
+            assert relative_difference(one.total, another.total) < 1e-15
 
 
 def proxies_and_loss_without_gradient(context: ParallelContext, options: dict[str, Any]) -> tuple[Tensor, LossTerms]:

@@ -3,9 +3,10 @@
 Similarities are small integers divided by four, so that most of them tie, at the k-th place too.
 """
 
+import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,12 +14,7 @@ from torch import Tensor
 
 from dist_proxygml.parallel import ParallelContext
 from dist_proxygml.partition import ClassPartition
-from dist_proxygml.selection import (
-    bytes_per_step,
-    cheaper_selection,
-    num_kept_proxies,
-    select_proxies,
-)
+from dist_proxygml.selection import Exchange, keep_best, num_kept_proxies
 from tests.harness import run_ranks
 from tests.reference import kept_proxies
 
@@ -33,23 +29,29 @@ class Case(NamedTuple):
     proxy_counts: list[int]
 
 
-def select_on_rank(context: ParallelContext, cases: Sequence[Case]) -> list[Tensor]:
+def select_on_rank(context: ParallelContext, cases: Sequence[Case], exchange: Exchange) -> list[Tensor]:
     """This rank's columns of the selection, for each case."""
     kept = []
     for case in cases:
         first = sum(case.proxy_counts[: context.rank])
         columns = slice(first, first + case.proxy_counts[context.rank])
-        kept.append(
-            select_proxies(
-                case.similarity[:, columns],
-                case.positive[:, columns],
-                num_negatives=case.num_negatives,
-                row_counts=case.row_counts,
-                proxy_counts=case.proxy_counts,
-                group=context.group,
-            )
-        )
+        kept.append(selected(case, columns, group=context.group, exchange=exchange))
     return kept
+
+
+def selected(case: Case, columns: slice, *, group: Any = None, exchange: Exchange = "candidates") -> Tensor:
+    positive = case.positive[:, columns]
+    kept = keep_best(
+        case.similarity[:, columns].masked_fill(positive, -math.inf),
+        num_negatives=case.num_negatives,
+        row_counts=case.row_counts,
+        proxy_counts=case.proxy_counts,
+        group=group,
+        exchange=exchange,
+    )
+    assert kept.dtype == torch.bool
+    assert not (kept & positive).any()
+    return kept | positive
 
 
 def kept_by_the_oracle(case: Case) -> list[list[bool]]:
@@ -61,9 +63,10 @@ def kept_by_the_oracle(case: Case) -> list[list[bool]]:
 
 
 def assert_selected_as_the_oracle_does(cases: Sequence[Case], *, world_size: int) -> None:
-    per_rank = run_ranks(select_on_rank, world_size, cases)
-    for case, *parts in zip(cases, *per_rank, strict=True):
-        assert torch.cat(parts, dim=1).tolist() == kept_by_the_oracle(case), case
+    for exchange in ("candidates", "histogram"):
+        per_rank = run_ranks(select_on_rank, world_size, cases, exchange)
+        for case, *parts in zip(cases, *per_rank, strict=True):
+            assert torch.cat(parts, dim=1).tolist() == kept_by_the_oracle(case), (exchange, case)
 
 
 def case_of(
@@ -116,23 +119,15 @@ def test_random_cuts_and_ties_are_selected_as_sorting_does(world_size: int) -> N
 def test_one_process_without_a_group_selects_as_sorting_does() -> None:
     for seed in range(80):
         case = random_case(seed, world_size=1)
-        kept = select_proxies(
-            case.similarity,
-            case.positive,
-            num_negatives=case.num_negatives,
-            row_counts=case.row_counts,
-            proxy_counts=case.proxy_counts,
-            group=None,
-        )
-        assert kept.dtype == torch.bool
-        assert kept.tolist() == kept_by_the_oracle(case)
+        assert selected(case, slice(None)).tolist() == kept_by_the_oracle(case)
 
 
-def test_ties_at_the_last_place_go_to_the_lowest_global_index() -> None:
+@pytest.mark.parametrize("exchange", ["candidates", "histogram"])
+def test_ties_at_the_last_place_go_to_the_lowest_global_index(exchange: Exchange) -> None:
     # Everything ties, over 7 classes on 3 ranks: image 0 (class 5) keeps the negatives 0 to 3.
     similarity = torch.full((2, 7), 0.25)
     case = case_of(similarity, [5, 1], num_negatives=4, row_counts=[1, 0, 1], world_size=3)
-    parts = run_ranks(select_on_rank, 3, [case])
+    parts = run_ranks(select_on_rank, 3, [case], exchange)
     kept = torch.cat([part[0] for part in parts], dim=1)
     assert kept.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 5, 0, 1, 2, 3, 4]
 
@@ -189,20 +184,3 @@ def test_k_is_rounded_up_in_the_published_order(
     ratio: float, num_classes: int, proxies_per_class: int, expected: int
 ) -> None:
     assert num_kept_proxies(num_classes, proxies_per_class, ratio) == expected
-
-
-def test_the_selection_that_receives_fewer_bytes_is_chosen() -> None:
-    few = {"batch_size": 256, "num_proxies": 100, "embedding_dim": 512, "topk": 60, "world_size": 4}
-    many = {
-        "batch_size": 64,
-        "num_proxies": 1_000_000,
-        "embedding_dim": 512,
-        "topk": 500,
-        "world_size": 4,
-    }
-    assert cheaper_selection(**few) == "gather"
-    assert cheaper_selection(**many) == "candidates"
-    for sizes, chosen, other in ((few, "gather", "candidates"), (many, "candidates", "gather")):
-        assert bytes_per_step(chosen, **sizes) < bytes_per_step(other, **sizes)
-    # 3/4 of the bank comes from others, float32, forward and backward
-    assert bytes_per_step("gather", **many) == 3 * 1_000_000 * 512 * 8 // 4

@@ -20,12 +20,13 @@ PACKAGE = "dist_proxygml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers",),
     ("training", "shard", "report"),
-    ("evaluation.evaluator", "evaluation.report"),
-    ("checkpoint", "optim", "plan", "telemetry"),
+    ("evaluation.evaluator", "evaluation.report", "plan"),
+    ("checkpoint", "optim", "telemetry"),
     ("engine",),
     ("loss", "backbone", "evaluation"),
     ("data",),
-    ("selection", "proxies", "batch_norm", "bn_inception", "pretrained", "small_cnn"),
+    ("selection", "regularizer", "proxies", "bank_optim", "batch_norm", "bn_inception", "pretrained", "small_cnn"),
+    ("similarity", "traffic", "memory"),
     ("parallel",),
     ("collectives",),
     ("config",),
@@ -37,6 +38,7 @@ OWNERS: dict[str, set[str]] = {
     "faiss": {"evaluation.search"},
     "webdataset": {"data", "shard"},
     "submitit": {"launchers.submit"},
+    "psutil": {"memory"},
     "pydantic": {"config"},
     "timm": {"backbone"},
     "torch.utils.tensorboard": {"telemetry"},
@@ -55,7 +57,10 @@ MATHS = {
     "loss",
     "partition",
     "proxies",
+    "regularizer",
     "selection",
+    "similarity",
+    "traffic",
 }
 
 

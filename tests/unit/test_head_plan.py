@@ -1,11 +1,15 @@
 """The plan of the head against numbers worked out by hand."""
 
+import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dist_proxygml.config import load_config
-from dist_proxygml.plan import format_bytes, plan_head
+from dist_proxygml.config import Config, load_config
+from dist_proxygml.plan import check_fits, format_bytes, main, plan_head
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,8 +19,10 @@ def test_the_plan_of_stanford_online_products_on_eight_ranks() -> None:
     assert (plan.num_proxies, plan.topk, plan.selection) == (11_318, 566, "candidates")
     assert plan.bank_bytes == 1415 * 512 * 4  # 11,318 classes over 8 ranks, the largest share
     assert plan.optimizer_bytes == 2 * plan.bank_bytes
-    # 7/8 of: embeddings and their gradient, 566 candidates, threshold and quota, five numbers; for each of 32 images
-    assert plan.received_bytes_per_step == round(7 / 8 * 32 * (512 * 8 + 566 * 4 + 16 + 20))
+    # from 7 ranks: two sizes; of 4 images each the embeddings and their gradient, a label, 565 candidates, threshold and
+    # quota; and four numbers of 32 images through a ring
+    values = 7 * (16 + 4 * (2 * 512 * 4 + 8 + 565 * 4 + 16))
+    assert plan.received_bytes_per_step == values + 2 * 7 / 8 * 32 * 4 * 4
 
 
 def test_the_regulariser_adds_class_sums_and_their_gradient() -> None:
@@ -24,8 +30,9 @@ def test_the_regulariser_adds_class_sums_and_their_gradient() -> None:
     without = plan_head(load_config(path, ["proxies.regularization_weight=0"]), world_size=4)
     plan = plan_head(load_config(path), world_size=4)
     sums = 100 * 512 * 4
-    assert plan.received_bytes_per_step - without.received_bytes_per_step == 3 / 4 * 2 * sums
-    assert plan.similarity_bytes - without.similarity_bytes == 2 * sums
+    gathered, reduced = 3 / 4 * sums, 2 * 3 / 4 * (sums + 4)
+    assert plan.received_bytes_per_step - without.received_bytes_per_step == gathered + reduced
+    assert plan.working_bytes - without.working_bytes == 2 * sums + plan.bank_bytes
 
 
 def test_one_rank_sends_nothing() -> None:
@@ -44,6 +51,125 @@ def test_accumulation_repeats_the_messages_of_a_micro_batch() -> None:
 def test_no_negatives_is_refused() -> None:
     with pytest.raises(ValueError, match="raise the ratio"):
         plan_head(load_config(ROOT / "configs" / "cub_1gpu.json", ["proxies.ratio=0.01"]), world_size=1)
+
+
+def very_many(*changes: str) -> Config:
+    """A hundred million classes, a thousand kept."""
+    many = ["data.num_classes=100000000", "proxies.per_class=1", "proxies.ratio=null", "proxies.topk=1000"]
+    return load_config(ROOT / "configs" / "sop_8gpu.json", [*many, "training.batch_size=64", *changes])
+
+
+def test_a_head_that_does_not_fit_is_refused_with_what_would_fit() -> None:
+    config = very_many()
+    plan = plan_head(config, world_size=8)
+    with pytest.raises(ValueError) as caught:
+        check_fits(config, plan, memory=80 << 30)
+    message = str(caught.value)
+    assert "at most 80.0 GiB per rank" in message
+    assert "got 95.4 GiB on 8 rank(s)" in message
+    assert "what would fit: --set optimizer.proxies_name=rowwise_adagrad, or 16 ranks" in message
+    for change, ranks in (("optimizer.proxies_name=rowwise_adagrad", 8), ("optimizer.proxies_name=null", 16)):
+        changed = very_many(change, "optimizer.proxies_weight_decay=0")
+        check_fits(changed, plan_head(changed, world_size=ranks), memory=80 << 30)
+
+
+def test_a_head_that_no_single_change_makes_fit_says_so() -> None:
+    config = very_many()
+    with pytest.raises(ValueError, match="use fewer proxies"):
+        check_fits(config, plan_head(config, world_size=8), memory=1 << 20)
+
+
+def test_the_state_of_each_optimizer_is_counted() -> None:
+    bank = 100_000_000 * 512 * 4
+    changes = "optimizer.proxies_weight_decay=0"
+    state = {
+        name: plan_head(very_many(changes, f"optimizer.proxies_name={name}"), world_size=1)
+        for name in ("adam", "adamw", "sgd", "sparse_adam", "rowwise_adagrad")
+    }
+    assert [plan.optimizer_bytes for plan in state.values()] == [2 * bank, 2 * bank, 0, 2 * bank, bank / 512]
+    kept = 64 * 1000 * 512 * 4
+    assert [plan.gradient_bytes for plan in state.values()] == [bank, bank, kept, kept, kept]
+
+
+@pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--memory", "many"], ["--config", "no/such.json"]])
+def test_the_command_explains_a_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["--config", str(ROOT / "configs" / "sop_8gpu.json"), *arguments])
+    assert status == 1
+    assert capsys.readouterr().err.startswith("error: expected")
+
+
+def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(ROOT / "configs" / "sop_8gpu.json"), "--ranks", "8", "--device", "cpu"]
+    assert main([*config, "--memory", "1 GiB"]) == 0
+    output = capsys.readouterr().out
+    assert "13.7 MiB" in output
+    assert "fits into 1.0 GiB" in output
+    assert main([*config, "--memory", "1 MiB"]) == 1
+    assert "at most 1.0 MiB per rank" in capsys.readouterr().err
+
+
+# Peak memory is that of a whole process, so each measurement has one of its own.
+MEASURE = """
+import json, resource, sys, torch
+from dist_proxygml.config import parse_config
+from dist_proxygml.loss import ProxyGMLLoss
+from dist_proxygml.optim import build_bank_optimizer, wants_sparse_gradient
+from dist_proxygml.plan import plan_head
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def train(config):
+    proxies, dim = config.proxies, config.backbone.embedding_dim
+    loss = ProxyGMLLoss(
+        config.data.num_classes, dim, topk=proxies.topk, sparse=wants_sparse_gradient(config),
+        memory_budget=proxies.memory_budget_bytes, regularization_weight=proxies.regularization_weight,
+    )
+    optimizer = build_bank_optimizer(config.optimizer, loss.proxies)
+    batch = config.training.batch_size
+    for _ in range(2):
+        rows = torch.nn.functional.normalize(torch.randn(batch, dim), dim=1).requires_grad_()
+        loss(rows, torch.randint(config.data.num_classes, (batch,))).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+small, large = (parse_config(json.loads(text), source="the test") for text in sys.argv[1:])
+train(small)  # what libraries allocate once
+before = peak()
+train(large)
+print(json.dumps([peak() - before, plan_head(large, world_size=1).total_bytes]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "dim", "topk", "batch", "rule", "others"),
+    [
+        (400_000, 128, 500, 64, "adam", {}),
+        (1_000_000, 64, 500, 64, "rowwise_adagrad", {}),
+        (600_000, 64, 500, 64, "sparse_adam", {}),
+        (300_000, 64, 15_000, 64, "adam", {}),  # most of it kept pairs
+        (300_000, 64, 15_000, 64, "adam", {"memory_budget": "32 MiB"}),
+        (60_000, 256, 1000, 64, "adam", {"memory_budget": "64 MiB", "regularization_weight": 0.3}),  # sampled
+    ],
+)
+def test_the_predicted_memory_is_within_a_tenth_of_what_is_measured(
+    num_classes: int, dim: int, topk: int, batch: int, rule: str, others: dict[str, object]
+) -> None:
+    raw = json.loads((ROOT / "configs" / "demo_cpu.json").read_text())
+    raw["proxies"] = {"topk": topk, "regularization_weight": 0.0, **others}
+    raw["optimizer"] = {"backbone_lr": 0.1, "proxies_lr": 0.1, "proxies_name": rule}
+    raw["training"] = {"epochs": 1, "batch_size": batch}
+    raw["backbone"]["embedding_dim"] = dim
+    raw["data"]["num_classes"] = num_classes
+    small = copy.deepcopy(raw)
+    small["data"]["num_classes"], small["proxies"]["topk"] = 2000, 50
+    command = [sys.executable, "-c", MEASURE, json.dumps(small), json.dumps(raw)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    measured, predicted = json.loads(result.stdout)
+    assert measured > 150e6  # far above what the process itself moves
+    assert abs(measured - predicted) < 0.1 * measured, (measured / 2**20, predicted / 2**20)
 
 
 def test_bytes_are_formatted_with_binary_units() -> None:

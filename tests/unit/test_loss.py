@@ -127,13 +127,6 @@ def test_extreme_scales_neither_overflow_nor_vanish() -> None:
     assert relative_difference(terms.total.detach(), expected) < 1e-10
 
 
-@pytest.mark.parametrize("logits_at_once", [1, 9, 20])
-def test_a_regulariser_in_chunks_is_the_whole_one(logits_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_proxygml.loss._REGULARIZER_LOGITS", logits_at_once)
-    problem = random_problem(num_classes=7, proxies_per_class=3, topk=9, regularization_weight=2.0)
-    assert_agrees_with_the_oracle(outcomes(problem, world_size=None), problem)
-
-
 # Settings
 
 
@@ -276,6 +269,67 @@ def test_wrong_shapes_and_types_are_refused_with_what_was_expected() -> None:
             loss(bad_embeddings, bad_labels)
 
 
+# A sparse gradient
+
+
+@pytest.mark.parametrize("proxies_per_class", [1, 3])
+def test_a_sparse_gradient_is_the_dense_one_where_a_proxy_was_kept(proxies_per_class: int) -> None:
+    problem = random_problem(num_classes=9, proxies_per_class=proxies_per_class, topk=4, num_images=3)
+    dense, sparse = (outcomes(problem, world_size=None, sparse=sparse)[0].grad_proxies for sparse in (False, True))
+    assert sparse.layout == torch.sparse_coo
+    assert (sparse.sparse_dim(), sparse.dense_dim()) == (1, 2)
+    assert sparse.shape == dense.shape
+    assert torch.equal(sparse.to_dense(), dense)
+    touched = dense.flatten(1).any(dim=1).nonzero().flatten()
+    assert torch.equal(sparse.coalesce().indices()[0], touched)
+    assert len(touched) < 9
+
+
+def test_sparse_gradients_add_up_over_calls_and_step_torch_s_sparse_adam() -> None:
+    problem = random_problem(num_classes=9, proxies_per_class=2, topk=5, num_images=3)
+    losses = [build_loss(problem, sparse=sparse) for sparse in (False, True)]
+    for loss in losses:
+        for rows in (slice(0, 2), slice(2, 3)):
+            loss(problem.embeddings[rows], problem.labels[rows]).total.backward()
+    dense, sparse = (loss.proxies for loss in losses)
+    torch.testing.assert_close(sparse.grad.to_dense(), dense.grad, rtol=1e-14, atol=1e-16)
+    torch.optim.SparseAdam([sparse], lr=0.1, eps=1e-30).step()  # the two put eps in another place
+    torch.optim.Adam([dense], lr=0.1, eps=1e-30).step()
+    torch.testing.assert_close(sparse.detach(), dense.detach(), rtol=1e-12, atol=1e-14)
+    moved = (sparse - problem.proxies).flatten(1).any(dim=1)
+    assert 0 < moved.sum() < 9
+
+
+def test_a_sparse_gradient_with_a_regulariser_is_refused() -> None:
+    with pytest.raises(ValueError, match="regularization_weight 0 with a sparse gradient, got 0.3"):
+        ProxyGMLLoss(6, 4, topk=3, sparse=True, regularization_weight=0.3)
+
+
+# The regulariser from a draw
+
+
+def test_each_call_draws_other_anchors_and_the_same_draw_gives_the_same_bits() -> None:
+    problem = random_problem(num_classes=9, proxies_per_class=2, topk=5, regularization_weight=0.3)
+    loss = build_loss(problem, regularization_anchors=4, seed=3)
+    first, second = (loss(problem.embeddings, problem.labels).regularization for _ in range(2))
+    assert loss.draw == 2
+    assert not torch.equal(first, second)
+    loss.draw = 1
+    assert torch.equal(loss(problem.embeddings, problem.labels).regularization, second)
+
+
+def test_the_regulariser_is_drawn_where_the_class_sums_do_not_fit_the_budget() -> None:
+    problem = random_problem(num_classes=50, proxies_per_class=2, topk=5, regularization_weight=0.3)
+    full = build_loss(problem)(problem.embeddings, problem.labels).regularization
+    class_sums = 2 * 50 * problem.proxies.shape[2] * 4
+    fits, drawn = (
+        build_loss(problem, memory_budget=budget)(problem.embeddings, problem.labels).regularization
+        for budget in (2 * class_sums, 2 * class_sums - 1)
+    )
+    assert relative_difference(fits, full) < 1e-12
+    assert relative_difference(drawn, full) > 1e-6
+
+
 # What it must not do
 
 
@@ -292,6 +346,16 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self.numel = max(self.numel, value.numel())
         return result
+
+
+def test_the_similarity_matrix_is_never_built() -> None:
+    num_classes, num_images, dim = 60_000, 64, 2
+    loss = ProxyGMLLoss(num_classes, dim, topk=30, sparse=True, memory_budget=1 << 23)
+    embeddings = F.normalize(torch.randn(num_images, dim), dim=1).requires_grad_()
+    with LargestTensor() as largest:
+        loss(embeddings, torch.arange(num_images)).total.backward()
+    assert largest.numel < num_images * num_classes / 8
+    assert loss.proxies.grad._nnz() < num_images * 30
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

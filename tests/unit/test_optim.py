@@ -1,18 +1,20 @@
 """Learning rates as a function of the step, and the optimizers behind them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dist_proxygml.config import OptimizerConfig, ScheduleConfig
+from dist_proxygml.config import Config, OptimizerConfig, ScheduleConfig, parse_config
 from dist_proxygml.optim import (
     build_backbone_optimizer,
     build_bank_optimizer,
     clip_norm_,
     learning_rate_factor,
     set_learning_rates,
+    wants_sparse_gradient,
 )
 
 
@@ -81,3 +83,154 @@ def test_clipping_scales_a_part_by_the_norm_of_the_whole() -> None:
     torch.testing.assert_close(part, torch.tensor([0.6, 0.8]))
     clip_norm_(part, norm=torch.tensor(1.0), max_norm=2.0)
     torch.testing.assert_close(part, torch.tensor([0.6, 0.8]))
+
+
+# Optimizers of the bank
+
+
+def configuration(*, regularization_weight: float = 0.0, **optimizer: Any) -> Config:
+    transform = {"name": "resize", "size": 8}
+    raw = {
+        "name": "optimizers",
+        "data": {"shards": "unused", "num_classes": 7, "train_transform": transform, "test_transform": transform},
+        "backbone": {"name": "small_cnn"},
+        "proxies": {"ratio": 0.5, "regularization_weight": regularization_weight},
+        "optimizer": {"backbone_lr": 0.1, "proxies_lr": 0.1, **optimizer},
+        "training": {"epochs": 1, "batch_size": 4},
+    }
+    return parse_config(raw, source="the test")
+
+
+RULES = ["adam", "adamw", "sgd", "rowwise_adagrad", "sparse_adam"]
+
+
+def test_the_rule_of_the_proxies_is_that_of_the_backbone_unless_it_has_its_own() -> None:
+    def kind(**settings: Any) -> str:
+        config = OptimizerConfig(backbone_lr=0.1, proxies_lr=0.1, **settings)
+        return type(build_bank_optimizer(config, nn.Parameter(torch.zeros(2, 1, 3)))).__name__
+
+    assert kind() == "Adam"
+    assert kind(name="adamw") == "AdamW"
+    assert [kind(name="adamw", proxies_name=rule) for rule in RULES] == [
+        "Adam",
+        "AdamW",
+        "SGD",
+        "RowwiseAdagrad",
+        "SparseAdam",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "moves"),
+    [
+        ({"proxies_name": "adam"}, True),
+        ({"proxies_name": "adamw"}, True),
+        ({"proxies_name": "sgd"}, False),
+        ({"proxies_name": "sgd", "proxies_momentum": 0.9}, True),
+        ({"proxies_name": "rowwise_adagrad"}, False),
+        ({"proxies_name": "sparse_adam"}, False),
+    ],
+)
+def test_which_rules_move_a_class_after_the_last_image_that_kept_it(settings: dict[str, Any], moves: bool) -> None:
+    config = configuration(**settings)
+    proxies = nn.Parameter(torch.ones(3, 1, 2))
+    optimizer = build_bank_optimizer(config.optimizer, proxies)
+    after = []
+    for kept in (0, 1):
+        gradient = torch.zeros(3, 1, 2).index_fill(0, torch.tensor(kept), 1.0)
+        if wants_sparse_gradient(config):
+            gradient = gradient.to_sparse(1)
+        proxies.grad = gradient
+        optimizer.step()
+        after.append(proxies.detach().clone())
+    assert not torch.equal(after[0][0], torch.ones(1, 2))
+    assert torch.equal(after[1][0], after[0][0]) != moves
+    assert not torch.equal(after[1][1], torch.ones(1, 2))
+    assert torch.equal(after[1][2], torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("settings", [{"name": "adam"}, {"name": "adamw"}, {"proxies_name": "sgd"}])
+def test_weight_decay_moves_every_class(settings: dict[str, Any]) -> None:
+    config = configuration(proxies_weight_decay=0.5, **settings)
+    assert not wants_sparse_gradient(config)
+    proxies = nn.Parameter(torch.ones(3, 1, 2))
+    proxies.grad = torch.zeros(3, 1, 2)
+    build_bank_optimizer(config.optimizer, proxies).step()
+    assert (proxies < 1).all()
+
+
+def test_the_fused_adam_of_the_bank_is_adam() -> None:
+    proxies, expected = (nn.Parameter(torch.linspace(-1, 1, 24).view(4, 2, 3)) for _ in range(2))
+    config = configuration(eps=0.01, proxies_weight_decay=1e-4)
+    optimizers = [
+        build_bank_optimizer(config.optimizer, proxies),
+        torch.optim.Adam([expected], lr=0.1, eps=0.01, weight_decay=1e-4, fused=False),
+    ]
+    for seed in range(20):
+        gradient = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(seed))
+        proxies.grad, expected.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(proxies, expected, rtol=1e-5, atol=1e-6)  # float32 in another order
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_momentum_by_hand(momentum: float) -> None:
+    config = configuration(proxies_name="sgd", proxies_momentum=momentum)
+    proxies = nn.Parameter(torch.zeros(1, 1, 1))
+    optimizer = build_bank_optimizer(config.optimizer, proxies)
+    for _ in range(2):
+        proxies.grad = torch.ones(1, 1, 1)
+        optimizer.step()
+    assert proxies.item() == pytest.approx(-0.1 - 0.1 * (1 + momentum))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_steps_on_a_rank_without_classes(rule: str) -> None:
+    config = configuration(proxies_name=rule)
+    proxies = nn.Parameter(torch.zeros(0, 2, 3))
+    proxies.grad = torch.zeros(0, 2, 3)
+    if wants_sparse_gradient(config):
+        proxies.grad = proxies.grad.to_sparse(1)
+    build_bank_optimizer(config.optimizer, proxies).step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"proxies_name": "rowwise_adagrad"}, True),
+        ({"proxies_name": "rowwise_adagrad", "regularization_weight": 0.3}, False),
+        ({"proxies_name": "sparse_adam"}, True),
+        ({"proxies_name": "sgd"}, True),
+        ({"proxies_name": "sgd", "regularization_weight": 0.3}, False),
+        ({"proxies_name": "sgd", "proxies_momentum": 0.9}, False),
+        ({"proxies_name": "sgd", "proxies_weight_decay": 1e-4}, False),
+        ({"proxies_name": "adam"}, False),
+        ({"name": "adamw"}, False),
+    ],
+)
+def test_the_gradient_is_sparse_where_nothing_but_the_kept_classes_moves(
+    settings: dict[str, Any], expected: bool
+) -> None:
+    assert wants_sparse_gradient(configuration(**settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"proxies_momentum": 0.9}, "expected proxies_momentum 0 for 'adam', got 0.9.*set proxies_name to \"sgd\""),
+        ({"proxies_name": "sparse_adam", "proxies_momentum": 0.9}, "expected proxies_momentum 0 for 'sparse_adam'"),
+        (
+            {"proxies_name": "rowwise_adagrad", "proxies_weight_decay": 1e-4},
+            "expected proxies_weight_decay 0 for 'rowwise_adagrad'.*got 0.0001; remove it",
+        ),
+        ({"proxies_name": "sparse_adam", "proxies_weight_decay": 1e-4}, "proxies_weight_decay 0 for 'sparse_adam'"),
+        (
+            {"proxies_name": "sparse_adam", "regularization_weight": 0.3},
+            "expected proxies.regularization_weight 0 .*'sparse_adam', got 0.3.*set it to 0",
+        ),
+    ],
+)
+def test_settings_of_the_bank_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configuration(**settings)

@@ -1,0 +1,42 @@
+"""How much memory is left: what a plan is compared with before anything is allocated.
+
+On a CPU the smaller of what the machine has available (psutil) and what the process's control groups still allow, for
+batch systems limit jobs through those (Linux kernel documentation, cgroup v2: memory.max, memory.current; file pages
+that can be dropped, inactive_file of memory.stat, count as free).
+"""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a process on `device` can still allocate; processes beside it share them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_left_in_control_groups()])
+
+
+def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each control group around this process still allows; nothing where there are none or they set no limit."""
+    left = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        hierarchy, _, path = line.split(":", 2)
+        if hierarchy != "0":  # version 1
+            continue
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            try:
+                limit = (group / "memory.max").read_text().strip()
+                used = int((group / "memory.current").read_text())
+                statistics = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if limit != "max":
+                left.append(int(limit) - used + int(statistics["inactive_file"]))
+    return left

@@ -1,0 +1,306 @@
+"""Cosine similarities of images and proxies, a chunk of proxies at a time, and gradients through the pairs that are kept.
+
+    S[i, j] = x_i . p_j / |p_j|
+
+The whole matrix S never exists: a chunk of it lives in the processor's cache (in a quarter of the memory budget at
+most), and only the pairs above a bound on the row's wanted values leave it. Proxies are stored unnormalised and so is
+what is multiplied; the product is divided by their lengths, which saves a normalised copy of the bank.
+
+The bound is a guess that a strided sample of the proxies gives, made low enough that it fails for about one row in a
+million; a row for which it failed is found by counting and done again without one. Whenever more pairs were found than
+the budget holds, all but the best of each row are dropped, which bounds memory for any data, mass ties included.
+
+Declined: torch.topk over each chunk (three times the cost of the product), a normalised copy of the bank, sparse
+matrices (torch.nn.functional.embedding_bag computes the same two products in a quarter of the time on a CPU).
+
+Dimension key: R rows (images), p proxies, w proxies of a chunk, n pairs, m pairs wanted per row, u proxies with a kept
+pair, D embedding.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NORM_FLOOR = 1e-12  # of torch.nn.functional.normalize
+# Similarities of a chunk on a CPU: 2 MiB in float32, which stay in the cache until they were compared.
+_CACHED_SIMILARITIES = 1 << 19
+# Proxies that are compared together before they are looked at one by one.
+_GROUP = 16
+# Proxies whose gradient is completed at once: what is gathered for it stays small.
+_ROWS_PER_UPDATE = 4096
+# Bytes of a pair while pairs are collected: row, proxy and value, and the copies that choosing and sorting them need.
+BYTES_PER_PAIR = 100
+
+
+class Pairs(NamedTuple):
+    """Pairs of an image and a proxy, ordered by row, then by proxy."""
+
+    row: Tensor
+    """int64 [n]."""
+    proxy: Tensor
+    """int64 [n], index among the proxies at hand."""
+    similarity: Tensor
+    """[n]."""
+
+
+class Bank(NamedTuple):
+    """Proxies to compare with."""
+
+    proxies: Tensor
+    """[p, D], unnormalised."""
+    inverse_norm: Tensor
+    """[p], one over their lengths."""
+    matmul_dtype: torch.dtype = torch.float32
+    """bfloat16 rounds the inputs of the products to it; their sums stay in the precision of the proxies."""
+
+
+def build_bank(proxies_pD: Tensor, *, matmul_dtype: torch.dtype = torch.float32) -> Bank:
+    """A bank of unnormalised proxies [p, D]; their lengths are at least 1e-12, as torch.nn.functional.normalize has it.
+
+    A proxy that is NaN or infinite has an inverse length of NaN.
+    """
+    norm_p = torch.linalg.vector_norm(proxies_pD, dim=1)
+    norm_p.masked_fill_(norm_p == math.inf, math.nan)
+    return Bank(proxies_pD, norm_p.clamp_min_(_NORM_FLOOR).reciprocal_(), matmul_dtype)
+
+
+def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
+    """S [R, p], whole."""
+    return _product(embeddings_RD, bank.proxies, bank.matmul_dtype).mul_(bank.inverse_norm)
+
+
+def pair_similarities(embeddings_nD: Tensor, bank: Bank, proxy_n: Tensor) -> Tensor:
+    """S [n] of given pairs."""
+    return torch.linalg.vecdot(embeddings_nD, bank.proxies[proxy_n]) * bank.inverse_norm[proxy_n]
+
+
+def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wanted: int, memory_budget: int) -> Pairs:
+    """Pairs that hold the `num_wanted` most similar proxies of each row, or all there are; and some more.
+
+    Of proxies with the same similarity the ones with the lowest index are among them.
+
+    Args:
+        embeddings_RD: rows.
+        bank: proxies, finite.
+        excluded_R2: int64, first and one past the last proxy that a row must not be paired with; may lie outside.
+        num_wanted: m.
+        memory_budget: bytes for similarities and pairs.
+    """
+    num_proxies = len(bank.proxies)
+    num_eligible_R = num_proxies - _overlap(excluded_R2, num_proxies)
+    needed_R = num_eligible_R.clamp_max(num_wanted)
+    floor_R = _guess_floor(embeddings_RD, bank, num_wanted)
+    while True:
+        pairs = _pairs_above(embeddings_RD, bank, floor_R, excluded_R2, num_wanted, memory_budget)
+        count_R = torch.bincount(pairs.row, minlength=len(embeddings_RD))
+        short_R = count_R < needed_R
+        if not bool(short_R.any()):  # a local matter: no collective depends on it
+            break
+        floor_R = floor_R.masked_fill(short_R, -math.inf)
+    if len(count_R) and int(count_R.max()) > 8 * num_wanted:  # one line that long would make `padded` wide
+        pairs, _ = _best_of(pairs, floor_R, num_wanted)
+    return pairs
+
+
+def padded(pairs: Pairs, *, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Similarities and proxies of the pairs, a line for each row: both [num_rows, longest], filled with -inf and -1."""
+    count_R = torch.bincount(pairs.row, minlength=num_rows)
+    first_R = count_R.cumsum(0) - count_R
+    column_n = torch.arange(len(pairs.row), device=pairs.row.device) - first_R[pairs.row]
+    shape = (num_rows, int(count_R.max()) if num_rows else 0)
+    similarity_Rn = pairs.similarity.new_full(shape, -math.inf)
+    similarity_Rn[pairs.row, column_n] = pairs.similarity
+    proxy_Rn = pairs.proxy.new_full(shape, -1)
+    proxy_Rn[pairs.row, column_n] = pairs.proxy
+    return similarity_Rn, proxy_Rn
+
+
+def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: int) -> Tensor:
+    """Gradient [R, D] of sum_n weight_n * S[row_n, proxy_n] with respect to the embeddings."""
+    count_R = torch.bincount(pairs.row, minlength=num_rows)
+    return F.embedding_bag(
+        pairs.proxy,
+        bank.proxies,
+        count_R.cumsum(0) - count_R,
+        mode="sum",
+        per_sample_weights=weight_n * bank.inverse_norm[pairs.proxy],
+    )
+
+
+def proxy_gradient(
+    pairs: Pairs, bank: Bank, embeddings_RD: Tensor, weight_n: Tensor, *, touched_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum_n weight_n * S[row_n, proxy_n] with respect to the unnormalised proxies.
+
+    d S_ij / d p_j = (x_i - S_ij p_j / |p_j|) / |p_j|
+
+    Returns:
+        touched_only: the proxies with a pair, int64 [u] ascending, and their gradients [u, D]; all others have none.
+        Otherwise all proxies [p] and their gradients [p, D].
+    """
+    proxy_n, order_n = torch.sort(pairs.proxy.int(), stable=True)
+    if touched_only:
+        proxy_u, count_u = torch.unique_consecutive(proxy_n, return_counts=True)
+        proxy_u = proxy_u.long()
+    else:
+        proxy_u = torch.arange(len(bank.proxies), device=proxy_n.device)
+        count_u = torch.bincount(proxy_n, minlength=len(bank.proxies))
+    weight_n = weight_n[order_n]
+    gradient_uD = F.embedding_bag(
+        pairs.row[order_n],
+        embeddings_RD,
+        count_u.cumsum(0) - count_u,
+        mode="sum",
+        per_sample_weights=weight_n * bank.inverse_norm[proxy_n],
+    )
+    segment_n = torch.repeat_interleave(count_u, output_size=len(proxy_n))
+    radial_u = weight_n.new_zeros(len(proxy_u)).index_add_(0, segment_n, weight_n * pairs.similarity[order_n])
+    radial_u *= -bank.inverse_norm[proxy_u].square()
+    for first in range(0, len(proxy_u), _ROWS_PER_UPDATE):
+        rows = slice(first, first + _ROWS_PER_UPDATE)
+        proxies_wD = bank.proxies.index_select(0, proxy_u[rows]) if touched_only else bank.proxies[rows]
+        gradient_uD[rows].addcmul_(proxies_wD, radial_u[rows, None])
+    return proxy_u, gradient_uD
+
+
+def expected_pairs(num_wanted: int, num_proxies: int) -> int:
+    """About how many pairs of a row `best_pairs` looks at."""
+    stride, rank = _sample_of(num_wanted, num_proxies)
+    return num_proxies if rank is None else rank * stride
+
+
+def _sample_of(num_wanted: int, num_proxies: int) -> tuple[int, int | None]:
+    """Stride of the sampled proxies, and the rank among their similarities of a value that more than `num_wanted` of
+    all similarities exceed, almost surely; None where a guess cannot help.
+
+    The number of sampled proxies among the row's best m is about Poisson distributed with mean s = m * sample / p. The
+    sampled value of rank s + 5 sqrt(s) + 3 is among them with a probability of about 1e-6.
+    """
+    stride = max(1, num_proxies // min(max(1024, num_proxies // 32), 1 << 16))
+    num_sampled = math.ceil(num_proxies / stride)
+    expected = num_wanted * num_sampled / max(1, num_proxies)
+    rank = math.ceil(expected + 5 * math.sqrt(expected) + 3)
+    return stride, rank if rank < num_sampled and stride > 1 else None
+
+
+def _guess_floor(embeddings_RD: Tensor, bank: Bank, num_wanted: int) -> Tensor:
+    """A bound [R] below the row's `num_wanted` largest similarities, almost surely; -inf where a guess cannot help."""
+    stride, rank = _sample_of(num_wanted, len(bank.proxies))
+    if rank is None:
+        return embeddings_RD.new_full((len(embeddings_RD),), -math.inf)
+    sample = Bank(bank.proxies[::stride], bank.inverse_norm[::stride], bank.matmul_dtype)
+    return all_similarities(embeddings_RD, sample).topk(rank, dim=1).values[:, -1]
+
+
+class _Groups(NamedTuple):
+    """Groups of proxies of which one may be above the row's floor, by chunk, group, row."""
+
+    row: Tensor
+    first_proxy: Tensor
+    similarity: Tensor
+
+
+def _pairs_above(
+    embeddings_RD: Tensor, bank: Bank, floor_R: Tensor, excluded_R2: Tensor, num_wanted: int, memory_budget: int
+) -> Pairs:
+    """All pairs with S > floor, until the budget is full; from then on only the best `num_wanted` of each row."""
+    group = _GROUP if 4 * _GROUP * num_wanted <= len(bank.proxies) else 1  # where most groups hold none
+    most = max(memory_budget // (2 * BYTES_PER_PAIR), 2 * num_wanted * len(embeddings_RD))
+    nothing = torch.empty(0, dtype=torch.int64, device=embeddings_RD.device)
+    pairs, found, num_found = Pairs(nothing, nothing, embeddings_RD.new_empty(0)), [], 0
+    for first, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):
+        found.append(_groups_above(similarity_wR, floor_R, first, group))
+        num_found += len(found[-1].row)
+        if num_found > most:
+            pairs, floor_R = _best_of(_with_groups(pairs, found, floor_R, excluded_R2), floor_R, num_wanted)
+            found, num_found = [], len(pairs.row)
+    return _with_groups(pairs, found, floor_R, excluded_R2)
+
+
+def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) -> Iterator[tuple[int, Tensor]]:
+    """First proxy and similarities [w, R] of each chunk, w a multiple of the group; the next chunk overwrites them.
+
+    Proxies by rows: a product with few columns is faster than one with few rows, and whole groups are contiguous.
+    """
+    num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
+    width = chunk_width(num_rows, memory_budget=memory_budget, device=embeddings_RD.device.type)
+    width = min(width, math.ceil(num_proxies / _GROUP) * _GROUP)
+    buffer_wR = embeddings_RD.new_empty(width, num_rows)
+    for first in range(0, num_proxies, width):
+        chunk = slice(first, first + width)
+        proxies_wD = bank.proxies[chunk]
+        similarity_wR = buffer_wR[: len(proxies_wD)]
+        _product(proxies_wD, embeddings_RD, bank.matmul_dtype, out=similarity_wR)
+        similarity_wR.mul_(bank.inverse_norm[chunk, None])
+        whole = math.ceil(len(proxies_wD) / _GROUP) * _GROUP
+        buffer_wR[len(proxies_wD) : whole] = -math.inf
+        yield first, buffer_wR[:whole]
+
+
+def chunk_width(num_rows: int, *, memory_budget: int, device: str) -> int:
+    """Proxies of a chunk, a multiple of the group: as many as stay in a CPU's cache, or in a part of the budget."""
+    similarities = memory_budget // 32  # four bytes each, and the masks and indices made from them
+    if device == "cpu":
+        similarities = min(similarities, _CACHED_SIMILARITIES)
+    return max(_GROUP, similarities // max(1, num_rows) // _GROUP * _GROUP)
+
+
+def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left @ right.T, summed in the precision that the inputs came in."""
+    dtype = left.dtype
+    if matmul_dtype == torch.float32:  # that is, not less than what the inputs are
+        return torch.mm(left, right.T, out=out)
+    left, right = left.to(matmul_dtype), right.to(matmul_dtype)
+    if left.device.type == "cuda":
+        return torch.mm(left, right.T, out_dtype=dtype, out=out)
+    return torch.mm(left.to(dtype), right.to(dtype).T, out=out)  # the same rounding of the inputs, slowly
+
+
+def _groups_above(similarity_wR: Tensor, floor_R: Tensor, first: int, group: int) -> _Groups:
+    """Groups of a chunk whose largest similarity is above the row's floor: few remain to be looked at."""
+    similarity_vgR = similarity_wR.view(-1, group, similarity_wR.shape[1])
+    largest_vR = similarity_vgR.amax(dim=1) if group > 1 else similarity_wR
+    group_h, row_h = (largest_vR > floor_R).nonzero().unbind(1)
+    return _Groups(row_h, group_h * group + first, similarity_vgR[group_h, :, row_h])
+
+
+def _with_groups(pairs: Pairs, found: list[_Groups], floor_R: Tensor, excluded_R2: Tensor) -> Pairs:
+    """The pairs, and those above the floor in the groups found after them, in order."""
+    if not found:
+        return pairs
+    row_h, first_proxy_h, similarity_hg = (torch.cat(parts) for parts in zip(*found, strict=True))
+    hit_n, offset_n = (similarity_hg > floor_R[row_h, None]).nonzero().unbind(1)
+    row_n, proxy_n, similarity_n = row_h[hit_n], first_proxy_h[hit_n] + offset_n, similarity_hg[hit_n, offset_n]
+    start_n, stop_n = excluded_R2[row_n].unbind(1)
+    allowed_n = (proxy_n < start_n) | (proxy_n >= stop_n)
+    row_n, proxy_n, similarity_n = (
+        torch.cat([old, new[allowed_n]]) for old, new in zip(pairs, (row_n, proxy_n, similarity_n), strict=True)
+    )
+    # Chunks and groups came in ascending order, so a stable sort by row orders the proxies too.
+    row_n, order_n = torch.sort(row_n.int(), stable=True)  # int32 sorts several times faster
+    return Pairs(row_n.long(), proxy_n[order_n], similarity_n[order_n])
+
+
+def _best_of(pairs: Pairs, floor_R: Tensor, num_wanted: int) -> tuple[Pairs, Tensor]:
+    """The best `num_wanted` pairs of each row, lower proxies first among equals; and the floor for proxies above
+    them.
+    """
+    best_n = torch.argsort(pairs.similarity, descending=True, stable=True)
+    best_n = best_n[torch.argsort(pairs.row[best_n], stable=True)]  # by row, similarity descending, proxy
+    row_n = pairs.row  # the same rows in the same order
+    count_R = torch.bincount(row_n, minlength=len(floor_R))
+    rank_n = torch.arange(len(row_n), device=row_n.device) - (count_R.cumsum(0) - count_R)[row_n]
+    last_n = best_n[rank_n == num_wanted - 1]
+    floor_R = floor_R.index_put((pairs.row[last_n],), pairs.similarity[last_n])
+    kept_n = best_n[rank_n < num_wanted].sort().values
+    return Pairs(*(part[kept_n] for part in pairs)), floor_R
+
+
+def _overlap(range_R2: Tensor, stop: int) -> Tensor:
+    """How many of 0 .. stop-1 lie in each range."""
+    start_R, end_R = range_R2.clamp(0, stop).unbind(1)
+    return end_R - start_R

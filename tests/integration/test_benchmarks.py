@@ -1,0 +1,222 @@
+"""The benchmarks at sizes that take no time: they run, what they compare computes the same thing, what cannot run says
+why.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import baselines
+from benchmarks.baselines import (
+    METRIC_LEARNING_LOSSES,
+    BareProduct,
+    ClassSoftmax,
+    PublishedProxyGML,
+    metric_learning_loss,
+)
+from benchmarks.head import SIZES, Settings, bars, measured
+from benchmarks.ranks import bars as bars_of_ranks
+from dist_proxygml import ProxyGMLLoss
+from dist_proxygml.parallel import ParallelContext
+from tests.harness import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(module: str, *arguments: str, json_file: Path, first_path: Path = ROOT) -> tuple[list[dict[str, Any]], str]:
+    """The rows that a benchmark wrote, and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments, "--json", str(json_file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{first_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in json_file.read_text().splitlines()], done.stdout
+
+
+def test_the_benchmark_of_the_head_measures_every_row(tmp_path: Path) -> None:
+    stub = tmp_path / "pytorch_metric_learning"  # as on a machine without it
+    stub.mkdir()
+    (stub / "__init__.py").write_text("raise ModuleNotFoundError('no', name='pytorch_metric_learning')")
+    heads = ("product", "published", "normalized_softmax", "sampled_softmax", "proxygml")
+    arguments = ("--sizes", "tiny", "--repeats", "1", "--threads", "1", "--heads", *heads)
+    rows, printed = run("benchmarks.head", *arguments, json_file=tmp_path / "rows.jsonl", first_path=tmp_path)
+    found = {(row["head"], row["optimizer"]): row for row in rows}
+    ours = [("proxygml", name) for name in ("adam", "sgd", "rowwise_adagrad", "sparse_adam")]
+    others = [("published", "adam"), ("normalized_softmax", "adam"), ("sampled_softmax", "adam")]
+    assert list(found) == [("product", None), *others, *ours]
+    assert found.pop(("normalized_softmax", "adam"))["skipped"] == "not installed: pytorch_metric_learning"
+    assert "not installed" in printed
+    for (head, optimizer), row in found.items():
+        assert row["step_ms"] > 0
+        assert {"cpu", "device", "threads", "torch"} <= row.keys()
+        if head != "product":
+            parts = row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"]
+            assert row["fastest_step_ms"] <= row["step_ms"] <= row["slowest_step_ms"]
+            assert 0 < parts < 2 * row["step_ms"]
+            assert row["faster"] == pytest.approx(
+                found["published", "adam"]["step_over_product"] / row["step_over_product"], rel=1e-4
+            )
+            # 60 classes, 2 proxies each (the softmax: one), 16 numbers of 4 bytes
+            bank = 60 * 16 * 4 / 2**20 * (1 if head == "sampled_softmax" else 2)
+            assert row["bank_mib"] == pytest.approx(bank, rel=1e-4)
+            assert row["gradient_mib"] == (0 if optimizer in ("rowwise_adagrad", "sparse_adam") else row["bank_mib"])
+
+
+@pytest.mark.timeout(120)
+def test_the_benchmark_of_ranks_counts_bytes_and_divides_the_bank(tmp_path: Path) -> None:
+    sizes = ("--num-classes", "64", "--embedding-dim", "8", "--topk", "10", "--batch-size", "6", "--repeats", "1")
+    heads = ("--heads", "candidates", "full_softmax", "--ranks", "1", "2")
+    rows, printed = run("benchmarks.ranks", *sizes, *heads, json_file=tmp_path / "rows.jsonl")
+    found = {(row["head"], row["ranks"]): row for row in rows}
+    assert found["candidates", 1]["received_bytes"] == 0
+    assert found["candidates", 2]["received_bytes"] == found["candidates", 2]["formula_bytes"] > 0
+    # embeddings and their gradient, labels, MAX and SUM of two over the 6 rows: 3 come from the other rank
+    assert found["full_softmax", 2]["received_bytes"] == 2 * 3 * 8 * 4 + 3 * 8 + 6 * 4 + 6 * 2 * 4
+    for head in ("candidates", "full_softmax"):
+        assert found[head, 1]["bank_mib"] == pytest.approx(2 * found[head, 2]["bank_mib"], rel=1e-4)
+    assert "missed" not in printed
+
+
+def test_a_baseline_that_does_not_fit_the_machine_is_not_run() -> None:
+    settings = Settings(repeats=1, threads=1, device="cpu")
+    row = measured("published", "adam", SIZES["1m"], settings)
+    assert row["skipped"].startswith("needs 4,00")  # the one-hot matrix alone: 4 * (10^6)^2 bytes
+    assert baselines.bytes_needed(
+        "published",
+        batch_size=128,
+        num_classes=100_000,
+        proxies_per_class=1,
+        embedding_dim=512,
+        regularization_weight=0.0,
+    ) == pytest.approx(41e9, rel=0.01)
+
+
+@pytest.mark.parametrize("regularization_weight", [0.0, 0.3])
+def test_the_published_formulation_is_this_head(regularization_weight: float) -> None:
+    torch.manual_seed(0)
+    head = ProxyGMLLoss(
+        7, 5, proxies_per_class=3, topk=9, regularization_weight=regularization_weight, initialization="unit"
+    )
+    published = PublishedProxyGML(
+        head.proxies.detach().flatten(0, 1), num_classes=7, topk=9, regularization_weight=regularization_weight
+    )
+    ours = F.normalize(torch.randn(11, 5), dim=1).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    labels = torch.randint(0, 7, (11,))
+    total = head(ours, labels).total
+    loss = published(theirs, labels)
+    total.backward()
+    loss.backward()
+    # the published epsilons are 1e-8 of sums of order 1
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(published.proxies_DP.grad.T, head.proxies.grad.flatten(0, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_bare_product_goes_through_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_CHUNK", 4)
+    proxies_PD, embeddings_BD = torch.randn(10, 3), torch.randn(2, 3)
+    product = BareProduct(proxies_PD, batch_size=2, matmul_dtype=torch.float32)
+    product(embeddings_BD)
+    similarity_PB = proxies_PD @ embeddings_BD.T  # what is left: the third chunk over the end of the second
+    torch.testing.assert_close(product.similarity_wB, torch.cat([similarity_PB[8:], similarity_PB[6:8]]))
+
+
+def test_the_class_softmax_is_a_cross_entropy_over_the_classes_it_looks_at() -> None:
+    torch.manual_seed(0)
+    embeddings, labels = F.normalize(torch.randn(4, 5), dim=1), torch.tensor([3, 6, 3, 5])
+    for rate, classes in ((1.0, range(7)), (0.0, (0, 3, 5, 6))):  # a rank looks at one class at least: 0
+        softmax = ClassSoftmax(7, 5, sampling_rate=rate)
+        centers = F.normalize(softmax.centers_cD.detach(), dim=1)[list(classes)]
+        target = torch.tensor([list(classes).index(label) for label in labels.tolist()])
+        torch.testing.assert_close(
+            softmax(embeddings, labels).detach(), F.cross_entropy(20 * embeddings @ centers.T, target)
+        )
+
+
+def test_the_class_softmax_is_the_normalised_softmax_of_pytorch_metric_learning() -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    torch.manual_seed(0)
+    softmax, theirs = ClassSoftmax(7, 5), losses.NormalizedSoftmaxLoss(7, 5)
+    with torch.no_grad():
+        theirs.W.copy_(softmax.centers_cD.T)
+    embeddings, labels = F.normalize(torch.randn(4, 5), dim=1), torch.tensor([3, 6, 3, 5])
+    torch.testing.assert_close(softmax(embeddings, labels), theirs(embeddings, labels))
+    for name in METRIC_LEARNING_LOSSES:
+        loss = metric_learning_loss(name, num_classes=7, proxies_per_class=2, embedding_dim=5)
+        assert loss(embeddings, labels).isfinite()
+        (parameter,) = loss.parameters()
+        assert parameter.numel() == 7 * 5 * (2 if name == "soft_triple" else 1)
+
+
+def test_the_class_softmax_is_the_same_over_three_ranks() -> None:
+    loss, own_gradients, gradients = share_of_softmax(None)
+    results = run_ranks(share_of_softmax, 3)
+    for other_loss, _, _ in results:
+        torch.testing.assert_close(other_loss, loss)
+    torch.testing.assert_close(torch.cat([result[1] for result in results]), own_gradients)
+    torch.testing.assert_close(torch.cat([result[2] for result in results]), gradients)
+
+
+def share_of_softmax(context: ParallelContext | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, the centres' gradient and the embeddings' of this rank's share of 7 classes and 6 images."""
+    generator = torch.Generator().manual_seed(0)
+    centers, embeddings = torch.randn(7, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    labels = torch.tensor([0, 6, 3, 3, 2, 5])
+    softmax = ClassSoftmax(7, 5, group=None if context is None else context.group)
+    with torch.no_grad():
+        softmax.centers_cD.copy_(centers[softmax.partition.start : softmax.partition.stop])
+    if context is not None:
+        embeddings, labels = embeddings.chunk(3)[context.rank], labels.chunk(3)[context.rank]
+    embeddings.requires_grad_()
+    loss = softmax(embeddings, labels)
+    loss.backward()
+    assert softmax.centers_cD.grad is not None
+    assert embeddings.grad is not None
+    return loss.detach(), softmax.centers_cD.grad, embeddings.grad
+
+
+def test_a_bar_is_met_or_missed() -> None:
+    shape = {"num_classes": 1_000_000, "embedding_dim": 128, "step_ms": 100.0}
+    larger = {"num_classes": 10_000_000, "embedding_dim": 64, "step_ms": 600.0}
+    rows = [
+        row("sop", "published", "adam", forward_backward_over_product=100, extra_mib=700),
+        row("sop", "proxygml", "adam", forward_backward_over_product=5, extra_mib=100),
+        row("1m", "proxygml", "rowwise_adagrad", step_over_product=1.5, extra_mib=401, **shape),
+        row("10m", "proxygml", "rowwise_adagrad", step_over_product=1.5, extra_mib=100, **larger),
+    ]
+    assert [[*line.split(": ")[0].split(), line.split(": ")[-1]] for line in bars(rows)] == [
+        ["met", "sop", "20.00, bar >= 20"],
+        ["missed", "sop", "7.00, bar >= 8"],
+        ["met", "1m", "1.50, bar <= 2"],
+        ["missed", "1m", "401.00, bar <= 400"],
+        ["met", "10m", "1.20, bar <= 1.5"],
+    ]
+
+
+def row(size: str, head: str, optimizer: str, **values: float) -> dict[str, Any]:
+    return {"size": size, "head": head, "optimizer": optimizer, **values}
+
+
+def test_a_bar_of_ranks_is_met_or_missed() -> None:
+    rows = [
+        {"head": "candidates", "num_classes": classes, "ranks": ranks, "bank_mib": bank, "state_mib": bank}
+        | {"received_bytes": received, "formula_bytes": 100 * (ranks - 1)}
+        for classes, ranks, bank, received in ((10, 1, 8.0, 0), (10, 2, 4.0, 100), (90, 1, 72.0, 0), (90, 2, 72.0, 102))
+    ]
+    assert [line.split()[0] for line in bars_of_ranks(rows)] == ["missed", "missed", "missed"]
+    rows[3].update(bank_mib=36.0, state_mib=36.0, received_bytes=100)
+    assert [line.split()[0] for line in bars_of_ranks(rows)] == ["met", "met", "met"]
