@@ -125,6 +125,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the JSON lines as well")
     arguments = parser.parse_args()
     settings = Settings(arguments.repeats, arguments.threads, arguments.device)
+    load = os.getloadavg()[0]
+    if load > 0.5:  # threads that wait for each other at every chunk suffer most
+        print(f"others keep {load:.1f} of {os.cpu_count()} cores busy: expect wrong times, also with fewer threads")
     rows: list[Row] = []
     for name in arguments.sizes:
         size = SIZES[name]
@@ -190,7 +193,7 @@ def measured(head: str, optimizer: str | None, size: Size, settings: Settings) -
             return pool.submit(measure, head, optimizer, size, settings).result()
     except BrokenProcessPool:
         return {"skipped": "its process was killed, most likely for want of memory"}
-    except KeyError as error:
+    except ImportError as error:
         return {"skipped": f"not installed: {error.name}"}
 
 

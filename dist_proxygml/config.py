@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dist_proxygml.partition import ClassPartition
 
-
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB)"
 

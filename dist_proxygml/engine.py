@@ -12,10 +12,11 @@ step that the engine skips, on all ranks alike, says so in `step_was_applied`; c
 DeepSpeed would not, or would forget the scale, are refused.
 """
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,7 @@ class Engine:
         outside: Iterable[nn.Parameter] = (),
     ) -> None:
         _refuse_partitioned_parameters(model, optimizer, outside=outside)
-        if _is_enabled(settings, "fp16") and context.device.type == "cpu":
-            raise AgreedError(
-                "deepspeed.fp16 is enabled, but needs a GPU: this run is on CPUs; use deepspeed.bf16, or neither"
-            )
+        _refuse_fp16_on_cpu(settings, context.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of DeepSpeed's own imports
             import deepspeed
@@ -67,9 +65,10 @@ class Engine:
             "LOCAL_RANK", str(context.local_rank)
         )  # DeepSpeed insists on it, also when a launcher is not used
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
-        )
+        with _no_first_step(optimizer):
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
+            )
         self._gathered = deepspeed.zero.GatheredParameters
         self._device = context.device
 
@@ -155,10 +154,10 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
         )
     autocast_dtype = config.deepspeed.get("torch_autocast", {}).get("dtype")
     if _is_enabled(config.deepspeed, "torch_autocast") and autocast_dtype not in _BFLOAT16:
-        # float16: stage 0 reports a skipped step as applied, stages 1 to 3 never lower the scale. None: float16 unscaled.
+        # float16: stage 0 calls skipped steps applied, 1 to 3 never lower the scale; null is float16 without a scale
         raise ValueError(
-            f"deepspeed.torch_autocast.dtype must be bfloat16, got {autocast_dtype!r}, whose loss scaling does not work "
-            "with DeepSpeed's steps; use bfloat16, or deepspeed.fp16 with zero_optimization.stage 1, 2 or 3"
+            f"deepspeed.torch_autocast.dtype must be bfloat16, got {autocast_dtype!r}, whose loss scaling does not fit "
+            "DeepSpeed's steps; use bfloat16, or deepspeed.fp16 with zero_optimization.stage 1, 2 or 3"
         )
     return {
         "steps_per_print": 1 << 40,  # progress is shown by telemetry.py
@@ -169,8 +168,33 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo the step without a gradient that DeepSpeed takes to allocate an optimizer's state (bf16 without ZeRO).
+
+    It decays the weights, and leaves Adam one step ahead in its bias correction: the first update came out half as
+    large as with ZeRO. Without a learning rate it moves nothing; the moments and step counts are set to 0 again.
+    """
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    yield
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["lr"] = learning_rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
 def _is_enabled(settings: Mapping[str, Any], section: str) -> bool:
     return bool(settings.get(section, {}).get("enabled", False))
+
+
+def _refuse_fp16_on_cpu(settings: Mapping[str, Any], device: torch.device) -> None:
+    if _is_enabled(settings, "fp16") and device.type == "cpu":
+        raise AgreedError(
+            "deepspeed.fp16 is enabled, which needs a GPU, but this run is on CPUs; use deepspeed.bf16, or neither"
+        )
 
 
 def _refuse_partitioned_parameters(

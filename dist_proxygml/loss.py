@@ -266,11 +266,18 @@ class ProxyGMLLoss(nn.Module):
             memory_budget=self.memory_budget,
             batch_size=batch_size,
         )
-        shared = {"partition": self.partition, "group": self.group, "memory_budget": self.memory_budget}
         if num_anchors is None:
-            return proxy_regularizer(self.proxies, **shared)
+            return proxy_regularizer(
+                self.proxies, partition=self.partition, group=self.group, memory_budget=self.memory_budget
+            )
         anchors_A = draw_anchors(num_classes * num_per_class, num_anchors, seed=self.seed, draw=self.draw)
-        return sampled_proxy_regularizer(self.proxies, anchors_A.to(self.proxies.device), **shared)
+        return sampled_proxy_regularizer(
+            self.proxies,
+            anchors_A.to(self.proxies.device),
+            partition=self.partition,
+            group=self.group,
+            memory_budget=self.memory_budget,
+        )
 
     def _agree_on_rows(self, embeddings: Tensor, labels: Tensor) -> list[int]:
         """Rows of every rank, after every rank's batch was found valid."""

@@ -11,6 +11,7 @@ sparse gradient the plan takes the most there can be, as if no two images kept t
 """
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ _BYTES_PER_SELECTED_PAIR = 20
 _BYTES_PER_KEPT_PAIR = 120
 _EXAMPLES = """examples:
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8
-  python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 64 --memory "80 GiB" --set data.num_classes=10000000 --set proxies.topk=1000 --set proxies.ratio=null
+  python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 64 --memory "80 GiB" \\
+      --set data.num_classes=10000000 --set proxies.topk=1000 --set proxies.ratio=null --set training.batch_size=64
 """
 
 
@@ -110,7 +112,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         "topk": topk,
         "world_size": world_size,
     }
-    selection = proxies.selection
+    selection: str = proxies.selection
     if selection == "auto":
         selection = cheapest_selection(**sizes, may_gather=not sparse)
 
@@ -185,11 +187,14 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
     """
     if plan.total_bytes <= memory:
         return
+    bank, gradient, optimizer, working, total = map(
+        format_bytes,
+        (plan.bank_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.working_bytes, plan.total_bytes),
+    )
     raise ValueError(
-        f"expected a head of at most {format_bytes(memory)} per rank, the memory that is left there, got "
-        f"{format_bytes(plan.total_bytes)} on {plan.world_size} rank(s): bank {format_bytes(plan.bank_bytes)}, gradient "
-        f"{format_bytes(plan.gradient_bytes)}, optimizer state {format_bytes(plan.optimizer_bytes)}, working memory "
-        f"{format_bytes(plan.working_bytes)}; {_what_would_fit(config, plan, memory, device)}"
+        f"expected a head of at most {format_bytes(memory)} per rank, the memory that is left there, got {total} on "
+        f"{plan.world_size} rank(s): bank {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
+        f"{working}; {_what_would_fit(config, plan, memory, device)}"
     )
 
 
@@ -202,13 +207,13 @@ def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) ->
         return plan_head(changed, world_size=world_size, device=device).total_bytes <= memory
 
     remedies = []
-    for key, changes in (
-        ("optimizer.proxies_name=rowwise_adagrad", {"optimizer": {"proxies_name": "rowwise_adagrad"}}),
-        ("proxies.selection=candidates", {"proxies": {"selection": "candidates"}}),
-        ('proxies.memory_budget="64 MiB"', {"proxies": {"memory_budget": "64 MiB"}}),
+    for section, key, value in (
+        ("optimizer", "proxies_name", "rowwise_adagrad"),
+        ("proxies", "selection", "candidates"),
+        ("proxies", "memory_budget", "64 MiB"),
     ):
-        if fits(changes, plan.world_size):
-            remedies.append(f"--set {key}")
+        if fits({section: {key: value}}, plan.world_size):
+            remedies.append(f"--set {section}.{key}={json.dumps(value) if ' ' in value else value}")
     slots = config.training.batch_size // config.accumulation
     more = (ranks for ranks in range(plan.world_size + 1, slots + 1) if slots % ranks == 0)
     ranks = next((ranks for ranks in more if fits({}, ranks)), None)

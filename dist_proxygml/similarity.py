@@ -1,4 +1,4 @@
-"""Cosine similarities of images and proxies, a chunk of proxies at a time, and gradients through the pairs that are kept.
+"""Cosine similarities of images and proxies, a chunk of proxies at a time; gradients through the pairs that are kept.
 
     S[i, j] = x_i . p_j / |p_j|
 
@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dist_proxygml.matmul import product
 
 _NORM_FLOOR = 1e-12  # of torch.nn.functional.normalize
 # Similarities of a chunk on a CPU: 2 MiB in float32, which stay in the cache until they were compared.
@@ -222,23 +224,17 @@ def _pairs_above(
 
 
 def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) -> Iterator[tuple[int, Tensor]]:
-    """First proxy and similarities [w, R] of each chunk, w a multiple of the group; the next chunk overwrites them.
+    """First proxy and similarities [w, R] of each chunk, w a multiple of the group.
 
     Proxies by rows: a product with few columns is faster than one with few rows, and whole groups are contiguous.
     """
     num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
     width = chunk_width(num_rows, memory_budget=memory_budget, device=embeddings_RD.device.type)
-    width = min(width, math.ceil(num_proxies / _GROUP) * _GROUP)
-    buffer_wR = embeddings_RD.new_empty(width, num_rows)
     for first in range(0, num_proxies, width):
         chunk = slice(first, first + width)
         proxies_wD = bank.proxies[chunk]
-        similarity_wR = buffer_wR[: len(proxies_wD)]
-        _product(proxies_wD, embeddings_RD, bank.matmul_dtype, out=similarity_wR)
-        similarity_wR.mul_(bank.inverse_norm[chunk, None])
-        whole = math.ceil(len(proxies_wD) / _GROUP) * _GROUP
-        buffer_wR[len(proxies_wD) : whole] = -math.inf
-        yield first, buffer_wR[:whole]
+        similarity_wR = _product(proxies_wD, embeddings_RD, bank.matmul_dtype).mul_(bank.inverse_norm[chunk, None])
+        yield first, F.pad(similarity_wR, (0, 0, 0, -len(proxies_wD) % _GROUP), value=-math.inf)
 
 
 def chunk_width(num_rows: int, *, memory_budget: int, device: str) -> int:
@@ -249,15 +245,15 @@ def chunk_width(num_rows: int, *, memory_budget: int, device: str) -> int:
     return max(_GROUP, similarities // max(1, num_rows) // _GROUP * _GROUP)
 
 
-def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     """left @ right.T, summed in the precision that the inputs came in."""
     dtype = left.dtype
     if matmul_dtype == torch.float32:  # that is, not less than what the inputs are
-        return torch.mm(left, right.T, out=out)
+        return product(left, right)
     left, right = left.to(matmul_dtype), right.to(matmul_dtype)
     if left.device.type == "cuda":
-        return torch.mm(left, right.T, out_dtype=dtype, out=out)
-    return torch.mm(left.to(dtype), right.to(dtype).T, out=out)  # the same rounding of the inputs, slowly
+        return torch.mm(left, right.T, out_dtype=dtype)
+    return product(left.to(dtype), right.to(dtype))  # the same rounding of the inputs, slowly
 
 
 def _groups_above(similarity_wR: Tensor, floor_R: Tensor, first: int, group: int) -> _Groups:
@@ -273,8 +269,11 @@ def _with_groups(pairs: Pairs, found: list[_Groups], floor_R: Tensor, excluded_R
     if not found:
         return pairs
     row_h, first_proxy_h, similarity_hg = (torch.cat(parts) for parts in zip(*found, strict=True))
-    hit_n, offset_n = (similarity_hg > floor_R[row_h, None]).nonzero().unbind(1)
-    row_n, proxy_n, similarity_n = row_h[hit_n], first_proxy_h[hit_n] + offset_n, similarity_hg[hit_n, offset_n]
+    if similarity_hg.shape[1] == 1:
+        row_n, proxy_n, similarity_n = row_h, first_proxy_h, similarity_hg[:, 0]
+    else:
+        hit_n, offset_n = (similarity_hg > floor_R[row_h, None]).nonzero().unbind(1)
+        row_n, proxy_n, similarity_n = row_h[hit_n], first_proxy_h[hit_n] + offset_n, similarity_hg[hit_n, offset_n]
     start_n, stop_n = excluded_R2[row_n].unbind(1)
     allowed_n = (proxy_n < start_n) | (proxy_n >= stop_n)
     row_n, proxy_n, similarity_n = (

@@ -33,6 +33,7 @@ def bytes_per_step(
     own_rows = batch_size // world_size
     counts = [count * proxies_per_class for count in ClassPartition(num_classes, world_size).counts()]
     reduced = 2 * others / world_size  # received per byte that is all-reduced
+    choice: float
     sizes = others * 2 * _LABEL
     if selection == "gather":
         bank = 2 * others * counts[0] * embedding_dim * _FLOAT  # rows are padded to the longest partition

@@ -110,17 +110,14 @@ def on_one_rank(accumulation: int, batch_norm: str) -> dict[str, np.ndarray]:
         (2, 1, 0, "train"),
         (3, 1, 0, "train"),
         (2, 2, 0, "train"),
-        (1, 2, 0, "frozen"),
-        (2, 1, 2, "frozen"),
         (2, 1, 3, "frozen"),
-        (2, 2, 1, "frozen"),
-        (3, 2, 0, "frozen"),
+        (3, 2, 1, "frozen"),
     ],
 )
 def test_twenty_steps_give_the_same_parameters(
     world_size: int, accumulation: int, zero_stage: int, batch_norm: str
 ) -> None:
-    # batch statistics are those of a micro-batch, and so differ with its size; fixed ones do not
+    # all stages of ZeRO: test_scaling_rules.py; batch statistics are those of a micro-batch, and differ with its size
     expected = on_one_rank(accumulation if batch_norm == "train" else 1, batch_norm)
     got = whole(run_ranks(trained_parameters, world_size, accumulation, zero_stage, batch_norm, timeout=120))
     assert got.keys() == expected.keys()

@@ -19,8 +19,8 @@ def test_the_plan_of_stanford_online_products_on_eight_ranks() -> None:
     assert (plan.num_proxies, plan.topk, plan.selection) == (11_318, 566, "candidates")
     assert plan.bank_bytes == 1415 * 512 * 4  # 11,318 classes over 8 ranks, the largest share
     assert plan.optimizer_bytes == 2 * plan.bank_bytes
-    # from 7 ranks: two sizes; of 4 images each the embeddings and their gradient, a label, 565 candidates, threshold and
-    # quota; and four numbers of 32 images through a ring
+    # from 7 ranks: two sizes; of 4 images each the embeddings and their gradient, a label, 565 candidates, a threshold
+    # and a quota; and four numbers of 32 images through a ring
     values = 7 * (16 + 4 * (2 * 512 * 4 + 8 + 565 * 4 + 16))
     assert plan.received_bytes_per_step == values + 2 * 7 / 8 * 32 * 4 * 4
 
@@ -62,10 +62,9 @@ def very_many(*changes: str) -> Config:
 def test_a_head_that_does_not_fit_is_refused_with_what_would_fit() -> None:
     config = very_many()
     plan = plan_head(config, world_size=8)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"at most 80\.0 GiB per rank") as caught:
         check_fits(config, plan, memory=80 << 30)
     message = str(caught.value)
-    assert "at most 80.0 GiB per rank" in message
     assert "got 95.4 GiB on 8 rank(s)" in message
     assert "what would fit: --set optimizer.proxies_name=rowwise_adagrad, or 16 ranks" in message
     for change, ranks in (("optimizer.proxies_name=rowwise_adagrad", 8), ("optimizer.proxies_name=null", 16)):

@@ -301,7 +301,7 @@ def test_sparse_gradients_add_up_over_calls_and_step_torch_s_sparse_adam() -> No
 
 
 def test_a_sparse_gradient_with_a_regulariser_is_refused() -> None:
-    with pytest.raises(ValueError, match="regularization_weight 0 with a sparse gradient, got 0.3"):
+    with pytest.raises(ValueError, match=r"regularization_weight 0 with a sparse gradient, got 0\.3"):
         ProxyGMLLoss(6, 4, topk=3, sparse=True, regularization_weight=0.3)
 
 
