@@ -148,6 +148,9 @@ class ProxiesConfig(_Section):
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the inputs of products; similarities and sums are float32 either way."
     )
+    fused: bool = Field(
+        False, description="On NVIDIA GPUs: kernels that never write a similarity, instead of torch's operators."
+    )
     initialization: Literal["published", "unit", "class_mean"] = Field(
         "published",
         description="published: uniform in +-1/sqrt(C*N); unit: random unit vectors; class_mean: mean embedding of "

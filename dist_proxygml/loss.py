@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dist_proxygml.bank import Bank, Pairs, build_bank
 from dist_proxygml.collectives import (
     AgreedError,
     all_reduce_max,
@@ -48,14 +49,7 @@ from dist_proxygml.regularizer import (
     sampled_proxy_regularizer,
 )
 from dist_proxygml.selection import Exchange, num_kept_proxies, select_negatives
-from dist_proxygml.similarity import (
-    Bank,
-    Pairs,
-    build_bank,
-    embedding_gradient,
-    pair_similarities,
-    proxy_gradient,
-)
+from dist_proxygml.similarity import embedding_gradient, pair_similarities, proxy_gradient
 from dist_proxygml.traffic import cheapest_selection
 
 
@@ -102,6 +96,8 @@ class ProxyGMLLoss(nn.Module):
         memory_budget: bytes for similarities and kept pairs, beyond the bank, its gradient and optimizer state.
         matmul_dtype: torch.bfloat16 rounds the inputs of the similarity product; its result, the softmax and all
             gradients stay in the precision of the proxies.
+        fused: on an NVIDIA GPU, in float32: kernels that never write a similarity (fused.py, needs triton) instead of
+            torch's operators.
         sparse: `proxies.grad` becomes a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) has it: only
             classes with a kept proxy are in it. Not with a regulariser, whose gradient touches every proxy.
         initialization: "published", uniform in +-1/sqrt(C*N), or "unit", random unit vectors.
@@ -133,6 +129,7 @@ class ProxyGMLLoss(nn.Module):
         selection: Literal["auto", "gather", "candidates", "histogram"] = "auto",
         memory_budget: int = 1 << 28,
         matmul_dtype: torch.dtype = torch.float32,
+        fused: bool = False,
         sparse: bool = False,
         initialization: Literal["published", "unit"] = "published",
         seed: int = 0,
@@ -168,6 +165,7 @@ class ProxyGMLLoss(nn.Module):
         self.selection = selection
         self.memory_budget = memory_budget
         self.matmul_dtype = matmul_dtype
+        self.fused = fused
         self.sparse = sparse
         self.seed = seed
         self.draw = 0
@@ -246,6 +244,7 @@ class ProxyGMLLoss(nn.Module):
             exchange="histogram" if selection == "histogram" else "candidates",
             memory_budget=self.memory_budget,
             matmul_dtype=self.matmul_dtype,
+            fused=self.fused,
             sparse=self.sparse,
         )
         nll_R, kept_R = _Classification.apply(embeddings_RD, proxies_cND, labels_R, settings)
@@ -373,6 +372,7 @@ class _Settings(NamedTuple):
     exchange: Exchange
     memory_budget: int
     matmul_dtype: torch.dtype
+    fused: bool
     sparse: bool
 
 
@@ -388,7 +388,7 @@ class _Classification(torch.autograd.Function):
     def forward(ctx, embeddings_RD, proxies_cND, labels_R, settings):  # type: ignore[no-untyped-def]
         num_rows, num_per_class = len(embeddings_RD), proxies_cND.shape[1]
         partition, group = settings.partition, settings.group
-        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype)
+        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype, fused=settings.fused)
 
         # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
         first_proxy_R = (labels_R - partition.start) * num_per_class
@@ -445,7 +445,8 @@ class _Classification(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient_R, _):  # type: ignore[no-untyped-def]
         embeddings_RD, proxies_cND, inverse_norm_p, weight_n, *pairs = ctx.saved_tensors
-        bank, pairs = Bank(proxies_cND.flatten(0, 1), inverse_norm_p), Pairs(*pairs)
+        bank = Bank(proxies_cND.flatten(0, 1), inverse_norm_p, fused=ctx.settings.fused)
+        pairs = Pairs(*pairs)
         weight_n = weight_n * gradient_R[pairs.row]
         d_embeddings_RD = d_proxies_cND = None
         if ctx.needs_input_grad[0]:

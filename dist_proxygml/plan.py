@@ -44,7 +44,7 @@ _BYTES_PER_KEPT_PAIR = 120
 _EXAMPLES = """examples:
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 64 --memory "80 GiB" \\
-      --set data.num_classes=10000000 --set proxies.topk=1000 --set proxies.ratio=null --set training.batch_size=64
+      --set data.num_classes=10000000 proxies.topk=1000 proxies.ratio=null training.batch_size=8192
 """
 
 
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, type=Path, help="configuration of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, repeatable")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the ranks"

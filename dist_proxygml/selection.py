@@ -32,8 +32,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_proxygml.bank import Bank, Pairs
 from dist_proxygml.collectives import all_reduce_sum, exchange_rows, gather_rows, rank_in, world_size_of
-from dist_proxygml.similarity import BYTES_PER_PAIR, Bank, Pairs, all_similarities, best_pairs, expected_pairs, padded
+from dist_proxygml.similarity import BYTES_PER_PAIR, all_similarities, best_pairs, expected_pairs, padded
 
 Exchange = Literal["candidates", "histogram"]
 

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_proxygml.bank import Bank, Pairs
 from dist_proxygml.matmul import product
 
-_NORM_FLOOR = 1e-12  # of torch.nn.functional.normalize
 # Similarities of a chunk on a CPU: 2 MiB in float32, which stay in the cache until they were compared.
 _CACHED_SIMILARITIES = 1 << 19
 # Proxies that are compared together before they are looked at one by one.
@@ -36,38 +36,6 @@ _GROUP = 16
 _ROWS_PER_UPDATE = 4096
 # Bytes of a pair while pairs are collected: row, proxy and value, and the copies that choosing and sorting them need.
 BYTES_PER_PAIR = 100
-
-
-class Pairs(NamedTuple):
-    """Pairs of an image and a proxy, ordered by row, then by proxy."""
-
-    row: Tensor
-    """int64 [n]."""
-    proxy: Tensor
-    """int64 [n], index among the proxies at hand."""
-    similarity: Tensor
-    """[n]."""
-
-
-class Bank(NamedTuple):
-    """Proxies to compare with."""
-
-    proxies: Tensor
-    """[p, D], unnormalised."""
-    inverse_norm: Tensor
-    """[p], one over their lengths."""
-    matmul_dtype: torch.dtype = torch.float32
-    """bfloat16 rounds the inputs of the products to it; their sums stay in the precision of the proxies."""
-
-
-def build_bank(proxies_pD: Tensor, *, matmul_dtype: torch.dtype = torch.float32) -> Bank:
-    """A bank of unnormalised proxies [p, D]; their lengths are at least 1e-12, as torch.nn.functional.normalize has it.
-
-    A proxy that is NaN or infinite has an inverse length of NaN.
-    """
-    norm_p = torch.linalg.vector_norm(proxies_pD, dim=1)
-    norm_p.masked_fill_(norm_p == math.inf, math.nan)
-    return Bank(proxies_pD, norm_p.clamp_min_(_NORM_FLOOR).reciprocal_(), matmul_dtype)
 
 
 def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
@@ -123,6 +91,10 @@ def padded(pairs: Pairs, *, num_rows: int) -> tuple[Tensor, Tensor]:
 
 def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: int) -> Tensor:
     """Gradient [R, D] of sum_n weight_n * S[row_n, proxy_n] with respect to the embeddings."""
+    if bank.fused:
+        from dist_proxygml import fused
+
+        return fused.embedding_gradient(pairs, bank, weight_n, num_rows=num_rows)
     count_R = torch.bincount(pairs.row, minlength=num_rows)
     return F.embedding_bag(
         pairs.proxy,
@@ -144,6 +116,10 @@ def proxy_gradient(
         touched_only: the proxies with a pair, int64 [u] ascending, and their gradients [u, D]; all others have none.
         Otherwise all proxies [p] and their gradients [p, D].
     """
+    if bank.fused:
+        from dist_proxygml import fused
+
+        return fused.proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=touched_only)
     proxy_n, order_n = torch.sort(pairs.proxy.int(), stable=True)
     if touched_only:
         proxy_u, count_u = torch.unique_consecutive(proxy_n, return_counts=True)
@@ -210,8 +186,22 @@ def _pairs_above(
     embeddings_RD: Tensor, bank: Bank, floor_R: Tensor, excluded_R2: Tensor, num_wanted: int, memory_budget: int
 ) -> Pairs:
     """All pairs with S > floor, until the budget is full; from then on only the best `num_wanted` of each row."""
-    group = _GROUP if 4 * _GROUP * num_wanted <= len(bank.proxies) else 1  # where most groups hold none
     most = max(memory_budget // (2 * BYTES_PER_PAIR), 2 * num_wanted * len(embeddings_RD))
+    if bank.fused:
+        from dist_proxygml import fused  # triton is not there on every machine
+
+        pairs = fused.pairs_above(
+            embeddings_RD,
+            bank.proxies,
+            bank.inverse_norm,
+            floor_R,
+            excluded_R2,
+            matmul_dtype=bank.matmul_dtype,
+            capacity=most,
+        )
+        if pairs is not None:
+            return pairs
+    group = _GROUP if 4 * _GROUP * num_wanted <= len(bank.proxies) else 1  # where most groups hold none
     nothing = torch.empty(0, dtype=torch.int64, device=embeddings_RD.device)
     pairs, found, num_found = Pairs(nothing, nothing, embeddings_RD.new_empty(0)), [], 0
     for first, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):

@@ -9,6 +9,7 @@ step, not a history.
 import itertools
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from dist_proxygml.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from dist_proxygml.collectives import all_reduce_sum
+from dist_proxygml.collectives import AgreedError, all_reduce_sum
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, build_evaluation_loader, build_train_loader
@@ -39,6 +40,7 @@ from dist_proxygml.evaluation.embed import save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_settings, evaluate
 from dist_proxygml.evaluation.report import format_table, write_report
 from dist_proxygml.loss import LossTerms, ProxyGMLLoss
+from dist_proxygml.memory import available_memory
 from dist_proxygml.optim import (
     build_backbone_optimizer,
     build_bank_optimizer,
@@ -47,8 +49,8 @@ from dist_proxygml.optim import (
     set_learning_rates,
     wants_sparse_gradient,
 )
-from dist_proxygml.parallel import OneRankError, ParallelContext, on_main, run_together
-from dist_proxygml.plan import plan_head
+from dist_proxygml.parallel import OneRankError, ParallelContext, everyone, on_main, run_together
+from dist_proxygml.plan import HeadPlan, check_fits, plan_head
 from dist_proxygml.proxies import replace_by_class_means_
 from dist_proxygml.telemetry import Telemetry
 
@@ -95,9 +97,14 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
             damaged.
     """
     # 1. Refuse what cannot work before anything is built.
+    if config.proxies.fused and context.device.type != "cuda":
+        raise AgreedError(
+            f"expected an NVIDIA GPU with proxies.fused, got a device of type {context.device.type}; set it to false"
+        )
     run_directory = config.run_directory
     checkpoints = run_directory / "checkpoints"
-    plan = run_together(context, lambda: plan_head(config, world_size=context.world_size))
+    plan = run_together(context, lambda: plan_head(config, world_size=context.world_size, device=context.device.type))
+    _check_memory(config, plan, context)
     train_index, test_index = run_together(context, _open_data, config)
     found = on_main(context, checkpoint_to_continue, checkpoints, resume)
     steps_per_epoch = run_together(
@@ -175,6 +182,7 @@ def build_train_state(config: Config, context: ParallelContext, *, steps_per_epo
         regularization_anchors=config.proxies.regularization_anchors,
         selection=config.proxies.selection,
         memory_budget=config.proxies.memory_budget_bytes,
+        fused=config.proxies.fused,
         matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
         sparse=wants_sparse_gradient(config),
         initialization="published" if config.proxies.initialization == "published" else "unit",
@@ -428,6 +436,14 @@ def _learning_rates(state: TrainState) -> list[float]:
     frozen = state.step // state.steps_per_epoch + 1 in state.config.training.frozen_trunk_epochs
     embedding = optimizer.embedding_lr or optimizer.backbone_lr
     return [0.0 if frozen else factor * optimizer.backbone_lr, factor * embedding, factor * optimizer.proxies_lr]
+
+
+def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> None:
+    """Refuse a head that does not fit into what is left on this rank's device; ranks share the memory of a host."""
+    hosts = everyone(context, socket.gethostname())
+    num_sharing = hosts.count(socket.gethostname()) if context.device.type == "cpu" else 1
+    memory = available_memory(context.device) // num_sharing
+    run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
 
 
 def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex]:

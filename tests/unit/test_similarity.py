@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_proxygml import similarity as module
+from dist_proxygml.bank import Bank, Pairs, build_bank
 from dist_proxygml.selection import looks_at_pairs, rows_per_block, select_negatives
 from dist_proxygml.similarity import (
-    Bank,
-    Pairs,
     best_pairs,
-    build_bank,
     chunk_width,
     embedding_gradient,
     pair_similarities,
