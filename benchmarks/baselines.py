@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, gather_rows, rank_in, world_size_of
+from dist_proxygml.matmul import product
 from dist_proxygml.partition import ClassPartition
 
 # Proxies of a chunk of the bare product: 8 MB of similarities at 64 images. Neither half nor twice as many is faster.
@@ -40,16 +41,24 @@ class BareProduct:
         proxies_PD: the bank; not copied.
         batch_size: B.
         matmul_dtype: of the factors, which are rounded chunk by chunk.
+        onednn: by the product that the head uses on CPUs (matmul.py), instead of torch.mm; float32 only.
     """
 
-    def __init__(self, proxies_PD: Tensor, *, batch_size: int, matmul_dtype: torch.dtype) -> None:
+    def __init__(
+        self, proxies_PD: Tensor, *, batch_size: int, matmul_dtype: torch.dtype, onednn: bool = False
+    ) -> None:
         self.proxies_PD = proxies_PD
+        self.onednn = onednn
         self.matmul_dtype = matmul_dtype
         self.similarity_wB = proxies_PD.new_empty(min(_CHUNK, len(proxies_PD)), batch_size, dtype=matmul_dtype)
 
     @torch.no_grad()
     def __call__(self, embeddings_BD: Tensor) -> None:
         """Compute them all and keep none."""
+        if self.onednn:
+            for chunk_wD in self.proxies_PD.split(_CHUNK // 4):
+                product(chunk_wD, embeddings_BD)
+            return
         embeddings_DB = embeddings_BD.to(self.matmul_dtype).T
         for chunk_wD in self.proxies_PD.split(_CHUNK):
             torch.mm(chunk_wD.to(self.matmul_dtype), embeddings_DB, out=self.similarity_wB[: len(chunk_wD)])

@@ -91,7 +91,8 @@ SIZES = {
     "h100_10m": Size(1024, 10_000_000, 1, 256, topk=1000, matmul_dtype="bfloat16"),
 }
 DEFAULT_SIZES = ("sop", "cars", "100k", "1m", "10m")
-HEADS = ("product", *BASELINES, "proxygml")
+PRODUCTS = ("product", "onednn_product")
+HEADS = (*PRODUCTS, *BASELINES, "proxygml")
 
 
 class Settings(NamedTuple):
@@ -139,7 +140,7 @@ def main() -> None:
             row = {"size": name, "head": head, "optimizer": optimizer, **measured(head, optimizer, size, settings)}
             if head in ("published", "normalized_softmax") and reference is None and "skipped" not in row:
                 reference = row
-            if reference is not None and "skipped" not in row and head != "product":
+            if reference is not None and "skipped" not in row and optimizer is not None:
                 row["reference"] = reference["head"]
                 row["faster"] = reference["step_over_product"] / row["step_over_product"]
             rows.append(row)
@@ -160,7 +161,7 @@ def rows_of(size: Size, heads: tuple[str, ...]) -> Iterator[tuple[str, str | Non
     for head in HEADS:
         if head not in heads or (head in BASELINES and not size.dense):
             continue
-        if head == "product":
+        if head in PRODUCTS:
             yield head, None
         elif head != "proxygml":
             yield head, "adam"
@@ -213,7 +214,7 @@ def measure(head_name: str, optimizer_name: str | None, size: Size, settings: Se
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     if optimizer_name is None:
-        return {**measure_product(size, settings), **size._asdict()}
+        return {**measure_product(head_name, size, settings), **size._asdict()}
     return {**measure_head(head_name, optimizer_name, size, settings), **size._asdict()}
 
 
@@ -263,24 +264,30 @@ def measure_head(head_name: str, optimizer_name: str, size: Size, settings: Sett
     }
 
 
-def measure_product(size: Size, settings: Settings) -> Row:
-    """The bare product, over a bank of the same size."""
+def measure_product(head_name: str, size: Size, settings: Settings) -> Row:
+    """The bare product, over a bank of the same size; by torch.mm beside it where it is another one."""
     device, matmul_dtype = settings.device, getattr(torch, size.matmul_dtype)
     tiny_bank = torch.ones(64, size.embedding_dim, device=device)
     batches = random_batches(size, device)
     BareProduct(tiny_bank, batch_size=size.batch_size, matmul_dtype=matmul_dtype)(next(batches)[0])
     start_bytes = peak_bytes(device)
     bank_PD = torch.empty(size.num_proxies, size.embedding_dim, device=device).uniform_(-1, 1)
-    product = BareProduct(bank_PD, batch_size=size.batch_size, matmul_dtype=matmul_dtype)
-    time_product(product, next(batches)[0], device)
-    times = [time_product(product, next(batches)[0], device) for _ in repeated(settings.repeats)]
+    bare, product = (
+        BareProduct(bank_PD, batch_size=size.batch_size, matmul_dtype=matmul_dtype, onednn=onednn)
+        for onednn in (False, head_name == "onednn_product")
+    )
+    pairs = []
+    for _ in repeated(settings.repeats + 1):
+        embeddings, _ = next(batches)
+        pairs.append((time_product(product, embeddings, device), time_product(bare, embeddings, device)))
+    times, _ = zip(*pairs[1:], strict=True)
     peak = peak_bytes(device) - start_bytes
     return {
         "forward_ms": statistics.median(times),
         "step_ms": statistics.median(times),
         "fastest_step_ms": min(times),
         "slowest_step_ms": max(times),
-        "step_over_product": 1.0,
+        "step_over_product": statistics.median(own / beside for own, beside in pairs[1:]),
         **memory_columns(peak, bank=bytes_of(bank_PD), state=0, dense_gradient=False),
         "steps": len(times),
     }

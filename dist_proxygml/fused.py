@@ -12,6 +12,8 @@ Written in Triton, which comes with torch on Linux. This file cannot be imported
 they have a GPU at hand. With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on a CPU,
 slowly: tests do that.
 
+Triton runs kernels on the current device, torch's operators where the tensors are: hence the `device_of` around calls.
+
 Declined: TF32 for float32 inputs (ten bits of mantissa choose other proxies); sums over segments by atomic additions
 (another result in each run); counting first and writing in order in a second pass (no sort, but twice the product).
 
@@ -68,21 +70,22 @@ def pairs_above(
     tile = _tile(num_rows, matmul_dtype)
     num_tiles = triton.cdiv(num_rows, tile["BLOCK_R"]) * triton.cdiv(num_proxies, tile["BLOCK_P"])
     if num_tiles > 0:
-        _pairs_above_kernel[(num_tiles,)](
-            embeddings_RD.to(matmul_dtype).contiguous(),
-            proxies_pD,
-            inverse_norm_p,
-            floor_R.contiguous(),
-            excluded_R2.clamp(0, num_proxies).int().contiguous(),
-            key_n,
-            similarity_n,
-            num_found,
-            num_rows,
-            num_proxies,
-            dim,
-            capacity,
-            **tile,
-        )
+        with torch.cuda.device_of(proxies_pD):
+            _pairs_above_kernel[(num_tiles,)](
+                embeddings_RD.to(matmul_dtype).contiguous(),
+                proxies_pD,
+                inverse_norm_p,
+                floor_R.contiguous(),
+                excluded_R2.clamp(0, num_proxies).int().contiguous(),
+                key_n,
+                similarity_n,
+                num_found,
+                num_rows,
+                num_proxies,
+                dim,
+                capacity,
+                **tile,
+            )
     count = int(num_found)
     if count > capacity:
         return None
@@ -111,20 +114,21 @@ def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: 
     order_s = torch.argsort(segment_s - first_segment_R[row_s], stable=True)
     partial_sD = bank.proxies.new_empty(len(segment_s), dim)
     block = _columns(dim)
-    _segment_sums_kernel[(len(segment_s), triton.cdiv(dim, block))](
-        order_s,
-        start_s,
-        stop_s,
-        pairs.proxy,
-        weight_n,
-        bank.inverse_norm,
-        bank.proxies,
-        partial_sD,
-        dim,
-        BLOCK_N=32,
-        BLOCK_D=block,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(bank.proxies):
+        _segment_sums_kernel[(len(segment_s), triton.cdiv(dim, block))](
+            order_s,
+            start_s,
+            stop_s,
+            pairs.proxy,
+            weight_n,
+            bank.inverse_norm,
+            bank.proxies,
+            partial_sD,
+            dim,
+            BLOCK_N=32,
+            BLOCK_D=block,
+            num_warps=4,
+        )
     # 3. Each row's sum of them.
     return F.embedding_bag(segment_s, partial_sD, first_segment_R, mode="sum")
 
@@ -152,23 +156,24 @@ def proxy_gradient(
     gradient_uD = embeddings_RD.new_empty(len(proxy_u), dim)
     block = _columns(dim)
     if len(proxy_u) > 0:
-        _proxy_gradient_kernel[(len(proxy_u) * triton.cdiv(dim, block),)](
-            proxy_u,
-            torch.searchsorted(proxy_n, proxy_u),
-            torch.searchsorted(proxy_n, proxy_u, right=True),
-            order_n,
-            pairs.row,
-            pairs.similarity,
-            weight_n,
-            bank.inverse_norm,
-            embeddings_RD.contiguous(),
-            bank.proxies,
-            gradient_uD,
-            dim,
-            BLOCK_N=8,
-            BLOCK_D=block,
-            num_warps=1,
-        )
+        with torch.cuda.device_of(bank.proxies):
+            _proxy_gradient_kernel[(len(proxy_u) * triton.cdiv(dim, block),)](
+                proxy_u,
+                torch.searchsorted(proxy_n, proxy_u),
+                torch.searchsorted(proxy_n, proxy_u, right=True),
+                order_n,
+                pairs.row,
+                pairs.similarity,
+                weight_n,
+                bank.inverse_norm,
+                embeddings_RD.contiguous(),
+                bank.proxies,
+                gradient_uD,
+                dim,
+                BLOCK_N=8,
+                BLOCK_D=block,
+                num_warps=1,
+            )
     return proxy_u.long(), gradient_uD
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, gather_rows
+from dist_proxygml.matmul import product
 from dist_proxygml.partition import ClassPartition
 
 _NORM_FLOOR = 1e-12  # of torch.nn.functional.normalize
@@ -183,7 +184,7 @@ class _Full(torch.autograd.Function):
                 d_logits_nC = kept_probability_nC * scale_n1
             own_Nw = _of_own_class(d_logits_nC, partition.start + chunk.start, num_per_class)
             own_Nw -= scale_cN[chunk].T
-            torch.mm(d_logits_nC, sums_CD, out=d_proxies_cND[chunk].view(-1, sums_CD.shape[1]))
+            d_proxies_cND[chunk] = product(d_logits_nC, sums_CD.T).view(d_proxies_cND[chunk].shape)
             d_sums_CD.addmm_(d_logits_nC.T, proxies_cND[chunk].flatten(0, 1))
 
         # 2. Through the class sums, which every rank's anchors have met.
@@ -231,7 +232,7 @@ class _Sampled(torch.autograd.Function):
         for chunk, rows, column_r in ctx.chunks:
             proxies_wND = proxies_cND[chunk]
             sums_wD = _class_sums(proxies_wND, _inverse(torch.linalg.vector_norm(proxies_wND, dim=2)))
-            logits_Aw = anchors_AD @ sums_wD.T
+            logits_Aw = product(anchors_AD, sums_wD)
             local_target_A[rows] = logits_Aw[rows].gather(1, column_r[:, None])[:, 0]
             local_log_sum_A = torch.logaddexp(local_log_sum_A, logits_Aw.logsumexp(dim=1))
 
@@ -257,7 +258,7 @@ class _Sampled(torch.autograd.Function):
             norm_wN = torch.linalg.vector_norm(proxies_wND, dim=2)
             inverse_wN = _inverse(norm_wN)
             sums_wD = _class_sums(proxies_wND, inverse_wN)
-            d_logits_Aw = (anchors_AD @ sums_wD.T).sub_(log_sum_A[:, None]).exp_()
+            d_logits_Aw = product(anchors_AD, sums_wD).sub_(log_sum_A[:, None]).exp_()
             d_logits_Aw[rows].scatter_add_(1, column_r[:, None], -d_logits_Aw.new_ones(len(column_r), 1))
             d_anchors_AD.addmm_(d_logits_Aw, sums_wD)
             d_sums_wD = d_logits_Aw.T @ anchors_AD
@@ -286,7 +287,7 @@ def _class_sums(proxies_wND: Tensor, inverse_wN: Tensor) -> Tensor:
 
 def _log_probabilities(proxies_wND: Tensor, norm_wN: Tensor, sums_CD: Tensor) -> Tensor:
     """Log-softmax [n, C] of the unit proxies' products with the class sums."""
-    logits_nC = proxies_wND.flatten(0, 1) @ sums_CD.T
+    logits_nC = product(proxies_wND.flatten(0, 1), sums_CD)
     return logits_nC.mul_(_inverse(norm_wN).view(-1, 1)).log_softmax(dim=1)
 
 

@@ -41,7 +41,7 @@ def linear_configuration(case: Case, **deepspeed: Any) -> Config:
     return configuration(
         # batch statistics are those of a micro-batch, which differs with the accumulation
         backbone={"name": "small_cnn", "embedding_dim": 8, "batch_norm": "frozen", "options": {"width": 4}},
-        optimizer={"name": "adam", "backbone_lr": 5.0, "proxies_lr": 20.0, "eps": 10.0},
+        optimizer={"name": "adam", "backbone_lr": 5.0, "proxies_lr": 20.0, "eps": 10.0, "weight_decay": 0.1},
         schedule={"name": "constant"},
         training={"epochs": NUM_EPOCHS, "batch_size": BATCH_SIZE},
         deepspeed={

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_proxygml import similarity
-from dist_proxygml.similarity import Bank, Pairs
+from dist_proxygml import ProxyGMLLoss, similarity
+from dist_proxygml.bank import Bank, Pairs, build_bank
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which comes with torch on Linux"
@@ -220,7 +220,7 @@ def test_nothing_above_the_floor_or_nothing_at_all_gives_no_pair(interpreted, si
 
 def test_inputs_are_rounded_to_bfloat16_and_sums_are_not(interpreted) -> None:
     embeddings_RD = normal(21, 67, seed=5)
-    bank = similarity.build_bank(normal(77, 67, seed=8), matmul_dtype=torch.bfloat16)
+    bank = build_bank(normal(77, 67, seed=8), matmul_dtype=torch.bfloat16)
     similarity_Rp = similarity.all_similarities(embeddings_RD, bank)
     sorted_Rp = similarity_Rp.sort(dim=1).values
     floor_R = sorted_Rp[:, 40:42].mean(dim=1)  # between two values: no rounding error decides
@@ -245,7 +245,7 @@ def test_the_gradient_of_the_embeddings_is_that_of_the_twin(interpreted, dim) ->
     """Rows of none, one, exactly a segment, a segment and one, and several segments of pairs."""
     generator = torch.Generator().manual_seed(6)
     counts = [0, 1, 1024, 0, 1025, 2500, 0]
-    bank = similarity.build_bank(normal(2600, dim, seed=9))
+    bank = build_bank(normal(2600, dim, seed=9))
     row_n = torch.repeat_interleave(torch.tensor(counts))
     proxy_n = torch.cat([torch.randperm(2600, generator=generator)[:count].sort().values for count in counts])
     pairs = Pairs(row_n, proxy_n, torch.zeros(len(row_n)))
@@ -260,7 +260,7 @@ def test_the_gradient_of_the_embeddings_is_that_of_the_twin(interpreted, dim) ->
 def test_the_gradient_of_the_proxies_is_that_of_the_twin(interpreted, dim, touched_only) -> None:
     """From pairs in no order, with proxies of none and of more pairs than are read at once."""
     generator = torch.Generator().manual_seed(7)
-    bank = similarity.build_bank(normal(61, dim, seed=10))
+    bank = build_bank(normal(61, dim, seed=10))
     embeddings_RD = normal(23, dim, seed=11)
     pairs = some_pairs(23, 61, num_pairs=150)
     hot = Pairs(torch.arange(23), torch.full((23,), 59), torch.randn(23, generator=generator))
@@ -282,7 +282,7 @@ def test_the_gradient_of_the_proxies_is_that_of_the_twin(interpreted, dim, touch
 
 
 def test_without_a_pair_gradients_are_zero_or_empty(interpreted) -> None:
-    bank = similarity.build_bank(torch.ones(5, 3))
+    bank = build_bank(torch.ones(5, 3))
     none = Pairs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     for num_rows in (0, 2):
         gradient_RD = interpreted("embedding_gradient", none, bank, torch.zeros(0), num_rows=num_rows)
@@ -293,6 +293,24 @@ def test_without_a_pair_gradients_are_zero_or_empty(interpreted) -> None:
         )
         assert torch.equal(proxy_u, torch.arange(num_proxies))
         assert torch.equal(gradient_uD, torch.zeros(num_proxies, 3))
+
+
+@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_and_its_gradients_do_not_change(interpreted, matmul_dtype) -> None:
+    plain, fused = _loss(matmul_dtype, False), interpreted("_loss", matmul_dtype, True)
+    assert torch.equal(fused[1], plain[1])  # the same classes have a gradient
+    for of_kernels, of_twin in zip(fused, plain, strict=True):
+        torch.testing.assert_close(of_kernels, of_twin, rtol=1e-5, atol=1e-6)
+
+
+def _loss(matmul_dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
+    """Loss, classes with a gradient, their gradients and those of the embeddings."""
+    loss = ProxyGMLLoss(4801, 6, topk=9, scale=5.0, matmul_dtype=matmul_dtype, fused=fused, sparse=True)
+    embeddings = torch.nn.functional.normalize(normal(7, 6, seed=12)).requires_grad_()
+    total = loss(embeddings, torch.arange(0, 4801, 701)).total
+    total.backward()
+    gradient = loss.proxies.grad.coalesce()
+    return total.detach(), gradient.indices(), gradient.values(), embeddings.grad
 
 
 TYPES = {
