@@ -145,6 +145,13 @@ class ProxyGMLLoss(nn.Module):
             raise ValueError(f'selection must be "auto", "gather", "candidates" or "histogram", got {selection!r}')
         if matmul_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
+        if not memory_budget > 0:
+            raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
+        if sparse and selection == "gather":
+            raise ValueError(
+                'expected selection "auto", "candidates" or "histogram" with a sparse gradient, got "gather": the '
+                "gradient of a gathered bank is dense; use sparse=False"
+            )
         if sparse and regularization_weight > 0:
             raise ValueError(
                 f"expected regularization_weight 0 with a sparse gradient, got {regularization_weight}: the "

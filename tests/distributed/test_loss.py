@@ -150,6 +150,21 @@ def test_float32_agrees_with_the_oracle_to_float32(selection: str) -> None:
     assert relative_difference(grad_embeddings, expected.grad_embeddings) < 1e-5
 
 
+def test_a_row_at_a_time_gives_the_same_loss_and_gradients() -> None:
+    cuts = [
+        cut._replace(problem=cut.problem._replace(regularization_weight=0.0))
+        for cut in CUTS.values()
+        if len(cut.row_counts) == 3
+    ]
+    tasks = [
+        Task(problem, row_counts, {"selection": selection, "memory_budget": 1, "gradient_reduction": "sum"})
+        for problem, row_counts in cuts
+        for selection in SELECTIONS
+    ]
+    for task, results in zip(tasks, outcomes_of(tasks, world_size=3), strict=True):
+        assert_agrees_with_the_oracle(results, task.problem)
+
+
 def test_all_selections_keep_the_same_proxies_where_numbers_are_exact() -> None:
     problem = tied_problem(num_classes=7, proxies_per_class=2, topk=6, num_directions=4, seed=3)
     gather, *others = outcomes_of(

@@ -126,22 +126,19 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> float:
 def test_an_update_does_not_depend_on_ranks_accumulation_or_zero(case: Case, world_size: int) -> None:
     expected = updates(1)[Case()]
     for name, values in updates(world_size)[case].items():
-        # float32 sums in another order; measured are 5e-6 at most
-        assert difference(values, expected[name]) < 5e-5, name
+        # float32 sums in another order; measured are 5e-7 at most
+        assert difference(values, expected[name]) < 1e-5, name
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("case", BFLOAT16, ids=str)
 def test_a_bf16_update_differs_by_rounding_only(case: Case, world_size: int) -> None:
-    got = updates(world_size)[case]
-    for name, values in updates(1)[BFLOAT16[0]].items():
-        # Gradients and weights are rounded to 8 bits, per micro-batch and per rank; measured are 0.048 at most, in the
-        # first layer, whose weights moved by some hundred of their roundings. A factor of 2 would give 0.5 or 1.
-        assert difference(got[name], values) < 0.1, name
-    for name in ("embedding.weight", "embedding.bias", "proxies", "loss", "backbone_norm", "proxies_norm"):
-        # The layers before it hold their weights near 1, where a step of bf16 is as large as the whole update.
-        assert difference(got[name], updates(1)[Case()][name]) < 0.05, name
+    for name, values in updates(world_size)[case].items():
+        # Weights, activations and gradients keep 8 bits, and gradients are rounded for every micro-batch and rank.
+        # Measured are 0.075 and 0.022 at most; a factor of 2 would give 0.5 or 1.
+        assert difference(values, updates(1)[Case()][name]) < 0.12, name
+        assert difference(values, updates(1)[BFLOAT16[0]][name]) < 0.05, name
 
 
 class Fp16Run(NamedTuple):

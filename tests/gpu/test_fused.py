@@ -110,14 +110,13 @@ def test_a_similarity_does_not_depend_on_where_its_proxy_lies(matmul_dtype: torc
     from dist_proxygml import fused
 
     embeddings_RD = F.normalize(normal(70, 96, seed=0))
-    proxies_pD = normal(1000, 96, seed=1)
+    bank = build_bank(normal(1000, 96, seed=1))
     found = []
     for first in (0, 37):
-        bank = build_bank(proxies_pD[first:])
         pairs = fused.pairs_above(
             embeddings_RD,
-            bank.proxies,
-            bank.inverse_norm,
+            bank.proxies[first:],
+            bank.inverse_norm[first:],
             torch.full((70,), -math.inf, device=DEVICE),
             nothing_excluded(70),
             matmul_dtype=matmul_dtype,

@@ -183,6 +183,8 @@ def test_k_above_twice_n_is_silent() -> None:
         ({"scale": float("nan")}, "scale"),
         ({"gradient_reduction": "average"}, "gradient_reduction.*'average'"),
         ({"selection": "all"}, "selection.*'all'"),
+        ({"memory_budget": 0}, "memory_budget.*0"),
+        ({"matmul_dtype": torch.float16}, "matmul_dtype.*float16"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(setting: dict[str, Any], named: str) -> None:
@@ -303,6 +305,11 @@ def test_sparse_gradients_add_up_over_calls_and_step_torch_s_sparse_adam() -> No
 def test_a_sparse_gradient_with_a_regulariser_is_refused() -> None:
     with pytest.raises(ValueError, match=r"regularization_weight 0 with a sparse gradient, got 0\.3"):
         ProxyGMLLoss(6, 4, topk=3, sparse=True, regularization_weight=0.3)
+
+
+def test_a_sparse_gradient_of_a_gathered_bank_is_refused() -> None:
+    with pytest.raises(ValueError, match="the gradient of a gathered bank is dense"):
+        ProxyGMLLoss(6, 4, topk=3, sparse=True, selection="gather")
 
 
 # The regulariser from a draw
