@@ -92,7 +92,10 @@ SIZES = {
 }
 DEFAULT_SIZES = ("sop", "cars", "100k", "1m", "10m")
 PRODUCTS = ("product", "onednn_product")
-HEADS = (*PRODUCTS, *BASELINES, "proxygml")
+PROXYGML = ("proxygml", "proxygml_fused")
+HEADS = (*PRODUCTS, *BASELINES, *PROXYGML)
+# Heads that only one kind of device has.
+ONLY_ON = {"onednn_product": "cpu", "proxygml_fused": "cuda"}
 
 
 class Settings(NamedTuple):
@@ -136,7 +139,8 @@ def main() -> None:
             size = size._replace(matmul_dtype=arguments.matmul_dtype)
         print_heading(name, size)
         reference: Row | None = None
-        for head, optimizer in rows_of(size, arguments.heads):
+        heads = tuple(head for head in arguments.heads if ONLY_ON.get(head, settings.device) == settings.device)
+        for head, optimizer in rows_of(size, heads):
             row = {"size": name, "head": head, "optimizer": optimizer, **measured(head, optimizer, size, settings)}
             if head in ("published", "normalized_softmax") and reference is None and "skipped" not in row:
                 reference = row
@@ -163,7 +167,7 @@ def rows_of(size: Size, heads: tuple[str, ...]) -> Iterator[tuple[str, str | Non
             continue
         if head in PRODUCTS:
             yield head, None
-        elif head != "proxygml":
+        elif head not in PROXYGML:
             yield head, "adam"
         else:
             if size.dense:
@@ -305,7 +309,7 @@ def repeated(repeats: int) -> Iterator[None]:
 def build_head(name: str, size: Size, device: str, *, sparse: bool) -> Head:
     """A head with its initial proxies."""
     matmul_dtype = getattr(torch, size.matmul_dtype)
-    if name in ("proxygml", "published"):
+    if name in (*PROXYGML, "published"):
         proxygml = ProxyGMLLoss(
             size.num_classes,
             size.embedding_dim,
@@ -314,9 +318,10 @@ def build_head(name: str, size: Size, device: str, *, sparse: bool) -> Head:
             topk=size.topk,
             regularization_weight=size.regularization_weight,
             matmul_dtype=matmul_dtype,
+            fused=name == "proxygml_fused",
             sparse=sparse,
         ).to(device)
-        if name == "proxygml":
+        if name in PROXYGML:
             return Head(lambda embeddings, labels: proxygml(embeddings, labels).total, [proxygml.proxies])
         module: nn.Module = PublishedProxyGML(
             proxygml.proxies.detach().flatten(0, 1),
@@ -504,7 +509,7 @@ def check_losses(rows: list[Row]) -> None:
         losses = {
             f"{row['head']} {row['optimizer']}": row["loss"]
             for row in rows
-            if row["size"] == name and row["head"] in ("published", "proxygml") and "loss" in row
+            if row["size"] == name and row["head"] in ("published", *PROXYGML) and "loss" in row
         }
         if losses and max(losses.values()) - min(losses.values()) > 1e-4 * abs(max(losses.values())):
             raise SystemExit(f"{name}: expected the same loss of every formulation, got {losses}")

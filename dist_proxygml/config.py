@@ -390,6 +390,11 @@ class Config(_Section):
                 f"expected proxies.regularization_weight 0 for optimizer.proxies_name 'sparse_adam', got {weight}: the "
                 "regulariser gives every proxy a gradient; set it to 0, or proxies_name to rowwise_adagrad, sgd or adam"
             )
+        if self.optimizer.proxies_rule == "sparse_adam" and self.proxies.selection == "gather":
+            raise ValueError(
+                "expected proxies.selection auto, candidates or histogram for optimizer.proxies_name 'sparse_adam', "
+                "got 'gather': the gradient of a gathered bank is dense; change one of them"
+            )
         return self
 
     @model_validator(mode="after")

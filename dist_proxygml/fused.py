@@ -17,7 +17,7 @@ Triton runs kernels on the current device, torch's operators where the tensors a
 Declined: TF32 for float32 inputs (ten bits of mantissa choose other proxies); sums over segments by atomic additions
 (another result in each run); counting first and writing in order in a second pass (no sort, but twice the product).
 
-Dimension key: R rows (images), p proxies, n pairs, u proxies whose gradient is wanted, s segments of rows, D
+Dimension key: R rows (images), r rows and one, p proxies, n pairs, u proxies whose gradient is wanted, s segments, D
 embedding. Inside kernels the names of blocks of indices are in the singular, and P, R, D, N are the blocks' sizes.
 """
 

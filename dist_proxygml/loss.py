@@ -317,6 +317,8 @@ class ProxyGMLLoss(nn.Module):
                 f"expected {dtype} embeddings (like the proxies) and torch.int64 labels, got {embeddings.dtype} and "
                 f"{labels.dtype} {where}; convert them, or the loss with .to(dtype)"
             )
+        if self.fused and dtype != torch.float32:
+            return f"expected float32 proxies and embeddings with fused=True, got {dtype} {where}; use fused=False"
         return None
 
     def _problem_with(self, embeddings: Tensor, labels: Tensor) -> str | None:

@@ -62,14 +62,14 @@ def build_bank_optimizer(config: OptimizerConfig, proxies: nn.Parameter) -> torc
 def wants_sparse_gradient(config: Config) -> bool:
     """Whether the loss should give the proxies a sparse gradient.
 
-    It should where the rule of the bank leaves classes alone that no image kept, and there is no regulariser, whose
-    gradient reaches every proxy.
+    It should where the rule of the bank leaves classes alone that no image kept, unless the gradient is dense anyway:
+    that of the regulariser reaches every proxy, and that of a gathered bank comes back whole.
     """
     rule = config.optimizer.proxies_rule
     is_sparse_rule = rule in ("rowwise_adagrad", "sparse_adam") or (
         rule == "sgd" and _sgd_leaves_unkept_proxies(config.optimizer)
     )
-    return is_sparse_rule and config.proxies.regularization_weight == 0
+    return is_sparse_rule and config.proxies.regularization_weight == 0 and config.proxies.selection != "gather"
 
 
 def learning_rate_factor(config: ScheduleConfig, *, step: int, steps_per_epoch: int, num_steps: int) -> float:

@@ -17,7 +17,7 @@ Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Usi
 2010.13636), section 3.4; the estimator is ours.
 
 Dimension key: a/A anchors of this rank / over the group, c/C classes, p/P proxies, N proxies per class, D embedding, w
-classes and n = w * N proxies of a chunk; lower case is this rank's slice.
+classes and n = w * N proxies of a chunk, o entries that are an anchor's own class; lower case is this rank's slice.
 """
 
 import itertools
@@ -73,8 +73,8 @@ def sampled_proxy_regularizer(
 
     Args:
         proxies_cND: this rank's proxies, of any length.
-        anchors_A: int64 on the CPU, the same on every rank: global proxy indices (class * N + number in the class),
-            ascending, at least one.
+        anchors_A: int64, the same on every rank, on the CPU, where they are looked up: global proxy indices (class * N
+            + number in the class), ascending, at least one.
         partition: whose classes they are.
         group: the ranks; None for one process.
         memory_budget: bytes of one rank for anchors, class sums and logits. The anchors and their gradient are held in
@@ -83,6 +83,7 @@ def sampled_proxy_regularizer(
     Raises:
         ValueError: anchors that are not ascending proxy indices.
     """
+    anchors_A = anchors_A.cpu()
     num_proxies = partition.num_classes * proxies_cND.shape[1]
     ascending = bool((anchors_A[1:] > anchors_A[:-1]).all())
     if len(anchors_A) == 0 or not ascending or anchors_A[0] < 0 or anchors_A[-1] >= num_proxies:
@@ -104,8 +105,8 @@ def regularizer_anchors(
 ) -> int | None:
     """How many anchors estimate the regulariser; None: none are drawn, it is computed in full.
 
-    It is computed in full where the float32 class sums of all classes and their gradient take at most half of the
-    budget, and half is left for the logits.
+    It is computed in full where the float32 class sums of all classes and their gradient take at most a third of the
+    budget. Another third holds them once more, transposed and while they are added up, and the last one logits.
 
     Args:
         num_classes: C, over all ranks.
@@ -117,7 +118,7 @@ def regularizer_anchors(
             regulariser then costs 1/N of the similarities.
     """
     if wanted is None:
-        if 2 * num_classes * embedding_dim * 4 <= memory_budget // 2:
+        if 2 * num_classes * embedding_dim * 4 <= memory_budget // 3:
             return None
         wanted = batch_size
     return wanted if wanted < num_classes * proxies_per_class else None
@@ -150,9 +151,9 @@ class _Full(torch.autograd.Function):
         sums_CD = gather_rows(sums_cD, row_counts=partition.counts(), group=group)
         ctx.chunks = _chunks_of_classes(
             proxies_cND,
-            # logits, their log-softmax and the chunk before; the product that a scalar product of rows makes first
-            numbers_per_class=num_per_class * (3 * len(sums_CD) + dim),
-            numbers_besides=3 * sums_CD.numel(),  # they, their gradient, and its sum over ranks
+            # logits, their log-softmax, the chunk before; proxies transposed, products of numbers to be added up
+            numbers_per_class=num_per_class * (3 * len(sums_CD) + 2 * dim),
+            numbers_besides=4 * sums_CD.numel(),  # they, transposed, their gradient, and what is added to it
             memory_budget=memory_budget,
         )
         total, probability_nC = proxies_cND.new_zeros(()), None
@@ -175,7 +176,7 @@ class _Full(torch.autograd.Function):
 
         # 1. Through the anchors' side of the logits u_j . s_c, and the class sums' gradient from this rank's anchors.
         d_proxies_cND = torch.empty(proxies_cND.shape, dtype=proxies_cND.dtype, device=proxies_cND.device)
-        d_sums_CD = torch.zeros_like(sums_CD)
+        d_sums_CD, sums_DC = torch.zeros_like(sums_CD), sums_CD.T.contiguous()
         for chunk in ctx.chunks:
             scale_n1 = scale_cN[chunk].view(-1, 1)
             if kept_probability_nC is None:
@@ -184,8 +185,8 @@ class _Full(torch.autograd.Function):
                 d_logits_nC = kept_probability_nC * scale_n1
             own_Nw = _of_own_class(d_logits_nC, partition.start + chunk.start, num_per_class)
             own_Nw -= scale_cN[chunk].T
-            d_proxies_cND[chunk] = product(d_logits_nC, sums_CD.T).view(d_proxies_cND[chunk].shape)
-            d_sums_CD.addmm_(d_logits_nC.T, proxies_cND[chunk].flatten(0, 1))
+            d_proxies_cND[chunk] = product(d_logits_nC, sums_DC).view(d_proxies_cND[chunk].shape)
+            d_sums_CD += product(d_logits_nC.T, proxies_cND[chunk].flatten(0, 1).T)
 
         # 2. Through the class sums, which every rank's anchors have met.
         d_sums_cD = all_reduce_sum(d_sums_CD, group=ctx.group)[partition.start : partition.stop]
@@ -221,20 +222,20 @@ class _Sampled(torch.autograd.Function):
         class_A = anchors_A // num_per_class - partition.start
         chunks = _chunks_of_classes(
             proxies_cND,
-            # logits, their log-sum-exp and the chunk before; class sums likewise; the product as above, and norms
-            numbers_per_class=3 * num_anchors + 4 * dim + num_per_class * (dim + 4),
-            numbers_besides=3 * anchors_AD.numel(),  # they, their gradient, and its sum over ranks
+            # logits, their log-sum-exp, the chunk before; class sums likewise; products as above, and norms
+            numbers_per_class=3 * num_anchors + 5 * dim + num_per_class * (dim + 4),
+            numbers_besides=5 * anchors_AD.numel(),  # they, transposed, their gradient, what is added, its sum
             memory_budget=memory_budget,
         )
-        ctx.chunks = [(chunk, *_rows_of_classes(class_A, chunk, proxies_cND.device)) for chunk in chunks]
+        ctx.chunks = [(chunk, *_own_entries(class_A, chunk, proxies_cND.device)) for chunk in chunks]
         local_log_sum_A = anchors_AD.new_full((num_anchors,), -math.inf)
         local_target_A = anchors_AD.new_zeros(num_anchors)
-        for chunk, rows, column_r in ctx.chunks:
+        for chunk, class_o, anchor_o in ctx.chunks:
             proxies_wND = proxies_cND[chunk]
             sums_wD = _class_sums(proxies_wND, _inverse(torch.linalg.vector_norm(proxies_wND, dim=2)))
-            logits_Aw = product(anchors_AD, sums_wD)
-            local_target_A[rows] = logits_Aw[rows].gather(1, column_r[:, None])[:, 0]
-            local_log_sum_A = torch.logaddexp(local_log_sum_A, logits_Aw.logsumexp(dim=1))
+            logits_wA = product(sums_wD, anchors_AD)
+            local_target_A[anchor_o] = logits_wA[class_o, anchor_o]
+            local_log_sum_A = torch.logaddexp(local_log_sum_A, logits_wA.logsumexp(dim=0))
 
         # 3. All ranks' classes.
         max_A = all_reduce_max(local_log_sum_A, group=group)
@@ -252,16 +253,16 @@ class _Sampled(torch.autograd.Function):
 
         # 1. The class sums' gradient, which is that of each of their unit proxies, and the anchors' from these classes.
         d_proxies_cND = torch.empty(proxies_cND.shape, dtype=proxies_cND.dtype, device=proxies_cND.device)
-        d_anchors_AD = torch.zeros_like(anchors_AD)
-        for chunk, rows, column_r in ctx.chunks:
+        d_anchors_AD, anchors_DA = torch.zeros_like(anchors_AD), anchors_AD.T.contiguous()
+        for chunk, class_o, anchor_o in ctx.chunks:
             proxies_wND, d_proxies_wND = proxies_cND[chunk], d_proxies_cND[chunk]
             norm_wN = torch.linalg.vector_norm(proxies_wND, dim=2)
             inverse_wN = _inverse(norm_wN)
             sums_wD = _class_sums(proxies_wND, inverse_wN)
-            d_logits_Aw = product(anchors_AD, sums_wD).sub_(log_sum_A[:, None]).exp_()
-            d_logits_Aw[rows].scatter_add_(1, column_r[:, None], -d_logits_Aw.new_ones(len(column_r), 1))
-            d_anchors_AD.addmm_(d_logits_Aw, sums_wD)
-            d_sums_wD = d_logits_Aw.T @ anchors_AD
+            d_logits_wA = product(sums_wD, anchors_AD).sub_(log_sum_A).exp_()
+            d_logits_wA[class_o, anchor_o] -= 1
+            d_anchors_AD += product(d_logits_wA.T, sums_wD.T)
+            d_sums_wD = product(d_logits_wA, anchors_DA)
             torch.mul(d_sums_wD[:, None], (scale * inverse_wN)[:, :, None], out=d_proxies_wND)
             _remove_radial_part_(d_proxies_wND, proxies_wND, norm_wN)
 
@@ -300,10 +301,13 @@ def _of_own_class(matrix_nC: Tensor, first_class: int, num_per_class: int) -> Te
     return matrix_wNw.diagonal(dim1=0, dim2=2)
 
 
-def _rows_of_classes(class_A: Tensor, classes: slice, device: torch.device) -> tuple[slice, Tensor]:
-    """The adjacent rows whose class lies in `classes`, and their columns there [r]; `class_A` is ascending."""
-    rows = slice(*torch.searchsorted(class_A, torch.tensor([classes.start, classes.stop])).tolist())
-    return rows, (class_A[rows] - classes.start).to(device)
+def _own_entries(class_A: Tensor, classes: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The entries of a chunk of classes by anchors that are an anchor's own class: class in the chunk [o], anchor [o].
+
+    `class_A` is ascending, on the CPU.
+    """
+    first, stop = torch.searchsorted(class_A, torch.tensor([classes.start, classes.stop])).tolist()
+    return (class_A[first:stop] - classes.start).to(device), torch.arange(first, stop, device=device)
 
 
 def _remove_radial_part_(gradient: Tensor, proxies: Tensor, norm: Tensor) -> None:

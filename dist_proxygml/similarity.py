@@ -206,10 +206,11 @@ def _pairs_above(
     pairs, found, num_found = Pairs(nothing, nothing, embeddings_RD.new_empty(0)), [], 0
     for first, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):
         found.append(_groups_above(similarity_wR, floor_R, first, group))
-        num_found += len(found[-1].row)
+        num_found += found[-1].similarity.numel()  # at most so many pairs
         if num_found > most:
-            pairs, floor_R = _best_of(_with_groups(pairs, found, floor_R, excluded_R2), floor_R, num_wanted)
-            found, num_found = [], len(pairs.row)
+            pairs, found, num_found = _with_groups(pairs, found, floor_R, excluded_R2), [], 0
+            if len(pairs.row) > most:
+                pairs, floor_R = _best_of(pairs, floor_R, num_wanted)
     return _with_groups(pairs, found, floor_R, excluded_R2)
 
 

@@ -5,6 +5,7 @@ import-linter, a dependency for sixty lines.
 """
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ OWNERS: dict[str, set[str]] = {
     "psutil": {"memory"},
     "pydantic": {"config"},
     "timm": {"backbone"},
+    "triton": {"fused"},
     "torch.utils.tensorboard": {"telemetry"},
 }
 
@@ -56,6 +58,7 @@ MATHS = {
     "evaluation.metrics",
     "evaluation.ranking",
     "evaluation.search",
+    "fused",
     "loss",
     "matmul",
     "partition",
@@ -224,6 +227,8 @@ assert torch.equal(before[0], after[0]) and before[1:] == after[1:], "seed or th
     # DeepSpeed prints while it is imported, and its owner may not be asked to prevent that.
     quiet = [f"{PACKAGE}.{name}" for name in MODULES if not name.startswith("launchers.")]
     quiet = [name for name in quiet if own_module(name) not in importers_of("deepspeed")]
+    if importlib.util.find_spec("triton") is None:  # torch brings it on Linux only
+        quiet = [name for name in quiet if own_module(name) not in importers_of("triton")]
     result = subprocess.run(
         [sys.executable, "-c", program, PACKAGE, *quiet],
         cwd=ROOT,

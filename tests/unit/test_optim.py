@@ -88,13 +88,13 @@ def test_clipping_scales_a_part_by_the_norm_of_the_whole() -> None:
 # Optimizers of the bank
 
 
-def configuration(*, regularization_weight: float = 0.0, **optimizer: Any) -> Config:
+def configuration(*, regularization_weight: float = 0.0, selection: str = "auto", **optimizer: Any) -> Config:
     transform = {"name": "resize", "size": 8}
     raw = {
         "name": "optimizers",
         "data": {"shards": "unused", "num_classes": 7, "train_transform": transform, "test_transform": transform},
         "backbone": {"name": "small_cnn"},
-        "proxies": {"ratio": 0.5, "regularization_weight": regularization_weight},
+        "proxies": {"ratio": 0.5, "regularization_weight": regularization_weight, "selection": selection},
         "optimizer": {"backbone_lr": 0.1, "proxies_lr": 0.1, **optimizer},
         "training": {"epochs": 1, "batch_size": 4},
     }
@@ -200,6 +200,8 @@ def test_every_rule_steps_on_a_rank_without_classes(rule: str) -> None:
     [
         ({"proxies_name": "rowwise_adagrad"}, True),
         ({"proxies_name": "rowwise_adagrad", "regularization_weight": 0.3}, False),
+        ({"proxies_name": "rowwise_adagrad", "selection": "histogram"}, True),
+        ({"proxies_name": "rowwise_adagrad", "selection": "gather"}, False),
         ({"proxies_name": "sparse_adam"}, True),
         ({"proxies_name": "sgd"}, True),
         ({"proxies_name": "sgd", "regularization_weight": 0.3}, False),
@@ -228,6 +230,10 @@ def test_the_gradient_is_sparse_where_nothing_but_the_kept_classes_moves(
         (
             {"proxies_name": "sparse_adam", "regularization_weight": 0.3},
             "expected proxies.regularization_weight 0 .*'sparse_adam', got 0.3.*set it to 0",
+        ),
+        (
+            {"proxies_name": "sparse_adam", "selection": "gather"},
+            "expected proxies.selection auto, .*'sparse_adam', got 'gather'.*change one of them",
         ),
     ],
 )

@@ -192,12 +192,12 @@ def test_anchors_that_are_not_ascending_indices_are_refused(anchors: list[int]) 
 
 
 def test_the_number_of_anchors_follows_from_the_budget() -> None:
-    def anchors(num_classes: int, *, wanted: int | None = None, memory_budget: int = 64_000) -> int | None:
+    def anchors(num_classes: int, *, wanted: int | None = None, memory_budget: int = 96_000) -> int | None:
         return regularizer_anchors(
             num_classes, 8, proxies_per_class=3, wanted=wanted, memory_budget=memory_budget, batch_size=32
         )
 
-    # class sums and gradient: 2 * 500 classes * 8 * 4 bytes are half of the budget
+    # class sums and gradient: 2 * 500 classes * 8 * 4 bytes are a third of the budget
     assert anchors(500) is None
     assert anchors(501) == 32
     assert anchors(10, memory_budget=1) is None  # 30 proxies, fewer than the batch has images
@@ -239,8 +239,8 @@ def test_memory_stays_within_the_budget(proxies_per_class: int) -> None:
     # 600 classes: one product of all proxies with all class sums would take 2.9 MB or three times that
     proxies_CND = random_proxies(600, proxies_per_class, 16)
     anchors_A = draw_anchors(600 * proxies_per_class, 50, seed=0, draw=0)
-    budget = 300_000
-    assert 150_000 < peak_memory(full, proxies_CND, budget) < budget
+    budget = 450_000
+    assert 300_000 < peak_memory(full, proxies_CND, budget) < budget
     budget = 60_000
     assert 30_000 < peak_memory(sampled, proxies_CND, anchors_A, budget) < budget
     assert peak_memory(dense, proxies_CND) > 2_800_000  # the measurement sees what is there

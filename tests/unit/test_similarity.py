@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -136,11 +137,19 @@ def test_the_guess_keeps_few_pairs_more_than_wanted() -> None:
     assert 16 * 256 <= len(pairs.row) < 4 * 16 * 256
 
 
-def test_mass_ties_stay_within_the_budget() -> None:
+def test_mass_ties_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = build_bank(torch.ones(50_003, 2, dtype=torch.float64))
-    rows, budget = random_rows(8, 2), 400_000  # the whole of S would take 3.2 MB
+    rows, budget = random_rows(8, 2), 4_000_000  # all 400,024 pairs would take ten times as much
+    held, look_at = [], module._with_groups
+
+    def counted(pairs: Pairs, found: list[Any], *others: Tensor) -> Pairs:
+        held.append(len(pairs.row) + sum(groups.similarity.numel() for groups in found))
+        return look_at(pairs, found, *others)
+
+    monkeypatch.setattr(module, "_with_groups", counted)
     pairs = best_pairs(rows, bank, excluded_R2=no_proxies(8), num_wanted=3, memory_budget=budget)
-    assert len(pairs.row) <= budget // module.BYTES_PER_PAIR
+    chunk = budget // 32  # similarities
+    assert max(held) <= budget // module.BYTES_PER_PAIR + chunk
     assert torch.equal(torch.bincount(pairs.row), torch.full((8,), 3))
     assert kept_columns(pairs, 8) == [[0, 1, 2]] * 8
 
