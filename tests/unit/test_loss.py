@@ -331,7 +331,7 @@ def test_the_regulariser_is_drawn_where_the_class_sums_do_not_fit_the_budget() -
     class_sums = 2 * 50 * problem.proxies.shape[2] * 4
     fits, drawn = (
         build_loss(problem, memory_budget=budget)(problem.embeddings, problem.labels).regularization
-        for budget in (2 * class_sums, 2 * class_sums - 1)
+        for budget in (3 * class_sums, 3 * class_sums - 1)
     )
     assert relative_difference(fits, full) < 1e-12
     assert relative_difference(drawn, full) > 1e-6
