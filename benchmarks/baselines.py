@@ -44,9 +44,7 @@ class BareProduct:
         onednn: by the product that the head uses on CPUs (matmul.py), instead of torch.mm; float32 only.
     """
 
-    def __init__(
-        self, proxies_PD: Tensor, *, batch_size: int, matmul_dtype: torch.dtype, onednn: bool = False
-    ) -> None:
+    def __init__(self, proxies_PD: Tensor, *, batch_size: int, matmul_dtype: torch.dtype, onednn: bool = False) -> None:
         self.proxies_PD = proxies_PD
         self.onednn = onednn
         self.matmul_dtype = matmul_dtype

@@ -154,7 +154,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         )
         regularizer = regularizer_bytes(anchors, num_classes=num_classes, embedding_dim=dim, world_size=world_size)
         working += bank  # its own gradient, before the two are added
-        working += 3 * dim * _FLOAT * (num_classes if anchors is None else anchors)  # sums or anchors, gradient, its sum
+        working += 3 * (num_classes if anchors is None else anchors) * dim * _FLOAT  # they, their gradient and its sum
 
     # 3. Messages. Sizes; then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back,
     # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. The regulariser: class

@@ -97,7 +97,8 @@ def random_case(seed: int, *, world_size: int) -> Case:
     drawn = torch.randint(levels, shape, generator=generator)
     similarity = (drawn - levels // 2) / 4
     if draw.random() < 0.3:
-        similarity = torch.where(similarity == 0, -similarity, similarity)  # -0.0 ties with 0.0
+        half = torch.rand(shape, generator=generator) < 0.5
+        similarity = torch.where((similarity == 0) & half, -similarity, similarity)  # -0.0 ties with 0.0
     labels = torch.randint(num_classes, (sum(row_counts),), generator=generator).tolist()
     num_negatives = draw.randint(1, (num_classes - 1) * proxies_per_class)
     return case_of(
