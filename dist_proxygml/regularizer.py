@@ -128,7 +128,7 @@ def draw_anchors(num_proxies: int, num_anchors: int, *, seed: int, draw: int) ->
     """A uniform sample without replacement of the proxies 0 .. num_proxies-1: int64 [num_anchors], ascending.
 
     A pure function of its arguments, so the same on every rank and for any number of ranks. Memory is that of the
-    sample (numpy's Floyd algorithm), not of the proxies.
+    sample, not of the proxies: numpy uses Floyd's algorithm, and a list of the proxies only for a twentieth of them.
 
     Raises:
         ValueError: more anchors than proxies, or none.

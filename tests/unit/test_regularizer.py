@@ -105,6 +105,18 @@ def test_values_and_gradients_are_those_of_autograd_for_any_chunks(shape: tuple[
     assert_same(actual, value_and_gradient(dense, proxies_CND, anchors_A))
 
 
+@pytest.mark.parametrize("numbers", [PLENTY, 200])
+def test_float32_differs_from_float64_by_rounding(numbers: int) -> None:
+    proxies_CND = random_proxies(7, 3, 5)
+    anchors_A = torch.tensor([0, 1, 5, 20])
+    with chunks_of(numbers):
+        for function, args in ((full, ()), (sampled, (anchors_A,))):
+            actual = value_and_gradient(function, proxies_CND.float(), *args)
+            expected = value_and_gradient(function, proxies_CND, *args)
+            assert actual[0].dtype == actual[1].dtype == torch.float32
+            assert_same((actual[0].double(), actual[1].double()), expected, tolerance=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_proxies_as_anchors_are_the_full_regulariser(shape: tuple[int, int, int]) -> None:
     proxies_CND = random_proxies(*shape)
