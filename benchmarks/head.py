@@ -26,9 +26,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +49,7 @@ from benchmarks.baselines import (
 )
 from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.bank_optim import RowwiseAdagrad
+from dist_proxygml.memory import peak_memory
 
 MIB = 1 << 20
 WARM_UP = 3
@@ -415,7 +414,7 @@ def peak_bytes(device: str) -> int:
     """Most memory that this process has held so far: resident on CPUs, allocated on the device."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()
 
 
 def memory_of(device: str) -> int:

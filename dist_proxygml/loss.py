@@ -279,7 +279,7 @@ class ProxyGMLLoss(nn.Module):
         anchors_A = draw_anchors(num_classes * num_per_class, num_anchors, seed=self.seed, draw=self.draw)
         return sampled_proxy_regularizer(
             self.proxies,
-            anchors_A.to(self.proxies.device),
+            anchors_A,
             partition=self.partition,
             group=self.group,
             memory_budget=self.memory_budget,

@@ -1,10 +1,12 @@
-"""How much memory is left: what a plan is compared with before anything is allocated.
+"""How much memory is left, which a plan is compared with before anything is allocated, and how much was used.
 
 On a CPU the smaller of what the machine has available (psutil) and what the process's control groups still allow, for
 batch systems limit jobs through those (Linux kernel documentation, cgroup v2: memory.max, memory.current; file pages
 that can be dropped, inactive_file of memory.stat, count as free).
 """
 
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,19 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *_left_in_control_groups()])
+
+
+def peak_memory() -> int:
+    """Most resident memory that this process has held, in bytes.
+
+    On Linux from VmHWM: getrusage's ru_maxrss starts at what the process that started this one held.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:

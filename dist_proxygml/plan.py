@@ -130,9 +130,15 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         gradient = touched if config.accumulation == 1 else touched * (config.accumulation + 1)
 
     # 2. What comes and goes with a micro-batch.
-    block = rows_per_block(rows, num_negatives=num_negatives, num_proxies=proxies_at_hand, budget=budget)
+    over_ranks = world_size > 1 and not gathers_bank
+    block = rows_per_block(
+        rows, num_negatives=num_negatives, num_proxies=proxies_at_hand, budget=budget, over_ranks=over_ranks
+    )
     width = min(chunk_width(block, memory_budget=budget, device=device), proxies_at_hand)
-    selecting = block * candidate_bytes_per_row(num_negatives, proxies_at_hand) + num_kept * _BYTES_PER_SELECTED_PAIR
+    selecting = (
+        block * candidate_bytes_per_row(num_negatives, proxies_at_hand, over_ranks=over_ranks)
+        + num_kept * _BYTES_PER_SELECTED_PAIR
+    )
     working = (
         max(selecting, num_kept * _BYTES_PER_KEPT_PAIR)
         + 2 * width * block * _FLOAT
@@ -154,7 +160,8 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         )
         regularizer = regularizer_bytes(anchors, num_classes=num_classes, embedding_dim=dim, world_size=world_size)
         working += bank  # its own gradient, before the two are added
-        working += 3 * (num_classes if anchors is None else anchors) * dim * _FLOAT  # they, their gradient and its sum
+        # class sums, transposed too, their gradient and its sum; or anchors likewise, and a chunk of class sums
+        working += 4 * num_classes * dim * _FLOAT if anchors is None else 5 * anchors * dim * _FLOAT + (8 << 20)
 
     # 3. Messages. Sizes; then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back,
     # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. The regulariser: class

@@ -39,8 +39,10 @@ from dist_proxygml.similarity import BYTES_PER_PAIR, all_similarities, best_pair
 Exchange = Literal["candidates", "histogram"]
 
 _NUM_BINS = 256
-# Bytes of a candidate while a block is decided on: value, masks, index and a copy of them.
-_BYTES_PER_CANDIDATE = 32
+# Bytes of a candidate while a block is decided on: value and masks; with other ranks also what is sent to them, or the
+# bits and bins of the histogram.
+_BYTES_PER_CANDIDATE = 16
+_BYTES_PER_SHARED_CANDIDATE = 32
 
 
 def num_kept_proxies(num_classes: int, proxies_per_class: int, ratio: float) -> int:
@@ -83,7 +85,13 @@ def select_negatives(
         memory_budget: bytes for the candidates of a block of rows.
     """
     num_rows = len(embeddings_RD)
-    size = rows_per_block(num_rows, num_negatives=num_negatives, num_proxies=max(proxy_counts), budget=memory_budget)
+    size = rows_per_block(
+        num_rows,
+        num_negatives=num_negatives,
+        num_proxies=max(proxy_counts),
+        budget=memory_budget,
+        over_ranks=group is not None,
+    )
     ends = list(itertools.accumulate(row_counts))
     blocks = []
     for start in range(0, max(1, num_rows), size):
@@ -107,21 +115,24 @@ def select_negatives(
     return Pairs(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
-def rows_per_block(num_rows: int, *, num_negatives: int, num_proxies: int, budget: int) -> int:
+def rows_per_block(
+    num_rows: int, *, num_negatives: int, num_proxies: int, budget: int, over_ranks: bool = False
+) -> int:
     """Rows that are decided on at once: what `budget` bytes hold. At least one, whatever it needs."""
-    return max(1, min(num_rows, budget // max(1, candidate_bytes_per_row(num_negatives, num_proxies))))
+    per_row = candidate_bytes_per_row(num_negatives, num_proxies, over_ranks=over_ranks)
+    return max(1, min(num_rows, budget // max(1, per_row)))
 
 
-def candidate_bytes_per_row(num_negatives: int, num_proxies: int) -> int:
-    """Bytes that deciding on a row takes."""
+def candidate_bytes_per_row(num_negatives: int, num_proxies: int, *, over_ranks: bool) -> int:
+    """Bytes that deciding on a row takes, alone or with other ranks."""
     if looks_at_pairs(num_negatives, num_proxies):
         return BYTES_PER_PAIR * expected_pairs(num_negatives, num_proxies)
-    return _BYTES_PER_CANDIDATE * num_proxies
+    return (_BYTES_PER_SHARED_CANDIDATE if over_ranks else _BYTES_PER_CANDIDATE) * num_proxies
 
 
 def looks_at_pairs(num_negatives: int, num_proxies: int) -> bool:
     """Whether so few of the proxies are wanted that looking only at those above a guessed bound pays."""
-    return num_proxies >= 4096 and 8 * num_negatives <= num_proxies
+    return num_proxies >= 4096 and 32 * num_negatives <= num_proxies
 
 
 def keep_best(

@@ -6,7 +6,7 @@ between.
 """
 
 import json
-import resource
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from dist_proxygml.memory import peak_memory
 
 
 class Telemetry:
@@ -55,7 +57,8 @@ class Telemetry:
         self._images_since, self._time_since = 0, now
         if not self._enabled:
             return
-        numbers = {name: value for name, value in values.items() if value is not None}
+        # Left out where not measured, or infinite (the gradient of a step that fp16 skipped): JSON has no infinity.
+        numbers = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         numbers |= {"images_per_second": rate, **memory_gib()}
         self._write({"kind": "train", "step": step, "epoch": epoch, **numbers})
         for name, value in numbers.items():
@@ -99,7 +102,7 @@ class Telemetry:
 
 def memory_gib() -> dict[str, float]:
     """Peak memory of this process, and of its GPU if it has one, in GiB."""
-    peak = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    peak = {"memory_gib": peak_memory() / 2**30}
     if torch.cuda.is_available():
         peak["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return peak

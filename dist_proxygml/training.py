@@ -163,13 +163,6 @@ def build_train_state(config: Config, context: ParallelContext, *, steps_per_epo
     settings = run_together(context, engine_settings, config, context.world_size)
     torch.manual_seed(config.seed)
     model = run_together(context, lambda: build_backbone(config.backbone, group=context.group)).to(context.device)
-    trunk, embedding = model.parameter_groups()
-    engine = Engine(
-        model,
-        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding),
-        settings=settings,
-        context=context,
-    )
     loss = ProxyGMLLoss(
         config.data.num_classes,
         config.backbone.embedding_dim,
@@ -188,6 +181,14 @@ def build_train_state(config: Config, context: ParallelContext, *, steps_per_epo
         initialization="published" if config.proxies.initialization == "published" else "unit",
         seed=config.seed,
     ).to(context.device)
+    trunk, embedding = model.parameter_groups()
+    engine = Engine(
+        model,
+        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding),
+        settings=settings,
+        context=context,
+        outside=loss.parameters(),
+    )
     if config.proxies.unit_norm:
         bring_to_unit_length_(loss.proxies)
     num_steps = steps_per_epoch * config.training.epochs

@@ -32,7 +32,7 @@ def test_the_regulariser_adds_class_sums_and_their_gradient() -> None:
     sums = 100 * 512 * 4
     gathered, reduced = 3 / 4 * sums, 2 * 3 / 4 * (sums + 4)
     assert plan.received_bytes_per_step - without.received_bytes_per_step == gathered + reduced
-    assert plan.working_bytes - without.working_bytes == 3 * sums + plan.bank_bytes
+    assert plan.working_bytes - without.working_bytes == 4 * sums + plan.bank_bytes
 
 
 def test_one_rank_sends_nothing() -> None:
@@ -109,14 +109,12 @@ def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFi
 
 # Peak memory is that of a whole process, so each measurement has one of its own.
 MEASURE = """
-import json, resource, sys, torch
+import json, sys, torch
 from dist_proxygml.config import parse_config
 from dist_proxygml.loss import ProxyGMLLoss
+from dist_proxygml.memory import peak_memory
 from dist_proxygml.optim import build_bank_optimizer, wants_sparse_gradient
 from dist_proxygml.plan import plan_head
-
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def train(config):
     proxies, dim = config.proxies, config.backbone.embedding_dim
@@ -136,9 +134,9 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 small, large = (parse_config(json.loads(text), source="the test") for text in sys.argv[1:])
 train(small)  # what libraries allocate once
-before = peak()
+before = peak_memory()
 train(large)
-print(json.dumps([peak() - before, plan_head(large, world_size=1).total_bytes]))
+print(json.dumps([peak_memory() - before, plan_head(large, world_size=1).total_bytes]))
 """
 
 
@@ -150,7 +148,7 @@ print(json.dumps([peak() - before, plan_head(large, world_size=1).total_bytes]))
         (600_000, 64, 500, 64, "sparse_adam", {}),
         (300_000, 64, 15_000, 64, "adam", {}),  # most of it kept pairs
         (300_000, 64, 15_000, 64, "adam", {"memory_budget": "32 MiB"}),
-        (60_000, 256, 1000, 64, "adam", {"memory_budget": "64 MiB", "regularization_weight": 0.3}),  # sampled
+        (100_000, 256, 1000, 64, "adam", {"memory_budget": "64 MiB", "regularization_weight": 0.3}),  # sampled
     ],
 )
 def test_the_predicted_memory_is_within_a_tenth_of_what_is_measured(
