@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NORM_FLOOR = 1e-12  # of torch.nn.functional.normalize
+NORM_FLOOR = 1e-12  # a shorter proxy is divided by this instead of its length, as torch.nn.functional.normalize does
 
 
 class Pairs(NamedTuple):
@@ -46,4 +46,4 @@ def build_bank(proxies_pD: Tensor, *, matmul_dtype: torch.dtype = torch.float32,
     """
     norm_p = torch.linalg.vector_norm(proxies_pD, dim=1)
     norm_p.masked_fill_(norm_p == math.inf, math.nan)
-    return Bank(proxies_pD, norm_p.clamp_min_(_NORM_FLOOR).reciprocal_(), matmul_dtype, fused)
+    return Bank(proxies_pD, norm_p.clamp_min_(NORM_FLOOR).reciprocal_(), matmul_dtype, fused)

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_proxygml.bank import NORM_FLOOR
+
 # Numbers of a block: 4 MiB in float32.
 _NUMBERS_PER_BLOCK = 1 << 20
 
@@ -159,7 +161,7 @@ def _update_in_blocks(update: Callable[..., None], gradient: Tensor, tensors: Se
 
 
 def _lengths(proxies_xND: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(proxies_xND, dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.linalg.vector_norm(proxies_xND, dim=-1, keepdim=True).clamp(min=NORM_FLOOR)
 
 
 def _classes_per_block(tensor: Tensor) -> int:

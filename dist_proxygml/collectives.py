@@ -71,7 +71,7 @@ def gather_rows(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessG
 
     Forward: all-gather. Backward: reduce-scatter SUM, each rank receiving the gradient of its own rows.
     """
-    if group is None:
+    if world_size_of(group) == 1:
         return rows
     return _GatherRows.apply(rows, tuple(row_counts), group)
 

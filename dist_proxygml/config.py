@@ -143,13 +143,16 @@ class ProxiesConfig(_Section):
     memory_budget: str = Field(
         "256 MiB",
         pattern=f"^{_BYTES}$",
-        description="Memory of one rank for similarities and kept proxies, beyond bank, gradient and optimizer state.",
+        description="Memory of one rank for similarities that are searched; the kept pairs of image and proxy take "
+        "about 120 bytes each besides.",
     )
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the inputs of products; similarities and sums are float32 either way."
     )
     fused: bool = Field(
-        False, description="On NVIDIA GPUs: kernels that never write a similarity, instead of torch's operators."
+        False,
+        description="On NVIDIA GPUs: kernels of our own instead of torch's operators; where k is at most a "
+        "thirty-second of a rank's proxies they never write a similarity.",
     )
     initialization: Literal["published", "unit", "class_mean"] = Field(
         "published",
@@ -164,6 +167,15 @@ class ProxiesConfig(_Section):
     def memory_budget_bytes(self) -> int:
         """memory_budget as a number."""
         return parse_bytes(self.memory_budget)
+
+    @model_validator(mode="after")
+    def _anchors_belong_to_the_regularizer(self) -> "ProxiesConfig":
+        if self.regularization_anchors is not None and self.regularization_weight == 0:
+            raise ValueError(
+                f"expected no regularization_anchors without a regulariser, got {self.regularization_anchors} with "
+                "regularization_weight 0; remove them, or set the weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_say_k(self) -> "ProxiesConfig":
@@ -199,7 +211,9 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the backbone.")
     proxies_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the proxies.")
     eps: float = Field(
-        1e-8, gt=0, description="Adam's eps; 0.01 in the published runs, where it sets the effective step."
+        1e-8,
+        gt=0,
+        description="eps of every rule; 0.01 in the published runs with Adam, where it sets the effective step.",
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates.")
     proxies_clip_norm: float | None = Field(

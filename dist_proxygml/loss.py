@@ -93,11 +93,13 @@ class ProxyGMLLoss(nn.Module):
             the engine undoes.
         selection: "gather" the bank, exchange "candidates", add up a "histogram", or "auto", the one that moves the
             fewest bytes for the batch at hand.
-        memory_budget: bytes for similarities and kept pairs, beyond the bank, its gradient and optimizer state.
+        memory_budget: bytes for similarities while they are searched; the kept pairs of image and proxy take about 120
+            bytes each besides.
         matmul_dtype: torch.bfloat16 rounds the inputs of the similarity product; its result, the softmax and all
             gradients stay in the precision of the proxies.
-        fused: on an NVIDIA GPU, in float32: kernels that never write a similarity (fused.py, needs triton) instead of
-            torch's operators.
+        fused: on an NVIDIA GPU, in float32: kernels (fused.py, needs triton) instead of torch's operators for the
+            gradients, and, where k is at most a thirty-second of a rank's proxies, a search that never writes a
+            similarity.
         sparse: `proxies.grad` becomes a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) has it: only
             classes with a kept proxy are in it. Not with a regulariser, whose gradient touches every proxy.
         initialization: "published", uniform in +-1/sqrt(C*N), or "unit", random unit vectors.
@@ -157,9 +159,10 @@ class ProxyGMLLoss(nn.Module):
                 f"expected regularization_weight 0 with a sparse gradient, got {regularization_weight}: the "
                 "regulariser's gradient touches every proxy; use sparse=False"
             )
-        if regularization_weight < 0 or not scale > 0:
+        if not regularization_weight >= 0 or not scale > 0 or (regularization_anchors or 1) < 1:
             raise ValueError(
-                f"regularization_weight must be at least 0 and scale above 0, got {regularization_weight} and {scale}"
+                "regularization_weight must be at least 0, scale above 0 and regularization_anchors at least 1, got "
+                f"{regularization_weight}, {scale} and {regularization_anchors}"
             )
         self.partition = ClassPartition(num_classes, world_size_of(group), rank_in(group))
         self.proxies_per_class = proxies_per_class
@@ -200,8 +203,8 @@ class ProxyGMLLoss(nn.Module):
                 total = classification + self.regularization_weight * regularization
         if not bool(total.isfinite()):  # the same number on every rank, so they raise together
             raise AgreedError(
-                f"expected a finite loss, got {total.item()}; the embeddings are, so a proxy is NaN or infinite: "
-                "lower the learning rate of the proxies"
+                f"expected a finite loss, got {total.item()}; the embeddings are finite, so a proxy is NaN or infinite "
+                "(lower the learning rate of the proxies), or the embeddings are far from unit length (normalise them)"
             )
         self.draw += 1
         return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
@@ -312,6 +315,8 @@ class ProxyGMLLoss(nn.Module):
         if embeddings.ndim != 2 or embeddings.shape[1] != dim or labels.shape != embeddings.shape[:1]:
             shapes = f"{list(embeddings.shape)} and {list(labels.shape)}"
             return f"expected embeddings [b, {dim}] and labels [b], got {shapes} {where}"
+        if dtype not in (torch.float32, torch.float64):
+            return f"expected float32 or float64 proxies, got {dtype} {where}; bfloat16 products: matmul_dtype"
         if embeddings.dtype != dtype or labels.dtype != torch.int64:
             return (
                 f"expected {dtype} embeddings (like the proxies) and torch.int64 labels, got {embeddings.dtype} and "
@@ -416,7 +421,7 @@ class _Classification(torch.autograd.Function):
         own_proxy_oN = first_proxy_R[owned_o, None] + torch.arange(num_per_class, device=labels_R.device)
         own_row_oN = owned_o[:, None].expand_as(own_proxy_oN)
         own = Pairs(own_row_oN.flatten(), own_proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
-        own = own._replace(similarity=pair_similarities(embeddings_RD[own.row], bank, own.proxy))
+        own = own._replace(similarity=pair_similarities(embeddings_RD, bank, own.row, own.proxy))
 
         # 2. Reverse label propagation: a class's kept pairs are adjacent, and no rank owns a part of a class.
         class_n = negatives.proxy // num_per_class

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from dist_proxygml.config import Config, load_config, parse_bytes
+from dist_proxygml.config import Config, load_config, parse_bytes, parse_config
 from dist_proxygml.loss import checked_topk
 from dist_proxygml.memory import available_memory
 from dist_proxygml.optim import wants_sparse_gradient
 from dist_proxygml.partition import ClassPartition
 from dist_proxygml.regularizer import regularizer_anchors
 from dist_proxygml.selection import candidate_bytes_per_row, rows_per_block
-from dist_proxygml.similarity import chunk_width
+from dist_proxygml.similarity import chunk_width, sampled_bytes_per_row
 from dist_proxygml.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
 
 _FLOAT = 4  # the bank and the similarities are float32
@@ -120,27 +120,26 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     own_proxies = ClassPartition(num_classes, world_size).num_local * proxies.per_class
     bank = own_proxies * dim * _FLOAT
     per_element, per_proxy = _STATE[config.optimizer.proxies_rule]
+    per_element += config.optimizer.proxies_momentum > 0
     optimizer = own_proxies * (per_element * dim + per_proxy) * _FLOAT
     gathers_bank = selection == "gather"
     rows, proxies_at_hand = (micro, num_proxies) if gathers_bank else (batch, own_proxies)
     num_kept = rows * min(topk, proxies_at_hand)
-    gradient = bank
+    is_accumulated = config.accumulation > 1
+    gradient = bank * (1 + is_accumulated)  # the next micro-batch's, before the two are added
     if sparse:  # of classes, with all their proxies; accumulated ones are appended, then added up in a copy
-        touched = min(num_classes, num_kept, own_proxies) * proxies.per_class * dim * _FLOAT
-        gradient = touched if config.accumulation == 1 else touched * (config.accumulation + 1)
+        touched = min(own_proxies // proxies.per_class, num_kept) * proxies.per_class * dim * _FLOAT
+        gradient = touched * (config.accumulation + is_accumulated + (proxies.per_class > 1))
 
-    # 2. What comes and goes with a micro-batch.
-    over_ranks = world_size > 1 and not gathers_bank
-    block = rows_per_block(
-        rows, num_negatives=num_negatives, num_proxies=proxies_at_hand, budget=budget, over_ranks=over_ranks
-    )
+    # 2. What comes and goes with a micro-batch: the search for its pairs, then what is computed from them.
+    choice = {"num_negatives": num_negatives, "num_proxies": proxies_at_hand}
+    num_choosing = 1 if gathers_bank else world_size
+    block = rows_per_block(rows, **choice, budget=budget, world_size=num_choosing)
     width = min(chunk_width(block, memory_budget=budget, device=device), proxies_at_hand)
-    selecting = (
-        block * candidate_bytes_per_row(num_negatives, proxies_at_hand, over_ranks=over_ranks)
-        + num_kept * _BYTES_PER_SELECTED_PAIR
-    )
+    guessing = min(budget // 4, block * sampled_bytes_per_row(num_negatives, proxies_at_hand))
+    choosing = block * candidate_bytes_per_row(**choice, world_size=num_choosing)
     working = (
-        max(selecting, num_kept * _BYTES_PER_KEPT_PAIR)
+        max(guessing, choosing + num_kept * _BYTES_PER_SELECTED_PAIR, num_kept * _BYTES_PER_KEPT_PAIR)
         + 2 * width * block * _FLOAT
         + 3 * rows * dim * _FLOAT
         + proxies_at_hand * _FLOAT  # inverse lengths
@@ -162,6 +161,9 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         working += bank  # its own gradient, before the two are added
         # class sums, transposed too, their gradient and its sum; or anchors likewise, and a chunk of class sums
         working += 4 * num_classes * dim * _FLOAT if anchors is None else 5 * anchors * dim * _FLOAT + (8 << 20)
+
+    if proxies.initialization == "class_mean":  # before there is a gradient: the sums are float64
+        working = max(working, 2 * bank - gradient - optimizer)
 
     # 3. Messages. Sizes; then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back,
     # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. The regulariser: class
@@ -208,19 +210,33 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
 def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) -> str:
     """Changes, each alone, with which the head fits."""
 
-    def fits(changes: dict[str, dict[str, object]], world_size: int) -> bool:
-        sections = {name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
-        changed = config.model_copy(update=sections)
-        return plan_head(changed, world_size=world_size, device=device).total_bytes <= memory
+    def fits(changes: dict[str, object], world_size: int) -> bool:
+        raw = config.model_dump(mode="json")
+        for key, value in changes.items():
+            section, field = key.split(".")
+            raw[section][field] = value
+        try:
+            changed = parse_config(raw, source="the changed configuration")
+            return plan_head(changed, world_size=world_size, device=device).total_bytes <= memory
+        except ValueError:  # what cannot run is no remedy
+            return False
 
+    row_wise: dict[str, object] = {"optimizer.proxies_name": "rowwise_adagrad"}
+    row_wise |= {
+        f"optimizer.{name}": 0.0
+        for name in ("proxies_weight_decay", "proxies_momentum")
+        if getattr(config.optimizer, name) > 0
+    }
     remedies = []
-    for section, key, value in (
-        ("optimizer", "proxies_name", "rowwise_adagrad"),
-        ("proxies", "selection", "candidates"),
-        ("proxies", "memory_budget", "64 MiB"),
-    ):
-        if fits({section: {key: value}}, plan.world_size):
-            remedies.append(f"--set {section}.{key}={json.dumps(value) if ' ' in value else value}")
+    alone: list[dict[str, object]] = [
+        row_wise,
+        {"proxies.selection": "candidates"},
+        {"proxies.memory_budget": "64 MiB"},
+    ]
+    for changes in alone:
+        if fits(changes, plan.world_size):
+            settings = [f"{key}={value}" for key, value in changes.items()]
+            remedies.append("--set " + " ".join(json.dumps(text) if " " in text else text for text in settings))
     slots = config.training.batch_size // config.accumulation
     more = (ranks for ranks in range(plan.world_size + 1, slots + 1) if slots % ranks == 0)
     ranks = next((ranks for ranks in more if fits({}, ranks)), None)

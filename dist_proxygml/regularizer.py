@@ -29,11 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_proxygml.bank import NORM_FLOOR
 from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, gather_rows
 from dist_proxygml.matmul import product
 from dist_proxygml.partition import ClassPartition
 
-_NORM_FLOOR = 1e-12  # of torch.nn.functional.normalize
 # Numbers of a chunk on a CPU: 8 MiB in float32, which stay in the cache from one pass to the next.
 _CACHED_NUMBERS = 1 << 21
 
@@ -120,7 +120,7 @@ def regularizer_anchors(
     if wanted is None:
         if 2 * num_classes * embedding_dim * 4 <= memory_budget // 3:
             return None
-        wanted = batch_size
+        wanted = max(1, min(batch_size, memory_budget // (40 * embedding_dim)))  # half of it for them
     return wanted if wanted < num_classes * proxies_per_class else None
 
 
@@ -275,7 +275,7 @@ class _Sampled(torch.autograd.Function):
 
 
 def _inverse(norm: Tensor) -> Tensor:
-    return norm.clamp_min(_NORM_FLOOR).reciprocal()
+    return norm.clamp_min(NORM_FLOOR).reciprocal()
 
 
 def _class_sums(proxies_wND: Tensor, inverse_wN: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def _remove_radial_part_(gradient: Tensor, proxies: Tensor, norm: Tensor) -> Non
     d u / d p = (1 - u u^T) / |p|. A proxy below the floor was divided by a constant and keeps its radial part.
     """
     radial = torch.linalg.vecdot(gradient, proxies).mul_(_inverse(norm).square_())
-    radial.masked_fill_(norm < _NORM_FLOOR, 0)
+    radial.masked_fill_(norm < NORM_FLOOR, 0)
     gradient.addcmul_(proxies, radial[..., None], value=-1)
 
 

@@ -43,6 +43,7 @@ _NUM_BINS = 256
 # bits and bins of the histogram.
 _BYTES_PER_CANDIDATE = 16
 _BYTES_PER_SHARED_CANDIDATE = 32
+_BYTES_PER_RECEIVED_CANDIDATE = 16
 
 
 def num_kept_proxies(num_classes: int, proxies_per_class: int, ratio: float) -> int:
@@ -85,16 +86,18 @@ def select_negatives(
         memory_budget: bytes for the candidates of a block of rows.
     """
     num_rows = len(embeddings_RD)
+    if num_rows == 0:  # then no other rank has rows either, or the bank was gathered and this rank is on its own
+        return Pairs(excluded_R2[:, 0], excluded_R2[:, 1], embeddings_RD.new_empty(0))
     size = rows_per_block(
         num_rows,
         num_negatives=num_negatives,
         num_proxies=max(proxy_counts),
         budget=memory_budget,
-        over_ranks=group is not None,
+        world_size=len(proxy_counts),
     )
     ends = list(itertools.accumulate(row_counts))
     blocks = []
-    for start in range(0, max(1, num_rows), size):
+    for start in range(0, num_rows, size):
         stop = min(start + size, num_rows)
         rows = slice(start, stop)
         similarity_Rn, proxy_Rn = _candidates(
@@ -115,19 +118,20 @@ def select_negatives(
     return Pairs(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
-def rows_per_block(
-    num_rows: int, *, num_negatives: int, num_proxies: int, budget: int, over_ranks: bool = False
-) -> int:
+def rows_per_block(num_rows: int, *, num_negatives: int, num_proxies: int, budget: int, world_size: int = 1) -> int:
     """Rows that are decided on at once: what `budget` bytes hold. At least one, whatever it needs."""
-    per_row = candidate_bytes_per_row(num_negatives, num_proxies, over_ranks=over_ranks)
+    per_row = candidate_bytes_per_row(num_negatives, num_proxies, world_size=world_size)
     return max(1, min(num_rows, budget // max(1, per_row)))
 
 
-def candidate_bytes_per_row(num_negatives: int, num_proxies: int, *, over_ranks: bool) -> int:
-    """Bytes that deciding on a row takes, alone or with other ranks."""
+def candidate_bytes_per_row(num_negatives: int, num_proxies: int, *, world_size: int) -> int:
+    """Bytes that deciding on a row takes, alone or with other ranks, whose candidates its owner gets."""
+    received = 0
+    if world_size > 1:  # a small block belongs to one rank
+        received = _BYTES_PER_RECEIVED_CANDIDATE * world_size * min(num_negatives, num_proxies)
     if looks_at_pairs(num_negatives, num_proxies):
-        return BYTES_PER_PAIR * expected_pairs(num_negatives, num_proxies)
-    return (_BYTES_PER_SHARED_CANDIDATE if over_ranks else _BYTES_PER_CANDIDATE) * num_proxies
+        return BYTES_PER_PAIR * expected_pairs(num_negatives, num_proxies) + received
+    return (_BYTES_PER_SHARED_CANDIDATE if world_size > 1 else _BYTES_PER_CANDIDATE) * num_proxies + received
 
 
 def looks_at_pairs(num_negatives: int, num_proxies: int) -> bool:
@@ -150,12 +154,15 @@ def keep_best(
     candidate.
     """
     if group is None:
-        threshold_R = similarity_Rn.kthvalue(similarity_Rn.shape[1] - num_negatives + 1, dim=1).values
+        missing = max(0, num_negatives - similarity_Rn.shape[1])
+        filled_Rn = torch.nn.functional.pad(similarity_Rn, (0, missing), value=-math.inf) if missing else similarity_Rn
+        threshold_R = filled_Rn.kthvalue(filled_Rn.shape[1] - num_negatives + 1, dim=1).values
         quota_R = num_negatives - (similarity_Rn > threshold_R[:, None]).sum(dim=1)
     elif exchange == "candidates":
         threshold_R, quota_R = _agree_by_candidates(similarity_Rn, num_negatives, row_counts, proxy_counts, group)
     else:
         threshold_R, quota_R = _agree_by_histogram(similarity_Rn, num_negatives, group)
+    threshold_R = threshold_R.clamp_min(torch.finfo(threshold_R.dtype).min)  # fewer than wanted: the others are NaN
     equal_Rn = similarity_Rn == threshold_R[:, None]
     if bool((equal_Rn.sum(dim=1) > quota_R).any()):  # rare; a local matter, no collective depends on it
         equal_Rn &= equal_Rn.cumsum(dim=1) <= quota_R[:, None]

@@ -2,7 +2,7 @@
 
     S[i, j] = x_i . p_j / |p_j|
 
-The whole matrix S never exists: a chunk of it lives in the processor's cache (in a quarter of the memory budget at
+The whole matrix S never exists: a chunk of it lives in the processor's cache (in an eighth of the memory budget at
 most), and only the pairs above a bound on the row's wanted values leave it. Proxies are stored unnormalised and so is
 what is multiplied; the product is divided by their lengths, which saves a normalised copy of the bank.
 
@@ -34,18 +34,30 @@ _CACHED_SIMILARITIES = 1 << 19
 _GROUP = 16
 # Proxies whose gradient is completed at once: what is gathered for it stays small.
 _ROWS_PER_UPDATE = 4096
+# Proxies that are rounded to another precision at once, so that no second bank appears.
+_PROXIES_ROUNDED = 1 << 14
 # Bytes of a pair while pairs are collected: row, proxy and value, and the copies that choosing and sorting them need.
 BYTES_PER_PAIR = 100
 
 
 def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
     """S [R, p], whole."""
-    return _product(embeddings_RD, bank.proxies, bank.matmul_dtype).mul_(bank.inverse_norm)
+    if bank.matmul_dtype == torch.float32:
+        return product(embeddings_RD, bank.proxies).mul_(bank.inverse_norm)
+    blocks = zip(bank.proxies.split(_PROXIES_ROUNDED), bank.inverse_norm.split(_PROXIES_ROUNDED), strict=True)
+    return torch.cat(
+        [_product(embeddings_RD, proxies_wD, bank.matmul_dtype).mul_(inverse_w) for proxies_wD, inverse_w in blocks],
+        dim=1,
+    )
 
 
-def pair_similarities(embeddings_nD: Tensor, bank: Bank, proxy_n: Tensor) -> Tensor:
-    """S [n] of given pairs."""
-    return torch.linalg.vecdot(embeddings_nD, bank.proxies[proxy_n]) * bank.inverse_norm[proxy_n]
+def pair_similarities(embeddings_RD: Tensor, bank: Bank, row_n: Tensor, proxy_n: Tensor) -> Tensor:
+    """S [n] of given pairs, the numbers of few of them at a time."""
+    dots = [
+        torch.linalg.vecdot(embeddings_RD[row_w], bank.proxies[proxy_w])
+        for row_w, proxy_w in zip(row_n.split(_ROWS_PER_UPDATE), proxy_n.split(_ROWS_PER_UPDATE), strict=True)
+    ]
+    return torch.cat(dots) * bank.inverse_norm[proxy_n]
 
 
 def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wanted: int, memory_budget: int) -> Pairs:
@@ -63,11 +75,11 @@ def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wa
     num_proxies = len(bank.proxies)
     num_eligible_R = num_proxies - _overlap(excluded_R2, num_proxies)
     needed_R = num_eligible_R.clamp_max(num_wanted)
-    floor_R = _guess_floor(embeddings_RD, bank, num_wanted)
+    floor_R = _guess_floor(embeddings_RD, bank, num_wanted, memory_budget)
     while True:
         pairs = _pairs_above(embeddings_RD, bank, floor_R, excluded_R2, num_wanted, memory_budget)
         count_R = torch.bincount(pairs.row, minlength=len(embeddings_RD))
-        short_R = count_R < needed_R
+        short_R = (count_R < needed_R) & (floor_R > -math.inf)  # beyond that only NaN is missing
         if not bool(short_R.any()):  # a local matter: no collective depends on it
             break
         floor_R = floor_R.masked_fill(short_R, -math.inf)
@@ -158,20 +170,38 @@ def _sample_of(num_wanted: int, num_proxies: int) -> tuple[int, int | None]:
     The number of sampled proxies among the row's best m is about Poisson distributed with mean s = m * sample / p. The
     sampled value of rank s + 5 sqrt(s) + 3 is among them with a probability of about 1e-6.
     """
-    stride = max(1, num_proxies // min(max(1024, num_proxies // 32), 1 << 16))
+    stride = _prime_from(num_proxies // min(max(1024, num_proxies // 32), 1 << 16))
     num_sampled = math.ceil(num_proxies / stride)
     expected = num_wanted * num_sampled / max(1, num_proxies)
     rank = math.ceil(expected + 5 * math.sqrt(expected) + 3)
     return stride, rank if rank < num_sampled and stride > 1 else None
 
 
-def _guess_floor(embeddings_RD: Tensor, bank: Bank, num_wanted: int) -> Tensor:
+def _guess_floor(embeddings_RD: Tensor, bank: Bank, num_wanted: int, memory_budget: int) -> Tensor:
     """A bound [R] below the row's `num_wanted` largest similarities, almost surely; -inf where a guess cannot help."""
     stride, rank = _sample_of(num_wanted, len(bank.proxies))
     if rank is None:
         return embeddings_RD.new_full((len(embeddings_RD),), -math.inf)
     sample = Bank(bank.proxies[::stride], bank.inverse_norm[::stride], bank.matmul_dtype)
-    return all_similarities(embeddings_RD, sample).topk(rank, dim=1).values[:, -1]
+    size = max(1, memory_budget // (4 * sampled_bytes_per_row(num_wanted, len(bank.proxies))))
+    floors = []
+    for rows_wD in embeddings_RD.split(size):
+        chunks = [similarity_wR for _, similarity_wR in _similarity_chunks(rows_wD, sample, memory_budget)]
+        floors.append(torch.cat(chunks).T.topk(rank, dim=1).values[:, -1])
+    return torch.cat(floors)
+
+
+def sampled_bytes_per_row(num_wanted: int, num_proxies: int) -> int:
+    """Bytes that guessing a row's bound takes."""
+    stride, rank = _sample_of(num_wanted, num_proxies)
+    return 12 * math.ceil(num_proxies / stride) if rank is not None else 4
+
+
+def _prime_from(number: int) -> int:
+    """The least prime from `number` on, or 1: a stride that meets every one of a class's proxies in turn."""
+    while any(number % divisor == 0 for divisor in range(2, math.isqrt(max(0, number)) + 1)):
+        number += 1
+    return max(1, number)
 
 
 class _Groups(NamedTuple):
@@ -202,16 +232,27 @@ def _pairs_above(
         if pairs is not None:
             return pairs
     group = _GROUP if 4 * _GROUP * num_wanted <= len(bank.proxies) else 1  # where most groups hold none
-    nothing = torch.empty(0, dtype=torch.int64, device=embeddings_RD.device)
-    pairs, found, num_found = Pairs(nothing, nothing, embeddings_RD.new_empty(0)), [], 0
+    # Groups wait in memory that is taken once: small tensors that stay would split what each chunk gives back.
+    width = chunk_width(len(embeddings_RD), memory_budget=memory_budget, device=embeddings_RD.device.type)
+    capacity = max(most, width * len(embeddings_RD)) // group
+    waiting = _Groups(
+        row=torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device),
+        first_proxy=torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device),
+        similarity=embeddings_RD.new_empty(capacity, group),
+    )
+    num_waiting = 0
+    pairs = Pairs(waiting.row[:0], waiting.row[:0], waiting.similarity[:0, 0])
     for first, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):
-        found.append(_groups_above(similarity_wR, floor_R, first, group))
-        num_found += found[-1].similarity.numel()  # at most so many pairs
-        if num_found > most:
-            pairs, found, num_found = _with_groups(pairs, found, floor_R, excluded_R2), [], 0
+        groups = _groups_above(similarity_wR, floor_R, first, group)
+        if num_waiting + len(groups.row) > capacity:
+            pairs = _with_groups(pairs, _Groups(*(part[:num_waiting] for part in waiting)), floor_R, excluded_R2)
+            num_waiting = 0
             if len(pairs.row) > most:
                 pairs, floor_R = _best_of(pairs, floor_R, num_wanted)
-    return _with_groups(pairs, found, floor_R, excluded_R2)
+        for part, new in zip(waiting, groups, strict=True):
+            part[num_waiting : num_waiting + len(new)] = new
+        num_waiting += len(groups.row)
+    return _with_groups(pairs, _Groups(*(part[:num_waiting] for part in waiting)), floor_R, excluded_R2)
 
 
 def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) -> Iterator[tuple[int, Tensor]]:
@@ -225,7 +266,9 @@ def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) ->
         chunk = slice(first, first + width)
         proxies_wD = bank.proxies[chunk]
         similarity_wR = _product(proxies_wD, embeddings_RD, bank.matmul_dtype).mul_(bank.inverse_norm[chunk, None])
-        yield first, F.pad(similarity_wR, (0, 0, 0, -len(proxies_wD) % _GROUP), value=-math.inf)
+        if len(proxies_wD) % _GROUP:
+            similarity_wR = F.pad(similarity_wR, (0, 0, 0, -len(proxies_wD) % _GROUP), value=-math.inf)
+        yield first, similarity_wR
 
 
 def chunk_width(num_rows: int, *, memory_budget: int, device: str) -> int:
@@ -255,11 +298,9 @@ def _groups_above(similarity_wR: Tensor, floor_R: Tensor, first: int, group: int
     return _Groups(row_h, group_h * group + first, similarity_vgR[group_h, :, row_h])
 
 
-def _with_groups(pairs: Pairs, found: list[_Groups], floor_R: Tensor, excluded_R2: Tensor) -> Pairs:
+def _with_groups(pairs: Pairs, groups: _Groups, floor_R: Tensor, excluded_R2: Tensor) -> Pairs:
     """The pairs, and those above the floor in the groups found after them, in order."""
-    if not found:
-        return pairs
-    row_h, first_proxy_h, similarity_hg = (torch.cat(parts) for parts in zip(*found, strict=True))
+    row_h, first_proxy_h, similarity_hg = groups
     if similarity_hg.shape[1] == 1:
         row_n, proxy_n, similarity_n = row_h, first_proxy_h, similarity_hg[:, 0]
     else:

@@ -281,6 +281,8 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bo
     assert gradient is not None
     kept_classes = None
     if gradient.is_sparse:
+        if len(micro_batches) == 1:  # one row a class already, which autograd's copy does not know
+            gradient._coalesced_(True)
         state.loss.proxies.grad = gradient = gradient.coalesce()
         kept_classes = gradient.indices()[0]
     values = gradient if kept_classes is None else gradient.values()  # the gradient's own memory
@@ -525,6 +527,9 @@ def _comparable_settings(config: Config, index: ShardIndex) -> dict[str, Any]:
     """What the numbers of a run depend on, flat: a run continues only under the same."""
     whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
     free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
+    free |= {"proxies.selection", "proxies.fused"}  # the same numbers by other ways
+    if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
+        free.add("proxies.memory_budget")  # else it decides what the regulariser is computed from
     if config.schedule.name != "cosine":  # the other schedules do not look ahead: such a run may be made longer
         free |= {"training.epochs", "training.max_steps"}
     flat = {name: value for name, value in _flattened(whole) if name not in free}

@@ -58,11 +58,13 @@ def main() -> None:
 def _print_plan(config: Config, *, world_size: int) -> None:
     import os
 
+    import torch
+
     from dist_proxygml.engine import engine_settings
     from dist_proxygml.plan import plan_head
 
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_head(config, world_size=world_size)
+    plan = plan_head(config, world_size=world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     settings = engine_settings(config, world_size)
     if os.environ.get("RANK", "0") == "0":
         print(config.model_copy(update={"deepspeed": settings}).model_dump_json(indent=2))

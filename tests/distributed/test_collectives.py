@@ -127,3 +127,12 @@ def test_without_a_group_every_collective_is_the_identity() -> None:
     assert torch.equal(gather_rows(rows, row_counts=[3], group=None), rows)
     assert torch.equal(all_reduce_sum(rows, group=None), rows)
     assert torch.equal(all_reduce_max(rows, group=None), rows)
+
+
+def gathered_alone(context: ParallelContext) -> bool:
+    rows = torch.zeros(3, 2)
+    return gather_rows(rows, row_counts=[3], group=context.group) is rows
+
+
+def test_a_group_of_one_rank_copies_nothing() -> None:
+    assert run_ranks(gathered_alone, 1) == [True]

@@ -316,3 +316,27 @@ def loss_with_a_broken_proxy(context: ParallelContext, selection: str) -> None:
 def test_a_broken_proxy_of_another_rank_is_reported_by_all(selection: str) -> None:
     with pytest.raises(ValueError, match="a proxy is NaN or infinite"):
         run_ranks(loss_with_a_broken_proxy, 3, selection)
+
+
+def loss_of_a_large_bank(context: ParallelContext, selection: str, num_broken: int) -> float:
+    """Rank 0 has no images; the last rank's first classes are NaN."""
+    loss = ProxyGMLLoss(10_000, 4, topk=50, group=context.group, selection=selection)
+    if context.rank == context.world_size - 1:
+        with torch.no_grad():
+            loss.proxies[:num_broken] = math.nan
+    generator = torch.Generator().manual_seed(context.rank)
+    embeddings = torch.nn.functional.normalize(torch.randn(2 * context.rank, 4, generator=generator), dim=1)
+    terms = loss(embeddings.requires_grad_(), torch.arange(2 * context.rank))
+    terms.total.backward()
+    return terms.total.item()
+
+
+def test_a_large_bank_works_with_a_rank_without_images() -> None:
+    losses = [run_ranks(loss_of_a_large_bank, 2, selection, 0) for selection in SELECTIONS]
+    assert all(value == pytest.approx(losses[0][0], rel=1e-5) for values in losses for value in values)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_rank_whose_proxies_are_all_broken_is_reported_by_all(selection: str) -> None:
+    with pytest.raises(ValueError, match="a proxy is NaN or infinite"):
+        run_ranks(loss_of_a_large_bank, 2, selection, 5000)

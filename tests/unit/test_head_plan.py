@@ -65,11 +65,22 @@ def test_a_head_that_does_not_fit_is_refused_with_what_would_fit() -> None:
     with pytest.raises(ValueError, match=r"at most 80\.0 GiB per rank") as caught:
         check_fits(config, plan, memory=80 << 30)
     message = str(caught.value)
-    assert "got 95.4 GiB on 8 rank(s)" in message
-    assert "what would fit: --set optimizer.proxies_name=rowwise_adagrad, or 16 ranks" in message
-    for change, ranks in (("optimizer.proxies_name=rowwise_adagrad", 8), ("optimizer.proxies_name=null", 16)):
-        changed = very_many(change, "optimizer.proxies_weight_decay=0")
+    assert "got 95.5 GiB on 8 rank(s)" in message
+    assert (
+        "what would fit: --set optimizer.proxies_name=rowwise_adagrad optimizer.proxies_weight_decay=0.0, or 16 ranks"
+        in message
+    )
+    row_wise = ["optimizer.proxies_name=rowwise_adagrad", "optimizer.proxies_weight_decay=0.0"]
+    for changes, ranks in ((row_wise, 8), ([], 16)):
+        changed = very_many(*changes)
         check_fits(changed, plan_head(changed, world_size=ranks), memory=80 << 30)
+
+
+def test_a_remedy_that_cannot_run_is_not_proposed() -> None:
+    config = very_many('deepspeed={"train_micro_batch_size_per_gpu": 8}')  # so on 8 ranks only
+    with pytest.raises(ValueError, match="at most 80") as caught:
+        check_fits(config, plan_head(config, world_size=8), memory=80 << 30)
+    assert "16 ranks" not in str(caught.value)
 
 
 def test_a_head_that_no_single_change_makes_fit_says_so() -> None:
@@ -90,6 +101,19 @@ def test_the_state_of_each_optimizer_is_counted() -> None:
     assert [plan.gradient_bytes for plan in state.values()] == [bank, bank, kept, kept, kept]
 
 
+def test_momentum_accumulation_class_means_and_several_proxies_are_counted() -> None:
+    bank = 100_000_000 * 512 * 4
+    plain = plan_head(very_many(), world_size=1)
+    sgd = ["optimizer.proxies_name=sgd", "optimizer.proxies_weight_decay=0"]
+    assert plan_head(very_many(*sgd, "optimizer.proxies_momentum=0.9"), world_size=1).optimizer_bytes == bank
+    twice = plan_head(very_many("deepspeed.gradient_accumulation_steps=2"), world_size=1)
+    assert twice.gradient_bytes == 2 * plain.gradient_bytes
+    means = plan_head(very_many(*sgd, "proxies.initialization=class_mean"), world_size=1)
+    assert means.total_bytes == 3 * bank  # with float64 sums, before there is a gradient
+    several = plan_head(very_many(*sgd, "proxies.per_class=4", "data.num_classes=100000"), world_size=8)
+    assert several.gradient_bytes == 2 * several.bank_bytes  # every class kept, and a copy while it is put together
+
+
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--memory", "many"], ["--config", "no/such.json"]])
 def test_the_command_explains_a_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["--config", str(ROOT / "configs" / "sop_8gpu.json"), *arguments])
@@ -101,7 +125,7 @@ def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFi
     config = ["--config", str(ROOT / "configs" / "sop_8gpu.json"), "--ranks", "8", "--device", "cpu"]
     assert main([*config, "--memory", "1 GiB"]) == 0
     output = capsys.readouterr().out
-    assert "13.7 MiB" in output
+    assert "15.5 MiB" in output
     assert "fits into 1.0 GiB" in output
     assert main([*config, "--memory", "1 MiB"]) == 1
     assert "at most 1.0 MiB per rank" in capsys.readouterr().err

@@ -421,3 +421,13 @@ def test_a_broken_proxy_is_never_hidden_by_the_selection(num_broken: int, value:
         loss.proxies[1 : 1 + num_broken] = value
     with pytest.raises(ValueError, match="a proxy is NaN or infinite"):
         loss(embeddings, torch.zeros(5, dtype=torch.int64))  # class 0 itself is sound
+
+
+@pytest.mark.parametrize("num_sound", [0, 40])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_large_bank_that_is_mostly_broken_is_refused_too(num_sound: int, value: float) -> None:
+    loss = ProxyGMLLoss(5000, 8, topk=100)  # large enough to be searched by a guessed bound
+    with torch.no_grad():
+        loss.proxies[num_sound:] = value
+    with pytest.raises(ValueError, match="a proxy is NaN or infinite"):
+        loss(F.normalize(torch.randn(3, 8)), torch.zeros(3, dtype=torch.int64))

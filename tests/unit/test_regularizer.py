@@ -212,8 +212,10 @@ def test_the_number_of_anchors_follows_from_the_budget() -> None:
     # class sums and gradient: 2 * 500 classes * 8 * 4 bytes are a third of the budget
     assert anchors(500) is None
     assert anchors(501) == 32
-    assert anchors(10, memory_budget=1) is None  # 30 proxies, fewer than the batch has images
-    assert anchors(11, memory_budget=1) == 32
+    assert anchors(10, memory_budget=1900) == 5  # 40 bytes * 8 each: half of the budget is the logits'
+    assert anchors(10, memory_budget=1) == 1
+    few = 2 * 2 * 8 * 4 * 3 - 1
+    assert anchors(2, memory_budget=few) == 1
     assert anchors(500, wanted=7) == 7
     assert anchors(10, wanted=29) == 29
     assert anchors(10, wanted=30) is None

@@ -107,7 +107,9 @@ def test_the_best_proxies_of_each_row_are_found(bank_of: Callable[[int], Bank], 
     )
     kept = kept_columns(pairs, num_rows)
     if bank_of in (all_the_same, few_directions):  # near ties differ in the last bit between products
-        similarity = torch.stack([pair_similarities(rows, bank, torch.full((num_rows,), j)) for j in range(5003)], 1)
+        similarity = torch.stack(
+            [pair_similarities(rows, bank, torch.arange(num_rows), torch.full((num_rows,), j)) for j in range(5003)], 1
+        )
         similarity = (similarity * 1e9).round()
     assert kept == expected_columns(similarity, excluded, num_wanted)
 
@@ -142,14 +144,14 @@ def test_mass_ties_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
     rows, budget = random_rows(8, 2), 4_000_000  # all 400,024 pairs would take ten times as much
     held, look_at = [], module._with_groups
 
-    def counted(pairs: Pairs, found: list[Any], *others: Tensor) -> Pairs:
-        held.append(len(pairs.row) + sum(groups.similarity.numel() for groups in found))
-        return look_at(pairs, found, *others)
+    def counted(pairs: Pairs, groups: Any, *others: Tensor) -> Pairs:
+        held.append(len(pairs.row) + groups.similarity.numel())
+        return look_at(pairs, groups, *others)
 
     monkeypatch.setattr(module, "_with_groups", counted)
     pairs = best_pairs(rows, bank, excluded_R2=no_proxies(8), num_wanted=3, memory_budget=budget)
     chunk = budget // 32  # similarities
-    assert max(held) <= budget // module.BYTES_PER_PAIR + chunk
+    assert max(held) <= budget // module.BYTES_PER_PAIR + 2 * chunk
     assert torch.equal(torch.bincount(pairs.row), torch.full((8,), 3))
     assert kept_columns(pairs, 8) == [[0, 1, 2]] * 8
 
@@ -215,3 +217,12 @@ def test_padding_puts_each_row_on_its_line() -> None:
     nothing = -math.inf
     assert similarity.tolist() == [[0.5, nothing], [nothing, nothing], [0.25, 0.125], [nothing, nothing]]
     assert proxy.tolist() == [[4, -1], [-1, -1], [1, 3], [-1, -1]]
+
+
+@pytest.mark.parametrize("proxies_per_class", [2, 3, 4, 8, 12])
+def test_the_sample_meets_every_proxy_of_a_class(proxies_per_class: int) -> None:
+    for num_proxies in (4800, 24_000, 96_000, 2_400_000):
+        stride, _ = module._sample_of(50, num_proxies)
+        met = torch.arange(0, num_proxies, stride) % proxies_per_class
+        counts = torch.bincount(met, minlength=proxies_per_class)
+        assert counts.max() - counts.min() <= 1
