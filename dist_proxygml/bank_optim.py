@@ -2,6 +2,7 @@
 
     RowwiseAdagrad          one number of state per proxy instead of Adam's two per element
     SparseAdam              the update of torch.optim.SparseAdam, without temporaries that grow with the gradient
+    coalesced               a sparse gradient with one row a class
     squared_norm            of a gradient that is as large as the bank
     bring_to_unit_length_   proxies back to length 1 after an update
 
@@ -121,6 +122,16 @@ class SparseAdam(_RowOptimizer):
         _update_in_blocks(update, gradient, [proxies_cND, state["exp_avg"], state["exp_avg_sq"]])
 
 
+def coalesced(gradient: Tensor) -> Tensor:
+    """A sparse gradient with one row a class, in ascending order: as `Tensor.coalesce`, without sorting and copying one
+    that is so already. The loss gives such gradients, but autograd forgets that they are.
+    """
+    indices_u = gradient._indices()[0]
+    if bool((indices_u[1:] > indices_u[:-1]).all()):
+        return gradient._coalesced_(True)
+    return gradient.coalesce()
+
+
 def squared_norm(values_uND: Tensor) -> Tensor:
     """The sum of squares of a dense tensor, a float64 scalar, through the lengths of its rows.
 
@@ -152,7 +163,7 @@ def _update_in_blocks(update: Callable[..., None], gradient: Tensor, tensors: Se
         for blocks in zip(gradient.split(size), *(tensor.split(size) for tensor in tensors), strict=True):
             update(*blocks)
         return
-    gradient = gradient.coalesce()
+    gradient = coalesced(gradient)
     for classes_x, gradient_xND in zip(gradient.indices()[0].split(size), gradient.values().split(size), strict=True):
         blocks = tuple(tensor.index_select(0, classes_x) for tensor in tensors)
         update(gradient_xND, *blocks)

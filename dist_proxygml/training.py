@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dist_proxygml.backbone import RawPixels, build_backbone
-from dist_proxygml.bank_optim import bring_to_unit_length_, squared_norm
+from dist_proxygml.bank_optim import bring_to_unit_length_, coalesced, squared_norm
 from dist_proxygml.checkpoint import (
     RunState,
     checkpoint_name,
@@ -281,9 +281,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bo
     assert gradient is not None
     kept_classes = None
     if gradient.is_sparse:
-        if len(micro_batches) == 1:  # one row a class already, which autograd's copy does not know
-            gradient._coalesced_(True)
-        state.loss.proxies.grad = gradient = gradient.coalesce()
+        state.loss.proxies.grad = gradient = coalesced(gradient)
         kept_classes = gradient.indices()[0]
     values = gradient if kept_classes is None else gradient.values()  # the gradient's own memory
     values /= len(micro_batches)

@@ -11,7 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_proxygml import bank_optim
-from dist_proxygml.bank_optim import RowwiseAdagrad, SparseAdam, bring_to_unit_length_, squared_norm
+from dist_proxygml.bank_optim import (
+    RowwiseAdagrad,
+    SparseAdam,
+    bring_to_unit_length_,
+    coalesced,
+    squared_norm,
+)
 
 NUM_CLASSES, NUM_PER_CLASS, DIM = 11, 2, 5
 # Classes with a gradient, step by step: one is named twice in a step, one step has none.
@@ -240,3 +246,15 @@ def test_chosen_classes_are_brought_to_length_one_and_no_others() -> None:
     torch.testing.assert_close(proxies.detach(), nn.functional.normalize(before, dim=2))
     assert proxies.requires_grad
     assert proxies.grad_fn is None
+
+
+def test_a_gradient_in_order_is_not_copied_and_any_other_is_put_in_order() -> None:
+    values = torch.randn(3, NUM_PER_CLASS, DIM)
+    in_order, repeated, reversed_ = (sparse(classes, values) for classes in ([1, 4, 9], [1, 4, 4], [9, 4, 1]))
+    assert not in_order.is_coalesced()
+    assert coalesced(in_order).is_coalesced()
+    assert coalesced(in_order).values().data_ptr() == values.data_ptr()
+    for gradient, classes in ((repeated, [1, 4]), (reversed_, [1, 4, 9])):
+        dense = gradient.to_dense()
+        assert coalesced(gradient).indices()[0].tolist() == classes
+        assert torch.equal(coalesced(gradient).to_dense(), dense)
