@@ -157,6 +157,9 @@ def keep_best(
         missing = max(0, num_negatives - similarity_Rn.shape[1])
         filled_Rn = torch.nn.functional.pad(similarity_Rn, (0, missing), value=-math.inf) if missing else similarity_Rn
         threshold_R = filled_Rn.kthvalue(filled_Rn.shape[1] - num_negatives + 1, dim=1).values
+        at_least_Rn = similarity_Rn >= threshold_R[:, None].clamp_min(torch.finfo(threshold_R.dtype).min)
+        if not bool((at_least_Rn.sum(dim=1) > num_negatives).any()):  # no tie at the last place: that is it
+            return at_least_Rn
         quota_R = num_negatives - (similarity_Rn > threshold_R[:, None]).sum(dim=1)
     elif exchange == "candidates":
         threshold_R, quota_R = _agree_by_candidates(similarity_Rn, num_negatives, row_counts, proxy_counts, group)
@@ -181,9 +184,12 @@ def _candidates(
             embeddings_RD, bank, excluded_R2=excluded_R2, num_wanted=num_negatives, memory_budget=memory_budget
         )
         return padded(pairs, num_rows=num_rows)
-    proxy_p = torch.arange(num_proxies, device=embeddings_RD.device)
-    excluded_Rp = (proxy_p >= excluded_R2[:, :1]) & (proxy_p < excluded_R2[:, 1:])
-    return all_similarities(embeddings_RD, bank).masked_fill_(excluded_Rp, -math.inf), None
+    similarity_Rp = all_similarities(embeddings_RD, bank)
+    start_R, stop_R = excluded_R2.clamp(0, num_proxies).unbind(1)
+    offset_e = torch.arange(int((stop_R - start_R).max()), device=start_R.device)
+    row_n, offset_n = (offset_e < (stop_R - start_R)[:, None]).nonzero().unbind(1)
+    similarity_Rp[row_n, start_R[row_n] + offset_n] = -math.inf
+    return similarity_Rp, None
 
 
 def _agree_by_candidates(
