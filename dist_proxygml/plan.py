@@ -37,9 +37,8 @@ _STATE = {
     "sgd": (0, 0),
     "rowwise_adagrad": (0, 1),
 }
-# Bytes of a kept pair: once it is selected (row, proxy, similarity), and at most until the end of backward (its class,
-# weight and copies in another order).
-_BYTES_PER_SELECTED_PAIR = 20
+# Bytes of a kept pair, at most, until the end of backward: row, proxy, similarity, class, weight, and copies in another
+# order. They add to what the search took, for a C library keeps much of what was freed in between.
 _BYTES_PER_KEPT_PAIR = 120
 _EXAMPLES = """examples:
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8
@@ -139,7 +138,8 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     guessing = min(budget // 4, block * sampled_bytes_per_row(num_negatives, proxies_at_hand))
     choosing = block * candidate_bytes_per_row(**choice, world_size=num_choosing)
     working = (
-        max(guessing, choosing + num_kept * _BYTES_PER_SELECTED_PAIR, num_kept * _BYTES_PER_KEPT_PAIR)
+        max(guessing, choosing)
+        + num_kept * _BYTES_PER_KEPT_PAIR
         + 2 * width * block * _FLOAT
         + 3 * rows * dim * _FLOAT
         + proxies_at_hand * _FLOAT  # inverse lengths

@@ -41,7 +41,7 @@ Exchange = Literal["candidates", "histogram"]
 _NUM_BINS = 256
 # Bytes of a candidate while a block is decided on: value and masks; with other ranks also what is sent to them, or the
 # bits and bins of the histogram.
-_BYTES_PER_CANDIDATE = 16
+_BYTES_PER_CANDIDATE = 12
 _BYTES_PER_SHARED_CANDIDATE = 32
 _BYTES_PER_RECEIVED_CANDIDATE = 16
 
