@@ -153,7 +153,7 @@ class _Full(torch.autograd.Function):
             proxies_cND,
             # logits, their log-softmax, the chunk before; proxies transposed, products of numbers to be added up
             numbers_per_class=num_per_class * (3 * len(sums_CD) + 2 * dim),
-            numbers_besides=4 * sums_CD.numel(),  # they, transposed, their gradient, and what is added to it
+            numbers_besides=3 * sums_CD.numel(),  # they, their gradient, and its sum over ranks
             memory_budget=memory_budget,
         )
         total, probability_nC = proxies_cND.new_zeros(()), None
@@ -176,7 +176,7 @@ class _Full(torch.autograd.Function):
 
         # 1. Through the anchors' side of the logits u_j . s_c, and the class sums' gradient from this rank's anchors.
         d_proxies_cND = torch.empty(proxies_cND.shape, dtype=proxies_cND.dtype, device=proxies_cND.device)
-        d_sums_CD, sums_DC = torch.zeros_like(sums_CD), sums_CD.T.contiguous()
+        d_sums_CD = torch.zeros_like(sums_CD)
         for chunk in ctx.chunks:
             scale_n1 = scale_cN[chunk].view(-1, 1)
             if kept_probability_nC is None:
@@ -185,8 +185,8 @@ class _Full(torch.autograd.Function):
                 d_logits_nC = kept_probability_nC * scale_n1
             own_Nw = _of_own_class(d_logits_nC, partition.start + chunk.start, num_per_class)
             own_Nw -= scale_cN[chunk].T
-            d_proxies_cND[chunk] = product(d_logits_nC, sums_DC).view(d_proxies_cND[chunk].shape)
-            d_sums_CD += product(d_logits_nC.T, proxies_cND[chunk].flatten(0, 1).T)
+            torch.mm(d_logits_nC, sums_CD, out=d_proxies_cND[chunk].view(-1, sums_CD.shape[1]))
+            d_sums_CD.addmm_(d_logits_nC.T, proxies_cND[chunk].flatten(0, 1))
 
         # 2. Through the class sums, which every rank's anchors have met.
         d_sums_cD = all_reduce_sum(d_sums_CD, group=ctx.group)[partition.start : partition.stop]
