@@ -4,12 +4,14 @@ Nothing else in the project asks torch.distributed who it is. `group` is None fo
 that takes a group accepts None, so the library runs without a process group as well.
 """
 
+import atexit
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -111,13 +113,22 @@ def on_main(context: ParallelContext, function: Callable[..., T], *args: object)
     return everyone(context, result)[0]  # type: ignore[return-value]
 
 
-def run_launcher(main: Callable[[], None]) -> None:
-    """Run a launcher's body; a user's mistake becomes one message and exit status 2, without a traceback.
+def run_launcher(main: Callable[[], None]) -> NoReturn:
+    """Run a launcher's body and end the process: status 0, 2 after a user's mistake, 1 after any other error.
 
     What all ranks know is printed by rank 0: agreed errors, and whatever is wrong before the world is joined, where all
     ranks read the same. What one rank knows it prints itself. A launcher such as deepspeed then ends the other ranks.
     Any other error is ours and keeps its traceback.
     """
+    try:
+        status = _run(main)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    _leave(status)
+
+
+def _run(main: Callable[[], None]) -> int:
     try:
         main()
     except ValueError as error:
@@ -126,6 +137,20 @@ def run_launcher(main: Callable[[], None]) -> None:
             raise
         if isinstance(error, OneRankError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        return 2
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process as sys.exit does, but for the interpreter's own end.
+
+    While the interpreter ends, CPython kills any thread that asks for its lock. A gloo thread asks for it to let go of
+    a finished collective's tensors, inside C++ that must not be unwound, and takes the whole process with it:
+    "terminate called without an active exception", status -6, after a run that was complete. Exit handlers run as ever.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

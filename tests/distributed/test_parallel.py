@@ -1,5 +1,8 @@
 """Ranks fail together, and only then."""
 
+import subprocess
+import sys
+
 import pytest
 
 from dist_proxygml.parallel import ParallelContext, everyone, run_together, single_process
@@ -40,3 +43,48 @@ def ranks_seen(context: ParallelContext) -> list[int]:
 
 def test_everyone_is_in_rank_order() -> None:
     assert run_ranks(ranks_seen, 3) == [[0, 1, 2]] * 3
+
+
+LAUNCHER = """
+import atexit, sys
+from dist_proxygml.collectives import AgreedError
+from dist_proxygml.parallel import OneRankError, join_world, run_launcher
+
+class Witness:
+    def __del__(self):
+        print("the interpreter ended", flush=True)
+
+def main():
+    global witness
+    witness = Witness()
+    atexit.register(print, "exit handlers ran")
+    join_world()
+    sys.stdout.write("last words ")
+    {ending}
+
+run_launcher(main)
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("ending", "status", "message"),
+    [
+        ("pass", 0, ""),
+        ("raise AgreedError('no such run')", 2, "error: no such run\n"),
+        ("raise OneRankError('no GPU')", 2, "error: no GPU\n"),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
+        ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n"),
+    ],
+)
+def test_a_launcher_leaves_with_a_sure_status_before_the_interpreter_ends(
+    ending: str, status: int, message: str
+) -> None:
+    """The end of the interpreter kills gloo's threads within C++, which aborts a process that had finished."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER.format(ending=ending)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stdout == "last words exit handlers ran\n"
+    assert done.stderr.endswith(message)
+    assert ("Traceback" in done.stderr) == (status == 1)
