@@ -5,7 +5,7 @@
         bank/...               proxies and their optimizer state, through torch.distributed.checkpoint
         backbone.safetensors   the backbone alone, whole, for evaluation and for use elsewhere
         random-rank-000.pt     random generator state of each rank
-        state.json             step, number of ranks, and the settings that the numbers depend on: written last
+        state.json             step, position in the data, number of ranks, what the numbers depend on: written last
 
 The bank and its optimizer's rows are saved as DTensors placed Shard(0) over classes and load on any number of ranks.
 With ZeRO 1 to 3 the engine's part loads on the number of ranks that wrote it.
@@ -40,7 +40,11 @@ class RunState:
     """What a checkpoint says about the run, besides tensors."""
 
     step: int
-    """Optimizer steps done; with the number of steps of an epoch, also the position in the data."""
+    """Optimizer steps done."""
+    epoch: int
+    """The epoch, from 0, that the next step belongs to."""
+    consumed: int
+    """Images of that epoch's order that are done: the position in the data, for any number of ranks and batch size."""
     world_size: int
     settings: dict[str, Any]
     """What a continued run must have in common with this one, by name: configuration, data, class table."""

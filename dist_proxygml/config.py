@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dist_proxygml.partition import ClassPartition
 
 # A byte count with a binary unit.
-_BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB)"
+_BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
 
 
 class _Section(BaseModel):
@@ -80,10 +80,28 @@ TransformConfig = Annotated[
 ]
 
 
+class StreamConfig(_Section):
+    """Training images from plain WebDataset shards without an index: inexact, see docs/data.md."""
+
+    urls: str = Field(description="Shards, as webdataset writes them: https://host/train-{000000..000099}.tar")
+    samples_per_epoch: int = Field(ge=1, description="Images that count as an epoch, over all ranks.")
+    resampled: bool = Field(
+        True, description="Draw shards with replacement; false gives each loading process a fixed part of them."
+    )
+    shuffle_buffer: int = Field(1000, ge=1, description="Images that mix in each loading process.")
+
+
 class DataConfig(_Section):
     """Where the images come from and how they are prepared."""
 
-    shards: str = Field(description="Folder of WebDataset shards with an index.json.")
+    shards: str = Field(
+        description="Folder of WebDataset shards with an index.json, or where to fetch it: https://, s3://, gs://, or "
+        "pipe:COMMAND with {} for the file's name."
+    )
+    mode: Literal["indexed", "stream"] = Field(
+        "indexed", description="indexed: exact epochs over data.shards; stream: training images from data.stream."
+    )
+    stream: StreamConfig | None = Field(None, description="What mode stream reads; evaluation reads data.shards.")
     train_split: str = Field("train", description="Split of the index to train on.")
     test_split: str = Field("test", description="Split of the index to evaluate on; its classes are never trained.")
     num_classes: int = Field(ge=1, description="Number of classes of the training split; checked against the shards.")
@@ -91,12 +109,51 @@ class DataConfig(_Section):
     shuffle_window: int | None = Field(
         None, ge=1, description="Shards read at a time while shuffling; null shuffles over all."
     )
+    images_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="Class-balanced batches: training.batch_size / images_per_class classes with so many images each; "
+        "null visits every image once an epoch.",
+    )
     drop_last: bool = Field(False, description="Leave out the short last step of an epoch.")
+    damaged_images: Literal["fail", "skip"] = Field(
+        "fail",
+        description="fail: a damaged image ends the run; skip: another one takes its place in training, and evaluation "
+        "leaves it out. Each is named in damaged.jsonl.",
+    )
+    max_damaged: float = Field(
+        0.001, ge=0, le=1, description="Largest share of a split's images that may be damaged with skip."
+    )
+    cache_directory: str | None = Field(
+        None, description="Where remote shards are kept; null is ~/.cache/dist_proxygml/shards."
+    )
+    cache_limit: str | None = Field(
+        None, pattern=f"^{_BYTES}$", description="Most bytes of remote shards kept there; null keeps all."
+    )
     cache_images: bool = Field(
         False, description="Keep decoded images in memory: small data sets only, with num_workers 0."
     )
     train_transform: TransformConfig = Field(description="Augmentation of training images.")
     test_transform: TransformConfig = Field(description="Preparation of test images.")
+
+    @property
+    def cache_limit_bytes(self) -> int | None:
+        """cache_limit as a number."""
+        return None if self.cache_limit is None else parse_bytes(self.cache_limit)
+
+    @model_validator(mode="after")
+    def _a_stream_is_configured_where_it_is_read(self) -> "DataConfig":
+        if (self.mode == "stream") != (self.stream is not None):
+            raise ValueError(
+                f'expected data.stream with mode "stream" and only there, got mode "{self.mode}" '
+                f"{'with' if self.stream else 'without'} it; add or remove one of them"
+            )
+        exact = [
+            name for name in ("images_per_class", "shuffle_window", "cache_images", "drop_last") if getattr(self, name)
+        ]
+        if self.mode == "stream" and exact:
+            raise ValueError(f"expected none of {', '.join(exact)} with a stream, which has no index; remove them")
+        return self
 
 
 # ---- model and loss --------------------------------------------------------------------------------------------------
@@ -397,6 +454,26 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _batches_and_streams_fit_the_rest(self) -> "Config":
+        images_per_class = self.data.images_per_class
+        if images_per_class and self.training.batch_size % images_per_class:
+            raise ValueError(
+                f"expected training.batch_size to be a multiple of data.images_per_class, got "
+                f"{self.training.batch_size} and {images_per_class}; change one of them"
+            )
+        if self.data.stream and self.data.stream.samples_per_epoch < self.training.batch_size:
+            raise ValueError(
+                f"expected data.stream.samples_per_epoch of at least training.batch_size ({self.training.batch_size}), "
+                f"got {self.data.stream.samples_per_epoch}; change one of them"
+            )
+        if self.data.stream and self.proxies.initialization == "class_mean":
+            raise ValueError(
+                "expected proxies.initialization published or unit with a stream, got class_mean, which needs every "
+                "image of the index; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sparse_adam_has_sparse_gradients(self) -> "Config":
         weight = self.proxies.regularization_weight
         if self.optimizer.proxies_rule == "sparse_adam" and weight > 0:
@@ -457,8 +534,8 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(_BYTES, text)
     if match is None:
-        raise ValueError(f'expected a number of B, KiB, MiB or GiB such as "256 MiB", got {text!r}')
-    return int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(match[2]))
+        raise ValueError(f'expected a number of B, KiB, MiB, GiB or TiB such as "256 MiB", got {text!r}')
+    return int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2]))
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

@@ -3,27 +3,30 @@
     python -m dist_proxygml.shard build sop --root Stanford_Online_Products --out shards/sop
     python -m dist_proxygml.shard verify --deep shards/sop
 
-A build shuffles each split once by seed, writes the tars and, last, the index; equal inputs give
-equal bytes. Images keep their original bytes unless `--resize` is given. Exit codes: 0 done, 1
-verify found damage, 2 the command cannot be carried out.
+A build (data/builder.py) shuffles each split once by seed, writes the tars and, last, the index; equal inputs give
+equal bytes, also after an interruption. Images keep their original bytes unless `--resize` is given. Exit codes: 0
+done, 1 verify found damage, 2 the command cannot be carried out, 130 stopped by Ctrl-C.
 """
 
 import argparse
-import io
-import re
+import json
 import sys
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from dist_proxygml.data.builder import (
+    UnusableImage,
+    build_settings,
+    build_shards,
+    default_workers,
+    finished_build,
+)
 from dist_proxygml.data.datasets import (
     SourceDataset,
-    SourceImage,
     read_cars196,
     read_cub200,
     read_imagefolder,
@@ -31,158 +34,33 @@ from dist_proxygml.data.datasets import (
     read_sop,
 )
 from dist_proxygml.data.emoji import attribution, read_emoji
-from dist_proxygml.data.images import decode_image, image_extension, to_rgb
+from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import (
     INDEX_FILE,
+    INDEX_KIND,
     ShardIndex,
+    class_table_name,
     open_index,
     read_index,
     write_index,
 )
-from dist_proxygml.data.shards import (
-    ListedShard,
-    ShardSample,
-    list_shard,
-    publish,
-    sample_key,
-    shard_name,
-    split_of_shard,
-    write_shard,
-)
+from dist_proxygml.data.shards import ListedShard, list_shard, publish, split_of_shard
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _DATASETS = (*_READERS, "imagefolder", "demo")
 
 
-def build_shards(
-    dataset: SourceDataset,
-    out: Path,
-    *,
-    seed: int = 0,
-    samples_per_shard: int = 500,
-    resize: int | None = None,
-    overwrite: bool = False,
-    quiet: bool = False,
-) -> None:
-    """Write all splits of a data set as shuffled shards with an index, which comes last.
-
-    `resize` re-encodes images whose shorter side is longer than that many pixels (JPEG, quality
-    95). Raises ValueError when `out` holds a finished build and `overwrite` is not given, or naming
-    the image that is neither JPEG nor PNG or cannot be read.
-    """
-    if samples_per_shard < 1 or (resize is not None and resize < 1):
-        raise ValueError(f"expected at least 1 sample per shard and 1 pixel, got {samples_per_shard} and {resize}")
-    _clear_folder(out, overwrite=overwrite)
-    splits = sorted({image.split for image in dataset.images}, key=lambda split: (split != "train", split))
-    classes = {split: _class_table(dataset, split) for split in splits}
-    listed: dict[str, list[tuple[str, ListedShard]]] = {}
-    with tqdm(
-        total=len(dataset.images),
-        desc=f"building {dataset.name}",
-        unit=" images",
-        disable=quiet,
-        mininterval=0.5,
-    ) as bar:
-        for split, table in classes.items():
-            label_of = {source_id: label for label, (_, source_id) in enumerate(table)}
-            images = _shuffled([image for image in dataset.images if image.split == split], split=split, seed=seed)
-            listed[split] = []
-            for first in range(0, len(images), samples_per_shard):
-                file = shard_name(split, first // samples_per_shard)
-                samples = [
-                    _shard_sample(
-                        image,
-                        sample_id=first + position,
-                        label=label_of[image.source_id],
-                        resize=resize,
-                    )
-                    for position, image in enumerate(images[first : first + samples_per_shard])
-                ]
-                write_shard(out / file, samples)
-                listed[split].append((file, list_shard(out / file)))
-                bar.update(len(samples))
-    build = {
-        "layout": "shuffled",
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "resize": resize,
-    }
-    write_index(out, dataset=dataset.name, build=build, shards=listed, classes=classes)
-
-
-def _clear_folder(out: Path, *, overwrite: bool) -> None:
-    if (out / INDEX_FILE).exists() and not overwrite:
-        raise ValueError(
-            f"{out} already holds finished shards; pass --overwrite to replace them, or name another folder"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / INDEX_FILE).unlink(missing_ok=True)  # first: a folder without it is an unfinished build
-    ours = re.compile(r"([^.]+-\d{6}\.tar|index\.samples\..+\.npy|index\.json)(\.tmp-\d+)?")
-    for path in out.iterdir():
-        if path.is_file() and ours.fullmatch(path.name):
-            path.unlink()
-
-
-def _class_table(dataset: SourceDataset, split: str) -> list[tuple[str, int | str]]:
-    """(name, source id) of every label of a split, in the order of the source's ids."""
-    space = dataset.label_space(split)
-    names = {image.source_id: image.class_name for image in dataset.images if image.split in space}
-    return [(names[source_id], source_id) for source_id in sorted(names, key=lambda i: (isinstance(i, str), i))]
-
-
-def _shuffled(images: list[SourceImage], *, split: str, seed: int) -> list[SourceImage]:
-    draws = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(split.encode())])).random_raw(len(images))
-    return [images[i] for i in np.argsort(draws, kind="stable")]
-
-
-def _shard_sample(image: SourceImage, *, sample_id: int, label: int, resize: int | None) -> ShardSample:
-    where = image.content if isinstance(image.content, Path) else image.name
-    payload = image.content.read_bytes() if isinstance(image.content, Path) else image.content
-    try:
-        payload, (width, height) = _prepare(payload, resize=resize)
-    except Exception as problem:  # Pillow raises its own types, OSError, SyntaxError ...
-        raise ValueError(f"{where} cannot be read as an image: {problem}; repair or remove it") from problem
-    extension = image_extension(payload)
-    if extension is None:
-        raise ValueError(f"{where} is neither JPEG nor PNG; convert it, or pass --resize to re-encode")
-    info = {
-        "source": image.name,
-        "source_id": image.source_id,
-        "class_name": image.class_name,
-        "split": image.split,
-        "width": width,
-        "height": height,
-        **image.info,
-    }
-    return ShardSample(sample_key(image.split, sample_id), extension, payload, label, info)
-
-
-def _prepare(payload: bytes, *, resize: int | None) -> tuple[bytes, tuple[int, int]]:
-    with Image.open(io.BytesIO(payload)) as opened:
-        if resize is None or (min(opened.size) <= resize and image_extension(payload)):
-            return payload, opened.size
-        factor = min(1.0, resize / min(opened.size))
-        size = (max(1, round(opened.width * factor)), max(1, round(opened.height * factor)))
-        small = to_rgb(opened).resize(size, Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=95)
-    return stream.getvalue(), size
-
-
 def index_shards(root: Path, *, quiet: bool = False) -> None:
     """Write the index of a folder of tars, for shards of another origin or whose index was lost.
 
-    The split is what stands before the number in a tar's name. Labels stay as they are; names come
-    from the samples' JSON when it has `class_name` and `source_id`, and are the label's number
-    otherwise.
+    The split is what stands before the number in a tar's name. Labels stay as they are. Their names come from the
+    samples' JSON when it has `class_name` or `source_id`, else from the index that was there (of version 1 or 2), which
+    also passes on data set and build; else they are the labels' numbers.
     """
     tars = sorted(root.glob("*.tar")) if root.is_dir() else []
     if not tars:
         raise ValueError(f"{root} has no .tar files; name a folder of WebDataset shards")
-    try:
-        previous, _ = read_index(root)
-    except ValueError:
-        previous = {}
+    previous = _previous_index(root)
     shards: dict[str, list[tuple[str, ListedShard]]] = {}
     names: dict[str, dict[int, tuple[str, int | str]]] = {}
     for path in tqdm(tars, desc=f"indexing {root}", unit=" shards", disable=quiet, mininterval=0.5):
@@ -190,29 +68,53 @@ def index_shards(root: Path, *, quiet: bool = False) -> None:
         if split is None:
             raise ValueError(f"{path} has no number at the end of its name; expected names like train-000000.tar")
         listed = list_shard(path)
-        shards.setdefault(split, []).append((path.name, listed))
         # Query and gallery share one label space.
         table = names.setdefault("query" if split == "gallery" else split, {})
-        for sample in listed.samples:
-            name = str(sample.info.get("class_name", sample.label))
-            table.setdefault(sample.label, (name, sample.info.get("source_id", sample.label)))
+        for label in np.unique(listed.rows["label"]).tolist():
+            table.setdefault(label, (str(label), label))
+        table.update(listed.classes)
+        shards.setdefault(split, []).append((path.name, listed._replace(keys=[], classes={})))
     classes = {}
-    for split in shards:
+    for split in sorted(shards, key=lambda split: (split != "train", split)):
         table = names["query" if split == "gallery" else split]
-        classes[split] = [table.get(label, (str(label), label)) for label in range(max(table, default=-1) + 1)]
+        num_classes = max(table, default=-1) + 1
+        numbers = {label: (str(label), label) for label in range(num_classes)}
+        known = dict(enumerate(_previous_classes(root, split, previous)[:num_classes]))
+        said = {label: entry for label, entry in table.items() if entry != numbers[label]}
+        classes[split] = list({**numbers, **known, **said}.values())
     write_index(
         root,
         dataset=previous.get("dataset", root.resolve().name),
         build=previous.get("build", {"layout": "unknown"}),
-        shards=shards,
+        shards={split: shards[split] for split in classes},
         classes=classes,
     )
+
+
+def _previous_index(root: Path) -> Mapping[str, Any]:
+    """The `index.json` that is there, of any version; empty when there is none that can be read."""
+    try:
+        document = json.loads((root / INDEX_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) and document.get("kind") == INDEX_KIND else {}
+
+
+def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> list[tuple[str, int | str]]:
+    """(name, source id) of every label in an earlier index; empty when it has none that can be read."""
+    try:
+        if previous["version"] == 1:
+            return [(entry["name"], entry["source_id"]) for entry in previous["splits"][split]["classes"]]
+        lines = (root / class_table_name(split)).read_text(encoding="utf-8").split("\n")
+        return [(name, source_id) for name, source_id, _ in map(json.loads, filter(None, lines))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def verify_shards(root: Path, *, deep: bool = False, quiet: bool = False) -> list[str]:
     """What is wrong with a folder of shards, one sentence each; empty when it is sound.
 
-    Plain: index, sample tables, presence and size of the shards. Deep: also the sha256 of every
+    Plain: index, tables, presence and size of the shards. Deep: also the sha256 of every
     shard, the crc32 and label of every sample, and that every image decodes.
     """
     document, _ = read_index(root)
@@ -224,57 +126,55 @@ def verify_shards(root: Path, *, deep: bool = False, quiet: bool = False) -> lis
         except ValueError as problem:
             problems.append(str(problem))
     if deep:
-        with tqdm(
-            total=sum(index.num_samples for index in indexes),
-            desc="verifying",
-            unit=" images",
-            disable=quiet,
-            mininterval=0.5,
-        ) as bar:
+        num_images = sum(index.num_samples for index in indexes)
+        with tqdm(total=num_images, desc="verifying", unit=" images", disable=quiet, mininterval=0.5) as bar:
             for index in indexes:
                 for number in range(len(index.shards)):
-                    problems += _shard_problems(index, number)
-                    bar.update(index.shards[number].num_samples)
+                    problems += _shard_problems(index, number, bar)
     return problems
 
 
-def _shard_problems(index: ShardIndex, number: int) -> list[str]:
+def _shard_problems(index: ShardIndex, number: int, bar: tqdm) -> list[str]:
     path = index.shard_paths[number]
     expected = index.samples[index.samples["shard"] == number]
-    try:
-        listed = list_shard(path)
-    except ValueError as problem:
-        return [str(problem)]
     problems = []
+
+    def check(key: str, image: bytes) -> None:
+        bar.update()
+        try:
+            decode_image(image)
+        except ValueError as problem:
+            problems.append(f"{path}: sample {key}: {problem}")
+
+    try:
+        listed = list_shard(path, check_image=check)
+    except (ValueError, OSError) as problem:
+        return [*problems, str(problem)]
     if listed.sha256 != index.shards[number].sha256:
         problems.append(
             f"{path}: sha256 is {listed.sha256[:12]}..., the index says {index.shards[number].sha256[:12]}..."
         )
-    found = [(sample.label, sample.offset, sample.num_bytes, sample.crc32) for sample in listed.samples]
-    rows = [(int(r["label"]), int(r["offset"]), int(r["nbytes"]), int(r["crc32"])) for r in expected]
-    if len(found) != len(rows):
-        return [*problems, f"{path}: has {len(found)} samples, the index says {len(rows)}"]
-    content = path.read_bytes()
-    for sample, got, want in zip(listed.samples, found, rows, strict=True):
-        if got != want:
+    if len(listed.rows) != len(expected):
+        return [*problems, f"{path}: has {len(listed.rows)} samples, the index says {len(expected)}"]
+    for key, found, wanted in zip(listed.keys, listed.rows.tolist(), expected.tolist(), strict=True):
+        if found[1:] != wanted[1:]:
             problems.append(
-                f"{path}: sample {sample.key} has (label, offset, bytes, crc32) {got}, the index says {want}"
+                f"{path}: sample {key} has (label, offset, bytes, crc32) {found[1:]}, the index says {wanted[1:]}"
             )
-            continue
-        try:
-            decode_image(content[sample.offset : sample.offset + sample.num_bytes])
-        except ValueError as problem:
-            problems.append(f"{path}: sample {sample.key}: {problem}")
     return problems
 
 
 def describe_shards(root: Path) -> str:
     """Counts, classes and class sizes of every split as text."""
     document, digest = read_index(root)
-    lines = [f"{root}: {document.get('dataset')}, index {digest[:12]}, built with {document.get('build')}"]
+    build = dict(document["build"])
+    skipped = build.pop("skipped", [])
+    lines = [f"{root}: {document['dataset']}, index {digest[:12]}, built with {build}"]
+    if skipped:
+        lines.append(f"{len(skipped)} images could not be used and were left out; {root / INDEX_FILE} names them")
     for split in document["splits"]:
         index = open_index(root, split)
-        counts = np.array([entry.count for entry in index.classes])
+        counts = np.bincount(index.labels, minlength=index.num_classes)
         size = sum(shard.bytes for shard in index.shards)
         lines.append(
             f"{split}: {index.num_samples} images, {index.num_classes} classes, "
@@ -302,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is finished", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -314,29 +217,47 @@ def _build(options: argparse.Namespace) -> int:
             f"{dataset.num_left_out} listed images are not there and were left out (--allow-partial)",
             file=sys.stderr,
         )
-    build_shards(
+    if dataset.num_ignored:
+        print(
+            f"{dataset.num_ignored} files were left out: no images by their suffix, or in no class folder",
+            file=sys.stderr,
+        )
+    workers = default_workers(len(dataset.images)) if options.workers is None else options.workers
+    result = build_shards(
         dataset,
         options.out,
         seed=options.seed,
         samples_per_shard=options.samples_per_shard,
         resize=options.resize,
+        on_bad=options.on_bad,
         overwrite=options.overwrite,
+        workers=workers,
     )
     if options.dataset == "demo":
         head = "# The makers of these images\n\nEach sample's JSON names its set and licence."
         text = f"{head}\n\n{attribution()}\n"
         with publish(options.out / "ATTRIBUTION.md") as stream:
             stream.write(text.encode("utf-8"))
+    if result.already_there:
+        print(f"nothing to do: {options.out} holds this build; --overwrite builds it again, should files have changed")
+    if result.num_kept:
+        print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
+    if result.skipped:
+        print(_told(result.skipped), file=sys.stderr)
     print(describe_shards(options.out))
     return 0
 
 
+def _told(skipped: Sequence[UnusableImage]) -> str:
+    first = "\n".join(f"  {image.where} {image.reason}" for image in skipped[:20])
+    return f"{len(skipped)} images cannot be used and were left out; {INDEX_FILE} names them, the first are\n{first}"
+
+
 def _read_dataset(options: argparse.Namespace) -> SourceDataset:
-    # Before hours of work: where would it go?
-    if (options.out / INDEX_FILE).exists() and not options.overwrite:
-        raise ValueError(
-            f"{options.out} already holds finished shards; pass --overwrite to replace them, or name another folder"
-        )
+    # Before hours of work: is there another build where it would go?
+    settings = build_settings(seed=options.seed, samples_per_shard=options.samples_per_shard, resize=options.resize)
+    if not options.overwrite:
+        finished_build(options.out, dataset=options.dataset, settings=settings)
     if options.split_classes is not None and options.dataset != "imagefolder":
         raise ValueError(f"--split-classes is for imagefolder; {options.dataset} has a published split")
     if options.dataset == "demo":
@@ -441,6 +362,18 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-partial",
         action="store_true",
         help="leave out images that are missing; do not check published counts",
+    )
+    build.add_argument(
+        "--on-bad",
+        choices=("fail", "skip"),
+        default="fail",
+        help="images that cannot be used: list them and fail (default), or leave them out and name them in the index",
+    )
+    build.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that write (default: the usable cores, at most 8; 1 for few images)",
     )
     build.add_argument("--overwrite", action="store_true", help="replace finished shards in --out")
 

@@ -32,8 +32,9 @@ from dist_proxygml.checkpoint import (
 )
 from dist_proxygml.collectives import AgreedError, all_reduce_sum
 from dist_proxygml.config import Config
-from dist_proxygml.data.index import ShardIndex, open_index
-from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, build_evaluation_loader, build_train_loader
+from dist_proxygml.data.damage import DAMAGE_FILE, DamageLog
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.engine import Engine, engine_settings
 from dist_proxygml.evaluation.embed import save_table
@@ -53,6 +54,7 @@ from dist_proxygml.parallel import OneRankError, ParallelContext, everyone, on_m
 from dist_proxygml.plan import HeadPlan, check_fits, plan_head
 from dist_proxygml.proxies import replace_by_class_means_
 from dist_proxygml.telemetry import Telemetry
+from dist_proxygml.training_data import TrainingData, open_split, open_training_data
 
 _NUM_LOGGED_IMAGES = 16
 
@@ -66,9 +68,16 @@ class TrainState:
     engine: Engine
     loss: ProxyGMLLoss
     bank_optimizer: torch.optim.Optimizer
-    num_steps: int
+    num_steps: int  # of the whole run, at this batch size
     steps_per_epoch: int
-    step: int = 0
+    step: int = 0  # optimizer steps done, at whatever batch sizes
+    schedule_step: int = 0  # the same position counted in steps of this batch size: what schedules go by
+    consumed: int = 0  # images of this epoch that are done
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, that the next step belongs to."""
+        return self.schedule_step // self.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -105,48 +114,52 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     checkpoints = run_directory / "checkpoints"
     plan = run_together(context, lambda: plan_head(config, world_size=context.world_size, device=context.device.type))
     _check_memory(config, plan, context)
-    train_index, test_index = run_together(context, _open_data, config)
+    data, test_index = run_together(context, _open_data, config)
+    _check_same_data(data, test_index, context)
     found = on_main(context, checkpoint_to_continue, checkpoints, resume)
-    steps_per_epoch = run_together(
-        context, lambda: _train_loader(config, context, train_index, epoch=0, start_step=0).num_steps
-    )
+    run_together(context, lambda: data.loader(context, epoch=0, start=0))
 
     # 2. Build, and only then write.
-    state = build_train_state(config, context, steps_per_epoch=steps_per_epoch)
-    comparable = _comparable_settings(config, train_index)
+    state = build_train_state(config, context, steps_per_epoch=data.count_steps())
+    comparable = _comparable_settings(config) | data.identity()
     if found:
-        state.step = load_checkpoint(
+        run = load_checkpoint(
             found,
             engine=state.engine,
             loss=state.loss,
             bank_optimizer=state.bank_optimizer,
             context=context,
             settings=comparable,
-        ).step
+        )
+        continue_at(state, run, data)
     moved = on_main(context, _prepare_run_directory, config, found is not None)
     telemetry = Telemetry(
         run_directory,
         enabled=context.is_main,
-        num_steps=state.num_steps,
+        num_steps=state.step + state.num_steps - state.schedule_step,
         start_step=state.step,
         progress_bar=config.telemetry.progress_bar,
     )
-    telemetry.say(_greeting(config, context, train_index, test_index, found, moved))
+    telemetry.say(_greeting(state, data, test_index, found, moved))
     telemetry.say(str(plan))
 
     if found is None and config.proxies.initialization == "class_mean":
-        start_from_class_means(state, train_index, telemetry)
+        assert data.index is not None
+        start_from_class_means(state, data.index, telemetry)
 
     # 3. Train. An evaluation that was due when the run stopped is made up for.
+    damage_file = run_directory / DAMAGE_FILE
+    damage = build_damage_log(config, context, damage_file, num_images=data.epoch_size)
+    test_damage = build_damage_log(config, context, damage_file, num_images=test_index.num_samples)
     if state.step == 0 and config.evaluation.raw_pixels:
-        _evaluate_raw_pixels(config, context, test_index, run_directory)
+        _evaluate_raw_pixels(config, context, test_index, run_directory, test_damage)
     cache = ImageCache() if config.data.cache_images else None
     while True:
         if _evaluation_is_due(state) and not on_main(context, _evaluation_path(run_directory, state).exists):
-            evaluate_run(state, test_index, telemetry, run_directory)
-        if state.step == state.num_steps:
+            evaluate_run(state, test_index, telemetry, run_directory, test_damage)
+        if state.schedule_step == state.num_steps:
             break
-        _train_epoch(state, train_index, telemetry, checkpoints, settings=comparable, cache=cache)
+        _train_epoch(state, data, telemetry, checkpoints, settings=comparable, cache=cache, damage=damage)
 
     # 4. Show.
     telemetry.close()
@@ -202,6 +215,13 @@ def build_train_state(config: Config, context: ParallelContext, *, steps_per_epo
         num_steps=min(num_steps, config.training.max_steps or num_steps),
         steps_per_epoch=steps_per_epoch,
     )
+
+
+def continue_at(state: TrainState, run: RunState, data: TrainingData) -> None:
+    """Put the state where a checkpointed run stopped, whatever its batch size was."""
+    num_left = data.count_steps(run.consumed)
+    state.step, state.consumed = run.step, run.consumed if num_left else 0
+    state.schedule_step = (run.epoch + 1) * state.steps_per_epoch - num_left
 
 
 def start_from_class_means(state: TrainState, index: ShardIndex, telemetry: Telemetry) -> None:
@@ -297,15 +317,21 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bo
             bring_to_unit_length_(state.loss.proxies, classes_u=kept_classes)
     state.bank_optimizer.zero_grad()
     state.step += 1
+    state.schedule_step += 1
+    ends_epoch = state.schedule_step % state.steps_per_epoch == 0
+    state.consumed = 0 if ends_epoch else state.consumed + micro_batches[0].step_size
     return StepReport(LossTerms(*sums), backbone_norm, proxies_norm)
 
 
-def evaluate_run(state: TrainState, index: ShardIndex, telemetry: Telemetry, run_directory: Path) -> EvaluationResult:
+def evaluate_run(
+    state: TrainState, index: ShardIndex, telemetry: Telemetry, run_directory: Path, damage: DamageLog | None
+) -> EvaluationResult:
     """Evaluate the state's backbone; log and store the result. Called on all ranks."""
     config, context = state.config, state.context
-    result = evaluate_model(config, context, _backbone_of_one_rank(state), index)
-    epoch = state.step // state.steps_per_epoch
-    name = checkpoint_name(state.step)
+    result = evaluate_model(config, context, _backbone_of_one_rank(state), index, damage=damage)
+    if result.num_damaged:
+        telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
+    epoch, name = state.epoch, checkpoint_name(state.step)
     on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=True))
     telemetry.log_evaluation(state.step, epoch, result.metrics)
     numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))
@@ -320,7 +346,13 @@ def build_evaluation_model(config: Config) -> nn.Module:
 
 
 def evaluate_model(
-    config: Config, context: ParallelContext, model: nn.Module, index: ShardIndex, *, kmeans_seeds: int | None = None
+    config: Config,
+    context: ParallelContext,
+    model: nn.Module,
+    index: ShardIndex,
+    *,
+    damage: DamageLog | None,
+    kmeans_seeds: int | None = None,
 ) -> EvaluationResult:
     """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks."""
     return evaluate(
@@ -333,6 +365,7 @@ def evaluate_model(
         num_workers=config.data.num_workers,
         kmeans_seeds=config.evaluation.kmeans_seeds if kmeans_seeds is None else kmeans_seeds,
         preprocessing=config.data.test_transform.model_dump(),
+        damage=damage,
     )
 
 
@@ -369,22 +402,26 @@ def _embedded(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
 
 def _train_epoch(
     state: TrainState,
-    index: ShardIndex,
+    data: TrainingData,
     telemetry: Telemetry,
     checkpoints: Path,
     *,
     settings: dict[str, Any],
     cache: ImageCache | None,
+    damage: DamageLog | None,
 ) -> None:
     """Train to the end of the epoch, or of the run."""
     config, context = state.config, state.context
-    epoch, start = divmod(state.step, state.steps_per_epoch)
-    loader = _train_loader(config, context, index, epoch=epoch, start_step=start, cache=cache)
+    epoch = state.epoch
+    loader = data.loader(context, epoch=epoch, start=state.consumed, cache=cache)
     state.engine.module.train()
     telemetry.pause()
     batches = iter(loader)
-    while state.step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
+    while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
         micro_batches = _next_step(batches, config.accumulation, context)
+        if damage is not None:
+            for new in damage.add([damaged for batch in micro_batches for damaged in batch.damaged]):
+                telemetry.say(f"damaged, replaced by another image: {new.image}: {new.reason}")
         if state.step == 0:
             telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
         measure = (state.step + 1) % config.telemetry.log_every_steps == 0
@@ -405,13 +442,15 @@ def _train_epoch(
                     "lr_proxies": learning_rates[2],
                     "gradient_norm_backbone": report.backbone_norm,
                     "gradient_norm_proxies": None if report.proxies_norm is None else report.proxies_norm.item(),
+                    "damaged_images": None if damage is None else len(damage),
                 },
             )
-        every = config.checkpoint.every_steps or state.steps_per_epoch
-        if state.step % every == 0 or state.step == state.num_steps:
+        every_steps = config.checkpoint.every_steps
+        is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
+        if is_due or state.schedule_step == state.num_steps:
             save_checkpoint(
                 checkpoints,
-                state=RunState(state.step, context.world_size, settings),
+                state=RunState(state.step, state.epoch, state.consumed, context.world_size, settings),
                 engine=state.engine,
                 loss=state.loss,
                 bank_optimizer=state.bank_optimizer,
@@ -432,9 +471,12 @@ def _learning_rates(state: TrainState) -> list[float]:
     """Learning rates of trunk, embedding layer and proxies at the state's step."""
     optimizer = state.config.optimizer
     factor = learning_rate_factor(
-        state.config.schedule, step=state.step, steps_per_epoch=state.steps_per_epoch, num_steps=state.num_steps
+        state.config.schedule,
+        step=state.schedule_step,
+        steps_per_epoch=state.steps_per_epoch,
+        num_steps=state.num_steps,
     )
-    frozen = state.step // state.steps_per_epoch + 1 in state.config.training.frozen_trunk_epochs
+    frozen = state.epoch + 1 in state.config.training.frozen_trunk_epochs
     embedding = optimizer.embedding_lr or optimizer.backbone_lr
     return [0.0 if frozen else factor * optimizer.backbone_lr, factor * embedding, factor * optimizer.proxies_lr]
 
@@ -447,44 +489,30 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
 
 
-def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex]:
-    train_index = open_index(config.data.shards, config.data.train_split)
-    test_index = open_index(config.data.shards, config.data.test_split)
-    if train_index.num_classes != config.data.num_classes:
-        raise ValueError(
-            f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of "
-            f"{config.data.shards} has {train_index.num_classes} classes; edit the configuration or point "
-            "data.shards at the right shards"
-        )
+def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
+    """What to train and what to evaluate on."""
+    data = open_training_data(config)
+    test_index = open_split(config, config.data.test_split)
     check_settings(test_index.labels, Settings(recall_at=tuple(config.evaluation.recall_at)))
-    return train_index, test_index
+    return data, test_index
 
 
-def _train_loader(
-    config: Config,
-    context: ParallelContext,
-    index: ShardIndex,
-    *,
-    epoch: int,
-    start_step: int,
-    cache: ImageCache | None = None,
-) -> BatchLoader:
-    return build_train_loader(
-        index,
-        build_transform(config.data.train_transform),
-        batch_size=config.training.batch_size,
-        accumulation=config.accumulation,
-        rank=context.rank,
-        world_size=context.world_size,
-        seed=config.seed,
-        epoch=epoch,
-        start_step=start_step,
-        num_workers=config.data.num_workers,
-        shuffle_window=config.data.shuffle_window,
-        drop_last=config.data.drop_last,
-        cache=cache,
-        pin_memory=context.device.type == "cuda",
-    )
+def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
+    """Refuse ranks that see other shards under the same name: their batches would not belong together."""
+    seen = everyone(context, {**data.identity(), "test shards": test_index.sha256})
+    other = next((rank for rank, identity in enumerate(seen) if identity != seen[0]), None)
+    if other is not None:
+        raise AgreedError(
+            f"ranks 0 and {other} found different shards at {test_index.location}; copy the folder to every node "
+            "again, or wait until whoever replaces it is done"
+        )
+
+
+def build_damage_log(config: Config, context: ParallelContext, path: Path, *, num_images: int) -> DamageLog | None:
+    """Where damaged images are counted if the configuration skips them, else None."""
+    if config.data.damaged_images == "fail":
+        return None
+    return DamageLog(path, num_images=num_images, max_share=config.data.max_damaged, context=context)
 
 
 def _prepare_run_directory(config: Config, continues: bool) -> Path | None:
@@ -515,23 +543,25 @@ def _evaluation_path(run_directory: Path, state: TrainState) -> Path:
 def _evaluation_is_due(state: TrainState) -> bool:
     """Before the first step if wanted, after the last always, and between epochs every so many."""
     evaluation = state.config.evaluation
-    if state.step in (0, state.num_steps):
-        return state.step > 0 or evaluation.at_start
-    epoch, rest = divmod(state.step, state.steps_per_epoch)
+    if state.schedule_step in (0, state.num_steps):
+        return state.schedule_step > 0 or evaluation.at_start
+    epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
     return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
 
 
-def _comparable_settings(config: Config, index: ShardIndex) -> dict[str, Any]:
+def _comparable_settings(config: Config) -> dict[str, Any]:
     """What the numbers of a run depend on, flat: a run continues only under the same."""
     whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
     free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
+    free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
     free |= {"proxies.selection", "proxies.fused"}  # the same numbers by other ways
+    if config.data.images_per_class is None:  # the position in the data is a number of images
+        free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
     if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
         free.add("proxies.memory_budget")  # else it decides what the regulariser is computed from
     if config.schedule.name != "cosine":  # the other schedules do not look ahead: such a run may be made longer
         free |= {"training.epochs", "training.max_steps"}
-    flat = {name: value for name, value in _flattened(whole) if name not in free}
-    return flat | {"class table": index.class_table_sha256, "shards": index.sha256}
+    return {name: value for name, value in _flattened(whole) if name not in free}
 
 
 def _flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -543,26 +573,31 @@ def _flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _greeting(
-    config: Config,
-    context: ParallelContext,
-    train_index: ShardIndex,
+    state: TrainState,
+    data: TrainingData,
     test_index: ShardIndex,
     found: Path | None,
     moved: Path | None,
 ) -> str:
-    start = f"continuing {found}" if found else "starting anew"
+    config, context = state.config, state.context
+    start = "starting anew"
+    if found:
+        start = f"continuing {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
     return (
-        f"{config.name}: {train_index.num_samples:,} images of {train_index.num_classes:,} classes to train on, "
+        f"{config.name}: {data} to train on, "
         f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )
 
 
-def _evaluate_raw_pixels(config: Config, context: ParallelContext, index: ShardIndex, run_directory: Path) -> None:
+def _evaluate_raw_pixels(
+    config: Config, context: ParallelContext, index: ShardIndex, run_directory: Path, damage: DamageLog | None
+) -> None:
     pixels = RawPixels().to(context.device)
-    result = evaluate_model(config, context, pixels, index, kmeans_seeds=min(1, config.evaluation.kmeans_seeds))
+    num_seeds = min(1, config.evaluation.kmeans_seeds)
+    result = evaluate_model(config, context, pixels, index, damage=damage, kmeans_seeds=num_seeds)
     on_main(context, lambda: store_evaluation(run_directory, "pixels", result, with_embeddings=False))
 
 

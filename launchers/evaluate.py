@@ -33,9 +33,10 @@ def main() -> None:
     context = join_world()
 
     from dist_proxygml.checkpoint import find_checkpoint, load_backbone
-    from dist_proxygml.data.index import open_index
+    from dist_proxygml.data.damage import DAMAGE_FILE
     from dist_proxygml.evaluation.report import format_metrics
-    from dist_proxygml.training import build_evaluation_model, evaluate_model, store_evaluation
+    from dist_proxygml.training import build_damage_log, build_evaluation_model, evaluate_model, store_evaluation
+    from dist_proxygml.training_data import open_split
 
     checkpoints = arguments.run / "checkpoints"
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
@@ -43,13 +44,15 @@ def main() -> None:
     if checkpoint is None:
         raise AgreedError(f"expected a checkpoint in {checkpoints}, found none; train the run first")
     split = arguments.split or config.data.test_split
-    index = run_together(context, open_index, arguments.data or config.data.shards, split)
+    index = run_together(context, lambda: open_split(config, split, shards=arguments.data))
     model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
-    result = evaluate_model(config, context, model, index)
+    damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, num_images=index.num_samples)
+    result = evaluate_model(config, context, model, index, damage=damage)
     if context.is_main:
-        suffix = "" if arguments.data is None and arguments.split is None else f"-on-{Path(index.root).name}-{split}"
+        is_own = arguments.data is None and arguments.split is None
+        suffix = "" if is_own else f"-on-{Path(index.location).name}-{split}"
         path = store_evaluation(arguments.run, f"{checkpoint.name}{suffix}", result, with_embeddings=False)
         print(format_metrics({checkpoint.name: result.metrics}))
         print(f"written to {path}")

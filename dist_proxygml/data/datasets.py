@@ -4,16 +4,24 @@ Always the metric-learning split: training and test classes are disjoint (the fi
 classes trains on CUB and Cars), never the classification split that some of the downloads bring.
 Records are joined by id, not by line. The counts are those of the literature and are asserted, so
 that a half-unpacked download is noticed; `allow_partial` leaves out what is missing instead.
-Declined: downloading (licences and dead links) and reading any pixels here.
+
+Downloads come unpacked once or twice over, with tables beside or inside their folder, with the line ends and suffixes
+of another system: a layout is looked for in `root` and two levels below, each file at the places where copies have it.
+Hidden files and folders (`.DS_Store`, `._x.jpg`, `__MACOSX`) are nobody's images.
+Declined: downloading (licences and dead links), unpacking, and reading any pixels here.
 """
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
+import numpy as np
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
+_ARCHIVE_SUFFIXES = (".zip", ".tgz", ".tar", ".gz", ".7z", ".rar")
 
 # Images and classes of each split (Wah et al. 2011; Krause et al. 2013; Oh Song et al. 2016; Liu et
 # al. 2016).
@@ -25,7 +33,7 @@ PUBLISHED_COUNTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceImage:
     """One image of a raw data set."""
 
@@ -46,6 +54,7 @@ class SourceDataset:
     # Groups of splits with one label space; the classes of all others must be disjoint.
     shared_classes: tuple[tuple[str, ...], ...] = ()
     num_left_out: int = 0  # listed images that were not on the disk (allow_partial)
+    num_ignored: int = 0  # files of an image folder that are no images by their suffix, or in no class folder
 
     def label_space(self, split: str) -> tuple[str, ...]:
         """The splits that share their class table with `split`, itself among them."""
@@ -57,11 +66,11 @@ def read_cub200(root: Path, *, allow_partial: bool = False) -> SourceDataset:
 
     Classes 1-100 train, 101-200 test.
     """
-    root = _layout_root(root, "CUB_200_2011", ["images.txt", "image_class_labels.txt", "classes.txt", "images"])
-    names, labels, classes = (
-        {key: value for key, value in _rows(root / table, 2)}
-        for table in ("images.txt", "image_class_labels.txt", "classes.txt")
+    _, root = _find_layout(
+        root, {"CUB_200_2011": [("images.txt",), ("image_class_labels.txt",), ("classes.txt",), ("images",)]}
     )
+    names, labels, classes = (_table(root / table) for table in ("images.txt", "image_class_labels.txt", "classes.txt"))
+    folder = _innermost(root / "images")
     boxes = {}
     if (root / "bounding_boxes.txt").is_file():
         rows = _rows(root / "bounding_boxes.txt", 5)
@@ -85,7 +94,7 @@ def read_cub200(root: Path, *, allow_partial: bool = False) -> SourceDataset:
                 source_id=class_id,
                 class_name=classes[labels[image_id]],
                 name=names[image_id],
-                content=root / "images" / names[image_id],
+                content=folder / names[image_id],
                 info={"bbox_xywh": boxes[image_id]} if image_id in boxes else {},
             )
         )
@@ -100,29 +109,29 @@ def read_cars196(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     `cars_annos.mat` + `car_ims/`; `devkit/` + `cars_train/` + `cars_test/`; `names.csv` +
     `anno_{train,test}.csv` + `car_data/`.
     """
-    layouts: dict[str, tuple[list[str], Callable[[Path], list[SourceImage]]]] = {
-        "one folder": (["cars_annos.mat", "car_ims"], _cars_one_folder),
-        "devkit": (
-            [
-                "devkit/cars_meta.mat",
-                "devkit/cars_train_annos.mat",
-                "devkit/cars_test_annos_withlabels.mat",
-                "cars_train",
-                "cars_test",
-            ],
-            _cars_devkit,
-        ),
-        "csv": (["names.csv", "anno_train.csv", "anno_test.csv", "car_data"], _cars_csv),
+    readers: dict[str, Callable[[Path], list[SourceImage]]] = {
+        "one folder": _cars_one_folder,
+        "devkit": _cars_devkit,
+        "csv": _cars_csv,
     }
-    for folder in (root, root / "stanford_cars", root / "cars196"):
-        for needed, read in layouts.values():
-            if all((folder / name).exists() for name in needed):
-                return _finish("cars196", read(folder), root=folder, allow_partial=allow_partial)
-    looked_for = "; or ".join(f"{', '.join(needed)} ({name})" for name, (needed, _) in layouts.items())
-    raise ValueError(
-        f"{root} is not a Cars196 download: looked for {looked_for}; found {_listing(root)}; point "
-        "--root at the unpacked folder"
+    layout, root = _find_layout(root, _CARS_LAYOUTS)
+    return _finish("cars196", readers[layout](root), root=root, allow_partial=allow_partial)
+
+
+_CARS_META = ("devkit/cars_meta.mat", "car_devkit/devkit/cars_meta.mat", "cars_meta.mat")
+# Name of the image folder -> where its table lies; the labelled test table was a download of its own.
+_CARS_TABLES = {
+    folder: tuple(f"{place}{table}" for place in ("devkit/", "car_devkit/devkit/", ""))
+    for folder, table in (
+        ("cars_train", "cars_train_annos.mat"),
+        ("cars_test", "cars_test_annos_withlabels*.mat"),
     )
+}
+_CARS_LAYOUTS: dict[str, list[tuple[str, ...]]] = {
+    "one folder": [("cars_annos.mat",), ("car_ims",)],
+    "devkit": [_CARS_META, *_CARS_TABLES.values(), *((folder,) for folder in _CARS_TABLES)],
+    "csv": [("names.csv",), ("anno_train.csv",), ("anno_test.csv",), ("car_data",)],
+}
 
 
 def _cars_image(class_id: int, class_names: list[str], name: str, path: Path, box: Iterable[int]) -> SourceImage:
@@ -136,53 +145,57 @@ def _cars_image(class_id: int, class_names: list[str], name: str, path: Path, bo
 
 
 def _cars_one_folder(root: Path) -> list[SourceImage]:
-    table = _load_mat(root / "cars_annos.mat")
-    names = _mat_strings(table["class_names"])
+    names = _mat_strings(root / "cars_annos.mat", "class_names")
+    folder = _innermost(root / "car_ims")
     images = []
-    for row in table["annotations"].ravel():
-        # Fields: relative_im_path, bbox_x1, bbox_y1, bbox_x2, bbox_y2, class, test
+    for row in _mat_records(root / "cars_annos.mat", "annotations", "relative_im_path", "class", *_CARS_BOX):
         path = str(row["relative_im_path"].item())
-        box = [row[f"bbox_{corner}"].item() for corner in ("x1", "y1", "x2", "y2")]
-        images.append(_cars_image(int(row["class"].item()), names, path, root / path, box))
+        box = [row[side].item() for side in _CARS_BOX]
+        where = folder / path.removeprefix("car_ims/")
+        images.append(_cars_image(int(row["class"].item()), names, path, where, box))
     return images
 
 
+_CARS_BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+
+
 def _cars_devkit(root: Path) -> list[SourceImage]:
-    names = _mat_strings(_load_mat(root / "devkit" / "cars_meta.mat")["class_names"])
+    names = _mat_strings(_need(root, _CARS_META), "class_names")
     images = []
     # File names repeat across the two folders, so the folder belongs to the name.
-    for folder, table in (
-        ("cars_train", "cars_train_annos.mat"),
-        ("cars_test", "cars_test_annos_withlabels.mat"),
-    ):
-        for row in _load_mat(root / "devkit" / table)["annotations"].ravel():
-            path = f"{folder}/{row['fname'].item()}"
-            box = [row[f"bbox_{corner}"].item() for corner in ("x1", "y1", "x2", "y2")]
-            images.append(_cars_image(int(row["class"].item()), names, path, root / path, box))
+    for folder, places in _CARS_TABLES.items():
+        where = _innermost(root / folder)
+        for row in _mat_records(_need(root, places), "annotations", "fname", "class", *_CARS_BOX):
+            file = str(row["fname"].item())
+            box = [row[side].item() for side in _CARS_BOX]
+            images.append(_cars_image(int(row["class"].item()), names, f"{folder}/{file}", where / file, box))
     return images
 
 
 def _cars_csv(root: Path) -> list[SourceImage]:
-    with open(root / "names.csv", newline="", encoding="utf-8") as stream:
-        names = [row[0] for row in csv.reader(stream) if row]
-    data = root / "car_data"
-    if (data / "car_data").is_dir():
-        data = data / "car_data"
+    names = [row[0].strip() for row in _csv_rows(root / "names.csv")]
+    data = _innermost(root / "car_data")
     images = []
     for split in ("train", "test"):
-        with open(root / f"anno_{split}.csv", newline="", encoding="utf-8") as stream:
-            for file, *box, label in csv.reader(stream):
-                class_id = _as_int(label)
-                known = 1 <= class_id <= len(names)
-                path = data / split / (names[class_id - 1].replace("/", "-") if known else "") / file
-                name = str(path.relative_to(root))
-                images.append(_cars_image(class_id, names, name, path, map(_as_int, box)))
+        table = root / f"anno_{split}.csv"
+        for row in _csv_rows(table):
+            if len(row) != 6:
+                raise ValueError(f"{table}: expected 6 columns, got {','.join(row)!r}; unpack the download again")
+            file, *box, label = row
+            class_id = _as_int(label)
+            known = 1 <= class_id <= len(names)
+            path = data / split / (names[class_id - 1].replace("/", "-") if known else "") / file
+            images.append(_cars_image(class_id, names, str(path.relative_to(root)), path, map(_as_int, box)))
     return images
+
+
+def _csv_rows(path: Path) -> list[list[str]]:
+    return [row for row in csv.reader(_lines(path)) if row]
 
 
 def read_sop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     """Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`; a header, 1-based ids."""
-    root = _layout_root(root, "Stanford_Online_Products", ["Ebay_train.txt", "Ebay_test.txt"])
+    _, root = _find_layout(root, {"Stanford_Online_Products": [("Ebay_train.txt",), ("Ebay_test.txt",)]})
     images = []
     for split in ("train", "test"):
         rows = _rows(root / f"Ebay_{split}.txt", 4)
@@ -200,22 +213,20 @@ def read_sop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     return _finish("sop", images, root=root, allow_partial=allow_partial)
 
 
+_INSHOP_LISTS = tuple(f"{place}list_eval_partition.txt" for place in ("Eval/", "Anno/", ""))
+_INSHOP_FOLDERS = ("Img/img", "img", "Img/img_highres", "img_highres")
+
+
 def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
-    """In-Shop Clothes Retrieval of DeepFashion: `Eval/list_eval_partition.txt`.
+    """In-Shop Clothes Retrieval of DeepFashion: `Eval/list_eval_partition.txt`, with `img` or, where that is not
+    there, `img_highres`.
 
     The splits are train, query and gallery; the last two share one label space and are scored
     against each other.
     """
-    lists = [folder / "list_eval_partition.txt" for folder in (root / "Eval", root)]
-    table = next((path for path in lists if path.is_file()), None)
-    bases = [folder for folder in (root / "Img", root) if (folder / "img").is_dir()]
-    if table is None or not bases:
-        raise ValueError(
-            f"{root} is not an In-Shop download: looked for Eval/list_eval_partition.txt and "
-            f"Img/img; found {_listing(root)}; point --root at the unpacked folder"
-        )
-    with open(table, encoding="utf-8") as stream:
-        announced = stream.readline().strip()
+    _, root = _find_layout(root, {"In-shop Clothes Retrieval Benchmark": [_INSHOP_LISTS, _INSHOP_FOLDERS]})
+    table = _need(root, _INSHOP_LISTS)
+    announced = next(iter(_lines(table)), "").strip()
     if not announced.isdigit():
         raise ValueError(
             f"{table}: expected the number of images in line 1, got {announced[:80]!r}; unpack the download again"
@@ -226,12 +237,17 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
         raise ValueError(
             f"{table}: expected the header 'image_name item_id evaluation_status', got {' '.join(header)!r}"
         )
+    listed = list(rows)
+    # Of the folders that are there, the one with what the list names.
+    tops = {name.removeprefix("img/").split("/")[0] for name, _, _ in listed}
+    folders = [_innermost(root / place) for place in _INSHOP_FOLDERS if (root / place).is_dir()]
+    folder = next((folder for folder in folders if any((folder / top).is_dir() for top in tops)), folders[0])
     images = []
-    for name, item, status in rows:
+    for name, item, status in listed:
         if status not in ("train", "query", "gallery"):
             raise ValueError(f"{table}: {name} has the status {status!r}, expected train, query or gallery")
         info = {"category": "/".join(name.split("/")[1:3])}
-        images.append(SourceImage(status, item, item, name, bases[0] / name, info))
+        images.append(SourceImage(status, item, item, name, folder / name.removeprefix("img/"), info))
     if len(images) != int(announced) and not allow_partial:
         raise ValueError(
             f"{table} announces {announced} images and lists {len(images)}; unpack it again, or pass --allow-partial"
@@ -246,26 +262,30 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
 
 
 def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_classes: int | None = None) -> SourceDataset:
-    """Folders of images: `root/SPLIT/CLASS/*` with a split named train, or `root/CLASS/*`.
+    """Folders of images: `root/SPLIT/CLASS/*` with a split named train, or `root/CLASS/*`; folders inside a class
+    belong to it.
 
     Without splits the first `num_train_classes` classes in sorted order train and the others test;
-    None means half of them. Symbolic links out of `root` are refused; files that are no images are
-    skipped.
+    None means half of them. Links out of `root` and links to folders are refused; hidden files are skipped, other files
+    that are no images are counted.
     """
     root = root.resolve()
     if not root.is_dir():
-        raise ValueError(f"{root} does not exist; point --root at a folder of class folders")
-    images = []
-    if (root / "train").is_dir():
-        if num_train_classes is not None:
-            raise ValueError(
-                f"{root} has its own split (a folder train), so --split-classes cannot be given; leave it out"
-            )
-        for split in sorted(folder.name for folder in root.iterdir() if folder.is_dir()):
-            images += [_folder_image(split, path, root) for path in _class_files(root / split)]
-    else:
-        files = _class_files(root)
-        classes = sorted({path.parent.name for path in files})
+        raise ValueError(f"{root} is no folder; point --root at a folder of class folders")
+    own_split = (root / "train").is_dir()
+    if own_split and num_train_classes is not None:
+        raise ValueError(f"{root} has its own split (a folder train), so --split-classes cannot be given; leave it out")
+    images: list[SourceImage] = []
+    num_ignored = 0
+    for name in _files_below(root):
+        *folders, file = name.split("/")
+        if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES or len(folders) < 1 + own_split:
+            num_ignored += 1
+            continue
+        split, class_name = (folders[0], folders[1]) if own_split else ("", folders[0])
+        images.append(SourceImage(split, class_name, class_name, name, root / name))
+    if not own_split:
+        classes = sorted({image.class_name for image in images})
         num_train = len(classes) // 2 if num_train_classes is None else num_train_classes
         if not 0 < num_train < len(classes):
             raise ValueError(
@@ -274,18 +294,36 @@ def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_class
                 "SPLIT/CLASS/image or CLASS/image"
             )
         train = set(classes[:num_train])
-        images = [_folder_image("train" if path.parent.name in train else "test", path, root) for path in files]
-    return _finish("imagefolder", images, root=root, allow_partial=allow_partial)
+        images = [replace(image, split="train" if image.class_name in train else "test") for image in images]
+    dataset = _finish("imagefolder", images, root=root, allow_partial=allow_partial)
+    return replace(dataset, num_ignored=num_ignored)
 
 
-def _folder_image(split: str, path: Path, root: Path) -> SourceImage:
-    if not path.resolve().is_relative_to(root):
-        raise ValueError(f"{path} is a link out of {root}; copy the file, or point --root higher up")
-    return SourceImage(split, path.parent.name, path.parent.name, str(path.relative_to(root)), path)
+def _files_below(root: Path, folder: str = "") -> Iterator[str]:
+    """The path from `root` of every file below it that is not hidden, in sorted order."""
+    with os.scandir(root / folder) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
+    for entry in entries:
+        name = f"{folder}{entry.name}"
+        if _is_hidden(entry.name):
+            continue
+        if entry.is_symlink():
+            if not Path(entry.path).resolve().is_relative_to(root):
+                raise ValueError(f"{entry.path} is a link out of {root}; copy the file, or point --root higher up")
+            if entry.is_dir():
+                raise ValueError(f"{entry.path} is a link to a folder, whose images would count twice; remove it")
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"the name of {entry.path!r} is not UTF-8; rename it") from None
+        if entry.is_dir():
+            yield from _files_below(root, f"{name}/")
+        else:
+            yield name
 
 
-def _class_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _finish(
@@ -296,7 +334,9 @@ def _finish(
     allow_partial: bool,
     shared_classes: tuple[tuple[str, ...], ...] = (),
 ) -> SourceDataset:
-    """Check files, counts and the disjointness of classes."""
+    """Check names, files, counts and the disjointness of classes."""
+    _check_names(images, root)
+    images = [_with_suffix_on_disk(image) for image in images]
     missing = [image for image in images if isinstance(image.content, Path) and not image.content.is_file()]
     if missing and not allow_partial:
         raise ValueError(
@@ -309,7 +349,8 @@ def _finish(
     )
     if not dataset.images:
         raise ValueError(
-            f"{root} has no image of {name}; found {_listing(root)}; point --root at the unpacked download"
+            f"{root} has none of the {len(missing)} listed images of {name}; found {_listing(root)}; "
+            "point --root at the unpacked download"
         )
     counts = count_images(dataset)
     if not allow_partial:
@@ -353,37 +394,111 @@ def check_disjoint(dataset: SourceDataset) -> None:
             )
 
 
-def _layout_root(root: Path, folder: str, needed: list[str]) -> Path:
-    for candidate in (root, root / folder):
-        if all((candidate / name).exists() for name in needed):
-            return candidate
-    raise ValueError(
-        f"{root} is not the unpacked {folder}: looked for {', '.join(needed)} there and in "
-        f"{folder}/; found {_listing(root)}; point --root at the unpacked download"
+def _check_names(images: Sequence[SourceImage], root: Path) -> None:
+    seen = set()
+    for image in images:
+        if image.name in seen:
+            raise ValueError(f"{root} lists {image.name} twice; unpack the download again")
+        seen.add(image.name)
+        if image.name.startswith("/") or ".." in image.name.split("/"):
+            raise ValueError(f"{root} lists {image.name}, which leads out of it; unpack the download again")
+
+
+def _with_suffix_on_disk(image: SourceImage) -> SourceImage:
+    """The image with the path that exists, where a copy has `.jpg` for the list's `.JPG` or the other way round."""
+    if isinstance(image.content, Path) and not image.content.is_file():
+        for suffix in (image.content.suffix.lower(), image.content.suffix.upper()):
+            if image.content.with_suffix(suffix).is_file():
+                return replace(image, content=image.content.with_suffix(suffix))
+    return image
+
+
+def _find_layout(root: Path, layouts: Mapping[str, Sequence[tuple[str, ...]]]) -> tuple[str, Path]:
+    """The first layout of which `root`, or a folder at most two levels below, has everything.
+
+    A layout is a list of what is needed, each with the places (patterns) where it may lie.
+    """
+    level = [root]
+    archives: list[str] = []
+    for _ in range(3):
+        found = [
+            (layout, folder)
+            for folder in level
+            for layout, needed in layouts.items()
+            if all(_place(folder, places) for places in needed)
+        ]
+        if len({folder for _, folder in found}) > 1:
+            folders = ", ".join(str(folder) for _, folder in found)
+            raise ValueError(f"{root} has several downloads: {folders}; point --root at one of them")
+        if found:
+            return found[0]
+        entries = [entry for folder in level if folder.is_dir() for entry in sorted(folder.iterdir())]
+        archives += [str(e.relative_to(root)) for e in entries if e.name.lower().endswith(_ARCHIVE_SUFFIXES)]
+        level = [entry for entry in entries if not _is_hidden(entry.name) and entry.is_dir()]
+    looked_for = "; or ".join(
+        f"{', '.join(' or '.join(places) for places in needed)} ({layout})" for layout, needed in layouts.items()
     )
+    unpack = f"unpack {', '.join(archives[:5])}" if archives else "point --root at the unpacked download"
+    raise ValueError(
+        f"{root} is not a download that is known: looked for {looked_for}, there and two levels below; "
+        f"found {_listing(root)}; {unpack}"
+    )
+
+
+def _place(folder: Path, places: Sequence[str]) -> Path | None:
+    return next((path for place in places for path in sorted(folder.glob(place))), None)
+
+
+def _need(folder: Path, places: Sequence[str]) -> Path:
+    path = _place(folder, places)
+    assert path is not None, "the layout was found with it"
+    return path
+
+
+def _innermost(folder: Path) -> Path:
+    """`images/images/` of an archive that was unpacked into a folder of its own name; else the folder itself."""
+    while (folder / folder.name).is_dir():
+        folder = folder / folder.name
+    return folder
 
 
 def _listing(folder: Path) -> str:
     if not folder.is_dir():
-        return "no such folder"
+        return "a file, no folder" if folder.exists() else "no such folder"
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return ", ".join(names[:12]) + more if names else "an empty folder"
 
 
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file; a mark of the byte order and the line ends of any system are taken off."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({problem}); unpack the download again") from problem
+
+
 def _rows(path: Path, num_fields: int, *, skip_lines: int = 0) -> Iterator[tuple[str, ...]]:
     """The lines of a text table, cut at white space; the last field may hold blanks."""
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if number <= skip_lines or not line.strip():
-                continue
-            fields = tuple(line.split(maxsplit=num_fields - 1))
-            if len(fields) != num_fields:
-                raise ValueError(
-                    f"{path}, line {number}: expected {num_fields} fields, got {line.strip()!r}; "
-                    "unpack the download again"
-                )
-            yield (*fields[:-1], fields[-1].strip())
+    for number, line in enumerate(_lines(path), start=1):
+        if number <= skip_lines or not line.strip():
+            continue
+        fields = tuple(line.split(maxsplit=num_fields - 1))
+        if len(fields) != num_fields:
+            raise ValueError(
+                f"{path}, line {number}: expected {num_fields} fields, got {line.strip()!r}; unpack the download again"
+            )
+        yield (*fields[:-1], fields[-1].strip())
+
+
+def _table(path: Path) -> dict[str, str]:
+    """A text table of two fields, the first of which is the key."""
+    table: dict[str, str] = {}
+    for key, value in _rows(path, 2):
+        if key in table:
+            raise ValueError(f"{path} has the id {key} twice; unpack the download again")
+        table[key] = value
+    return table
 
 
 def _as_int(text: str) -> int:
@@ -393,16 +508,27 @@ def _as_int(text: str) -> int:
         raise ValueError(f"expected a whole number, got {text!r}; unpack the download again") from None
 
 
-def _load_mat(path: Path) -> Mapping[str, Any]:
+def _load_mat(path: Path, variable: str) -> np.ndarray:
     try:
         from scipy.io import loadmat
     except ImportError as problem:
         raise ValueError("reading Cars196's .mat files needs scipy; run `pip install scipy`") from problem
     try:
-        return dict(loadmat(str(path)))
+        content = loadmat(str(path))
     except Exception as problem:  # scipy raises ValueError, TypeError, zlib.error ... on damaged files
         raise ValueError(f"{path} is not a readable MATLAB file ({problem}); unpack the download again") from problem
+    if variable not in content:
+        raise ValueError(f"{path} has no variable {variable!r}; unpack the download again")
+    return np.asarray(content[variable]).ravel()
 
 
-def _mat_strings(cells: Any) -> list[str]:
-    return [str(cell.item()) for cell in cells.ravel()]
+def _mat_strings(path: Path, variable: str) -> list[str]:
+    return [str(cell.item()) for cell in _load_mat(path, variable)]
+
+
+def _mat_records(path: Path, variable: str, *fields: str) -> np.ndarray:
+    records = _load_mat(path, variable)
+    missing = set(fields) - set(records.dtype.names or ())
+    if missing:
+        raise ValueError(f"{path}: {variable} lacks {', '.join(sorted(missing))}; it is another table of Cars196")
+    return records

@@ -1,34 +1,34 @@
 """The index of a folder of shards: what is in it, where every image lies, and its hashes.
 
-    index.json                 kind, version, and per split: counts, classes, hashes,
-                               shards (file, num_samples, bytes, sha256)
-    index.samples.SPLIT.npy    24 bytes per sample, memory-mapped: shard, label, offset, nbytes,
-                               crc32
+    index.json                   kind, version, and per split: counts, hashes, shards (file, num_samples, bytes, sha256)
+    index.samples.SPLIT.npy      24 bytes per sample, memory-mapped: shard, label, offset, nbytes, crc32
+    index.classes.SPLIT.jsonl    a line per label: name, source id, number of images; read when a name is asked for
 
-The index alone defines an epoch; shards are only bytes. It is written last, so a folder without one
-is an unfinished build. Opening checks everything that is cheap: kind and version, the hash of the
-sample table, label counts, and the presence and size of every shard. `verify --deep` reads the
-rest.
-Declined: one JSON with a record per image, which takes seconds to parse and grows in every worker.
+The index alone defines an epoch; shards are only bytes. It is written last, so a folder without one is an unfinished
+build. Opening checks everything that is cheap: kind and version, the hashes of both tables, the range of labels, and
+the presence and size of every shard. `verify --deep` reads the rest.
+Declined: one JSON with a record per image or class, which takes seconds to parse and grows in every worker.
 """
 
 import hashlib
 import json
+import os
 import re
+import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_proxygml.data.shards import ListedShard, publish
+from dist_proxygml.data.remote import ShardCache, is_remote
+from dist_proxygml.data.shards import SAMPLE_DTYPE, ListedShard, publish
 
 INDEX_FILE = "index.json"
 INDEX_KIND = "dist-proxygml-index"
-INDEX_VERSION = 1
-SAMPLE_DTYPE = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("nbytes", "<u4"), ("crc32", "<u4")])
+INDEX_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +57,28 @@ class ShardIndex:
     root: Path
     split: str
     dataset: str
-    classes: tuple[ClassEntry, ...]
+    num_classes: int  # C: labels are 0..C-1
     shards: tuple[ShardEntry, ...]
     class_table_sha256: str  # of (label, name, source_id); the proxy bank belongs to this table
     sha256: str  # of index.json
     samples: np.ndarray  # [n] of SAMPLE_DTYPE, memory-mapped
+    remote: ShardCache | None = None  # where the shards come from if they do not lie in `root`
+
+    @property
+    def location(self) -> str:
+        """Where the shards lie, for messages."""
+        return str(self.root) if self.remote is None else self.remote.shown_location
 
     @property
     def num_samples(self) -> int:
         """Number of images n of the split."""
         return len(self.samples)
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes C of the split's class table."""
-        return len(self.classes)
+    @cached_property
+    def classes(self) -> tuple[ClassEntry, ...]:
+        """The class table, in the order of labels; read from its file, since only people ask for names."""
+        with open(self.root / class_table_name(self.split), encoding="utf-8") as stream:
+            return tuple(ClassEntry(label, *json.loads(line)) for label, line in enumerate(stream))
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -83,11 +90,42 @@ class ShardIndex:
         """Where the shards lie, in the order of `shards`."""
         return [self.root / shard.file for shard in self.shards]
 
+    def open_sibling(self, split: str) -> "ShardIndex":
+        """Another split of the same shards. Raises ValueError as `open_index`."""
+        if self.remote is None:
+            return open_index(self.root, split)
+        remote = self.remote
+        return open_index(remote.location, split, cache_directory=remote.directory, cache_limit=remote.limit_bytes)
+
+    def open_shard(self, number: int) -> int:
+        """A file descriptor of a shard, fetched first if it lies elsewhere. Raises ValueError when that fails."""
+        shard = self.shards[number]
+        if self.remote is not None:
+            return self.remote.open_shard(file=shard.file, num_bytes=shard.bytes, sha256=shard.sha256)
+        try:
+            return os.open(self.root / shard.file, os.O_RDONLY)
+        except OSError as problem:
+            raise ValueError(f"the file cannot be opened: {problem.strerror}") from problem
+
     def describe(self, sample_id: int) -> str:
-        """Which sample an id is, for messages: shard file, key's number and label."""
+        """Which sample an id is, for messages: shard file, key and label."""
         row = self.samples[sample_id]
-        path = self.root / self.shards[row["shard"]].file
-        return f"{path}, {self.split} sample {sample_id} (label {row['label']})"
+        shard = self.shards[row["shard"]].file
+        key = self._key(int(row["shard"]), offset=int(row["offset"])) or f"{sample_id} of {self.split}"
+        return f"{self.location}/{shard}, sample {key} (label {row['label']})"
+
+    def _key(self, shard: int, *, offset: int) -> str | None:
+        """The key in the tar header in front of an image's bytes; None where that is damaged as well."""
+        try:
+            descriptor = self.open_shard(shard)
+            try:
+                header = os.pread(descriptor, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+            finally:
+                os.close(descriptor)
+            name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+        except (ValueError, OSError, tarfile.TarError):
+            return None
+        return name.rpartition("/")[2].partition(".")[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map pickles as a copy of its content; a worker maps the file again instead.
@@ -106,14 +144,28 @@ def sample_table_name(split: str) -> str:
     return f"index.samples.{split}.npy"
 
 
-def open_index(directory: str | Path, split: str) -> ShardIndex:
-    """Open one split of a folder of shards.
+def class_table_name(split: str) -> str:
+    """The file name of a split's class table."""
+    return f"index.classes.{split}.jsonl"
+
+
+def open_index(
+    location: str | Path, split: str, *, cache_directory: Path | None = None, cache_limit: int | None = None
+) -> ShardIndex:
+    """Open one split of a folder of shards, here or elsewhere (see `remote`).
+
+    What lies elsewhere is kept in `cache_directory`, ~/.cache/dist_proxygml/shards by default, shards up to
+    `cache_limit` bytes together.
 
     Raises ValueError, naming what is wrong and how to mend it, when the folder or its index is
     missing, the version is another one, the split does not exist, the sample table is stale, or a
     shard is missing or has another size.
     """
-    root = Path(directory)
+    remote = None
+    if is_remote(str(location)):
+        cache_directory = cache_directory or Path.home() / ".cache" / "dist_proxygml" / "shards"
+        remote = ShardCache(str(location), cache_directory, limit_bytes=cache_limit)
+    root = Path(location) if remote is None else remote.fetch_index()
     document, digest = read_index(root)
     splits = document["splits"]
     if split not in splits:
@@ -121,7 +173,7 @@ def open_index(directory: str | Path, split: str) -> ShardIndex:
             f"{root / INDEX_FILE} has the splits {', '.join(sorted(splits))}, not {split!r}; name one of them"
         )
     try:
-        return _open_split(root, split, str(document.get("dataset", "")), splits[split], digest)
+        return _open_split(root, split, str(document.get("dataset", "")), splits[split], digest, remote)
     except (KeyError, TypeError) as problem:
         raise ValueError(
             f"{root / INDEX_FILE}: split {split!r} lacks or garbles the field {problem}; "
@@ -167,10 +219,11 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
     return document, hashlib.sha256(content).hexdigest()
 
 
-def _open_split(root: Path, split: str, dataset: str, entry: Mapping[str, Any], digest: str) -> ShardIndex:
-    classes = tuple(ClassEntry(c["label"], c["name"], c["source_id"], c["count"]) for c in entry["classes"])
+def _open_split(
+    root: Path, split: str, dataset: str, entry: Mapping[str, Any], digest: str, remote: ShardCache | None
+) -> ShardIndex:
     shards = tuple(ShardEntry(s["file"], s["num_samples"], s["bytes"], s["sha256"]) for s in entry["shards"])
-    problems = shard_size_problems(root, shards)
+    problems = shard_size_problems(root, shards) if remote is None else []
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(
@@ -178,19 +231,23 @@ def _open_split(root: Path, split: str, dataset: str, entry: Mapping[str, Any], 
             "copy or build them again"
         )
 
-    table = root / sample_table_name(split)
     remedy = f"copy the folder again or run `python -m dist_proxygml.shard index {root}`"
-    if not table.is_file():
-        raise ValueError(f"{table} is missing; {remedy}")
-    with open(table, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != entry["samples"]["sha256"]:
-        raise ValueError(
-            f"{table} does not belong to {root / INDEX_FILE}: sha256 {found[:12]}..., expected "
-            f"{entry['samples']['sha256'][:12]}...; {remedy}"
-        )
+    table = root / sample_table_name(split)
+    for path, expected in (
+        (table, entry["samples"]["sha256"]),
+        (root / class_table_name(split), entry["classes"]["sha256"]),
+    ):
+        if remote is not None:
+            remote.fetch_table(root, path.name, sha256=expected)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; {remedy}")
+        found = _file_sha256(path)
+        if found != expected:
+            raise ValueError(
+                f"{path} does not belong to {root / INDEX_FILE}: sha256 {found[:12]}..., expected "
+                f"{expected[:12]}...; {remedy}"
+            )
     samples = np.load(table, mmap_mode="r")
-    counts = [c.count for c in classes]
     if samples.dtype != SAMPLE_DTYPE or len(samples) != entry["num_samples"]:
         raise ValueError(
             f"{table} has {len(samples)} rows of {samples.dtype}, expected {entry['num_samples']} "
@@ -198,17 +255,18 @@ def _open_split(root: Path, split: str, dataset: str, entry: Mapping[str, Any], 
         )
     if len(samples) == 0:
         raise ValueError(f"{root / INDEX_FILE}: split {split!r} has no images; build the shards again")
-    labels = samples["label"]
-    if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+    labels, num_classes = samples["label"], entry["num_classes"]
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
             f"{table} has labels {labels.min()} to {labels.max()}, but {root / INDEX_FILE} has "
-            f"{len(classes)} classes; {remedy}"
+            f"{num_classes} classes; {remedy}"
         )
-    if np.bincount(labels, minlength=len(classes)).tolist() != counts or [c.label for c in classes] != list(
-        range(len(classes))
-    ):
-        raise ValueError(f"{table} and {root / INDEX_FILE} disagree on the number of images per class; {remedy}")
-    return ShardIndex(root, split, dataset, classes, shards, entry["class_table_sha256"], digest, samples)
+    return ShardIndex(root, split, dataset, num_classes, shards, entry["class_table_sha256"], digest, samples, remote)
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def shard_size_problems(root: Path, shards: Sequence[ShardEntry]) -> list[str]:
@@ -237,7 +295,7 @@ def write_index(
     shards: Mapping[str, Sequence[tuple[str, ListedShard]]],
     classes: Mapping[str, Sequence[tuple[str, int | str]]],
 ) -> None:
-    """Write the sample tables and, last, `index.json`.
+    """Write the tables and, last, `index.json`.
 
     `shards` gives the listed shard files of every split in order, `classes` the (name, source id)
     of every label of every split; `build` records how the shards were made. Two splits with the
@@ -245,30 +303,27 @@ def write_index(
     """
     splits = {}
     for split, files in shards.items():
-        rows = [
-            (number, sample.label, sample.offset, sample.num_bytes, sample.crc32)
-            for number, (_, listed) in enumerate(files)
-            for sample in listed.samples
-        ]
-        samples = np.array(rows, dtype=SAMPLE_DTYPE)
+        samples = np.concatenate([np.empty(0, SAMPLE_DTYPE), *(listed.rows for _, listed in files)])
+        samples["shard"] = np.repeat(np.arange(len(files)), [len(listed.rows) for _, listed in files])
         with publish(root / sample_table_name(split)) as stream:
             np.save(stream, samples)
-        table_digest = hashlib.sha256((root / sample_table_name(split)).read_bytes()).hexdigest()
         counts = np.bincount(samples["label"], minlength=len(classes[split])).tolist()
         entries = [
             ClassEntry(label, name, source_id, count)
             for label, ((name, source_id), count) in enumerate(zip(classes[split], counts, strict=True))
         ]
+        with publish(root / class_table_name(split)) as stream:
+            for entry in entries:
+                stream.write(_json_line([entry.name, entry.source_id, entry.count]))
         splits[split] = {
             "num_samples": len(samples),
             "num_classes": len(entries),
             "class_table_sha256": class_table_sha256(entries),
-            "samples": {"file": sample_table_name(split), "sha256": table_digest},
+            "samples": {"file": sample_table_name(split), "sha256": _file_sha256(root / sample_table_name(split))},
+            "classes": {"file": class_table_name(split), "sha256": _file_sha256(root / class_table_name(split))},
             "shards": [
-                ShardEntry(file, len(listed.samples), listed.num_bytes, listed.sha256)._asdict()
-                for file, listed in files
+                ShardEntry(file, len(listed.rows), listed.num_bytes, listed.sha256)._asdict() for file, listed in files
             ],
-            "classes": [asdict(entry) for entry in entries],
         }
     document = {
         "kind": INDEX_KIND,
@@ -281,7 +336,11 @@ def write_index(
         stream.write(_one_record_per_line(document).encode("utf-8"))
 
 
+def _json_line(record: Sequence[Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n").encode("utf-8")
+
+
 def _one_record_per_line(document: Mapping[str, Any]) -> str:
-    """JSON with one class or shard a line: short to read, good to diff."""
+    """JSON with one shard a line: short to read, good to diff."""
     text = json.dumps(document, ensure_ascii=False, indent=1)
     return re.sub(r"\{[^{}\[\]]*\}", lambda record: re.sub(r"\n\s*", " ", record.group()), text) + "\n"

@@ -4,7 +4,8 @@
 
 The DataLoader gets whole micro-batches from the plan and returns them in the plan's order whatever
 the number of workers, so images are the same bit for bit for 0, 1 or 3 workers. What a random
-transform does to an image depends on (seed, epoch, id) alone.
+transform does to an image depends on (seed, epoch, id) alone, and so does which image takes the place
+of a damaged one: positions never shift.
 
 Chosen: map-style with own batches, because then exactly-once, equal steps and resume are
 arithmetic.
@@ -13,15 +14,16 @@ workers) and persistent workers (they keep a transform's old epoch).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.plan import EpochPlan, MicroBatch, epoch_order, evaluation_batches
+from dist_proxygml.data.plan import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
 from dist_proxygml.data.shards import ShardReader
 from dist_proxygml.data.transforms import Transform
 
@@ -36,9 +38,10 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # uint8 RGB [b, 3, H, W]
     labels: torch.Tensor  # int64 [b]
-    ids: torch.Tensor  # int64 [b]: positions in the split's index
+    ids: torch.Tensor  # int64 [b]: positions in the split's index; -1 in a stream, which has none
     global_size: int  # images of this micro-step over all ranks
     step_size: int  # images of the whole optimizer step over all micro-steps and ranks
+    damaged: tuple[Damage, ...] = ()  # images that were to be here and could not be used
 
     def loss_weight(self, accumulation: int) -> float:
         """The factor on this micro-batch's mean loss when `accumulation` gradients are averaged."""
@@ -66,6 +69,10 @@ class ImageCache:
         self._images[sample_id] = image
 
 
+# Images of other classes that are tried where no image of a damaged one's class can be read.
+_NUM_STRANGERS_TRIED = 100
+
+
 class _Failure(NamedTuple):
     """A ValueError on its way from a worker; a DataLoader would wrap its text in a traceback."""
 
@@ -73,7 +80,11 @@ class _Failure(NamedTuple):
 
 
 class ShardImages(Dataset[Batch]):
-    """The images of one split by id. Indexed with a whole micro-batch at a time."""
+    """The images of one split by id. Indexed with a whole micro-batch at a time.
+
+    `damaged` says what happens to an image that cannot be used: "fail" raises, "replace" puts another image of its
+    class there (of any class where it has no other), "leave_out" gives a smaller batch.
+    """
 
     def __init__(
         self,
@@ -83,13 +94,15 @@ class ShardImages(Dataset[Batch]):
         seed: int = 0,
         epoch: int = 0,
         cache: ImageCache | None = None,
+        damaged: Literal["fail", "replace", "leave_out"] = "fail",
     ) -> None:
         self.index = index
         self.transform = transform
         self.seed = seed
         self.epoch = epoch
         self.cache = cache
-        self.reader = ShardReader(index.shard_paths)
+        self.damaged = damaged
+        self.reader = ShardReader(index.open_shard)
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -115,7 +128,7 @@ class ShardImages(Dataset[Batch]):
         except ValueError as problem:
             raise ValueError(
                 f"{self.index.describe(sample_id)}: {problem}; "
-                f"look with `python -m dist_proxygml.shard verify --deep {self.index.root}`, then "
+                f"look with `python -m dist_proxygml.shard verify --deep {self.index.location}`, then "
                 "copy or build the shard again"
             ) from problem
         if self.cache is not None:
@@ -123,19 +136,41 @@ class ShardImages(Dataset[Batch]):
         return image
 
     def batch(self, micro_batch: MicroBatch) -> Batch:
-        """Read, decode and transform the images of a micro-batch."""
-        ids = micro_batch.ids
-        images = [self.image(int(sample_id)) for sample_id in ids]
-        generators = [sample_generator(seed=self.seed, epoch=self.epoch, sample_id=int(sample_id)) for sample_id in ids]
-        labels_b = torch.from_numpy(self.index.samples["label"][ids].astype(np.int64))
-        ids_b = torch.from_numpy(np.array(ids, dtype=np.int64))
-        return Batch(
-            self.transform(images, generators),
-            labels_b,
-            ids_b,
-            micro_batch.global_size,
-            micro_batch.step_size,
-        )
+        """Read, decode and transform the images of a micro-batch.
+
+        Raises ValueError as `image` does if damaged images fail, and where no replacement can be read.
+        """
+        ids, images, damaged = [], [], []
+        for wanted in micro_batch.ids.tolist():
+            try:
+                image, sample_id = self.image(wanted), wanted
+            except ValueError as problem:
+                if self.damaged == "fail":
+                    raise
+                damaged.append(Damage(self.index.describe(wanted), str(problem.__cause__)))
+                if self.damaged == "leave_out":
+                    continue
+                image, sample_id = self._replacement(wanted, str(problem))
+            ids.append(sample_id)
+            images.append(image)
+        generators = [sample_generator(seed=self.seed, epoch=self.epoch, sample_id=sample_id) for sample_id in ids]
+        ids_b = torch.tensor(ids, dtype=torch.int64)
+        labels_b = torch.from_numpy(self.index.samples["label"][ids_b.numpy()].astype(np.int64))
+        images_b3HW = self.transform(images, generators) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        return Batch(images_b3HW, labels_b, ids_b, micro_batch.global_size, micro_batch.step_size, tuple(damaged))
+
+    def _replacement(self, sample_id: int, problem: str) -> tuple[torch.Tensor, int]:
+        """A readable image of the same class if there is one, else of any class, and its id."""
+        draw = sample_generator(seed=self.seed, epoch=self.epoch, sample_id=sample_id)
+        labels = self.index.samples["label"]
+        same_class = np.flatnonzero(labels == labels[sample_id])
+        any_class = draw.integers(0, len(labels), _NUM_STRANGERS_TRIED)
+        for candidate in [*draw.permutation(same_class).tolist(), *any_class.tolist()]:
+            try:
+                return self.image(candidate), candidate
+            except ValueError:
+                continue
+        raise ValueError(f"{problem}; no other image of its class, and none of {len(any_class)} others, can be read")
 
     def __getitems__(self, micro_batch: MicroBatch) -> Batch | _Failure:
         try:
@@ -185,7 +220,18 @@ class BatchLoader:
         return len(self._micro_batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ValueError(
+                    f"a data loading process died ({error}); if memory ran out, lower data.num_workers"
+                ) from error
             if isinstance(batch, _Failure):
                 raise ValueError(batch.message)
             yield batch
@@ -193,6 +239,36 @@ class BatchLoader:
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def build_order(
+    index: ShardIndex,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle_window: int | None = None,
+    images_per_class: int | None = None,
+) -> np.ndarray:
+    """The ids of one training epoch, in order: every image once, or class-balanced batches of `batch_size` images with
+    `images_per_class` of each class. The same on every rank. See `plan`.
+
+    Raises ValueError when batch_size is no multiple of images_per_class, or the split has too few classes.
+    """
+    if images_per_class is None:
+        return epoch_order(index.samples["shard"], seed=seed, epoch=epoch, shuffle_window=shuffle_window)
+    if batch_size % images_per_class:
+        raise ValueError(
+            f"class-balanced batches: expected a batch_size that is a multiple of images_per_class, got {batch_size} "
+            f"and {images_per_class}; change one of them"
+        )
+    return class_balanced_order(
+        index.samples["label"],
+        classes_per_batch=batch_size // images_per_class,
+        images_per_class=images_per_class,
+        seed=seed,
+        epoch=epoch,
+    )
 
 
 def build_train_loader(
@@ -205,29 +281,37 @@ def build_train_loader(
     world_size: int = 1,
     seed: int = 0,
     epoch: int = 0,
-    start_step: int = 0,
+    start: int = 0,
     num_workers: int = 0,
     shuffle_window: int | None = None,
+    images_per_class: int | None = None,
     drop_last: bool = False,
     cache: ImageCache | None = None,
     pin_memory: bool = False,
+    skip_damaged: bool = False,
 ) -> BatchLoader:
-    """One epoch of shuffled training batches of a rank, from step `start_step` on.
+    """One epoch of training batches of a rank, after the first `start` images of its order (`build_order`).
 
-    There are `accumulation` batches a step. `batch_size` counts the images of one optimizer step
-    over all ranks and micro-batches. `num_steps` of the result is the number of steps of the whole
-    epoch, the same on every rank. Raises ValueError when batch_size does not divide into ranks x
-    micro-batches, or start_step lies beyond the epoch.
+    There are `accumulation` batches a step. `batch_size` counts the images of one optimizer step over all ranks and
+    micro-batches. `num_steps` of the result is the number of steps from there on, the same on every rank. With
+    `skip_damaged` another image takes a damaged one's place.
+
+    Raises ValueError when the images and batch_size do not divide into ranks x micro-batches, or start lies beyond the
+    epoch; see `EpochPlan`.
     """
-    order = epoch_order(index.samples["shard"], seed=seed, epoch=epoch, shuffle_window=shuffle_window)
-    plan = EpochPlan(order, batch_size, accumulation, world_size, drop_last)
-    if not 0 <= start_step <= plan.num_steps:
-        raise ValueError(
-            f"start_step must lie in [0, {plan.num_steps}], got {start_step}; the epoch has {plan.num_steps} steps"
-        )
+    order = build_order(
+        index,
+        batch_size=batch_size,
+        seed=seed,
+        epoch=epoch,
+        shuffle_window=shuffle_window,
+        images_per_class=images_per_class,
+    )
+    plan = EpochPlan(order, batch_size, accumulation, world_size, drop_last, start)
+    damaged: Literal["fail", "replace"] = "replace" if skip_damaged else "fail"
     return BatchLoader(
-        ShardImages(index, transform, seed=seed, epoch=epoch, cache=cache),
-        _RankBatches(plan, rank, start_step),
+        ShardImages(index, transform, seed=seed, epoch=epoch, cache=cache, damaged=damaged),
+        _RankBatches(plan, rank),
         num_workers=num_workers,
         num_steps=plan.num_steps,
         pin_memory=pin_memory,
@@ -244,35 +328,35 @@ def build_evaluation_loader(
     num_workers: int = 0,
     cache: ImageCache | None = None,
     pin_memory: bool = False,
+    skip_damaged: bool = False,
 ) -> BatchLoader:
     """All images of a split in the order of their ids, every one on exactly one rank.
 
     Batches are cut at multiples of `batch_size`; a rank may have none. `num_steps` is the number of
-    this rank's batches.
+    this rank's batches. With `skip_damaged` a damaged image is left out of its batch, which may leave it empty.
     """
     batches = [
         MicroBatch(ids, len(ids), len(ids))
         for ids in evaluation_batches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size)
     ]
-    dataset = ShardImages(index, transform, cache=cache)
+    dataset = ShardImages(index, transform, cache=cache, damaged="leave_out" if skip_damaged else "fail")
     return BatchLoader(dataset, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=pin_memory)
 
 
 class _RankBatches(Sequence[MicroBatch]):
     """The micro-batches of one rank, cut when they are asked for."""
 
-    def __init__(self, plan: EpochPlan, rank: int, start_step: int) -> None:
+    def __init__(self, plan: EpochPlan, rank: int) -> None:
         if not 0 <= rank < plan.world_size:
             raise ValueError(f"rank must lie in [0, {plan.world_size}), got {rank}")
         self.plan = plan
         self.rank = rank
-        self.start_step = start_step
 
     def __len__(self) -> int:
-        return (self.plan.num_steps - self.start_step) * self.plan.accumulation
+        return self.plan.num_steps * self.plan.accumulation
 
     def __getitem__(self, position: int) -> MicroBatch:  # type: ignore[override]  # positions only, no slices
         if not 0 <= position < len(self):
             raise IndexError(position)
         step, micro_step = divmod(position, self.plan.accumulation)
-        return self.plan.micro_batch(self.start_step + step, micro_step, self.rank)
+        return self.plan.micro_batch(step, micro_step, self.rank)

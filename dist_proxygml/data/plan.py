@@ -1,24 +1,30 @@
 """The order of an epoch and its cut into steps, micro-batches and ranks, in pure numpy.
 
-    order = argsort(rank_of_shard[shard] + W * u)     u uniform in [0, 1), W = window in shards
+    random          order = argsort(rank_of_shard[shard] + W * u)    u uniform in [0, 1), W = window in shards
+    class_balanced  batches of m classes x k images: permutations of the classes, one after the other, and each class
+                    walks round its own permutation of images
 
-so at most W shards are in use at a time; without a window the order is a permutation of
-everything. The order is a function of (index, seed, epoch) alone, and every image comes exactly
-once an epoch. A step takes the next `batch_size` images of the order whatever the number of ranks;
-accumulation and ranks only cut a step into slots, so any world size sees the same global batches.
+Of the random order at most W shards are in use at a time; without a window it is a permutation of everything. Either
+order is a function of (index, seed, epoch) alone. A step takes the next `batch_size` images of the order whatever the
+number of ranks; accumulation and ranks only cut a step into slots, so any world size sees the same global batches, and
+how many images an epoch has consumed says where it stands, for any batch size.
 
-Chosen: Philox (counter-based, its stream is fixed by numpy's policy) and sorting raw 64-bit draws,
-so that the order outlives numpy versions.
-Declined: a sampler with state, which must be carried to the workers and restored on resume.
+Chosen: Philox (counter-based, its stream is fixed by numpy's policy) and sorting raw 64-bit draws, so that the order
+outlives numpy versions.
+Declined: a sampler with state, which must be carried to the workers and restored on resume; repeating images to fill
+the last step, which counts them twice; class-balanced epochs that promise every image, since classes with fewer images
+than k, or one more than a multiple of it, cannot keep that promise.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-_ORDER_STREAM = 1  # tells this use of (seed, epoch) from other ones
+# What tells one use of (seed, epoch) from another.
+_ORDER_STREAM = 1
+_CLASS_STREAM = 2
 
 
 class MicroBatch(NamedTuple):
@@ -40,25 +46,101 @@ def epoch_order(shard_n: np.ndarray, *, seed: int, epoch: int, shuffle_window: i
     draws = np.random.Philox(np.random.SeedSequence([seed, epoch, _ORDER_STREAM]))
     if shuffle_window is None:
         return _argsort(draws.random_raw(len(shard_n)))
-    num_shards = int(shard_n.max(initial=-1)) + 1
+    num_shards = int(shard_n.max()) + 1 if len(shard_n) else 0
     rank_of_shard = _argsort(_argsort(draws.random_raw(num_shards)))
     uniform_n = (draws.random_raw(len(shard_n)) >> np.uint64(11)) * 2.0**-53
     return _argsort(rank_of_shard[shard_n] + shuffle_window * uniform_n)
 
 
+def class_balanced_order(
+    label_n: np.ndarray, *, classes_per_batch: int, images_per_class: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Batches of exactly `classes_per_batch` classes x `images_per_class` images, one after the other: int64 ids.
+
+    `label_n` gives the class of every sample. An epoch has as many whole batches as fit into n images, at least one;
+    over them the numbers of times that two classes are used differ by at most 1, and so do those of two images of a
+    class. The images of a class lie side by side. A class with fewer than `images_per_class` images repeats them.
+
+    Raises:
+        ValueError: a number below 1, or fewer classes with images than a batch needs.
+    """
+    if classes_per_batch < 1 or images_per_class < 1:
+        raise ValueError(
+            f"class-balanced batches need at least 1 class and 1 image, got {classes_per_batch} x {images_per_class}"
+        )
+    classes, label_n = np.unique(label_n, return_inverse=True)
+    if classes_per_batch > len(classes):
+        raise ValueError(
+            f"batches of {classes_per_batch} classes x {images_per_class} images: expected at least "
+            f"{classes_per_batch} classes with images, got {len(classes)}; use a smaller batch_size, or more images "
+            "per class"
+        )
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch, _CLASS_STREAM]))
+    num_batches = max(1, len(label_n) // (classes_per_batch * images_per_class))
+    class_s = _class_sequence(len(classes), classes_per_batch, num_batches, draws)
+
+    # Each class's images in an order of its own, class after class.
+    shuffled_n = _argsort(draws.random_raw(len(label_n)))
+    by_class_n = shuffled_n[np.argsort(label_n[shuffled_n], kind="stable")]
+    num_images_c = np.bincount(label_n)
+    first_c = np.cumsum(num_images_c) - num_images_c
+
+    # The j-th use of a class takes the next images on its round.
+    by_use_s = np.argsort(class_s, kind="stable")
+    num_uses_c = np.bincount(class_s, minlength=len(classes))
+    use_s = np.empty_like(class_s)
+    use_s[by_use_s] = np.arange(len(class_s)) - np.repeat(np.cumsum(num_uses_c) - num_uses_c, num_uses_c)
+    turn_sk = use_s[:, None] * images_per_class + np.arange(images_per_class)
+    order: np.ndarray = by_class_n[first_c[class_s][:, None] + turn_sk % num_images_c[class_s][:, None]].ravel()
+    return order
+
+
+def _class_sequence(num_classes: int, classes_per_batch: int, num_batches: int, draws: np.random.Philox) -> np.ndarray:
+    """The classes of all batches, int64 [num_batches * classes_per_batch], no class twice in a batch.
+
+    Permutations of all classes follow each other. Where a batch reaches over the end of one, the classes it has from
+    there move to the end of the next.
+    """
+    num_rounds = -(-num_batches * classes_per_batch // num_classes)
+    draws_rC = draws.random_raw(num_rounds * num_classes).reshape(num_rounds, num_classes)
+    rounds_rC = np.argsort(draws_rC, axis=1, kind="stable")
+    begun = np.zeros(num_classes, dtype=bool)
+    for number in range(1, num_rounds):
+        num_begun = number * num_classes % classes_per_batch
+        if num_begun:
+            begun[rounds_rC[number - 1, -num_begun:]] = True
+            waits_C = begun[rounds_rC[number]]
+            rounds_rC[number] = np.concatenate([rounds_rC[number][~waits_C], rounds_rC[number][waits_C]])
+            begun[:] = False
+    return rounds_rC.ravel()[: num_batches * classes_per_batch]
+
+
 def _argsort(values: np.ndarray) -> np.ndarray:
-    return np.argsort(values, kind="stable").astype(np.int64, copy=False)
+    """The stable argsort. The unstable one is several times as fast, and the same where no two values are equal."""
+    order = np.argsort(values)
+    ascending = values[order]
+    if (ascending[1:] == ascending[:-1]).any():
+        order = np.argsort(values, kind="stable")
+    return order.astype(np.int64, copy=False)
+
+
+def count_steps(num_images: int, *, batch_size: int, drop_last: bool = False) -> int:
+    """Optimizer steps over so many images: the whole ones, and a short one unless it is dropped."""
+    return num_images // batch_size if drop_last else -(-num_images // batch_size)
 
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """An epoch's order cut into optimizer steps of `batch_size` images, and those into slots.
+    """An epoch's order, from `start` on, cut into optimizer steps of `batch_size` images, and those into slots.
 
-    A step has `accumulation` x `world_size` slots. Slots of a step differ in size by at most one
-    image. The last step of an epoch may be short. A short step with fewer images than slots would
-    leave a rank or a micro-batch without any image: only then is it dropped; `num_dropped` images
-    are then not seen this epoch (others the next one, as the order changes). With `drop_last` a
-    short step is always dropped.
+    A step has `accumulation` x `world_size` slots, which differ in size by at most one image. What is left for a last
+    short step is taken in or, with `drop_last`, left out. Less than half a batch shares the images of the last full
+    step evenly with it: no step is larger than the others, and none so small that its gradient is all noise or a rank
+    has no image. The cut depends on the number of images and `batch_size` alone.
+
+    Raises:
+        ValueError: `batch_size` does not divide into the slots, `start` lies beyond the order, or a step has fewer
+            images than slots.
     """
 
     order: np.ndarray  # int64 [n]
@@ -66,6 +148,7 @@ class EpochPlan:
     accumulation: int
     world_size: int
     drop_last: bool = False
+    start: int = 0  # images of the order that are done
 
     def __post_init__(self) -> None:
         slots = self.accumulation * self.world_size
@@ -78,47 +161,47 @@ class EpochPlan:
                 f"{self.accumulation} micro-batches; "
                 f"use batch_size {allowed}, or one of {worlds[:12]} ranks"
             )
-        if self.num_steps == 0:
+        if not 0 <= self.start <= len(self.order):
+            raise ValueError(f"start must lie in [0, {len(self.order)}], got {self.start}")
+        smallest = min(np.diff(self._bounds), default=0)
+        if self.start < len(self.order) and smallest < slots and not (self.drop_last and self.start > 0):
             raise ValueError(
-                f"{len(self.order)} images make no step of {self.batch_size} images over {slots} "
-                f"slots (drop_last={self.drop_last}); "
-                f"use a smaller batch_size or fewer ranks"
+                f"{len(self.order) - self.start} images in steps of {self.batch_size} (drop_last={self.drop_last}) "
+                f"leave {smallest} for one step, which has {slots} slots ({self.world_size} ranks x "
+                f"{self.accumulation} micro-batches); use fewer ranks or micro-batches, or another batch_size"
+                + ("" if self.drop_last else ", or set drop_last")
             )
+
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        """Where each step begins in the order, and the last one ends: int64 [num_steps + 1]."""
+        num_left = len(self.order) - self.start
+        whole, tail = divmod(num_left, self.batch_size)
+        num_steps = count_steps(num_left, batch_size=self.batch_size, drop_last=self.drop_last)
+        bounds = self.start + np.minimum(np.arange(num_steps + 1) * self.batch_size, num_left)
+        if not self.drop_last and whole and 0 < 2 * tail < self.batch_size:
+            bounds[-2] = len(self.order) - (self.batch_size + tail) // 2
+        return bounds
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the epoch, the same on every rank."""
-        whole, tail = divmod(len(self.order), self.batch_size)
-        keeps_tail = not self.drop_last and tail >= self.accumulation * self.world_size
-        return whole + keeps_tail
-
-    @property
-    def num_dropped(self) -> int:
-        """Images of the order that no step visits."""
-        return max(0, len(self.order) - self.num_steps * self.batch_size)
+        """Optimizer steps from `start` to the end of the epoch, the same on every rank."""
+        return len(self._bounds) - 1
 
     def step(self, step: int) -> np.ndarray:
-        """The images of an optimizer step over all ranks, in order: int64 [at most batch_size]."""
+        """The images of the plan's `step`-th optimizer step over all ranks, in order: int64 [at most batch_size]."""
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step must lie in [0, {self.num_steps}), got {step}")
-        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+        return self.order[self._bounds[step] : self._bounds[step + 1]]
 
     def micro_batch(self, step: int, micro_step: int, rank: int) -> MicroBatch:
         """The part of a step that `rank` computes in micro-step `micro_step`."""
         ids = self.step(step)
-        cuts = [
-            i * len(ids) // (self.accumulation * self.world_size)
-            for i in range(self.accumulation * self.world_size + 1)
-        ]
+        slots = self.accumulation * self.world_size
+        cuts = [i * len(ids) // slots for i in range(slots + 1)]
         slot = micro_step * self.world_size + rank
         global_size = cuts[(micro_step + 1) * self.world_size] - cuts[micro_step * self.world_size]
         return MicroBatch(ids[cuts[slot] : cuts[slot + 1]], global_size, len(ids))
-
-    def micro_batches(self, rank: int, *, start_step: int = 0) -> Iterator[MicroBatch]:
-        """The micro-batches of a rank from `start_step` to the end, `accumulation` a step."""
-        for step in range(start_step, self.num_steps):
-            for micro_step in range(self.accumulation):
-                yield self.micro_batch(step, micro_step, rank)
 
 
 def evaluation_batches(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:

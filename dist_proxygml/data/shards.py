@@ -12,21 +12,26 @@ ranks and workers.
 """
 
 import hashlib
-import io
 import json
+import mmap
 import os
 import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import webdataset
+import numpy as np
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+_LEAVE_AFTER = 4 << 20  # bytes of a shard that is being written
+_END_MARK = 2 * tarfile.BLOCKSIZE  # zeros after the last member
+
+# One sample: its shard's number, its label, where the image's bytes lie in the shard, and their crc32.
+SAMPLE_DTYPE = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("nbytes", "<u4"), ("crc32", "<u4")])
 
 
 class ShardSample(NamedTuple):
@@ -39,23 +44,14 @@ class ShardSample(NamedTuple):
     info: dict[str, Any]
 
 
-class ListedSample(NamedTuple):
-    """One sample found in a shard; offset and length are those of the image's bytes in the tar."""
-
-    key: str
-    label: int
-    offset: int
-    num_bytes: int
-    crc32: int
-    info: dict[str, Any]
-
-
 class ListedShard(NamedTuple):
-    """What a shard holds."""
+    """What a shard holds: its samples in order, and the classes that their JSON names."""
 
     num_bytes: int
     sha256: str
-    samples: list[ListedSample]
+    keys: list[str]
+    rows: np.ndarray  # [n] of SAMPLE_DTYPE, with shard 0
+    classes: dict[int, tuple[str, int | str]]  # label -> (name, source id)
 
 
 def sample_key(split: str, sample_id: int) -> str:
@@ -75,11 +71,11 @@ def split_of_shard(file_name: str) -> str | None:
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[IO[bytes]]:
+def publish(path: Path, *, flush_folder: bool = True) -> Iterator[IO[bytes]]:
     """Write a file whole or not at all: into a temporary one, flushed to disk, renamed to `path`.
 
     An interrupted block leaves no file named `path`; a killed process leaves at most `path` with
-    suffix `.tmp-PID`.
+    suffix `.tmp-PID`. Without `flush_folder` the next file that is published beside it makes the new name durable.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -90,6 +86,8 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if not flush_folder:
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -97,100 +95,177 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
         os.close(directory)
 
 
-def write_shard(path: Path, samples: Iterable[ShardSample]) -> None:
-    """Write samples to a tar at `path`, published by rename.
+def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
+    """Write samples to a tar at `path`, published by rename; returns what `list_shard` would find there.
 
-    The bytes depend on nothing but the samples.
+    The bytes depend on nothing but the samples: members in the order of their names, filled up to whole records of 20
+    blocks as tar does. Raises ValueError for a key with a dot or slash, which would end it.
     """
-    with publish(path) as stream:
-        with webdataset.TarWriter(
-            stream,
-            user="root",
-            group="root",
-            mode=0o644,
-            encoder=False,
-            mtime=0,
-            format=tarfile.USTAR_FORMAT,
-        ) as writer:
-            for sample in samples:
-                info = json.dumps(sample.info, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-                writer.write(
-                    {
-                        "__key__": sample.key,
-                        sample.extension: sample.image,
-                        "cls": str(sample.label).encode("ascii"),
-                        "json": info.encode("utf-8"),
-                    }
-                )
+    keys: list[str] = []
+    rows: list[tuple[int, int, int, int, int]] = []
+    classes: dict[int, tuple[str, int | str]] = {}
+    digest = hashlib.sha256()
+    pattern = _header_pattern()
+    num_bytes = num_leaving = 0
+    with publish(path, flush_folder=False) as stream:  # the index comes after it
+
+        def write(block: bytes) -> None:
+            nonlocal num_bytes, num_leaving
+            digest.update(block)
+            stream.write(block)
+            num_bytes += len(block)
+            if num_bytes - num_leaving > _LEAVE_AFTER:  # on their way to the disk while we go on
+                stream.flush()
+                os.posix_fadvise(stream.fileno(), num_leaving, num_bytes - num_leaving, os.POSIX_FADV_DONTNEED)
+                num_leaving = num_bytes
+
+        for sample in samples:
+            if "." in sample.key or "/" in sample.key:
+                raise ValueError(f"the key {sample.key!r} has a dot or a slash; WebDataset would cut it there")
+            info = json.dumps(sample.info, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+            members = {
+                "cls": str(sample.label).encode("ascii"),
+                "json": info.encode("utf-8"),
+                sample.extension: sample.image,
+            }
+            parts: list[bytes] = []
+            for extension, payload in sorted(members.items()):
+                parts.append(_tar_header(f"{sample.key}.{extension}", len(payload), pattern))
+                if extension == sample.extension:
+                    offset = num_bytes + sum(map(len, parts))
+                parts += [payload, bytes(-len(payload) % tarfile.BLOCKSIZE)]
+            keys.append(sample.key)
+            rows.append((0, sample.label, offset, len(sample.image), zlib.crc32(sample.image)))
+            _note_class(classes, sample.label, sample.info)
+            write(b"".join(parts))
+        write(bytes(_END_MARK + -(num_bytes + _END_MARK) % tarfile.RECORDSIZE))
+    return ListedShard(num_bytes, digest.hexdigest(), keys, np.array(rows, SAMPLE_DTYPE), classes)
 
 
-def list_shard(path: Path) -> ListedShard:
+def _header_pattern() -> bytes:
+    """The standard library's header of an empty file without a name, owned by root at time 0."""
+    member = tarfile.TarInfo()
+    member.mode = 0o644
+    member.uname = member.gname = "root"
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _tar_header(name: str, num_bytes: int, pattern: bytes) -> bytes:
+    """The 512 bytes before a member: the pattern with name (bytes 0-99), size (124-135) and checksum (148-155), which
+    is the sum of all bytes with blanks in its own place (POSIX.1-1988, ustar). A library's takes as long as the sha256.
+    """
+    text = name.encode("utf-8")
+    if len(text) > 100:
+        raise ValueError(f"the member name {name!r} has {len(text)} bytes; a USTAR header has room for 100")
+    header = bytearray(pattern)
+    header[: len(text)] = text
+    header[124:135] = b"%011o" % num_bytes
+    header[148:156] = b" " * 8
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)
+
+
+def list_shard(path: Path, *, check_image: Callable[[str, bytes], None] | None = None) -> ListedShard:
     """Read a tar from end to end: its samples in order, its size and its sha256.
 
     Works for tars of other writers too: members group by the name before the first dot, the label
-    is the `.cls` member, and a `.json` member is optional. Raises ValueError naming the shard and
-    the member when a sample lacks an image or a label, when a key comes back after another one, or
-    when the file is not a whole tar.
+    is the `.cls` member, and a `.json` member is optional. `check_image` is called with the key and the image file of
+    every sample. Raises ValueError naming the shard and the member when a sample lacks an image or a label, when a key
+    comes back after another one, or when the file is not a whole tar.
     """
-    content = path.read_bytes()
-    members: OrderedDict[str, dict[str, tuple[int, bytes]]] = OrderedDict()
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path}: an empty file; copy or build the shard again")
+    # Mapped, not read: a shard may be larger than memory.
+    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ) as content:
+        samples = _members_by_sample(path, stream, content)
+        rows = np.zeros(len(samples), SAMPLE_DTYPE)
+        classes: dict[int, tuple[str, int | str]] = {}
+        for position, (key, members) in enumerate(samples.items()):
+            label, (offset, num_bytes), info = _sample_fields(path, key, members, content)
+            image = content[offset : offset + num_bytes]
+            rows[position] = (0, label, offset, num_bytes, zlib.crc32(image))
+            _note_class(classes, label, info)
+            if check_image is not None:
+                check_image(key, image)
+        return ListedShard(size, hashlib.sha256(content).hexdigest(), list(samples), rows, classes)
+
+
+def _note_class(classes: dict[int, tuple[str, int | str]], label: int, info: Mapping[str, Any]) -> None:
+    """Remember the name and source id of a label, when the sample's JSON has them."""
+    if "class_name" in info or "source_id" in info:
+        source_id = info.get("source_id", label)
+        classes.setdefault(label, (str(info.get("class_name", source_id)), source_id))
+
+
+def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> extension -> (offset, number of bytes) of every file in a tar."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
     last_key = None
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if key in members and key != last_key:
+                if key in samples and key != last_key:
                     raise ValueError(f"{path}: the members of sample {key} are not adjacent; write the shard again")
                 last_key = key
-                payload = content[member.offset_data : member.offset_data + member.size]
-                if len(payload) != member.size:
+                if member.offset_data + member.size > len(content):
                     raise ValueError(f"{path}: truncated inside {member.name}; copy or build the shard again")
-                members.setdefault(key, {})[extension.lower()] = (member.offset_data, payload)
+                samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+            end = tar.offset
     except tarfile.TarError as problem:
         raise ValueError(f"{path}: not a readable tar ({problem}); copy or build the shard again") from problem
-    if content[-1024:].strip(b"\0"):
+    # tarfile takes a damaged header for the end of the tar.
+    if content[end:].strip(b"\0"):
+        raise ValueError(f"{path}: a damaged header at byte {end}; copy or build the shard again")
+    if len(content) - end < _END_MARK:
         raise ValueError(f"{path}: the tar has no end mark, so it was cut; copy or build the shard again")
-
-    samples = [_listed_sample(path, key, fields) for key, fields in members.items()]
-    return ListedShard(len(content), hashlib.sha256(content).hexdigest(), samples)
+    return samples
 
 
-def _listed_sample(path: Path, key: str, fields: dict[str, tuple[int, bytes]]) -> ListedSample:
-    extensions = [extension for extension in IMAGE_EXTENSIONS if extension in fields]
-    if len(extensions) != 1 or "cls" not in fields:
+def _sample_fields(
+    path: Path, key: str, members: Mapping[str, tuple[int, int]], content: mmap.mmap
+) -> tuple[int, tuple[int, int], dict[str, Any]]:
+    """Label, (offset, number of bytes) of the image, and what the JSON says."""
+    extensions = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+    if len(extensions) != 1 or "cls" not in members:
         raise ValueError(
-            f"{path}: sample {key} has members {sorted(fields)}; expected one of {', '.join(IMAGE_EXTENSIONS)}, and cls"
+            f"{path}: sample {key} has members {sorted(members)}; "
+            f"expected one of {', '.join(IMAGE_EXTENSIONS)}, and cls"
         )
-    text = fields["cls"][1].decode("ascii", "replace").strip()
+
+    def payload(extension: str) -> bytes:
+        offset, num_bytes = members[extension]
+        return content[offset : offset + num_bytes]
+
+    text = payload("cls").decode("ascii", "replace").strip()
     if not text.isdigit():
         raise ValueError(f"{path}: sample {key} has the label {text[:40]!r}; expected a non-negative integer in ASCII")
-    offset, image = fields[extensions[0]]
     try:
-        info = json.loads(fields["json"][1]) if "json" in fields else {}
+        info = json.loads(payload("json")) if "json" in members else {}
     except ValueError as problem:
         raise ValueError(f"{path}: the JSON of sample {key} is damaged ({problem})") from problem
-    if not isinstance(info, dict):
-        info = {"json": info}
-    return ListedSample(key, int(text), offset, len(image), zlib.crc32(image), info)
+    return int(text), members[extensions[0]], info if isinstance(info, dict) else {}
 
 
 class ShardReader:
     """Reads image files out of shards by offset; keeps at most `max_open` of them open.
 
-    Usable in forked and spawned workers.
+    `open_shard` gives a file descriptor for a shard's number, or raises ValueError saying why it cannot. Usable in
+    forked and spawned workers.
     """
 
-    def __init__(self, paths: Sequence[Path], *, max_open: int = 64) -> None:
-        self.paths = list(paths)
+    def __init__(self, open_shard: Callable[[int], int], *, max_open: int = 64) -> None:
+        self.open_shard = open_shard
         self.max_open = max_open
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "max_open": self.max_open, "_descriptors": OrderedDict()}
+        return {"open_shard": self.open_shard, "max_open": self.max_open, "_descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -203,9 +278,12 @@ class ShardReader:
     def read(self, shard: int, *, offset: int, num_bytes: int, crc32: int) -> bytes:
         """The bytes `offset <= i < offset + num_bytes` of a shard.
 
-        Raises ValueError when they are cut off or their crc32 differs.
+        Raises ValueError when they cannot be read, are cut off, or their crc32 differs.
         """
-        payload = os.pread(self._open(shard), num_bytes, offset)
+        try:
+            payload = os.pread(self._open(shard), num_bytes, offset)
+        except OSError as problem:
+            raise ValueError(f"the file cannot be read: {problem.strerror}") from problem
         if len(payload) != num_bytes:
             raise ValueError(f"expected {num_bytes} bytes at offset {offset}, got {len(payload)}: the file was cut")
         if zlib.crc32(payload) != crc32:
@@ -216,11 +294,7 @@ class ShardReader:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
-        try:
-            descriptor = os.open(self.paths[shard], os.O_RDONLY)
-        except OSError as problem:
-            raise ValueError(f"the file cannot be opened: {problem.strerror}") from problem
-        self._descriptors[shard] = descriptor
+        descriptor = self._descriptors[shard] = self.open_shard(shard)
         if len(self._descriptors) > self.max_open:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_proxygml.collectives import AgreedError, gather_rows
+from dist_proxygml.data.damage import Damage, DamageLog
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.parallel import ParallelContext, everyone, run_together
 
@@ -30,7 +31,7 @@ class EmbeddingTable(NamedTuple):
 
     embeddings: Tensor  # float32 [n, D], unit rows, on the CPU
     labels: Tensor  # int64 [n]
-    ids: Tensor  # int64 [n], always 0 .. n - 1
+    ids: Tensor  # int64 [n], ascending: 0 .. n - 1 unless damaged images were left out
 
 
 def embed(
@@ -41,6 +42,7 @@ def embed(
     num_samples: int,
     describe: Callable[[int], str] | None = None,
     progress: Callable[[int], object] | None = None,
+    damage: DamageLog | None = None,
 ) -> EmbeddingTable:
     """Embed a split: this rank's batches here, the other ranks' batches there, one table
     everywhere.
@@ -56,13 +58,18 @@ def embed(
         num_samples: number of images n of the split.
         describe: what to call a sample in a message besides its id, such as `ShardIndex.describe`.
         progress: called after each batch with the number of images just embedded on this rank.
+        damage: takes in the damaged images that the loader left out; without it every image is expected.
 
     Raises:
-        ValueError: on every rank, when an id is missing, repeated or out of range, or when an
-            embedding is zero or not finite.
+        ValueError: on every rank, when an id is missing, repeated or out of range, when an
+            embedding is zero or not finite, or when more images are damaged than `damage` allows.
     """
     # 1. This rank's part. No collectives in here: a damaged image stops one rank only.
-    local = run_together(context, _embed_batches, model, loader, context.device, progress)
+    local, left_out = run_together(context, _embed_batches, model, loader, context.device, progress)
+    num_left_out = 0
+    if damage is not None:
+        damage.add(left_out)
+        num_left_out = sum(everyone(context, len(left_out)))
 
     # 2. A rank without a batch does not know D; it still takes part in every collective.
     shapes = everyone(context, tuple(local.embeddings.shape))
@@ -75,19 +82,23 @@ def embed(
     rows = EmbeddingTable(*(gather_rows(part, row_counts=row_counts, group=context.group).cpu() for part in local))
     order_n = torch.argsort(rows.ids, stable=True)
     table = EmbeddingTable(*(part[order_n] for part in rows))
-    check_table(table, num_samples=num_samples, describe=describe)
+    check_table(table, num_samples=num_samples, num_left_out=num_left_out, describe=describe)
     return table
 
 
-def check_table(table: EmbeddingTable, *, num_samples: int, describe: Callable[[int], str] | None = None) -> None:
+def check_table(
+    table: EmbeddingTable, *, num_samples: int, num_left_out: int = 0, describe: Callable[[int], str] | None = None
+) -> None:
     """Refuse a table that metrics must not be computed from.
 
     Raises:
-        ValueError: ids other than 0 .. num_samples - 1 in order, or rows that are zero or not
-            finite (named by their ids).
+        ValueError: ids other than 0 .. num_samples - 1 in order, but for `num_left_out` of them, or rows that are zero
+            or not finite (named by their ids).
     """
     expected_n = torch.arange(num_samples)
-    if not torch.equal(table.ids, expected_n):
+    ascends = bool((table.ids.diff() > 0).all())
+    in_range = bool(torch.isin(table.ids, expected_n).all())
+    if not (ascends and in_range and table.ids.numel() + num_left_out == num_samples):
         found, counts = table.ids.unique(return_counts=True)
         raise AgreedError(
             f"expected each of the {num_samples} images of the split exactly once, got "
@@ -150,10 +161,14 @@ def _embed_batches(
     loader: Iterable[Batch],
     device: torch.device,
     progress: Callable[[int], object] | None,
-) -> EmbeddingTable:
+) -> tuple[EmbeddingTable, list[Damage]]:
     rows, labels, ids = [], [], []
+    left_out: list[Damage] = []
     with torch.inference_mode(), _evaluation_mode(model):
         for batch in loader:
+            left_out += batch.damaged
+            if len(batch.ids) == 0:
+                continue
             output_bD = model(batch.images.to(device, non_blocking=True))
             with torch.autocast(device.type, enabled=False):
                 rows.append(F.normalize(output_bD.float(), dim=1))
@@ -164,12 +179,13 @@ def _embed_batches(
     # Copies made outside inference mode are ordinary tensors, which collectives may write to.
     if not rows:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return EmbeddingTable(torch.zeros(0, 0, device=device), nothing, nothing)
-    return EmbeddingTable(
+        return EmbeddingTable(torch.zeros(0, 0, device=device), nothing, nothing), left_out
+    table = EmbeddingTable(
         torch.cat(rows).clone(),
         torch.cat(labels).to(device).clone(),
         torch.cat(ids).to(device).clone(),
     )
+    return table, left_out
 
 
 @contextmanager

@@ -13,6 +13,7 @@ distractors, and counted. Metrics are fractions; only what is printed for people
 Dimension key: n images, q queries of this rank, Q queries of all ranks, K neighbours.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 
 from dist_proxygml.collectives import gather_rows
+from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache, build_evaluation_loader
 from dist_proxygml.data.transforms import Transform
@@ -58,6 +60,7 @@ class EvaluationResult:
         num_classes: classes with at least one image.
         num_queries: images whose class has another image.
         num_lone: images without one; also the number of classes with one image.
+        num_damaged: damaged images of the split, left out altogether.
         protocol: what two results must share to be compared.
         table: the embeddings that were evaluated; not part of the JSON nor of equality.
     """
@@ -68,6 +71,7 @@ class EvaluationResult:
     num_classes: int
     num_queries: int
     num_lone: int
+    num_damaged: int
     protocol: dict[str, Any]
     table: EmbeddingTable | None = field(default=None, repr=False, compare=False)
 
@@ -85,6 +89,7 @@ class EvaluationResult:
             "num_classes": self.num_classes,
             "num_queries": self.num_queries,
             "num_lone": self.num_lone,
+            "num_damaged": self.num_damaged,
             "protocol": self.protocol,
             "fingerprint": self.fingerprint,
         }
@@ -107,6 +112,7 @@ class EvaluationResult:
                 num_classes=document["num_classes"],
                 num_queries=document["num_queries"],
                 num_lone=document["num_lone"],
+                num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -130,6 +136,7 @@ def evaluate(
     cache: ImageCache | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     progress: Callable[[int], object] | None = None,
+    damage: DamageLog | None = None,
 ) -> EvaluationResult:
     """Evaluate a model on a split, every image querying all the others.
 
@@ -148,10 +155,11 @@ def evaluate(
         cache: where decoded images are kept between evaluations; needs `num_workers` 0.
         preprocessing: the transform's settings, for the record.
         progress: called with the number of images after each batch of this rank.
+        damage: where given, damaged images are left out, counted and recorded there; else they are an error.
 
     Raises:
-        ValueError: on every rank: no usable faiss, embeddings that are zero or not finite, a
-            `recall_at` the split cannot give, or no class with two images.
+        ValueError: on every rank: a damaged image or too many, no usable faiss, embeddings that are zero or not
+            finite, a `recall_at` the split cannot give, or no class with two images.
     """
     settings = Settings(recall_at=tuple(recall_at), kmeans_seeds=tuple(range(kmeans_seeds)))
     run_together(context, check_settings, index.labels, settings)
@@ -164,6 +172,7 @@ def evaluate(
         num_workers=num_workers,
         cache=cache,
         pin_memory=context.device.type == "cuda",
+        skip_damaged=damage is not None,
     )
     table = embed(
         model,
@@ -172,17 +181,21 @@ def evaluate(
         num_samples=index.num_samples,
         describe=index.describe,
         progress=progress,
+        damage=damage,
     )
+    left_out = sorted(set(range(index.num_samples)) - set(table.ids.tolist()))
     data = {
         "dataset": index.dataset,
         "split": index.split,
         "index_sha256": index.sha256,
         "class_table_sha256": index.class_table_sha256,
         "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "left_out": left_out,
         "forward_batch_size": batch_size,
         "weights": sorted({str(parameter.dtype) for parameter in model.parameters()}),
     }
-    return evaluate_table(table, context=context, settings=settings, data=data)
+    result = evaluate_table(table, context=context, settings=settings, data=data)
+    return dataclasses.replace(result, num_damaged=len(left_out))
 
 
 def evaluate_table(
@@ -232,6 +245,7 @@ def evaluate_table(
         num_classes=len(np.unique(labels_n)),
         num_queries=int(query_n.sum()),
         num_lone=int((~query_n).sum()),
+        num_damaged=0,
         protocol=_protocol(settings, data or {}),
         table=table,
     )
@@ -247,15 +261,18 @@ def _score_queries(
     """The numbers of this rank's queries, float64 [q, M]: recalls, R-Precision, MAP@R, Recall@1 at
     worst and at best.
     """
-    embeddings_nD, labels_n, ids_n = (part.numpy() for part in table)
+    embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
+    positions_n = np.arange(len(labels_n))  # faiss names rows by their position
     # One neighbour more than R, so that the list holds a wrong answer for the tie bounds.
-    num_neighbours = min(max(*settings.recall_at, int(num_positives_n.max()) + 1), len(ids_n) - 1)
+    num_neighbours = min(max(*settings.recall_at, int(num_positives_n.max()) + 1), len(labels_n) - 1)
     gallery = FlatIndex(embeddings_nD)
     blocks = [np.zeros((0, len(settings.recall_at) + 4))]
     for tile in tiles_of_rank(
-        len(ids_n), tile_size=settings.tile_size, rank=context.rank, world_size=context.world_size
+        len(labels_n), tile_size=settings.tile_size, rank=context.rank, world_size=context.world_size
     ):
-        ranking = rank_neighbours(gallery, embeddings_nD[tile], query_ids=ids_n[tile], num_neighbours=num_neighbours)
+        ranking = rank_neighbours(
+            gallery, embeddings_nD[tile], query_ids=positions_n[tile], num_neighbours=num_neighbours
+        )
         query_q = num_positives_n[tile] > 0  # lone images were searched with their tile, and are dropped here
         positives_q = num_positives_n[tile][query_q]
         scores_qK = ranking.scores[query_q]

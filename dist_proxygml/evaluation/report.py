@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dist_proxygml.data.index import ShardIndex, open_index
+from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
 from dist_proxygml.evaluation.charts import Series, line_chart
@@ -240,10 +240,11 @@ class _Gallery(NamedTuple):
     images: ShardImages
     embeddings: np.ndarray  # float32 [n, D]
     labels: np.ndarray  # int64 [n]
+    ids: np.ndarray  # int64 [n]: the rows' positions in the split's index
     search: FlatIndex
 
-    def thumbnail(self, image_id: int, *, description: str) -> str:
-        data = _thumbnail_data(self.images, image_id)
+    def thumbnail(self, row: int, *, description: str) -> str:
+        data = _thumbnail_data(self.images, int(self.ids[row]))
         return f'<img src="{data}" alt="{escape(description, quote=True)}">'
 
     def class_name(self, image_id: int) -> str:
@@ -265,7 +266,7 @@ def _galleries(run: RunRecord, index: ShardIndex | None) -> list[str]:
         reason = "No embeddings are stored for this run yet; they are written with the next evaluation."
     elif index is None:
         reason = "The images of this run are not at hand; name their shards to see what it retrieves."
-    elif not np.array_equal(run.table.labels.numpy(), index.labels):
+    elif not _belongs_to(run.table, index):
         reason = (
             "These shards are not the ones that the run was evaluated on; name the right ones to see what it retrieves."
         )
@@ -277,10 +278,16 @@ def _galleries(run: RunRecord, index: ShardIndex | None) -> list[str]:
     return [f'<section>\n<h2>What it retrieves</h2>\n<p class="quiet">{escape(reason)}</p>\n</section>']
 
 
+def _belongs_to(table: EmbeddingTable, index: ShardIndex) -> bool:
+    """Whether the embeddings can be those of a split, some of whose images may have been left out."""
+    ids_n, labels_n = table.ids.numpy(), table.labels.numpy()
+    return bool(ids_n[-1] < index.num_samples) and np.array_equal(labels_n, index.labels[ids_n])
+
+
 def _galleries_of(table: EmbeddingTable, index: ShardIndex) -> list[str]:
     embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
     images = ShardImages(index, Resize(THUMBNAIL_SIDE))
-    gallery = _Gallery(index, images, embeddings_nD, labels_n, FlatIndex(embeddings_nD))
+    gallery = _Gallery(index, images, embeddings_nD, labels_n, table.ids.numpy(), FlatIndex(embeddings_nD))
     queries = np.flatnonzero(count_positives(labels_n))
     shuffled = np.random.default_rng(0).permutation(queries)
     examined = np.sort(shuffled[:MAX_EXAMINED])
@@ -517,7 +524,7 @@ def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
 def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
     """Whether no class of the split has the id of a training class. False when that cannot be found out."""
     try:
-        training = open_index(index.root, run.config["data"]["train_split"])
+        training = index.open_sibling(run.config["data"]["train_split"])
     except (KeyError, TypeError, ValueError):
         return False
     return not {entry.source_id for entry in training.classes} & {entry.source_id for entry in index.classes}

@@ -69,7 +69,7 @@ def train_and_save(context: ParallelContext, stage: int, directory: Path) -> tup
         step(context, engine, loss, optimizer, seed=number)
         save_checkpoint(
             directory,
-            state=RunState(number, context.world_size, SETTINGS),
+            state=RunState(number, 0, 6 * number, context.world_size, SETTINGS),
             engine=engine,
             loss=loss,
             bank_optimizer=optimizer,
@@ -174,7 +174,7 @@ def save_banks(context: ParallelContext, directory: Path) -> dict[str, list[dict
             step_bank(loss, optimizer, seed)
         save_checkpoint(
             directory / name,
-            state=RunState(2, context.world_size, SETTINGS),
+            state=RunState(2, 0, 12, context.world_size, SETTINGS),
             engine=engine,
             loss=loss,
             bank_optimizer=optimizer,
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 def write_state(checkpoint: Path, step: int) -> None:
     checkpoint.mkdir()
-    state = RunState(step=step, world_size=2, settings=SETTINGS)
+    state = RunState(step=step, epoch=0, consumed=step, world_size=2, settings=SETTINGS)
     (checkpoint / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
 
 

@@ -5,6 +5,7 @@ Starting ranks is what takes time here, so each number of ranks is started once 
 scenes.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from dist_proxygml.config import ResizeConfig
+from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation.embed import EmbeddingTable
-from dist_proxygml.evaluation.evaluator import Settings, evaluate, evaluate_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
 from dist_proxygml.parallel import ParallelContext, single_process
 from tests.harness import run_ranks
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards
 
 CLASS_SIZES = [1, 9, 3, 1, 2, 5, 3, 13]  # 37 images
 COPY_OF = {20: 3, 30: 3, 31: 7}
+SPOILT = [4, 5, 6, 7, 36]
 
 
 class Outcome(NamedTuple):
@@ -34,6 +37,9 @@ class Outcome(NamedTuple):
     close: str  # neighbours so close that the last bits of their scores decide
     not_finite: str  # the error, when the last rank's embeddings are not finite
     damaged: str  # the error, when the last rank cannot read an image
+    left_out: str  # when damaged images of the first and the last rank are left out
+    rest: str  # the metrics of the sound images alone
+    too_many: str  # the error, when more are damaged than allowed
 
 
 class Spoiling(Projection):
@@ -84,6 +90,24 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
         evaluate(Spoiling(spoil=last), index, resize, context=context, batch_size=16)
     with pytest.raises(ValueError, match="damaged") as damaged:
         evaluate(Projection(), index, failing, context=context, batch_size=16)
+
+    # Every image of one batch is damaged, and one of the last.
+    spoilt = open_index(directory / "spoilt", "test")
+
+    def evaluate_spoilt(max_share: float) -> EvaluationResult:
+        path = directory / f"damaged-{context.world_size}.jsonl"
+        log = DamageLog(path, num_images=37, max_share=max_share, context=context)
+        return evaluate(Projection(), spoilt, resize, context=context, recall_at=(1, 2, 4), batch_size=4, damage=log)
+
+    left_out = evaluate_spoilt(0.2)
+    with pytest.raises(ValueError, match="damaged") as too_many:
+        evaluate_spoilt(0.1)
+    sound = torch.tensor([i for i in range(37) if i not in SPOILT])
+    embeddings, labels, _ = (part[sound] for part in uneven.table)
+    sound_rows = EmbeddingTable(embeddings, labels, torch.arange(len(sound)))
+    rest = evaluate_table(sound_rows, context=context, settings=Settings(recall_at=(1, 2, 4)))
+    assert left_out.table is not None
+    assert left_out.table.ids.tolist() == sound.tolist()
     return Outcome(
         uneven.to_json(),
         idle.to_json(),
@@ -91,6 +115,9 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
         close.to_json(),
         str(not_finite.value),
         str(damaged.value),
+        left_out.to_json(),
+        json.dumps(rest.metrics),
+        str(too_many.value),
     )
 
 
@@ -100,6 +127,12 @@ def alone_and_ranks(
 ) -> tuple[Outcome, dict[int, list[Outcome]]]:
     directory = tmp_path_factory.mktemp("noise")
     write_noise_shards(directory, CLASS_SIZES, copy_of=COPY_OF)
+    spoilt = write_noise_shards(directory / "spoilt", CLASS_SIZES, copy_of=COPY_OF)
+    for sample_id in SPOILT:
+        row = spoilt.samples[sample_id]
+        with open(spoilt.shard_paths[row["shard"]], "r+b") as shard:
+            shard.seek(int(row["offset"]) + 30)
+            shard.write(b"?!")
     ranks = {size: run_ranks(go_through_all_scenes, size, directory) for size in (1, 2, 3)}
     return go_through_all_scenes(single_process(), directory), ranks
 
@@ -108,7 +141,7 @@ Runs = tuple[Outcome, dict[int, list[Outcome]]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("scene", ["uneven", "idle", "close"])
+@pytest.mark.parametrize("scene", ["uneven", "idle", "close", "left_out"])
 def test_the_result_is_the_same_for_any_number_of_ranks(alone_and_ranks: Runs, scene: str, world_size: int) -> None:
     alone, ranks = alone_and_ranks
     assert [getattr(outcome, scene) for outcome in ranks[world_size]] == [getattr(alone, scene)] * world_size
@@ -136,3 +169,22 @@ def test_a_damaged_image_stops_all_ranks_with_the_same_words(alone_and_ranks: Ru
     messages = {outcome.damaged for outcome in alone_and_ranks[1][world_size]}
     assert len(messages) == 1
     assert f"on rank {world_size - 1}" in messages.pop()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_damaged_images_that_are_left_out_are_counted_and_change_nothing_else(
+    alone_and_ranks: Runs, world_size: int
+) -> None:
+    for outcome in alone_and_ranks[1][world_size]:
+        result = json.loads(outcome.left_out)
+        assert (result["num_images"], result["num_damaged"]) == (32, 5)
+        assert result["protocol"]["data"]["left_out"] == SPOILT
+        assert result["metrics"] == json.loads(outcome.rest)
+        assert result["fingerprint"] != json.loads(outcome.uneven)["fingerprint"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_too_many_damaged_images_stop_all_ranks_with_the_same_words(alone_and_ranks: Runs, world_size: int) -> None:
+    messages = {outcome.too_many for outcome in alone_and_ranks[1][world_size]}
+    assert len(messages) == 1
+    assert "5 of 37 images are damaged" in messages.pop()

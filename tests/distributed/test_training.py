@@ -70,7 +70,9 @@ def trained_parameters(
             batches = [
                 Batch(images[p.ids], labels[p.ids], torch.from_numpy(p.ids), p.global_size, p.step_size) for p in parts
             ]
+            assert (state.epoch, state.consumed) == (epoch, 12 * step)
             report = train_step(state, batches, measure=state.step % 2 == 1)
+        assert (state.epoch, state.consumed) == (epoch + 1, 0)
         after = state.engine.full_state_dict()
         moved = {
             name.split(".")[0]

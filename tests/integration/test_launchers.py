@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_proxygml.data.index import open_index
+from dist_proxygml.data.pipeline import build_order
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/demo_cpu.json"
 # 20 steps of the demo: 2 optimizer steps a second are enough for a test on two busy cores
@@ -249,6 +252,62 @@ def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(t
     assert done.returncode != 0
     assert "crc32" in done.stderr + done.stdout
     assert "train-00000" in done.stderr + done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_damaged_images_are_skipped_named_and_counted_in_class_balanced_training_on_two_ranks(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(ROOT / "shards" / "demo", shards)
+    train, test = open_index(shards, "train"), open_index(shards, "test")
+    first_step = build_order(train, batch_size=32, images_per_class=4, seed=0)[:32]
+    damaged = [(train, int(first_step[0])), (train, int(first_step[31])), (test, 5)]
+    for index, sample_id in damaged:
+        row = index.samples[sample_id]
+        with open(index.shard_paths[row["shard"]], "r+b") as shard:
+            shard.seek(int(row["offset"]) + 40)
+            shard.write(b"?!")
+    changes = [f"runs_dir={tmp_path}", f"data.shards={shards}", *SHORT, "training.max_steps=2"]
+    changes += ["data.images_per_class=4", "data.damaged_images=skip", "data.num_workers=1", "data.cache_images=false"]
+    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", *changes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in batches of 8 classes x 4 images (the first epoch visits 8" in done.stdout
+    run_directory = tmp_path / "demo_cpu"
+    named = [json.loads(line)["image"] for line in (run_directory / "damaged.jsonl").read_text().splitlines()]
+    assert sorted(named) == sorted(index.describe(sample_id) for index, sample_id in damaged)
+    assert [line["damaged_images"] for line in lines(run_directory, "train")] == [2, 2]
+    result = json.loads((run_directory / "evaluation" / "step-000002.json").read_text())
+    assert (result["num_images"], result["num_damaged"]) == (2980, 1)
+    assert "<img" in (run_directory / "report.html").read_text()
+
+
+@pytest.mark.timeout(300)
+def test_a_stopped_run_goes_on_at_its_image_with_another_batch_size_and_number_of_ranks(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "demo_cpu")
+    shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
+    changes = [f"runs_dir={tmp_path}", *SHORT, "training.batch_size=48"]
+    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *changes])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step-000010 in epoch 1 after 320 of its images" in done.stdout
+    # 2,977 images are 63 steps of 48, and the 2,657 that are left 56 of them: this is where step 7 would begin
+    assert [line["step"] for line in lines(tmp_path / "demo_cpu", "train")][20:] == list(range(11, 24))
+    state = json.loads((tmp_path / "demo_cpu" / "checkpoints" / "step-000023" / "state.json").read_text())
+    assert (state["epoch"], state["consumed"]) == (0, 320 + 13 * 48)
+
+
+@pytest.mark.timeout(300)
+def test_a_stream_of_plain_shards_trains(tmp_path: Path) -> None:
+    changes = [f"runs_dir={tmp_path}", *SHORT, "training.max_steps=3", "evaluation.at_start=false"]
+    changes += ["data.mode=stream", "data.stream.urls=shards/demo/train-{000000..000005}.tar"]
+    changes += ["data.stream.samples_per_epoch=2977", "data.cache_images=false", "data.num_workers=1"]
+    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *changes])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a stream of 549 classes, 2,976 images an epoch" in done.stdout
+    assert len(lines(tmp_path / "demo_cpu", "train")) == 3
+    again = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT])
+    assert again.returncode == 2
+    assert "data.mode was stream, is indexed" in again.stderr
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.json")))

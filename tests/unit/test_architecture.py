@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers",),
     ("training", "shard", "report"),
     ("evaluation.evaluator", "evaluation.report", "plan"),
-    ("checkpoint", "optim", "telemetry"),
+    ("checkpoint", "optim", "telemetry", "training_data"),
     ("engine",),
     ("loss", "backbone", "evaluation"),
     ("data",),

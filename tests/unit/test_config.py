@@ -78,6 +78,9 @@ def test_published_settings_are_those_of_the_paper(
     assert c.data.test_transform.model_dump() == {"name": "center_crop", "resize": 256, "size": 224}
 
 
+STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -103,6 +106,23 @@ def test_published_settings_are_those_of_the_paper(
         ({"deepspeed__gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be an integer of at least 1"),
         ({"name": "../elsewhere"}, "name: string should match pattern"),
         ({"optimizer__backbone_lr": float("nan")}, "optimizer.backbone_lr"),
+        ({"data__mode": "stream"}, 'got mode "stream" without it'),
+        ({"data__stream": STREAM}, 'got mode "indexed" with it'),
+        (
+            {"data__mode": "stream", "data__stream": STREAM, "data__images_per_class": 2, "data__drop_last": True},
+            "expected none of images_per_class, drop_last with a stream",
+        ),
+        (
+            {"data__mode": "stream", "data__stream": STREAM, "proxies__initialization": "class_mean"},
+            "got class_mean, which needs every image of the index",
+        ),
+        (
+            {"data__mode": "stream", "data__stream": {**STREAM, "samples_per_epoch": 23}},
+            "samples_per_epoch of at least training.batch_size (24), got 23",
+        ),
+        ({"data__images_per_class": 5}, "a multiple of data.images_per_class, got 24 and 5"),
+        ({"data__cache_limit": "20 GB"}, "data.cache_limit"),
+        ({"data__max_damaged": 1.5}, "data.max_damaged"),
     ],
 )
 def test_a_mistake_is_explained(changes: dict[str, Any], message: str) -> None:

@@ -1,7 +1,11 @@
 """From shards to batches."""
 
 import io
+import os
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,8 +79,9 @@ def test_images_are_the_same_bit_for_bit_for_0_1_and_3_workers(index: ShardIndex
 def test_ranks_and_micro_batches_see_the_images_of_one_process(
     index: ShardIndex, world_size: int, accumulation: int
 ) -> None:
-    alone = list(build_train_loader(index, JITTER, batch_size=6, seed=1))
-    assert [len(batch.ids) for batch in alone] == [6, 6, 6, 5]
+    drop_last = world_size * accumulation == 6  # 5 images cannot fill 6 slots
+    alone = list(build_train_loader(index, JITTER, batch_size=6, seed=1, drop_last=drop_last))
+    assert [len(batch.ids) for batch in alone] == [6, 6, 6, 5][: 3 if drop_last else 4]
     loaders = [
         build_train_loader(
             index,
@@ -86,14 +91,14 @@ def test_ranks_and_micro_batches_see_the_images_of_one_process(
             rank=rank,
             world_size=world_size,
             seed=1,
+            drop_last=drop_last,
         )
         for rank in range(world_size)
     ]
     slots = world_size * accumulation
-    whole = alone if 5 >= slots else alone[:3]  # 5 images cannot fill 6 slots
-    assert {loader.num_steps for loader in loaders} == {len(whole)}
+    assert {loader.num_steps for loader in loaders} == {len(alone)}
     ranks = [list(loader) for loader in loaders]
-    for step, expected in enumerate(whole):
+    for step, expected in enumerate(alone):
         parts = [
             ranks[rank][step * accumulation + micro_step]
             for micro_step in range(accumulation)
@@ -107,14 +112,14 @@ def test_ranks_and_micro_batches_see_the_images_of_one_process(
 
 def test_resuming_at_a_step_gives_exactly_what_was_left(index: ShardIndex) -> None:
     whole = list(build_train_loader(index, JITTER, batch_size=6, accumulation=2, epoch=2))
-    for start_step in range(4):
-        rest = build_train_loader(index, JITTER, batch_size=6, accumulation=2, epoch=2, start_step=start_step)
-        assert same(rest, whole[2 * start_step :])
-        assert rest.num_steps == 4
-        assert len(rest) == 2 * (4 - start_step)
-    assert list(build_train_loader(index, JITTER, batch_size=6, start_step=4)) == []
-    with pytest.raises(ValueError, match=r"start_step must lie in \[0, 4\], got 5"):
-        build_train_loader(index, JITTER, batch_size=6, start_step=5)
+    for num_done in range(4):
+        rest = build_train_loader(index, JITTER, batch_size=6, accumulation=2, epoch=2, start=6 * num_done)
+        assert same(rest, whole[2 * num_done :])
+        assert rest.num_steps == 4 - num_done
+        assert len(rest) == 2 * (4 - num_done)
+    assert list(build_train_loader(index, JITTER, batch_size=6, start=23)) == []
+    with pytest.raises(ValueError, match=r"start must lie in \[0, 23\], got 24"):
+        build_train_loader(index, JITTER, batch_size=6, start=24)
 
 
 def test_a_cache_changes_nothing_but_the_reads(tmp_path: Path) -> None:
@@ -168,7 +173,7 @@ def test_a_changed_byte_stops_the_epoch_naming_shard_sample_and_reason(tmp_path:
     with pytest.raises(ValueError, match=r"crc32") as caught:
         list(build_train_loader(index, PLAIN, batch_size=4, num_workers=num_workers))
     message = str(caught.value)
-    assert message.startswith(f"{path}, test sample 7 (label {row['label']}): crc32 is ")
+    assert message.startswith(f"{path}, sample test-00000007 (label {row['label']}): crc32 is ")
     assert "verify --deep" in message
     assert "Traceback" not in message
 
@@ -182,8 +187,137 @@ def test_an_undecodable_image_stops_the_epoch_naming_the_sample(tmp_path: Path) 
     listed = ("train-000000.tar", list_shard(tmp_path / "train-000000.tar"))
     write_index(tmp_path, dataset="x", build={}, shards={"train": [listed]}, classes={"train": [("a", 1)]})
     loader = build_evaluation_loader(open_index(tmp_path, "train"), PLAIN, batch_size=2)
-    with pytest.raises(ValueError, match=r"train-000000\.tar, train sample 1 .*does not decode"):
+    with pytest.raises(ValueError, match=r"train-000000\.tar, sample train-00000001 .*does not decode"):
         list(loader)
+
+
+def damaged_copy(root: Path, class_sizes: list[int], ids: list[int]) -> ShardIndex:
+    """Shards of noise in which the images of these ids have a changed byte."""
+    index = write_noise_shards(root, class_sizes)
+    for sample_id in ids:
+        row = index.samples[sample_id]
+        path = index.shard_paths[row["shard"]]
+        content = bytearray(path.read_bytes())
+        content[int(row["offset"]) + 60] ^= 1
+        path.write_bytes(content)
+    return index
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_skipped_image_is_replaced_by_one_of_its_class_and_no_position_shifts(
+    tmp_path: Path, num_workers: int, world_size: int
+) -> None:
+    sound = write_noise_shards(tmp_path / "sound", [5, 6, 1])
+    lone = int(np.flatnonzero(sound.labels == 2)[0])
+    bad = sorted({3, 7, lone})
+    index = damaged_copy(tmp_path / "damaged", [5, 6, 1], bad)
+    expected = list(build_train_loader(sound, JITTER, batch_size=4, seed=3))
+    parts = [
+        list(
+            build_train_loader(
+                index,
+                JITTER,
+                batch_size=4,
+                seed=3,
+                rank=rank,
+                world_size=world_size,
+                num_workers=num_workers,
+                skip_damaged=True,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    found = []
+    for step, whole in enumerate(expected):
+        got = [rank[step] for rank in parts]
+        ids = torch.cat([batch.ids for batch in got])
+        images = torch.cat([batch.images for batch in got])
+        assert torch.cat([batch.labels for batch in got]).tolist() == index.labels[ids].tolist()
+        for position, wanted in enumerate(whole.ids.tolist()):
+            if wanted in bad:
+                assert ids[position] not in bad
+                assert wanted == lone or index.labels[ids[position]] == index.labels[wanted]
+                # the replacement depends on seed, epoch and the damaged image alone
+                alone = ShardImages(index, JITTER, seed=3, damaged="replace")._replacement(wanted, "x")[1]
+                assert ids[position] == alone
+            else:
+                assert ids[position] == wanted
+                assert torch.equal(images[position], whole.images[position])
+        found += [damage for batch in got for damage in batch.damaged]
+    assert sorted(damage.image for damage in found) == sorted(index.describe(wanted) for wanted in bad)
+    assert all("crc32" in damage.reason for damage in found)
+
+
+def test_an_evaluation_leaves_damaged_images_out_and_says_which(tmp_path: Path) -> None:
+    index = damaged_copy(tmp_path, [5, 6], [2, 8, 9])
+    batches = list(build_evaluation_loader(index, PLAIN, batch_size=2, skip_damaged=True))
+    assert [batch.ids.tolist() for batch in batches] == [[0, 1], [3], [4, 5], [6, 7], [], [10]]
+    assert [len(batch.images) for batch in batches] == [2, 1, 2, 2, 0, 1]
+    named = [damage.image for batch in batches for damage in batch.damaged]
+    assert named == [index.describe(sample_id) for sample_id in (2, 8, 9)]
+
+
+def test_a_split_without_a_readable_image_ends_the_epoch_even_when_damage_is_skipped(tmp_path: Path) -> None:
+    index = damaged_copy(tmp_path, [2, 1], [0, 1, 2])
+    with pytest.raises(ValueError, match="no other image of its class, and none of 100 others, can be read"):
+        list(build_train_loader(index, PLAIN, batch_size=3, skip_damaged=True))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_killed_loading_process_ends_the_epoch_with_a_sentence(index: ShardIndex) -> None:
+    class Deadly:
+        def __call__(self, images: object, generators: object) -> torch.Tensor:
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"a data loading process died .*lower data\.num_workers"):
+        list(build_train_loader(index, Deadly(), batch_size=6, num_workers=1))
+
+
+def test_class_balanced_batches_come_through_the_loader_on_any_ranks(index: ShardIndex) -> None:
+    balanced = {"batch_size": 8, "images_per_class": 2, "seed": 5}
+    alone = list(build_train_loader(index, JITTER, **balanced))
+    for batch in alone:
+        assert np.bincount(batch.labels, minlength=5).max() == 2
+        assert len(batch.labels.unique()) == 4
+    ranks = [list(build_train_loader(index, JITTER, **balanced, rank=rank, world_size=4)) for rank in range(4)]
+    for step, expected in enumerate(alone):
+        assert torch.equal(torch.cat([rank[step].images for rank in ranks]), expected.images)
+    rest = build_train_loader(index, JITTER, **balanced, start=8)
+    assert same(rest, alone[1:])
+    with pytest.raises(ValueError, match="multiple of images_per_class, got 8 and 3"):
+        build_train_loader(index, JITTER, batch_size=8, images_per_class=3)
+
+
+def test_the_rest_of_an_epoch_is_the_same_images_in_order_on_other_ranks_batch_sizes_and_workers(
+    index: ShardIndex,
+) -> None:
+    """Stopped after 2 steps of 6, gone on with 4 images a step on 2 ranks, then 3 on 3 ranks with a worker."""
+    whole = next(iter(build_train_loader(index, JITTER, batch_size=23, epoch=3, shuffle_window=2)))
+    taken = [
+        batch.images for batch in list(build_train_loader(index, JITTER, batch_size=6, epoch=3, shuffle_window=2))[:2]
+    ]
+    for batch_size, world_size, start, num_steps in ((4, 2, 12, 1), (3, 1, 16, 99)):
+        ranks = [
+            list(
+                build_train_loader(
+                    index,
+                    JITTER,
+                    batch_size=batch_size,
+                    rank=rank,
+                    world_size=world_size,
+                    epoch=3,
+                    start=start,
+                    shuffle_window=2,
+                    num_workers=rank,
+                )
+            )[:num_steps]
+            for rank in range(world_size)
+        ]
+        taken += [part.images for step in zip(*ranks, strict=True) for part in step]
+    assert torch.equal(torch.cat(taken), whole.images)
 
 
 def encode(mode: str, format: str = "PNG", **options: object) -> bytes:
@@ -251,3 +385,40 @@ def test_a_decompression_bomb_is_refused_before_it_takes_memory() -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
     with pytest.raises(ValueError, match="DecompressionBomb"):
         decode_image(bomb)
+
+
+FRESH_PROCESS = """
+import hashlib, sys
+from dist_proxygml.config import AffineJitterConfig
+from dist_proxygml.data.index import open_index
+from dist_proxygml.data.pipeline import build_train_loader
+from dist_proxygml.data.transforms import build_transform
+
+jitter = build_transform(AffineJitterConfig(name="affine_jitter", size=6, degrees=20, hue=0.3, flip=True))
+index = open_index(sys.argv[1], "test")
+digest = hashlib.sha256()
+for images_per_class in (None, 2):
+    loader = build_train_loader(
+        index, jitter, batch_size=6, seed=7, epoch=2, num_workers=int(sys.argv[2]), images_per_class=images_per_class
+    )
+    for batch in loader:
+        digest.update(batch.ids.numpy().tobytes() + batch.images.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.timeout(120)
+def test_an_epoch_is_the_same_bytes_in_any_process(index: ShardIndex) -> None:
+    digests = set()
+    for num_workers in (0, 1, 3):
+        environment = {**os.environ, "PYTHONHASHSEED": str(num_workers), "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            [sys.executable, "-c", FRESH_PROCESS, str(index.root), str(num_workers)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1

@@ -1,11 +1,20 @@
 """The order of an epoch and its cut."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_proxygml.data.plan import EpochPlan, epoch_order, evaluation_batches
+from dist_proxygml.data.plan import (
+    EpochPlan,
+    _argsort,
+    class_balanced_order,
+    count_steps,
+    epoch_order,
+    evaluation_batches,
+)
 
 
 def shards_of(num_samples: int, num_shards: int) -> np.ndarray:
@@ -33,45 +42,138 @@ def test_an_epoch_visits_every_image_at_most_once_and_all_of_them_unless_it_says
     drop_last: bool,
     seed: int,
 ) -> None:
-    order = epoch_order(shards_of(num_samples, num_shards), seed=seed, epoch=3, shuffle_window=window)
+    # the index's own type: numpy's unsigned integers have rules of their own
+    shards = shards_of(num_samples, num_shards).astype("<u4")
+    order = epoch_order(shards, seed=seed, epoch=3, shuffle_window=window)
     assert sorted(order) == list(range(num_samples))
     slots = world_size * accumulation
     batch_size = per_slot * slots
-    tail = num_samples % batch_size
-    keeps_tail = tail >= slots and not drop_last
-    if num_samples < batch_size and not keeps_tail:
-        with pytest.raises(ValueError, match="make no step"):
+    sizes = expected_sizes(num_samples, batch_size, drop_last)
+    if not sizes or min(sizes) < slots:
+        with pytest.raises(ValueError, match="use fewer ranks or micro-batches, or another batch_size"):
             EpochPlan(order, batch_size, accumulation, world_size, drop_last)
         return
     plan = EpochPlan(order, batch_size, accumulation, world_size, drop_last)
+    assert [len(plan.step(step)) for step in range(plan.num_steps)] == sizes
+    assert plan.num_steps == count_steps(num_samples, batch_size=batch_size, drop_last=drop_last)
 
-    ranks = [list(plan.micro_batches(rank)) for rank in range(world_size)]
-    assert {len(batches) for batches in ranks} == {plan.num_steps * accumulation}
     seen: list[int] = []
     for step in range(plan.num_steps):
         of_step = []
+        slot_sizes = []
         for micro_step in range(accumulation):
-            slots_now = [batches[step * accumulation + micro_step] for batches in ranks]
-            sizes = [len(slot.ids) for slot in slots_now]
-            assert min(sizes) >= 1
-            assert max(sizes) - min(sizes) <= 1
-            assert {slot.global_size for slot in slots_now} == {sum(sizes)}
+            slots_now = [plan.micro_batch(step, micro_step, rank) for rank in range(world_size)]
+            assert {slot.global_size for slot in slots_now} == {sum(len(slot.ids) for slot in slots_now)}
             assert {slot.step_size for slot in slots_now} == {len(plan.step(step))}
             of_step += [sample for slot in slots_now for sample in slot.ids]
+            slot_sizes += [len(slot.ids) for slot in slots_now]
+        assert 1 <= min(slot_sizes) <= max(slot_sizes) <= min(slot_sizes) + 1
         assert of_step == plan.step(step).tolist()  # for any number of ranks and micro-batches
         seen += of_step
-    assert seen == order[: num_samples - (0 if keeps_tail else tail)].tolist()
-    assert plan.num_dropped == (0 if keeps_tail else tail)
+    assert seen == order[: sum(sizes)].tolist()
+    assert drop_last or len(seen) == num_samples
+
+
+def expected_sizes(num_images: int, batch_size: int, drop_last: bool) -> list[int]:
+    """Full steps; a rest of at least half a step; a smaller rest shared evenly with the last full step."""
+    sizes = [batch_size] * (num_images // batch_size)
+    rest = num_images % batch_size
+    if rest == 0 or drop_last:
+        return sizes
+    if sizes and 2 * rest < batch_size:
+        return [*sizes[:-1], (batch_size + rest + 1) // 2, (batch_size + rest) // 2]
+    return [*sizes, rest]
+
+
+@pytest.mark.parametrize("num_images", [40, 43, 47, 50])
+@pytest.mark.parametrize("batch_size", [10, 4, 6])
+def test_stopping_after_any_step_leaves_exactly_the_rest_in_order_for_any_batch_size(
+    num_images: int, batch_size: int
+) -> None:
+    order = epoch_order(shards_of(num_images, 3), seed=0, epoch=0)
+    whole = EpochPlan(order, 10, 1, 2)
+    consumed = 0
+    for step in range(whole.num_steps):
+        same = EpochPlan(order, 10, 1, 1, start=consumed)
+        assert [same.step(j).tolist() for j in range(same.num_steps)] == [
+            whole.step(j).tolist() for j in range(step, whole.num_steps)
+        ]
+        other = EpochPlan(order, batch_size, 2, 1, start=consumed)
+        assert np.array_equal(np.concatenate([other.step(j) for j in range(other.num_steps)]), order[consumed:])
+        consumed += len(whole.step(step))
+    assert EpochPlan(order, batch_size, 1, 1, start=consumed).num_steps == 0
+    with pytest.raises(ValueError, match="start must lie in"):
+        EpochPlan(order, batch_size, 1, 1, start=consumed + 1)
 
 
 def test_the_weights_of_a_steps_micro_batches_average_to_one() -> None:
-    plan = EpochPlan(np.arange(17), 12, accumulation=2, world_size=3)  # the last step has 5 images
-    assert plan.num_steps == 1
-    plan = EpochPlan(np.arange(19), 12, accumulation=2, world_size=3)  # ... and here 7
+    plan = EpochPlan(np.arange(19), 12, accumulation=2, world_size=3)  # the last step has 7 images
     assert plan.num_steps == 2
     last = [plan.micro_batch(1, micro_step, rank=0) for micro_step in range(2)]
     assert [batch.global_size for batch in last] == [3, 4]
     assert sum(batch.global_size / batch.step_size for batch in last) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    class_sizes=st.lists(st.integers(0, 9), min_size=1, max_size=14).filter(any),
+    classes_per_batch=st.integers(1, 8),
+    images_per_class=st.integers(1, 6),
+    seed=st.integers(0, 2**40),
+)
+def test_class_balanced_batches_hold_m_classes_of_k_images_and_use_classes_and_images_evenly(
+    class_sizes: list[int], classes_per_batch: int, images_per_class: int, seed: int
+) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(class_sizes)), class_sizes))
+    wanted = {"classes_per_batch": classes_per_batch, "images_per_class": images_per_class, "seed": seed}
+    num_present = len(np.unique(labels))
+    if classes_per_batch > num_present:
+        with pytest.raises(ValueError, match=f"expected at least {classes_per_batch} classes with images, got"):
+            class_balanced_order(labels.astype("<i4"), **wanted, epoch=1)
+        return
+    order = class_balanced_order(labels.astype("<i4"), **wanted, epoch=1)
+    batches = order.reshape(-1, classes_per_batch, images_per_class)
+    assert len(batches) == max(1, len(labels) // (classes_per_batch * images_per_class))
+    uses = np.zeros(len(class_sizes), dtype=int)
+    for batch in batches:
+        of_group = [np.unique(labels[group]) for group in batch]
+        assert all(len(group) == 1 for group in of_group)
+        assert len(np.unique(of_group)) == classes_per_batch
+        uses[np.concatenate(of_group)] += 1
+        for group, label in zip(batch, of_group, strict=True):
+            assert len(np.unique(group)) == min(images_per_class, class_sizes[int(label[0])])
+    uses = uses[np.array(class_sizes) > 0]
+    assert uses.max() - uses.min() <= 1
+    times_seen = np.bincount(order, minlength=len(labels))
+    for label in np.unique(labels):
+        assert np.ptp(times_seen[labels == label]) <= 1
+
+
+def test_class_balanced_orders_are_functions_of_seed_and_epoch_and_mix_the_classes() -> None:
+    labels = np.arange(600) % 20
+    first = class_balanced_order(labels, classes_per_batch=7, images_per_class=3, seed=1, epoch=0)
+    assert np.array_equal(first, class_balanced_order(labels, classes_per_batch=7, images_per_class=3, seed=1, epoch=0))
+    for seed, epoch in ((2, 0), (1, 1)):
+        other = class_balanced_order(labels, classes_per_batch=7, images_per_class=3, seed=seed, epoch=epoch)
+        assert np.mean(first == other) < 0.1
+    groups = labels[first].reshape(-1, 7, 3)[:, :, 0]
+    together = {tuple(sorted(batch)) for batch in groups}
+    assert len(together) == len(groups)  # no two batches hold the same seven of twenty classes
+    small = class_balanced_order(np.arange(9) % 3, classes_per_batch=2, images_per_class=2, seed=0, epoch=0)
+    assert small.tolist() == [8, 5, 4, 1, 0, 6, 7, 4]  # resuming relies on it
+
+
+@pytest.mark.timeout(60)
+def test_an_epoch_of_imagenets_size_is_planned_within_a_second() -> None:
+    shards, labels = shards_of(1_281_167, 2563).astype("<u4"), np.arange(1_281_167) % 1000
+    for plan in (
+        lambda: epoch_order(shards, seed=0, epoch=0),
+        lambda: epoch_order(shards, seed=0, epoch=0, shuffle_window=64),
+        lambda: class_balanced_order(labels, classes_per_batch=32, images_per_class=4, seed=0, epoch=0),
+    ):
+        started = time.process_time()
+        plan()
+        assert time.process_time() - started < 1.0
 
 
 def test_epochs_and_seeds_give_different_orders_and_the_same_ones_give_the_same() -> None:
@@ -81,6 +183,11 @@ def test_epochs_and_seeds_give_different_orders_and_the_same_ones_give_the_same(
     for other in (epoch_order(shards, seed=0, epoch=1), epoch_order(shards, seed=1, epoch=0)):
         assert np.mean(first == other) < 0.05
     assert abs(np.corrcoef(first, np.arange(500))[0, 1]) < 0.2
+
+
+def test_equal_draws_keep_the_order_of_the_index() -> None:
+    values = np.random.default_rng(0).integers(0, 50, 2000)
+    assert np.array_equal(_argsort(values), sorted(range(2000), key=lambda i: values[i]))
 
 
 def test_the_order_is_pinned_because_resuming_relies_on_it() -> None:

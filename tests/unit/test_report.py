@@ -11,11 +11,12 @@ import torch
 
 from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation.charts import Series, line_chart
-from dist_proxygml.evaluation.embed import save_table
+from dist_proxygml.evaluation.embed import EmbeddingTable, save_table
 from dist_proxygml.evaluation.evaluator import evaluate
-from dist_proxygml.evaluation.report import format_metrics, format_table, read_run, write_report
+from dist_proxygml.evaluation.report import _thumbnail_data, format_metrics, format_table, read_run, write_report
 from dist_proxygml.parallel import single_process
 from dist_proxygml.report import main
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards
@@ -128,6 +129,26 @@ def test_the_gallery_frames_right_and_wrong_neighbours_in_the_order_of_the_metri
     assert re.search(r"at (\d+)", worst_text)[1] == str(first.max())  # type: ignore[index]
     worst_name = index.classes[int(table.labels[int(first.argmax())])].name
     assert worst_text.index(worst_name) < worst_text.index(f"at {first.max()}")
+
+
+def test_the_pictures_are_those_of_the_images_that_were_not_left_out(run: Path, index: ShardIndex) -> None:
+    """Without the first image, every row of the table is one before its place in the index."""
+    table = read_run(run).table
+    assert table is not None
+    save_table(EmbeddingTable(*(part[1:] for part in table)), run / "embeddings" / "step-000020.npz")
+    page = Page(write_report(run, index).read_text())
+    images = ShardImages(index, build_transform(ResizeConfig(name="resize", size=SIDE)))
+    pictures = {_thumbnail_data(images, image_id): index.labels[image_id] for image_id in range(index.num_samples)}
+    shown = [(pictures[image["src"]], image["alt"]) for image in page.all("img") if image["src"] in pictures]
+    named = [(label, alt) for label, alt in shown if "pattern " in (alt or "")]
+    assert len(named) > 30
+    assert all(re.search(rf"pattern {label}\b", alt) for label, alt in named)
+
+    save_table(EmbeddingTable(*(part[:-1] for part in table)), run / "embeddings" / "step-000020.npz")
+    assert "not the ones that the run was evaluated on" not in write_report(run, index).read_text()
+    shuffled = EmbeddingTable(table.embeddings, table.labels.flip(0), table.ids)
+    save_table(shuffled, run / "embeddings" / "step-000020.npz")
+    assert "not the ones that the run was evaluated on" in write_report(run, index).read_text()
 
 
 def test_every_image_is_inside_the_page_and_has_words_for_those_who_do_not_see_it(run: Path, index: ShardIndex) -> None:

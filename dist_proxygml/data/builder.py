@@ -1,0 +1,557 @@
+"""Source images to a finished folder of shards: shuffled once, written by several processes, resumable.
+
+    order of a split    its images sorted by Philox draws of (seed, split); a sample's id is its place in that order
+    shard               a pure function of its samples, so any process may write it, and none waits for another
+    journal             build.unfinished.jsonl, a line per finished shard: file, fingerprint, bytes, sha256
+    index               written last; after it the journal goes
+
+A killed build is started again with the same command. A shard is kept when its line's fingerprint (a hash of all that
+its bytes depend on: format, settings, keys, labels, facts, and path, size and time of every source file) and the file's
+sha256 still fit; all others are written again, so the result has the bytes of a build that was never disturbed.
+
+Chosen: a fork server for the processes, which forks without the threads and locks of the caller; and a look at an
+image's header and last bytes only, since decoding takes ten times as long as storing. An image that does not end as its
+format should is decoded whole, which finds the ones that were cut.
+Declined: keeping what an interrupted process wrote of a shard; deciding about unusable images while shards are written,
+because an image left out moves all ids after it (so `on_bad="skip"` looks at every image first).
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+
+import numpy as np
+import PIL
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from dist_proxygml.data.datasets import SourceDataset, SourceImage
+from dist_proxygml.data.images import image_extension, to_rgb
+from dist_proxygml.data.index import INDEX_FILE, open_index, read_index, write_index
+from dist_proxygml.data.shards import ListedShard, ShardSample, list_shard, sample_key, shard_name, write_shard
+
+JOURNAL_FILE = "build.unfinished.jsonl"
+
+_FORMAT = 1  # of the shards' bytes; a higher number keeps no shard of an earlier program
+_IMAGES_PER_WORKER = 1000  # starting a process takes about as long as storing these
+_MAX_WORKERS = 8
+_NUM_SHOWN = 20
+_LAST_BYTES = {"jpg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
+
+_SHARD = re.compile(r"[^.]+-\d{6}\.tar")
+_TABLE = re.compile(r"index\.(samples\..+\.npy|classes\..+\.jsonl|json)")
+_TEMPORARY = re.compile(rf"({_SHARD.pattern}|{_TABLE.pattern})\.tmp-\d+")
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class UnusableImage(NamedTuple):
+    """A source image that cannot become a sample."""
+
+    split: str
+    name: str
+    where: str
+    reason: str  # the same on every machine
+
+
+class BuildResult(NamedTuple):
+    """What a build did."""
+
+    num_shards: int
+    num_kept: int  # of an interrupted build
+    skipped: list[UnusableImage]
+    already_there: bool  # the folder held this build; nothing was written
+
+
+class _ShardTask(NamedTuple):
+    path: Path
+    first_id: int
+    images: list[SourceImage]
+    labels: list[int]
+    resize: int | None
+    known: Mapping[str, Any] | None  # the journal's line
+
+
+class _BuiltShard(NamedTuple):
+    file: str
+    fingerprint: str
+    listed: ListedShard | None  # None: it has unusable images
+    unusable: list[UnusableImage]
+    was_kept: bool
+
+
+def build_shards(
+    dataset: SourceDataset,
+    out: Path,
+    *,
+    seed: int = 0,
+    samples_per_shard: int = 500,
+    resize: int | None = None,
+    on_bad: Literal["fail", "skip"] = "fail",
+    overwrite: bool = False,
+    workers: int = 1,
+    quiet: bool = False,
+) -> BuildResult:
+    """Write all splits of a data set as shuffled shards with an index, which comes last.
+
+    `resize` re-encodes images whose shorter side is longer than that many pixels (JPEG, quality 95), and those that are
+    neither JPEG nor PNG. `on_bad="skip"` leaves unusable images out and names them in the index. `workers` processes
+    write; 1 is this one. The bytes do not depend on `workers`, nor on interruptions.
+
+    Raises ValueError when `out` holds another finished build and `overwrite` is not given, when another process builds
+    there, or naming the images that cannot be used; ChildProcessError when a worker was killed.
+    """
+    if samples_per_shard < 1 or workers < 1 or (resize is not None and resize < 1):
+        raise ValueError(
+            f"expected at least 1 sample per shard, 1 worker and 1 pixel, got {samples_per_shard}, {workers}, {resize}"
+        )
+    for split in _splits(dataset):
+        if not re.fullmatch(r"[^./\s]{1,60}", split):
+            raise ValueError(f"the split {split!r} cannot be part of a key: expected no dots, slashes and blanks")
+
+    # 1. Is it there already?
+    settings = build_settings(seed=seed, samples_per_shard=samples_per_shard, resize=resize)
+    source = source_sha256(dataset)
+    finished = None if overwrite else finished_build(out, dataset=dataset.name, settings=settings)
+    if finished is not None:
+        if finished.get("source_sha256") != source or (finished.get("skipped") and on_bad == "fail"):
+            raise ValueError(f"{out} already holds finished shards of other images; {_OVERWRITE}")
+        try:
+            num_shards = sum(len(open_index(out, split).shards) for split in read_index(out)[0]["splits"])
+        except ValueError as problem:
+            raise ValueError(f"{out} already holds this build, but damaged: {problem}; or {_OVERWRITE}") from problem
+        (out / JOURNAL_FILE).unlink(missing_ok=True)  # killed between the index and this
+        return BuildResult(num_shards, 0, [], already_there=True)
+
+    # 2. What is in the folder, what can be used, the shards, the index.
+    out.mkdir(parents=True, exist_ok=True)
+    with _Journal(out) as journal:
+        _clear_folder(out, dataset, samples_per_shard=samples_per_shard, journal=journal, overwrite=overwrite)
+        try:
+            skipped: list[UnusableImage] = []
+            if on_bad == "skip":
+                skipped = _unusable_images(dataset, resize=resize, workers=workers, quiet=quiet)
+                left_out = {(image.split, image.name) for image in skipped}
+                usable = [image for image in dataset.images if (image.split, image.name) not in left_out]
+                if not usable:
+                    raise ValueError(f"none of {len(skipped)} images can be used:{_shown(skipped)}")
+                dataset = replace(dataset, images=usable)
+            classes = {split: _class_table(dataset, split) for split in _splits(dataset)}
+            tasks = _shard_tasks(
+                dataset, out, classes, seed=seed, samples_per_shard=samples_per_shard, resize=resize, journal=journal
+            )
+            built, num_kept = _build_all(dataset, tasks, journal, workers=workers, quiet=quiet)
+        finally:
+            _remove(out, _TEMPORARY)  # of processes that were killed, now or in an earlier build
+        build = {
+            **settings,
+            "source_sha256": source,
+            "skipped": [{"split": i.split, "name": i.name, "reason": i.reason} for i in skipped],
+        }
+        shards = {split: [(f, built[f]) for f in sorted(built) if f.rpartition("-")[0] == split] for split in classes}
+        write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes)
+        journal.remove()
+    return BuildResult(len(built), num_kept, skipped, already_there=False)
+
+
+_OVERWRITE = "pass --overwrite to replace them, or name another folder"
+
+
+def build_settings(*, seed: int, samples_per_shard: int, resize: int | None) -> dict[str, Any]:
+    """What the index says of how shards were built."""
+    return {"layout": "shuffled", "seed": seed, "samples_per_shard": samples_per_shard, "resize": resize}
+
+
+def finished_build(out: Path, *, dataset: str, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The build record of a finished folder, or None for any other folder.
+
+    Raises ValueError when the finished folder is that of another data set or of other settings.
+    """
+    if not (out / INDEX_FILE).exists():
+        return None
+    try:
+        document, _ = read_index(out)
+    except ValueError as problem:
+        raise ValueError(f"{out} already holds finished shards, but {problem}; {_OVERWRITE}") from problem
+    build: Mapping[str, Any] = document["build"]
+    theirs = {name: build.get(name) for name in settings}
+    if document["dataset"] != dataset or theirs != settings:
+        raise ValueError(
+            f"{out} already holds finished shards of {document['dataset']} built with {theirs}, "
+            f"which is not {dataset} with {dict(settings)}; {_OVERWRITE}"
+        )
+    return build
+
+
+def source_sha256(dataset: SourceDataset) -> str:
+    """The hash of split, name, class and further facts of all images; not of their bytes, places and times."""
+    digest = hashlib.sha256()
+    for image in dataset.images:
+        digest.update(_json([image.split, image.name, image.source_id, image.class_name, image.info]))
+    return digest.hexdigest()
+
+
+def default_workers(num_images: int) -> int:
+    """The usable cores, at most 8, and no process for a handful of images."""
+    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), num_images // _IMAGES_PER_WORKER))
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+class _Journal:
+    """The lines of `build.unfinished.jsonl`; holding it open keeps other builds out of the folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / JOURNAL_FILE
+        self._stream = open(self.path, "a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            raise ValueError(f"another process builds shards in {out}; wait for it, or name another folder") from None
+        self._stream.seek(0)
+        whole, newline, _ = self._stream.read().rpartition(b"\n")
+        self._stream.truncate(len(whole) + len(newline))  # a line that was being written
+        self.lines: dict[str, Mapping[str, Any]] = {}
+        for line in whole.splitlines():
+            try:
+                record = json.loads(line)
+                self.lines[record["file"]] = record
+            except (ValueError, KeyError, TypeError):
+                continue  # its shard is written again
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._stream.close()
+
+    def add(self, file: str, fingerprint: str, listed: ListedShard) -> None:
+        """Note a shard that is in its place."""
+        record = {"file": file, "fingerprint": fingerprint, "bytes": listed.num_bytes, "sha256": listed.sha256}
+        self._stream.write(_json(record) + b"\n")
+        self._stream.flush()
+
+    def forget(self) -> None:
+        """Drop all lines."""
+        self._stream.truncate(0)
+        self.lines = {}
+
+    def remove(self) -> None:
+        """The build is finished."""
+        self.path.unlink()
+
+
+def _clear_folder(
+    out: Path, dataset: SourceDataset, *, samples_per_shard: int, journal: _Journal, overwrite: bool
+) -> None:
+    """Remove what other builds left; shards that the journal knows stay until a process has looked at them."""
+    finished = (out / INDEX_FILE).exists()
+    if finished:  # and to be replaced
+        (out / INDEX_FILE).unlink()  # first: a folder without it is an unfinished build
+        journal.forget()
+    num_images = Counter(image.split for image in dataset.images)
+    planned = {shard_name(s, i) for s, n in num_images.items() for i in range(-(-n // samples_per_shard))}
+    tars = {path.name for path in out.iterdir() if path.is_file() and _SHARD.fullmatch(path.name)}
+    strangers = sorted(tars - planned - journal.lines.keys())
+    if strangers and not (finished or overwrite):
+        raise ValueError(
+            f"{out} holds {len(strangers)} tars that are not of this build, first {strangers[0]}; "
+            "pass --overwrite to delete them, or name another folder"
+        )
+    _remove(out, _TABLE)
+    for file in tars - (planned & journal.lines.keys()):
+        (out / file).unlink()
+
+
+def _remove(out: Path, names: re.Pattern[str]) -> None:
+    for path in out.iterdir():
+        if path.is_file() and names.fullmatch(path.name):
+            path.unlink()
+
+
+# ---- order and labels ------------------------------------------------------------------------------------------------
+
+
+def _splits(dataset: SourceDataset) -> list[str]:
+    return sorted({image.split for image in dataset.images}, key=lambda split: (split != "train", split))
+
+
+def _class_table(dataset: SourceDataset, split: str) -> list[tuple[str, int | str]]:
+    """(name, source id) of every label of a split, in the order of the source's ids."""
+    space = dataset.label_space(split)
+    names = {image.source_id: image.class_name for image in dataset.images if image.split in space}
+    return [(names[source_id], source_id) for source_id in sorted(names, key=lambda i: (isinstance(i, str), i))]
+
+
+def _shuffled(images: list[SourceImage], *, split: str, seed: int) -> list[SourceImage]:
+    draws = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(split.encode())])).random_raw(len(images))
+    return [images[i] for i in np.argsort(draws, kind="stable")]
+
+
+def _shard_tasks(
+    dataset: SourceDataset,
+    out: Path,
+    classes: Mapping[str, list[tuple[str, int | str]]],
+    *,
+    seed: int,
+    samples_per_shard: int,
+    resize: int | None,
+    journal: _Journal,
+) -> Iterator[_ShardTask]:
+    for split, table in classes.items():
+        label_of = {source_id: label for label, (_, source_id) in enumerate(table)}
+        images = _shuffled([image for image in dataset.images if image.split == split], split=split, seed=seed)
+        for first in range(0, len(images), samples_per_shard):
+            file = shard_name(split, first // samples_per_shard)
+            part = images[first : first + samples_per_shard]
+            labels = [label_of[image.source_id] for image in part]
+            yield _ShardTask(out / file, first, part, labels, resize, journal.lines.get(file))
+
+
+def _build_all(
+    dataset: SourceDataset, tasks: Iterable[_ShardTask], journal: _Journal, *, workers: int, quiet: bool
+) -> tuple[dict[str, ListedShard], int]:
+    """File -> what it holds for all shards, and how many were kept. Raises ValueError naming all unusable images."""
+    built: dict[str, ListedShard] = {}
+    unusable: list[UnusableImage] = []
+    num_kept = 0
+    with (
+        _progress(f"building {dataset.name}", len(dataset.images), quiet) as bar,
+        closing(_in_processes(_build_shard, tasks, workers)) as results,
+    ):
+        for shard in results:
+            unusable += shard.unusable
+            num_kept += shard.was_kept
+            if shard.listed is None:
+                continue
+            if not shard.was_kept:
+                journal.add(shard.file, shard.fingerprint, shard.listed)
+            built[shard.file] = shard.listed._replace(keys=[], classes={})  # a million images should fit
+            bar.update(len(shard.listed.rows))
+    if unusable:
+        raise ValueError(
+            f"{len(unusable)} of {len(dataset.images)} images cannot be used:{_shown(unusable)}\n"
+            "repair or remove them, or pass --on-bad skip to leave them out"
+        )
+    return built, num_kept
+
+
+# ---- one shard, in any process ---------------------------------------------------------------------------------------
+
+
+def _build_shard(task: _ShardTask) -> _BuiltShard:
+    fingerprint = _fingerprint(task)
+    file = task.path.name
+    if task.known is not None and task.known.get("fingerprint") == fingerprint:
+        try:
+            listed = list_shard(task.path)
+        except (ValueError, OSError):
+            pass  # missing or damaged
+        else:
+            if listed.sha256 == task.known.get("sha256"):
+                return _BuiltShard(file, fingerprint, listed, [], was_kept=True)
+    try:
+        listed = write_shard(task.path, _samples(task))
+    except _UnusableImagesError as problem:
+        return _BuiltShard(file, fingerprint, None, problem.images, was_kept=False)
+    return _BuiltShard(file, fingerprint, listed, [], was_kept=False)
+
+
+class _UnusableImagesError(Exception):
+    def __init__(self, images: list[UnusableImage]) -> None:
+        super().__init__(images)
+        self.images = images
+
+
+def _fingerprint(task: _ShardTask) -> str:
+    """The hash of all that a shard's bytes depend on."""
+    program = PIL.__version__ if task.resize is not None else None  # another encoder gives other bytes
+    digest = hashlib.sha256(_json([_FORMAT, task.first_id, task.resize, program]))
+    for image, label in zip(task.images, task.labels, strict=True):
+        state: list[Any]
+        if isinstance(image.content, bytes):
+            state = [hashlib.sha256(image.content).hexdigest()]
+        else:
+            try:
+                status = image.content.stat()
+            except OSError:
+                state = [str(image.content)]  # reading it says what is wrong
+            else:
+                state = [str(image.content), status.st_size, status.st_mtime_ns]
+        digest.update(_json([image.split, label, image.name, image.source_id, image.class_name, image.info, state]))
+    return digest.hexdigest()
+
+
+def _samples(task: _ShardTask) -> Iterator[ShardSample]:
+    """The samples of a shard. Raises _UnusableImagesError at the end, naming all images that are none."""
+    unusable = []
+    for sample_id, (image, label) in enumerate(zip(task.images, task.labels, strict=True), start=task.first_id):
+        try:
+            payload, extension, (width, height) = _load(image, resize=task.resize)
+        except ValueError as problem:
+            unusable.append(_unusable(image, problem))
+            continue
+        if unusable:
+            continue  # looking on, writing no more
+        info = {
+            "source": image.name,
+            "source_id": image.source_id,
+            "class_name": image.class_name,
+            "split": image.split,
+            "width": width,
+            "height": height,
+            **image.info,
+        }
+        yield ShardSample(sample_key(image.split, sample_id), extension, payload, label, info)
+    if unusable:
+        raise _UnusableImagesError(unusable)
+
+
+def _load(image: SourceImage, *, resize: int | None) -> tuple[bytes, str, tuple[int, int]]:
+    """The image file for the shard, its extension and (width, height). Raises ValueError with the reason."""
+    try:
+        payload = image.content.read_bytes() if isinstance(image.content, Path) else image.content
+    except OSError as problem:
+        raise ValueError(f"cannot be read: {problem.strerror}") from problem
+    if not payload:
+        raise ValueError("cannot be read as an image: the file is empty")
+    try:
+        payload, size = _prepare(payload, resize=resize)
+    except UnidentifiedImageError as problem:  # its own message has an address in memory
+        raise ValueError("cannot be read as an image: no format that Pillow knows") from problem
+    except Exception as problem:  # Pillow raises its own types, OSError, SyntaxError ...
+        raise ValueError(f"cannot be read as an image: {problem}") from problem
+    extension = image_extension(payload)
+    if extension is None:
+        raise ValueError("is neither JPEG nor PNG; convert it, or pass --resize to re-encode")
+    return payload, extension, size
+
+
+def _prepare(payload: bytes, *, resize: int | None) -> tuple[bytes, tuple[int, int]]:
+    extension = image_extension(payload)
+    with Image.open(io.BytesIO(payload)) as opened:
+        if resize is None or (min(opened.size) <= resize and extension):
+            size = opened.size
+            if extension and not payload.endswith(_LAST_BYTES[extension]):
+                opened.load()  # most likely it was cut
+            return payload, size
+        factor = min(1.0, resize / min(opened.size))
+        size = (max(1, round(opened.width * factor)), max(1, round(opened.height * factor)))
+        small = to_rgb(opened).resize(size, Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=95)
+    return stream.getvalue(), size
+
+
+# ---- unusable images -------------------------------------------------------------------------------------------------
+
+
+class _CheckTask(NamedTuple):
+    images: list[SourceImage]
+    resize: int | None
+
+
+def _unusable_images(dataset: SourceDataset, *, resize: int | None, workers: int, quiet: bool) -> list[UnusableImage]:
+    """The images that cannot become samples, in the order of split and name."""
+    step = 500
+    tasks = (_CheckTask(dataset.images[i : i + step], resize) for i in range(0, len(dataset.images), step))
+    found: list[UnusableImage] = []
+    with (
+        _progress(f"checking {dataset.name}", len(dataset.images), quiet) as bar,
+        closing(_in_processes(_check, tasks, workers)) as results,
+    ):
+        for num_images, unusable in results:
+            found += unusable
+            bar.update(num_images)
+    return sorted(found)
+
+
+def _check(task: _CheckTask) -> tuple[int, list[UnusableImage]]:
+    unusable = []
+    for image in task.images:
+        try:
+            _load(image, resize=task.resize)
+        except ValueError as problem:
+            unusable.append(_unusable(image, problem))
+    return len(task.images), unusable
+
+
+def _unusable(image: SourceImage, problem: ValueError) -> UnusableImage:
+    where = str(image.content) if isinstance(image.content, Path) else image.name
+    return UnusableImage(image.split, image.name, where, str(problem))
+
+
+def _shown(images: list[UnusableImage]) -> str:
+    lines = [f"\n  {image.where} {image.reason}" for image in sorted(images)[:_NUM_SHOWN]]
+    return "".join(lines) + (f"\n  and {len(images) - _NUM_SHOWN} more" if len(images) > _NUM_SHOWN else "")
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def _in_processes(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+) -> Generator[Result, None, None]:
+    """The results of all tasks as they come. Only a few tasks wait at a time: each holds its images' records."""
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_the_builder)
+    try:
+        waiting: set[Future[Result]] = set()
+        for task in tasks:
+            waiting.add(pool.submit(function, task))
+            if len(waiting) == 2 * workers:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool as problem:
+        raise ChildProcessError(
+            f"one of the {workers} worker processes was killed, most likely for want of memory; "
+            "run the same command again, perhaps with fewer --workers: what is finished is kept"
+        ) from problem
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_with_the_builder() -> None:
+    """End this worker when the builder ends in any way; a pool's worker would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the terminal's Ctrl-C ends it without a traceback
+    builder = multiprocessing.parent_process()
+    assert builder is not None, "runs in a worker"
+
+    def watch() -> None:
+        builder.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _progress(what: str, num_images: int, quiet: bool) -> tqdm:
+    return tqdm(total=num_images, desc=what, unit=" images", disable=quiet, mininterval=0.5)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=dict).encode("utf-8")

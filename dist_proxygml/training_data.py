@@ -1,0 +1,167 @@
+"""What a run trains on, as its configuration says: a split of indexed shards, or a stream.
+
+The position in it is an epoch and the number of images of that epoch's order that are done. It is advanced when an
+optimizer step is done, so prefetched batches do not count, and it means the same for any number of ranks, loading
+processes and, where every image comes once an epoch, for any batch size.
+"""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dist_proxygml.config import Config
+from dist_proxygml.data.index import ShardIndex, open_index
+from dist_proxygml.data.pipeline import BatchLoader, ImageCache, build_order, build_train_loader
+from dist_proxygml.data.plan import count_steps
+from dist_proxygml.data.stream import StreamLoader, build_stream_loader
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.parallel import ParallelContext
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images that a run trains on."""
+
+    config: Config
+    index: ShardIndex | None  # None for a stream
+
+    @property
+    def epoch_size(self) -> int:
+        """Images that an epoch visits: all of the index, whole class-balanced batches, or what a stream says."""
+        batch_size = self.config.training.batch_size
+        if self.index is None:
+            assert self.config.data.stream is not None
+            return self.config.data.stream.samples_per_epoch // batch_size * batch_size
+        if self.config.data.images_per_class is not None:
+            return max(1, self.index.num_samples // batch_size) * batch_size
+        return self.index.num_samples
+
+    def count_steps(self, consumed: int = 0) -> int:
+        """Optimizer steps from there to the end of an epoch."""
+        return count_steps(
+            self.epoch_size - consumed,
+            batch_size=self.config.training.batch_size,
+            drop_last=self.config.data.drop_last,
+        )
+
+    def loader(
+        self, context: ParallelContext, *, epoch: int, start: int, cache: ImageCache | None = None
+    ) -> BatchLoader | StreamLoader:
+        """This rank's batches of an epoch after its first `start` images.
+
+        Raises:
+            ValueError: the images and the batch size do not divide into ranks and micro-batches.
+        """
+        data, training = self.config.data, self.config.training
+        transform = build_transform(data.train_transform)
+        if self.index is None:
+            assert data.stream is not None
+            return build_stream_loader(
+                data.stream.urls,
+                transform,
+                num_classes=data.num_classes,
+                batch_size=training.batch_size,
+                num_images=self.epoch_size - start,
+                accumulation=self.config.accumulation,
+                rank=context.rank,
+                world_size=context.world_size,
+                seed=self.config.seed,
+                epoch=epoch,
+                start=start,
+                num_workers=data.num_workers,
+                resampled=data.stream.resampled,
+                shuffle_buffer=data.stream.shuffle_buffer,
+                skip_damaged=data.damaged_images == "skip",
+            )
+        return build_train_loader(
+            self.index,
+            transform,
+            batch_size=training.batch_size,
+            accumulation=self.config.accumulation,
+            rank=context.rank,
+            world_size=context.world_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            start=start,
+            num_workers=data.num_workers,
+            shuffle_window=data.shuffle_window,
+            images_per_class=data.images_per_class,
+            drop_last=data.drop_last,
+            cache=cache,
+            pin_memory=context.device.type == "cuda",
+            skip_damaged=data.damaged_images == "skip",
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What a continued run must find again."""
+        if self.index is None:
+            return {}
+        return {"class table": self.index.class_table_sha256, "shards": self.index.sha256}
+
+    def __str__(self) -> str:
+        if self.index is None:
+            assert self.config.data.stream is not None
+            return f"a stream of {self.config.data.num_classes:,} classes, {self.epoch_size:,} images an epoch"
+        text = f"{self.index.num_samples:,} images of {self.index.num_classes:,} classes"
+        images_per_class = self.config.data.images_per_class
+        if images_per_class is None:
+            return text
+        batch_size = self.config.training.batch_size
+        order = build_order(self.index, batch_size=batch_size, seed=self.config.seed, images_per_class=images_per_class)
+        return (
+            f"{text}, in batches of {batch_size // images_per_class:,} classes x {images_per_class} images (the first "
+            f"epoch visits {len(np.unique(order)) / self.index.num_samples:.1%} of them)"
+        )
+
+
+def open_training_data(config: Config) -> TrainingData:
+    """Open the split that the configuration trains on; a stream has none.
+
+    Raises:
+        ValueError: as `open_index`, the shards have another number of classes than the configuration, or the cache of
+            remote shards holds less than what an epoch's order uses at a time.
+    """
+    if config.data.stream is not None:
+        return TrainingData(config, None)
+    index = open_split(config, config.data.train_split)
+    if index.num_classes != config.data.num_classes:
+        raise ValueError(
+            f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of "
+            f"{config.data.shards} has {index.num_classes} classes; edit the configuration or point "
+            "data.shards at the right shards"
+        )
+    _check_cache_holds_window(config, index)
+    return TrainingData(config, index)
+
+
+def open_split(config: Config, split: str, *, shards: str | None = None) -> ShardIndex:
+    """A split of the configured shards, or of others; the configured cache serves both.
+
+    Raises:
+        ValueError: as `open_index`.
+    """
+    directory, limit = config.data.cache_directory, config.data.cache_limit_bytes
+    return open_index(
+        shards or config.data.shards,
+        split,
+        cache_directory=None if directory is None else Path(directory),
+        cache_limit=limit,
+    )
+
+
+def _check_cache_holds_window(config: Config, index: ShardIndex) -> None:
+    """Refuse a cache that the shuffle would empty and fill again and again."""
+    limit, window = config.data.cache_limit_bytes, config.data.shuffle_window
+    if index.remote is None or limit is None:
+        return
+    sizes = sorted((shard.bytes for shard in index.shards), reverse=True)
+    in_use = sum(sizes if window is None or config.data.images_per_class else sizes[:window])
+    if in_use > limit:
+        fitting = sum(1 for total in itertools.accumulate(sizes) if total <= limit)
+        raise ValueError(
+            f"the order of an epoch keeps {in_use / 2**30:.2f} GiB of shards in use at a time, and data.cache_limit is "
+            f"{config.data.cache_limit}; raise it"
+            + ("" if config.data.images_per_class else f", or set data.shuffle_window to at most {max(1, fitting)}")
+        )

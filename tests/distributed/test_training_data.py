@@ -1,0 +1,128 @@
+"""What a run trains on: how long an epoch is, where a stopped run goes on, and what is refused before it starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_proxygml.checkpoint import RunState
+from dist_proxygml.config import Config, parse_config
+from dist_proxygml.data.pipeline import build_order
+from dist_proxygml.parallel import ParallelContext, single_process
+from dist_proxygml.training import _check_same_data, build_train_state, continue_at
+from dist_proxygml.training_data import open_split, open_training_data
+from tests.harness import run_ranks
+from tests.shards_of_noise import write_noise_shards
+
+CLASS_SIZES = [5, 1, 7, 4, 6]  # 23 images
+
+
+def configuration(shards: str | Path, *, batch_size: int = 6, **data: Any) -> Config:
+    raw = {
+        "name": "data",
+        "data": {
+            "shards": str(shards),
+            "train_split": "test",  # the only one that the noise shards have
+            "num_classes": len(CLASS_SIZES),
+            "num_workers": 0,
+            "train_transform": {"name": "resize", "size": 8},
+            "test_transform": {"name": "resize", "size": 8},
+            **data,
+        },
+        "backbone": {"name": "small_cnn", "embedding_dim": 4, "options": {"width": 4}},
+        "proxies": {"ratio": 0.5},
+        "optimizer": {"name": "adam", "backbone_lr": 1e-3, "proxies_lr": 1e-2},
+        "training": {"epochs": 3, "batch_size": batch_size},
+    }
+    return parse_config(raw, source="the test")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "settings", "epoch_size", "num_steps"),
+    [
+        (6, {}, 23, 4),
+        (6, {"drop_last": True}, 23, 3),
+        (11, {}, 23, 3),  # 11, 6, 6
+        (6, {"images_per_class": 2}, 18, 3),
+        (40, {"images_per_class": 8}, 40, 1),  # one batch, although it holds more images than there are
+    ],
+)
+def test_an_epoch_is_as_long_as_its_loader(
+    tmp_path: Path, batch_size: int, settings: dict[str, Any], epoch_size: int, num_steps: int
+) -> None:
+    write_noise_shards(tmp_path, CLASS_SIZES)
+    data = open_training_data(configuration(tmp_path, batch_size=batch_size, **settings))
+    assert (data.epoch_size, data.count_steps()) == (epoch_size, num_steps)
+    assert data.loader(single_process(), epoch=1, start=0).num_steps == num_steps
+    assert data.index is not None
+    order = build_order(data.index, batch_size=batch_size, images_per_class=settings.get("images_per_class"))
+    assert len(order) == epoch_size
+
+
+# Stopped in the third epoch of 23 images after 12 of them: steps 1 to 10 were of 6 images (6, 6, 6, 5).
+@pytest.mark.parametrize(
+    ("batch_size", "settings", "schedule_step", "consumed"),
+    [
+        (6, {}, 2 * 4 + 2, 12),
+        (4, {}, 2 * 6 + 3, 12),  # 11 images are left: 3 of the epoch's 6 steps
+        (23, {}, 2 * 1 + 0, 12),  # the rest is the epoch's only step
+        (12, {"drop_last": True}, 2 * 1 + 1, 0),  # too few are left for a step: the fourth epoch begins
+    ],
+)
+def test_a_stopped_run_goes_on_at_its_image_and_its_place_in_the_schedule(
+    tmp_path: Path, batch_size: int, settings: dict[str, Any], schedule_step: int, consumed: int
+) -> None:
+    write_noise_shards(tmp_path, CLASS_SIZES)
+    config = configuration(tmp_path, batch_size=batch_size, **settings)
+    data = open_training_data(config)
+    assert run_ranks(continued, 1, config) == [(10, schedule_step, consumed)]
+    left = data.loader(single_process(), epoch=2, start=consumed).num_steps
+    assert left == 3 * data.count_steps() - schedule_step if consumed else left == data.count_steps()
+
+
+def continued(context: ParallelContext, config: Config) -> tuple[int, int, int]:
+    data = open_training_data(config)
+    state = build_train_state(config, context, steps_per_epoch=data.count_steps())
+    continue_at(state, RunState(step=10, epoch=2, consumed=12, world_size=3, settings={}), data)
+    return state.step, state.schedule_step, state.consumed
+
+
+def test_ranks_that_see_other_shards_are_refused_on_all_of_them(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path / "rank-0", CLASS_SIZES)
+    write_noise_shards(tmp_path / "rank-1", CLASS_SIZES, copy_of={3: 4})
+    messages = run_ranks(look_at_data, 2, tmp_path)
+    assert len(set(messages)) == 1
+    assert "ranks 0 and 1 found different shards at" in messages[0]
+
+
+def look_at_data(context: ParallelContext, folder: Path) -> str:
+    config = configuration(folder / f"rank-{context.rank}")
+    data, test_index = open_training_data(config), open_split(config, "test")
+    try:
+        _check_same_data(data, test_index, context)
+    except ValueError as error:
+        return str(error).replace(f"rank-{context.rank}", "rank")
+    raise AssertionError
+
+
+def test_a_cache_that_the_shuffle_would_empty_again_and_again_is_refused(tmp_path: Path) -> None:
+    index = write_noise_shards(tmp_path / "shards", CLASS_SIZES, num_shards=5)
+    largest = max(shard.bytes for shard in index.shards)
+    settings = {
+        "cache_directory": str(tmp_path / "cache"),
+        "cache_limit": f"{2 * largest} B",
+    }
+    location = f"pipe:cat {index.root}/{{}}"
+    with pytest.raises(ValueError, match=r"data\.cache_limit is .*, or set data\.shuffle_window to at most 2"):
+        open_training_data(configuration(location, **settings))
+    with pytest.raises(ValueError, match=r"data\.cache_limit is [0-9]+ B; raise it$"):
+        open_training_data(configuration(location, **settings, images_per_class=2))
+    data = open_training_data(configuration(location, **settings, shuffle_window=2))
+    assert sum(len(batch.ids) for batch in data.loader(single_process(), epoch=0, start=0)) == 23
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) <= 2
+
+
+def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path, CLASS_SIZES[:4])
+    with pytest.raises(ValueError, match=r"data\.num_classes is 5, but the split 'test' of .* has 4 classes"):
+        open_training_data(configuration(tmp_path))
