@@ -336,17 +336,14 @@ def _finish(
 ) -> SourceDataset:
     """Check names, files, counts and the disjointness of classes."""
     _check_names(images, root)
-    images = [_with_suffix_on_disk(image) for image in images]
-    missing = [image for image in images if isinstance(image.content, Path) and not image.content.is_file()]
+    on_disk = [_on_disk(image) for image in images]
+    missing = [image for image, there in zip(images, on_disk, strict=True) if there is None]
     if missing and not allow_partial:
         raise ValueError(
             f"{len(missing)} of the {len(images)} images that {root} lists are missing, first "
             f"{missing[0].name}; unpack it again, or pass --allow-partial to leave them out"
         )
-    left_out = set(map(id, missing))
-    dataset = SourceDataset(
-        name, [image for image in images if id(image) not in left_out], shared_classes, len(missing)
-    )
+    dataset = SourceDataset(name, [image for image in on_disk if image is not None], shared_classes, len(missing))
     if not dataset.images:
         raise ValueError(
             f"{root} has none of the {len(missing)} listed images of {name}; found {_listing(root)}; "
@@ -404,13 +401,14 @@ def _check_names(images: Sequence[SourceImage], root: Path) -> None:
             raise ValueError(f"{root} lists {image.name}, which leads out of it; unpack the download again")
 
 
-def _with_suffix_on_disk(image: SourceImage) -> SourceImage:
-    """The image with the path that exists, where a copy has `.jpg` for the list's `.JPG` or the other way round."""
-    if isinstance(image.content, Path) and not image.content.is_file():
-        for suffix in (image.content.suffix.lower(), image.content.suffix.upper()):
-            if image.content.with_suffix(suffix).is_file():
-                return replace(image, content=image.content.with_suffix(suffix))
-    return image
+def _on_disk(image: SourceImage) -> SourceImage | None:
+    """The image, with the path that exists where a copy has `.jpg` for the list's `.JPG` or the other way round."""
+    if isinstance(image.content, bytes) or image.content.is_file():
+        return image
+    for suffix in (image.content.suffix.lower(), image.content.suffix.upper()):
+        if image.content.with_suffix(suffix).is_file():
+            return replace(image, content=image.content.with_suffix(suffix))
+    return None
 
 
 def _find_layout(root: Path, layouts: Mapping[str, Sequence[tuple[str, ...]]]) -> tuple[str, Path]:

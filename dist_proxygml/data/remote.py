@@ -38,8 +38,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from webdataset.gopen import gopen
-
 from dist_proxygml.data.shards import publish
 
 T = TypeVar("T")
@@ -272,6 +270,8 @@ class _Received(NamedTuple):
 
 def _transfer(url: str, sink: IO[bytes], messages: Path, *, max_bytes: int | None, stall_seconds: float) -> _Received:
     """Copy what a URL gives into `sink`. Raises _TransferError unless its program ended well, with all it had."""
+    from webdataset.gopen import gopen  # here, because it imports torch
+
     # setsid: a process group that can be killed with all that the command started.
     command = f"exec setsid bash -o pipefail -c {shlex.quote(_command(url, stall_seconds=stall_seconds))}"
     try:

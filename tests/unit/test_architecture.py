@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine"},
     "faiss": {"evaluation.search"},
-    "webdataset": {"data", "shard"},
+    "webdataset": {"data"},
     "submitit": {"launchers.submit"},
     "psutil": {"memory"},
     "pydantic": {"config"},
