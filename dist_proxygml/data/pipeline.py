@@ -115,16 +115,9 @@ class ShardImages(Dataset[Batch]):
         """
         if self.cache is not None and (kept := self.cache.get(sample_id)) is not None:
             return kept
-        row = self.index.samples[sample_id]
+        shard, _, offset, num_bytes, crc32 = self.index.samples[sample_id].item()
         try:
-            image = decode_image(
-                self.reader.read(
-                    int(row["shard"]),
-                    offset=int(row["offset"]),
-                    num_bytes=int(row["nbytes"]),
-                    crc32=int(row["crc32"]),
-                )
-            )
+            image = decode_image(self.reader.read(shard, offset=offset, num_bytes=num_bytes, crc32=crc32))
         except ValueError as problem:
             raise ValueError(
                 f"{self.index.describe(sample_id)}: {problem}; "

@@ -5,19 +5,21 @@
     random_resized_crop   random area and aspect ratio, to S x S, mirror (published augmentation)
     affine_jitter         small images warped and recoloured, computed for the batch at once
 
-A transform takes the images and one random generator per image, and what it does to an image
-depends on that image and its generator alone, not on its neighbours in the batch. Values stay
-uint8: scaling, mean and colour order belong to the backbone.
-Declined: random state inside a transform, and float images on the way to the workers' queue (four
-times the bytes).
+A transform takes the images and one random generator per image, used up before the next one is asked for. What it does
+to an image depends on that image and its generator alone, not on its neighbours in the batch. Values stay uint8:
+scaling, mean and colour order belong to the backbone. Images may lie in memory in any order; crops and their resizing
+take half the time where a pixel's colours lie side by side, as decoded. Batches of crops are put together in the memory
+that a DataLoader's worker shares with the main process (default_collate), which saves a copy of them.
+Declined: random state inside a transform, and float images on the way to the workers' queue (four times the bytes).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as vision
 
 from dist_proxygml.config import (
@@ -28,7 +30,7 @@ from dist_proxygml.config import (
     TransformConfig,
 )
 
-Transform = Callable[[Sequence[torch.Tensor], Sequence[np.random.Generator]], torch.Tensor]
+Transform = Callable[[Sequence[torch.Tensor], Iterable[np.random.Generator]], torch.Tensor]
 
 
 def build_transform(config: TransformConfig) -> Transform:
@@ -53,7 +55,7 @@ class Resize:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, images: Sequence[torch.Tensor], generators: Sequence[np.random.Generator]) -> torch.Tensor:
+    def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Resize the images, at once if they are of one size."""
         if len({image.shape for image in images}) == 1:
             return _resize(torch.stack(list(images)), self.size)
@@ -67,10 +69,10 @@ class CenterCrop:
         self.resize = resize
         self.size = size
 
-    def __call__(self, images: Sequence[torch.Tensor], generators: Sequence[np.random.Generator]) -> torch.Tensor:
+    def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Resize and crop the images."""
         resized = [vision.resize(image, [self.resize], antialias=True) for image in images]
-        return torch.stack([vision.center_crop(image, [self.size, self.size]) for image in resized])
+        return default_collate([vision.center_crop(image, [self.size, self.size]) for image in resized])
 
 
 class RandomResizedCrop:
@@ -88,9 +90,11 @@ class RandomResizedCrop:
         self.scale = scale
         self.flip = flip
 
-    def __call__(self, images: Sequence[torch.Tensor], generators: Sequence[np.random.Generator]) -> torch.Tensor:
+    def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Crop the images, each by its own generator."""
-        return torch.stack([self._one(image, generator) for image, generator in zip(images, generators, strict=True)])
+        return default_collate(
+            [self._one(image, generator) for image, generator in zip(images, generators, strict=True)]
+        )
 
     def _one(self, image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
         top, left, height, width = self._box(image.shape[1], image.shape[2], generator)
@@ -155,7 +159,7 @@ class AffineJitter:
         self.flip = flip
         self.fill = fill
 
-    def __call__(self, images: Sequence[torch.Tensor], generators: Sequence[np.random.Generator]) -> torch.Tensor:
+    def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Warp and recolour the images, each by its own generator."""
         # Every generator gives the same number of draws, whatever is switched off.
         draws_bk = np.stack([generator.random(len(self.half_widths) + 1) for generator in generators])

@@ -23,6 +23,7 @@ from benchmarks.baselines import (
     metric_learning_loss,
 )
 from benchmarks.head import SIZES, Settings, bars, measured
+from benchmarks.loader import bars as bars_of_loader
 from benchmarks.ranks import bars as bars_of_ranks
 from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext
@@ -88,6 +89,32 @@ def test_the_benchmark_of_ranks_counts_bytes_and_divides_the_bank(tmp_path: Path
     for head in ("candidates", "full_softmax"):
         assert found[head, 1]["bank_mib"] == pytest.approx(2 * found[head, 2]["bank_mib"], rel=1e-4)
     assert "missed" not in printed
+
+
+@pytest.mark.timeout(120)
+def test_the_benchmark_of_the_loader_measures_every_row(tmp_path: Path) -> None:
+    arguments = ("--images", "photographs", "--num-photographs", "192", "--workers", "1", "--repeats", "1")
+    rows, printed = run("benchmarks.loader", *arguments, "--num-samples", "3000", json_file=tmp_path / "rows.jsonl")
+    loaders = {row["loader"]: row for row in rows if "loader" in row}
+    assert list(loaders) == ["memory", "in_loader", "ours", "webdataset", "imagefolder"]
+    for row in loaders.values():
+        assert row["per_worker"] == row["images_per_second"] > 0  # one worker
+        assert row["ours_over_it"] == pytest.approx(
+            loaders["ours"]["images_per_second"] / row["images_per_second"], rel=1e-4
+        )
+        assert row["over_memory"] == pytest.approx(
+            row["images_per_second"] / loaders["memory"]["images_per_second"], rel=1e-4
+        )
+        assert row["cpu_ms"] > 0
+    assert "ours over webdataset" in printed
+    first = [row for row in rows if "first_batch" in row]
+    assert [(row["first_batch"], row["workers"]) for row in first] == [
+        (place, workers) for workers in (0, 1) for place in ("of the epoch", "resumed at its end")
+    ]
+    for row in first:
+        assert row["num_samples"] == 3000
+        assert 0 < row["open_s"] < row["all_s"]
+        assert ("worker_mib" in row) == (row["workers"] == 1)
 
 
 def test_a_baseline_that_does_not_fit_the_machine_is_not_run() -> None:
@@ -204,6 +231,26 @@ def test_a_bar_is_met_or_missed() -> None:
         ["met", "1m", "1.50, bar <= 2"],
         ["missed", "1m", "401.00, bar <= 400"],
         ["met", "10m", "1.20, bar <= 1.5"],
+    ]
+
+
+def test_a_bar_of_the_loader_is_met_or_missed() -> None:
+    rows: list[dict[str, Any]] = [
+        {"images": "photographs", "loader": loader, "workers": 2, "ours_over_it": ratio}
+        for loader, ratio in (
+            ("memory", 0.951),
+            ("in_loader", 0.949),
+            ("ours", 1.0),
+            ("webdataset", 1.01),
+            ("imagefolder", 0.99),
+        )
+    ]
+    first = {"num_samples": 10, "workers": 1, "all_s": 2.1, "worker_mib": 49.0}
+    rows += [first | {"first_batch": "of the epoch"}, first | {"first_batch": "at its end", "over_start": 1.11}]
+    assert [line.split()[0] for line in bars_of_loader(rows)] == [
+        *("met", "missed", "met", "missed"),
+        *("missed", "met"),
+        *("missed", "missed", "met"),
     ]
 
 

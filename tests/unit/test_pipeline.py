@@ -3,10 +3,8 @@
 import io
 import os
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import torch
 from PIL import Image
 
 from dist_proxygml.config import AffineJitterConfig, ResizeConfig
-from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import ShardIndex, open_index, write_index
 from dist_proxygml.data.pipeline import (
     Batch,
@@ -178,10 +175,16 @@ def test_a_changed_byte_stops_the_epoch_naming_shard_sample_and_reason(tmp_path:
     assert "Traceback" not in message
 
 
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 3), (200, 100, 50)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def test_an_undecodable_image_stops_the_epoch_naming_the_sample(tmp_path: Path) -> None:
     samples = [
         ShardSample(sample_key("train", i), "png", content, 0, {})
-        for i, content in enumerate([encode("RGB"), b"\x89PNG\r\n\x1a\n and no more"])
+        for i, content in enumerate([png(), b"\x89PNG\r\n\x1a\n and no more"])
     ]
     write_shard(tmp_path / "train-000000.tar", samples)
     listed = ("train-000000.tar", list_shard(tmp_path / "train-000000.tar"))
@@ -318,73 +321,6 @@ def test_the_rest_of_an_epoch_is_the_same_images_in_order_on_other_ranks_batch_s
         ]
         taken += [part.images for step in zip(*ranks, strict=True) for part in step]
     assert torch.equal(torch.cat(taken), whole.images)
-
-
-def encode(mode: str, format: str = "PNG", **options: object) -> bytes:
-    stream = io.BytesIO()
-    picture = Image.new("RGB", (4, 3), (200, 100, 50))
-    if mode == "I;16":
-        picture = Image.fromarray(np.full((3, 4), 200 * 256 + 7, dtype=np.uint16))
-    elif mode == "P":
-        picture = picture.quantize(4)
-    elif mode != "RGB":
-        picture = picture.convert(mode)
-    picture.save(stream, format, **options)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("payload", "expected"),
-    [
-        (encode("RGB"), (200, 100, 50)),
-        (encode("P"), (200, 100, 50)),
-        (encode("L"), (124, 124, 124)),
-        (encode("I;16"), (200, 200, 200)),
-        (encode("1"), (255, 255, 255)),
-        (encode("CMYK", "JPEG", quality=100), (200, 100, 50)),
-        (encode("L", "JPEG", quality=100), (124, 124, 124)),
-    ],
-    ids=["rgb", "palette", "grey", "16-bit", "bilevel", "cmyk", "grey-jpeg"],
-)
-def test_every_image_mode_becomes_rgb(payload: bytes, expected: tuple[int, int, int]) -> None:
-    image = decode_image(payload)
-    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 3, 4))
-    if len(set(expected)) == 1 and expected[0] == 255:
-        assert set(image.unique().tolist()) <= {0, 255}  # dithered
-        return
-    assert (image.int() - torch.tensor(expected)[:, None, None]).abs().max() <= 2
-
-
-def test_transparent_pixels_become_white() -> None:
-    stream = io.BytesIO()
-    picture = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
-    picture.putpixel((1, 0), (10, 20, 30, 255))
-    picture.save(stream, "PNG")
-    assert decode_image(stream.getvalue())[:, 0].T.tolist() == [[255, 255, 255], [10, 20, 30]]
-    stream = io.BytesIO()
-    Image.new("RGB", (1, 1), (1, 2, 3)).save(stream, "PNG", transparency=(1, 2, 3))
-    assert decode_image(stream.getvalue()).flatten().tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [b"", b"<html></html>", encode("RGB")[:50], encode("RGB", "JPEG")[:-40]],
-    ids=["empty", "html", "cut-png", "cut-jpeg"],
-)
-def test_what_is_no_whole_image_is_refused(payload: bytes) -> None:
-    with pytest.raises(ValueError, match=r"does not decode|is empty"):
-        decode_image(payload)
-
-
-def test_a_decompression_bomb_is_refused_before_it_takes_memory() -> None:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + kind + content + checksum
-
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
-    with pytest.raises(ValueError, match="DecompressionBomb"):
-        decode_image(bomb)
 
 
 FRESH_PROCESS = """

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from dist_proxygml.config import (
     AffineJitterConfig,
@@ -207,3 +208,56 @@ def test_a_batch_of_32_small_images_is_jittered_in_milliseconds() -> None:
         transform(images, generators(32))
         times.append(time.thread_time() - start)
     assert min(times) < 0.02  # 4 ms on an idle core
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ResizeConfig(name="resize", size=16),
+        ResizeConfig(name="resize", size=13),
+        CenterCropConfig(name="center_crop", resize=20, size=16),
+        RandomResizedCropConfig(name="random_resized_crop", size=16, scale=(0.2, 1.0)),
+        STRONG,
+    ],
+    ids=lambda config: f"{config.name}-{config.size}",
+)
+def test_the_result_is_the_same_however_images_lie_in_memory(config: TransformConfig) -> None:
+    transform = build_transform(config)
+    images = random_images((32, 32), (40, 33), (9, 50), (131, 190), (64, 64))
+    side_by_side = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in images]
+    assert not side_by_side[0].is_contiguous()
+    result = transform(side_by_side, generators(5))
+    assert torch.equal(result, transform(images, generators(5)))
+    assert result.is_contiguous()
+
+
+def test_generators_may_come_one_after_the_other() -> None:
+    images = random_images((40, 33), (31, 90))
+    for config in (STRONG, RandomResizedCropConfig(name="random_resized_crop", size=16)):
+        transform = build_transform(config)
+        assert torch.equal(transform(images, iter(generators(2))), transform(images, generators(2)))
+
+
+def test_crops_are_put_together_in_the_memory_that_workers_share() -> None:
+    for config in (
+        CenterCropConfig(name="center_crop", resize=20, size=16),
+        RandomResizedCropConfig(name="random_resized_crop", size=16),
+    ):
+        loader = DataLoader(_Transformed(config), batch_size=None, num_workers=1)
+        ((batch, is_shared),) = loader
+        assert is_shared
+        assert torch.equal(batch, _Transformed(config)[0][0])
+
+
+class _Transformed(Dataset[tuple[torch.Tensor, bool]]):
+    """One batch, and whether it lay in shared memory when it was made."""
+
+    def __init__(self, config: TransformConfig) -> None:
+        self.transform = build_transform(config)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, bool]:
+        batch = self.transform(random_images((40, 33), (31, 90)), generators(2))
+        return batch, batch.is_shared()

@@ -1,0 +1,276 @@
+"""Image files of every kind to pixels, and what is no whole image to one error."""
+
+import io
+import struct
+import subprocess
+import sys
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from dist_proxygml.data import images
+from dist_proxygml.data.images import MAX_PIXELS, decode_image, image_extension, to_rgb
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def smooth(height: int = 37, width: int = 53) -> Image.Image:
+    """A picture that JPEG changes little: colours that go slowly over into each other."""
+    row, column = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([40 + 3 * row, 30 + 3 * column, 200 - 2 * row], -1).clip(0, 255).astype(np.uint8))
+
+
+def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def by_pillow(payload: bytes) -> torch.Tensor:
+    with Image.open(io.BytesIO(payload)) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Warnings are errors, but for torchvision's of what it will remove."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + checksum
+
+
+def png(header: tuple[int, int, int, int], rows: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    """A PNG by hand: width, height, bits and colour type (Pillow writes no RGB of 16 bits)."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0)),
+        *more,
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    return PNG + b"".join(chunk(kind, content) for kind, content in chunks)
+
+
+def jpeg_of_size(height: int, width: int) -> bytes:
+    """A JPEG whose header says another size than its content has."""
+    payload = bytearray(encode(smooth(), "JPEG"))
+    start = payload.index(b"\xff\xc0") + 5
+    payload[start : start + 4] = struct.pack(">HH", height, width)
+    return bytes(payload)
+
+
+ORDINARY = {
+    f"{name}-{'progressive' if progressive else 'baseline'}": encode(
+        picture, "JPEG", progressive=progressive, **options
+    )
+    for name, picture, options in [
+        ("4:4:4", smooth(), {"subsampling": 0}),
+        ("4:2:2", smooth(), {"subsampling": 1}),
+        ("4:2:0", smooth(), {"subsampling": 2, "quality": 30}),
+        ("rgb", smooth(), {"keep_rgb": True}),
+        ("grey", smooth().convert("L"), {}),
+        ("restarts", smooth(), {"restart_marker_rows": 1}),
+        ("one-pixel", smooth(1, 1), {}),
+    ]
+    for progressive in (False, True)
+}
+
+
+@pytest.mark.parametrize("payload", ORDINARY.values(), ids=ORDINARY)
+def test_an_ordinary_jpeg_has_the_pixels_of_pillow_by_whichever_library(
+    payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = by_pillow(payload)
+    fast = decode_image(payload)
+    monkeypatch.setattr(images, "_decode_jpeg", lambda payload: None)
+    slow = decode_image(payload)
+    for pixels in (fast, slow):
+        assert pixels.dtype == torch.uint8
+        assert pixels.is_contiguous() == (pixels.shape[1:].numel() == 1)  # a pixel's colours lie side by side
+        assert torch.equal(pixels, expected)
+
+
+def test_ordinary_jpegs_are_decoded_by_torchvision_and_only_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = torch.zeros(3, 1, 1, dtype=torch.uint8)
+    monkeypatch.setattr(images, "_decode_jpeg", lambda payload: answer)
+    for payload in ORDINARY.values():
+        assert decode_image(payload) is answer
+    for payload in [encode(smooth().convert("CMYK"), "JPEG"), encode(smooth(), "PNG"), encode(smooth(), "BMP")]:
+        assert decode_image(payload) is not answer
+    monkeypatch.undo()
+    for payload in ORDINARY.values():
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        assert torch.equal(decode_jpeg(data, mode=ImageReadMode.RGB), images._decode_jpeg(payload))
+
+
+def test_cmyk_and_adobe_ycck_jpegs_have_their_colours() -> None:
+    cmyk = encode(smooth().convert("CMYK"), "JPEG", quality=98)  # Pillow writes Adobe's inverted values
+    assert b"Adobe" in cmyk
+    assert (decode_image(cmyk).int() - by_pillow(encode(smooth(), "PNG")).int()).abs().max() <= 6
+    # The same numbers read as YCCK: the fourth, black, stays as it is, the others are luma and chroma.
+    marker = cmyk.index(b"Adobe")
+    ycck = cmyk[: marker + 11] + b"\x02" + cmyk[marker + 12 :]
+    cmyk_hw4 = np.asarray(Image.open(io.BytesIO(ycck))).astype(float)
+    expected = (255 - cmyk_hw4[..., :3]) * (255 - cmyk_hw4[..., 3:]) / 255
+    assert (decode_image(ycck).permute(1, 2, 0).double() - torch.from_numpy(expected)).abs().max() <= 1
+    assert not torch.equal(decode_image(ycck), decode_image(cmyk))
+
+
+def test_pngs_of_every_kind_have_their_colours() -> None:
+    one = (1, 1)
+    kinds: dict[str, tuple[bytes, tuple[int, int, int]]] = {
+        "rgb": (png((*one, 8, 2), bytes([0, 10, 20, 30])), (10, 20, 30)),
+        "rgb16": (png((*one, 16, 2), bytes([0, 10, 255, 20, 0, 30, 128])), (10, 20, 30)),
+        "grey": (png((*one, 8, 0), bytes([0, 77])), (77, 77, 77)),
+        "grey16": (png((*one, 16, 0), bytes([0, 77, 255])), (77, 77, 77)),
+        "bilevel": (png((*one, 1, 0), bytes([0, 128])), (255, 255, 255)),
+        "palette": (png((*one, 8, 3), bytes([0, 1]), (b"PLTE", bytes([0, 0, 0, 9, 8, 7]))), (9, 8, 7)),
+        "clear palette": (
+            png((*one, 8, 3), bytes([0, 1]), (b"PLTE", bytes([0, 0, 0, 9, 8, 7])), (b"tRNS", bytes([255, 0]))),
+            (255, 255, 255),
+        ),
+        "clear rgb": (png((*one, 8, 2), bytes([0, 1, 2, 3]), (b"tRNS", bytes([0, 1, 0, 2, 0, 3]))), (255, 255, 255)),
+        "rgba": (png((*one, 8, 6), bytes([0, 10, 20, 30, 255])), (10, 20, 30)),
+        "half rgba": (png((*one, 8, 6), bytes([0, 10, 20, 30, 51])), (206, 208, 210)),  # a fifth of it on white
+        "grey alpha": (png((*one, 8, 4), bytes([0, 10, 51])), (206, 206, 206)),
+        "grey alpha16": (png((*one, 16, 4), bytes([0, 10, 99, 0, 0])), (255, 255, 255)),
+    }
+    for kind, (payload, expected) in kinds.items():
+        pixels = decode_image(payload)
+        assert (kind, tuple(pixels.shape)) == (kind, (3, 1, 1))
+        assert (kind, tuple(pixels.flatten().tolist())) == (kind, expected)
+
+
+def test_of_animations_and_other_formats_the_first_picture_is_taken() -> None:
+    first, second = Image.new("RGB", (4, 3), (200, 0, 0)), Image.new("RGB", (4, 3), (0, 200, 0))
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        payload = encode(first, kind, save_all=True, append_images=[second])
+        assert (decode_image(payload)[:, 1, 1] - torch.tensor([200, 0, 0])).abs().max() <= 2
+    with no_warnings():
+        several = encode(first, "MPO", save_all=True, append_images=[second])
+        assert decode_image(several)[0].float().mean() > 190
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, and no error
+def test_the_orientation_is_ignored_and_damaged_metadata_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a right angle
+    turned = encode(smooth(), "JPEG", exif=exif)
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(turned))).size == (37, 53)
+    plain = encode(smooth(), "JPEG")
+    for payload in [
+        turned,
+        encode(smooth(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage"),
+        encode(smooth(), "JPEG", icc_profile=b"no profile at all"),
+    ]:
+        assert torch.equal(decode_image(payload), decode_image(plain))
+    whole = encode(smooth(), "PNG", icc_profile=b"no profile at all", exif=b"garbage")
+    assert torch.equal(decode_image(whole), decode_image(encode(smooth(), "PNG")))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "progressive"])
+def test_a_file_cut_anywhere_is_refused(kind: str) -> None:
+    payload = encode(smooth(), "JPEG", progressive=True) if kind == "progressive" else encode(smooth(), kind)
+    # Without its end mark and checksums, a PNG still has all its pixels.
+    last = len(payload) - (40 if kind == "PNG" else 1)
+    for length in sorted({0, 1, 2, 3, 8, *range(11, last, 97), last - 40, last - 1, last}):
+        with pytest.raises(ValueError, match=r"^the image (does not decode|file is empty)"):
+            decode_image(payload[:length])
+
+
+def test_an_empty_file_and_an_unknown_format_are_called_so() -> None:
+    with pytest.raises(ValueError, match=r"^the image file is empty \(0 bytes\)$"):
+        decode_image(b"")
+    with pytest.raises(ValueError, match=r"^the image does not decode: no format that Pillow knows$"):
+        decode_image(b"<html>not found</html>")
+
+
+@pytest.mark.parametrize("head", [b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\0\x10JFIF\0", PNG, PNG + b"\0\0\0\rIHDR"])
+def test_garbage_after_a_good_beginning_is_refused(head: bytes) -> None:
+    garbage = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8).tobytes()
+    for payload in (head + garbage, head + bytes(5000), head + b"<html>not found</html>"):
+        with pytest.raises(ValueError, match="the image does not decode"):
+            decode_image(payload)
+
+
+@pytest.mark.parametrize("pillows_limit", [Image.MAX_IMAGE_PIXELS, None], ids=["pillow's", "switched-off"])
+def test_a_decompression_bomb_is_refused_before_it_takes_memory_and_without_a_warning(
+    pillows_limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)  # some libraries set it to None
+    side = int(MAX_PIXELS**0.5) + 1
+    rows = zlib.compress(bytes(1 << 20))
+    bombs = [
+        jpeg_of_size(side, side),
+        png((side, side, 8, 2), rows),
+        png((side, side, 1, 0), rows),
+        b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0),
+    ]
+    tracemalloc.start()
+    try:
+        for bomb in bombs:
+            with no_warnings():
+                with pytest.raises(ValueError, match=r"DecompressionBombError.* pixels"):
+                    decode_image(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20  # a plane of one would take 180 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_limit_is_exact_and_pillow_warns_of_nothing_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 37 * 53)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 53 - 1)
+    with no_warnings():
+        for kind in ("JPEG", "PNG"):
+            assert decode_image(encode(smooth(), kind)).shape == (3, 37, 53)
+            with pytest.raises(ValueError, match=r"37 x 54 pixels, expected at most 1,961 in all"):
+                decode_image(encode(smooth(54, 37), kind))
+
+
+def test_what_torchvision_refuses_pillow_decides() -> None:
+    payload = bytearray(encode(smooth(3, 53), "JPEG"))
+    payload[-1] ^= 2  # all pixels are there, the end mark is not
+    assert images._decode_jpeg(bytes(payload)) is None
+    assert torch.equal(decode_image(bytes(payload)), by_pillow(bytes(payload)))
+
+
+def test_where_torchvision_warns_of_its_end_or_has_come_to_it_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = encode(smooth(), "JPEG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(decode_image(payload), by_pillow(payload))
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    assert torch.equal(decode_image(payload), by_pillow(payload))
+
+
+def test_an_rgb_image_is_its_own_rgb() -> None:
+    picture = smooth()
+    assert to_rgb(picture) is picture
+    assert to_rgb(picture.convert("L")).mode == "RGB"
+
+
+def test_files_are_told_apart_by_their_first_bytes() -> None:
+    kinds = [image_extension(encode(smooth(), kind)) for kind in ("JPEG", "PNG", "BMP")]
+    assert [*kinds, image_extension(b"")] == ["jpg", "png", None, None]
+
+
+def test_looking_at_files_needs_no_torch() -> None:
+    program = f"import runpy, sys; runpy.run_path({images.__file__!r}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 0
