@@ -146,7 +146,7 @@ class ShardImages(Dataset[Batch]):
                 image, sample_id = self._replacement(wanted, str(problem))
             ids.append(sample_id)
             images.append(image)
-        generators = [sample_generator(seed=self.seed, epoch=self.epoch, sample_id=sample_id) for sample_id in ids]
+        generators = sample_generators(ids, seed=self.seed, epoch=self.epoch)
         ids_b = torch.tensor(ids, dtype=torch.int64)
         labels_b = torch.from_numpy(self.index.samples["label"][ids_b.numpy()].astype(np.int64))
         images_b3HW = self.transform(images, generators) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
@@ -154,7 +154,7 @@ class ShardImages(Dataset[Batch]):
 
     def _replacement(self, sample_id: int, problem: str) -> tuple[torch.Tensor, int]:
         """A readable image of the same class if there is one, else of any class, and its id."""
-        draw = sample_generator(seed=self.seed, epoch=self.epoch, sample_id=sample_id)
+        draw = next(sample_generators([sample_id], seed=self.seed, epoch=self.epoch))
         labels = self.index.samples["label"]
         same_class = np.flatnonzero(labels == labels[sample_id])
         any_class = draw.integers(0, len(labels), _NUM_STRANGERS_TRIED)
@@ -165,16 +165,27 @@ class ShardImages(Dataset[Batch]):
                 continue
         raise ValueError(f"{problem}; no other image of its class, and none of {len(any_class)} others, can be read")
 
-    def __getitems__(self, micro_batch: MicroBatch) -> Batch | _Failure:
+    def __getitems__(self, micro_batch: MicroBatch) -> tuple[Any, ...] | _Failure:
         try:
-            return self.batch(micro_batch)
+            batch = self.batch(micro_batch)
         except ValueError as problem:
             return _Failure(str(problem))
+        # As arrays: a small tensor costs a file descriptor and shared memory on its way out of a worker.
+        images, labels, ids, *rest = batch
+        return (images, labels.numpy(), ids.numpy(), *rest)
 
 
-def sample_generator(*, seed: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """All randomness of one image in one epoch: Philox with key (seed, epoch) and counter id."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, sample_id]))
+def sample_generators(ids: Sequence[int], *, seed: int, epoch: int) -> Iterator[np.random.Generator]:
+    """All randomness of each image in one epoch: Philox with key (seed, epoch) and counter id.
+
+    One generator, set to the next image's stream each time it is asked for: a new one costs more than its draws.
+    """
+    philox = np.random.Philox(key=[seed, epoch])
+    generator, fresh = np.random.Generator(philox), philox.state
+    for sample_id in ids:
+        fresh["state"]["counter"][3] = sample_id
+        philox.state = fresh
+        yield generator
 
 
 class BatchLoader:
@@ -227,7 +238,8 @@ class BatchLoader:
                 ) from error
             if isinstance(batch, _Failure):
                 raise ValueError(batch.message)
-            yield batch
+            images, labels, ids, *rest = batch
+            yield Batch(images, torch.from_numpy(labels), torch.from_numpy(ids), *rest)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -21,6 +21,7 @@ from dist_proxygml.data.pipeline import (
     ShardImages,
     build_evaluation_loader,
     build_train_loader,
+    sample_generators,
 )
 from dist_proxygml.data.shards import ShardSample, list_shard, sample_key, write_shard
 from dist_proxygml.data.transforms import build_transform
@@ -135,6 +136,14 @@ def test_a_cache_changes_nothing_but_the_reads(tmp_path: Path) -> None:
 def test_a_cache_with_workers_is_refused(index: ShardIndex) -> None:
     with pytest.raises(ValueError, match="image cache needs num_workers 0, got 2"):
         build_train_loader(index, PLAIN, batch_size=4, cache=ImageCache(), num_workers=2)
+
+
+def test_each_image_draws_from_a_stream_of_its_own_whatever_was_drawn_before_it() -> None:
+    for sample_id, generator in zip([7, 2**40, 7], sample_generators([7, 2**40, 7], seed=3, epoch=5), strict=True):
+        alone = np.random.Generator(np.random.Philox(key=[3, 5], counter=[0, 0, 0, sample_id]))
+        assert generator.random(3).tolist() == alone.random(3).tolist()
+        assert generator.integers(0, 9, 5, dtype=np.uint8).tolist() == alone.integers(0, 9, 5, dtype=np.uint8).tolist()
+        assert generator.permutation(6).tolist() == alone.permutation(6).tolist()
 
 
 def test_loading_leaves_the_global_random_state_alone(index: ShardIndex) -> None:

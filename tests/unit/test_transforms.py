@@ -15,7 +15,6 @@ from dist_proxygml.config import (
     ResizeConfig,
     TransformConfig,
 )
-from dist_proxygml.data.pipeline import sample_generator
 from dist_proxygml.data.transforms import AffineJitter, build_transform
 
 STRONG = AffineJitterConfig(
@@ -39,7 +38,7 @@ def random_images(*shapes: tuple[int, int]) -> list[torch.Tensor]:
 
 
 def generators(count: int, *, epoch: int = 0) -> list[np.random.Generator]:
-    return [sample_generator(seed=3, epoch=epoch, sample_id=i) for i in range(count)]
+    return [np.random.Generator(np.random.Philox(key=[3, epoch], counter=[0, 0, 0, i])) for i in range(count)]
 
 
 def only(size: int, **half_widths: float) -> AffineJitter:
