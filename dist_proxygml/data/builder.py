@@ -538,7 +538,7 @@ def _in_processes(
 
 def _leave_with_the_builder() -> None:
     """End this worker when the builder ends in any way; a pool's worker would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the terminal's Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the builder decides
     builder = multiprocessing.parent_process()
     assert builder is not None, "runs in a worker"
 
