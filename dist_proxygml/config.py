@@ -352,6 +352,16 @@ class CheckpointConfig(_Section):
         None, ge=1, description="Optimizer steps between checkpoints; null writes one per epoch."
     )
     keep_last: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="Also keep, for good, the first checkpoint at or after every multiple of so many steps; null none.",
+    )
+    keep_best: str | None = Field(
+        None,
+        pattern=r"^(recall@[1-9][0-9]*|r_precision|map@r|nmi)$",
+        description="Also keep the checkpoint whose evaluation has most of this metric, such as recall@1; null none.",
+    )
 
 
 class TelemetryConfig(_Section):
@@ -485,6 +495,18 @@ class Config(_Section):
             raise ValueError(
                 "expected proxies.selection auto, candidates or histogram for optimizer.proxies_name 'sparse_adam', "
                 "got 'gather': the gradient of a gathered bank is dense; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_checkpoint_is_measured(self) -> "Config":
+        wanted, evaluation = self.checkpoint.keep_best, self.evaluation
+        measured = [*(f"recall@{k}" for k in evaluation.recall_at), "r_precision", "map@r"]
+        measured += ["nmi"] if evaluation.kmeans_seeds else []
+        if wanted is not None and wanted not in measured:
+            raise ValueError(
+                f"checkpoint.keep_best is {wanted!r}, but the evaluation measures {', '.join(measured)}; take one of "
+                "them, or change evaluation.recall_at or evaluation.kmeans_seeds"
             )
         return self
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import Config
 from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.parallel import ParallelContext, run_together
 
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # as DeepSpeed spells it
 
@@ -70,7 +70,10 @@ class Engine:
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
             )
         self._gathered = deepspeed.zero.GatheredParameters
+        self._context = context
         self._device = context.device
+        # Scripts that turn its files into others: nobody asked, and rank 0 alone can fail to copy them.
+        self._engine._copy_recovery_script = lambda _: None
 
     @property
     def module(self) -> nn.Module:
@@ -119,8 +122,21 @@ class Engine:
         return bool(self._engine.was_step_applied())
 
     def save(self, directory: Path) -> None:
-        """Write parameters and optimizer state below `directory`."""
-        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        """Write parameters and optimizer state below `directory`.
+
+        DeepSpeed's ranks meet again after they have written, so one that left with an error would leave the others
+        waiting: what goes wrong with a file is kept until then.
+
+        Raises:
+            ValueError: on every rank: a rank could not write a file.
+        """
+        writer = _PatientWriter(self._engine.checkpoint_engine)
+        self._engine.checkpoint_engine = writer
+        try:
+            self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = writer.writer
+        run_together(self._context, writer.raise_first)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote."""
@@ -136,6 +152,30 @@ class Engine:
                 with self._gathered([parameter]):
                     state[name] = parameter.detach().clone()
         return state
+
+
+class _PatientWriter:
+    """DeepSpeed's writer of files, which keeps its errors for later."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+        self._errors: list[tuple[str, Exception]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.writer, name)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write a file, or keep why that failed."""
+        try:
+            self.writer.save(state_dict, path)
+        except Exception as error:
+            self._errors.append((path, error))
+
+    def raise_first(self) -> None:
+        """Raise the first error as an OSError that says what it was; none does nothing."""
+        if self._errors:
+            path, error = self._errors[0]
+            raise OSError(f"{path} could not be written, is the disk full? {type(error).__name__}: {error}") from error
 
 
 def engine_settings(config: Config, world_size: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dist_proxygml.collectives import AgreedError, gather_objects
+from dist_proxygml.slurm import process_variables
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def single_process(device: str = "cpu") -> ParallelContext:
 
 def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext:
     """Start the process group that the launcher described in the environment (RANK, WORLD_SIZE, LOCAL_RANK,
-    MASTER_ADDR, MASTER_PORT).
+    MASTER_ADDR, MASTER_PORT). Where srun is the launcher, its variables are brought into this form, for libraries too.
 
     Called on all ranks. NCCL on GPUs, gloo on CPUs. On CPUs the cores are shared out over this host's ranks unless
     OMP_NUM_THREADS says otherwise; left alone, every rank would start a thread per core.
@@ -56,6 +57,7 @@ def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext
     Raises:
         ValueError: a rank has no GPU of its own although the host has GPUs.
     """
+    os.environ.update(process_variables(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -120,6 +122,7 @@ def run_launcher(main: Callable[[], None]) -> NoReturn:
     ranks read the same. What one rank knows it prints itself. A launcher such as deepspeed then ends the other ranks.
     Any other error is ours and keeps its traceback.
     """
+    os.environ.update(process_variables(os.environ))  # who is rank 0, also for what fails before the world is joined
     try:
         status = _run(main)
     except Exception:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dist_proxygml.backbone import RawPixels, build_backbone
 from dist_proxygml.bank_optim import bring_to_unit_length_, coalesced, squared_norm
 from dist_proxygml.checkpoint import (
+    Retention,
     RunState,
     checkpoint_name,
     checkpoint_to_continue,
@@ -35,6 +36,7 @@ from dist_proxygml.config import Config
 from dist_proxygml.data.damage import DAMAGE_FILE, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
+from dist_proxygml.data.shards import publish
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.engine import Engine, engine_settings
 from dist_proxygml.evaluation.embed import save_table
@@ -116,7 +118,7 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     _check_memory(config, plan, context)
     data, test_index = run_together(context, _open_data, config)
     _check_same_data(data, test_index, context)
-    found = on_main(context, checkpoint_to_continue, checkpoints, resume)
+    found, passed_over = on_main(context, checkpoint_to_continue, checkpoints, resume)
     run_together(context, lambda: data.loader(context, epoch=0, start=0))
 
     # 2. Build, and only then write.
@@ -140,6 +142,8 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
         start_step=state.step,
         progress_bar=config.telemetry.progress_bar,
     )
+    for damaged in passed_over:
+        telemetry.say(damaged)
     telemetry.say(_greeting(state, data, test_index, found, moved))
     telemetry.say(str(plan))
 
@@ -373,7 +377,8 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
     """Write evaluation/NAME.json, and embeddings/NAME.npz in place of earlier embeddings. On rank 0 only."""
     path = run_directory / "evaluation" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(result.to_json())
+    with publish(path) as stream:  # a file here means: evaluated
+        stream.write(result.to_json().encode("utf-8"))
     if with_embeddings and result.table is not None:
         newest = save_table(result.table, run_directory / "embeddings" / f"{name}.npz")
         for old in set(newest.parent.glob("*.npz")) - {newest}:
@@ -448,15 +453,19 @@ def _train_epoch(
         every_steps = config.checkpoint.every_steps
         is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
         if is_due or state.schedule_step == state.num_steps:
-            save_checkpoint(
+            saved = save_checkpoint(
                 checkpoints,
                 state=RunState(state.step, state.epoch, state.consumed, context.world_size, settings),
                 engine=state.engine,
                 loss=state.loss,
                 bank_optimizer=state.bank_optimizer,
                 context=context,
-                keep_last=config.checkpoint.keep_last,
+                retention=Retention(
+                    config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best
+                ),
             )
+            for problem in saved.problems:
+                telemetry.say(problem)
             telemetry.pause()
 
 

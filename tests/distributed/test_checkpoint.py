@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, on any number of ranks; what cannot come back is refused."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from dist_proxygml.bank_optim import RowwiseAdagrad, SparseAdam
 from dist_proxygml.checkpoint import (
+    Retention,
     RunState,
     checkpoint_to_continue,
     find_checkpoint,
@@ -74,7 +76,7 @@ def train_and_save(context: ParallelContext, stage: int, directory: Path) -> tup
             loss=loss,
             bank_optimizer=optimizer,
             context=context,
-            keep_last=1,
+            retention=Retention(keep_last=1),
         )
     bank = bank_arrays(loss, optimizer)
     return [step(context, engine, loss, optimizer, seed=number) for number in (3, 4)], bank
@@ -120,7 +122,8 @@ def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(
         np.testing.assert_allclose(after[0][0], before[0][0], rtol=1e-5)
     # keep_last = 1, and nothing half-written stays behind
     assert [path.name for path in published_checkpoints(tmp_path)] == ["step-000002"]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000002"]
+    assert (tmp_path / "latest").read_text() == "step-000002\n"
 
     model = nn.Linear(5, 4)
     load_backbone(tmp_path / "step-000002", model)
@@ -179,7 +182,7 @@ def save_banks(context: ParallelContext, directory: Path) -> dict[str, list[dict
             loss=loss,
             bank_optimizer=optimizer,
             context=context,
-            keep_last=1,
+            retention=Retention(keep_last=1),
         )
         found[name] = [everything(loss, optimizer)]
         step_bank(loss, optimizer, 3)
@@ -256,9 +259,13 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 
 def write_state(checkpoint: Path, step: int) -> None:
+    """A checkpoint without tensors."""
     checkpoint.mkdir()
     state = RunState(step=step, epoch=0, consumed=step, world_size=2, settings=SETTINGS)
-    (checkpoint / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
+    content = json.dumps(dataclasses.asdict(state)).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps({"version": 1, "files": {"state.json": entry}}))
 
 
 def test_only_published_checkpoints_are_found(tmp_path: Path) -> None:
@@ -266,11 +273,17 @@ def test_only_published_checkpoints_are_found(tmp_path: Path) -> None:
     write_state(tmp_path / "step-000900", 900)
     write_state(tmp_path / "step-001000", 1000)
     write_state(tmp_path / ".step-001100.partial", 1100)
-    (tmp_path / "step-002000").mkdir()  # published by nobody: no state.json
+    (tmp_path / "step-000900.damaged").mkdir()
+    (tmp_path / "latest").write_text("step-000900")  # a lie, which nobody reads
     assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
     assert find_checkpoint(tmp_path, str(tmp_path / "step-001000")) == tmp_path / "step-001000"
     assert read_state(tmp_path / "step-001000").step == 1000
     with pytest.raises(ValueError, match=r"this run has: step-000900, step-001000"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-002000"))
+    (tmp_path / "step-002000").mkdir()  # published by nobody: no manifest
+    with pytest.warns(UserWarning, match=r"step-002000 is damaged: MANIFEST.json is missing.*: passed over"):
+        assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
+    with pytest.raises(ValueError, match=r"MANIFEST.json is missing.* another one of: step-000900, step-001000"):
         find_checkpoint(tmp_path, str(tmp_path / "step-002000"))
 
 
@@ -281,7 +294,7 @@ def test_continuing_an_older_checkpoint_is_refused_while_newer_ones_would_mix_wi
     older = str(tmp_path / "mine" / "step-000900")
     with pytest.raises(ValueError, match=r"holds checkpoints newer than step-000900: step-001000"):
         checkpoint_to_continue(tmp_path / "mine", older)
-    assert checkpoint_to_continue(tmp_path / "another-name", older) == Path(older)
-    assert checkpoint_to_continue(tmp_path / "mine", "auto") == tmp_path / "mine" / "step-001000"
-    assert checkpoint_to_continue(tmp_path / "mine", "never") is None
+    assert checkpoint_to_continue(tmp_path / "another-name", older) == (Path(older), [])
+    assert checkpoint_to_continue(tmp_path / "mine", "auto") == (tmp_path / "mine" / "step-001000", [])
+    assert checkpoint_to_continue(tmp_path / "mine", "never") == (None, [])
     assert find_checkpoint(tmp_path / "mine", older) == Path(older)  # to look at, any of them

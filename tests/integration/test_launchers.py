@@ -77,7 +77,8 @@ def test_a_run_leaves_everything_that_it_promises(trained: Path) -> None:
     assert evaluations[-1]["recall@1"] != evaluations[0]["recall@1"]
     pixels = json.loads((trained / "evaluation" / "pixels.json").read_text())
     assert pixels["metrics"]["recall@1"] == pytest.approx(0.362, abs=0.002)  # measured apart from the trainer
-    assert [path.name for path in sorted((trained / "checkpoints").iterdir())] == ["step-000010", "step-000020"]
+    names = [path.name for path in sorted((trained / "checkpoints").iterdir())]
+    assert names == ["latest", "step-000010", "step-000020"]
     assert "<html" in (trained / "report.html").read_text()
     assert json.loads((trained / "config.json").read_text())["training"]["max_steps"] == 20
 

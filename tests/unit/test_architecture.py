@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bank", "matmul"),
     ("parallel",),
     ("collectives",),
-    ("config",),
+    ("config", "slurm"),
     ("partition",),
 )
 

@@ -44,6 +44,14 @@ def message_of(raw: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def test_the_metric_of_the_best_checkpoint_is_one_that_is_measured() -> None:
+    for metric in ("recall@1", "recall@8", "map@r", "r_precision", "nmi"):
+        assert parse_config(changed(checkpoint__keep_best=metric), source="the test").checkpoint.keep_best == metric
+    assert "checkpoint.keep_best" in message_of(changed(checkpoint__keep_best="loss"))
+    assert "the evaluation measures recall@1, recall@2" in message_of(changed(checkpoint__keep_best="recall@3"))
+    assert "'nmi', but" in message_of(changed(checkpoint__keep_best="nmi", evaluation__kmeans_seeds=0))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_every_configuration_of_the_project_is_valid_and_named_like_its_file(path: Path) -> None:
     assert load_config(path).name == path.stem

@@ -1,0 +1,396 @@
+"""The submit command up to the queue, and what its job does with signals and restarts; needs no SLURM."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cloudpickle
+import pytest
+
+from dist_proxygml.checkpoint import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.config import Config, load_config, parse_config
+from dist_proxygml.slurm import expand_counts, first_host, process_variables, rendezvous_port
+from launchers import submit
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "demo_cpu.json")
+SRUN = {
+    "SLURM_JOB_ID": "712",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "4,2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+# ---- what SLURM says -------------------------------------------------------------------------------------------------
+
+
+def test_a_task_of_srun_is_named_by_its_step() -> None:
+    found = process_variables(SRUN)
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "6",  # of this srun, not of the allocation
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": found["MASTER_PORT"],
+    }
+
+
+def test_another_launcher_a_batch_script_and_no_slurm_at_all_are_left_alone() -> None:
+    assert process_variables({**SRUN, "RANK": "0"}) == {}
+    batch_script = {name: value for name, value in SRUN.items() if "STEP" not in name}
+    assert process_variables(batch_script) == {}
+    assert process_variables({}) == {}
+
+
+def test_an_address_that_the_user_has_set_is_kept() -> None:
+    found = process_variables({**SRUN, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.7", "29500")
+
+
+def test_the_port_is_the_same_for_all_ranks_and_another_for_another_restart_step_and_job() -> None:
+    port = process_variables(SRUN)["MASTER_PORT"]
+    assert process_variables({**SRUN, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})["MASTER_PORT"] == port
+    others = [{"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "714"}]
+    assert port not in [process_variables({**SRUN, **other})["MASTER_PORT"] for other in others]
+    ports = [rendezvous_port(job, restarts) for job in range(1, 300) for restarts in range(31)]
+    assert len(set(ports)) == len(ports)
+    assert all(1024 < rendezvous_port(job, 0) < 32768 for job in (1, 999, 123_456_789))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("gpu[007-009,12],login1", "gpu007"),
+        ("a[3],b[1-2]", "a3"),
+        ("login1,gpu[1-2]", "login1"),
+        ("rack[2-3]n[05,07].hpc", "rack2n05.hpc"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_the_tasks_of_each_node() -> None:
+    assert expand_counts("4(x2),1") == [4, 4, 1]
+    with pytest.raises(ValueError, match="expected numbers of tasks"):
+        expand_counts("4(x")
+
+
+# ---- before submission -----------------------------------------------------------------------------------------------
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[set[str], str]:
+    """The #SBATCH options and the srun command of the batch script."""
+    assert submit.run(["--config", CONFIG, "--dry-run", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line for line in lines if line.startswith("srun ")]
+    assert len(commands) == 1
+    assert lines.index(commands[0]) == len(lines) - 1  # its status is the job's
+    return {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}, commands[0]
+
+
+def test_the_batch_script_has_a_task_for_each_gpu_and_all_that_was_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--cpus-per-task",
+        "6",
+        "--partition",
+        "long",
+        "--time",
+        "1-12",
+    ]
+    arguments += ["--constraint", "a100&nvlink", "--sbatch", "mem=64G", "account=vision"]
+    options, command = dry_run(capsys, *arguments, "--set", f"runs_dir={tmp_path / 'runs'}", "name=wide")
+    assert {"--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=6"} <= options
+    assert {"--partition=long", "--time=2160", "--constraint='a100&nvlink'", "--mem=64G", "--account=vision"} <= options
+    assert {"--requeue", "--signal=USR2@120", "--open-mode=append", "--job-name=wide"} <= options
+    jobs = tmp_path / "runs" / "wide.jobs"
+    assert f"--output={jobs}/%j_0_log.out" in options
+    assert f"--output {jobs}/%j_%t_log.out" in command
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=6", "--unbuffered"} <= set(command.split())
+    assert sys.executable in command
+    assert not any("error" in option for option in options), "one log for each rank"
+    assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
+
+
+def test_a_job_on_cpus_asks_for_no_gpu_and_a_short_one_is_signalled_in_its_middle(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options, command = dry_run(capsys, "--tasks-per-node", "2", "--time", "3")
+    assert {"--nodes=1", "--ntasks-per-node=2", "--time=3", "--signal=USR2@90"} <= options
+    assert not any("gpu" in option or "cpus" in option or "partition" in option for option in options)
+    assert "--cpus-per-task" not in command
+
+
+def test_all_mistakes_are_told_at_once_and_nothing_is_submitted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--config", CONFIG, "--nodes", "3", "--gpus-per-node", "1", "--cpus-per-task", "0", "--time", "soon"]
+    arguments += ["--sbatch", "mem", "--resume", "nowhere/step-7", "--set", f"runs_dir={tmp_path / 'runs'}"]
+    assert submit.run([*arguments, "training.epochs=many", "proxies.rato=0.1"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 1
+    for part in (
+        "training.epochs: input should be a valid integer",
+        "did you mean 'ratio'?",
+        "--cpus-per-task of at least 1, got 0",
+        "expected --time in minutes",
+        "got 'soon'",
+        "NAME=VALUE",
+        "nowhere/step-7",
+    ):
+        assert part in errors
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "3", "--gpus-per-node", "1"], "training.batch_size 64 does not divide over 3 ranks"),
+        (["--nodes", "2", "--tasks-per-node", "5"], "does not divide over 10 ranks"),
+        (["--gpus-per-node", "2", "--tasks-per-node", "2"], "got both"),
+        ([], "got neither"),
+        (["--gpus-per-node", "-1"], "--gpus-per-node of at least 1, got -1"),
+        (["--cluster", "local", "--nodes", "2", "--tasks-per-node", "1"], "this machine alone, got --nodes 2"),
+        (["--cluster", "debug", "--tasks-per-node", "2"], "use --cluster local for several"),
+        (["--cluster", "local", "--tasks-per-node", "2", "--dry-run"], "only --cluster slurm has"),
+        (["--tasks-per-node", "1", "--time", "0"], "at least one minute"),
+    ],
+)
+def test_a_mistake_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.run(["--config", CONFIG, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_machine_without_slurm_is_told_of_the_other_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    runs = tmp_path / "runs"
+    assert submit.run(["--config", CONFIG, "--tasks-per-node", "1", "--set", f"runs_dir={runs}"]) == 2
+    assert "found no sbatch; submit from a login node, or use --cluster local or debug" in capsys.readouterr().err
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [
+        ("90", 90),
+        ("30:00", 30),
+        ("00:30", 1),
+        ("12:00:00", 720),
+        ("1:00:01", 61),
+        ("2-0", 2880),
+        ("1-00:30", 1470),
+        ("1-01:01:30", 1502),
+    ],
+)
+def test_time_limits_are_read_as_slurm_writes_them(limit: str, minutes: int) -> None:
+    assert submit.parse_minutes(limit) == minutes
+
+
+def test_a_login_node_needs_no_torch() -> None:
+    program = """
+import runpy, sys
+sys.argv = ["launchers/submit.py", "--config", "configs/demo_cpu.json", "--gpus-per-node", "8", "--dry-run"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ending:
+    assert ending.code == 0
+assert not {"torch", "deepspeed", "faiss", "webdataset"} & sys.modules.keys()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--ntasks-per-node=8" in done.stdout
+
+
+# ---- the job ---------------------------------------------------------------------------------------------------------
+
+
+def make_job(tmp_path: Path, *, resume: str = "auto") -> tuple[submit.TrainingJob, Config]:
+    config = load_config(CONFIG, [f"runs_dir={tmp_path}"])
+    return submit.TrainingJob(config, source=CONFIG, resume=resume, uses_gpus=False, cpus_per_task=None), config
+
+
+def publish(config: Config, step: int, *, at: float) -> None:
+    manifest = config.run_directory / "checkpoints" / checkpoint_name(step) / MANIFEST_FILE
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    os.utime(manifest, (at, at))
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
+def test_the_settings_that_travel_are_those_that_were_validated(config: str) -> None:
+    validated = load_config(ROOT / "configs" / config, ["seed=3"])
+    job = submit.TrainingJob(validated, source=config, resume="auto", uses_gpus=True, cpus_per_task=8)
+    arrived = pickle.loads(cloudpickle.dumps(job))
+    assert parse_config(json.loads(json.dumps(arrived.settings)), source=config) == validated
+
+
+def test_a_restart_continues_what_the_job_saved_and_not_what_lay_there_before(tmp_path: Path) -> None:
+    job, config = make_job(tmp_path, resume="never")
+    assert not job.has_started(config)
+    publish(config, 40, at=job.submitted_at - 60)
+    assert not job.has_started(config)
+    publish(config, 10, at=job.submitted_at + 60)
+    assert job.has_started(config)
+
+
+def test_a_job_that_saves_nothing_between_its_restarts_gives_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job, config = make_job(tmp_path)
+    for step in range(1, 8):  # as long as it advances it goes on
+        publish(config, step, at=job.submitted_at + step)
+        delayed = job.checkpoint()
+        assert delayed is not None
+        job = pickle.loads(cloudpickle.dumps(delayed)).function
+    assert job.checkpoint() is not None
+    assert job.checkpoint() is not None
+    assert job.checkpoint() is None
+    assert "error: 3 restarts without a newer checkpoint" in capfd.readouterr().err
+
+
+# What submitit would have installed says "requeue"; ask_job is replaced where the state matters.
+SIGNALLED = """
+import os, signal, sys, time
+from types import SimpleNamespace
+from launchers import submit
+signal.signal(signal.SIGUSR2, lambda number, frame: (print("requeue", flush=True), os._exit(7)))
+submit.is_preempted = lambda job_id: sys.argv[2] == "preempted"
+submit.handle_signals(SimpleNamespace(USR_SIG="USR2", cluster=sys.argv[1], job_id="1"))
+if sys.argv[2] == "worker" and os.fork() == 0:
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    os._exit(9)
+if sys.argv[2] == "worker":
+    _, status = os.wait()
+    sys.exit(os.waitstatus_to_exitcode(status) != -signal.SIGTERM)
+os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cluster", "state", "sent", "status", "output"),
+    [
+        ("slurm", "running", "SIGTERM", 143, ""),  # scancel, or a peer has failed
+        ("slurm", "preempted", "SIGTERM", 7, "requeue"),
+        ("slurm", "running", "SIGUSR2", 7, "requeue"),
+        ("local", "preempted", "SIGTERM", 143, ""),  # SLURM is not asked
+        ("slurm", "worker", "", 0, ""),
+    ],
+)
+def test_sigterm_ends_a_task_or_requeues_a_preempted_job_and_workers_do_neither(
+    cluster: str, state: str, sent: str, status: int, output: str
+) -> None:
+    command = [sys.executable, "-c", SIGNALLED, cluster, state, sent]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout.strip()) == (status, output), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- after submission ------------------------------------------------------------------------------------------------
+
+
+def answer(folder: Path, program: str, text: str, *, status: int = 0) -> None:
+    """Put a program into `folder` that prints `text`."""
+    path = folder / program
+    path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
+    path.chmod(0o755)
+
+
+def test_the_state_of_a_job_comes_from_the_controller_then_from_accounting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    shown = "JobId=7 JobName=a\n   JobState={} Reason={} Dependency=(null)\n   ExitCode={}\n   PreemptTime={}"
+    answer(tmp_path, "scontrol", shown.format("RUNNING", "None", "0:0", "None"))
+    assert submit.ask_job("7") == submit.JobState("RUNNING", "None", 0)
+    assert not submit.is_preempted("7")
+    answer(tmp_path, "scontrol", shown.format("RUNNING", "None", "0:0", "2026-11-23T10:00:00"))
+    assert submit.is_preempted("7")
+    answer(tmp_path, "scontrol", shown.format("CANCELLED", "None", "0:15", "2026-11-23T10:00:00"))
+    assert not submit.is_preempted("7"), "scancel is no preemption"
+    answer(tmp_path, "scontrol", "", status=1)
+    answer(tmp_path, "sacct", "CANCELLED by 0|0:15")
+    assert submit.ask_job("7") == submit.JobState("CANCELLED", "None", 128 + signal.SIGTERM)
+    answer(tmp_path, "sacct", "", status=1)
+    assert submit.ask_job("7") is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "hopeless"),
+    [
+        ("PartitionConfig", True),
+        ("PartitionTimeLimit", True),
+        ("QOSMaxCpuPerJobLimit", True),
+        ("AssocMaxNodePerJobLimit", True),
+        ("Resources", False),
+        ("Priority", False),
+        ("BeginTime", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("ReqNodeNotAvail", False),
+    ],
+)
+def test_only_reasons_that_no_waiting_resolves_are_hopeless(reason: str, hopeless: bool) -> None:
+    assert submit.JobState("PENDING", reason, 0).is_hopeless == hopeless
+    assert not submit.JobState("RUNNING", reason, 0).is_hopeless
+
+
+def test_following_a_job_shows_its_log_waits_through_a_requeue_and_ends_with_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = submit.log_of(tmp_path, "7", 0)
+    states = iter(
+        [
+            submit.JobState("RUNNING", "None", 0),
+            submit.JobState("NODE_FAIL", "None", 1),
+            submit.JobState("PENDING", "BeginTime", 0),
+            submit.JobState("RUNNING", "None", 0),
+            submit.JobState("FAILED", "NonZeroExitCode", 143),
+            submit.JobState("FAILED", "NonZeroExitCode", 143),
+        ]
+    )
+
+    def next_state(job_id: str) -> submit.JobState:
+        with open(log, "a") as file:
+            file.write("step\n")
+        return next(states)
+
+    monkeypatch.setattr(submit, "ask_job", next_state)
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    submit.log_of(tmp_path, "7", 1).write_text("here\nerror: shards are\n  damaged\nthere\n")
+    assert submit.follow_slurm("7", tmp_path, 2) == 2  # the message tells more than the peer's SIGTERM
+    output = capsys.readouterr()
+    assert output.out == "step\n" * 6
+    assert "error: shards are\n  damaged\n" in output.err
+    assert "PENDING BeginTime" in output.err
+    assert "there" not in output.err
