@@ -33,7 +33,7 @@ from dist_proxygml.checkpoint import (
 )
 from dist_proxygml.collectives import AgreedError, all_reduce_sum
 from dist_proxygml.config import Config
-from dist_proxygml.data.damage import DAMAGE_FILE, DamageLog
+from dist_proxygml.data.damage import DAMAGE_FILE, Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
 from dist_proxygml.data.shards import publish
@@ -134,6 +134,8 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
             settings=comparable,
         )
         continue_at(state, run, data)
+        # Here, not in the middle of things: another batch size or number of ranks may not divide the rest.
+        run_together(context, lambda: data.loader(context, epoch=state.epoch, start=state.consumed))
     moved = on_main(context, _prepare_run_directory, config, found is not None)
     telemetry = Telemetry(
         run_directory,
@@ -147,14 +149,17 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     telemetry.say(_greeting(state, data, test_index, found, moved))
     telemetry.say(str(plan))
 
+    # What is known to be damaged belongs to the run, not to this start of it.
+    path, split = run_directory / DAMAGE_FILE, config.data.train_split
+    damage = build_damage_log(config, context, path, split=split, num_images=data.epoch_size)
+    test_damage = build_damage_log(
+        config, context, path, split=config.data.test_split, num_images=test_index.num_samples
+    )
     if found is None and config.proxies.initialization == "class_mean":
         assert data.index is not None
-        start_from_class_means(state, data.index, telemetry)
+        start_from_class_means(state, data.index, telemetry, damage)
 
     # 3. Train. An evaluation that was due when the run stopped is made up for.
-    damage_file = run_directory / DAMAGE_FILE
-    damage = build_damage_log(config, context, damage_file, num_images=data.epoch_size)
-    test_damage = build_damage_log(config, context, damage_file, num_images=test_index.num_samples)
     if state.step == 0 and config.evaluation.raw_pixels:
         _evaluate_raw_pixels(config, context, test_index, run_directory, test_damage)
     cache = ImageCache() if config.data.cache_images else None
@@ -228,13 +233,16 @@ def continue_at(state: TrainState, run: RunState, data: TrainingData) -> None:
     state.schedule_step = (run.epoch + 1) * state.steps_per_epoch - num_left
 
 
-def start_from_class_means(state: TrainState, index: ShardIndex, telemetry: Telemetry) -> None:
+def start_from_class_means(
+    state: TrainState, index: ShardIndex, telemetry: Telemetry, damage: DamageLog | None = None
+) -> None:
     """Set each class's proxies to the mean embedding of its images under the state's backbone. Called on all ranks.
 
-    One pass over the split with the test transform, in evaluation mode; see `replace_by_class_means_`.
+    One pass over the split with the test transform, in evaluation mode; see `replace_by_class_means_`. Damaged images
+    are left out and counted in `damage` where it is given.
 
     Raises:
-        ValueError: on every rank: an image is damaged, or an embedding is not finite.
+        ValueError: on every rank: an image is damaged, or too many are, or an embedding is not finite.
     """
     config, context = state.config, state.context
     telemetry.say(
@@ -248,8 +256,17 @@ def start_from_class_means(state: TrainState, index: ShardIndex, telemetry: Tele
         world_size=context.world_size,
         num_workers=config.data.num_workers,
         pin_memory=context.device.type == "cuda",
+        skip_damaged=damage is not None,
     )
     model = _backbone_of_one_rank(state)
+    left_out: list[Damage] = []
+
+    def embedded(batch: Batch) -> tuple[Tensor, Tensor]:
+        left_out.extend(batch.damaged)
+        if len(batch.ids) == 0:
+            return torch.zeros(0, config.backbone.embedding_dim, device=context.device), batch.labels.to(context.device)
+        return _embedded(model, batch, context.device)
+
     was_training = model.training
     model.eval()
     # Rank 0's share of the batches: a file gets a line every 15 seconds, a terminal a moving bar.
@@ -263,12 +280,14 @@ def start_from_class_means(state: TrainState, index: ShardIndex, telemetry: Tele
     ) as batches:
         replace_by_class_means_(
             state.loss.proxies.detach(),
-            (_embedded(model, batch, context.device) for batch in batches),
+            (embedded(batch) for batch in batches),
             num_batches=len(loader),
             partition=state.loss.partition,
             context=context,
         )
     model.train(was_training)
+    if damage is not None:
+        damage.add(left_out)
 
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bool) -> StepReport:
@@ -517,11 +536,13 @@ def _check_same_data(data: TrainingData, test_index: ShardIndex, context: Parall
         )
 
 
-def build_damage_log(config: Config, context: ParallelContext, path: Path, *, num_images: int) -> DamageLog | None:
-    """Where damaged images are counted if the configuration skips them, else None."""
+def build_damage_log(
+    config: Config, context: ParallelContext, path: Path, *, split: str, num_images: int
+) -> DamageLog | None:
+    """Where damaged images are counted if the configuration skips them, else None. Called on all ranks."""
     if config.data.damaged_images == "fail":
         return None
-    return DamageLog(path, num_images=num_images, max_share=config.data.max_damaged, context=context)
+    return DamageLog(path, split=split, num_images=num_images, max_share=config.data.max_damaged, context=context)
 
 
 def _prepare_run_directory(config: Config, continues: bool) -> Path | None:

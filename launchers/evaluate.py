@@ -48,7 +48,7 @@ def main() -> None:
     model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
-    damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, num_images=index.num_samples)
+    damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, split=split, num_images=index.num_samples)
     result = evaluate_model(config, context, model, index, damage=damage)
     if context.is_main:
         is_own = arguments.data is None and arguments.split is None

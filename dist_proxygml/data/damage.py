@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_proxygml.collectives import AgreedError
-from dist_proxygml.parallel import ParallelContext, everyone
+from dist_proxygml.parallel import ParallelContext, everyone, on_main
 
 DAMAGE_FILE = "damaged.jsonl"
 
@@ -25,14 +25,22 @@ class Damage(NamedTuple):
 
 
 class DamageLog:
-    """The damaged images of one split, each counted once however often it is met."""
+    """The damaged images of one split, each counted once however often it is met, in this start of the run or before.
 
-    def __init__(self, path: Path | None, *, num_images: int, max_share: float, context: ParallelContext) -> None:
-        self.path = path  # written by rank 0 alone; None keeps no file
+    Built on all ranks. `path` is read and written by rank 0 alone; splits may share it.
+
+    Raises:
+        ValueError: on every rank: the file names more images of the split than `max_share` of it, rounded up.
+    """
+
+    def __init__(self, path: Path, *, split: str, num_images: int, max_share: float, context: ParallelContext) -> None:
+        self.path = path
+        self.split = split
         self.max_damaged = math.ceil(max_share * num_images)
         self.num_images = num_images
         self.context = context
-        self._known: set[str] = set()
+        self._known: dict[str, str] = on_main(context, self._read)
+        self._check()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -45,15 +53,36 @@ class DamageLog:
         """
         gathered = [damage for part in everyone(self.context, list(found)) for damage in part]
         new = list({damage.image: damage for damage in gathered if damage.image not in self._known}.values())
-        self._known.update(damage.image for damage in new)
-        if new and self.path is not None and self.context.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(damage._asdict(), ensure_ascii=False) + "\n" for damage in new)
-        if new and len(self._known) > self.max_damaged:
-            raise AgreedError(
-                f"{len(self)} of {self.num_images} images are damaged, the last {new[-1].image}: {new[-1].reason}; "
-                f"data.max_damaged allows {self.max_damaged}; mend the shards (python -m dist_proxygml.shard verify "
-                "--deep), or allow more"
-            )
+        if not new:
+            return []
+        self._known.update(new)
+        on_main(self.context, self._write, new)
+        self._check()
         return new
+
+    def _check(self) -> None:
+        if len(self) > self.max_damaged:
+            image, reason = list(self._known.items())[-1]
+            raise AgreedError(
+                f"{len(self)} of {self.num_images} images are damaged (see {self.path}), the last {image}: {reason}; "
+                f"data.max_damaged allows {self.max_damaged}; mend the shards (python -m dist_proxygml.shard verify "
+                f"--deep) and remove that file, or allow more"
+            )
+
+    def _read(self) -> dict[str, str]:
+        """What earlier starts of the run found; a line that a kill cut short is passed over."""
+        known = {}
+        for line in self.path.read_text("utf-8").splitlines() if self.path.is_file() else []:
+            try:
+                record = json.loads(line)
+                if record["split"] == self.split:
+                    known[record["image"]] = record["reason"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        return known
+
+    def _write(self, new: Sequence[Damage]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as stream:
+            for damage in new:
+                stream.write(json.dumps({"split": self.split, **damage._asdict()}, ensure_ascii=False) + "\n")

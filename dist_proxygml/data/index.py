@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_proxygml.data.remote import ShardCache, is_remote
-from dist_proxygml.data.shards import SAMPLE_DTYPE, ListedShard, publish
+from dist_proxygml.data.shards import SAMPLE_DTYPE, ListedShard, ShardUnavailableError, publish
 
 INDEX_FILE = "index.json"
 INDEX_KIND = "dist-proxygml-index"
@@ -98,14 +98,20 @@ class ShardIndex:
         return open_index(remote.location, split, cache_directory=remote.directory, cache_limit=remote.limit_bytes)
 
     def open_shard(self, number: int) -> int:
-        """A file descriptor of a shard, fetched first if it lies elsewhere. Raises ValueError when that fails."""
+        """A file descriptor of a shard, fetched first if it lies elsewhere. Raises ShardUnavailableError."""
         shard = self.shards[number]
-        if self.remote is not None:
-            return self.remote.open_shard(file=shard.file, num_bytes=shard.bytes, sha256=shard.sha256)
         try:
+            if self.remote is not None:
+                return self.remote.open_shard(file=shard.file, num_bytes=shard.bytes, sha256=shard.sha256)
             return os.open(self.root / shard.file, os.O_RDONLY)
         except OSError as problem:
-            raise ValueError(f"the file cannot be opened: {problem.strerror}") from problem
+            raise ShardUnavailableError(f"the file cannot be opened: {problem.strerror}") from problem
+        except ValueError as problem:
+            raise ShardUnavailableError(str(problem)) from problem
+
+    def drop_damaged_copy(self, number: int) -> bool:
+        """Remove this node's copy of a shard that lies elsewhere if it is damaged; whether that was so."""
+        return self.remote is not None and self.remote.drop_if_damaged(self.shards[number].sha256)
 
     def describe(self, sample_id: int) -> str:
         """Which sample an id is, for messages: shard file, key and label."""

@@ -24,7 +24,7 @@ from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.plan import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
-from dist_proxygml.data.shards import ShardReader
+from dist_proxygml.data.shards import ShardReader, ShardUnavailableError
 from dist_proxygml.data.transforms import Transform
 
 
@@ -115,18 +115,33 @@ class ShardImages(Dataset[Batch]):
         """
         if self.cache is not None and (kept := self.cache.get(sample_id)) is not None:
             return kept
-        shard, _, offset, num_bytes, crc32 = self.index.samples[sample_id].item()
         try:
-            image = decode_image(self.reader.read(shard, offset=offset, num_bytes=num_bytes, crc32=crc32))
+            image = decode_image(self._read(sample_id))
+        except ShardUnavailableError as problem:
+            shard = self.index.shards[self.index.samples["shard"][sample_id]].file
+            raise ShardUnavailableError(f"{self.index.location}/{shard}: {problem}") from problem
         except ValueError as problem:
-            raise ValueError(
-                f"{self.index.describe(sample_id)}: {problem}; "
-                f"look with `python -m dist_proxygml.shard verify --deep {self.index.location}`, then "
-                "copy or build the shard again"
-            ) from problem
+            remedy = "upload the shards and their index again"
+            if self.index.remote is None:
+                look = f"python -m dist_proxygml.shard verify --deep {self.index.root}"
+                remedy = f"look with `{look}`, then copy or build the shard again"
+            raise ValueError(f"{self.index.describe(sample_id)}: {problem}; {remedy}") from problem
         if self.cache is not None:
             self.cache.put(sample_id, image)
         return image
+
+    def _read(self, sample_id: int) -> bytes:
+        """The image file of a sample. A copy of a remote shard that was damaged here is fetched once more."""
+        shard, _, offset, num_bytes, crc32 = self.index.samples[sample_id].item()
+        try:
+            return self.reader.read(shard, offset=offset, num_bytes=num_bytes, crc32=crc32)
+        except ShardUnavailableError:
+            raise
+        except ValueError:
+            if not self.index.drop_damaged_copy(shard):
+                raise
+            self.reader.close()
+            return self.reader.read(shard, offset=offset, num_bytes=num_bytes, crc32=crc32)
 
     def batch(self, micro_batch: MicroBatch) -> Batch:
         """Read, decode and transform the images of a micro-batch.
@@ -137,6 +152,8 @@ class ShardImages(Dataset[Batch]):
         for wanted in micro_batch.ids.tolist():
             try:
                 image, sample_id = self.image(wanted), wanted
+            except ShardUnavailableError:
+                raise  # under any policy: its images are not damaged
             except ValueError as problem:
                 if self.damaged == "fail":
                     raise
@@ -161,6 +178,8 @@ class ShardImages(Dataset[Batch]):
         for candidate in [*draw.permutation(same_class).tolist(), *any_class.tolist()]:
             try:
                 return self.image(candidate), candidate
+            except ShardUnavailableError:
+                raise
             except ValueError:
                 continue
         raise ValueError(f"{problem}; no other image of its class, and none of {len(any_class)} others, can be read")

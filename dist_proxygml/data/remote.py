@@ -136,6 +136,15 @@ class ShardCache:
                 descriptor = os.open(path, os.O_RDONLY)  # nobody evicts it while it is locked
         return descriptor
 
+    def drop_if_damaged(self, sha256: str) -> bool:
+        """Remove the copy of a shard whose bytes have changed here, so that it is fetched again; whether they had."""
+        path = self.directory / "shards" / f"{sha256}.tar"
+        with self._locked(sha256):
+            damaged = path.is_file() and _file_sha256(path) != sha256
+            if damaged:
+                path.unlink()
+        return damaged
+
     def fetch_index(self) -> Path:
         """Fetch `index.json`, always anew; the folder that holds it, named by its sha256.
 

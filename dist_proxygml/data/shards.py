@@ -252,11 +252,15 @@ def _sample_fields(
     return int(text), members[extensions[0]], info if isinstance(info, dict) else {}
 
 
+class ShardUnavailableError(ValueError):
+    """A shard that cannot be opened or fetched: nothing is known to be wrong with its images."""
+
+
 class ShardReader:
     """Reads image files out of shards by offset; keeps at most `max_open` of them open.
 
-    `open_shard` gives a file descriptor for a shard's number, or raises ValueError saying why it cannot. Usable in
-    forked and spawned workers.
+    `open_shard` gives a file descriptor for a shard's number, or raises ShardUnavailableError. Usable in forked and
+    spawned workers.
     """
 
     def __init__(self, open_shard: Callable[[int], int], *, max_open: int = 64) -> None:
@@ -278,7 +282,7 @@ class ShardReader:
     def read(self, shard: int, *, offset: int, num_bytes: int, crc32: int) -> bytes:
         """The bytes `offset <= i < offset + num_bytes` of a shard.
 
-        Raises ValueError when they cannot be read, are cut off, or their crc32 differs.
+        Raises ShardUnavailableError, and ValueError when they cannot be read, are cut off, or their crc32 differs.
         """
         try:
             payload = os.pread(self._open(shard), num_bytes, offset)

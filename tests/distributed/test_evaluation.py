@@ -95,8 +95,8 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
     spoilt = open_index(directory / "spoilt", "test")
 
     def evaluate_spoilt(max_share: float) -> EvaluationResult:
-        path = directory / f"damaged-{context.world_size}.jsonl"
-        log = DamageLog(path, num_images=37, max_share=max_share, context=context)
+        path = directory / f"damaged-{context.world_size}-{max_share}.jsonl"
+        log = DamageLog(path, split="test", num_images=37, max_share=max_share, context=context)
         return evaluate(Projection(), spoilt, resize, context=context, recall_at=(1, 2, 4), batch_size=4, damage=log)
 
     left_out = evaluate_spoilt(0.2)

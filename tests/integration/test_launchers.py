@@ -268,7 +268,13 @@ def test_damaged_images_are_skipped_named_and_counted_in_class_balanced_training
             shard.seek(int(row["offset"]) + 40)
             shard.write(b"?!")
     changes = [f"runs_dir={tmp_path}", f"data.shards={shards}", *SHORT, "training.max_steps=2"]
-    changes += ["data.images_per_class=4", "data.damaged_images=skip", "data.num_workers=1", "data.cache_images=false"]
+    changes += [
+        "proxies.initialization=class_mean",
+        "data.images_per_class=4",
+        "data.damaged_images=skip",
+        "data.num_workers=1",
+        "data.cache_images=false",
+    ]
     done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in batches of 8 classes x 4 images (the first epoch visits 8" in done.stdout
@@ -295,6 +301,20 @@ def test_a_stopped_run_goes_on_at_its_image_with_another_batch_size_and_number_o
     assert [line["step"] for line in lines(tmp_path / "demo_cpu", "train")][20:] == list(range(11, 24))
     state = json.loads((tmp_path / "demo_cpu" / "checkpoints" / "step-000023" / "state.json").read_text())
     assert (state["epoch"], state["consumed"]) == (0, 320 + 13 * 48)
+
+
+@pytest.mark.timeout(300)
+def test_a_rest_that_does_not_divide_is_refused_before_anything_is_written(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "demo_cpu")
+    shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
+    configuration = (tmp_path / "demo_cpu" / "config.json").read_text()
+    # 2,977 images are 229 steps of 13, but the 2,657 that are left are not
+    changes = [f"runs_dir={tmp_path}", *SHORT, "training.batch_size=13", "deepspeed.gradient_accumulation_steps=13"]
+    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *changes])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "leave 9 for one step, which has 13 slots" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
 
 
 @pytest.mark.timeout(300)

@@ -1,5 +1,6 @@
 """From shards to batches."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -274,6 +275,35 @@ def test_a_split_without_a_readable_image_ends_the_epoch_even_when_damage_is_ski
     index = damaged_copy(tmp_path, [2, 1], [0, 1, 2])
     with pytest.raises(ValueError, match="no other image of its class, and none of 100 others, can be read"):
         list(build_train_loader(index, PLAIN, batch_size=3, skip_damaged=True))
+
+
+@pytest.mark.parametrize("skip_damaged", [False, True])
+def test_a_shard_that_cannot_be_had_ends_the_epoch_under_any_policy(tmp_path: Path, skip_damaged: bool) -> None:
+    write_noise_shards(tmp_path / "shards", [5, 6])
+    log = tmp_path / "fetched"
+    location = f"pipe:echo {{}} >> {log}; cat {tmp_path}/shards/{{}}"
+    index = open_index(location, "test", cache_directory=tmp_path / "cache")
+    index = dataclasses.replace(index, remote=dataclasses.replace(index.remote, num_attempts=2, backoff_seconds=0.01))
+    index.shard_paths[0].unlink(missing_ok=True)
+    (tmp_path / "shards" / "test-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"test-000001\.tar: .*could not be fetched, attempt 2 of 2"):
+        list(build_train_loader(index, PLAIN, batch_size=11, skip_damaged=skip_damaged))
+    assert log.read_text().split().count("test-000001.tar") == 2  # and not again for each of its images
+
+
+def test_a_cached_copy_that_rots_is_fetched_again_and_a_damaged_original_is_not_blamed_on_it(tmp_path: Path) -> None:
+    sound = write_noise_shards(tmp_path / "shards", [5, 6])
+    index = open_index(f"pipe:cat {tmp_path}/shards/{{}}", "test", cache_directory=tmp_path / "cache")
+    expected = list(build_train_loader(sound, PLAIN, batch_size=4))
+    assert same(expected, build_train_loader(index, PLAIN, batch_size=4))
+    for copy in (tmp_path / "cache" / "shards").glob("*.tar"):
+        copy.write_bytes(copy.read_bytes()[:600] + bytes(copy.stat().st_size - 600))
+    assert same(expected, build_train_loader(index, PLAIN, batch_size=4))
+    # Index and shard agree that this one's checksum is wrong, so another copy would not help.
+    rows = index.samples.copy()
+    rows["crc32"][3] += 1
+    with pytest.raises(ValueError, match=r"sample test-00000003 .*crc32 .*; upload the shards and their index again"):
+        ShardImages(dataclasses.replace(index, samples=rows), PLAIN).image(3)
 
 
 @pytest.mark.timeout(60)
