@@ -9,9 +9,10 @@ done, 1 verify found damage, 2 the command cannot be carried out, 130 stopped by
 """
 
 import argparse
+import errno
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import (
     INDEX_FILE,
     INDEX_KIND,
+    JOURNAL_FILE,
     ShardIndex,
     class_table_name,
     open_index,
@@ -48,15 +50,26 @@ from dist_proxygml.data.shards import ListedShard, list_shard, publish, split_of
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _DATASETS = (*_READERS, "imagefolder", "demo")
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_MANY_LABELS = 1_000_000  # a class table up to here is harmless, however few samples there are
 
 
-def index_shards(root: Path, *, quiet: bool = False) -> None:
+def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
     """Write the index of a folder of tars, for shards of another origin or whose index was lost.
 
     The split is what stands before the number in a tar's name. Labels stay as they are. Their names come from the
     samples' JSON when it has `class_name` or `source_id`, else from the index that was there (of version 1 or 2), which
     also passes on data set and build; else they are the labels' numbers.
+
+    Returns the shards whose sha256 is no longer what the index that was there says. Raises ValueError for a build that
+    is not finished, naming a shard that cannot be listed, for a label with two names, and for labels that are far
+    larger than the number of samples.
     """
+    if (root / JOURNAL_FILE).exists() and not (root / INDEX_FILE).exists():
+        raise ValueError(
+            f"{root} is a build that was not finished, an index would hide what is missing; "
+            "run the same `python -m dist_proxygml.shard build` again"
+        )
     tars = sorted(root.glob("*.tar")) if root.is_dir() else []
     if not tars:
         raise ValueError(f"{root} has no .tar files; name a folder of WebDataset shards")
@@ -70,34 +83,58 @@ def index_shards(root: Path, *, quiet: bool = False) -> None:
         listed = list_shard(path)
         # Query and gallery share one label space.
         table = names.setdefault("query" if split == "gallery" else split, {})
-        for label in np.unique(listed.rows["label"]).tolist():
-            table.setdefault(label, (str(label), label))
-        table.update(listed.classes)
+        for label, entry in listed.classes.items():
+            known, _ = table.setdefault(label, entry)
+            if known != entry[0]:
+                raise ValueError(
+                    f"{path}: label {label} has the class name {entry[0]!r}, in an earlier shard {known!r}; "
+                    "write the shards again with one name for each label"
+                )
         shards.setdefault(split, []).append((path.name, listed._replace(keys=[], classes={})))
     classes = {}
     for split in sorted(shards, key=lambda split: (split != "train", split)):
         table = names["query" if split == "gallery" else split]
-        num_classes = max(table, default=-1) + 1
+        space = ("query", "gallery") if split in ("query", "gallery") else (split,)
+        rows = [listed.rows for one in space for _, listed in shards.get(one, [])]
+        num_samples = sum(map(len, rows))
+        num_classes = max((int(part["label"].max(initial=-1)) for part in rows), default=-1) + 1
+        if num_classes - 1 > max(_MANY_LABELS, 100 * num_samples):
+            raise ValueError(
+                f"{root}: the {num_samples} samples of {split!r} have labels up to {num_classes - 1}, expected labels "
+                "that count the classes from 0; write the shards again with such labels"
+            )
         numbers = {label: (str(label), label) for label in range(num_classes)}
-        known = dict(enumerate(_previous_classes(root, split, previous)[:num_classes]))
-        said = {label: entry for label, entry in table.items() if entry != numbers[label]}
-        classes[split] = list({**numbers, **known, **said}.values())
+        earlier = dict(enumerate(_previous_classes(root, split, previous)[:num_classes]))
+        said_now = {label: entry for label, entry in table.items() if entry != numbers[label]}
+        classes[split] = list({**numbers, **earlier, **said_now}.values())
+    expected = _previous_sha256(previous)
+    changed = [f for files in shards.values() for f, listed in files if expected.get(f, listed.sha256) != listed.sha256]
+    dataset, build = previous.get("dataset"), previous.get("build")
     write_index(
         root,
-        dataset=previous.get("dataset", root.resolve().name),
-        build=previous.get("build", {"layout": "unknown"}),
+        dataset=dataset if isinstance(dataset, str) else root.resolve().name,
+        build=build if isinstance(build, dict) else {"layout": "unknown"},
         shards={split: shards[split] for split in classes},
         classes=classes,
     )
+    return sorted(changed)
 
 
 def _previous_index(root: Path) -> Mapping[str, Any]:
     """The `index.json` that is there, of any version; empty when there is none that can be read."""
     try:
         document = json.loads((root / INDEX_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) and document.get("kind") == INDEX_KIND else {}
+
+
+def _previous_sha256(previous: Mapping[str, Any]) -> dict[str, str]:
+    """Shard file -> sha256 in an earlier index; empty when it has none that can be read."""
+    try:
+        return {s["file"]: s["sha256"] for entry in previous["splits"].values() for s in entry["shards"]}
+    except (KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> list[tuple[str, int | str]]:
@@ -107,7 +144,7 @@ def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> li
             return [(entry["name"], entry["source_id"]) for entry in previous["splits"][split]["classes"]]
         lines = (root / class_table_name(split)).read_text(encoding="utf-8").split("\n")
         return [(name, source_id) for name, source_id, _ in map(json.loads, filter(None, lines))]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
@@ -223,16 +260,24 @@ def _build(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     workers = default_workers(len(dataset.images)) if options.workers is None else options.workers
-    result = build_shards(
-        dataset,
-        options.out,
-        seed=options.seed,
-        samples_per_shard=options.samples_per_shard,
-        resize=options.resize,
-        on_bad=options.on_bad,
-        overwrite=options.overwrite,
-        workers=workers,
-    )
+    try:
+        result = build_shards(
+            dataset,
+            options.out,
+            seed=options.seed,
+            samples_per_shard=options.samples_per_shard,
+            resize=options.resize,
+            on_bad=options.on_bad,
+            overwrite=options.overwrite,
+            workers=workers,
+        )
+    except OSError as problem:
+        if problem.errno not in _NO_ROOM:
+            raise
+        raise ValueError(
+            f"no room to write on in {options.out} ({problem.strerror}); "
+            "make room and run the same command again: what is finished is kept"
+        ) from problem
     if options.dataset == "demo":
         head = "# The makers of these images\n\nEach sample's JSON names its set and licence."
         text = f"{head}\n\n{attribution()}\n"
@@ -296,7 +341,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    index_shards(options.directory)
+    changed = index_shards(options.directory)
+    if changed:
+        print(
+            f"warning: {len(changed)} shards are not what the earlier index says (sha256): {', '.join(changed[:20])}"
+            f"{f' and {len(changed) - 20} more' if len(changed) > 20 else ''}; if nobody changed them they are damaged",
+            file=sys.stderr,
+        )
     print(describe_shards(options.directory))
     return 0
 
@@ -304,6 +355,21 @@ def _index(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     print(describe_shards(options.directory))
     return 0
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `lowest` on."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
+        return number
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -338,17 +404,17 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the unpacked download; demo: of the npm tarballs (default: fetch them)",
     )
     build.add_argument("--out", type=Path, required=True, help="folder to write the shards to")
-    build.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
+    build.add_argument("--seed", type=_at_least(0), default=0, help="seed of the shuffle (default 0)")
     build.add_argument(
         "--samples-per-shard",
-        type=int,
+        type=_at_least(1),
         default=500,
         metavar="N",
         help="images in a shard (default 500)",
     )
     build.add_argument(
         "--resize",
-        type=int,
+        type=_at_least(1),
         metavar="SHORT",
         help="re-encode larger images with this shorter side in pixels",
     )
@@ -371,7 +437,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--workers",
-        type=int,
+        type=_at_least(1),
         metavar="N",
         help="processes that write (default: the usable cores, at most 8; 1 for few images)",
     )

@@ -42,10 +42,8 @@ from tqdm import tqdm
 
 from dist_proxygml.data.datasets import SourceDataset, SourceImage
 from dist_proxygml.data.images import image_extension, to_rgb
-from dist_proxygml.data.index import INDEX_FILE, open_index, read_index, write_index
+from dist_proxygml.data.index import INDEX_FILE, JOURNAL_FILE, open_index, read_index, write_index
 from dist_proxygml.data.shards import ListedShard, ShardSample, list_shard, sample_key, shard_name, write_shard
-
-JOURNAL_FILE = "build.unfinished.jsonl"
 
 _FORMAT = 1  # of the shards' bytes; a higher number keeps no shard of an earlier program
 _IMAGES_PER_WORKER = 1000  # starting a process takes about as long as storing these
@@ -114,8 +112,10 @@ def build_shards(
     neither JPEG nor PNG. `on_bad="skip"` leaves unusable images out and names them in the index. `workers` processes
     write; 1 is this one. The bytes do not depend on `workers`, nor on interruptions.
 
-    Raises ValueError when `out` holds another finished build and `overwrite` is not given, when another process builds
-    there, or naming the images that cannot be used; ChildProcessError when a worker was killed.
+    With `overwrite` all images are looked at before a finished build is deleted.
+
+    Raises ValueError when `out` cannot be written to, holds another finished build and `overwrite` is not given, when
+    another process builds there, or naming the images that cannot be used; ChildProcessError when a worker was killed.
     """
     if samples_per_shard < 1 or workers < 1 or (resize is not None and resize < 1):
         raise ValueError(
@@ -128,30 +128,29 @@ def build_shards(
     # 1. Is it there already?
     settings = build_settings(seed=seed, samples_per_shard=samples_per_shard, resize=resize)
     source = source_sha256(dataset)
-    finished = None if overwrite else finished_build(out, dataset=dataset.name, settings=settings)
-    if finished is not None:
-        if finished.get("source_sha256") != source or (finished.get("skipped") and on_bad == "fail"):
-            raise ValueError(f"{out} already holds finished shards of other images; {_OVERWRITE}")
-        try:
-            num_shards = sum(len(open_index(out, split).shards) for split in read_index(out)[0]["splits"])
-        except ValueError as problem:
-            raise ValueError(f"{out} already holds this build, but damaged: {problem}; or {_OVERWRITE}") from problem
-        (out / JOURNAL_FILE).unlink(missing_ok=True)  # killed between the index and this
-        return BuildResult(num_shards, 0, [], already_there=True)
+    there = None if overwrite else _already_there(out, dataset.name, settings, source=source, on_bad=on_bad)
+    if there is not None and not (out / JOURNAL_FILE).exists():
+        return there
 
-    # 2. What is in the folder, what can be used, the shards, the index.
-    out.mkdir(parents=True, exist_ok=True)
+    # 2. What can be used, what is in the folder, the shards, the index.
     with _Journal(out) as journal:
+        # Another build may have finished before this one held the lock, or was killed between index and journal.
+        there = None if overwrite else _already_there(out, dataset.name, settings, source=source, on_bad=on_bad)
+        if there is not None:
+            return there
+        skipped: list[UnusableImage] = []
+        if on_bad == "skip" or (out / INDEX_FILE).exists():  # nothing finished is deleted for images without use
+            unusable = _unusable_images(dataset, resize=resize, workers=workers, quiet=quiet)
+            if unusable and on_bad == "fail":
+                raise _cannot_be_used(unusable, dataset)
+            skipped = unusable
+            left_out = {(image.split, image.name) for image in skipped}
+            usable = [image for image in dataset.images if (image.split, image.name) not in left_out]
+            if not usable:
+                raise ValueError(f"none of {len(skipped)} images can be used:{_shown(skipped)}")
+            dataset = replace(dataset, images=usable)
         _clear_folder(out, dataset, samples_per_shard=samples_per_shard, journal=journal, overwrite=overwrite)
         try:
-            skipped: list[UnusableImage] = []
-            if on_bad == "skip":
-                skipped = _unusable_images(dataset, resize=resize, workers=workers, quiet=quiet)
-                left_out = {(image.split, image.name) for image in skipped}
-                usable = [image for image in dataset.images if (image.split, image.name) not in left_out]
-                if not usable:
-                    raise ValueError(f"none of {len(skipped)} images can be used:{_shown(skipped)}")
-                dataset = replace(dataset, images=usable)
             classes = {split: _class_table(dataset, split) for split in _splits(dataset)}
             tasks = _shard_tasks(
                 dataset, out, classes, seed=seed, samples_per_shard=samples_per_shard, resize=resize, journal=journal
@@ -166,7 +165,6 @@ def build_shards(
         }
         shards = {split: [(f, built[f]) for f in sorted(built) if f.rpartition("-")[0] == split] for split in classes}
         write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes)
-        journal.remove()
     return BuildResult(len(built), num_kept, skipped, already_there=False)
 
 
@@ -183,8 +181,11 @@ def finished_build(out: Path, *, dataset: str, settings: Mapping[str, Any]) -> M
 
     Raises ValueError when the finished folder is that of another data set or of other settings.
     """
-    if not (out / INDEX_FILE).exists():
-        return None
+    try:
+        if not (out / INDEX_FILE).exists():
+            return None
+    except OSError as problem:  # not allowed, a name too long
+        raise _no_folder(out, problem) from problem
     try:
         document, _ = read_index(out)
     except ValueError as problem:
@@ -197,6 +198,22 @@ def finished_build(out: Path, *, dataset: str, settings: Mapping[str, Any]) -> M
             f"which is not {dataset} with {dict(settings)}; {_OVERWRITE}"
         )
     return build
+
+
+def _already_there(
+    out: Path, dataset: str, settings: Mapping[str, Any], *, source: str, on_bad: str
+) -> BuildResult | None:
+    """What to return where `out` holds this very build; None where it holds none. Raises ValueError for any other."""
+    finished = finished_build(out, dataset=dataset, settings=settings)
+    if finished is None:
+        return None
+    if finished.get("source_sha256") != source or (finished.get("skipped") and on_bad == "fail"):
+        raise ValueError(f"{out} already holds finished shards of other images; {_OVERWRITE}")
+    try:
+        num_shards = sum(len(open_index(out, split).shards) for split in read_index(out)[0]["splits"])
+    except ValueError as problem:
+        raise ValueError(f"{out} already holds this build, but damaged: {problem}; or {_OVERWRITE}") from problem
+    return BuildResult(num_shards, 0, [], already_there=True)
 
 
 def source_sha256(dataset: SourceDataset) -> str:
@@ -216,16 +233,26 @@ def default_workers(num_images: int) -> int:
 
 
 class _Journal:
-    """The lines of `build.unfinished.jsonl`; holding it open keeps other builds out of the folder."""
+    """The lines of `build.unfinished.jsonl`; holding it open keeps other builds out of the folder.
+
+    It goes on leaving when the folder has its index.
+    """
 
     def __init__(self, out: Path) -> None:
         self.path = out / JOURNAL_FILE
-        self._stream = open(self.path, "a+b")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._stream = open(self.path, "a+b")
+        except OSError as problem:
+            raise _no_folder(out, problem) from problem
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._stream.close()
             raise ValueError(f"another process builds shards in {out}; wait for it, or name another folder") from None
+        if not self.path.exists() or not os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat()):
+            self._stream.close()  # the lock of a file that has gone keeps nobody out
+            raise ValueError(f"another process finished its build in {out} just now; run the command again")
         self._stream.seek(0)
         whole, newline, _ = self._stream.read().rpartition(b"\n")
         self._stream.truncate(len(whole) + len(newline))  # a line that was being written
@@ -241,6 +268,8 @@ class _Journal:
         return self
 
     def __exit__(self, *problem: object) -> None:
+        if self.path.with_name(INDEX_FILE).exists():
+            self.path.unlink(missing_ok=True)
         self._stream.close()
 
     def add(self, file: str, fingerprint: str, listed: ListedShard) -> None:
@@ -254,9 +283,9 @@ class _Journal:
         self._stream.truncate(0)
         self.lines = {}
 
-    def remove(self) -> None:
-        """The build is finished."""
-        self.path.unlink()
+
+def _no_folder(out: Path, problem: OSError) -> ValueError:
+    return ValueError(f"{out} cannot be a folder to write shards to: {problem.strerror}; name another folder")
 
 
 def _clear_folder(
@@ -347,10 +376,7 @@ def _build_all(
             built[shard.file] = shard.listed._replace(keys=[], classes={})  # a million images should fit
             bar.update(len(shard.listed.rows))
     if unusable:
-        raise ValueError(
-            f"{len(unusable)} of {len(dataset.images)} images cannot be used:{_shown(unusable)}\n"
-            "repair or remove them, or pass --on-bad skip to leave them out"
-        )
+        raise _cannot_be_used(unusable, dataset)
     return built, num_kept
 
 
@@ -497,6 +523,13 @@ def _check(task: _CheckTask) -> tuple[int, list[UnusableImage]]:
 def _unusable(image: SourceImage, problem: ValueError) -> UnusableImage:
     where = str(image.content) if isinstance(image.content, Path) else image.name
     return UnusableImage(image.split, image.name, where, str(problem))
+
+
+def _cannot_be_used(unusable: list[UnusableImage], dataset: SourceDataset) -> ValueError:
+    return ValueError(
+        f"{len(unusable)} of {len(dataset.images)} images cannot be used:{_shown(unusable)}\n"
+        "repair or remove them, or pass --on-bad skip to leave them out"
+    )
 
 
 def _shown(images: list[UnusableImage]) -> str:

@@ -74,16 +74,16 @@ def read_cub200(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     boxes = {}
     if (root / "bounding_boxes.txt").is_file():
         rows = _rows(root / "bounding_boxes.txt", 5)
-        boxes = {image_id: [float(value) for value in box] for image_id, *box in rows}
+        boxes = {image_id: _box(box, f"{root / 'bounding_boxes.txt'}, image {image_id}") for image_id, *box in rows}
     if names.keys() != labels.keys():
-        one_sided = sorted(names.keys() ^ labels.keys(), key=_as_int)
+        one_sided = sorted(names.keys() ^ labels.keys(), key=lambda image_id: (len(image_id), image_id))
         raise ValueError(
             f"{root}: images.txt and image_class_labels.txt list different ids "
             f"({len(one_sided)} in only one of them, first {one_sided[0]}); unpack it again"
         )
     images = []
-    for image_id in sorted(names, key=_as_int):
-        class_id = _as_int(labels[image_id])
+    for image_id in sorted(names, key=lambda image_id: _as_int(image_id, root / "images.txt")):
+        class_id = _as_int(labels[image_id], f"{root / 'image_class_labels.txt'}, image {image_id}")
         if labels[image_id] not in classes:
             raise ValueError(
                 f"{root}: image {image_id} has class {labels[image_id]}, which classes.txt does not list; unpack again"
@@ -181,11 +181,11 @@ def _cars_csv(root: Path) -> list[SourceImage]:
         for row in _csv_rows(table):
             if len(row) != 6:
                 raise ValueError(f"{table}: expected 6 columns, got {','.join(row)!r}; unpack the download again")
-            file, *box, label = row
-            class_id = _as_int(label)
+            file, *sides, label = row
+            class_id, *box = (_as_int(text, f"{table}, image {file}") for text in (label, *sides))
             known = 1 <= class_id <= len(names)
             path = data / split / (names[class_id - 1].replace("/", "-") if known else "") / file
-            images.append(_cars_image(class_id, names, str(path.relative_to(root)), path, map(_as_int, box)))
+            images.append(_cars_image(class_id, names, str(path.relative_to(root)), path, box))
     return images
 
 
@@ -209,7 +209,8 @@ def read_sop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
             category = path.split("/")[0].removesuffix("_final")
             name = f"{category}_{class_id}"
             info = {"category": category}
-            images.append(SourceImage(split, _as_int(class_id), name, path, root / path, info))
+            number = _as_int(class_id, f"{root}/Ebay_{split}.txt, image {path}")
+            images.append(SourceImage(split, number, name, path, root / path, info))
     return _finish("sop", images, root=root, allow_partial=allow_partial)
 
 
@@ -261,9 +262,12 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     )
 
 
+_USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
+
+
 def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_classes: int | None = None) -> SourceDataset:
-    """Folders of images: `root/SPLIT/CLASS/*` with a split named train, or `root/CLASS/*`; folders inside a class
-    belong to it.
+    """Folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or `root/CLASS/*`;
+    folders inside a class belong to it. Splits with a usual name may have it in any case (`Train`).
 
     Without splits the first `num_train_classes` classes in sorted order train and the others test;
     None means half of them. Links out of `root` and links to folders are refused; hidden files are skipped, other files
@@ -272,7 +276,13 @@ def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_class
     root = root.resolve()
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; point --root at a folder of class folders")
-    own_split = (root / "train").is_dir()
+    split_of = {}  # top folder -> split
+    for folder in sorted(path.name for path in root.iterdir() if path.is_dir()):
+        split_of[folder] = folder.lower() if folder.lower() in _USUAL_SPLITS else folder
+    twice = [folder for folder, split in split_of.items() if list(split_of.values()).count(split) > 1]
+    own_split = "train" in split_of.values()
+    if own_split and twice:
+        raise ValueError(f"{root} has two folders of one split, {twice[0]} and {twice[1]}; merge them")
     if own_split and num_train_classes is not None:
         raise ValueError(f"{root} has its own split (a folder train), so --split-classes cannot be given; leave it out")
     images: list[SourceImage] = []
@@ -282,8 +292,15 @@ def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_class
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES or len(folders) < 1 + own_split:
             num_ignored += 1
             continue
-        split, class_name = (folders[0], folders[1]) if own_split else ("", folders[0])
+        split, class_name = (split_of[folders[0]], folders[1]) if own_split else ("", folders[0])
         images.append(SourceImage(split, class_name, class_name, name, root / name))
+    splits = {image.split for image in images}
+    if own_split and not allow_partial and images and (len(splits) < 2 or "train" not in splits):
+        raise ValueError(
+            f"{root}: expected images of the split train and of at least one other (root/SPLIT/CLASS/image), "
+            f"got only {', '.join(sorted(splits))} in {_listing(root)}; add the missing split, "
+            "point --root at the folder of classes itself to split it by class, or pass --allow-partial"
+        )
     if not own_split:
         classes = sorted({image.class_name for image in images})
         num_train = len(classes) // 2 if num_train_classes is None else num_train_classes
@@ -499,11 +516,18 @@ def _table(path: Path) -> dict[str, str]:
     return table
 
 
-def _as_int(text: str) -> int:
+def _as_int(text: str, where: str | Path) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"expected a whole number, got {text!r}; unpack the download again") from None
+        raise ValueError(f"{where}: expected a whole number, got {text[:40]!r}; unpack the download again") from None
+
+
+def _box(sides: Sequence[str], where: str) -> list[float]:
+    try:
+        return [float(side) for side in sides]
+    except ValueError:
+        raise ValueError(f"{where}: expected numbers, got {' '.join(sides)!r}; unpack the download again") from None
 
 
 def _load_mat(path: Path, variable: str) -> np.ndarray:

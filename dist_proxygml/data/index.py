@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_proxygml.data.remote import ShardCache, is_remote
-from dist_proxygml.data.shards import SAMPLE_DTYPE, ListedShard, ShardUnavailableError, publish
+from dist_proxygml.data.shards import MAX_LABEL, SAMPLE_DTYPE, ListedShard, ShardUnavailableError, publish
 
 INDEX_FILE = "index.json"
+JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
 INDEX_KIND = "dist-proxygml-index"
 INDEX_VERSION = 2
 
@@ -190,7 +191,7 @@ def open_index(
 def read_index(root: Path) -> tuple[dict[str, Any], str]:
     """The content of `index.json` and its sha256.
 
-    Raises ValueError when it is missing, no JSON, or of another kind or version.
+    Raises ValueError when it is missing, no JSON, of another kind or version, or lacks what is not about one split.
     """
     build = "build the shards with `python -m dist_proxygml.shard build`"
     if not root.is_dir():
@@ -198,21 +199,24 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
     path = root / INDEX_FILE
     if not path.is_file():
         num_tars = len(list(root.glob("*.tar")))
-        remedy = (
-            f"an unfinished build has none, so run the build again; "
-            f"for shards of another origin run `python -m dist_proxygml.shard index {root}`"
-            if num_tars
-            else build
-        )
+        if (root / JOURNAL_FILE).exists():
+            remedy = "an unfinished build; run the same `python -m dist_proxygml.shard build` again"
+        elif num_tars:
+            remedy = (
+                f"an unfinished build has none, so run the build again; "
+                f"for shards of another origin run `python -m dist_proxygml.shard index {root}`"
+            )
+        else:
+            remedy = build
         raise ValueError(f"shard folder {root} has {num_tars} tar files and no {INDEX_FILE}; {remedy}")
     content = path.read_bytes()
     try:
         document = json.loads(content)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(
             f"{path} is not JSON ({problem}); copy it again or run `python -m dist_proxygml.shard index {root}`"
         ) from None
-    if not isinstance(document, dict) or document.get("kind") != INDEX_KIND or "splits" not in document:
+    if not isinstance(document, dict) or document.get("kind") != INDEX_KIND:
         raise ValueError(
             f"{path} is not a shard index: expected the kind {INDEX_KIND!r}; name a folder built by dist_proxygml.shard"
         )
@@ -222,7 +226,29 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
             f"{INDEX_VERSION}; "
             f"run `python -m dist_proxygml.shard index {root}` or use the program that wrote it"
         )
+    garbled = _garbled_field(document)
+    if garbled is not None:
+        raise ValueError(
+            f"{path} lacks or garbles the field {garbled!r}; "
+            f"make the index again with `python -m dist_proxygml.shard index {root}`"
+        )
     return document, hashlib.sha256(content).hexdigest()
+
+
+def _garbled_field(document: Mapping[str, Any]) -> str | None:
+    """The first field of an index that is not of its type, of those that every reader takes for granted."""
+    for name, kind in (("dataset", str), ("build", dict), ("splits", dict)):
+        if not isinstance(document.get(name), kind):
+            return name
+    if not isinstance(document["build"].get("skipped", []), list):
+        return "build.skipped"
+    for split, entry in document["splits"].items():
+        if not isinstance(entry, dict):
+            return f"splits.{split}"
+        num_classes = entry.get("num_classes", 0)
+        if type(num_classes) is not int or not 0 <= num_classes <= MAX_LABEL + 1:
+            return f"splits.{split}.num_classes"
+    return None
 
 
 def _open_split(
@@ -281,7 +307,7 @@ def shard_size_problems(root: Path, shards: Sequence[ShardEntry]) -> list[str]:
     for shard in shards:
         path = root / shard.file
         if not path.is_file():
-            problems.append(f"{shard.file} is missing")
+            problems.append(f"{shard.file} is {'a folder, no file' if path.is_dir() else 'missing'}")
         elif path.stat().st_size != shard.bytes:
             problems.append(f"{shard.file} has {path.stat().st_size} bytes, the index says {shard.bytes}")
     return problems

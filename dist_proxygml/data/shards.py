@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+MAX_LABEL = 2**31 - 1  # what SAMPLE_DTYPE has room for
 _LEAVE_AFTER = 4 << 20  # bytes of a shard that is being written
 _END_MARK = 2 * tarfile.BLOCKSIZE  # zeros after the last member
 
@@ -136,7 +137,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
                 parts += [payload, bytes(-len(payload) % tarfile.BLOCKSIZE)]
             keys.append(sample.key)
             rows.append((0, sample.label, offset, len(sample.image), zlib.crc32(sample.image)))
-            _note_class(classes, sample.label, sample.info)
+            _note_class(path, classes, sample.label, sample.info)
             write(b"".join(parts))
         write(bytes(_END_MARK + -(num_bytes + _END_MARK) % tarfile.RECORDSIZE))
     return ListedShard(num_bytes, digest.hexdigest(), keys, np.array(rows, SAMPLE_DTYPE), classes)
@@ -171,8 +172,11 @@ def list_shard(path: Path, *, check_image: Callable[[str, bytes], None] | None =
     Works for tars of other writers too: members group by the name before the first dot, the label
     is the `.cls` member, and a `.json` member is optional. `check_image` is called with the key and the image file of
     every sample. Raises ValueError naming the shard and the member when a sample lacks an image or a label, when a key
-    comes back after another one, or when the file is not a whole tar.
+    comes back after another one, a member comes twice, a label has two class names, or when the file is not a
+    whole tar.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a tar file; move it away or rename it")
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: an empty file; copy or build the shard again")
@@ -185,17 +189,22 @@ def list_shard(path: Path, *, check_image: Callable[[str, bytes], None] | None =
             label, (offset, num_bytes), info = _sample_fields(path, key, members, content)
             image = content[offset : offset + num_bytes]
             rows[position] = (0, label, offset, num_bytes, zlib.crc32(image))
-            _note_class(classes, label, info)
+            _note_class(path, classes, label, info)
             if check_image is not None:
                 check_image(key, image)
         return ListedShard(size, hashlib.sha256(content).hexdigest(), list(samples), rows, classes)
 
 
-def _note_class(classes: dict[int, tuple[str, int | str]], label: int, info: Mapping[str, Any]) -> None:
-    """Remember the name and source id of a label, when the sample's JSON has them."""
-    if "class_name" in info or "source_id" in info:
-        source_id = info.get("source_id", label)
-        classes.setdefault(label, (str(info.get("class_name", source_id)), source_id))
+def _note_class(path: Path, classes: dict[int, tuple[str, int | str]], label: int, info: Mapping[str, Any]) -> None:
+    """Remember the name that the sample's JSON gives to its label. Raises ValueError for two names."""
+    if "class_name" in info:
+        name = str(info["class_name"])
+        known, _ = classes.setdefault(label, (name, info.get("source_id", label)))
+        if known != name:
+            raise ValueError(
+                f"{path}: label {label} has two class names, {known!r} and {name!r}; "
+                "write the shards again with one name for each label"
+            )
 
 
 def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
@@ -215,7 +224,13 @@ def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dic
                 last_key = key
                 if member.offset_data + member.size > len(content):
                     raise ValueError(f"{path}: truncated inside {member.name}; copy or build the shard again")
-                samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+                members = samples.setdefault(key, {})
+                if extension.lower() in members:
+                    raise ValueError(
+                        f"{path}: the member {member.name} comes twice, or two samples have the key {key}; "
+                        "write the shard again with a key of its own for each sample"
+                    )
+                members[extension.lower()] = (member.offset_data, member.size)
             end = tar.offset
     except tarfile.TarError as problem:
         raise ValueError(f"{path}: not a readable tar ({problem}); copy or build the shard again") from problem
@@ -243,11 +258,15 @@ def _sample_fields(
         return content[offset : offset + num_bytes]
 
     text = payload("cls").decode("ascii", "replace").strip()
-    if not text.isdigit():
-        raise ValueError(f"{path}: sample {key} has the label {text[:40]!r}; expected a non-negative integer in ASCII")
+    # Only so many digits are turned into a number.
+    if not text.isdigit() or len(text) > 20 or int(text) > MAX_LABEL:
+        raise ValueError(
+            f"{path}: sample {key} has the label {text[:40]!r}; "
+            f"expected a non-negative integer in ASCII, at most {MAX_LABEL}"
+        )
     try:
         info = json.loads(payload("json")) if "json" in members else {}
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path}: the JSON of sample {key} is damaged ({problem})") from problem
     return int(text), members[extensions[0]], info if isinstance(info, dict) else {}
 

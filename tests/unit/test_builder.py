@@ -1,5 +1,6 @@
 """Building shards: the same bytes from any number of processes, after any interruption; nothing lost in silence."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -20,9 +21,10 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dist_proxygml.data.builder import JOURNAL_FILE, BuildResult, build_shards, default_workers
+from dist_proxygml.data import builder
+from dist_proxygml.data.builder import BuildResult, build_shards, default_workers
 from dist_proxygml.data.datasets import SourceDataset, SourceImage, read_imagefolder
-from dist_proxygml.data.index import open_index
+from dist_proxygml.data.index import JOURNAL_FILE, open_index
 from dist_proxygml.data.shards import ShardSample, list_shard, write_shard
 from dist_proxygml.shard import main
 from tests.raw_downloads import digests, picture, samples_of, small_dataset, write_image
@@ -547,7 +549,7 @@ def test_a_build_that_stops_leaves_no_index_and_can_be_run_again(tmp_path: Path)
     with pytest.raises(ValueError, match=r"bad\.png"):
         build_shards(broken, tmp_path / "out", samples_per_shard=5, quiet=True)
     (tmp_path / "out" / "train-000009.tar.tmp-123").write_bytes(b"left by a killed build")
-    with pytest.raises(ValueError, match=r"no index\.json; an unfinished build"):
+    with pytest.raises(ValueError, match=r"no index\.json; an unfinished build; run the same"):
         open_index(tmp_path / "out", "train")
     for name in ("out", "clean"):
         build_shards(dataset, tmp_path / name, samples_per_shard=5, quiet=True)
@@ -560,3 +562,76 @@ def test_resized_shards_say_so_and_grey_images_stay_grey(raw: Path, tmp_path: Pa
     grey = next(s for s in samples_of(tmp_path / "out", "train") if "grey" in json.loads(s["json"])["source"])
     assert grey["jpg"] == (raw / "class 0" / "grey.jpg").read_bytes()
     assert json.loads((tmp_path / "out" / "index.json").read_text())["build"]["resize"] == 20
+
+
+def test_a_build_that_finishes_while_another_waits_for_the_folder_is_not_deleted(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = builder._already_there
+
+    def look_and_be_overtaken(*arguments: Any, **options: Any) -> BuildResult | None:
+        found = look(*arguments, **options)
+        monkeypatch.setattr(builder, "_already_there", look)
+        build_shards(small_dataset(), tmp_path / "out", samples_per_shard=5, quiet=True)
+        return found
+
+    monkeypatch.setattr(builder, "_already_there", look_and_be_overtaken)
+    with pytest.raises(ValueError, match="already holds finished shards of small"):
+        build(raw, tmp_path / "out")
+    build_shards(small_dataset(), tmp_path / "clean", samples_per_shard=5, quiet=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "clean")
+
+
+def test_a_lock_on_a_journal_that_has_gone_is_none(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = builder.fcntl.flock
+
+    def overtaken(stream: Any, operation: int) -> None:
+        flock(stream, operation)
+        (tmp_path / "out" / JOURNAL_FILE).unlink()
+
+    monkeypatch.setattr(builder.fcntl, "flock", overtaken)
+    with pytest.raises(ValueError, match=r"finished its build in .* just now; run the command again"):
+        build(raw, tmp_path / "out")
+
+
+@pytest.mark.parametrize("on_bad", ["fail", "skip"])
+def test_finished_shards_are_only_deleted_for_images_that_can_be_used(on_bad: str, raw: Path, tmp_path: Path) -> None:
+    build(raw, tmp_path / "out")
+    before = digests(tmp_path / "out")
+    spoilt = sorted(raw.rglob("*.jpg"))[: 24 if on_bad == "skip" else 1]
+    for path in spoilt:
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"images can(not)? be used:\n.*no format that Pillow knows"):
+        build(raw, tmp_path / "out", overwrite=True, on_bad=on_bad)
+    assert digests(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "n" * 300])
+def test_a_place_that_cannot_be_a_folder_is_named(
+    place: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("theirs")
+    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / place)]) == 2
+    assert f"{place} cannot be a folder to write shards to: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_named_with_its_folder_and_the_same_command_goes_on(
+    number: int, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--samples-per-shard", "5"]
+    rename = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == "train-000002.tar":
+            raise OSError(number, os.strerror(number))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"no room to write on in {tmp_path / 'out'} ({os.strerror(number)})" in error
+    assert "run the same command again" in error
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert "2 of 6 shards were kept" in capsys.readouterr().out

@@ -109,7 +109,15 @@ def test_missing_images_are_counted_or_left_out(raw: Path, tmp_path: Path, capsy
     [
         ("CUB_200_2011/image_class_labels.txt", "7 1\n", "", "list different ids"),
         ("CUB_200_2011/classes.txt", "100 ", "102 ", "which classes.txt does not list"),
-        ("CUB_200_2011/images.txt", "7 ", "seven ", "expected a whole number"),
+        ("CUB_200_2011/images.txt", "7 ", "seven ", "images.txt: expected a whole number"),
+        ("CUB_200_2011/image_class_labels.txt", "7 1\n", "7 b\n", "image_class_labels.txt, image 7: expected a whole"),
+        (
+            "CUB_200_2011/bounding_boxes.txt",
+            "7 1.0",
+            "7 x",
+            "bounding_boxes.txt, image 7: expected numbers, got 'x 2.0",
+        ),
+        ("Stanford_Online_Products/Ebay_test.txt", " 11319 ", " x ", "Ebay_test.txt, image bicycle_final/111011319_4"),
         ("CUB_200_2011/image_class_labels.txt", "7 1\n", "7\n", "expected 2 fields"),
         ("CUB_200_2011/image_class_labels.txt", "7 1\n", "7 1\n7 100\n", "has the id 7 twice"),
         ("CUB_200_2011/images.txt", "Bird_7.jpg", "Bird_2.jpg", "lists 001.Black_footed_Albatross/Bird_2.jpg twice"),
@@ -119,14 +127,15 @@ def test_missing_images_are_counted_or_left_out(raw: Path, tmp_path: Path, capsy
 def test_garbled_tables_are_refused(
     file: str, old: str, new: str, message: str, raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cub(raw)
+    name, layout = ("cub200", cub) if file.startswith("CUB") else ("sop", sop)
+    layout(raw)
     text = (raw / file).read_text()
     assert old in text
     (raw / file).write_text(text.replace(old, new, 1))
     if "seven" in new:
         labels = raw / "CUB_200_2011" / "image_class_labels.txt"
         labels.write_text(labels.read_text().replace("7 1\n", "seven 1\n"))
-    assert main(["build", "cub200", "--root", str(raw), "--out", str(raw / "out")]) == 2
+    assert main(["build", name, "--root", str(raw), "--out", str(raw / "out")]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -320,6 +329,30 @@ def test_a_folders_own_split_is_kept_and_must_not_share_classes(
     folder_of_classes(raw / "test", "a")
     assert main([*arguments, "--overwrite"]) == 2
     assert "class a (a) is in test and in train" in capsys.readouterr().err
+
+
+def test_splits_of_any_case_are_splits(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of_classes(raw / "Train", "ab")
+    folder_of_classes(raw / "TEST", "cd")
+    folder_of_classes(raw / "Extra", "ef")
+    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    for split, names in (("train", "ab"), ("test", "cd"), ("Extra", "ef")):
+        assert [entry.name for entry in open_index(tmp_path / "out", split).classes] == list(names)
+    folder_of_classes(raw / "test", "gh")
+    assert main(arguments) == 2
+    assert "has two folders of one split, TEST and test; merge them" in capsys.readouterr().err
+
+
+def test_a_split_without_another_is_refused(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of_classes(raw / "train", "ab")
+    (raw / "test").mkdir()
+    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "expected images of the split train and of at least one other" in error
+    assert "got only train in test/, train/; add the missing split" in error
+    assert main([*arguments, "--allow-partial"]) == 0
 
 
 def test_files_that_are_nobodys_images_are_left_out_and_told(

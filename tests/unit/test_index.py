@@ -13,6 +13,7 @@ import pytest
 
 from dist_proxygml.data.index import ShardIndex, class_table_sha256, open_index, write_index
 from dist_proxygml.data.shards import SAMPLE_DTYPE, ListedShard, ShardReader, list_shard, shard_name
+from dist_proxygml.shard import main
 from tests.shards_of_noise import write_noise_shards
 
 SIZES = [3, 1, 4]
@@ -238,3 +239,41 @@ def test_ten_million_samples_open_within_a_second_and_cost_a_worker_nothing_of_t
     again = pickle.loads(pickle.dumps(index))  # what a spawned worker gets
     assert [int(again.samples["label"][i]) for i in (0, num_samples // 2, num_samples - 1)] == [0, 0, 999_999]
     assert process.memory_full_info().uss - before < 50e6
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("splits", -1),
+        ("splits", None),
+        ("splits", {"test": None}),
+        ("splits", {"test": {"num_classes": 10**30}}),
+        ("splits", {"test": {"num_classes": 2.5}}),
+        ("dataset", None),
+        ("build", None),
+        ("build", {"skipped": 3}),
+    ],
+)
+def test_a_garbled_index_is_refused_naming_the_field(
+    field: str, value: object, index: ShardIndex, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(index, **{field: value})
+    message = message_of_opening(index)
+    assert f"index.json lacks or garbles the field '{field}" in message
+    assert f"shard index {index.root}" in message
+    assert main(["info", str(index.root)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["splits", "dataset", "build"])
+def test_an_index_that_lacks_a_field_is_refused(field: str, index: ShardIndex) -> None:
+    path = index.root / "index.json"
+    document = json.loads(path.read_text())
+    del document[field]
+    path.write_text(json.dumps(document))
+    assert f"index.json lacks or garbles the field '{field}'" in message_of_opening(index)
+
+
+def test_brackets_without_end_are_no_index(index: ShardIndex) -> None:
+    (index.root / "index.json").write_text("[" * 100_000)
+    assert "is not JSON" in message_of_opening(index)

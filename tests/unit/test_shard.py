@@ -13,7 +13,7 @@ import webdataset
 from dist_proxygml.data.builder import build_shards
 from dist_proxygml.data.datasets import SourceDataset, SourceImage
 from dist_proxygml.data.emoji import EMOJI_SETS, NUM_CLASSES, NUM_IMAGES, is_plain_emoji
-from dist_proxygml.data.index import open_index
+from dist_proxygml.data.index import JOURNAL_FILE, open_index
 from dist_proxygml.data.shards import split_of_shard
 from dist_proxygml.shard import main
 from tests.raw_downloads import digests, picture, samples_of, small_dataset, sop
@@ -118,7 +118,10 @@ def test_shards_of_others_get_an_index(tmp_path: Path) -> None:
         ({"jpg": b"x"}, "has members ['jpg']; expected one of"),
         ({"jpg": b"x", "png": b"x", "cls": b"1"}, "expected one of"),
         ({"jpg": b"x", "cls": b"-1"}, "has the label '-1'; expected a non-negative integer"),
+        ({"jpg": b"x", "cls": b"2147483648"}, "at most 2147483647"),
+        ({"jpg": b"x", "cls": b"9" * 5000}, "at most 2147483647"),
         ({"jpg": b"x", "cls": b"1", "json": b"{"}, "is damaged"),
+        ({"jpg": b"x", "cls": b"1", "json": b"[" * 100_000}, "is damaged"),
     ],
 )
 def test_samples_that_cannot_be_indexed_are_named(
@@ -130,6 +133,90 @@ def test_samples_that_cannot_be_indexed_are_named(
     error = capsys.readouterr().err
     assert "sample k" in error
     assert message in error
+
+
+def theirs(path: Path, samples: list[tuple[str, int, dict[str, Any]]]) -> None:
+    with webdataset.TarWriter(str(path)) as writer:
+        for key, label, info in samples:
+            writer.write({"__key__": key, "jpg": picture(0), "cls": label, "json": info})
+
+
+def test_labels_that_count_no_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs(tmp_path / "train-0.tar", [("a", 0, {}), ("b", 2**31 - 1, {})])
+    assert main(["index", str(tmp_path)]) == 2
+    assert "the 2 samples of 'train' have labels up to 2147483647, expected" in capsys.readouterr().err
+    theirs(tmp_path / "train-0.tar", [("a", 0, {}), ("b", 300, {})])
+    assert main(["index", str(tmp_path)]) == 0
+
+
+def test_two_samples_with_one_key_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs(tmp_path / "train-0.tar", [("a", 0, {}), ("a", 1, {})])
+    assert main(["index", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "train-0.tar: the member a." in error
+    assert "comes twice" in error
+
+
+def test_one_label_with_two_class_names_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cat, dog = ("a", 3, {"class_name": "cat"}), ("b", 3, {"class_name": "dog"})
+    for first, second in (([cat, dog], []), ([cat], [dog])):
+        theirs(tmp_path / "train-0.tar", first)
+        theirs(tmp_path / "train-1.tar", second)
+        assert main(["index", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "label 3 has " in error
+        assert "'cat'" in error
+        assert "'dog'" in error
+
+
+def test_a_shard_that_changed_since_the_earlier_index_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_shards(small_dataset(), tmp_path, samples_per_shard=5, quiet=True)
+    shard = tmp_path / "train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(open_index(tmp_path, "train").samples[6]["offset"]) + 50] ^= 4
+    shard.write_bytes(content)
+    assert main(["index", str(tmp_path)]) == 0
+    assert "warning: 1 shards are not what the earlier index says (sha256): train-000001.tar" in capsys.readouterr().err
+    assert main(["index", str(tmp_path)]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_build_that_was_not_finished_gets_no_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_shards(small_dataset(), tmp_path, samples_per_shard=5, quiet=True)
+    (tmp_path / JOURNAL_FILE).touch()
+    assert main(["index", str(tmp_path)]) == 0  # killed between its index and this
+    (tmp_path / "index.json").unlink()
+    capsys.readouterr()
+    assert main(["index", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "is a build that was not finished" in error
+    assert "dist_proxygml.shard build` again" in error
+    assert not (tmp_path / "index.json").exists()
+    assert main(["info", str(tmp_path)]) == 2
+    assert "shard index" not in capsys.readouterr().err
+
+
+def test_an_earlier_index_that_is_garbled_does_no_harm(tmp_path: Path) -> None:
+    build_shards(small_dataset(), tmp_path, samples_per_shard=5, quiet=True)
+    kind = {"kind": "dist-proxygml-index", "version": 2}
+    for content in ("[" * 100_000, json.dumps(kind | {"dataset": None, "build": 3, "splits": -1})):
+        (tmp_path / "index.json").write_text(content)
+        assert main(["index", str(tmp_path)]) == 0
+        assert main(["info", str(tmp_path)]) == 0
+
+
+def test_a_folder_that_is_called_like_a_shard_is_told_from_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_shards(small_dataset(), tmp_path, samples_per_shard=5, quiet=True)
+    (tmp_path / "train-000000.tar").unlink()
+    (tmp_path / "train-000000.tar").mkdir()
+    assert main(["index", str(tmp_path)]) == 2
+    assert "train-000000.tar is a folder, expected a tar file" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "train-000000.tar is a folder, no file" in capsys.readouterr().err
 
 
 def test_verify_finds_each_kind_of_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,8 +280,18 @@ def test_mistakes_on_the_command_line_exit_with_2(raw: Path, capsys: pytest.Capt
     arguments = ["build", "sop", "--root", str(raw), "--out", str(raw / "out"), "--allow-partial"]
     assert main([*arguments, "--split-classes", "3"]) == 2
     assert "--split-classes is for imagefolder" in capsys.readouterr().err
-    assert main([*arguments, "--samples-per-shard", "0"]) == 2
-    assert "at least 1 sample per shard" in capsys.readouterr().err
+    for option, value, lowest in (
+        ("--samples-per-shard", "0", 1),
+        ("--workers", "0", 1),
+        ("--resize", "0", 1),
+        ("--seed", "-1", 0),
+        ("--seed", "x", 0),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, option, value])
+        assert caught.value.code == 2
+        message = f"argument {option}: expected a whole number of at least {lowest}, got '{value}'"
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main(["build", "mnist", "--out", "x"])
     assert caught.value.code == 2
