@@ -367,7 +367,7 @@ def test_shards_of_other_settings_are_not_kept(
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     for i in range(60):
-        write_image(tmp_path / "many" / f"{i % 4}" / f"{i}.jpg", i, size=(300, 200))
+        write_image(tmp_path / "many" / f"{i % 4}" / f"{i}.jpg", i, size=(700, 500))
     return tmp_path / "many"
 
 
