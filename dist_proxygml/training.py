@@ -2,8 +2,8 @@
 
 One step: embeddings through the engine -> loss over the partitioned bank -> gradients of the proxies (final, on their
 rank) and of the embeddings (handed to the engine) -> both optimizers step. Everything that changes from step to step is
-a function of the step number: learning rates, the order of the images, their augmentation. So a checkpoint needs a
-step, not a history.
+a function of the position in the epochs: learning rates, the order of the images, their augmentation. So a checkpoint
+needs a position, not a history.
 """
 
 import itertools
@@ -75,6 +75,11 @@ class TrainState:
     step: int = 0  # optimizer steps done, at whatever batch sizes
     schedule_step: int = 0  # the same position counted in steps of this batch size: what schedules go by
     consumed: int = 0  # images of this epoch that are done
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's last step is done; a run that was made shorter may be beyond it."""
+        return self.schedule_step >= self.num_steps
 
     @property
     def epoch(self) -> int:
@@ -166,7 +171,7 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     while True:
         if _evaluation_is_due(state) and not on_main(context, _evaluation_path(run_directory, state).exists):
             evaluate_run(state, test_index, telemetry, run_directory, test_damage)
-        if state.schedule_step == state.num_steps:
+        if state.is_finished:
             break
         _train_epoch(state, data, telemetry, checkpoints, settings=comparable, cache=cache, damage=damage)
 
@@ -471,7 +476,7 @@ def _train_epoch(
             )
         every_steps = config.checkpoint.every_steps
         is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
-        if is_due or state.schedule_step == state.num_steps:
+        if is_due or state.is_finished:
             saved = save_checkpoint(
                 checkpoints,
                 state=RunState(state.step, state.epoch, state.consumed, context.world_size, settings),
@@ -573,8 +578,10 @@ def _evaluation_path(run_directory: Path, state: TrainState) -> Path:
 def _evaluation_is_due(state: TrainState) -> bool:
     """Before the first step if wanted, after the last always, and between epochs every so many."""
     evaluation = state.config.evaluation
-    if state.schedule_step in (0, state.num_steps):
-        return state.schedule_step > 0 or evaluation.at_start
+    if state.is_finished:
+        return True
+    if state.schedule_step == 0:
+        return evaluation.at_start
     epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
     return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
 

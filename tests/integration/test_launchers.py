@@ -303,6 +303,17 @@ def test_a_stopped_run_goes_on_at_its_image_with_another_batch_size_and_number_o
     assert (state["epoch"], state["consumed"]) == (0, 320 + 13 * 48)
 
 
+@pytest.mark.timeout(120)
+def test_a_run_that_was_made_shorter_than_it_is_ends_at_once(trained: Path, tmp_path: Path) -> None:
+    """The 20 steps of 32 images that are done are 40 of 16: beyond the last one."""
+    shutil.copytree(trained, tmp_path / "demo_cpu")
+    command = [sys.executable, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT]
+    done = run([*command, "training.batch_size=16"], timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "after training" in done.stdout
+    assert len(lines(tmp_path / "demo_cpu", "train")) == 20
+
+
 @pytest.mark.timeout(300)
 def test_a_rest_that_does_not_divide_is_refused_before_anything_is_written(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "demo_cpu")
