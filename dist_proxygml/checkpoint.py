@@ -1,39 +1,44 @@
-"""Checkpoints: one folder a step, written aside by all ranks and published by one rename.
+"""Checkpoints: what a run continues from, written by all ranks, aside from training if wanted.
 
-    checkpoints/step-000800/
+    step-000800/
         engine/...             backbone and its optimizer, as DeepSpeed writes them
         bank/...               proxies and their optimizer state, through torch.distributed.checkpoint
         backbone.safetensors   the backbone alone, whole, for evaluation and for use elsewhere
         random-rank-000.pt     random generator state of each rank
         state.json             step, position in the data, number of ranks, what the numbers depend on
         MANIFEST.json          bytes and sha256 of every file above: written last
-    checkpoints/latest         name of the newest, for people and scripts; nothing here trusts it
 
-A checkpoint is whole if its manifest is there and its files are as listed: sizes count for being kept, hashes also for
-being read. What is not finite is never saved. Ranks fail together, with one error that names the rank, and what was
-published before stays as it was. docs/fault_tolerance.md says what is survived and how.
+A save has two halves: a snapshot of the numbers, taken between two steps, and writing it. A synchronous save goes
+without copies, since nothing changes meanwhile; an asynchronous one copies everything to the memory of the host and
+leaves the other half, the very same code, to a thread whose collectives go through a group of gloo's of their own. One
+at most is on its way. Both give the same bytes.
 
-The bank and its optimizer's rows are saved as DTensors placed Shard(0) over classes and load on any number of ranks.
-With ZeRO 1 to 3 the engine's part loads on the number of ranks that wrote it.
+What is not finite is never saved. Ranks fail together, with one error that names the rank, and what was published
+before stays as it was. checkpoint_folder.py has the order of things on disk; docs/fault_tolerance.md says what is
+survived and how.
 
-All ranks must see the same folder. Declined: hashing while writing, as neither DeepSpeed nor torch hands out its
-streams; the files are read back, most of them from memory, by all ranks in parallel.
+All of it loads on any number of ranks: the bank and its optimizer's rows are saved as DTensors placed Shard(0) over
+classes, and what ZeRO partitioned is cut again. The random state comes back where the number of ranks is the same.
+
+All ranks must see the same folder. Declined: DeepSpeed's and torch's own asynchronous writers, each of which would
+publish its part when it is done with it.
 """
 
-import hashlib
+import contextlib
+import dataclasses
 import json
 import math
-import os
-import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,163 +47,185 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dist_proxygml.collectives import AgreedError
-from dist_proxygml.data.shards import publish
+from dist_proxygml.checkpoint_folder import (
+    LATEST_FILE,
+    MANIFEST_FILE,
+    Continuation,
+    Retention,
+    RunState,
+    SavedCheckpoint,
+    checkpoint_name,
+    checkpoint_to_continue,
+    checkpoints_to_forget,
+    clear_leftovers,
+    files_below,
+    find_checkpoint,
+    flush_files,
+    make_empty,
+    partial_path,
+    publish_checkpoint,
+    published_checkpoints,
+    read_state,
+    tidy_up,
+    verify_checkpoint,
+    write_manifest,
+)
+from dist_proxygml.collectives import AgreedError, NonFiniteError
 from dist_proxygml.engine import Engine
+from dist_proxygml.faults import fault_point
 from dist_proxygml.loss import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext, everyone, on_main, run_together
 
-T = TypeVar("T")
+__all__ = [
+    "LATEST_FILE",
+    "MANIFEST_FILE",
+    "CheckpointWriter",
+    "Continuation",
+    "Retention",
+    "RunState",
+    "SavedCheckpoint",
+    "checkpoint_name",
+    "checkpoint_to_continue",
+    "checkpoints_to_forget",
+    "clear_leftovers",
+    "find_checkpoint",
+    "load_backbone",
+    "load_checkpoint",
+    "published_checkpoints",
+    "read_state",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
 
-MANIFEST_FILE = "MANIFEST.json"
-LATEST_FILE = "latest"
-_MANIFEST_VERSION = 1
-_NAME = re.compile(r"step-\d+")
+T = TypeVar("T")
 
 # In front of the names of the bank optimizer's state.
 _STATE_PREFIX = "optimizer."
 
 
-@dataclass(frozen=True)
-class RunState:
-    """What a checkpoint says about the run, besides tensors."""
+class _Savable(Protocol):
+    """An engine, or a snapshot of one."""
 
-    step: int
-    """Optimizer steps done."""
-    epoch: int
-    """The epoch, from 0, that the next step belongs to."""
-    consumed: int
-    """Images of that epoch's order that are done: the position in the data, for any number of ranks and batch size."""
-    world_size: int
-    settings: dict[str, Any]
-    """What a continued run must have in common with this one, by name: configuration, data, class table."""
+    def save(self, directory: Path) -> None: ...
 
 
 @dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay when a new one is there; the newest always does."""
+class _Snapshot:
+    """All that a checkpoint holds, at one moment; a copy, or for as long as nothing changes the things themselves."""
 
-    keep_last: int
-    """So many of the newest."""
-    keep_every: int | None = None
-    """The first checkpoint at or after every multiple of so many steps, for good."""
-    keep_best: str | None = None
-    """The one whose evaluation, evaluation/step-N.json beside the folder of checkpoints, has most of this metric."""
-
-
-class SavedCheckpoint(NamedTuple):
-    """A published checkpoint."""
-
-    path: Path
-    problems: list[str]
-    """What went wrong after it was published, such as an old checkpoint that could not be deleted."""
+    state: RunState
+    engine: _Savable
+    weights: Mapping[str, Tensor]
+    """The backbone, whole; empty where this rank does not write it."""
+    num_classes: int
+    bank: Mapping[str, Tensor]
+    """This rank's rows [c, ...] of the proxies and of their optimizer's state, and step counters, by name."""
+    random: Mapping[str, Tensor]
 
 
-class Continuation(NamedTuple):
-    """Where a run goes on."""
-
-    checkpoint: Path | None
-    """A checkpoint that verifies; None starts anew."""
-    passed_over: list[str]
-    """Newer checkpoints that do not verify: which, why, and where they are now."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step-{step:06d}"
-
-
-def published_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints below `directory` that have a manifest, oldest first; none of their files is looked at."""
-    return [path for path in _step_folders(directory) if (path / MANIFEST_FILE).is_file()]
-
-
-def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, by file; nothing if it is whole.
+class CheckpointWriter:
+    """Writes the checkpoints of a run. Built on all ranks, and called on all ranks unless said otherwise.
 
     Args:
-        checkpoint: its folder.
-        deep: compare the sha256 of every file with the manifest's, besides its size.
+        directory: where they go.
+        context: this process among its peers.
+        retention: which stay when a new one is there.
+        asynchronous: `save` returns when the numbers are copied; they are written while training goes on.
     """
-    path = checkpoint / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["version"] != _MANIFEST_VERSION:
-            return [f"{MANIFEST_FILE} has version {manifest['version']!r}, expected {_MANIFEST_VERSION}"]
-        listed = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
-    except FileNotFoundError:
-        return [f"{MANIFEST_FILE} is missing: it was never finished, or an older version of this package wrote it"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST_FILE} cannot be read: {error!r}"]
-    problems = [_file_problem(checkpoint, name, size, sha256, deep=deep) for name, size, sha256 in listed]
-    return [problem for problem in problems if problem is not None]
 
+    def __init__(
+        self, directory: Path, context: ParallelContext, retention: Retention, *, asynchronous: bool = False
+    ) -> None:
+        self._directory, self._retention, self._context = directory, retention, context
+        self._aside = _beside(context) if asynchronous else None
+        self._pending: Future[SavedCheckpoint] | None = None
+        self._is_told = False  # of what is pending
+        self._untold: list[SavedCheckpoint] = []
 
-def find_checkpoint(directory: Path, wanted: str) -> Path | None:
-    """The newest checkpoint below `directory` that verifies ("auto", None without one), or the one at the path that
-    `wanted` is. Newer ones that do not verify are passed over with a warning.
+    @property
+    def has_failed(self) -> bool:
+        """Whether the write on its way has failed on this rank; `wait` raises why, on all ranks. A local look: agree on
+        it before you act on it.
+        """
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    Raises:
-        ValueError: the checkpoint at the path does not verify.
-    """
-    if wanted == "auto":
-        found, damaged = _newest_whole(directory)
-        for path, problems in damaged.items():
-            warnings.warn(f"{_told(path, problems)}: passed over", stacklevel=2)
-        return found
-    path = Path(wanted)
-    if not path.is_dir():
-        known = ", ".join(p.name for p in published_checkpoints(directory)) or "none"
-        raise ValueError(f"expected a checkpoint folder at {path}, found none; this run has: {known}")
-    problems = verify_checkpoint(path)
-    if problems:
-        others = ", ".join(p.name for p in published_checkpoints(directory) if p.resolve() != path.resolve()) or "none"
-        raise ValueError(f"{_told(path, problems)}; restore it from a copy, or take another one of: {others}")
-    return path
+    def poll(self) -> list[SavedCheckpoint]:
+        """What was published since any method last told of it. A local look, for messages."""
+        pending, untold = self._pending, self._untold
+        self._untold = []
+        if pending is not None and pending.done() and pending.exception() is None and not self._is_told:
+            self._is_told = True
+            return [*untold, pending.result()]
+        return untold
 
+    def save(
+        self, *, state: RunState, engine: Engine, loss: ProxyGMLLoss, bank_optimizer: torch.optim.Optimizer
+    ) -> list[SavedCheckpoint]:
+        """Save a checkpoint; if asynchronous, only begin to, when an earlier one is done.
 
-def checkpoint_to_continue(directory: Path, resume: str) -> Continuation:
-    """What --resume means for a run with checkpoints below `directory`: "never" none, "auto" the newest that verifies,
-    a path that one. On rank 0 only, at the start of a run that no other process writes checkpoints of.
+        Returns:
+            What was published since any method last told of it.
 
-    What dead runs left half-written is removed. With "auto", newer checkpoints that do not verify are renamed to
-    `step-N.damaged`: the run will come to their steps again, and they must not count among those that are kept.
+        Raises:
+            ValueError: on every rank, as `save_checkpoint`; this save or the earlier one.
+        """
+        if self._aside is None:
+            saved = save_checkpoint(
+                self._directory,
+                state=state,
+                engine=engine,
+                loss=loss,
+                bank_optimizer=bank_optimizer,
+                context=self._context,
+                retention=self._retention,
+            )
+            return [saved]
+        self._untold = self.wait()
+        with _nothing_was_written(self._directory / checkpoint_name(state.step)):
+            snapshot = _take_snapshot(state, engine, loss, bank_optimizer, self._context, copy=True)
+        told = self.poll()
+        self._start(snapshot, self._aside)
+        return told
 
-    Raises:
-        ValueError: the checkpoint at the path does not verify, or this run has newer ones, which would mix with its
-            own.
-    """
-    if resume == "never":
-        return Continuation(None, [])
-    clear_leftovers(directory)
-    if resume == "auto":
-        found, damaged = _newest_whole(directory)
-        return Continuation(found, [_set_aside(path, problems) for path, problems in damaged.items()])
-    found = find_checkpoint(directory, resume)
-    assert found is not None
-    newer = [path.name for path in published_checkpoints(directory) if _step_of(path) > read_state(found).step]
-    if newer:
-        raise ValueError(
-            f"{directory} holds checkpoints newer than {found.name}: {', '.join(newer)}; move them away, or continue "
-            "under another name with --set name=NAME"
-        )
-    return Continuation(found, [])
+    def wait(self) -> list[SavedCheckpoint]:
+        """Wait for the write on its way, if there is one.
 
+        Returns:
+            What was published since any method last told of it.
 
-def clear_leftovers(directory: Path) -> None:
-    """Remove what a killed run left of a checkpoint that it was writing, replacing or deleting. On rank 0 only.
+        Raises:
+            ValueError: on every rank: it failed on a rank.
+        """
+        if self._pending is None:
+            return self.poll()
+        error = self._pending.exception()
+        published = self.poll()
+        self._pending = None
+        failures = everyone(self._context, None if error is None else _described(error))
+        first = next((message for message in failures if message is not None), None)
+        if first is not None:
+            raise AgreedError(first) from error
+        return published
 
-    A run that was killed while it put a checkpoint in the place of an earlier one gets the earlier one back.
-    """
-    for path in directory.glob(".step-*.replaced"):
-        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        if not final.exists():
-            os.rename(path, final)
-    for pattern in (".step-*.partial", ".step-*.deleted", ".step-*.replaced"):
-        for path in directory.glob(pattern):
-            shutil.rmtree(path)
-    for path in directory.glob(f"{LATEST_FILE}.tmp-*"):
-        path.unlink()
+    def close(self) -> list[SavedCheckpoint]:
+        """As `wait`; the writer cannot be used any more."""
+        published = self.wait()
+        if self._aside is not None and self._aside.group is not None:
+            dist.destroy_process_group(self._aside.group)
+        return published
+
+    def _start(self, snapshot: _Snapshot, aside: ParallelContext) -> None:
+        pending: Future[SavedCheckpoint] = Future()
+
+        def write() -> None:
+            try:
+                pending.set_result(_write(snapshot, self._directory, aside, self._retention))
+            except BaseException as error:
+                pending.set_exception(error)
+
+        self._pending, self._is_told = pending, False
+        # A daemon: a run that ends by an error does not wait for it, and what it leaves is cleared at the next start.
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
 
 
 def save_checkpoint(
@@ -217,59 +244,13 @@ def save_checkpoint(
     An earlier checkpoint of the same step stays until this one is in its place.
 
     Raises:
-        ValueError: on every rank: a number of parameters or optimizer state is not finite, or a rank could not write
-            its part. Nothing is left of this checkpoint, and earlier ones are as they were.
+        NonFiniteError: on every rank: a number of parameters or optimizer state is not finite.
+        ValueError: on every rank: a rank could not write its part. Nothing is left of this checkpoint, and earlier ones
+            are as they were.
     """
-    final = directory / checkpoint_name(state.step)
-    partial = directory / f".{final.name}.partial"
-    weights = engine.full_state_dict()
-    bank = bank_optimizer.state[loss.proxies]
-    try:
-        # 1. only what can be continued, and a clean place
-        _together(context, "numbers", _refuse_non_finite, engine, weights, loss.proxies, bank)
-        on_main(context, _make_empty, partial)
-        # 2. every rank writes its part; torch.distributed.checkpoint fails on all ranks alike, and so does the engine
-        engine.save(partial)
-        _together(context, "bank", _dcp_save, _bank_tensors(loss, bank), partial / "bank", context)
-        _together(context, "files", _write_own, partial, weights, state, context)
-        # 3. what it must look like, when all is on disk; then publish
-        names = on_main(context, _files_below, partial)
-        entries = _together(
-            context, "hashes", lambda: [_flush(partial, n) for n in names[context.rank :: context.world_size]]
-        )
-        files = dict(entry for part in everyone(context, entries) for entry in part)
-        on_main(context, _write_manifest, partial, state, files)
-        on_main(context, _publish, partial, final)
-    except AgreedError as error:
-        on_main(context, lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise AgreedError(f"{final} was not written, earlier checkpoints are as they were: {error}") from error
-    # 4. the pointer, and forget
-    return SavedCheckpoint(final, on_main(context, _after_publishing, final, retention))
-
-
-def checkpoints_to_forget(steps: Sequence[int], retention: Retention, *, scores: Mapping[int, float]) -> list[int]:
-    """The steps whose checkpoints need not be kept, ascending.
-
-    Args:
-        steps: of the checkpoints that there are, ascending.
-        retention: what is kept.
-        scores: metric of those steps that have been evaluated; of equal ones the newest is the best.
-    """
-    kept = set(steps[-retention.keep_last :])
-    if retention.keep_every is not None:
-        first_in: dict[int, int] = {}
-        for step in steps:
-            first_in.setdefault(step // retention.keep_every, step)
-        kept |= {step for period, step in first_in.items() if period > 0}
-    measured = [step for step in steps if step in scores]
-    if measured:
-        kept.add(max(measured, key=lambda step: (scores[step], step)))
-    return [step for step in steps if step not in kept]
-
-
-def read_state(checkpoint: Path) -> RunState:
-    """The RunState of a complete checkpoint."""
-    return RunState(**json.loads((checkpoint / "state.json").read_text()))
+    with _nothing_was_written(directory / checkpoint_name(state.step)):
+        snapshot = _take_snapshot(state, engine, loss, bank_optimizer, context, copy=False)
+    return _write(snapshot, directory, context, retention)
 
 
 def load_checkpoint(
@@ -284,9 +265,9 @@ def load_checkpoint(
     """Bring back the backbone, the bank, both optimizers and the random state. Called on all ranks.
 
     Raises:
-        ValueError: the checkpoint's settings are not `settings`, or with ZeRO its number of ranks is another one.
+        ValueError: the checkpoint's settings are not `settings`.
     """
-    state = run_together(context, _check_state, checkpoint, settings, engine.zero_stage, context.world_size)
+    state = run_together(context, _check_state, checkpoint, settings)
     engine.load(checkpoint)
     _load_bank(loss, bank_optimizer, checkpoint / "bank", context)
     if state.world_size == context.world_size:
@@ -309,26 +290,148 @@ def load_backbone(checkpoint: Path, model: nn.Module) -> None:
         raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
 
 
-def _bank_tensors(loss: ProxyGMLLoss, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The bank and its optimizer's state under names that do not depend on the number of ranks; rows as DTensors."""
-    tensors = {"proxies": _over_classes(loss.proxies.detach(), loss)}
-    for name, value in state.items():  # rows [c, ...], or a step counter without a dimension
-        tensors[_STATE_PREFIX + name] = _over_classes(value, loss) if value.ndim else value
-    return tensors
+def _beside(context: ParallelContext) -> ParallelContext:
+    """The same ranks, through a group of gloo's of their own. Called on all ranks."""
+    group: Any = context.group
+    if group is not None:
+        group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    return dataclasses.replace(context, device=torch.device("cpu"), group=group)
 
 
-def _over_classes(rows: Tensor, loss: ProxyGMLLoss) -> Tensor:
-    """This rank's rows [c, ...] as its part of [C, ...]."""
-    if loss.group is None:
-        return rows
-    mesh = DeviceMesh.from_group(loss.group, rows.device.type)
-    shape = torch.Size((loss.partition.num_classes, *rows.shape[1:]))
-    stride = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+@contextlib.contextmanager
+def _nothing_was_written(final: Path) -> Iterator[None]:
+    """Say so in errors of the block."""
+    try:
+        yield
+    except AgreedError as error:
+        message = f"{final} was not written, earlier checkpoints are as they were: {error}"
+        raise type(error)(message) from error
+
+
+def _take_snapshot(
+    state: RunState,
+    engine: Engine,
+    loss: ProxyGMLLoss,
+    bank_optimizer: torch.optim.Optimizer,
+    context: ParallelContext,
+    *,
+    copy: bool,
+) -> _Snapshot:
+    """What a checkpoint holds, if it is finite; with `copy` copies in the memory of the host. Called on all ranks."""
+    weights = engine.full_state_dict()
+    bank = bank_optimizer.state[loss.proxies]
+    bad = everyone(context, _together(context, "numbers", _non_finite, engine, weights, loss.proxies, bank))
+    for rank, names in enumerate(bad):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise NonFiniteError(
+                f"expected finite numbers, got NaN or infinity in {', '.join(names[:3])}{more} (on rank {rank}); "
+                "continue from the last checkpoint with a lower learning rate, a longer warm-up or gradient clipping"
+            )
+    # In an order that does not depend on what the run has gone through, so that equal states give equal files.
+    tensors = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: bank[name] for name in sorted(bank)}
+    own_weights = weights if context.is_main else {}
+    return _Snapshot(
+        state=state,
+        engine=_together(context, "engine", engine.snapshot) if copy else engine,
+        weights=_together(context, "backbone", _copied, own_weights) if copy else own_weights,
+        num_classes=loss.partition.num_classes,
+        bank=_together(context, "bank", _copied, tensors) if copy else tensors,
+        random=_random_state(context),
+    )
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    layout = torch.contiguous_format
+    return {name: value.detach().to("cpu", copy=True, memory_format=layout) for name, value in tensors.items()}
+
+
+def _random_state(context: ParallelContext) -> dict[str, Tensor]:
+    state = {"torch": torch.get_rng_state()}
+    if context.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(context.device)
+    return state
+
+
+def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, retention: Retention) -> SavedCheckpoint:
+    """Write, publish, forget. Called on all ranks, in any thread in which the group of `context` is not in use."""
+    final = directory / checkpoint_name(snapshot.state.step)
+    partial = partial_path(final)
+    with _nothing_was_written(final):
+        try:
+            # 1. every rank writes its part; torch.distributed.checkpoint fails on all ranks alike, as does the engine
+            on_main(context, make_empty, partial)
+            _together(context, "engine", _write_engine, snapshot, partial)
+            _together(context, "bank", _write_bank, snapshot, partial / "bank", context)
+            _together(context, "files", _write_own, snapshot, partial, context)
+            # 2. what it must look like, when all is on disk; then publish
+            names = on_main(context, files_below, partial)
+            entries = _together(context, "hashes", _flush_own, partial, names, context)
+            files = {name: entry for part in everyone(context, entries) for name, entry in part.items()}
+            on_main(context, _write_manifest, snapshot, partial, files)
+            on_main(context, publish_checkpoint, partial, final)
+        except AgreedError:
+            on_main(context, lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise
+    # 3. the pointer, and forget
+    return SavedCheckpoint(final, on_main(context, tidy_up, final, retention))
+
+
+def _write_engine(snapshot: _Snapshot, partial: Path) -> None:
+    snapshot.engine.save(partial)
+    fault_point("save.engine")
+
+
+def _write_bank(snapshot: _Snapshot, directory: Path, context: ParallelContext) -> None:
+    tensors = _over_classes(snapshot.bank, snapshot.num_classes, context)
+    _dcp_save(tensors, directory, context)
+    fault_point("save.bank")
+
+
+def _write_own(snapshot: _Snapshot, partial: Path, context: ParallelContext) -> None:
+    torch.save(dict(snapshot.random), partial / f"random-rank-{context.rank:03d}.pt")
+    if context.is_main:
+        weights = {name: value.contiguous() for name, value in snapshot.weights.items()}
+        save_file(weights, partial / "backbone.safetensors")
+        (partial / "state.json").write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
+    fault_point("save.files")
+
+
+def _flush_own(partial: Path, names: list[str], context: ParallelContext) -> dict[str, dict[str, Any]]:
+    """Bring this rank's share of the files to disk; their entries in the manifest."""
+    own = names[context.rank :: context.world_size]
+    return flush_files(partial, own, num_threads=torch.get_num_threads())
+
+
+def _write_manifest(snapshot: _Snapshot, partial: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    write_manifest(partial, snapshot.state, files, torch=torch.__version__, deepspeed=version("deepspeed"))
+
+
+class _BankWriter(dcp.FileSystemWriter):
+    """Its own, but for a number and a path in the table of contents that are new in every save."""
+
+    def storage_meta(self) -> None:
+        """Nothing."""
 
 
 def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext) -> None:
-    dcp.save(tensors, checkpoint_id=directory, process_group=context.group, no_dist=context.group is None)
+    writer = _BankWriter(directory, sync_files=False)
+    dcp.save(tensors, storage_writer=writer, process_group=context.group, no_dist=context.group is None)
+
+
+def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: ParallelContext) -> dict[str, Tensor]:
+    """This rank's rows [c, ...] as its part of [C, ...], under names that do not depend on the number of ranks."""
+    if context.group is None:
+        return dict(tensors)
+    whole = {}
+    for name, value in tensors.items():
+        whole[name] = value
+        if value.ndim:  # else a step counter
+            mesh = DeviceMesh.from_group(context.group, value.device.type)
+            shape = torch.Size((num_classes, *value.shape[1:]))
+            stride = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+            whole[name] = DTensor.from_local(value, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    return whole
 
 
 def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
@@ -347,12 +450,13 @@ def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: 
             else:  # a step counter: on the CPU, from where the optimizer moves it if it wants it elsewhere
                 shape, device = (), torch.device("cpu")
             state[name.removeprefix(_STATE_PREFIX)] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
-    tensors = _bank_tensors(loss, state)
+    rows = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: value for name, value in state.items()}
+    tensors = _over_classes(rows, loss.partition.num_classes, context)
     dcp.load(tensors, checkpoint_id=directory, process_group=context.group, no_dist=context.group is None)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
 
 
-def _check_state(checkpoint: Path, settings: dict[str, Any], zero_stage: int, world_size: int) -> RunState:
+def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
     state = read_state(checkpoint)
     names = sorted(state.settings.keys() | settings.keys())
     changed = [name for name in names if state.settings.get(name) != settings.get(name)]
@@ -362,11 +466,6 @@ def _check_state(checkpoint: Path, settings: dict[str, Any], zero_stage: int, wo
             f"{checkpoint} belongs to a run with other settings: {details}. Continue with the same ones, give this run "
             "another name with --set name=NAME, or start anew with --resume never"
         )
-    if zero_stage > 0 and state.world_size != world_size:
-        raise ValueError(
-            f"{checkpoint} was written by {state.world_size} ranks with ZeRO stage {zero_stage}, which loads on "
-            f"{state.world_size} ranks, not on {world_size}; start as many ranks, or use ZeRO stage 0"
-        )
     return state
 
 
@@ -375,57 +474,6 @@ def _load_random_state(checkpoint: Path, context: ParallelContext) -> None:
     torch.set_rng_state(random_state["torch"])
     if context.device.type == "cuda" and "cuda" in random_state:
         torch.cuda.set_rng_state(random_state["cuda"], context.device)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _step_folders(directory: Path) -> list[Path]:
-    """Folders that are named as checkpoints are, oldest first."""
-    return sorted((p for p in directory.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_step_of)
-
-
-def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones."""
-    damaged: dict[Path, list[str]] = {}
-    for path in reversed(_step_folders(directory)):
-        problems = verify_checkpoint(path)
-        if not problems:
-            return path, damaged
-        damaged[path] = problems
-    return None, damaged
-
-
-def _told(checkpoint: Path, problems: list[str]) -> str:
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return f"checkpoint {checkpoint} is damaged: {'; '.join(problems[:3])}{more}"
-
-
-def _set_aside(checkpoint: Path, problems: list[str]) -> str:
-    """Rename a damaged checkpoint; returns what to tell about it."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(checkpoint, aside)
-    except OSError as error:
-        return f"{_told(checkpoint, problems)}: passed over, but it could not be renamed: {error}"
-    return f"{_told(checkpoint, problems)}: passed over, now {aside.name}"
-
-
-def _file_problem(checkpoint: Path, name: str, size: int, sha256: str, *, deep: bool) -> str | None:
-    try:
-        found = (checkpoint / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes, expected {size}"
-        if deep:
-            with open(checkpoint / name, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != sha256:
-                return f"{name} has sha256 {digest[:12]}..., expected {sha256[:12]}..."
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    return None
 
 
 def _together(context: ParallelContext, what: str, function: Callable[..., T], *args: Any) -> T:
@@ -457,14 +505,10 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{remedy}"
 
 
-def _refuse_non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> None:
-    names = [name for name, value in _numbers(engine, weights, proxies, bank) if not _is_finite(value)]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(
-            f"expected finite numbers, got NaN or infinity in {', '.join(names[:3])}{more}; continue from the last "
-            "checkpoint with a lower learning rate, a longer warm-up or gradient clipping"
-        )
+def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors in which a number is not finite."""
+    fault_point("save.begin")
+    return [name for name, value in _numbers(engine, weights, proxies, bank) if not _is_finite(value)]
 
 
 def _numbers(
@@ -490,126 +534,3 @@ def _is_finite(value: Any) -> bool:
         return True
     least, most = torch.aminmax(value.detach())
     return bool(torch.isfinite(least) & torch.isfinite(most))
-
-
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-
-
-def _write_own(partial: Path, weights: dict[str, Tensor], state: RunState, context: ParallelContext) -> None:
-    random_state = {"torch": torch.get_rng_state()}
-    if context.device.type == "cuda":
-        random_state["cuda"] = torch.cuda.get_rng_state(context.device)
-    torch.save(random_state, partial / f"random-rank-{context.rank:03d}.pt")
-    if context.is_main:
-        save_file({name: value.contiguous() for name, value in weights.items()}, partial / "backbone.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-
-
-def _files_below(directory: Path) -> list[str]:
-    """Names of all files, the largest first, so that every n-th is about a fair share of the bytes."""
-    sizes = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
-    return sorted(sizes, key=lambda name: (-sizes[name], name))
-
-
-def _flush(directory: Path, name: str) -> tuple[str, dict[str, Any]]:
-    """Bring a file to disk; its name and its entry of the manifest."""
-    with open(directory / name, "rb") as stream:
-        os.fsync(stream.fileno())
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return name, {"bytes": stream.tell(), "sha256": digest}
-
-
-def _write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str, Any]]) -> None:
-    manifest = {
-        "version": _MANIFEST_VERSION,
-        "step": state.step,
-        "world_size": state.world_size,
-        "written_with": {
-            "torch": torch.__version__,
-            "deepspeed": version("deepspeed"),
-        },
-        "files": dict(sorted(files.items())),
-    }
-    with publish(partial / MANIFEST_FILE) as stream:
-        stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
-    for folder in (path for path in partial.rglob("*") if path.is_dir()):
-        _flush_folder(folder)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Rename, with an earlier checkpoint of the same step out of the way but not gone before that is done."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    try:
-        os.rename(partial, final)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    _flush_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _after_publishing(final: Path, retention: Retention) -> list[str]:
-    """Point to the newest checkpoint and delete old ones; what fails is told, since the checkpoint is safe."""
-    problems = []
-    try:
-        with publish(final.with_name(LATEST_FILE)) as stream:
-            stream.write(f"{final.name}\n".encode())
-    except OSError as error:
-        problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {error}")
-    published = {}
-    for path in published_checkpoints(final.parent):
-        damage = verify_checkpoint(path, deep=False)
-        if damage:  # neither counted nor deleted: somebody should look at it
-            problems.append(_told(path, damage))
-        else:
-            published[_step_of(path)] = path
-    scores: dict[int, float] = {}
-    if retention.keep_best is not None:
-        scores, unreadable = _scores(list(published.values()), retention.keep_best)
-        problems += unreadable
-    for step in checkpoints_to_forget(list(published), retention, scores=scores):
-        try:
-            _forget(published[step])
-        except OSError as error:
-            problems.append(f"{published[step]} could not be deleted: {error}")
-    return problems
-
-
-def _scores(checkpoints: list[Path], metric: str) -> tuple[dict[int, float], list[str]]:
-    """The metric of each evaluated checkpoint by step, and evaluations that it cannot be read from."""
-    scores: dict[int, float] = {}
-    problems = []
-    for checkpoint in checkpoints:
-        path = checkpoint.parent.parent / "evaluation" / f"{checkpoint.name}.json"
-        if not path.exists():
-            continue
-        try:
-            score = float(json.loads(path.read_text())["metrics"][metric])
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            problems.append(f"{metric} of {checkpoint.name} cannot be read from {path}: {error!r}")
-            continue
-        if math.isfinite(score):
-            scores[_step_of(checkpoint)] = score
-    return scores, problems
-
-
-def _forget(checkpoint: Path) -> None:
-    """Delete a checkpoint, unpublished first, so that half a checkpoint never looks like one."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)

@@ -55,6 +55,14 @@ def _count(traffic: Traffic | None, received: float) -> None:
 class AgreedError(ValueError):
     """A user's mistake that all ranks know of and raise alike, so that one of them may report it for all."""
 
+    status = 2  # of a process that ends by it
+
+
+class NonFiniteError(AgreedError):
+    """NaN or infinity where numbers are needed: training may leave a step out or go back, evaluation cannot go on."""
+
+    status = 65  # EX_DATAERR of sysexits.h: to start it again does not help
+
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:
     """Number of ranks of the group; 1 without a group."""

@@ -330,6 +330,13 @@ class TrainingConfig(_Section):
         default_factory=list,
         description="Epochs (1-based) that train only embedding layer and proxies; [2] is the published warm-up.",
     )
+    max_left_out: int = Field(
+        3, ge=1, description="Steps in a row that may come out as NaN before the run goes back to its last checkpoint."
+    )
+    max_rollbacks: int = Field(2, ge=0, description="How often it may go back before it ends.")
+    step_timeout: float | None = Field(
+        1200.0, gt=0, description="Seconds after which a step that does not end ends the process; null waits for ever."
+    )
 
 
 class EvaluationConfig(_Section):
@@ -351,6 +358,10 @@ class CheckpointConfig(_Section):
     every_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between checkpoints; null writes one per epoch."
     )
+    asynchronous: bool = Field(
+        False,
+        description="Write checkpoints while training goes on, from a copy of everything in the memory of the host.",
+    )
     keep_last: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
     keep_every: int | None = Field(
         None,
@@ -362,6 +373,21 @@ class CheckpointConfig(_Section):
         pattern=r"^(recall@[1-9][0-9]*|r_precision|map@r|nmi)$",
         description="Also keep the checkpoint whose evaluation has most of this metric, such as recall@1; null none.",
     )
+    init_from: str | None = Field(
+        None,
+        description="What a new run starts from: a checkpoint, a run's folder (its newest checkpoint) or an export; a "
+        "run that is continued does not look at it. null starts from backbone.pretrained and new proxies.",
+    )
+    init_proxies: bool = Field(
+        True,
+        description="With init_from: classes of the same name keep their proxies; false takes over the backbone only.",
+    )
+
+    @model_validator(mode="after")
+    def _proxies_come_from_somewhere(self) -> "CheckpointConfig":
+        if not self.init_proxies and self.init_from is None:
+            raise ValueError("expected init_from with init_proxies false, got none; set it, or remove init_proxies")
+        return self
 
 
 class TelemetryConfig(_Section):
@@ -480,6 +506,11 @@ class Config(_Section):
             raise ValueError(
                 "expected proxies.initialization published or unit with a stream, got class_mean, which needs every "
                 "image of the index; change one of them"
+            )
+        if self.data.stream and self.checkpoint.init_from is not None and self.checkpoint.init_proxies:
+            raise ValueError(
+                "expected checkpoint.init_proxies false with checkpoint.init_from and a stream, which has no class "
+                "names to find proxies by, got true; set it to false, or read shards with an index"
             )
         return self
 

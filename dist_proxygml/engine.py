@@ -13,10 +13,13 @@ DeepSpeed would not, or would forget the scale, are refused.
 """
 
 import contextlib
+import io
 import logging
+import math
 import os
+import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import Config
 from dist_proxygml.loss import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext, run_together
+from dist_proxygml.repartition import WEIGHTS, Fragment, Part, cut_again, equal_fragments
 
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # as DeepSpeed spells it
 
@@ -69,9 +73,12 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
             )
+        self._step_was_applied = False
+        if self.zero_stage in (1, 2):  # else DeepSpeed looks for NaN and infinity only where it scales the loss
+            self._engine.optimizer.check_grad_overflow = True
         self._gathered = deepspeed.zero.GatheredParameters
-        self._context = context
         self._device = context.device
+        self._context = context
         # Scripts that turn its files into others: nobody asked, and rank 0 alone can fail to copy them.
         self._engine._copy_recovery_script = lambda _: None
 
@@ -103,46 +110,137 @@ class Engine:
     def step(self, *, measure_norm: bool) -> float | None:
         """At a step's last micro-batch, clip and update the backbone; before that, only count.
 
+        Gradients that are NaN or infinite update nothing and are dropped. They are averages over ranks, so what one
+        rank brings in is seen by all.
+
         Returns:
             The norm of the backbone's gradient before clipping, if `measure_norm`.
         """
-        norm = None
-        if measure_norm and self._engine.is_gradient_accumulation_boundary():
+        norm, is_usable = None, True
+        if self._engine.is_gradient_accumulation_boundary() and self._updates_plainly():
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients and self.zero_stage == 0 else None
-        self._engine.step()
-        if measure_norm and norm is None:
-            norm = self._engine.get_global_grad_norm()
+            norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+            is_usable = norm is None or math.isfinite(norm)
+        with contextlib.nullcontext() if is_usable else _no_update(self._engine.optimizer):
+            self._engine.step()
+        self._step_was_applied = is_usable and bool(self._engine.was_step_applied())
+        if not measure_norm:
+            return None
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
         return None if norm is None else float(norm)
 
     def step_was_applied(self) -> bool:
         """Whether the last call of `step` changed the parameters; the same on every rank. False before a step's last
-        micro-batch, and where gradients overflowed.
+        micro-batch, and where gradients were NaN or infinite.
         """
-        return bool(self._engine.was_step_applied())
+        return self._step_was_applied
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled for fp16, so that gradients overflow now and then and nothing is wrong."""
+        return bool(self._engine.fp16_enabled())
+
+    def has_finite_buffers(self) -> bool:
+        """Whether no buffer of the backbone, such as a running mean, is NaN or infinite."""
+        buffers = (b for b in self._engine.module.buffers() if b.is_floating_point())
+        return all(bool(buffer.isfinite().all()) for buffer in buffers)
+
+    def _updates_plainly(self) -> bool:
+        """Whether the optimizer is torch's own; those of ZeRO and of mixed precision leave a step out by themselves."""
+        return isinstance(self._engine.optimizer, torch.optim.Optimizer)
 
     def save(self, directory: Path) -> None:
         """Write parameters and optimizer state below `directory`.
 
-        DeepSpeed's ranks meet again after they have written, so one that left with an error would leave the others
-        waiting: what goes wrong with a file is kept until then.
-
         Raises:
-            ValueError: on every rank: a rank could not write a file.
+            OSError: on this rank alone: it could not write a file.
         """
-        writer = _PatientWriter(self._engine.checkpoint_engine)
-        self._engine.checkpoint_engine = writer
+        self._save(directory, _FileWriter())
+
+    def snapshot(self) -> "EngineSnapshot":
+        """What `save` would write, copied to the memory of the host: one's own to write at any later time."""
+        copies = _FileCopier()
+        self._save(Path(), copies)
+        return EngineSnapshot(copies.files)
+
+    def _save(self, directory: Path, files: "_Files") -> None:
+        """Let DeepSpeed hand over its files. Its ranks meet again after they have written, so one that left with an
+        error would leave the others waiting: errors come after that.
+        """
+        writer = self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = files
         try:
             self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
         finally:
-            self._engine.checkpoint_engine = writer.writer
-        run_together(self._context, writer.raise_first)
+            self._engine.checkpoint_engine = writer
+        files.raise_first()
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
+        """Read what `save` wrote, on any number of ranks."""
+        parts = sorted((directory / "engine").glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+        with contextlib.ExitStack() as stack:
+            if parts and len(parts) != self._context.world_size:
+                own = run_together(self._context, self._own_part, parts)
+                stack.enter_context(self._reads(own, directory))
+            path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
         if path is None:
             raise ValueError(f"expected a DeepSpeed checkpoint in {directory}/engine, found none that loads")
+
+    def _own_part(self, files: Sequence[Path]) -> dict[str, Any]:
+        """What this rank would have saved of ZeRO's optimizer, from the files of another number of ranks."""
+        optimizer, rank, num_ranks = self._engine.optimizer, self._context.rank, self._context.world_size
+        saved = [torch.load(file, mmap=True, weights_only=False)["optimizer_state_dict"] for file in files]
+        shapes = self._engine._get_zero_param_shapes()
+        own = optimizer.state_dict()
+        if self.zero_stage == 3:
+            base, weights = "optimizer_state_dict", "fp32_flat_groups"
+            model = torch.load(min(files[0].parent.glob("*_model_states.pt")), mmap=True, weights_only=False)
+            layouts = [equal_fragments(model["param_shapes"], rank=r, num_ranks=len(files)) for r in range(len(files))]
+            layout = equal_fragments(shapes, rank=rank, num_ranks=num_ranks)
+            sizes = [flat.numel() for flat in optimizer.fp32_partitioned_groups_flat]
+        else:
+            base, weights = "base_optimizer_state", "single_partition_of_fp32_groups"
+            layouts = [_fragments(part["param_slice_mappings"], {}) for part in saved]
+            offsets = {
+                name: parameter._hp_mapping.lp_fragment_address.start
+                for name, parameter in self._engine.module.named_parameters()
+                if getattr(parameter, "_hp_mapping", None) is not None
+            }
+            layout = _fragments(own["param_slice_mappings"], offsets)
+            sizes = [group["params"][0].numel() for group in optimizer.optimizer.param_groups]
+        state = cut_again(
+            [
+                Part(fragments, [{WEIGHTS: flat, **part[base]["state"][g]} for g, flat in enumerate(part[weights])])
+                for fragments, part in zip(layouts, saved, strict=True)
+            ],
+            names=[list(group) for group in shapes],
+            fragments=layout,
+            sizes=sizes,
+        )
+        own_keys = {key: own[key] for key in ("param_alignment_paddings",) if key in own}
+        flat_weights = [group.pop(WEIGHTS) for group in state]
+        base_state = {"state": dict(enumerate(state)), "param_groups": own[base]["param_groups"]}
+        return {**saved[0], **own_keys, base: base_state, weights: flat_weights}
+
+    @contextlib.contextmanager
+    def _reads(self, own: dict[str, Any], directory: Path) -> Iterator[None]:
+        """Let DeepSpeed's loader find this rank's part of the optimizer, as if so many ranks had saved it."""
+        engine, context = self._engine, self._context
+        reader = engine.checkpoint_engine
+        (model, *_) = sorted((directory / "engine").glob("*_model_states.pt"))  # alike on all ranks, also of stage 3
+
+        class Reader:
+            def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+                return {**reader.load(path, map_location=map_location), "dp_world_size": context.world_size}
+
+        engine.checkpoint_engine = Reader()
+        engine._get_all_ckpt_names = lambda *_: [str(model)]
+        engine._get_all_zero_checkpoints = lambda *_: [own] * context.world_size
+        try:
+            yield
+        finally:
+            engine.checkpoint_engine = reader
+            del engine._get_all_ckpt_names, engine._get_all_zero_checkpoints
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The backbone's parameters and buffers, whole, in the engine's precision, on every rank."""
@@ -154,28 +252,135 @@ class Engine:
         return state
 
 
-class _PatientWriter:
-    """DeepSpeed's writer of files, which keeps its errors for later."""
+class EngineSnapshot:
+    """An engine's parameters and optimizer state at one moment: files and their contents."""
 
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
-        self._errors: list[tuple[str, Exception]] = []
+    def __init__(self, files: Mapping[Path, Any]) -> None:
+        self._files = files
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.writer, name)
+    def save(self, directory: Path) -> None:
+        """Write what `Engine.save` would have written, byte by byte. Uses no collectives."""
+        for path, content in self._files.items():
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            _write(content, directory / path)
+
+
+class _Files:
+    """In the place of DeepSpeed's writer of files, whose choice it overrides: errors of `take` are kept for later."""
+
+    def __init__(self) -> None:
+        self._errors: list[Exception] = []
+
+    def take(self, content: Any, path: Path) -> None:
+        """Do something with what is to be in a file."""
+        raise NotImplementedError
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write a file, or keep why that failed."""
+        """What DeepSpeed calls for each file."""
         try:
-            self.writer.save(state_dict, path)
+            self.take(state_dict, Path(path))
         except Exception as error:
-            self._errors.append((path, error))
+            self._errors.append(error)
 
     def raise_first(self) -> None:
-        """Raise the first error as an OSError that says what it was; none does nothing."""
+        """Raise the first error; none does nothing."""
         if self._errors:
-            path, error = self._errors[0]
-            raise OSError(f"{path} could not be written, is the disk full? {type(error).__name__}: {error}") from error
+            raise self._errors[0]
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder."""
+
+    def create(self, info: Any) -> None:
+        """What comes next belongs to one checkpoint."""
+
+    def commit(self, info: Any) -> bool:
+        """It was all."""
+        return True
+
+    def is_decoupled(self) -> bool:
+        """Whether files are finished later."""
+        return False
+
+    def is_data_parallel_writer(self, rank: int) -> bool:
+        """Whether a rank writes what all have."""
+        return rank == 0
+
+    def preserves_storage_sharing(self) -> bool:
+        """Whether a view is written with all that it is a view of: DeepSpeed then clones it before."""
+        return True
+
+
+class _FileWriter(_Files):
+    """Writes the files."""
+
+    def take(self, content: Any, path: Path) -> None:
+        _write(_on_host(content, copy=False), path)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        os.makedirs(path, exist_ok=exist_ok)
+
+
+class _FileCopier(_Files):
+    """Keeps copies of what would be in the files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[Path, Any] = {}
+
+    def take(self, content: Any, path: Path) -> None:
+        self.files[path] = _on_host(content, copy=True)
+
+
+def _write(content: Any, path: Path) -> None:
+    try:
+        with open(path, "wb") as stream:
+            torch.save(content, stream)
+    except Exception as error:
+        raise OSError(f"{path} could not be written, is the disk full? {type(error).__name__}: {error}") from error
+
+
+def _on_host(content: Any, *, copy: bool) -> Any:
+    """What torch.load would make of what torch.save would write of `content`, in the memory of the host.
+
+    As there, tensors that share memory share it again, and it is copied whole. With `copy` nothing is shared with
+    `content`, else the memory that is the host's already.
+    """
+    storages: list[torch.TypedStorage] = []
+
+    class Taker(pickle.Pickler):
+        def persistent_id(self, value: Any) -> int | None:
+            if not isinstance(value, torch.TypedStorage):  # what tensors, and only they, are pickled by
+                return None
+            storages.append(value)
+            return len(storages) - 1
+
+    copies: dict[int, torch.UntypedStorage] = {}
+
+    class Giver(pickle.Unpickler):
+        def persistent_load(self, number: int) -> torch.TypedStorage:
+            memory = storages[number]._untyped_storage
+            if memory._cdata not in copies:
+                is_here = memory.device.type == "cpu"
+                copies[memory._cdata] = memory.clone() if copy and is_here else memory.cpu()
+            return torch.TypedStorage(wrap_storage=copies[memory._cdata], dtype=storages[number].dtype, _internal=True)
+
+    stream = io.BytesIO()
+    Taker(stream).dump(content)
+    stream.seek(0)
+    return Giver(stream).load()
+
+
+def _rank_of(file: Path) -> int:
+    """Rank that wrote one of ZeRO's files."""
+    return int(file.name.partition("zero_pp_rank_")[2].partition("_")[0])
+
+
+def _fragments(mappings: Sequence[Mapping[str, Any]], offsets: Mapping[str, int]) -> list[list[Fragment]]:
+    """A rank's fragments under ZeRO stage 1 and 2, by group, from DeepSpeed's addresses in its part."""
+    return [
+        [Fragment(name, address.start, address.numel, offsets.get(name, 0)) for name, address in group.items()]
+        for group in mappings
+    ]
 
 
 def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
@@ -224,6 +429,16 @@ def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
+
+
+@contextlib.contextmanager
+def _no_update(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """DeepSpeed's step without the update, for one step."""
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del optimizer.step  # the class has it
 
 
 def _is_enabled(settings: Mapping[str, Any], section: str) -> bool:

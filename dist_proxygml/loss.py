@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from dist_proxygml.bank import Bank, Pairs, build_bank
 from dist_proxygml.collectives import (
     AgreedError,
+    NonFiniteError,
     all_reduce_max,
     all_reduce_sum,
     gather_objects,
@@ -202,7 +203,7 @@ class ProxyGMLLoss(nn.Module):
                 regularization = self._regularization(sum(row_counts))
                 total = classification + self.regularization_weight * regularization
         if not bool(total.isfinite()):  # the same number on every rank, so they raise together
-            raise AgreedError(
+            raise NonFiniteError(
                 f"expected a finite loss, got {total.item()}; the embeddings are finite, so a proxy is NaN or infinite "
                 "(lower the learning rate of the proxies), or the embeddings are far from unit length (normalise them)"
             )
@@ -296,7 +297,8 @@ class ProxyGMLLoss(nn.Module):
         all_W2 = gather_rows(own_12, row_counts=[1] * self.partition.world_size, group=self.group).tolist()
         if not all(valid for _, valid in all_W2):  # the same on every rank
             problems = gather_objects(self._problem_with(embeddings, labels), group=self.group)
-            raise AgreedError(next(text for text in problems if text is not None))
+            # What does not fit at all is told before what came out as NaN.
+            raise min((p for p in problems if p is not None), key=lambda problem: isinstance(problem, NonFiniteError))
         row_counts = [count for count, _ in all_W2]
         if sum(row_counts) == 0:
             raise AgreedError("expected at least one image in the global batch, got none on any rank")
@@ -326,20 +328,22 @@ class ProxyGMLLoss(nn.Module):
             return f"expected float32 proxies and embeddings with fused=True, got {dtype} {where}; use fused=False"
         return None
 
-    def _problem_with(self, embeddings: Tensor, labels: Tensor) -> str | None:
-        problem = self._misshapen(embeddings, labels)
-        if problem is not None or bool(self._are_valid(embeddings, labels)):
-            return problem
+    def _problem_with(self, embeddings: Tensor, labels: Tensor) -> AgreedError | None:
+        misshapen = self._misshapen(embeddings, labels)
+        if misshapen is not None:
+            return AgreedError(misshapen)
+        if bool(self._are_valid(embeddings, labels)):
+            return None
         where, num_classes = f"on rank {self.partition.rank}", self.partition.num_classes
         finite_b = embeddings.detach().isfinite().all(dim=1)
         if not bool(finite_b.all()):
             rows = (~finite_b).nonzero().flatten().tolist()
-            return (
+            return NonFiniteError(
                 f"expected finite embeddings, got NaN or infinity in row {rows[0]} {where} "
                 f"({len(rows)} of {len(labels)} rows); lower the learning rate or look at that image"
             )
         row = int(((labels < 0) | (labels >= num_classes)).nonzero()[0])
-        return (
+        return AgreedError(
             f"expected labels from 0 to {num_classes - 1}, got {int(labels[row])} in row {row} {where}; "
             "num_classes does not fit the data"
         )

@@ -116,7 +116,8 @@ def on_main(context: ParallelContext, function: Callable[..., T], *args: object)
 
 
 def run_launcher(main: Callable[[], None]) -> NoReturn:
-    """Run a launcher's body and end the process: status 0, 2 after a user's mistake, 1 after any other error.
+    """Run a launcher's body and end the process: status 0, 2 after a user's mistake, 1 after any other error, and
+    that of an exception that brings its own (`status`): 65 where numbers stay NaN, 75 where the run was told to stop.
 
     What all ranks know is printed by rank 0: agreed errors, and whatever is wrong before the world is joined, where all
     ranks read the same. What one rank knows it prints itself. A launcher such as deepspeed then ends the other ranks.
@@ -132,6 +133,7 @@ def run_launcher(main: Callable[[], None]) -> NoReturn:
 
 
 def _run(main: Callable[[], None]) -> int:
+    status = 0
     try:
         main()
     except ValueError as error:
@@ -140,10 +142,14 @@ def _run(main: Callable[[], None]) -> int:
             raise
         if isinstance(error, OneRankError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return int(getattr(error, "status", 2))
+    except Exception as ending:
+        if not hasattr(ending, "status"):
+            raise
+        status = int(ending.status)  # whoever raised it has said why
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
+    return status
 
 
 def _leave(status: int) -> NoReturn:

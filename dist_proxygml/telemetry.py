@@ -1,8 +1,8 @@
 """What a run says while it works: metrics.jsonl, TensorBoard, a progress bar. Rank 0 writes, the others are silent.
 
 metrics.jsonl is the record (one JSON object a line, appended, readable after a crash); TensorBoard holds the same
-numbers and images for people. No measurement is made on steps that are not logged, so that nothing waits for a GPU in
-between.
+numbers and images for people. A run that continues takes back the lines of steps that it will do again. No measurement
+is made on steps that are not logged, so that nothing waits for a GPU in between.
 """
 
 import json
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dist_proxygml.data.shards import publish
 from dist_proxygml.memory import peak_memory
 
 
@@ -30,7 +31,9 @@ class Telemetry:
         self._enabled = enabled
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
-            self._lines = (run_directory / "metrics.jsonl").open("a", buffering=1)
+            path = run_directory / "metrics.jsonl"
+            _drop_later_lines(path, start_step)
+            self._lines = path.open("a", buffering=1)
             self._board = SummaryWriter(
                 str(run_directory / "tensorboard"), purge_step=start_step + 1 if start_step else None
             )
@@ -98,6 +101,17 @@ class Telemetry:
 
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    """Keep the lines up to a step; one that a kill cut short goes as well."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        with publish(path) as stream:
+            stream.write("".join(kept).encode())
 
 
 def memory_gib() -> dict[str, float]:

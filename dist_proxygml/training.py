@@ -1,9 +1,9 @@
-"""The training run: train() schedules, train_step() computes.
+"""The training run: what is built before the first step, and the loop.
 
-One step: embeddings through the engine -> loss over the partitioned bank -> gradients of the proxies (final, on their
-rank) and of the embeddings (handed to the engine) -> both optimizers step. Everything that changes from step to step is
-a function of the position in the epochs: learning rates, the order of the images, their augmentation. So a checkpoint
-needs a position, not a history.
+Everything that changes from step to step is a function of the position in the epochs: learning rates, the order of the
+images, their augmentation. So a checkpoint needs a position, not a history. A run ends when it is done, when it is told
+to stop (preemption.py), when it cannot go on (nonfinite.py), or when a step does not end (watchdog.py); in all cases
+but the first it goes on from its newest checkpoint when it is started again.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,81 +22,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dist_proxygml.backbone import RawPixels, build_backbone
-from dist_proxygml.bank_optim import bring_to_unit_length_, coalesced, squared_norm
 from dist_proxygml.checkpoint import (
+    CheckpointWriter,
     Retention,
     RunState,
+    SavedCheckpoint,
     checkpoint_name,
     checkpoint_to_continue,
+    find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
-from dist_proxygml.collectives import AgreedError, all_reduce_sum
+from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import Config
 from dist_proxygml.data.damage import DAMAGE_FILE, Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
 from dist_proxygml.data.shards import publish
 from dist_proxygml.data.transforms import build_transform
-from dist_proxygml.engine import Engine, engine_settings
 from dist_proxygml.evaluation.embed import save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_settings, evaluate
 from dist_proxygml.evaluation.report import format_table, write_report
-from dist_proxygml.loss import LossTerms, ProxyGMLLoss
 from dist_proxygml.memory import available_memory
-from dist_proxygml.optim import (
-    build_backbone_optimizer,
-    build_bank_optimizer,
-    clip_norm_,
-    learning_rate_factor,
-    set_learning_rates,
-    wants_sparse_gradient,
-)
+from dist_proxygml.nonfinite import NON_FINITE_FILE, NonFiniteLog
 from dist_proxygml.parallel import OneRankError, ParallelContext, everyone, on_main, run_together
 from dist_proxygml.plan import HeadPlan, check_fits, plan_head
+from dist_proxygml.preemption import StopRequested, StopSignals
 from dist_proxygml.proxies import replace_by_class_means_
+from dist_proxygml.run_lock import RunLock
+from dist_proxygml.step import StepReport, TrainState, build_train_state, learning_rates, train_step
 from dist_proxygml.telemetry import Telemetry
 from dist_proxygml.training_data import TrainingData, open_split, open_training_data
+from dist_proxygml.watchdog import Watchdog
 
 _NUM_LOGGED_IMAGES = 16
 
 
-@dataclass
-class TrainState:
-    """What a training step reads and changes."""
-
-    context: ParallelContext
-    config: Config
-    engine: Engine
-    loss: ProxyGMLLoss
-    bank_optimizer: torch.optim.Optimizer
-    num_steps: int  # of the whole run, at this batch size
-    steps_per_epoch: int
-    step: int = 0  # optimizer steps done, at whatever batch sizes
-    schedule_step: int = 0  # the same position counted in steps of this batch size: what schedules go by
-    consumed: int = 0  # images of this epoch that are done
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run's last step is done; a run that was made shorter may be beyond it."""
-        return self.schedule_step >= self.num_steps
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, that the next step belongs to."""
-        return self.schedule_step // self.steps_per_epoch
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Sums over a step's micro-batches, still on the device, and the two gradient norms where they were measured."""
-
-    terms: LossTerms
-    backbone_norm: float | None
-    proxies_norm: Tensor | None
-
-
-def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> Path:
+def train(
+    config: Config, context: ParallelContext, *, resume: str = "auto", signals: StopSignals | None = None
+) -> Path:
     """Train, evaluate, checkpoint and report one run. Called on all ranks.
 
     Args:
@@ -104,14 +67,17 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
         context: this process among its peers.
         resume: "auto" continues the newest checkpoint of the run if there is one, "never" starts anew, a path continues
             that checkpoint. A new run moves an earlier one of its name aside.
+        signals: requests to stop that this process receives; None listens to none.
 
     Returns:
         The run's folder.
 
     Raises:
         ValueError: on every rank: the configuration, the shards and the ranks do not fit together, or a batch is
-            damaged.
+            damaged. NonFiniteError: steps come out as NaN, and going back has not helped.
+        StopRequested: on every rank: a rank was told to stop; what was trained is saved.
     """
+    signals = signals or StopSignals()
     # 1. Refuse what cannot work before anything is built.
     if config.proxies.fused and context.device.type != "cuda":
         raise AgreedError(
@@ -123,6 +89,7 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     _check_memory(config, plan, context)
     data, test_index = run_together(context, _open_data, config)
     _check_same_data(data, test_index, context)
+    lock = run_together(context, lambda: RunLock(run_directory) if context.is_main else None)
     found, passed_over = on_main(context, checkpoint_to_continue, checkpoints, resume)
     run_together(context, lambda: data.loader(context, epoch=0, start=0))
 
@@ -130,18 +97,11 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
     state = build_train_state(config, context, steps_per_epoch=data.count_steps())
     comparable = _comparable_settings(config) | data.identity()
     if found:
-        run = load_checkpoint(
-            found,
-            engine=state.engine,
-            loss=state.loss,
-            bank_optimizer=state.bank_optimizer,
-            context=context,
-            settings=comparable,
-        )
-        continue_at(state, run, data)
+        position = _load(found, state, comparable)
+        continue_at(state, position, data)
         # Here, not in the middle of things: another batch size or number of ranks may not divide the rest.
         run_together(context, lambda: data.loader(context, epoch=state.epoch, start=state.consumed))
-    moved = on_main(context, _prepare_run_directory, config, found is not None)
+    moved = on_main(context, _prepare_run_directory, config, state.step if found else None)
     telemetry = Telemetry(
         run_directory,
         enabled=context.is_main,
@@ -164,70 +124,224 @@ def train(config: Config, context: ParallelContext, *, resume: str = "auto") -> 
         assert data.index is not None
         start_from_class_means(state, data.index, telemetry, damage)
 
-    # 3. Train. An evaluation that was due when the run stopped is made up for.
-    if state.step == 0 and config.evaluation.raw_pixels:
-        _evaluate_raw_pixels(config, context, test_index, run_directory, test_damage)
-    cache = ImageCache() if config.data.cache_images else None
-    while True:
-        if _evaluation_is_due(state) and not on_main(context, _evaluation_path(run_directory, state).exists):
-            evaluate_run(state, test_index, telemetry, run_directory, test_damage)
-        if state.is_finished:
-            break
-        _train_epoch(state, data, telemetry, checkpoints, settings=comparable, cache=cache, damage=damage)
+    # 3. Train.
+    keep = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    loop = _Loop(
+        state=state,
+        data=data,
+        test_index=test_index,
+        settings=comparable,
+        telemetry=telemetry,
+        writer=CheckpointWriter(checkpoints, context, keep, asynchronous=config.checkpoint.asynchronous),
+        signals=signals,
+        watchdog=Watchdog(config.training.step_timeout, report=run_directory / f"hang-rank-{context.rank:03d}.txt"),
+        left_out=NonFiniteLog(
+            run_directory / NON_FINITE_FILE,
+            max_in_row=config.training.max_left_out,
+            max_rollbacks=config.training.max_rollbacks,
+            context=context,
+        ),
+        damage=damage,
+        test_damage=test_damage,
+        cache=ImageCache() if config.data.cache_images else None,
+        saved_step=state.step if found else None,
+    )
+    loop.run()
 
     # 4. Show.
     telemetry.close()
     on_main(context, _show, run_directory, test_index)
+    del lock
     return run_directory
 
 
-def build_train_state(config: Config, context: ParallelContext, *, steps_per_epoch: int) -> TrainState:
-    """Backbone, bank and optimizers at step 0, the same on any number of ranks. Called on all ranks.
+@dataclass
+class _Loop:
+    """One start of a run, from where its state is to its end. Every method is called on all ranks."""
 
-    The proxies are random: class means, which need the images, come from `start_from_class_means`. With
-    proxies.unit_norm they are brought to length 1 here already, whatever their initialisation.
-    """
-    settings = run_together(context, engine_settings, config, context.world_size)
-    torch.manual_seed(config.seed)
-    model = run_together(context, lambda: build_backbone(config.backbone, group=context.group)).to(context.device)
-    loss = ProxyGMLLoss(
-        config.data.num_classes,
-        config.backbone.embedding_dim,
-        proxies_per_class=config.proxies.per_class,
-        ratio=config.proxies.ratio,
-        topk=config.proxies.topk,
-        regularization_weight=config.proxies.regularization_weight,
-        scale=config.proxies.scale,
-        group=context.group,
-        regularization_anchors=config.proxies.regularization_anchors,
-        selection=config.proxies.selection,
-        memory_budget=config.proxies.memory_budget_bytes,
-        fused=config.proxies.fused,
-        matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
-        sparse=wants_sparse_gradient(config),
-        initialization="published" if config.proxies.initialization == "published" else "unit",
-        seed=config.seed,
-    ).to(context.device)
-    trunk, embedding = model.parameter_groups()
-    engine = Engine(
-        model,
-        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding),
+    state: TrainState
+    data: TrainingData
+    test_index: ShardIndex
+    settings: dict[str, Any]
+    telemetry: Telemetry
+    writer: CheckpointWriter
+    signals: StopSignals
+    watchdog: Watchdog
+    left_out: NonFiniteLog
+    damage: DamageLog | None
+    test_damage: DamageLog | None
+    cache: ImageCache | None
+    saved_step: int | None
+    """Of the newest checkpoint, which may still be being written."""
+
+    @property
+    def context(self) -> ParallelContext:
+        return self.state.context
+
+    @property
+    def config(self) -> Config:
+        return self.state.config
+
+    @property
+    def run_directory(self) -> Path:
+        return self.config.run_directory
+
+    def run(self) -> None:
+        """Train and evaluate to the end of the run. An evaluation that was due when the run stopped is made up for."""
+        try:
+            if self.state.step == 0 and self.config.evaluation.raw_pixels:
+                self._evaluate_raw_pixels()
+            while True:
+                if self._evaluation_is_due():
+                    evaluate_run(
+                        self.state,
+                        self.test_index,
+                        self.telemetry,
+                        self.run_directory,
+                        self.test_damage,
+                        signals=self.signals,
+                    )
+                if self.state.is_finished:
+                    break
+                self._train_epoch()
+            self._tell(self.writer.close())
+        except StopRequested as request:
+            if self.state.step > 0 and self.saved_step != self.state.step:
+                self._save()
+            self._tell(self.writer.close())
+            what = f"saved after step {self.state.step}" if self.state.step else "nothing to save before the first step"
+            self.telemetry.say(f"stopped by {request}: {what}; start the run again to go on")
+            self.telemetry.close()
+            raise
+
+    def _train_epoch(self) -> None:
+        """Train to the end of the epoch, or of the run."""
+        state, config, context = self.state, self.config, self.context
+        epoch = state.epoch
+        loader = self.data.loader(context, epoch=epoch, start=state.consumed, cache=self.cache)
+        state.engine.module.train()
+        self.telemetry.pause()
+        batches = iter(loader)
+        while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
+            self.watchdog.beat()
+            micro_batches = _next_step(batches, config.accumulation, context)
+            self._count_damaged(micro_batches)
+            if state.step == 0:
+                self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
+            measure = (state.step + 1) % config.telemetry.log_every_steps == 0
+            rates = learning_rates(state)
+            # A rank that was told to stop, or whose checkpoint could not be written in the background, asks for all.
+            wishes = [self.signals.received is not None, self.writer.has_failed]
+            report = train_step(state, micro_batches, measure=measure, requests=wishes)
+            self.telemetry.count(micro_batches[0].step_size)
+            if report.left_out:
+                self._leave_out(report)
+            else:
+                self.left_out.num_in_row = 0
+                if measure:
+                    self._log(report, rates, epoch)
+            every_steps = config.checkpoint.every_steps
+            is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
+            if is_due or state.is_finished:
+                with self.watchdog.paused():
+                    self._save()
+            is_stop, is_failure = report.requests
+            self._tell(self.writer.wait() if is_failure else self.writer.poll())
+            if is_stop:
+                self.signals.agree(context)
+        self.watchdog.stop()
+
+    def _log(self, report: StepReport, rates: list[float], epoch: int) -> None:
+        assert report.terms is not None
+        self.telemetry.log_training(
+            self.state.step,
+            epoch + 1,
+            {
+                "loss": report.terms.total.item(),
+                "classification": report.terms.classification.item(),
+                "regularization": report.terms.regularization.item(),
+                "kept_classes": report.terms.kept_classes.item(),
+                "lr_backbone": rates[0],
+                "lr_embedding": rates[1],
+                "lr_proxies": rates[2],
+                "gradient_norm_backbone": report.backbone_norm,
+                "gradient_norm_proxies": report.proxies_norm,
+                "damaged_images": None if self.damage is None else len(self.damage),
+            },
+        )
+
+    def _count_damaged(self, micro_batches: list[Batch]) -> None:
+        if self.damage is not None:
+            for new in self.damage.add([damaged for batch in micro_batches for damaged in batch.damaged]):
+                self.telemetry.say(f"damaged, replaced by another image: {new.image}: {new.reason}")
+
+    def _leave_out(self, report: StepReport) -> None:
+        """Tell that a step changed nothing; go back if that happens again and again."""
+        assert report.left_out is not None
+        state, index = self.state, self.data.index
+        images = [str(i) if index is None else index.describe(i) for i in report.left_out.suspects]
+        self.telemetry.say(self.left_out.add(state.step, report.left_out.reason, images))
+        if not self.left_out.is_full and state.engine.has_finite_buffers():
+            return
+        with self.watchdog.paused():
+            self._tell(self.writer.wait())
+            checkpoint = on_main(self.context, find_checkpoint, self.run_directory / "checkpoints", "auto")
+            told = self.left_out.roll_back(state.step, checkpoint)
+            assert checkpoint is not None
+            _load(checkpoint, state, self.settings)
+        self.telemetry.say(told)
+
+    def _save(self) -> None:
+        state = self.state
+        saved = self.writer.save(
+            state=RunState(state.step, state.epoch, state.consumed, self.context.world_size, self.settings),
+            engine=state.engine,
+            loss=state.loss,
+            bank_optimizer=state.bank_optimizer,
+        )
+        self.saved_step = state.step
+        self._tell(saved)
+        self.telemetry.pause()
+
+    def _tell(self, saved: list[SavedCheckpoint]) -> None:
+        for problem in (problem for checkpoint in saved for problem in checkpoint.problems):
+            self.telemetry.say(problem)
+
+    def _evaluation_is_due(self) -> bool:
+        """Before the first step if wanted, after the last always, and between epochs every so many; never twice."""
+        state, evaluation = self.state, self.config.evaluation
+        epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
+        if state.is_finished:
+            is_due = True
+        elif state.schedule_step == 0:
+            is_due = evaluation.at_start
+        else:
+            is_due = rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
+        path = self.run_directory / "evaluation" / f"{checkpoint_name(state.step)}.json"
+        return is_due and not on_main(self.context, path.exists)
+
+    def _evaluate_raw_pixels(self) -> None:
+        result = evaluate_model(
+            self.config,
+            self.context,
+            RawPixels().to(self.context.device),
+            self.test_index,
+            damage=self.test_damage,
+            kmeans_seeds=min(1, self.config.evaluation.kmeans_seeds),
+            signals=self.signals,
+        )
+        on_main(self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False))
+
+
+def _load(checkpoint: Path, state: TrainState, settings: dict[str, Any]) -> RunState:
+    """Put the checkpoint's numbers into the state; its position is returned, not taken."""
+    return load_checkpoint(
+        checkpoint,
+        engine=state.engine,
+        loss=state.loss,
+        bank_optimizer=state.bank_optimizer,
+        context=state.context,
         settings=settings,
-        context=context,
-        outside=loss.parameters(),
-    )
-    if config.proxies.unit_norm:
-        bring_to_unit_length_(loss.proxies)
-    num_steps = steps_per_epoch * config.training.epochs
-    torch.manual_seed(config.seed + context.rank)  # dropout: other images, other masks
-    return TrainState(
-        context=context,
-        config=config,
-        engine=engine,
-        loss=loss,
-        bank_optimizer=build_bank_optimizer(config.optimizer, loss.proxies),
-        num_steps=min(num_steps, config.training.max_steps or num_steps),
-        steps_per_epoch=steps_per_epoch,
     )
 
 
@@ -295,68 +409,22 @@ def start_from_class_means(
         damage.add(left_out)
 
 
-def train_step(state: TrainState, micro_batches: Sequence[Batch], *, measure: bool) -> StepReport:
-    """One optimizer step over the global batch that `micro_batches` are this rank's part of. Called on all ranks.
-
-    Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that the average over
-    micro-batches is the mean over the step's images. The engine divides the backbone's by their number itself; the
-    bank's are divided here. A sparse gradient of the bank is brought to one row a class first, since several
-    micro-batches give a class several, whose norm is not that of their sum.
-    """
-    context, config = state.context, state.config
-    learning_rates = _learning_rates(state)
-    set_learning_rates(state.engine.optimizer, learning_rates[:2])
-    set_learning_rates(state.bank_optimizer, learning_rates[2:])
-
-    # 1. Forward and backward, micro-batch by micro-batch. What the loss draws is numbered by the step, not by history.
-    state.loss.draw = state.step * config.accumulation
-    sums: list[Tensor] | None = None
-    for batch in micro_batches:
-        weight = batch.loss_weight(len(micro_batches))
-        embeddings = state.engine.embed(batch.images)
-        handed_over = embeddings.detach().requires_grad_()
-        terms = state.loss(handed_over, batch.labels.to(context.device, non_blocking=True))
-        (terms.total * weight).backward()
-        assert handed_over.grad is not None
-        state.engine.backward(embeddings, handed_over.grad)
-        backbone_norm = state.engine.step(measure_norm=measure)
-        weighted = [term.detach() * (weight / len(micro_batches)) for term in terms]
-        sums = weighted if sums is None else [total + part for total, part in zip(sums, weighted, strict=True)]
-    assert sums is not None
-
-    # 2. The bank steps where the engine stepped.
-    gradient = state.loss.proxies.grad
-    assert gradient is not None
-    kept_classes = None
-    if gradient.is_sparse:
-        state.loss.proxies.grad = gradient = coalesced(gradient)
-        kept_classes = gradient.indices()[0]
-    values = gradient if kept_classes is None else gradient.values()  # the gradient's own memory
-    values /= len(micro_batches)
-    proxies_norm = None
-    clip = config.optimizer.proxies_clip_norm
-    if measure or clip is not None:  # partitions are disjoint: squares add up over ranks
-        proxies_norm = all_reduce_sum(squared_norm(values), group=context.group).sqrt()
-    if clip is not None and proxies_norm is not None:
-        clip_norm_(values, norm=proxies_norm, max_norm=clip)
-    if state.engine.step_was_applied():
-        state.bank_optimizer.step()
-        if config.proxies.unit_norm:
-            bring_to_unit_length_(state.loss.proxies, classes_u=kept_classes)
-    state.bank_optimizer.zero_grad()
-    state.step += 1
-    state.schedule_step += 1
-    ends_epoch = state.schedule_step % state.steps_per_epoch == 0
-    state.consumed = 0 if ends_epoch else state.consumed + micro_batches[0].step_size
-    return StepReport(LossTerms(*sums), backbone_norm, proxies_norm)
-
-
 def evaluate_run(
-    state: TrainState, index: ShardIndex, telemetry: Telemetry, run_directory: Path, damage: DamageLog | None
+    state: TrainState,
+    index: ShardIndex,
+    telemetry: Telemetry,
+    run_directory: Path,
+    damage: DamageLog | None,
+    *,
+    signals: StopSignals | None = None,
 ) -> EvaluationResult:
-    """Evaluate the state's backbone; log and store the result. Called on all ranks."""
+    """Evaluate the state's backbone; log and store the result. Called on all ranks.
+
+    Raises:
+        ValueError, StopRequested: as `evaluate`.
+    """
     config, context = state.config, state.context
-    result = evaluate_model(config, context, _backbone_of_one_rank(state), index, damage=damage)
+    result = evaluate_model(config, context, _backbone_of_one_rank(state), index, damage=damage, signals=signals)
     if result.num_damaged:
         telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
     epoch, name = state.epoch, checkpoint_name(state.step)
@@ -381,6 +449,7 @@ def evaluate_model(
     *,
     damage: DamageLog | None,
     kmeans_seeds: int | None = None,
+    signals: StopSignals | None = None,
 ) -> EvaluationResult:
     """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks."""
     return evaluate(
@@ -394,6 +463,7 @@ def evaluate_model(
         kmeans_seeds=config.evaluation.kmeans_seeds if kmeans_seeds is None else kmeans_seeds,
         preprocessing=config.data.test_transform.model_dump(),
         damage=damage,
+        signals=signals,
     )
 
 
@@ -429,89 +499,11 @@ def _embedded(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
     return F.normalize(embeddings_bD.float(), dim=1), batch.labels.to(device, non_blocking=True)
 
 
-def _train_epoch(
-    state: TrainState,
-    data: TrainingData,
-    telemetry: Telemetry,
-    checkpoints: Path,
-    *,
-    settings: dict[str, Any],
-    cache: ImageCache | None,
-    damage: DamageLog | None,
-) -> None:
-    """Train to the end of the epoch, or of the run."""
-    config, context = state.config, state.context
-    epoch = state.epoch
-    loader = data.loader(context, epoch=epoch, start=state.consumed, cache=cache)
-    state.engine.module.train()
-    telemetry.pause()
-    batches = iter(loader)
-    while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
-        micro_batches = _next_step(batches, config.accumulation, context)
-        if damage is not None:
-            for new in damage.add([damaged for batch in micro_batches for damaged in batch.damaged]):
-                telemetry.say(f"damaged, replaced by another image: {new.image}: {new.reason}")
-        if state.step == 0:
-            telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
-        measure = (state.step + 1) % config.telemetry.log_every_steps == 0
-        learning_rates = _learning_rates(state)
-        report = train_step(state, micro_batches, measure=measure)
-        telemetry.count(micro_batches[0].step_size)
-        if measure:
-            telemetry.log_training(
-                state.step,
-                epoch + 1,
-                {
-                    "loss": report.terms.total.item(),
-                    "classification": report.terms.classification.item(),
-                    "regularization": report.terms.regularization.item(),
-                    "kept_classes": report.terms.kept_classes.item(),
-                    "lr_backbone": learning_rates[0],
-                    "lr_embedding": learning_rates[1],
-                    "lr_proxies": learning_rates[2],
-                    "gradient_norm_backbone": report.backbone_norm,
-                    "gradient_norm_proxies": None if report.proxies_norm is None else report.proxies_norm.item(),
-                    "damaged_images": None if damage is None else len(damage),
-                },
-            )
-        every_steps = config.checkpoint.every_steps
-        is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
-        if is_due or state.is_finished:
-            saved = save_checkpoint(
-                checkpoints,
-                state=RunState(state.step, state.epoch, state.consumed, context.world_size, settings),
-                engine=state.engine,
-                loss=state.loss,
-                bank_optimizer=state.bank_optimizer,
-                context=context,
-                retention=Retention(
-                    config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best
-                ),
-            )
-            for problem in saved.problems:
-                telemetry.say(problem)
-            telemetry.pause()
-
-
 def _next_step(batches: Iterator[Batch], accumulation: int, context: ParallelContext) -> list[Batch]:
     try:
         return list(itertools.islice(batches, accumulation))
     except ValueError as error:
         raise OneRankError(f"{error} (on rank {context.rank})") from None
-
-
-def _learning_rates(state: TrainState) -> list[float]:
-    """Learning rates of trunk, embedding layer and proxies at the state's step."""
-    optimizer = state.config.optimizer
-    factor = learning_rate_factor(
-        state.config.schedule,
-        step=state.schedule_step,
-        steps_per_epoch=state.steps_per_epoch,
-        num_steps=state.num_steps,
-    )
-    frozen = state.epoch + 1 in state.config.training.frozen_trunk_epochs
-    embedding = optimizer.embedding_lr or optimizer.backbone_lr
-    return [0.0 if frozen else factor * optimizer.backbone_lr, factor * embedding, factor * optimizer.proxies_lr]
 
 
 def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> None:
@@ -550,19 +542,27 @@ def build_damage_log(
     return DamageLog(path, split=split, num_images=num_images, max_share=config.data.max_damaged, context=context)
 
 
-def _prepare_run_directory(config: Config, continues: bool) -> Path | None:
+def _prepare_run_directory(config: Config, step: int | None) -> Path | None:
     """Make the run's folder and write the resolved configuration. What a new run finds there is moved aside, not lost.
+
+    Args:
+        config: the run.
+        step: where the run continues; evaluations of later steps, which a checkpoint was lost of, are removed: their
+            steps will be done again. None starts anew.
 
     Returns:
         Where the earlier run went, if there was one.
     """
     directory, aside = config.run_directory, None
     try:
-        if not continues and directory.exists():
+        if step is None and directory.exists():
             names = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
             aside = next(path for path in names if not path.exists())
             os.rename(directory, aside)
         directory.mkdir(parents=True, exist_ok=True)
+        for path in (directory / "evaluation").glob("step-*.json"):
+            if step is not None and int(path.stem.removeprefix("step-").partition("-")[0]) > step:
+                path.unlink()
         (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
     except OSError as error:
         raise ValueError(
@@ -571,26 +571,12 @@ def _prepare_run_directory(config: Config, continues: bool) -> Path | None:
     return aside
 
 
-def _evaluation_path(run_directory: Path, state: TrainState) -> Path:
-    return run_directory / "evaluation" / f"{checkpoint_name(state.step)}.json"
-
-
-def _evaluation_is_due(state: TrainState) -> bool:
-    """Before the first step if wanted, after the last always, and between epochs every so many."""
-    evaluation = state.config.evaluation
-    if state.is_finished:
-        return True
-    if state.schedule_step == 0:
-        return evaluation.at_start
-    epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
-    return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
-
-
 def _comparable_settings(config: Config) -> dict[str, Any]:
     """What the numbers of a run depend on, flat: a run continues only under the same."""
     whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
     free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
     free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
+    free |= {"training.max_left_out", "training.max_rollbacks", "training.step_timeout"}
     free |= {"proxies.selection", "proxies.fused"}  # the same numbers by other ways
     if config.data.images_per_class is None:  # the position in the data is a number of images
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
@@ -627,15 +613,6 @@ def _greeting(
         f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )
-
-
-def _evaluate_raw_pixels(
-    config: Config, context: ParallelContext, index: ShardIndex, run_directory: Path, damage: DamageLog | None
-) -> None:
-    pixels = RawPixels().to(context.device)
-    num_seeds = min(1, config.evaluation.kmeans_seeds)
-    result = evaluate_model(config, context, pixels, index, damage=damage, kmeans_seeds=num_seeds)
-    on_main(context, lambda: store_evaluation(run_directory, "pixels", result, with_embeddings=False))
 
 
 def _show(run_directory: Path, index: ShardIndex) -> None:

@@ -3,14 +3,11 @@
 A thin shell around submitit: one task per GPU (or per CPU rank, --tasks-per-node), each of which finds its peers by
 what SLURM tells it and then does what launchers/train.py does. What the user may have got wrong is refused here, before
 anything waits in a queue; the settings travel with the job as they were validated, so a configuration edited meanwhile
-changes nothing. Before the time limit and at preemption the job puts itself back into the queue and continues from the
-newest checkpoint.
+changes nothing. Before the time limit and at preemption all ranks stop between two steps and save, then the job puts
+itself back into the queue and continues there.
 
 --cluster local starts the same tasks on this machine, --cluster debug one rank in this process. torch is imported in
 tasks only, so that a login node answers at once. docs/slurm.md says what to expect of each.
-
-Declined: saving a checkpoint inside a signal handler. It runs on one rank in the middle of a step; a save is the work
-of all.
 """
 
 import argparse
@@ -22,9 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import submitit
@@ -39,7 +34,7 @@ EXAMPLES = """examples:
   python launchers/submit.py --config configs/demo_cpu.json --cluster local --tasks-per-node 2 --wait
 """
 
-# Seconds between the signal that announces the end of the time limit and the end itself.
+# Most seconds between the signal that announces the end of the time limit and the end itself.
 _SIGNAL_DELAY = 120
 # How often the time limit may be reached. What stops a job that gets nowhere is _MAX_FRUITLESS.
 _MAX_TIME_LIMITS = 1000
@@ -71,7 +66,6 @@ _FINISHED_STATES = {
     "PREEMPTED",
     "TIMEOUT",
 }
-_KILLED_BY_SIGTERM = 128 + signal.SIGTERM
 
 
 # ---- in the job ------------------------------------------------------------------------------------------------------
@@ -80,20 +74,25 @@ _KILLED_BY_SIGTERM = 128 + signal.SIGTERM
 class TrainingJob:
     """What every task of a job does. submitit pickles it, and calls it again when the job starts again."""
 
-    def __init__(self, config: Config, *, source: str, resume: str, uses_gpus: bool, cpus_per_task: int | None) -> None:
+    def __init__(
+        self, config: Config, *, source: str, resume: str, uses_gpus: bool, cpus_per_task: int | None, grace: float
+    ) -> None:
         self.settings = config.model_dump(mode="json")
         self.source = source
         self.resume = resume
         self.uses_gpus = uses_gpus
         self.cpus_per_task = cpus_per_task
+        self.grace = grace
         self.submitted_at = time.time()
         self.newest_checkpoint: Path | None = None
         self.num_fruitless = 0
 
     def __call__(self) -> NoReturn:
-        """Run one task and end its process: status 0, 2 after a user's mistake, 143 after SIGTERM, 1 otherwise."""
+        """Run one task and end its process, with the statuses of launchers/train.py."""
         task = submitit.JobEnvironment()
-        handle_signals(task)
+        requeue = signal.getsignal(getattr(signal, f"SIG{task.USR_SIG}"))
+        # submitit ignores it; until the libraries are there nothing can be lost by ending.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         os.environ.update(
             RANK=str(task.global_rank),
@@ -101,32 +100,35 @@ class TrainingJob:
             LOCAL_RANK=str(task.local_rank),
             LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
             MASTER_ADDR=task.hostnames[0] if task.num_nodes > 1 else "127.0.0.1",
-            MASTER_PORT=str(rendezvous_port(int(task.job_id), restarts)),
+            MASTER_PORT=str(rendezvous_port(int(task.raw_job_id), restarts)),
         )
         if not self.uses_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a node may show GPUs to a job that asked for none
             if self.cpus_per_task:
                 os.environ["OMP_NUM_THREADS"] = str(self.cpus_per_task)
-        mark = finished_mark(task.paths.folder, task.job_id, task.global_rank) if task.cluster == "local" else None
-        try:
-            self.run(mark)
-        except SystemExit as ending:
-            # submitit has requeued the job. The interpreter's own end could still abort in a thread of gloo's.
-            os._exit(ending.code & 0xFF if isinstance(ending.code, int) else 1)
+        self.run(Requeue(task, requeue, grace=self.grace))
 
-    def run(self, mark: Path | None = None) -> NoReturn:
-        """Train in this process, whose rank stands in the environment, and end it. `mark` is created on success."""
+    def run(self, requeue: "Requeue | None" = None) -> NoReturn:
+        """Train in this process, whose rank stands in the environment, and end it."""
         from dist_proxygml.parallel import join_world, run_launcher
+        from dist_proxygml.preemption import StopRequested, StopSignals
 
         def main() -> None:
             config = parse_config(self.settings, source=self.source)
             resume = "auto" if self.has_started(config) else self.resume
+            signals = StopSignals(grace=requeue.grace, on_grace_over=requeue.give_up) if requeue else StopSignals()
+            signals.listen()
             context = join_world()
             from dist_proxygml.training import train
 
-            train(config, context, resume=resume)
-            if mark:
-                mark.touch()
+            try:
+                train(config, context, resume=resume, signals=signals)
+            except StopRequested as stop:
+                if requeue:
+                    requeue.after(set(stop.signals.values()))
+                raise
+            if requeue:
+                requeue.leave_mark(0)
 
         run_launcher(main)
 
@@ -138,11 +140,7 @@ class TrainingJob:
         return any((path / MANIFEST_FILE).stat().st_mtime > self.submitted_at for path in found)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
-        """The job to put into the queue again, or None to give up. Called by submitit in rank 0's signal handler.
-
-        Nothing is saved here. A handler that lets all ranks save first replaces the one that calls this, and calls
-        it afterwards.
-        """
+        """The job to put into the queue again, or None to give up. Called by submitit's handler, on rank 0."""
         from dist_proxygml.checkpoint import published_checkpoints
 
         config = parse_config(self.settings, source=self.source)
@@ -157,34 +155,51 @@ class TrainingJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def handle_signals(task: Any) -> None:
-    """Let SIGTERM end this process or requeue the job, and keep both signals from processes that it forks.
+class Requeue:
+    """Puts a job back into the queue when its ranks have stopped, by the handler that submitit has for its signal.
 
-    submitit requeues at its own signal (USR2) and ignores SIGTERM. But SIGTERM is all that a preempted job gets where
-    SLURM does not send the job's own signal, and what scancel and a peer's failure send: then the job must not come
-    back, and its end must not wait for SIGKILL. Data workers inherit handlers, and SLURM signals all processes of a
-    job.
+    That handler would do so in the middle of a step; here it is called when everything is saved. On rank 0 it ends the
+    job; the other ranks end by themselves, with status 0, since a failure would end rank 0 before it is done.
     """
-    requeue_signal = getattr(signal, f"SIG{task.USR_SIG}")
-    requeue: Callable[[int, FrameType | None], None] = signal.getsignal(requeue_signal)  # type: ignore[assignment]
-    process = os.getpid()
 
-    def on_requeue_signal(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == process:
-            requeue(number, frame)
+    def __init__(self, task: Any, handler: Any, *, grace: float) -> None:
+        self.grace = grace
+        self._task, self._handler = task, handler
 
-    def on_terminate(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
-        if os.getpid() != process:
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif task.cluster == "slurm" and is_preempted(task.job_id):
-            requeue(requeue_signal, frame)  # on rank 0; it returns on the others, which end with the job
-        else:
-            os.write(2, b"SIGTERM: this task ends\n")  # print may be what was interrupted
-            os._exit(_KILLED_BY_SIGTERM)
+    def after(self, received: set[signal.Signals]) -> None:
+        """Requeue the job if the signals that its ranks have received ask for it; returns if they do not.
 
-    signal.signal(requeue_signal, on_requeue_signal)
-    signal.signal(signal.SIGTERM, on_terminate)
+        SIGTERM alone is what scancel and a peer's failure send: then the job must not come back. But it is also all
+        that a preempted job gets where SLURM does not send the job's own signal.
+        """
+        if received == {signal.SIGTERM} and not (self._task.cluster == "slurm" and is_preempted(self._task.job_id)):
+            self.leave_mark(75)
+            return
+        self._requeue()
+
+    def give_up(self) -> None:
+        """The time that SLURM gives is nearly over and the ranks have not stopped, because one of them hangs."""
+        os.write(2, b"not stopped in time: nothing is saved, the job goes on from its newest checkpoint\n")
+        self._requeue()
+
+    def leave_mark(self, status: int) -> None:
+        """Note how this rank has ended: submitit does not keep it, and SLURM forgets it."""
+        path = finished_mark(self._task.paths.folder, self._task.job_id, self._task.global_rank)
+        path.write_text(str(status))
+
+    def _requeue(self) -> NoReturn:
+        status = 0
+        if self._task.global_rank == 0:
+            try:
+                self._handler(getattr(signal, f"SIG{self._task.USR_SIG}"), None)
+            except SystemExit as ending:
+                status = ending.code & 0xFF if isinstance(ending.code, int) else 1
+            except submitit.core.utils.UncompletedJobError as error:
+                os.write(2, f"error: {error}\n".encode())
+                status = 75
+                self.leave_mark(status)
+        sys.stdout.flush()
+        os._exit(status)  # the interpreter's own end could still abort in a thread of gloo's
 
 
 def is_preempted(job_id: str) -> bool:
@@ -249,7 +264,18 @@ def build_job(arguments: argparse.Namespace) -> TrainingJob:
         resume=arguments.resume,
         uses_gpus=arguments.gpus_per_node is not None or arguments.cluster == "debug",
         cpus_per_task=arguments.cpus_per_task,
+        grace=grace_of(signal_delay(parse_minutes(arguments.time))),
     )
+
+
+def signal_delay(minutes: int) -> int:
+    """Seconds between the signal that announces the end of a time limit and the end itself."""
+    return min(_SIGNAL_DELAY, 30 * minutes)
+
+
+def grace_of(delay: int) -> float:
+    """Seconds of that delay that stopping may take; the rest is for putting the job back into the queue."""
+    return max(delay - 20, delay / 2)
 
 
 def parse_minutes(limit: str) -> int:
@@ -298,7 +324,7 @@ def slurm_executor(arguments: argparse.Namespace, folder: Path, name: str) -> su
         "partition": arguments.partition,
         "constraint": arguments.constraint,
         "time": minutes,
-        "signal_delay_s": min(_SIGNAL_DELAY, 30 * minutes),
+        "signal_delay_s": signal_delay(minutes),
         "stderr_to_stdout": True,
         "srun_args": srun_arguments,
         "additional_parameters": {"requeue": True} | dict(option.split("=", 1) for option in arguments.sbatch),
@@ -308,11 +334,27 @@ def slurm_executor(arguments: argparse.Namespace, folder: Path, name: str) -> su
     return executor
 
 
-def submit_to_slurm(executor: submitit.SlurmExecutor, job: TrainingJob) -> str:
-    """Put the job into SLURM's queue.
+def start_here(arguments: argparse.Namespace, job: TrainingJob, folder: Path, *, first_gpu: int = 0) -> Any:
+    """Start a job on this machine, on its GPUs from number `first_gpu` on; submitit's handle of it."""
+    num_gpus, minutes = arguments.gpus_per_node or 0, parse_minutes(arguments.time)
+    executor = submitit.LocalExecutor(folder, max_num_timeout=_MAX_TIME_LIMITS)
+    executor.update_parameters(
+        tasks_per_node=arguments.gpus_per_node or arguments.tasks_per_node,
+        gpus_per_node=num_gpus,
+        visible_gpus=list(range(first_gpu, first_gpu + num_gpus)),
+        timeout_min=minutes,
+        signal_delay_s=signal_delay(minutes),
+        stderr_to_stdout=True,
+    )
+    with submitit.helpers.clean_env():  # what a surrounding job or launcher has set is not meant for this one
+        return executor.submit(job)
+
+
+def submit_to_slurm(executor: submitit.SlurmExecutor, *jobs: TrainingJob) -> list[str]:
+    """Put a job into SLURM's queue; several as one job array.
 
     Returns:
-        The job's number.
+        The number of each: "12", or "12_0", "12_1", ... in an array.
 
     Raises:
         ValueError: no SLURM here, or it refuses the job.
@@ -325,7 +367,9 @@ def submit_to_slurm(executor: submitit.SlurmExecutor, job: TrainingJob) -> str:
     try:
         with submitit.helpers.clean_env():  # what a surrounding job or launcher has set is not meant for this one
             os.environ.update(settings)
-            return str(executor.submit(job).job_id)
+            with executor.batch():
+                submitted = [executor.submit(job) for job in jobs]
+            return [str(job.job_id) for job in submitted]
     except submitit.core.utils.FailedJobError as error:
         said = [line for line in str(error).splitlines() if "sbatch: error:" in line]
         reason = "\n".join(line[line.index("sbatch: error:") :] for line in said) or str(error)
@@ -415,7 +459,7 @@ def log_of(folder: Path, job_id: str, rank: int) -> Path:
 
 
 def finished_mark(folder: Path, job_id: str, rank: int) -> Path:
-    """The file that a rank of a local job leaves when it is done: submitit does not keep exit statuses of these."""
+    """The file that a rank leaves with its status when it ends as it should."""
     return folder / f"{job_id}_{rank}_finished"
 
 
@@ -454,8 +498,9 @@ def follow_local(job: Any, folder: Path, num_ranks: int) -> int:
         reader.copy()
         time.sleep(0.5)
     reader.copy()
-    if all(finished_mark(folder, job.job_id, rank).exists() for rank in range(num_ranks)):
-        return 0
+    marks = [finished_mark(folder, job.job_id, rank) for rank in range(num_ranks)]
+    if all(mark.exists() for mark in marks):
+        return max(int(mark.read_text()) for mark in marks)
     return report_mistakes(folder, job.job_id, num_ranks) or 1
 
 
@@ -483,14 +528,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="JSON configuration, see configs/")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
+    add_arguments(parser)
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
         help="as for train.py, for the first start; a restart continues from what the job itself has saved",
     )
+    parser.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="slurm: a batch job (default); local: the same tasks on this machine; debug: one rank in this process",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
+    parser.add_argument("--wait", action="store_true", help="follow the job, and end with its status")
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to train and on which machines; launchers/sweep.py has the same."""
+    parser.add_argument("--config", required=True, help="JSON configuration, see configs/")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs of each machine; one rank each")
     parser.add_argument("--tasks-per-node", type=int, help="ranks of each machine on CPUs, instead of GPUs")
@@ -508,15 +567,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="further options of sbatch: account=vision mem=64G",
     )
-    parser.add_argument(
-        "--cluster",
-        choices=("slurm", "local", "debug"),
-        default="slurm",
-        help="slurm: a batch job (default); local: the same tasks on this machine; debug: one rank in this process",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
-    parser.add_argument("--wait", action="store_true", help="follow the job, and end with its status")
-    return parser
 
 
 def run(command_line: list[str]) -> int:
@@ -548,7 +598,7 @@ def _submit(arguments: argparse.Namespace, job: TrainingJob) -> int:
         print(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"), end="")
         return 0
     num_ranks = arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node)
-    job_id = submit_to_slurm(executor, job)
+    (job_id,) = submit_to_slurm(executor, job)
     print(f"job {job_id} of {num_ranks} ranks\n  log:    tail -F {log_of(folder, job_id, 0)}")
     print(f"  state:  squeue --job {job_id}\n  end it: scancel {job_id}", flush=True)
     if arguments.wait:
@@ -562,15 +612,7 @@ def _submit(arguments: argparse.Namespace, job: TrainingJob) -> int:
 
 def _start_here(arguments: argparse.Namespace, job: TrainingJob, folder: Path) -> int:
     num_ranks = arguments.gpus_per_node or arguments.tasks_per_node
-    executor = submitit.LocalExecutor(folder, max_num_timeout=_MAX_TIME_LIMITS)
-    executor.update_parameters(
-        tasks_per_node=num_ranks,
-        gpus_per_node=arguments.gpus_per_node or 0,
-        timeout_min=parse_minutes(arguments.time),
-        stderr_to_stdout=True,
-    )
-    with submitit.helpers.clean_env():  # what a surrounding job or launcher has set is not meant for this one
-        started = executor.submit(job)
+    started = start_here(arguments, job, folder)
     print(f"job {started.job_id} of {num_ranks} ranks\n  log:    tail -F {log_of(folder, started.job_id, 0)}")
     print(f"  end it: kill {started.job_id}", flush=True)
     return follow_local(started, folder, num_ranks) if arguments.wait else 0

@@ -26,6 +26,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.plan import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
 from dist_proxygml.data.shards import ShardReader, ShardUnavailableError
 from dist_proxygml.data.transforms import Transform
+from dist_proxygml.preemption import ignore_stop_signals
 
 
 class Batch(NamedTuple):
@@ -237,6 +238,7 @@ class BatchLoader:
             collate_fn=_unchanged,
             pin_memory=pin_memory,
             generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
         )
 
     def __len__(self) -> int:

@@ -28,6 +28,7 @@ from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.shards import IMAGE_EXTENSIONS
 from dist_proxygml.data.transforms import Transform
+from dist_proxygml.preemption import ignore_stop_signals
 
 
 class StreamLoader:
@@ -38,7 +39,11 @@ class StreamLoader:
         self._num_batches = num_steps * accumulation
         # Its own generator, as in the indexed loader: the global one stays as it is.
         self._loader: DataLoader[Any] = DataLoader(
-            images, batch_size=None, num_workers=num_workers, generator=torch.Generator()
+            images,
+            batch_size=None,
+            num_workers=num_workers,
+            generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
         )
 
     def __len__(self) -> int:

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from dist_proxygml.collectives import AgreedError, gather_rows
 from dist_proxygml.data.damage import Damage, DamageLog
 from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.faults import fault_point
 from dist_proxygml.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.preemption import StopSignals
 
 
 class EmbeddingTable(NamedTuple):
@@ -43,6 +45,7 @@ def embed(
     describe: Callable[[int], str] | None = None,
     progress: Callable[[int], object] | None = None,
     damage: DamageLog | None = None,
+    signals: StopSignals | None = None,
 ) -> EmbeddingTable:
     """Embed a split: this rank's batches here, the other ranks' batches there, one table
     everywhere.
@@ -59,13 +62,17 @@ def embed(
         describe: what to call a sample in a message besides its id, such as `ShardIndex.describe`.
         progress: called after each batch with the number of images just embedded on this rank.
         damage: takes in the damaged images that the loader left out; without it every image is expected.
+        signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
 
     Raises:
+        StopRequested: on every rank, when one was told to stop.
         ValueError: on every rank, when an id is missing, repeated or out of range, when an
             embedding is zero or not finite, or when more images are damaged than `damage` allows.
     """
     # 1. This rank's part. No collectives in here: a damaged image stops one rank only.
-    local, left_out = run_together(context, _embed_batches, model, loader, context.device, progress)
+    local, left_out = run_together(context, _embed_batches, model, loader, context.device, progress, signals)
+    if signals is not None:
+        signals.agree(context)
     num_left_out = 0
     if damage is not None:
         damage.add(left_out)
@@ -161,11 +168,15 @@ def _embed_batches(
     loader: Iterable[Batch],
     device: torch.device,
     progress: Callable[[int], object] | None,
+    signals: StopSignals | None,
 ) -> tuple[EmbeddingTable, list[Damage]]:
     rows, labels, ids = [], [], []
     left_out: list[Damage] = []
     with torch.inference_mode(), _evaluation_mode(model):
         for batch in loader:
+            fault_point("evaluate.batch")
+            if signals is not None and signals.received:
+                break
             left_out += batch.damaged
             if len(batch.ids) == 0:
                 continue

@@ -35,7 +35,9 @@ from dist_proxygml.evaluation import metrics
 from dist_proxygml.evaluation.embed import EmbeddingTable, embed
 from dist_proxygml.evaluation.ranking import rank_neighbours, tiles_of_rank
 from dist_proxygml.evaluation.search import FlatIndex, cluster, installed_faiss, load_faiss
+from dist_proxygml.faults import fault_point
 from dist_proxygml.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.preemption import StopSignals
 
 
 class Settings(NamedTuple):
@@ -137,6 +139,7 @@ def evaluate(
     preprocessing: Mapping[str, Any] | None = None,
     progress: Callable[[int], object] | None = None,
     damage: DamageLog | None = None,
+    signals: StopSignals | None = None,
 ) -> EvaluationResult:
     """Evaluate a model on a split, every image querying all the others.
 
@@ -156,8 +159,10 @@ def evaluate(
         preprocessing: the transform's settings, for the record.
         progress: called with the number of images after each batch of this rank.
         damage: where given, damaged images are left out, counted and recorded there; else they are an error.
+        signals: requests to stop that this process receives.
 
     Raises:
+        StopRequested: on every rank: a rank was told to stop while images were embedded.
         ValueError: on every rank: a damaged image or too many, no usable faiss, embeddings that are zero or not
             finite, a `recall_at` the split cannot give, or no class with two images.
     """
@@ -182,6 +187,7 @@ def evaluate(
         describe=index.describe,
         progress=progress,
         damage=damage,
+        signals=signals,
     )
     left_out = sorted(set(range(index.num_samples)) - set(table.ids.tolist()))
     data = {
@@ -223,6 +229,7 @@ def evaluate_table(
     num_positives_n = metrics.count_positives(labels_n)
     query_n = num_positives_n > 0
 
+    fault_point("evaluate.search")
     # 1. Retrieval: this rank's tiles, then everyone's per-query numbers in id order.
     scores_qM = _score_queries(table, num_positives_n, context=context, settings=settings)
     row_counts = everyone(context, len(scores_qM))

@@ -4,6 +4,7 @@ Chosen: a rank is killed or made to fail before a named function, in processes o
 when something happens.
 """
 
+import copy
 import errno
 import hashlib
 import json
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from dist_proxygml import checkpoint as checkpoint_module
+from dist_proxygml import checkpoint_folder
 from dist_proxygml.checkpoint import (
     Retention,
     RunState,
@@ -42,7 +44,7 @@ KEEP_TWO = Retention(keep_last=2)
 
 
 class PlainEngine:
-    """What a checkpoint asks of an engine, without DeepSpeed."""
+    """What a checkpoint asks of an engine, and of a copy of one, without DeepSpeed."""
 
     zero_stage = 0
 
@@ -55,6 +57,9 @@ class PlainEngine:
     def save(self, directory: Path) -> None:
         (directory / "engine").mkdir(exist_ok=True)
         torch.save(self.optimizer.state_dict(), directory / "engine" / "optimizer.pt")
+
+    def snapshot(self) -> "PlainEngine":
+        return copy.deepcopy(self)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())
@@ -214,7 +219,7 @@ def test_sizes_are_seen_without_reading_and_changed_bits_only_by_reading(tmp_pat
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
-def die(*_: Any) -> None:
+def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -247,10 +252,10 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before the engine's part": lambda: setattr(PlainEngine, "save", die),
     "before the bank": lambda: setattr(checkpoint_module, "_dcp_save", die),
     "before the files": lambda: setattr(checkpoint_module, "_write_own", die),
-    "before the hashes": lambda: setattr(checkpoint_module, "_flush", die),
+    "before the hashes": lambda: setattr(checkpoint_module, "flush_files", die),
     "before the manifest": lambda: setattr(checkpoint_module, "_write_manifest", die),
     "before it is published": lambda: die_at_rename(".partial"),
-    "before the pointer": lambda: setattr(checkpoint_module, "_after_publishing", die),
+    "before the pointer": lambda: setattr(checkpoint_module, "tidy_up", die),
     "before an old one goes": lambda: die_at_rename("step-000001"),
     "while an old one goes": lambda: die_at_deletion(".step-000001.deleted"),
     "while the replaced one goes": lambda: die_at_deletion(".step-000002.replaced"),
@@ -346,7 +351,7 @@ def fails_on_rank_1(context: ParallelContext, directory: Path) -> dict[str, tupl
         "bank, library": (FileSystemWriter, "write_data", refuse),
         "files, no space": (torch, "save", no_space),
         "files, library": (torch, "save", refuse),
-        "hashes": (checkpoint_module, "_flush", no_space),
+        "hashes": (checkpoint_folder, "_describe", no_space),
     }
     numbers = {
         "proxies": save.loss.proxies.data,
@@ -372,7 +377,7 @@ def fails_on_rank_1(context: ParallelContext, directory: Path) -> dict[str, tupl
                 tensor.view(-1)[3] = bad
             found[f"{what} {bad}"] = error_of(save, 2), contents(directory) == before
             tensor.view(-1)[3] = element
-    for what, name in {"manifest": "_write_manifest", "publish": "_publish"}.items():
+    for what, name in {"manifest": "_write_manifest", "publish": "publish_checkpoint"}.items():
         original = getattr(checkpoint_module, name)
         if context.is_main:
             setattr(checkpoint_module, name, no_space)

@@ -75,7 +75,7 @@ def batches_of_steps(context: ParallelContext, accumulation: int) -> list[list[B
 
 def updates_on_rank(context: ParallelContext, cases: list[Case]) -> list[dict[str, np.ndarray]]:
     """How far the backbone and this rank's proxies moved in the run, for every case."""
-    from dist_proxygml.training import build_train_state, train_step
+    from dist_proxygml.step import build_train_state, train_step
 
     results = []
     for case in cases:
@@ -96,7 +96,7 @@ def updates_on_rank(context: ParallelContext, cases: list[Case]) -> list[dict[st
                 "proxies": (state.loss.proxies.detach() - proxies).numpy(),
                 "loss": report.terms.total.numpy(),
                 "backbone_norm": np.array(report.backbone_norm),
-                "proxies_norm": report.proxies_norm.numpy(),
+                "proxies_norm": report.proxies_norm,
             }
         )
     return results
@@ -156,7 +156,7 @@ def fp16_on_rank(context: ParallelContext, zero_stages: list[int], loss_scales: 
     from deepspeed.accelerator import get_accelerator
 
     from dist_proxygml import engine
-    from dist_proxygml.training import build_train_state, train_step
+    from dist_proxygml.step import build_train_state, train_step
 
     get_accelerator().is_fp16_supported = lambda: True
     engine._refuse_fp16_on_cpu = lambda settings, device: None

@@ -45,7 +45,7 @@ def trained_parameters(
     context: ParallelContext, accumulation: int, zero_stage: int, batch_norm: str, bf16: bool = False
 ) -> dict[str, np.ndarray]:
     """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last one of 7 images."""
-    from dist_proxygml.training import build_train_state, train_step
+    from dist_proxygml.step import build_train_state, train_step
 
     config = configuration(
         backbone={"name": "small_cnn", "embedding_dim": 8, "batch_norm": batch_norm, "options": {"width": 4}},

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml import ProxyGMLLoss, training
+from dist_proxygml import ProxyGMLLoss
+from dist_proxygml import step as step_module
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.engine import Engine, engine_settings
 from dist_proxygml.parallel import single_process
-from dist_proxygml.training import TrainState, build_train_state, train_step
+from dist_proxygml.step import TrainState, build_train_state, train_step
 from tests.distributed.test_training import configuration
 
 LARGEST_HALF = 65504.0
@@ -24,7 +25,7 @@ class ScaledEngine:
     exceed `largest` is skipped and halves the scale.
     """
 
-    zero_stage = 0
+    zero_stage, scales_loss = 0, True
 
     def __init__(self, model: nn.Module, optimizer: Any, *, scale: float, largest: float, accumulation: int) -> None:
         self.module, self.optimizer = model, optimizer
@@ -72,7 +73,7 @@ def scaled_state(
     def build(model: nn.Module, optimizer: Any, **_: Any) -> ScaledEngine:
         return ScaledEngine(model, optimizer, scale=scale, largest=largest, accumulation=accumulation)
 
-    monkeypatch.setattr(training, "Engine", build)
+    monkeypatch.setattr(step_module, "Engine", build)
     optimizer = {"name": "adam", "backbone_lr": 1e-2, "proxies_lr": 3e-2, "eps": 0.01, **BANKS[bank]}
     regularization_weight = 0.0 if bank in ("rowwise_adagrad", "sparse_adam") else 0.3
     config = configuration(

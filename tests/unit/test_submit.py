@@ -235,7 +235,9 @@ assert not {"torch", "deepspeed", "faiss", "webdataset"} & sys.modules.keys()
 
 def make_job(tmp_path: Path, *, resume: str = "auto") -> tuple[submit.TrainingJob, Config]:
     config = load_config(CONFIG, [f"runs_dir={tmp_path}"])
-    return submit.TrainingJob(config, source=CONFIG, resume=resume, uses_gpus=False, cpus_per_task=None), config
+    return submit.TrainingJob(
+        config, source=CONFIG, resume=resume, uses_gpus=False, cpus_per_task=None, grace=1.0
+    ), config
 
 
 def publish(config: Config, step: int, *, at: float) -> None:
@@ -248,7 +250,7 @@ def publish(config: Config, step: int, *, at: float) -> None:
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
 def test_the_settings_that_travel_are_those_that_were_validated(config: str) -> None:
     validated = load_config(ROOT / "configs" / config, ["seed=3"])
-    job = submit.TrainingJob(validated, source=config, resume="auto", uses_gpus=True, cpus_per_task=8)
+    job = submit.TrainingJob(validated, source=config, resume="auto", uses_gpus=True, cpus_per_task=8, grace=100.0)
     arrived = pickle.loads(cloudpickle.dumps(job))
     assert parse_config(json.loads(json.dumps(arrived.settings)), source=config) == validated
 
@@ -277,44 +279,68 @@ def test_a_job_that_saves_nothing_between_its_restarts_gives_up(
     assert "error: 3 restarts without a newer checkpoint" in capfd.readouterr().err
 
 
-# What submitit would have installed says "requeue"; ask_job is replaced where the state matters.
-SIGNALLED = """
-import os, signal, sys, time
+# submitit's handler says "requeue" or refuses; is_preempted is replaced, which asks SLURM.
+STOPPED = """
+import sys
+from pathlib import Path
+from signal import SIGTERM, SIGUSR2
 from types import SimpleNamespace
+import submitit
 from launchers import submit
-signal.signal(signal.SIGUSR2, lambda number, frame: (print("requeue", flush=True), os._exit(7)))
-submit.is_preempted = lambda job_id: sys.argv[2] == "preempted"
-submit.handle_signals(SimpleNamespace(USR_SIG="USR2", cluster=sys.argv[1], job_id="1"))
-if sys.argv[2] == "worker" and os.fork() == 0:
-    for number in (signal.SIGUSR2, signal.SIGTERM):
-        os.kill(os.getpid(), number)
-    os._exit(9)
-if sys.argv[2] == "worker":
-    _, status = os.wait()
-    sys.exit(os.waitstatus_to_exitcode(status) != -signal.SIGTERM)
-os.kill(os.getpid(), getattr(signal, sys.argv[3]))
-time.sleep(30)
+
+cluster, rank, state, what = sys.argv[1:]
+
+def handler(number, frame):
+    assert number == SIGUSR2
+    print("requeue", flush=True)
+    if state == "refused":
+        raise submitit.core.utils.UncompletedJobError("timed-out too many times")
+    sys.exit(-1)
+
+submit.is_preempted = lambda job_id: state == "preempted"
+paths = SimpleNamespace(folder=Path("."))
+task = SimpleNamespace(USR_SIG="USR2", cluster=cluster, job_id="1", global_rank=int(rank), paths=paths)
+requeue = submit.Requeue(task, handler, grace=1.0)
+if what == "hangs":
+    requeue.give_up()
+else:
+    requeue.after({"TERM": {SIGTERM}, "USR2": {SIGUSR2}, "both": {SIGTERM, SIGUSR2}}[what])
+print("ends")
+sys.exit(75)
 """
 
 
 @pytest.mark.parametrize(
-    ("cluster", "state", "sent", "status", "output"),
+    ("cluster", "rank", "state", "what", "status", "output"),
     [
-        ("slurm", "running", "SIGTERM", 143, ""),  # scancel, or a peer has failed
-        ("slurm", "preempted", "SIGTERM", 7, "requeue"),
-        ("slurm", "running", "SIGUSR2", 7, "requeue"),
-        ("local", "preempted", "SIGTERM", 143, ""),  # SLURM is not asked
-        ("slurm", "worker", "", 0, ""),
+        ("slurm", 0, "running", "USR2", 255, "requeue"),
+        ("slurm", 0, "running", "both", 255, "requeue"),
+        ("slurm", 1, "running", "USR2", 0, ""),  # waits for rank 0 to end the job
+        ("slurm", 0, "running", "TERM", 75, "ends"),  # scancel: the job does not come back
+        ("slurm", 0, "preempted", "TERM", 255, "requeue"),
+        ("local", 0, "preempted", "TERM", 75, "ends"),  # SLURM is not asked
+        ("slurm", 0, "refused", "USR2", 75, "requeue"),
+        ("slurm", 0, "running", "hangs", 255, "requeue"),
     ],
 )
-def test_sigterm_ends_a_task_or_requeues_a_preempted_job_and_workers_do_neither(
-    cluster: str, state: str, sent: str, status: int, output: str
+def test_a_stopped_job_is_requeued_by_rank_0_if_its_signal_asks_for_it(
+    tmp_path: Path, cluster: str, rank: int, state: str, what: str, status: int, output: str
 ) -> None:
-    command = [sys.executable, "-c", SIGNALLED, cluster, state, sent]
+    command = [sys.executable, "-c", STOPPED, cluster, str(rank), state, what]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (status, output), done.stderr
     assert "Traceback" not in done.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["75"] if status == 75 else [])
+    assert ("not stopped in time" in done.stderr) == (what == "hangs")
+
+
+@pytest.mark.parametrize(("minutes", "delay", "grace"), [(1, 30, 15), (4, 120, 100), (600, 120, 100)])
+def test_the_signal_comes_early_enough_and_leaves_time_to_requeue(minutes: int, delay: int, grace: float) -> None:
+    assert submit.signal_delay(minutes) == delay
+    assert submit.grace_of(delay) == grace
 
 
 # ---- after submission ------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""Requests to stop: a signal sets a flag, the ranks agree on it between two steps, save once and end with status 75.
+
+SIGUSR2 and SIGUSR1 are what clusters send some time before they take a node away, SIGTERM is what everybody sends. A
+signal to a single rank is enough. It does nothing but set a flag: a save is the work of all ranks and cannot begin in
+the middle of a step. A second SIGTERM ends the process at once.
+
+Chosen: the interpreter writes signals into a pipe (`signal.set_wakeup_fd`) that a thread reads. A handler of Python's
+runs in the main thread when that comes back to the interpreter, which it does not while a peer hangs.
+Declined: SIGINT. Who presses Ctrl-C wants the prompt back.
+"""
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+
+from dist_proxygml.parallel import ParallelContext, everyone
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
+_KILLED_BY_SIGTERM = 128 + signal.SIGTERM
+
+
+class StopRequested(Exception):  # noqa: N818  # nothing went wrong
+    """The ranks have agreed to stop. Raised on all of them, between two steps."""
+
+    status = STOPPED_STATUS
+
+    def __init__(self, signals: dict[int, signal.Signals]) -> None:
+        super().__init__(", ".join(f"{number.name} (on rank {rank})" for rank, number in signals.items()))
+        self.signals = signals
+        """The first one of each rank that received any."""
+
+
+class StopSignals:
+    """The signals to stop that this process receives.
+
+    Args:
+        grace: seconds that a stop may take from the first signal on; None for as long as it takes.
+        on_grace_over: called when they have gone by and the process is still there, in a thread of its own.
+    """
+
+    def __init__(self, *, grace: float | None = None, on_grace_over: Callable[[], None] | None = None) -> None:
+        self.received: signal.Signals | None = None
+        """The first one; it stays."""
+        self._num_terminations = 0
+        self._grace, self._on_grace_over = grace, on_grace_over
+
+    def listen(self) -> None:
+        """Take the signals from now on. In the main thread."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in SIGNALS:
+            signal.signal(number, _noticed)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
+
+    def agree(self, context: ParallelContext) -> None:
+        """Raise on all ranks if any of them was told to stop. Called on all ranks.
+
+        Raises:
+            StopRequested: a rank was told to stop.
+        """
+        received = {rank: number for rank, number in enumerate(everyone(context, self.received)) if number}
+        if received:
+            raise StopRequested(received)
+
+    def _read(self, reader: int) -> None:
+        grace = None
+        while select.select([reader], [], [], grace)[0]:
+            for number in os.read(reader, 64):
+                if number in SIGNALS:
+                    self._take(signal.Signals(number))
+                    grace = self._grace
+        if self._on_grace_over:
+            self._on_grace_over()
+
+    def _take(self, number: signal.Signals) -> None:
+        if number == signal.SIGTERM:
+            self._num_terminations += 1
+            if self._num_terminations > 1:
+                os._exit(_KILLED_BY_SIGTERM)
+        self.received = self.received or number
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For data loading processes (`worker_init_fn`): they serve until the process that started them ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _noticed(number: int, frame: object) -> None:
+    """A handler has to be there; the thread does the rest."""

@@ -1,0 +1,160 @@
+"""NaN on one rank: all ranks leave the step out together, and nothing of it stays behind.
+
+The engine is DeepSpeed's own at every ZeRO stage, since each leaves a step out in its own way.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_proxygml.collectives import NonFiniteError
+from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.nonfinite import NonFiniteLog
+from dist_proxygml.parallel import ParallelContext, single_process
+from tests.distributed.test_training import NUM_CLASSES, configuration
+from tests.harness import run_ranks
+
+NUM_STEPS, BAD_STEPS = 6, (2, 3)
+
+
+def batches(context: ParallelContext, step: int, accumulation: int) -> list[Batch]:
+    draws = np.random.default_rng(step)
+    images = torch.from_numpy(draws.integers(0, 256, (12, 3, 16, 16), dtype=np.uint8))
+    labels = torch.from_numpy(draws.integers(0, NUM_CLASSES, 12))
+    slots = context.world_size * accumulation
+    ids = torch.arange(12) + 100 * step
+    parts = [slice(None, None)] if slots == 1 else [slice(n, None, slots) for n in range(slots)]
+    own = parts[context.rank :: context.world_size]
+    return [Batch(images[part], labels[part], ids[part], 12 // accumulation, 12) for part in own]
+
+
+def everything(state: Any) -> dict[str, Any]:
+    """All that a step may change, but for running statistics, which follow what was seen."""
+    whole = state.engine.full_state_dict()
+    weights = {n: w.clone() for n, w in whole.items() if "running" not in n and "num_" not in n}
+    moments = [dict(entry) for entry in state.engine.optimizer.state.values()]
+    bank = state.bank_optimizer.state_dict()["state"]
+    return copy.deepcopy({"w": weights, "m": moments, "bank": bank, "proxies": state.loss.proxies.detach()})
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def train_with_faults(
+    context: ParallelContext, point: str, accumulation: int, zero_stage: int, bf16: bool
+) -> dict[str, Any]:
+    """Run NUM_STEPS steps, with NaN injected on the last rank in BAD_STEPS; and again without these steps."""
+    from dist_proxygml import faults
+    from dist_proxygml.step import build_train_state, train_step
+
+    config = configuration(
+        schedule={"name": "constant"},
+        deepspeed={
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.5,
+            "zero_optimization": {"stage": zero_stage},
+            "bf16": {"enabled": bf16},
+        },
+    )
+    rank = context.world_size - 1
+    ends = []
+    for injected in (True, False):
+        state = build_train_state(config, context, steps_per_epoch=100)
+        state.engine.module.train()
+        for step in range(NUM_STEPS):
+            faults._passages.clear()
+            injected_now = ()
+            if step in BAD_STEPS:
+                if not injected:
+                    with torch.no_grad():  # running statistics follow the images all the same
+                        for batch in batches(context, step, accumulation):
+                            state.engine.embed(batch.images)
+                    state.step, state.schedule_step = state.step + 1, state.schedule_step + 1
+                    continue
+                if context.rank == rank:
+                    injected_now = (faults.Fault(point, rank, accumulation, "nan"),)
+            faults.own_faults = lambda injected_now=injected_now: injected_now
+            before = everything(state)
+            report = train_step(state, batches(context, step, accumulation), measure=True, requests=[step == 4])
+            assert state.step == step + 1
+            assert report.requests == (step == 4,)
+            assert same(everything(state), before) == (step in BAD_STEPS)
+            assert (report.left_out is None) == (step not in BAD_STEPS)
+            if report.left_out:
+                suspects = report.left_out.suspects
+                reason = report.left_out.reason
+                assert report.terms is None
+            else:
+                assert report.terms is not None
+                assert bool(report.terms.total.isfinite())
+        ends.append(everything(state))
+    return {"same": same(*ends), "suspects": suspects, "reason": reason, "weights": ends[0]["w"]}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("point", "accumulation", "zero_stage", "bf16"),
+    [
+        ("step.loss", 1, 0, False),
+        ("step.loss", 2, 0, True),
+        ("step.loss", 2, 2, False),
+        ("step.gradient", 2, 0, False),
+        ("step.gradient", 1, 1, False),
+        ("step.gradient", 1, 3, False),
+    ],
+)
+def test_all_ranks_leave_out_a_step_that_is_nan_on_one(
+    point: str, accumulation: int, zero_stage: int, bf16: bool
+) -> None:
+    first, last = run_ranks(train_with_faults, 2, point, accumulation, zero_stage, bf16, timeout=100)
+    assert first["same"], "the steps that were left out have left something behind"
+    assert last["same"]
+    assert same(first["weights"], last["weights"])
+    assert first["reason"] == last["reason"]
+    if point == "step.loss":
+        assert "NaN or infinity in row 0 on rank 1" in first["reason"]
+        expected = batches(ParallelContext(1, 2, 1, torch.device("cpu"), None), BAD_STEPS[-1], accumulation)[-1].ids
+        assert last["suspects"] == expected.tolist()
+        assert first["suspects"] == []
+    else:
+        assert first["reason"] == "the gradient of the backbone is NaN or infinite"
+        assert last["suspects"] != []
+
+
+def test_a_log_goes_back_after_so_many_steps_in_a_row_and_ends_after_so_many_times(tmp_path: Path) -> None:
+    log = NonFiniteLog(tmp_path / "nonfinite.jsonl", max_in_row=2, max_rollbacks=1, context=single_process())
+    told = log.add(7, "a reason", ["a", "b", "c", "d"])
+    assert told == (
+        "step 7 was left out on all ranks: a reason; images: a (rank 0), b (rank 0), c (rank 0) and 1 more"
+    )
+    assert not log.is_full
+    log.num_in_row = 0  # a step that was applied
+    log.add(9, "a reason", [])
+    assert not log.is_full
+    log.add(10, "a reason", [])
+    assert log.is_full
+    with pytest.raises(NonFiniteError, match=r"2 steps up to step 10 .* no checkpoint yet") as error:
+        log.roll_back(10, None)
+    assert error.value.status == 65
+    assert "back to the parameters of runs/a/step-000005" in log.roll_back(10, Path("runs/a/step-000005"))
+    assert log.num_in_row == 0
+    log.add(11, "a reason", [])
+    log.add(12, "a reason", [])
+    with pytest.raises(NonFiniteError, match="going back 1 times has not helped"):
+        log.roll_back(12, Path("runs/a/step-000005"))
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [7, 9, 10, 10, 11, 12]
+    assert lines[0]["images"] == {"0": ["a", "b", "c", "d"]}
+    assert lines[3]["back_to"] == "step-000005"

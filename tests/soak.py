@@ -1,0 +1,201 @@
+"""Kill a training run again and again, and compare what it comes to with a run that nobody disturbed.
+
+    python -m tests.soak                  kills at random moments: 60 of them, of one rank or of all (`make soak`)
+    python -m tests.soak --sweep          one kill at every point of a save, a step and an evaluation
+
+Two ranks train on the demo images through launchers/train.py and the DeepSpeed engine, saving after every step; a
+fork server that has the libraries loaded takes the place of the deepspeed launcher, so that a start takes seconds.
+After each kill the other rank must end by itself, nothing is cleaned up by hand, the newest checkpoint must not be
+older than before, and the next start goes on. At the end every logged number and every byte of the last checkpoint
+must be those of the undisturbed run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dist_proxygml.faults import POINTS, VARIABLE
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/demo_cpu.json"
+PRELOADED = ["torch", "torch._dynamo", "deepspeed", "dist_proxygml.training", "faiss", "sklearn.metrics"]
+NUM_RANKS = 2
+# A rank whose peer is gone meets a closed connection at once; the rest is for a busy machine.
+SECONDS_TO_END = 30.0
+SETTINGS = (
+    "training.batch_size=32",
+    "training.step_timeout=20",
+    "checkpoint.every_steps=1",
+    "telemetry.log_every_steps=1",
+    "telemetry.progress_bar=false",
+    "evaluation.every_epochs=0",
+    "evaluation.at_start=false",
+    "evaluation.raw_pixels=false",
+    "evaluation.kmeans_seeds=0",
+    "schedule.warmup_steps=0",
+)
+MEASURED = {"images_per_second", "memory_gib"}
+# What rank 1 does not come to: rank 0 publishes for all.
+OF_RANK_0 = {"save.manifest", "save.publish", "save.published", "save.latest", "save.forget"}
+
+
+def sweep_of_kills() -> Iterator[str]:
+    """A kill at every point, on every rank that comes to it; those of an evaluation last, where the run has one."""
+    for point in sorted(POINTS, key=lambda point: point.startswith("evaluate")):
+        for rank in range(1 if point in OF_RANK_0 else NUM_RANKS):
+            yield f"{point}@{rank}:{1 if point.startswith('evaluate') else 2}:kill9"
+
+
+def run_rank(rank: int, port: int, command: Sequence[str], fault: str, log: str) -> None:
+    """One rank's process: what the deepspeed launcher would start."""
+    os.setpgid(0, 0)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "LOCAL_WORLD_SIZE": NUM_RANKS}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, VARIABLE: fault}
+    os.environ.update({name: str(value) for name, value in world.items()})
+    sys.argv = ["launchers/train.py", *command]
+    runpy.run_path("launchers/train.py", run_name="__main__")
+
+
+class Run:
+    """A training run that can be started, and killed."""
+
+    def __init__(self, runs: Path, name: str, settings: Sequence[str]) -> None:
+        self.directory = runs / name
+        self.log = str(runs / f"{name}.log")
+        self._command = ["--config", CONFIG, "--set", f"runs_dir={runs}", f"name={name}", *SETTINGS, *settings]
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        self._port = 21_000 + os.getpid() % 9_000
+
+    def start(self, *, fault: str = "", settings: Sequence[str] = ()) -> list[multiprocessing.process.BaseProcess]:
+        """Start all ranks."""
+        self._port += 1
+        arguments = (self._port, [*self._command, *settings], fault, self.log)
+        ranks = [self._context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(NUM_RANKS)]
+        for rank in ranks:
+            rank.start()
+        return list(ranks)
+
+    def wait(self, ranks: Sequence[multiprocessing.process.BaseProcess], *, seconds: float) -> list[int | None]:
+        """The statuses of all ranks, which have so long from when the first has ended."""
+        while all(rank.is_alive() for rank in ranks):
+            time.sleep(0.01)
+        deadline = time.monotonic() + seconds
+        for rank in ranks:
+            rank.join(timeout=max(0.0, deadline - time.monotonic()))
+        statuses = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        assert None not in statuses, f"a rank had not ended {seconds:g} s after its peer; see {self.log}"
+        return statuses
+
+    def newest(self) -> int:
+        """Step of the newest checkpoint that is published; 0 without one."""
+        found = (self.directory / "checkpoints").glob("step-*/MANIFEST.json")
+        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+
+    def result(self) -> dict[str, object]:
+        """Every number that was logged, the evaluation, and the sha256 of every file of the last checkpoint."""
+        lines = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        manifest = json.loads((self.directory / "checkpoints" / f"step-{self.newest():06d}/MANIFEST.json").read_text())
+        return {
+            "lines": [{name: value for name, value in line.items() if name not in MEASURED} for line in lines],
+            "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+            "leftovers": [path.name for path in (self.directory / "checkpoints").glob(".*")],
+        }
+
+
+def undisturbed(runs: Path, settings: Sequence[str]) -> dict[str, object]:
+    """The result of a run that is left alone."""
+    run = Run(runs, "undisturbed", settings)
+    assert run.wait(run.start(), seconds=SECONDS_TO_END) == [0] * NUM_RANKS, f"it has failed; see {run.log}"
+    return run.result()
+
+
+def finish_and_compare(run: Run, expected: dict[str, object]) -> None:
+    """Let the run come to its end, and compare."""
+    assert run.wait(run.start(), seconds=SECONDS_TO_END) == [0] * NUM_RANKS, f"it has failed; see {run.log}"
+    result = run.result()
+    for name, value in expected.items():
+        assert result[name] == value, f"{name} differ from those of the undisturbed run; see {run.directory}"
+
+
+def sweep(runs: Path, kills: Sequence[str], *, num_steps: int) -> None:
+    """Kill the run at given points, one a start, saving in the background at every other start."""
+    settings = (f"training.max_steps={num_steps}",)
+    expected = undisturbed(runs, settings)
+    run = Run(runs, "swept", settings)
+    for number, kill in enumerate(kills):
+        before = run.newest()
+        started = time.monotonic()
+        asynchronous = ("checkpoint.asynchronous=true",) if number % 2 else ()
+        statuses = run.wait(run.start(fault=kill, settings=asynchronous), seconds=SECONDS_TO_END)
+        killed = int(kill.split("@")[1].split(":")[0])
+        seconds = time.monotonic() - started
+        print(f"{kill:32} step {before:3} -> {run.newest():3}, statuses {statuses}, {seconds:.1f} s", flush=True)
+        assert statuses[killed] == -signal.SIGKILL, f"rank {killed} did not come to {kill}; see {run.log}"
+        assert statuses[1 - killed] in (1, 75), f"the other rank ended with {statuses[1 - killed]}; see {run.log}"
+        assert run.newest() >= before
+    finish_and_compare(run, expected)
+
+
+def soak(runs: Path, *, num_kills: int, num_steps: int, seed: int) -> None:
+    """Kill one rank, or both, at random moments."""
+    settings = (f"training.max_steps={num_steps}",)
+    expected = undisturbed(runs, settings)
+    run, draws = Run(runs, "soaked", settings), random.Random(seed)
+    num_done = 0
+    while num_done < num_kills:
+        before = run.newest()
+        asynchronous = ("checkpoint.asynchronous=true",) if num_done % 2 else ()
+        ranks = run.start(settings=asynchronous)
+        victims = draws.choice(([0], [1], [0, 1]))
+        # Within the start about once in four times, else somewhere in its first steps.
+        ranks[0].join(timeout=draws.uniform(0.0, 6.0))
+        if not all(rank.is_alive() for rank in ranks):
+            break  # it has come to its end
+        for victim in victims:
+            ranks[victim].kill()
+        statuses = run.wait(ranks, seconds=SECONDS_TO_END)
+        num_done += 1
+        print(f"{num_done:3}: killed {victims}, step {before:3} -> {run.newest():3}, statuses {statuses}", flush=True)
+        assert run.newest() >= before
+    assert num_done == num_kills, f"the run was at its end after {num_done} kills; give it more steps"
+    finish_and_compare(run, expected)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="kills at every point instead of random moments")
+    parser.add_argument("--kills", type=int, default=60, help="random kills (default 60)")
+    parser.add_argument("--steps", type=int, help="steps of the run (default: 80, or 8 a kill)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    runs = Path(tempfile.mkdtemp(prefix="soak-"))
+    if arguments.sweep:
+        sweep(runs, list(sweep_of_kills()), num_steps=arguments.steps or 80)
+    else:
+        steps = arguments.steps or 8 * arguments.kills
+        soak(runs, num_kills=arguments.kills, num_steps=steps, seed=arguments.seed)
+    shutil.rmtree(runs)
+    print("the run that was killed came to the numbers and bytes of the one that was left alone")
+
+
+if __name__ == "__main__":
+    main()
