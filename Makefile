@@ -28,7 +28,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format bench clean distclean
+.PHONY: help setup demo test soak lint format bench clean distclean
 
 help: ## show this list
 	@echo "dist_proxygml: make TARGET"
@@ -41,6 +41,10 @@ demo: $(STAMP) ## train on the embedded images with DeepSpeed workers, evaluate,
 
 test: $(STAMP) ## run all tests
 	@$(BIN)/python -m pytest tests
+
+soak: $(STAMP) ## kill a training run at every point and 60 times at random, and compare (5 minutes)
+	@$(BIN)/python -m tests.soak --sweep
+	@$(BIN)/python -m tests.soak
 
 lint: $(STAMP) ## check style (ruff) and types (mypy)
 	@$(BIN)/ruff check --output-format concise .

@@ -2,6 +2,7 @@
 
     python -m tests.soak                  kills at random moments: 60 of them, of one rank or of all (`make soak`)
     python -m tests.soak --sweep          one kill at every point of a save, a step and an evaluation
+    python -m tests.soak --signals        signals to stop, a rank that hangs, numbers that are NaN
 
 Two ranks train on the demo images through launchers/train.py and the DeepSpeed engine, saving after every step; a
 fork server that has the libraries loaded takes the place of the deepspeed launcher, so that a start takes seconds.
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from dist_proxygml.faults import POINTS, VARIABLE
@@ -59,6 +61,7 @@ def sweep_of_kills() -> Iterator[str]:
 def run_rank(rank: int, port: int, command: Sequence[str], fault: str, log: str) -> None:
     """One rank's process: what the deepspeed launcher would start."""
     os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # of data loading processes, as in any other process
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -91,8 +94,7 @@ class Run:
 
     def wait(self, ranks: Sequence[multiprocessing.process.BaseProcess], *, seconds: float) -> list[int | None]:
         """The statuses of all ranks, which have so long from when the first has ended."""
-        while all(rank.is_alive() for rank in ranks):
-            time.sleep(0.01)
+        wait([rank.sentinel for rank in ranks])
         deadline = time.monotonic() + seconds
         for rank in ranks:
             rank.join(timeout=max(0.0, deadline - time.monotonic()))
@@ -178,23 +180,96 @@ def soak(runs: Path, *, num_kills: int, num_steps: int, seed: int) -> None:
     finish_and_compare(run, expected)
 
 
+# What stops the run, settings of that start, and the processes that are signalled from outside once it trains.
+STOPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("step.begin@0:1:signal=USR1", (), ""),  # before the first step is done
+    ("step.begin@1:2:signal=USR2", (), ""),
+    ("step.update@0:3:signal=TERM,step.update@1:3:signal=TERM", ("checkpoint.asynchronous=true",), ""),
+    ("", ("data.num_workers=1", "data.cache_images=false"), "group"),  # data loading processes too
+    ("", ("checkpoint.asynchronous=true",), "rank 1"),
+    ("evaluate.batch@1:3:signal=TERM", (), ""),
+)
+
+
+def stops(runs: Path, *, num_steps: int) -> None:
+    """Stop the run by signals, at every kind of moment; it ends with 75 on all ranks, and nothing is done twice."""
+    settings = (f"training.max_steps={num_steps}",)
+    expected = undisturbed(runs, settings)
+    run = Run(runs, "stopped", settings)
+    for fault, changes, target in STOPS:
+        before = run.newest()
+        started = time.monotonic()
+        ranks = run.start(fault=fault, settings=changes)
+        if target:
+            while run.newest() == before and all(rank.is_alive() for rank in ranks):
+                time.sleep(0.01)
+            assert ranks[1].pid is not None
+            (os.killpg if target == "group" else os.kill)(ranks[1].pid, signal.SIGTERM)
+        statuses = run.wait(ranks, seconds=SECONDS_TO_END)
+        seconds = time.monotonic() - started
+        print(f"{fault or target:56} step {before:3} -> {run.newest():3}, {statuses}, {seconds:.1f} s", flush=True)
+        assert statuses == [75, 75], f"expected both ranks to stop; see {run.log}"
+        assert run.newest() > before or before == num_steps
+        done = [json.loads(line)["step"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        assert done == list(range(1, run.newest() + 1)), "what was trained was not saved, or not told"
+    finish_and_compare(run, expected)
+
+
+def hang(runs: Path) -> None:
+    """A rank hangs: the other one shows where it waits and ends; the run goes on when it is started again."""
+    run = Run(runs, "hung", ("training.max_steps=6", "training.step_timeout=3"))
+    ranks = run.start(fault="step.begin@1:4:stop")
+    ranks[0].join(timeout=60)
+    assert ranks[0].exitcode == 75, f"rank 0 ended with {ranks[0].exitcode}; see {run.log}"
+    ranks[1].kill()
+    report = (run.directory / "hang-rank-000.txt").read_text()
+    assert "a step has taken longer than 3 s on rank 0" in report
+    assert "in train_step" in report
+    assert run.newest() == 3
+    assert run.wait(run.start(), seconds=SECONDS_TO_END) == [0, 0]
+    print("hang: rank 0 has ended with 75 and shown where it was", flush=True)
+
+
+def not_a_number(runs: Path) -> None:
+    """NaN on one rank: once, so often that the run goes back, and for ever."""
+    run = Run(runs, "nan", ("training.max_steps=20", "checkpoint.every_steps=4"))
+
+    def faults(passages: Sequence[int]) -> str:
+        return ",".join(f"step.{'loss' if n % 2 else 'gradient'}@1:{n}:nan" for n in passages)
+
+    # Once, then in every step: after three in a row it goes back, after the third time it ends.
+    for_ever = run.wait(run.start(fault="step.loss@1:3:nan," + faults(range(6, 40))), seconds=SECONDS_TO_END)
+    lines = [json.loads(line) for line in (run.directory / "nonfinite.jsonl").read_text().splitlines()]
+    print("NaN for ever:", for_ever, [line.get("back_to", line["step"]) for line in lines], flush=True)
+    assert for_ever == [65, 65], f"see {run.log}"
+    assert [line["back_to"] for line in lines if "back_to" in line] == ["step-000008", "step-000012"]
+    assert lines[0]["step"] == 3
+    assert list(lines[0]["images"]) == ["1"]
+    assert run.wait(run.start(), seconds=SECONDS_TO_END) == [0, 0], "no checkpoint that it could not go on from"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="kills at every point instead of random moments")
+    parser.add_argument("--signals", action="store_true", help="signals to stop, a rank that hangs, NaN")
     parser.add_argument("--kills", type=int, default=60, help="random kills (default 60)")
     parser.add_argument("--steps", type=int, help="steps of the run (default: 80, or 8 a kill)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     runs = Path(tempfile.mkdtemp(prefix="soak-"))
-    if arguments.sweep:
+    if arguments.signals:
+        stops(runs, num_steps=arguments.steps or 40)
+        hang(runs)
+        not_a_number(runs)
+    elif arguments.sweep:
         sweep(runs, list(sweep_of_kills()), num_steps=arguments.steps or 80)
     else:
         steps = arguments.steps or 8 * arguments.kills
         soak(runs, num_kills=arguments.kills, num_steps=steps, seed=arguments.seed)
     shutil.rmtree(runs)
-    print("the run that was killed came to the numbers and bytes of the one that was left alone")
+    print("the runs that were disturbed came to the numbers and bytes of the one that was left alone")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Real training runs that are killed, stopped, hung and fed with NaN; what they are put through is in tests/soak.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def disturb(what: str) -> list[str]:
+    command = [sys.executable, "-m", "tests.soak", what]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last == "the runs that were disturbed came to the numbers and bytes of the one that was left alone"
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_is_killed_at_every_point_comes_to_the_same_end() -> None:
+    assert len(disturb("--sweep")) == 25
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_signals_hangs_and_nan_lose_nothing() -> None:
+    assert len(disturb("--signals")) == 8
