@@ -2,7 +2,8 @@
 
 SIGUSR2 and SIGUSR1 are what clusters send some time before they take a node away, SIGTERM is what everybody sends. A
 signal to a single rank is enough. It does nothing but set a flag: a save is the work of all ranks and cannot begin in
-the middle of a step. A second SIGTERM ends the process at once.
+the middle of a step. A second SIGTERM ends the process at once, unless it comes within a second:
+a launcher passes on what its process group was sent as well.
 
 Chosen: the interpreter writes signals into a pipe (`signal.set_wakeup_fd`) that a thread reads. A handler of Python's
 runs in the main thread when that comes back to the interpreter, which it does not while a peer hangs.
@@ -13,6 +14,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from dist_proxygml.parallel import ParallelContext, everyone
@@ -20,6 +22,7 @@ from dist_proxygml.parallel import ParallelContext, everyone
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
 _KILLED_BY_SIGTERM = 128 + signal.SIGTERM
+_SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopRequested(Exception):  # noqa: N818  # nothing went wrong
@@ -44,7 +47,7 @@ class StopSignals:
     def __init__(self, *, grace: float | None = None, on_grace_over: Callable[[], None] | None = None) -> None:
         self.received: signal.Signals | None = None
         """The first one; it stays."""
-        self._num_terminations = 0
+        self._terminated_at: float | None = None
         self._grace, self._on_grace_over = grace, on_grace_over
 
     def listen(self) -> None:
@@ -78,8 +81,9 @@ class StopSignals:
 
     def _take(self, number: signal.Signals) -> None:
         if number == signal.SIGTERM:
-            self._num_terminations += 1
-            if self._num_terminations > 1:
+            now = time.monotonic()
+            self._terminated_at = self._terminated_at or now
+            if now - self._terminated_at > _SECONDS_OF_ONE_REQUEST:
                 os._exit(_KILLED_BY_SIGTERM)
         self.received = self.received or number
 
