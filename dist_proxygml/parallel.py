@@ -4,7 +4,9 @@ Nothing else in the project asks torch.distributed who it is. `group` is None fo
 that takes a group accepts None, so the library runs without a process group as well.
 """
 
+import argparse
 import atexit
+import contextlib
 import os
 import sys
 import traceback
@@ -113,6 +115,14 @@ def on_main(context: ParallelContext, function: Callable[..., T], *args: object)
     """
     result = run_together(context, lambda: function(*args) if context.is_main else None)
     return everyone(context, result)[0]  # type: ignore[return-value]
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a launcher; what is wrong with it, or its help, is printed by rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        return parser.parse_args()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        return parser.parse_args()
 
 
 def run_launcher(main: Callable[[], None]) -> NoReturn:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import load_config
-from dist_proxygml.parallel import join_world, on_main, run_launcher, run_together
+from dist_proxygml.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of other shards (default: the run's own)")
     parser.add_argument("--split", help="split of the shards (default: the run's test split)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
     config = load_config(arguments.run / "config.json")
     context = join_world()
 

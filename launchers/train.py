@@ -8,7 +8,7 @@ anything else.
 import argparse
 
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.parallel import join_world, run_launcher
+from dist_proxygml.parallel import join_world, parse_arguments, run_launcher
 from dist_proxygml.preemption import StopSignals
 
 EXAMPLES = """examples:
@@ -47,7 +47,7 @@ def main() -> None:
         help="print the resolved configuration and the plan for so many ranks (default: those started); needs no data",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
     config = load_config(arguments.config, arguments.set)
     if arguments.dry_run is not None:
         _print_plan(config, world_size=arguments.dry_run)

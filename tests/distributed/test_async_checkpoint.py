@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from dist_proxygml import checkpoint as checkpoint_module
 from dist_proxygml.checkpoint import (
@@ -221,6 +224,38 @@ def test_a_rank_that_cannot_write_fails_all_ranks_alike_and_the_next_save_works(
         assert message.startswith(f"{tmp_path}/step-{number:06d} was not written, earlier checkpoints are as they were")
         assert message.endswith(f"[Errno 28] injected at save.{point} (on rank {rank})")
     assert [path.name[-1] for path in published_checkpoints(tmp_path)] == ["1", str(len(first) + 2)]
+
+
+def fail_without_agreement(context: ParallelContext, directory: Path) -> str:
+    """The error of a write that ends differently on the two ranks."""
+
+    def write(*_: Any) -> SavedCheckpoint:
+        if context.rank == 1:
+            raise MemoryError("no memory")
+        return SavedCheckpoint(directory, [])
+
+    checkpoint_module._write = write
+    save = Aside(context, directory)
+    save(1)
+    with pytest.raises(AgreedError) as failure:
+        save.writer.wait()
+    assert save.writer.close() == []
+    return str(failure.value)
+
+
+@pytest.mark.timeout(60)
+def test_an_error_that_one_rank_alone_knows_of_is_raised_on_all(tmp_path: Path) -> None:
+    assert run_ranks(fail_without_agreement, 2, tmp_path) == ["MemoryError: no memory (on rank 1)"] * 2
+
+
+def test_the_table_of_contents_does_not_depend_on_the_order_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(FileSystemWriter, "finish", lambda _, metadata, results: seen.append(results))
+    written = [WriteResult(MetadataIndex(name, [0, 0]), 1, None) for name in ("b", "a", "c")]
+    checkpoint_module._BankWriter(tmp_path).finish(Metadata({}), [written])
+    assert [[result.index.fqn for result in own] for own in seen[0]] == [["a", "b", "c"]]
 
 
 def refuse_numbers(context: ParallelContext, directory: Path) -> None:

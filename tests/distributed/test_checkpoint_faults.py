@@ -252,7 +252,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before the engine's part": lambda: setattr(PlainEngine, "save", die),
     "before the bank": lambda: setattr(checkpoint_module, "_dcp_save", die),
     "before the files": lambda: setattr(checkpoint_module, "_write_own", die),
-    "before the hashes": lambda: setattr(checkpoint_module, "flush_files", die),
+    "before the hashes": lambda: setattr(checkpoint_module, "hash_files", die),
     "before the manifest": lambda: setattr(checkpoint_module, "_write_manifest", die),
     "before it is published": lambda: die_at_rename(".partial"),
     "before the pointer": lambda: setattr(checkpoint_module, "tidy_up", die),
@@ -305,20 +305,26 @@ def test_a_killed_save_leaves_whole_checkpoints_and_the_run_goes_on(
     assert names_in(tmp_path) == ["latest", f"step-{last - 1:06d}", f"step-{last:06d}"]
 
 
+@pytest.mark.parametrize("owner", [os, checkpoint_folder])
 def test_a_checkpoint_that_cannot_take_the_place_of_an_earlier_one_leaves_it_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any
 ) -> None:
     save = Saver(single_process(), tmp_path)
     save(1)
     before = contents(tmp_path)
-    rename = os.rename
+    rename, flush = os.rename, checkpoint_folder.flush
 
-    def failing(source: Path, target: Path) -> None:
-        if str(source).endswith(".partial"):
+    def failing_rename(source: Path, target: Path) -> None:
+        if target.name == "step-000001" and ".partial" in source.name:
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", failing)
+    def failing_flush(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(owner, *(("rename", failing_rename) if owner is os else ("flush", failing_flush)))
     with pytest.raises(AgreedError, match=r"step-000001 was not written.*Input/output error"):
         save(1)
     assert contents(tmp_path) == before

@@ -86,8 +86,12 @@ def train_with_faults(
                 if context.rank == rank:
                     injected_now = (faults.Fault(point, rank, accumulation, "nan"),)
             faults.own_faults = lambda injected_now=injected_now: injected_now
+            hook = state.loss.proxies.register_hook(lambda gradient: gradient * torch.nan)
+            if not (injected_now and point == "bank"):
+                hook.remove()
             before = everything(state)
             report = train_step(state, batches(context, step, accumulation), measure=True, requests=[step == 4])
+            hook.remove()
             assert state.step == step + 1
             assert report.requests == (step == 4,)
             assert same(everything(state), before) == (step in BAD_STEPS)
@@ -111,8 +115,10 @@ def train_with_faults(
         ("step.loss", 2, 0, True),
         ("step.loss", 2, 2, False),
         ("step.gradient", 2, 0, False),
-        ("step.gradient", 1, 1, False),
+        ("step.gradient", 1, 1, True),
         ("step.gradient", 1, 3, False),
+        ("bank", 2, 0, False),
+        ("bank", 1, 1, False),
     ],
 )
 def test_all_ranks_leave_out_a_step_that_is_nan_on_one(
@@ -128,6 +134,8 @@ def test_all_ranks_leave_out_a_step_that_is_nan_on_one(
         expected = batches(ParallelContext(1, 2, 1, torch.device("cpu"), None), BAD_STEPS[-1], accumulation)[-1].ids
         assert last["suspects"] == expected.tolist()
         assert first["suspects"] == []
+    elif point == "bank":  # its own rank alone has it
+        assert first["reason"] == "the gradient of the proxies is NaN or infinite"
     else:
         assert first["reason"] == "the gradient of the backbone is NaN or infinite"
         assert last["suspects"] != []
@@ -136,9 +144,7 @@ def test_all_ranks_leave_out_a_step_that_is_nan_on_one(
 def test_a_log_goes_back_after_so_many_steps_in_a_row_and_ends_after_so_many_times(tmp_path: Path) -> None:
     log = NonFiniteLog(tmp_path / "nonfinite.jsonl", max_in_row=2, max_rollbacks=1, context=single_process())
     told = log.add(7, "a reason", ["a", "b", "c", "d"])
-    assert told == (
-        "step 7 was left out on all ranks: a reason; images: a (rank 0), b (rank 0), c (rank 0) and 1 more"
-    )
+    assert told == ("step 7 was left out on all ranks: a reason; images: a (rank 0), b (rank 0), c (rank 0) and 1 more")
     assert not log.is_full
     log.num_in_row = 0  # a step that was applied
     log.add(9, "a reason", [])

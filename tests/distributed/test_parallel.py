@@ -1,11 +1,12 @@
 """Ranks fail together, and only then."""
 
+import argparse
 import subprocess
 import sys
 
 import pytest
 
-from dist_proxygml.parallel import ParallelContext, everyone, run_together, single_process
+from dist_proxygml.parallel import ParallelContext, everyone, parse_arguments, run_together, single_process
 from tests.harness import run_ranks
 
 
@@ -88,3 +89,15 @@ def test_a_launcher_leaves_with_a_sure_status_before_the_interpreter_ends(
     assert done.stdout == "last words exit handlers ran\n"
     assert done.stderr.endswith(message)
     assert ("Traceback" in done.stderr) == (status == 1)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
+def test_a_mistake_in_the_command_line_is_printed_once_and_ends_every_rank(
+    rank: str, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--nothing"])
+    with pytest.raises(SystemExit) as ending:
+        parse_arguments(argparse.ArgumentParser())
+    assert ending.value.code == 2
+    assert ("--nothing" in capsys.readouterr().err) == said

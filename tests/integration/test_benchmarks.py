@@ -22,6 +22,7 @@ from benchmarks.baselines import (
     PublishedProxyGML,
     metric_learning_loss,
 )
+from benchmarks.checkpoint import bars as bars_of_checkpoints
 from benchmarks.head import SIZES, Settings, bars, measured
 from benchmarks.loader import bars as bars_of_loader
 from benchmarks.ranks import bars as bars_of_ranks
@@ -115,6 +116,32 @@ def test_the_benchmark_of_the_loader_measures_every_row(tmp_path: Path) -> None:
         assert row["num_samples"] == 3000
         assert 0 < row["open_s"] < row["all_s"]
         assert ("worker_mib" in row) == (row["workers"] == 1)
+
+
+@pytest.mark.timeout(120)
+def test_the_benchmark_of_checkpoints_times_the_disk_the_bank_and_training(tmp_path: Path) -> None:
+    arguments = ("--num-classes", "101", "--embedding-dim", "8", "--ranks", "2", "--repeats", "1", "--steps", "4")
+    folder = ("--every", "2", "--folder", str(tmp_path))
+    rows, printed = run("benchmarks.checkpoint", *arguments, *folder, json_file=tmp_path / "rows.jsonl")
+    bank, *training = rows
+    assert bank["bytes"] == 3 * 101 * 8 * 4
+    assert 0 < bank["verify_s"] < bank["load_s"]
+    for way, plain in (("save", "write"), ("load", "read")):
+        assert bank[f"{way}_of_disk"] == pytest.approx(bank[f"{plain}_s"] / bank[f"{way}_s"], rel=1e-4)
+    assert [row["way"] for row in training] == ["none", "synchronous", "asynchronous"]
+    none, synchronous, asynchronous = training
+    assert none["blocked"] < 0.01 < synchronous["blocked"]
+    assert none["steps_beside"] == synchronous["steps_beside"] == 0 < asynchronous["steps_beside"]
+    assert asynchronous["checkpoint_bytes"] > 549 * 128 * 4 * 3  # the bank with its moments
+    assert "MB every 2 of 4 steps" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_bar_of_checkpoints_is_met_or_missed() -> None:
+    bank = {"part": "bank", "ranks": 2, "save_of_disk": 0.51, "load_of_disk": 0.49}
+    training = {"part": "training", "way": "asynchronous", "blocked": 0.011, "slower": 0.008}
+    rows = [bank, training | {"way": "synchronous", "blocked": 0.5}, training, training | {"slower": 0.012}]
+    assert [line.split()[0] for line in bars_of_checkpoints(rows)] == ["met", "missed", "met", "missed"]
 
 
 def test_a_baseline_that_does_not_fit_the_machine_is_not_run() -> None:
