@@ -43,7 +43,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -60,7 +61,8 @@ from dist_proxygml.checkpoint_folder import (
     clear_leftovers,
     files_below,
     find_checkpoint,
-    flush_files,
+    flush,
+    hash_files,
     make_empty,
     partial_path,
     publish_checkpoint,
@@ -201,10 +203,11 @@ class CheckpointWriter:
         error = self._pending.exception()
         published = self.poll()
         self._pending = None
-        failures = everyone(self._context, None if error is None else _described(error))
-        first = next((message for message in failures if message is not None), None)
+        failures = everyone(self._context, None if error is None else self._told(error))
+        # What all know says what was at the bottom of it; a rank's own error may be that another one is gone.
+        first = min(filter(None, failures), default=None)
         if first is not None:
-            raise AgreedError(first) from error
+            raise AgreedError(first[1]) from error
         return published
 
     def close(self) -> list[SavedCheckpoint]:
@@ -213,6 +216,12 @@ class CheckpointWriter:
         if self._aside is not None and self._aside.group is not None:
             dist.destroy_process_group(self._aside.group)
         return published
+
+    def _told(self, error: BaseException) -> tuple[bool, str]:
+        """Whether an error is this rank's own, and what to say of it."""
+        if isinstance(error, AgreedError):
+            return False, str(error)
+        return True, f"{_described(error)} (on rank {self._context.rank})"
 
     def _start(self, snapshot: _Snapshot, aside: ParallelContext) -> None:
         pending: Future[SavedCheckpoint] = Future()
@@ -359,14 +368,14 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
     partial = partial_path(final)
     with _nothing_was_written(final):
         try:
-            # 1. every rank writes its part; torch.distributed.checkpoint fails on all ranks alike, as does the engine
+            # 1. every rank writes its part and brings it to disk; torch.distributed.checkpoint fails on all ranks alike
             on_main(context, make_empty, partial)
             _together(context, "engine", _write_engine, snapshot, partial)
             _together(context, "bank", _write_bank, snapshot, partial / "bank", context)
             _together(context, "files", _write_own, snapshot, partial, context)
-            # 2. what it must look like, when all is on disk; then publish
+            # 2. what it must look like; then publish
             names = on_main(context, files_below, partial)
-            entries = _together(context, "hashes", _flush_own, partial, names, context)
+            entries = _together(context, "hashes", _hash_own, partial, names, context)
             files = {name: entry for part in everyone(context, entries) for name, entry in part.items()}
             on_main(context, _write_manifest, snapshot, partial, files)
             on_main(context, publish_checkpoint, partial, final)
@@ -389,18 +398,21 @@ def _write_bank(snapshot: _Snapshot, directory: Path, context: ParallelContext) 
 
 
 def _write_own(snapshot: _Snapshot, partial: Path, context: ParallelContext) -> None:
-    torch.save(dict(snapshot.random), partial / f"random-rank-{context.rank:03d}.pt")
+    own = [partial / f"random-rank-{context.rank:03d}.pt"]
+    torch.save(dict(snapshot.random), own[0])
     if context.is_main:
-        weights = {name: value.contiguous() for name, value in snapshot.weights.items()}
-        save_file(weights, partial / "backbone.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
+        own += [partial / "backbone.safetensors", partial / "state.json"]
+        save_file({name: value.contiguous() for name, value in snapshot.weights.items()}, own[1])
+        own[2].write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
+    for path in own:
+        flush(path)
     fault_point("save.files")
 
 
-def _flush_own(partial: Path, names: list[str], context: ParallelContext) -> dict[str, dict[str, Any]]:
-    """Bring this rank's share of the files to disk; their entries in the manifest."""
+def _hash_own(partial: Path, names: list[str], context: ParallelContext) -> dict[str, dict[str, Any]]:
+    """Entries in the manifest of this rank's share of the files."""
     own = names[context.rank :: context.world_size]
-    return flush_files(partial, own, num_threads=torch.get_num_threads())
+    return hash_files(partial, own, num_threads=torch.get_num_threads())
 
 
 def _write_manifest(snapshot: _Snapshot, partial: Path, files: Mapping[str, dict[str, Any]]) -> None:
@@ -408,14 +420,19 @@ def _write_manifest(snapshot: _Snapshot, partial: Path, files: Mapping[str, dict
 
 
 class _BankWriter(dcp.FileSystemWriter):
-    """Its own, but for a number and a path in the table of contents that are new in every save."""
+    """Torch's own, with a table of contents that is the same in every save of the same numbers."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the table in the order of the names, not of the threads."""
+        super().finish(metadata, [sorted(own, key=lambda written: str(written.index)) for own in results])
 
     def storage_meta(self) -> None:
-        """Nothing."""
+        """No number of the save, and no path."""
 
 
 def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext) -> None:
-    writer = _BankWriter(directory, sync_files=False)
+    # a file for each tensor, which threads can write, hash and verify side by side
+    writer = _BankWriter(directory, single_file_per_rank=False, thread_count=torch.get_num_threads())
     dcp.save(tensors, storage_writer=writer, process_group=context.group, no_dist=context.group is None)
 
 

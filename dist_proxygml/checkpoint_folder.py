@@ -267,20 +267,25 @@ def make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
+def flush(path: Path) -> None:
+    """Bring a file or a folder's names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def files_below(directory: Path) -> list[str]:
     """Names of all files, the largest first, so that every n-th is about a fair share of the bytes."""
     sizes = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
-def flush_files(directory: Path, names: Sequence[str], *, num_threads: int) -> dict[str, dict[str, Any]]:
-    """Bring files to disk; their entries in the manifest."""
-    with ThreadPoolExecutor(2 * num_threads) as threads:  # one brings a file to disk while another one hashes it
-        flushed = [threads.submit(_flush, directory / name) for name in names]
-        described = [threads.submit(_describe, directory / name) for name in names]
-        for done in flushed:
-            done.result()
-        return {name: entry.result() for name, entry in zip(names, described, strict=True)}
+def hash_files(directory: Path, names: Sequence[str], *, num_threads: int) -> dict[str, dict[str, Any]]:
+    """Entries of files in the manifest; what has an entry is on disk."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        return dict(zip(names, threads.map(lambda name: _describe(directory / name), names), strict=True))
 
 
 def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str) -> None:
@@ -295,7 +300,7 @@ def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str,
     with publish(partial / MANIFEST_FILE) as stream:
         stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
     for folder in (path for path in partial.rglob("*") if path.is_dir()):
-        _flush(folder)
+        flush(folder)
     fault_point("save.manifest")
 
 
@@ -308,26 +313,20 @@ def publish_checkpoint(partial: Path, final: Path) -> None:
     try:
         fault_point("save.publish")
         os.rename(partial, final)
+        flush(final.parent)
     except OSError:
+        if not partial.exists():
+            os.rename(final, partial)
         if replaced.exists():
             os.rename(replaced, final)
         raise
-    _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    """Bring a file or a folder's names to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _describe(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
+    """A file's entry in the manifest, when the file is on disk."""
     with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": stream.tell()}
 
 

@@ -74,7 +74,7 @@ class Engine:
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
             )
         self._step_was_applied = False
-        if self.zero_stage in (1, 2):  # else DeepSpeed looks for NaN and infinity only where it scales the loss
+        if self.zero_stage in (1, 2):  # whatever deepspeed.bf16.check_grad_overflow says
             self._engine.optimizer.check_grad_overflow = True
         self._gathered = deepspeed.zero.GatheredParameters
         self._device = context.device
@@ -335,6 +335,8 @@ def _write(content: Any, path: Path) -> None:
     try:
         with open(path, "wb") as stream:
             torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
     except Exception as error:
         raise OSError(f"{path} could not be written, is the disk full? {type(error).__name__}: {error}") from error
 

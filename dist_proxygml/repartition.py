@@ -79,12 +79,12 @@ def cut_again(
                     pieces[fragment.name][key].append(value.narrow(0, fragment.start, fragment.numel))
     result = []
     for group_names, group, size in zip(names, fragments, sizes, strict=True):
-        state = copy.deepcopy(counters[group_names[0]])  # of each group its own, to be counted on
+        own = copy.deepcopy(counters[group_names[0]])  # of each group its own, to be counted on
         for key, some in pieces[group_names[0]].items():
-            state[key] = torch.zeros(size, dtype=some[0].dtype)
+            own[key] = torch.zeros(size, dtype=some[0].dtype)
             for fragment in group:
                 whole = torch.cat(pieces[fragment.name][key])
-                own = whole.narrow(0, fragment.offset, fragment.numel)
-                state[key].narrow(0, fragment.start, fragment.numel).copy_(own)
-        result.append(state)
+                cut = whole.narrow(0, fragment.offset, fragment.numel)
+                own[key].narrow(0, fragment.start, fragment.numel).copy_(cut)
+        result.append(own)
     return result

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_proxygml.backbone import build_backbone
+from dist_proxygml.backbone import EmbeddingModel, build_backbone
 from dist_proxygml.bank_optim import bring_to_unit_length_, coalesced, squared_norm
 from dist_proxygml.collectives import NonFiniteError, all_reduce_sum
 from dist_proxygml.config import Config
@@ -32,6 +32,7 @@ from dist_proxygml.optim import (
     wants_sparse_gradient,
 )
 from dist_proxygml.parallel import ParallelContext, run_together
+from dist_proxygml.transfer import Transfer
 
 
 @dataclass
@@ -79,15 +80,25 @@ class StepReport:
     requests: tuple[bool, ...]  # whether any rank made the request of that place
 
 
-def build_train_state(config: Config, context: ParallelContext, *, steps_per_epoch: int) -> TrainState:
-    """Backbone, bank and optimizers at step 0, the same on any number of ranks. Called on all ranks.
+def build_train_state(
+    config: Config, context: ParallelContext, *, steps_per_epoch: int, transfer: Transfer | None = None
+) -> TrainState:
+    """Backbone, bank and optimizers at step 0, the same on any number of ranks; with `transfer` the backbone has the
+    weights that it brings. Called on all ranks.
 
     The proxies are random: class means, which need the images, come from `training.start_from_class_means`. With
     proxies.unit_norm they are brought to length 1 here already, whatever their initialisation.
     """
     settings = run_together(context, engine_settings, config, context.world_size)
     torch.manual_seed(config.seed)
-    model = run_together(context, lambda: build_backbone(config.backbone, group=context.group)).to(context.device)
+
+    def build_model() -> EmbeddingModel:
+        model = build_backbone(config.backbone, load_pretrained=transfer is None, group=context.group)
+        if transfer is not None:  # before the engine, which copies weights
+            transfer.load_backbone_(model)
+        return model
+
+    model = run_together(context, build_model).to(context.device)
     loss = ProxyGMLLoss(
         config.data.num_classes,
         config.backbone.embedding_dim,

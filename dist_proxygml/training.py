@@ -51,7 +51,9 @@ from dist_proxygml.proxies import replace_by_class_means_
 from dist_proxygml.run_lock import RunLock
 from dist_proxygml.step import StepReport, TrainState, build_train_state, learning_rates, train_step
 from dist_proxygml.telemetry import Telemetry
+from dist_proxygml.trained import write_class_table
 from dist_proxygml.training_data import TrainingData, open_split, open_training_data
+from dist_proxygml.transfer import Transfer, open_transfer
 from dist_proxygml.watchdog import Watchdog
 
 _NUM_LOGGED_IMAGES = 16
@@ -92,16 +94,17 @@ def train(
     lock = run_together(context, lambda: RunLock(run_directory) if context.is_main else None)
     found, passed_over = on_main(context, checkpoint_to_continue, checkpoints, resume)
     run_together(context, lambda: data.loader(context, epoch=0, start=0))
+    transfer = None if found else open_transfer(config, data.index, context)
 
     # 2. Build, and only then write.
-    state = build_train_state(config, context, steps_per_epoch=data.count_steps())
+    state = build_train_state(config, context, steps_per_epoch=data.count_steps(), transfer=transfer)
     comparable = _comparable_settings(config) | data.identity()
     if found:
         position = _load(found, state, comparable)
         continue_at(state, position, data)
         # Here, not in the middle of things: another batch size or number of ranks may not divide the rest.
         run_together(context, lambda: data.loader(context, epoch=state.epoch, start=state.consumed))
-    moved = on_main(context, _prepare_run_directory, config, state.step if found else None)
+    moved = on_main(context, _prepare_run_directory, config, data.index, state.step if found else None)
     telemetry = Telemetry(
         run_directory,
         enabled=context.is_main,
@@ -111,7 +114,7 @@ def train(
     )
     for damaged in passed_over:
         telemetry.say(damaged)
-    telemetry.say(_greeting(state, data, test_index, found, moved))
+    telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
     telemetry.say(str(plan))
 
     # What is known to be damaged belongs to the run, not to this start of it.
@@ -120,9 +123,12 @@ def train(
     test_damage = build_damage_log(
         config, context, path, split=config.data.test_split, num_images=test_index.num_samples
     )
-    if found is None and config.proxies.initialization == "class_mean":
+    are_all_known = transfer is not None and transfer.num_new == 0
+    if found is None and config.proxies.initialization == "class_mean" and not are_all_known:
         assert data.index is not None
         start_from_class_means(state, data.index, telemetry, damage)
+    if transfer is not None:
+        transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
     keep = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best)
@@ -542,11 +548,13 @@ def build_damage_log(
     return DamageLog(path, split=split, num_images=num_images, max_share=config.data.max_damaged, context=context)
 
 
-def _prepare_run_directory(config: Config, step: int | None) -> Path | None:
-    """Make the run's folder and write the resolved configuration. What a new run finds there is moved aside, not lost.
+def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int | None) -> Path | None:
+    """Make the run's folder, write the resolved configuration and the class table. What a new run finds there is moved
+    aside, not lost.
 
     Args:
         config: the run.
+        index: what it trains on; None for a stream.
         step: where the run continues; evaluations of later steps, which a checkpoint was lost of, are removed: their
             steps will be done again. None starts anew.
 
@@ -564,6 +572,7 @@ def _prepare_run_directory(config: Config, step: int | None) -> Path | None:
             if step is not None and int(path.stem.removeprefix("step-").partition("-")[0]) > step:
                 path.unlink()
         (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+        write_class_table(directory, index)
     except OSError as error:
         raise ValueError(
             f"expected to write into {directory.resolve()}: {error.strerror}; set runs_dir to a folder of yours"
@@ -601,9 +610,10 @@ def _greeting(
     test_index: ShardIndex,
     found: Path | None,
     moved: Path | None,
+    transfer: Transfer | None,
 ) -> str:
     config, context = state.config, state.context
-    start = "starting anew"
+    start = "starting anew" if transfer is None else f"starting {transfer}"
     if found:
         start = f"continuing {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:

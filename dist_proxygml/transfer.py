@@ -14,13 +14,11 @@ given by the user, who can rename classes in the shards; to adapt another number
 Dimension key: C classes of the new run, c those of this rank.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,15 +29,8 @@ from dist_proxygml.checkpoint import load_backbone
 from dist_proxygml.collectives import all_reduce_sum
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name
-from dist_proxygml.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.parallel import ParallelContext, on_main, run_together
 from dist_proxygml.trained import StoredBank, TrainedModel, open_trained, read_class_table
-
-
-class _Match(NamedTuple):
-    """What rank 0 has found."""
-
-    rows_C: np.ndarray  # int64; the row of each class in the model's bank, -1 for a new class
-    num_stored: int  # classes of the model
 
 
 @dataclass(frozen=True)
@@ -64,9 +55,10 @@ class Transfer:
         Raises:
             ValueError: another network.
         """
-        trained = copy.deepcopy(model)
-        load_backbone(self.model.path, trained)
-        model.load_state_dict(trained.state_dict())
+        types = {name: value.dtype for name, value in model.state_dict().items()}
+        load_backbone(self.model.path, model)  # as they were trained, and in the file's memory
+        weights = {name: value.to(types[name], copy=True) for name, value in model.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
 
     def load_proxies_(self, proxies_cND: Tensor, context: ParallelContext, *, unit_norm: bool) -> None:
         """Set the proxies of this rank's classes that the model knows, bit by bit; with `unit_norm` bring all to length
@@ -86,15 +78,15 @@ class Transfer:
         if self.rows_c is None:
             return f"{start}: its backbone; the proxies of all {self.num_classes:,} classes are new"
         return (
-            f"{start}: its backbone, and proxies of {self.num_kept:,} of {self.num_classes:,} classes ({self.num_new:,} "
-            f"new, {self.num_dropped:,} dropped)"
+            f"{start}: its backbone, and proxies of {self.num_kept:,} of {self.num_classes:,} classes "
+            f"({self.num_new:,} new, {self.num_dropped:,} dropped)"
         )
 
 
 def copy_rows_(proxies_cND: Tensor, bank: StoredBank, rows_c: np.ndarray) -> None:
     """Set the proxies of each class of this rank to a row of a stored bank, bit by bit. No collective.
 
-    Of each part only the range is read in which this rank's rows lie. Memory beyond the proxies: two such parts.
+    Of each part only the range is read in which this rank's rows lie. Memory beyond the proxies: three such parts.
 
     Args:
         proxies_cND: float32; overwritten in place.
@@ -128,20 +120,19 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
     if config.checkpoint.init_from is None:
         return None
     path = Path(config.checkpoint.init_from)
-    found = run_together(context, lambda: _open(path, config, index) if context.is_main else None)
-    model, match = found if found is not None else (None, None)
-    counts = (0, 0) if match is None else (int((match.rows_C >= 0).sum()), match.num_stored)
-    model, (num_kept, num_stored) = everyone(context, (model, counts))[0]
-    assert model is not None
-    rows_c = None
-    if config.checkpoint.init_proxies:
-        rows_C = torch.zeros(config.data.num_classes, dtype=torch.int64)
-        if match is not None:
-            rows_C = torch.from_numpy(match.rows_C)
-        rows_C = all_reduce_sum(rows_C.to(context.device), group=context.group)  # of the others' zeros
-        partition = config.partition(context.world_size, context.rank)
-        rows_c = rows_C[partition.start : partition.stop].cpu().numpy().copy()
-    return Transfer(model, rows_c, config.data.num_classes, num_kept, num_stored - num_kept)
+    model = on_main(context, _open, path, config)
+    num_classes = config.data.num_classes
+    if not config.checkpoint.init_proxies:
+        return Transfer(model, None, num_classes, num_kept=0, num_dropped=0)
+    assert index is not None  # Config refuses a stream
+    num_stored = on_main(context, _check_shape, model, config)
+    no_rows = np.zeros(num_classes, np.int64)  # what the others add to those of rank 0
+    rows_C = run_together(context, lambda: _rows_by_name(model, index) if context.is_main else no_rows)
+    rows_C = all_reduce_sum(torch.from_numpy(rows_C).to(context.device), group=context.group).cpu().numpy()
+    partition = config.partition(context.world_size, context.rank)
+    rows_c = rows_C[partition.start : partition.stop].copy()
+    num_kept = int((rows_C >= 0).sum())
+    return Transfer(model, rows_c, num_classes, num_kept=num_kept, num_dropped=num_stored - num_kept)
 
 
 def match_classes(new: Sequence[ClassEntry], stored: Sequence[ClassEntry]) -> np.ndarray:
@@ -156,17 +147,17 @@ def match_classes(new: Sequence[ClassEntry], stored: Sequence[ClassEntry]) -> np
     return np.fromiter(found, np.int64, len(new))
 
 
-def _open(path: Path, config: Config, index: ShardIndex | None) -> tuple[TrainedModel, _Match | None]:
-    """The model, and where its proxies are wanted each class's row. On rank 0 only."""
+def _open(path: Path, config: Config) -> TrainedModel:
     if path.resolve().is_relative_to(config.run_directory.resolve()):
         raise ValueError(
             f"checkpoint.init_from {path} lies in the folder of this very run, which a new run of its name moves away; "
             "give this run another name with --set name=NAME, or continue it with --resume auto"
         )
-    model = open_trained(path)
-    if not config.checkpoint.init_proxies:
-        return model, None
-    assert index is not None  # Config refuses it
+    return open_trained(path)
+
+
+def _check_shape(model: TrainedModel, config: Config) -> int:
+    """Refuse a bank of another N or D; the number of its classes."""
     num_stored, per_class, embedding_dim = model.bank().shape
     for name, here, there in (
         ("backbone.embedding_dim", config.backbone.embedding_dim, embedding_dim),
@@ -177,7 +168,7 @@ def _open(path: Path, config: Config, index: ShardIndex | None) -> tuple[Trained
                 f"{name} is {here}, but the proxies of {model.path} have {there}; set it to {there}, or "
                 "checkpoint.init_proxies to false to take over the backbone only"
             )
-    return model, _Match(_rows_by_name(model, index), num_stored)
+    return num_stored
 
 
 def _rows_by_name(model: TrainedModel, index: ShardIndex) -> np.ndarray:

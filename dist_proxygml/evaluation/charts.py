@@ -60,8 +60,8 @@ def line_chart(
         shown = [line for line in shown if line.points]
     xs = [x for line in shown for x, _ in line.points]
     ys = [y for line in shown for _, y in line.points]
-    x_ticks = _ticks(min(xs), max(xs), count=5)
-    y_ticks = _powers_of_ten(min(ys), max(ys)) if logarithmic else _ticks(min(ys), max(ys), count=5)
+    x_ticks = ticks(min(xs), max(xs), count=5)
+    y_ticks = _powers_of_ten(min(ys), max(ys)) if logarithmic else ticks(min(ys), max(ys), count=5)
     x_range = (min(xs), max(max(xs), min(xs) + 1))
     y_range = (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
 
@@ -124,7 +124,7 @@ def _thinned(points: Sequence[tuple[float, float]], *, most: int = 300) -> list[
     return [(block[-1][0], math.fsum(y for _, y in block) / len(block)) for block in blocks]
 
 
-def _ticks(low: float, high: float, *, count: int) -> list[float]:
+def ticks(low: float, high: float, *, count: int) -> list[float]:
     """About `count` round numbers that enclose or fill the range."""
     if high <= low:
         high = low + (abs(low) or 1.0)

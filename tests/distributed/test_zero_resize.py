@@ -28,9 +28,7 @@ class Case(NamedTuple):
 
 CASES = {
     "1": Case(1),
-    "2": Case(2, torch.optim.Adam),
-    "2, round robin": Case(2, options={"round_robin_gradients": True}),
-    "3": Case(3),
+    "2, Adam, round robin": Case(2, torch.optim.Adam, options={"round_robin_gradients": True}),
     "3, Adam, all partitioned": Case(3, torch.optim.Adam, options={"stage3_param_persistence_threshold": 0}),
     "3, several groups": Case(3, options={"sub_group_size": 15}),
     "0, bfloat16": Case(0, is_bfloat16=True),
@@ -103,12 +101,16 @@ def leg(context: ParallelContext, directory: Path, start: int) -> dict[str, tupl
         if start:
             checkpoint = directory / name / f"step-{start:06d}"
             load_checkpoint(checkpoint, context=context, settings=SETTINGS, **run)
-            run["engine"].load(checkpoint)  # leaves nothing behind that a second time would stumble over
         loaded = numbers(run["engine"], case) if start else {}
         losses = train(context, case, [start + 1, start + 2], **run)
         state = RunState(start + 2, 0, 6 * (start + 2), context.world_size, SETTINGS)
-        CheckpointWriter(directory / name, context, Retention(9)).save(state=state, **run)
+        (saved,) = CheckpointWriter(directory / name, context, Retention(9)).save(state=state, **run)
         found[name] = losses, {"loaded": loaded, "saved": numbers(run["engine"], case)}
+        # What was read from other ranks has left nothing behind: the engine goes back to what it saved itself.
+        train(context, case, [99], **run)
+        run["engine"].load(saved.path)
+        for key, value in numbers(run["engine"], case).items():
+            np.testing.assert_array_equal(value, found[name][1]["saved"][key], err_msg=f"{name}: {key}, again")
     return found
 
 

@@ -1,36 +1,30 @@
-"""Jobs of the submit command really train: in this process, on this machine, and in a SLURM of two nodes.
+"""Jobs of the submit command really train: in this process, on this machine, and in a SLURM of several nodes.
 
-The SLURM is a real one that this file starts. Chosen: each node is a network, host name and /etc/hosts of its own, so
-that a rank that looks for its peers at localhost fails as it would on a cluster; the daemons run from a temporary
-folder with a key of their own, and nothing else of the machine is touched. No accounting: the controller remembers long
-enough. Needs root, the right to make network namespaces, and `apt-get install slurmctld slurmd slurm-client munge
-iproute2` with /usr/sbin on the PATH; these tests run where DIST_PROXYGML_NEEDS_SLURM is set, and are skipped elsewhere.
+In SLURM what takes time is SLURM: half a minute until it looks at a time limit, as long until it believes that a node
+has failed, ten seconds until what went back into the queue may start again. Chosen: the runs wait for that together.
+The fixture `jobs` starts them and makes something happen to each but one; the tests look at what has become of them.
+All train alike, so what every one must come to is what that one comes to: the loss of every step, once, to the last
+digit.
 """
 
 import json
-import os
-import secrets
-import shutil
+import re
 import signal
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "nsenter", "unshare")
-NODES = ("node1", "node2")
-BRIDGE = "pgmlslurm"
-SUBNET = "10.213.78"
-PORT = 16910
+from launchers import submit
+from tests.slurm_jobs import Slurm, start_launcher, training_losses, wait_for
+
+SUBMIT = ("launchers/submit.py", "--config", "configs/demo_cpu.json")
+TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
 SETTINGS = (
-    "training.max_steps=40",
     "training.batch_size=32",
-    "checkpoint.every_steps=2",
     "telemetry.log_every_steps=1",
     "telemetry.progress_bar=false",
     "evaluation.kmeans_seeds=0",
@@ -38,265 +32,287 @@ SETTINGS = (
     "evaluation.raw_pixels=false",
     "schedule.warmup_steps=0",
 )
-# Runs in the namespaces of a node: {name}, {hosts} and {configuration} are filled in.
-START_NODE = """
-hostname {name}
-mount --bind {hosts} /etc/hosts
-exec slurmd -D -f {configuration} -N {name}
-"""
+NUM_STEPS = 60
 
 
-def run(*command: str, check: bool = True) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-    return done.stdout
+class Job:
+    """A job in SLURM's queue that trains on two nodes, and the submit command that follows it."""
+
+    def __init__(self, slurm: Slurm, runs: Path, name: str, *options: str, every_steps: int, slow_from: int) -> None:
+        """From its step `slow_from` on each start takes two seconds for a step: something can happen to it there."""
+        self.slurm, self.name = slurm, name
+        self.run_directory = runs / name
+        faults = [f"step.begin@0:{step}:sleep=2" for step in range(slow_from, NUM_STEPS + 1)]
+        settings = (f"name={name}", f"runs_dir={runs}", f"checkpoint.every_steps={every_steps}", *SETTINGS)
+        self.process = slurm.launch(
+            *(*SUBMIT, *TWO_NODES, "--wait", *options, "--set", f"training.max_steps={NUM_STEPS}", *settings),
+            DIST_PROXYGML_FAULT=",".join(faults),
+        )
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        assert words[:1] == ["job"], self.process.communicate()[1]
+        self.id = words[1]
+
+    @property
+    def num_steps(self) -> int:
+        return len(training_losses(self.run_directory))
+
+    @property
+    def log(self) -> str:
+        path = self.run_directory.with_name(f"{self.name}.jobs") / f"{self.id}_0_log.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_steps(self, num_steps: int) -> None:
+        wait_for(
+            lambda: self.num_steps >= num_steps or self.process.poll() is not None,
+            seconds=120,
+            what=f"step {num_steps} of {self.name}: {self.log}",
+        )
+        assert self.process.poll() is None, f"{self.name} has ended early: {self.log}"
+
+    def end(self) -> str:
+        """What the submit command has printed when the job has come to a good end."""
+        output, errors = self.process.communicate(timeout=150)
+        assert self.process.returncode == 0, output + errors
+        return output
+
+    def history(self) -> list[str]:
+        """How each start of the job has ended, by SLURM's accounting."""
+        options = ("--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={self.id}")
+        return [line.split()[0] for line in self.slurm.ask("sacct", "--duplicates", *options).splitlines()]
+
+    def interruptions(self) -> tuple[list[int], list[int]]:
+        """The steps after which the run has saved because it was told to stop, and those that it has gone on from."""
+        saved = re.findall(r"^stopped by SIG.*: saved after step (\d+);", self.log, flags=re.MULTILINE)
+        continued = re.findall(r"; continuing \S+/step-(\d+) ", self.log)
+        return [int(step) for step in saved], [int(step) for step in continued]
 
 
-def wait_for(condition: Callable[[], object], *, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-
-
-def remove_networks() -> None:
-    for node in NODES:
-        run("ip", "netns", "del", f"pgml-{node}", check=False)
-    run("ip", "link", "del", BRIDGE, check=False)
-
-
-def make_networks() -> None:
-    run("ip", "link", "add", BRIDGE, "type", "bridge")
-    run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
-    run("ip", "link", "set", BRIDGE, "up")
-    for number, node in enumerate(NODES, start=1):
-        namespace, cable = f"pgml-{node}", f"pgml-{number}"
-        run("ip", "netns", "add", namespace)
-        run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-        run("ip", "link", "set", cable, "master", BRIDGE, "up")
-        run("ip", "-n", namespace, "addr", "add", f"{SUBNET}.{10 + number}/24", "dev", "eth0")
-        run("ip", "-n", namespace, "link", "set", "eth0", "up")
-        run("ip", "-n", namespace, "link", "set", "lo", "up")
-
-
-def write_configuration(folder: Path) -> Path:
-    host = run("hostname", "-s").strip()
-    nodes = [
-        f"NodeName={node} NodeHostname={node} NodeAddr={SUBNET}.{10 + number} Port={PORT + 1 + number} CPUs=2"
-        for number, node in enumerate(NODES, start=1)
-    ]
-    lines = [
-        "ClusterName=test",
-        f"SlurmctldHost={host}({SUBNET}.1)",
-        f"SlurmctldPort={PORT + 1}",
-        "SlurmUser=root",
-        "SlurmdUser=root",
-        "AuthType=auth/munge",
-        f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",  # a requeued job waits for so long and a little more
-        f"StateSaveLocation={folder}/state",
-        f"SlurmdSpoolDir={folder}/spool-%n",
-        f"SlurmctldPidFile={folder}/slurmctld.pid",
-        f"SlurmdPidFile={folder}/slurmd-%n.pid",
-        f"SlurmctldLogFile={folder}/slurmctld.log",
-        f"SlurmdLogFile={folder}/slurmd-%n.log",
-        "MailProg=/bin/true",
-        "ProctrackType=proctrack/linuxproc",
-        "TaskPlugin=task/none",
-        "JobAcctGatherType=jobacct_gather/none",
-        "AccountingStorageType=accounting_storage/none",
-        "SelectType=select/cons_tres",
-        "SelectTypeParameters=CR_Core",
-        "SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0",
-        "SlurmdParameters=config_overrides",
-        "ReturnToService=2",
-        "KillWait=5",
-        *nodes,
-        "PartitionName=main Nodes=ALL Default=YES MaxTime=2:00:00",
-    ]
-    (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
-    version = tuple(int(part) for part in run("slurmd", "-V").split()[1].split(".")[:2])
-    plugin = "disabled" if version >= (23, 2) else "cgroup/v1"  # the one that starts where there are no cgroups
-    (folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
-    addresses = [f"{SUBNET}.1 {host}", *(f"{SUBNET}.{10 + n} {node}" for n, node in enumerate(NODES, start=1))]
-    (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *addresses]) + "\n")
-    return folder / "slurm.conf"
-
-
-def start_daemons(folder: Path, configuration: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """munged, slurmctld and a slurmd per node, in the foreground of processes of ours."""
-    environment = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(configuration), "HOME": "/root"}
-
-    def start(name: str, *command: str) -> subprocess.Popen[bytes]:
-        with open(folder / f"{name}.out", "wb") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-
-    files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log"}
-    options = [f"--{option}={folder / name}" for option, name in files.items()]
-    yield start("munged", "munged", "--foreground", f"--seed-file={folder}/munge.seed", *options)
-    wait_for((folder / "munge.socket").exists, seconds=10, what="munged")
-    yield start("slurmctld", "slurmctld", "-D", "-f", str(configuration))
-    for node in NODES:
-        script = START_NODE.format(name=node, hosts=folder / "hosts", configuration=configuration)
-        enter = ("nsenter", f"--net=/run/netns/pgml-{node}", "unshare", "--uts", "--ipc", "--mount")
-        yield start(node, *enter, "sh", "-ec", script)
-
-
-def has_idle_nodes() -> bool:
-    return run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * len(NODES)
+class Jobs(NamedTuple):
+    left_alone: Job
+    limited: Job
+    requeued: Job
+    preempted: Job
+    preempting: str
+    deprived: Job
+    killed: subprocess.Popen[str]
+    mistaken: subprocess.Popen[str]
+    runs: Path
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Path]:
-    """A running SLURM, named by SLURM_CONF in this process; its folder."""
-    if "DIST_PROXYGML_NEEDS_SLURM" not in os.environ:
-        pytest.skip("starts a SLURM on this machine; set DIST_PROXYGML_NEEDS_SLURM=1")
-    missing = [
-        program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
-    ]
-    reason = f"no {', '.join(missing)} on this machine" if missing else "root makes the nodes" if os.geteuid() else ""
-    if not reason:
-        remove_networks()  # of a test that was killed
-        try:
-            make_networks()
-        except AssertionError as error:
-            reason = f"no networks for the nodes: {error}"
-            remove_networks()
-    if reason:
-        pytest.fail(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: it holds unix sockets
-    daemons = []
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            folder.chmod(0o755)
-            (folder / "state").mkdir()
-            (folder / "munge.key").touch(mode=0o600)
-            (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
-            configuration = write_configuration(folder)
-            patch.setenv("SLURM_CONF", str(configuration))
-            for daemon in start_daemons(folder, configuration):
-                daemons.append(daemon)
-            wait_for(has_idle_nodes, seconds=30, what=f"idle nodes; see {folder}")
-            yield folder
-            run("scancel", "--full", "--user=root", check=False)
-            wait_for(lambda: not run("squeue", "--noheader"), seconds=30, what="the last jobs")
-        finally:
-            for daemon in reversed(daemons):
-                daemon.terminate()
-            for daemon in daemons:
-                try:
-                    daemon.wait(timeout=20)
-                except subprocess.TimeoutExpired:
-                    daemon.kill()
-            remove_networks()
-    shutil.rmtree(folder)
+def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Jobs to which everything has happened; they need not have ended yet."""
+    runs = tmp_path_factory.mktemp("runs")
+    whole_nodes = ("--sbatch", "exclude=node3")
 
+    def start(name: str, *options: str, every_steps: int = 1000, slow_from: int = 35) -> Job:
+        return Job(slurm, runs, name, *options, every_steps=every_steps, slow_from=slow_from)
 
-def submit(*arguments: str, settings: tuple[str, ...]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [
-        sys.executable,
-        "launchers/submit.py",
-        "--config",
-        "configs/demo_cpu.json",
-        *arguments,
-        "--set",
-        *settings,
-    ]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    def start_to_fail(name: str, *changes: str, fault: str = "") -> subprocess.Popen[str]:
+        settings = ("--set", f"name={name}", f"runs_dir={runs}", *SETTINGS, *changes)
+        return slurm.launch(*SUBMIT, *TWO_NODES, "--wait", *whole_nodes, *settings, DIST_PROXYGML_FAULT=fault)
 
-
-def field(job_id: str, name: str) -> str:
-    words = run("scontrol", "show", "job", job_id).split()
-    return next(word.split("=", 1)[1] for word in words if word.startswith(f"{name}="))
+    try:
+        # 1. The one whose time is short, by itself: SLURM tells it 20 to 50 seconds after its start.
+        limited = start("limited", *whole_nodes, "signal=USR2@10", "--time", "1")
+        limited.wait_for_steps(34)
+        # 2. Others, until they have come to where they are slow.
+        preempted = start("preempted", *whole_nodes, "gres=slot:1")
+        requeued = start("requeued", *whole_nodes, slow_from=20)
+        deprived = start("deprived", "--sbatch", "nodelist=node1,node3", every_steps=10)
+        requeued.wait_for_steps(19)
+        for job in (preempted, deprived):
+            job.wait_for_steps(34)
+        # 3. What happens to them.
+        slurm.control("fail", "node3")
+        slurm.ask("scancel", f"--signal={signal.SIGUSR2.value}", requeued.id)
+        request = ("--partition=urgent", "--nodes=2", "--gres=slot:1", "--exclude=node3", "--output=/dev/null")
+        preempting = slurm.ask("sbatch", "--parsable", *request, "--wrap=hostname").strip()
+        left_alone = start("left_alone", *whole_nodes, slow_from=NUM_STEPS)
+        killed = start_to_fail("killed", fault="step.begin@1:9:kill9")
+        mistaken = start_to_fail("mistaken", "data.num_classes=500")
+        # 4. One of them is put back a second time, by other means, when it has moved on; the node comes back.
+        wait_for(lambda: slurm.field(requeued.id, "Restarts") == "1", seconds=60, what="the first restart")
+        requeued.wait_for_steps(39)
+        slurm.ask("scontrol", "requeue", requeued.id)
+        wait_for(lambda: slurm.field(deprived.id, "JobState") != "RUNNING", seconds=60, what="the end of node3")
+        slurm.control("start")
+        yield Jobs(left_alone, limited, requeued, preempted, preempting, deprived, killed, mistaken, runs)
+    finally:
+        slurm.ask("scancel", "--full", "--user=root")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_a_job_on_two_nodes_is_requeued_by_its_signal_and_by_scontrol_and_ends_complete(
-    cluster: Path, tmp_path: Path
-) -> None:
-    checkpoints = tmp_path / "demo_cpu" / "checkpoints"
-    options = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "60", "--wait")
-    process = submit(*options, settings=(f"runs_dir={tmp_path}", *SETTINGS))
-    assert process.stdout is not None
-    job_id = process.stdout.readline().split()[1]
+@pytest.mark.timeout(300)
+def test_a_run_that_is_preempted_saves_once_and_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
+    job = jobs.preempted
+    job.end()
+    assert slurm.field(jobs.preempting, "JobState") == "COMPLETED"
+    assert slurm.field(jobs.preempting, "StartTime") < slurm.field(job.id, "StartTime"), "it has not made room"
+    assert job.history() == ["REQUEUED", "COMPLETED"]
+    saved, continued = job.interruptions()
+    assert len(saved) == 1
+    assert saved == continued
+    check_run(job, jobs)
 
-    # 1. The job's own signal, as before the time limit and at preemption: it puts itself back into the queue.
-    wait_for((checkpoints / "step-000002" / "state.json").exists, seconds=60, what="a checkpoint")
-    run("scancel", f"--signal={signal.SIGUSR2.value}", job_id)
-    wait_for(lambda: field(job_id, "Restarts") == "1", seconds=30, what="the first restart")
-    # 2. Put back from outside once it has moved on.
-    steps = count_steps(tmp_path)
-    wait_for(lambda: count_steps(tmp_path) > steps + 2, seconds=90, what="steps after the restart")
-    run("scontrol", "requeue", job_id)
-    output, errors = process.communicate(timeout=150)
 
-    assert process.returncode == 0, output + errors
-    assert field(job_id, "Restarts") == "2"
-    assert not (tmp_path / "demo_cpu.1").exists(), "a restart has started anew"
-    log = (tmp_path / "demo_cpu.jobs" / f"{job_id}_0_log.out").read_text()
-    assert log.count("starting anew") == 1
-    assert log.count("continuing") == 2
-    assert "2 rank(s)" in log
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_comes_to_its_time_limit_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
+    job = jobs.limited
+    job.end()
+    *stops, end = job.history()
+    assert end == "COMPLETED"
+    assert set(stops) == {"REQUEUED"}
+    saved, continued = job.interruptions()
+    assert len(saved) == len(stops)
+    assert saved == continued
+    assert "this job is timed-out" in job.log
+    check_run(job, jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_is_requeued_by_its_signal_and_by_scontrol_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
+    job = jobs.requeued
+    output = job.end()
     assert "report.html" in output  # the log of rank 0 was shown
-    state = json.loads((checkpoints / "step-000040" / "state.json").read_text())
-    assert state["step"] == 40
+    assert job.history() == ["REQUEUED", "REQUEUED", "COMPLETED"]
+    assert job.log.count("starting anew") == 1
+    assert "2 rank(s)" in job.log
+    saved, continued = job.interruptions()
+    assert len(continued) == 2
+    assert saved == continued
+    check_run(job, jobs)
 
 
-def count_steps(runs: Path) -> int:
-    lines = (runs / "demo_cpu" / "metrics.jsonl").read_text().splitlines()
-    return sum(json.loads(line)["kind"] == "train" for line in lines)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_whose_node_fails_goes_on_from_its_newest_checkpoint(slurm: Slurm, jobs: Jobs) -> None:
+    job = jobs.deprived
+    job.end()
+    assert job.history() == ["NODE_FAIL", "COMPLETED"]
+    assert job.interruptions() == ([], [30])
+    check_run(job, jobs)
+
+
+def check_run(job: Job, jobs: Jobs) -> None:
+    """The run has done every step once, and has come to what the one comes to that was left alone."""
+    if jobs.left_alone.process.returncode is None:
+        jobs.left_alone.end()
+    expected = training_losses(jobs.left_alone.run_directory)
+    assert [step for step, _ in expected] == list(range(1, NUM_STEPS + 1))
+    assert training_losses(job.run_directory) == expected
+    results = [evaluation_lines(each.run_directory) for each in (job, jobs.left_alone)]
+    assert len(results[0]) == 1
+    assert results[0] == results[1]
+    assert not job.run_directory.with_name(f"{job.name}.1").exists(), "a restart has started anew"
+
+
+def evaluation_lines(run_directory: Path) -> list[str]:
+    lines = (run_directory / "metrics.jsonl").read_text().splitlines()
+    return [line for line in lines if json.loads(line)["kind"] == "evaluation"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_killed_ends_the_job_within_seconds(slurm: Slurm, jobs: Jobs) -> None:
+    output, errors = jobs.killed.communicate(timeout=120)
+    assert jobs.killed.returncode not in (0, 2), output + errors
+    assert f"the job has failed; see {jobs.runs}/killed.jobs/" in errors
+    assert len(training_losses(jobs.runs / "killed")) == 8
+    job_id = output.split()[1]
+    assert slurm.field(job_id, "JobState") == "FAILED"
+    assert slurm.field(job_id, "Restarts") == "0"
+    ended_at = datetime.fromisoformat(slurm.field(job_id, "EndTime")).timestamp()
+    assert ended_at - (jobs.runs / "killed" / "metrics.jsonl").stat().st_mtime < 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_mistake_that_only_a_job_in_slurm_can_find_gives_its_message_and_status_two(jobs: Jobs) -> None:
+    output, errors = jobs.mistaken.communicate(timeout=120)
+    assert jobs.mistaken.returncode == 2, output + errors
+    assert errors.count("error: data.num_classes is 500, but the split 'train'") == 1
+    assert "Traceback" not in output + errors
 
 
 @pytest.mark.timeout(120)
-def test_what_can_never_start_is_reported_and_what_slurm_refuses_is_passed_on(cluster: Path, tmp_path: Path) -> None:
-    settings = (f"runs_dir={tmp_path}", "training.batch_size=99")
-    waiting = submit("--nodes", "99", "--tasks-per-node", "1", settings=settings)
+def test_what_can_never_start_is_reported_and_what_slurm_refuses_is_passed_on(slurm: Slurm, tmp_path: Path) -> None:
+    settings = ("--set", f"runs_dir={tmp_path}", "training.batch_size=99")
+    waiting = slurm.launch(*SUBMIT, "--nodes", "99", "--tasks-per-node", "1", *settings)
     output, errors = waiting.communicate(timeout=60)
     assert waiting.returncode == 1, output + errors
     assert "will never start: its reason is PartitionConfig" in errors
-    refused = submit("--partition", "nowhere", "--tasks-per-node", "1", settings=settings)
+    slurm.ask("scancel", output.split()[1])
+    refused = slurm.launch(*SUBMIT, "--partition", "nowhere", "--tasks-per-node", "1", *settings)
     output, errors = refused.communicate(timeout=60)
     assert refused.returncode == 2, output + errors
     assert "invalid partition specified: nowhere" in errors
     assert "Traceback" not in errors
 
 
+def test_accounting_knows_how_a_job_has_ended_that_the_controller_has_forgotten(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_of(*options: str, cancel: bool = False) -> submit.JobState | None:
+        job_id = slurm.ask("sbatch", "--parsable", "--output=/dev/null", *options).strip()
+        if cancel:
+            slurm.ask("scancel", job_id)
+        accounting = ("sacct", "--noheader", "--allocations", "--format=End", f"--jobs={job_id}")
+        wait_for(lambda: slurm.ask(*accounting).strip() not in ("", "Unknown"), seconds=30, what="accounting")
+        return submit.ask_job(job_id)
+
+    monkeypatch.setenv("SLURM_CONF", str(slurm.configuration))
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert end_of("--wrap=exit 3") == ("FAILED", "None", 3, False)
+    assert end_of("--wrap=kill -KILL $$") == ("FAILED", "None", 137, False)
+    assert end_of("--wrap=true") == ("COMPLETED", "None", 0, False)
+    assert end_of("--hold", "--wrap=true", cancel=True) == ("CANCELLED", "None", 0, False)
+    assert submit.ask_job("999999") is None
+
+
+# ---- without SLURM ---------------------------------------------------------------------------------------------------
+
+
 def short(runs: Path, *changes: str) -> tuple[str, ...]:
     return (f"runs_dir={runs}", *SETTINGS, "training.max_steps=2", *changes)
 
 
+def run_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    process = start_launcher(*SUBMIT, *arguments)
+    output, errors = process.communicate(timeout=150)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+
 @pytest.mark.timeout(180)
 def test_a_local_job_trains_on_two_ranks_and_leaves_a_log_of_each(tmp_path: Path) -> None:
-    process = submit(
-        "--cluster", "local", "--tasks-per-node", "2", "--cpus-per-task", "1", "--wait", settings=short(tmp_path)
-    )
-    output, errors = process.communicate(timeout=150)
-    assert process.returncode == 0, output + errors
-    assert "2 rank(s) on cpu" in output
-    assert count_steps(tmp_path) == 2
+    options = ("--cluster", "local", "--tasks-per-node", "2", "--cpus-per-task", "1", "--wait")
+    done = run_here(*options, "--set", *short(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 rank(s) on cpu" in done.stdout
+    assert len(training_losses(tmp_path / "demo_cpu")) == 2
     assert (tmp_path / "demo_cpu" / "report.html").exists()
     assert len(list((tmp_path / "demo_cpu.jobs").glob("*_log.out"))) == 2
 
 
 @pytest.mark.timeout(180)
 def test_a_debug_job_trains_in_the_process_that_was_called(tmp_path: Path) -> None:
-    process = submit("--cluster", "debug", settings=short(tmp_path))
-    output, errors = process.communicate(timeout=150)
-    assert process.returncode == 0, output + errors
-    assert "1 rank(s)" in output
-    assert count_steps(tmp_path) == 2
+    done = run_here("--cluster", "debug", "--set", *short(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 rank(s)" in done.stdout
+    assert len(training_losses(tmp_path / "demo_cpu")) == 2
     assert not (tmp_path / "demo_cpu.jobs").exists()
 
 
 @pytest.mark.timeout(180)
 def test_a_mistake_that_only_the_job_can_find_gives_its_message_and_status_two(tmp_path: Path) -> None:
     options = ("--cluster", "local", "--tasks-per-node", "1", "--wait")
-    process = submit(*options, settings=short(tmp_path, "data.num_classes=500"))
-    output, errors = process.communicate(timeout=150)
-    assert process.returncode == 2, output + errors
-    assert errors.count("error: data.num_classes is 500, but the split 'train'") == 1
-    assert "Traceback" not in output + errors
+    done = run_here(*options, "--set", *short(tmp_path, "data.num_classes=500"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("error: data.num_classes is 500, but the split 'train'") == 1
+    assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "demo_cpu").exists()

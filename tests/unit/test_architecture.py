@@ -19,10 +19,12 @@ PACKAGE = "dist_proxygml"
 # Top to bottom. A name stands for a module and for what lies in the package of that name; modules
 # of one package (data, evaluation) may import each other, other neighbours may not.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("launchers.sweep",),
     ("launchers",),
-    ("training", "shard", "report"),
-    ("evaluation.evaluator", "evaluation.report", "plan", "step"),
-    ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "training_data", "watchdog"),
+    ("training", "shard", "report", "export", "sweep_chart"),
+    ("evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
+    ("transfer",),
+    ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "trained", "training_data", "watchdog"),
     ("checkpoint_folder", "engine"),
     ("loss", "backbone", "evaluation"),
     ("data",),
@@ -50,7 +52,7 @@ OWNERS: dict[str, set[str]] = {
 }
 
 # Who may call torch.distributed. Everyone may name its ProcessGroup as a type.
-DISTRIBUTED = {"parallel", "collectives", "checkpoint", "engine"}
+DISTRIBUTED = {"parallel", "collectives", "checkpoint", "engine", "trained"}
 DISTRIBUTED_TYPES = {"ProcessGroup"}
 
 # Takes tensors, ints and a process group, never a configuration.

@@ -1,0 +1,91 @@
+"""Folders of runs with one checkpoint, of a tiny backbone and of classes with given names; nothing is trained."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_proxygml.checkpoint import Retention, RunState, save_checkpoint
+from dist_proxygml.config import Config, parse_config
+from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
+from dist_proxygml.parallel import ParallelContext, on_main
+from dist_proxygml.step import build_train_state
+from dist_proxygml.trained import write_class_table
+
+STEP = 30
+
+
+def configuration(name: str, runs_dir: Path, num_classes: int, **changes: Any) -> Config:
+    """A run of `small_cnn` with D 4; `changes` are whole sections."""
+    raw = {
+        "name": name,
+        "runs_dir": str(runs_dir),
+        "data": {
+            "shards": "unused",
+            "num_classes": num_classes,
+            "train_transform": {"name": "resize", "size": 16},
+            "test_transform": {"name": "resize", "size": 16},
+        },
+        "backbone": {"name": "small_cnn", "embedding_dim": 4, "options": {"width": 4}},
+        "proxies": {"per_class": 2, "topk": 2 * num_classes},
+        "optimizer": {"backbone_lr": 1e-3, "proxies_lr": 1e-2},
+        "training": {"epochs": 1, "batch_size": 6},
+    }
+    return parse_config(raw | changes, source="the test")
+
+
+def write_class_names(folder: Path, classes: Sequence[tuple[str, int | str]]) -> None:
+    """The class table of shards whose index is not needed; (name, source id) of each class."""
+    folder.mkdir(parents=True)
+    lines = [json.dumps([name, source_id, 5]) + "\n" for name, source_id in classes]
+    (folder / class_table_name("train")).write_text("".join(lines))
+
+
+def read_class_names(folder: Path) -> ShardIndex:
+    """An index of what `write_class_names` wrote, without samples."""
+    lines = (folder / class_table_name("train")).read_text().splitlines()
+    classes = [ClassEntry(label, *json.loads(line)) for label, line in enumerate(lines)]
+    return ShardIndex(
+        folder,
+        "train",
+        "names",
+        num_classes=len(classes),
+        shards=(),
+        class_table_sha256=class_table_sha256(classes),
+        sha256=f"of {folder.name}",
+        samples=np.zeros(0),
+    )
+
+
+def write_run(context: ParallelContext, config: Config, shards: Path | None) -> dict[str, np.ndarray]:
+    """Write the folder of a run with the checkpoint of its first moment, as training on `shards` (None: on a stream)
+    would leave it. Called on all ranks.
+
+    Returns:
+        This rank's proxies, and the backbone's weights by name.
+    """
+    state = build_train_state(config, context, steps_per_epoch=1)
+    index = None if shards is None else read_class_names(shards)
+    settings: dict[str, Any] = {"seed": config.seed}
+    if index is not None:
+        settings |= {"class table": index.class_table_sha256, "shards": index.sha256}
+
+    def prepare() -> None:
+        config.run_directory.mkdir(parents=True)
+        (config.run_directory / "config.json").write_text(json.dumps(config.model_dump()))
+        write_class_table(config.run_directory, index)
+
+    on_main(context, prepare)
+    save_checkpoint(
+        config.run_directory / "checkpoints",
+        state=RunState(STEP, 0, 0, context.world_size, settings),
+        engine=state.engine,
+        loss=state.loss,
+        bank_optimizer=state.bank_optimizer,
+        context=context,
+        retention=Retention(keep_last=1),
+    )
+    weights = {name: value.numpy() for name, value in state.engine.full_state_dict().items()}
+    return weights | {"proxies": state.loss.proxies.detach().numpy()}

@@ -1,0 +1,208 @@
+"""What is exported is what was trained, whole or not at all; anybody reads it, a new run starts from it."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dist_proxygml import export as export_module
+from dist_proxygml import trained as trained_module
+from dist_proxygml.backbone import build_backbone
+from dist_proxygml.checkpoint import load_backbone
+from dist_proxygml.config import BackboneConfig
+from dist_proxygml.export import export, main
+from dist_proxygml.parallel import ParallelContext, single_process
+from dist_proxygml.trained import open_trained
+from dist_proxygml.transfer import open_transfer
+from tests.harness import run_ranks
+from tests.trained_runs import configuration, read_class_names, write_class_names, write_run
+
+NAMES = ["gull", "owl", "wren", "kité", "dove", "lark", "swan"]  # uneven over two ranks
+CHECKPOINT = "step-000030"
+
+
+def write_runs(context: ParallelContext, root: Path) -> list[dict[str, np.ndarray]]:
+    named = configuration("named", root / "runs", len(NAMES))
+    stream = configuration("stream", root / "runs", 3)
+    return [write_run(context, named, root / "shards"), write_run(context, stream, None)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """The folder of a run that two ranks have written, one on a stream beside it, and the first one's numbers."""
+    root = tmp_path_factory.mktemp("trained")
+    write_class_names(root / "shards", [(name, number) for number, name in enumerate(NAMES, start=1)])
+    ranks = run_ranks(write_runs, 2, root, timeout=90)
+    proxies = np.concatenate([rank[0]["proxies"] for rank in ranks])
+    return root / "runs" / "named", ranks[0][0] | {"proxies": proxies}
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.timeout(120)
+def test_the_command_writes_what_was_trained_without_deepspeed(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    run, numbers = trained
+    out = tmp_path / "exports" / "birds"
+    arguments = ["--run", str(run), "--checkpoint", CHECKPOINT, "--out", str(out)]
+    program = (
+        "import runpy, sys; sys.modules['deepspeed'] = None; sys.argv = ['export', *sys.argv[1:]]; "
+        "runpy.run_module('dist_proxygml.export', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        f"exported {run}/checkpoints/{CHECKPOINT} to {out}: small_cnn, and 7 classes x 2 proxies of dimension 4\n"
+    )
+    assert names_below(out) == ["backbone.safetensors", "bank.safetensors", "classes.jsonl", "export.json"]
+    assert names_below(out.parent) == ["birds"]
+
+    bank = load_file(out / "bank.safetensors")
+    assert bank.keys() == {"proxies"}
+    assert bank["proxies"].dtype == torch.float32
+    np.testing.assert_array_equal(bank["proxies"].numpy(), numbers["proxies"])
+    with safe_open(out / "bank.safetensors", framework="np") as file:  # its numbers are aligned
+        np.testing.assert_array_equal(file.get_slice("proxies")[5:7], numbers["proxies"][5:7])
+    assert [json.loads(line)[:2] for line in (out / "classes.jsonl").open()] == [
+        [name, number] for number, name in enumerate(NAMES, start=1)
+    ]
+
+    about = json.loads((out / "export.json").read_text())
+    assert (about["kind"], about["version"]) == ("dist-proxygml-export", 1)
+    assert (about["run"], about["step"]) == ("named", 30)
+    assert (about["num_classes"], about["proxies_per_class"], about["embedding_dim"]) == (7, 2, 4)
+    assert about["preprocessing"] == {"name": "resize", "size": 16}
+    assert about["written_with"]["torch"] == torch.__version__.partition("+")[0]
+    assert about["files"] == {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+        for path in out.iterdir()
+        if path.name != "export.json"
+    }
+    model = build_backbone(BackboneConfig.model_validate(about["backbone"]), load_pretrained=False)
+    load_backbone(out, model)
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), numbers[name], err_msg=name)
+
+
+def test_a_new_run_starts_from_an_export_as_from_its_checkpoint(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, numbers = trained
+    export(run, tmp_path / "birds")
+    monkeypatch.setattr(trained_module, "_BYTES_AT_A_TIME", 2 * 4 * 2 * 4)  # two classes
+    write_class_names(tmp_path / "shards", [("swan", 1), ("puffin", 2), ("gull", 3), ("kité", 4)])
+    index = read_class_names(tmp_path / "shards")
+    for source in (tmp_path / "birds", run):
+        checkpoint = {"init_from": str(source)}
+        config = configuration("new", tmp_path / "runs", index.num_classes, checkpoint=checkpoint)
+        transfer = open_transfer(config, index, single_process())
+        assert transfer is not None
+        assert "step 30: its backbone, and proxies of 3 of 4 classes (1 new, 4 dropped)" in str(transfer)
+        proxies = torch.full((4, 2, 4), 9.0)
+        transfer.load_proxies_(proxies, single_process(), unit_norm=False)
+        expected = [numbers["proxies"][6], np.full((2, 4), 9.0), numbers["proxies"][0], numbers["proxies"][3]]
+        np.testing.assert_array_equal(proxies.numpy(), np.stack(expected))
+
+
+def test_a_run_on_a_stream_is_exported_without_names(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    told = export(trained[0].with_name("stream"), tmp_path / "stream")
+    assert told.endswith("3 classes x 2 proxies of dimension 4, without class names, as it was trained on a stream")
+    assert names_below(tmp_path / "stream") == ["backbone.safetensors", "bank.safetensors", "export.json"]
+    with pytest.raises(ValueError, match="has no class names: it was trained on a stream"):
+        open_trained(tmp_path / "stream").classes()
+
+
+# ---- what is in the way ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_the_place_is_not_lost(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = trained
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    (tmp_path / "a file").write_text("text")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "export.json").write_text("{}")
+
+    def told(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    for place in ("mine", "a file"):
+        for overwrite in ([], ["--overwrite"]):
+            error = told("--run", run, "--out", tmp_path / place, *overwrite)
+            assert error.startswith(f"error: expected nothing or an earlier export at {tmp_path / place}, found")
+    # before any work: there is no such run
+    error = told("--run", tmp_path / "no run", "--out", tmp_path / "old")
+    assert error == (
+        f"error: expected nothing at {tmp_path / 'old'}, found an export; name another folder, or add --overwrite\n"
+    )
+    assert "expected a JSON configuration at" in told("--run", tmp_path / "no run", "--out", tmp_path / "new")
+    error = told("--run", run, "--checkpoint", "step-000031", "--out", tmp_path / "new")
+    assert "this run has: step-000030" in error
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
+    assert (tmp_path / "old" / "export.json").read_text() == "{}"
+    assert names_below(tmp_path) == ["a file", "mine", "old"]
+
+    (tmp_path / "empty").mkdir()
+    for place, overwrite in (("empty", []), ("old", ["--overwrite"])):
+        assert main(["--run", str(run), "--out", str(tmp_path / place), *overwrite]) == 0
+        assert open_trained(tmp_path / place).step == 30
+    assert names_below(tmp_path) == ["a file", "empty", "mine", "old"]
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(
+    trained: tuple[Path, dict[str, np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = trained
+    export(run, tmp_path / "birds")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "birds").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module.os, "posix_fallocate", full)
+    assert main(["--run", str(run), "--out", str(tmp_path / "birds"), "--overwrite"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "birds").iterdir()} == before
+    assert names_below(tmp_path) == ["birds"]
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "bank.safetensors", "classes.jsonl"])
+def test_a_damaged_export_is_not_used(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, name: str) -> None:
+    export(trained[0], tmp_path / "birds")
+    path = tmp_path / "birds" / name
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=rf"birds is damaged: expected {name} of {len(content)} bytes and .*again"):
+        open_trained(tmp_path / "birds")
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"birds is damaged: expected {name} .* got {len(content)} bytes and"):
+        open_trained(tmp_path / "birds")
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"birds is damaged: {name} cannot be read: No such file"):
+        open_trained(tmp_path / "birds")
+    (tmp_path / "birds" / "export.json").write_text('{"kind": "dist-proxygml-export", "version": 2}')
+    with pytest.raises(ValueError, match=r"expected a dist-proxygml-export of version 1, got kind .* of version 2"):
+        open_trained(tmp_path / "birds")
