@@ -212,6 +212,7 @@ class _Loop:
                 self._train_epoch()
             self._tell(self.writer.close())
         except StopRequested as request:
+            self.watchdog.stop()
             if self.state.step > 0 and self.saved_step != self.state.step:
                 self._save()
             self._tell(self.writer.close())
@@ -287,7 +288,8 @@ class _Loop:
         state, index = self.state, self.data.index
         images = [str(i) if index is None else index.describe(i) for i in report.left_out.suspects]
         self.telemetry.say(self.left_out.add(state.step, report.left_out.reason, images))
-        if not self.left_out.is_full and state.engine.has_finite_buffers():
+        is_spoiled = any(everyone(self.context, not state.engine.has_finite_buffers()))
+        if not self.left_out.is_full and not is_spoiled:
             return
         with self.watchdog.paused():
             self._tell(self.writer.wait())

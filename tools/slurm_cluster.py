@@ -116,7 +116,7 @@ def run(*command: str, check: bool = True, environment: dict[str, str] | None = 
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"{' '.join(command)}: {error}") from None
     if check and done.returncode:
-        raise ClusterError(f"{' '.join(command)}: {done.stderr.strip() or f'status {done.returncode}'}")
+        raise ClusterError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
     return done.stdout
 
 
@@ -160,7 +160,7 @@ def install() -> None:
             policy.chmod(0o755)
         for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
             done = subprocess.run(
-                [*apt, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=240
+                [*apt, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120
             )
         if done.returncode:
             raise ClusterError(f"apt-get: {done.stderr.strip()}")
@@ -208,6 +208,10 @@ class Cluster(NamedTuple):
     def namespace(self, node: str) -> str:
         """The name of a node's network."""
         return f"{self.bridge}-{node}"
+
+    def cable(self, node: str) -> str:
+        """The bridge's end of what connects a node with it."""
+        return f"{self.bridge}-{self.nodes.index(node) + 1}"
 
     def save(self) -> None:
         """For whoever asks the folder later."""
@@ -297,6 +301,7 @@ def client(cluster: Cluster, *command: str, check: bool = True) -> str:
 def remove_networks(cluster: Cluster) -> None:
     """What `make_networks` has made; no matter what of it is there."""
     for node in cluster.nodes:
+        run("ip", "link", "del", cluster.cable(node), check=False)  # with its network it would go later than we do
         run("ip", "netns", "del", cluster.namespace(node), check=False)
     run("ip", "link", "del", cluster.bridge, check=False)
 
@@ -310,8 +315,8 @@ def make_networks(cluster: Cluster) -> None:
     run("ip", "link", "add", cluster.bridge, "type", "bridge")
     run("ip", "addr", "add", f"{cluster.address()}/24", "dev", cluster.bridge)
     run("ip", "link", "set", cluster.bridge, "up")
-    for number, node in enumerate(cluster.nodes, start=1):
-        namespace, cable = cluster.namespace(node), f"{cluster.bridge}-{number}"
+    for node in cluster.nodes:
+        namespace, cable = cluster.namespace(node), cluster.cable(node)
         run("ip", "netns", "add", namespace)
         run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", namespace)
         run("ip", "link", "set", cable, "master", cluster.bridge, "up")
@@ -378,7 +383,7 @@ def plan_cluster(folder: Path, nodes: tuple[str, ...], network: str) -> Cluster:
             remove_networks(cluster)
             if network == "namespaces":
                 raise
-            print(f"nodes cannot have networks of their own here: {error}", file=sys.stderr)
+            print(f"nodes cannot have networks of their own: {error}", flush=True)
             cluster = cluster._replace(has_namespaces=False)
     return cluster
 
@@ -477,9 +482,9 @@ def start_daemons(cluster: Cluster) -> None:
     start_daemon(cluster, "slurmctld", "slurmctld", "-D", "-f", str(cluster.configuration))
     if not cluster.has_namespaces:
         write_own_hosts(cluster, wanted=True)
-    for number, node in enumerate(cluster.nodes, start=1):
+    for node in cluster.nodes:
         if cluster.has_namespaces:
-            run("ip", "link", "set", f"{cluster.bridge}-{number}", "up")
+            run("ip", "link", "set", cluster.cable(node), "up")
             run("ip", "-n", cluster.namespace(node), "link", "set", "eth0", "up")
             spaces = ("nsenter", f"--net=/run/netns/{cluster.namespace(node)}", "unshare", "--uts", "--ipc", "--mount")
             command = (*spaces, "sh", "-ec", START_NODE, node, str(folder))

@@ -130,7 +130,7 @@ def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job
         request = ("--partition=urgent", "--nodes=2", "--gres=slot:1", "--exclude=node3", "--output=/dev/null")
         preempting = slurm.ask("sbatch", "--parsable", *request, "--wrap=hostname").strip()
         left_alone = start("left_alone", *whole_nodes, slow_from=NUM_STEPS)
-        killed = start_to_fail("killed", fault="step.begin@1:9:kill9")
+        killed = start_to_fail("killed", fault="step.begin@1:9:kill9,step.begin@0:9:sleep=300")
         mistaken = start_to_fail("mistaken", "data.num_classes=500")
         # 4. One of them is put back a second time, by other means, when it has moved on; the node comes back.
         wait_for(lambda: slurm.field(requeued.id, "Restarts") == "1", seconds=60, what="the first restart")
@@ -217,7 +217,7 @@ def evaluation_lines(run_directory: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_rank_that_is_killed_ends_the_job_within_seconds(slurm: Slurm, jobs: Jobs) -> None:
+def test_a_rank_that_is_killed_ends_one_that_does_not_notice_within_seconds(slurm: Slurm, jobs: Jobs) -> None:
     output, errors = jobs.killed.communicate(timeout=120)
     assert jobs.killed.returncode not in (0, 2), output + errors
     assert f"the job has failed; see {jobs.runs}/killed.jobs/" in errors
