@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -91,8 +92,12 @@ class TrainingJob:
         """Run one task and end its process, with the statuses of launchers/train.py."""
         task = submitit.JobEnvironment()
         requeue = signal.getsignal(getattr(signal, f"SIG{task.USR_SIG}"))
-        # submitit ignores it; until the libraries are there nothing can be lost by ending.
+        # Until the libraries are there nothing can be lost by ending, and submitit's own handler, which needs them to
+        # requeue the job, cannot do its work: signals that ask for that are kept.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        early: list[int] = []
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda received, frame: early.append(received))
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         os.environ.update(
             RANK=str(task.global_rank),
@@ -106,10 +111,10 @@ class TrainingJob:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a node may show GPUs to a job that asked for none
             if self.cpus_per_task:
                 os.environ["OMP_NUM_THREADS"] = str(self.cpus_per_task)
-        self.run(Requeue(task, requeue, grace=self.grace))
+        self.run(Requeue(task, requeue, grace=self.grace), early)
 
-    def run(self, requeue: "Requeue | None" = None) -> NoReturn:
-        """Train in this process, whose rank stands in the environment, and end it."""
+    def run(self, requeue: "Requeue | None" = None, early: Sequence[int] = ()) -> NoReturn:
+        """Train in this process, whose rank stands in the environment, and end it. `early` came before it listened."""
         from dist_proxygml.parallel import join_world, run_launcher
         from dist_proxygml.preemption import StopRequested, StopSignals
 
@@ -118,6 +123,8 @@ class TrainingJob:
             resume = "auto" if self.has_started(config) else self.resume
             signals = StopSignals(grace=requeue.grace, on_grace_over=requeue.give_up) if requeue else StopSignals()
             signals.listen()
+            for number in early:
+                os.kill(os.getpid(), number)
             context = join_world()
             from dist_proxygml.training import train
 

@@ -337,6 +337,47 @@ def test_a_stopped_job_is_requeued_by_rank_0_if_its_signal_asks_for_it(
     assert ("not stopped in time" in done.stderr) == (what == "hangs")
 
 
+# The signal comes when submitit has started the task, and before the libraries are imported.
+EARLY = """
+import os, signal, sys, time, types
+from types import SimpleNamespace
+from launchers import submit
+
+def train(config, context, *, resume, signals):
+    deadline = time.monotonic() + 20
+    while signals.received is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print("stopped by", signals.received.name if signals.received else None, flush=True)
+
+class Requeue(submit.Requeue):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+assert "torch" not in sys.modules
+sys.modules["dist_proxygml.training"] = types.ModuleType("dist_proxygml.training")
+sys.modules["dist_proxygml.training"].train = train
+submit.Requeue = Requeue
+paths = SimpleNamespace(folder=__import__("pathlib").Path("."))
+task = SimpleNamespace(USR_SIG="USR2", cluster="slurm", job_id="7", raw_job_id="7", global_rank=0, local_rank=0)
+task.num_tasks, task.num_nodes, task.hostnames, task.paths = 1, 1, ["here"], paths
+submit.submitit.JobEnvironment = lambda: task
+signal.signal(signal.SIGUSR2, lambda number, frame: print("submitit's handler, too early", flush=True))
+config = submit.load_config(sys.argv[1], [])
+submit.TrainingJob(config, source="", resume="auto", uses_gpus=False, cpus_per_task=1, grace=60.0)()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_that_comes_before_the_libraries_are_there_is_kept(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EARLY, str(ROOT / CONFIG)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "stopped by SIGUSR2"), done.stderr
+
+
 @pytest.mark.parametrize(("minutes", "delay", "grace"), [(1, 30, 15), (4, 120, 100), (600, 120, 100)])
 def test_the_signal_comes_early_enough_and_leaves_time_to_requeue(minutes: int, delay: int, grace: float) -> None:
     assert submit.signal_delay(minutes) == delay
