@@ -64,11 +64,13 @@ class HeadPlan:
     """Similarities, kept pairs, gathered embeddings and whatever else a micro-batch needs for a while."""
     received_bytes_per_step: int
     messages_per_step: int
+    copy_bytes: int = 0
+    """Of what a save in the background copies to the host, on CPUs; on GPUs the copy is beside the head's memory."""
 
     @property
     def total_bytes(self) -> int:
         """Most memory of the head on one rank."""
-        return self.bank_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes
+        return self.bank_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes + self.copy_bytes
 
     def __str__(self) -> str:
         """A table for people."""
@@ -85,6 +87,8 @@ class HeadPlan:
             ("received per step", format_bytes(self.received_bytes_per_step)),
             ("messages per step", f"{self.messages_per_step}"),
         ]
+        if self.copy_bytes:
+            rows.insert(8, ("copy for saves", format_bytes(self.copy_bytes)))
         if self.anchors is not None:
             rows.insert(4, ("regulariser anchors", f"{self.anchors:,}"))
         return "plan of the head, per rank:\n" + "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
@@ -185,6 +189,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         working_bytes=working,
         received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer),
         messages_per_step=0 if world_size == 1 else config.accumulation * messages,
+        copy_bytes=bank + optimizer if config.checkpoint.asynchronous and device == "cpu" else 0,
     )
 
 
@@ -200,10 +205,11 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
         format_bytes,
         (plan.bank_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.working_bytes, plan.total_bytes),
     )
+    copy = f", copy for saves in the background {format_bytes(plan.copy_bytes)}" if plan.copy_bytes else ""
     raise ValueError(
         f"expected a head of at most {format_bytes(memory)} per rank, the memory that is left there, got {total} on "
         f"{plan.world_size} rank(s): bank {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
-        f"{working}; {_what_would_fit(config, plan, memory, device)}"
+        f"{working}{copy}; {_what_would_fit(config, plan, memory, device)}"
     )
 
 
@@ -232,10 +238,11 @@ def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) ->
         row_wise,
         {"proxies.selection": "candidates"},
         {"proxies.memory_budget": "64 MiB"},
+        {"checkpoint.asynchronous": False},
     ]
     for changes in alone:
         if fits(changes, plan.world_size):
-            settings = [f"{key}={value}" for key, value in changes.items()]
+            settings = [f"{k}={value if isinstance(value, str) else json.dumps(value)}" for k, value in changes.items()]
             remedies.append("--set " + " ".join(json.dumps(text) if " " in text else text for text in settings))
     slots = config.training.batch_size // config.accumulation
     more = (ranks for ranks in range(plan.world_size + 1, slots + 1) if slots % ranks == 0)

@@ -76,6 +76,19 @@ def test_a_head_that_does_not_fit_is_refused_with_what_would_fit() -> None:
         check_fits(changed, plan_head(changed, world_size=ranks), memory=80 << 30)
 
 
+def test_the_copy_for_saves_in_the_background_counts_on_cpus() -> None:
+    plain = plan_head(very_many(), world_size=8)
+    config = very_many("checkpoint.asynchronous=true")
+    plan = plan_head(config, world_size=8)
+    assert plan.copy_bytes == plan.bank_bytes + plan.optimizer_bytes
+    assert plan.total_bytes == plain.total_bytes + plan.copy_bytes
+    assert "copy for saves" in str(plan)
+    assert "copy" not in str(plain)
+    assert plan_head(config, world_size=8, device="cuda").copy_bytes == 0
+    with pytest.raises(ValueError, match=r"copy for saves in the background .*: --set checkpoint.asynchronous=false"):
+        check_fits(config, plan, memory=plain.total_bytes)
+
+
 def test_a_remedy_that_cannot_run_is_not_proposed() -> None:
     config = very_many('deepspeed={"train_micro_batch_size_per_gpu": 8}')  # so on 8 ranks only
     with pytest.raises(ValueError, match="at most 80") as caught:
