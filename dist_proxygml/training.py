@@ -91,7 +91,8 @@ def train(
     _check_memory(config, plan, context)
     data, test_index = run_together(context, _open_data, config)
     _check_same_data(data, test_index, context)
-    lock = run_together(context, lambda: RunLock(run_directory) if context.is_main else None)
+    locks: list[RunLock] = []
+    run_together(context, _lock, context, run_directory, locks)
     found, passed_over = on_main(context, checkpoint_to_continue, checkpoints, resume)
     run_together(context, lambda: data.loader(context, epoch=0, start=0))
     transfer = None if found else open_transfer(config, data.index, context)
@@ -104,6 +105,7 @@ def train(
         continue_at(state, position, data)
         # Here, not in the middle of things: another batch size or number of ranks may not divide the rest.
         run_together(context, lambda: data.loader(context, epoch=state.epoch, start=state.consumed))
+    run_together(context, lambda: _lock(context, run_directory, locks, make_folder=True))
     moved = on_main(context, _prepare_run_directory, config, data.index, state.step if found else None)
     telemetry = Telemetry(
         run_directory,
@@ -157,7 +159,7 @@ def train(
     # 4. Show.
     telemetry.close()
     on_main(context, _show, run_directory, test_index)
-    del lock
+    locks.clear()
     return run_directory
 
 
@@ -339,6 +341,12 @@ class _Loop:
             signals=self.signals,
         )
         on_main(self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False))
+
+
+def _lock(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
+    """Put the run's lock into `locks` on rank 0, if it is not there; without `make_folder` only where a run could be."""
+    if context.is_main and not locks and (make_folder or run_directory.parent.is_dir()):
+        locks.append(RunLock(run_directory))
 
 
 def _load(checkpoint: Path, state: TrainState, settings: dict[str, Any]) -> RunState:

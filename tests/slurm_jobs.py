@@ -117,5 +117,6 @@ def running_slurm() -> Iterator[Slurm]:
     try:
         yield Slurm(folder)
     finally:
+        process.stdin.write("stop\n")  # its end alone may go unseen: processes that were forked meanwhile have it open
         process.stdin.close()
         process.wait(timeout=60)

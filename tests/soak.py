@@ -158,7 +158,6 @@ def sweep(runs: Path, kills: Sequence[str], *, num_steps: int) -> None:
 def soak(runs: Path, *, num_kills: int, num_steps: int, seed: int) -> None:
     """Kill one rank, or both, at random moments."""
     settings = (f"training.max_steps={num_steps}",)
-    expected = undisturbed(runs, settings)
     run, draws = Run(runs, "soaked", settings), random.Random(seed)
     num_done = 0
     while num_done < num_kills:
@@ -166,10 +165,15 @@ def soak(runs: Path, *, num_kills: int, num_steps: int, seed: int) -> None:
         asynchronous = ("checkpoint.asynchronous=true",) if num_done % 2 else ()
         ranks = run.start(settings=asynchronous)
         victims = draws.choice(([0], [1], [0, 1]))
-        # Within the start about once in four times, else somewhere in its first steps.
-        ranks[0].join(timeout=draws.uniform(0.0, 6.0))
+        trains = draws.random() < 0.75
+        if trains:  # somewhere in its first steps and saves
+            while run.newest() == before and all(rank.is_alive() for rank in ranks):
+                time.sleep(0.001)
+        ranks[0].join(timeout=draws.uniform(0.0, 1.5))
         if not all(rank.is_alive() for rank in ranks):
             break  # it has come to its end
+        if not trains:  # ranks that have not met yet wait for each other, until their launcher ends them
+            victims = [0, 1]
         for victim in victims:
             ranks[victim].kill()
         statuses = run.wait(ranks, seconds=SECONDS_TO_END)
@@ -177,7 +181,7 @@ def soak(runs: Path, *, num_kills: int, num_steps: int, seed: int) -> None:
         print(f"{num_done:3}: killed {victims}, step {before:3} -> {run.newest():3}, statuses {statuses}", flush=True)
         assert run.newest() >= before
     assert num_done == num_kills, f"the run was at its end after {num_done} kills; give it more steps"
-    finish_and_compare(run, expected)
+    finish_and_compare(run, undisturbed(runs, settings))
 
 
 # What stops the run, settings of that start, and the processes that are signalled from outside once it trains.

@@ -546,7 +546,7 @@ def main() -> None:
     starting = commands.add_parser("start", help="start the cluster, or what has died of it")
     starting.add_argument("--nodes", type=int, default=2, help="default: 2")
     starting.add_argument("--network", choices=("auto", "namespaces", "loopback"), default="auto")
-    starting.add_argument("--hold", action="store_true", help="stop it when standard input ends")
+    starting.add_argument("--hold", action="store_true", help="stop it at a line, or the end, of standard input")
     commands.add_parser("env", help="print what a shell needs to use it")
     failing = commands.add_parser("fail", help="make a node fail")
     failing.add_argument("node")
@@ -574,7 +574,7 @@ def act(arguments: argparse.Namespace, folder: Path) -> None:
         if arguments.hold:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             try:
-                sys.stdin.read()
+                sys.stdin.readline()
             finally:
                 with one_at_a_time():
                     stop(cluster)
