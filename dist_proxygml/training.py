@@ -344,7 +344,7 @@ class _Loop:
 
 
 def _lock(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
-    """Put the run's lock into `locks` on rank 0, if it is not there; without `make_folder` only where a run could be."""
+    """Put the run's lock into `locks` on rank 0, if it is not there; without `make_folder` only beside other runs."""
     if context.is_main and not locks and (make_folder or run_directory.parent.is_dir()):
         locks.append(RunLock(run_directory))
 
