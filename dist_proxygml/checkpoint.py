@@ -43,11 +43,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from dist_proxygml.bank_storage import BankReader, BankWriter
 from dist_proxygml.checkpoint_folder import (
     LATEST_FILE,
     MANIFEST_FILE,
@@ -61,7 +61,6 @@ from dist_proxygml.checkpoint_folder import (
     clear_leftovers,
     files_below,
     find_checkpoint,
-    flush,
     hash_files,
     make_empty,
     partial_path,
@@ -404,8 +403,6 @@ def _write_own(snapshot: _Snapshot, partial: Path, context: ParallelContext) -> 
         own += [partial / "backbone.safetensors", partial / "state.json"]
         save_file({name: value.contiguous() for name, value in snapshot.weights.items()}, own[1])
         own[2].write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
-    for path in own:
-        flush(path)
     fault_point("save.files")
 
 
@@ -419,21 +416,8 @@ def _write_manifest(snapshot: _Snapshot, partial: Path, files: Mapping[str, dict
     write_manifest(partial, snapshot.state, files, torch=torch.__version__, deepspeed=version("deepspeed"))
 
 
-class _BankWriter(dcp.FileSystemWriter):
-    """Torch's own, with a table of contents that is the same in every save of the same numbers."""
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the table in the order of the names, not of the threads."""
-        super().finish(metadata, [sorted(own, key=lambda written: str(written.index)) for own in results])
-
-    def storage_meta(self) -> None:
-        """No number of the save, and no path."""
-
-
 def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext) -> None:
-    # a file for each tensor, which threads can write, hash and verify side by side
-    writer = _BankWriter(directory, single_file_per_rank=False, thread_count=torch.get_num_threads())
-    dcp.save(tensors, storage_writer=writer, process_group=context.group, no_dist=context.group is None)
+    dcp.save(tensors, storage_writer=BankWriter(directory), process_group=context.group, no_dist=context.group is None)
 
 
 def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: ParallelContext) -> dict[str, Tensor]:
@@ -457,7 +441,7 @@ def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: 
     torch's optimizers make their state at their first step. The checkpoint's table of contents says what belongs to it,
     so no such step, with a gradient as large as the bank, is needed to make room.
     """
-    contents = run_together(context, dcp.FileSystemReader(directory).read_metadata).state_dict_metadata
+    contents = run_together(context, BankReader(directory).read_metadata).state_dict_metadata
     state = {}
     for name, entry in contents.items():
         if name.startswith(_STATE_PREFIX):
@@ -469,7 +453,7 @@ def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: 
             state[name.removeprefix(_STATE_PREFIX)] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
     rows = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: value for name, value in state.items()}
     tensors = _over_classes(rows, loss.partition.num_classes, context)
-    dcp.load(tensors, checkpoint_id=directory, process_group=context.group, no_dist=context.group is None)
+    dcp.load(tensors, storage_reader=BankReader(directory), process_group=context.group, no_dist=context.group is None)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
 
 

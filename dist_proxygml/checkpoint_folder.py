@@ -283,9 +283,15 @@ def files_below(directory: Path) -> list[str]:
 
 
 def hash_files(directory: Path, names: Sequence[str], *, num_threads: int) -> dict[str, dict[str, Any]]:
-    """Entries of files in the manifest; what has an entry is on disk."""
-    with ThreadPoolExecutor(num_threads) as threads:
-        return dict(zip(names, threads.map(lambda name: _describe(directory / name), names), strict=True))
+    """Entries of files in the manifest; what has an entry is on disk. Flushing waits for the disk and hashing keeps the
+    processor busy, so they go side by side.
+    """
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(num_threads) as threads:
+        flushed = [disk.submit(flush, directory / name) for name in names]
+        entries = dict(zip(names, threads.map(lambda name: _describe(directory / name), names), strict=True))
+        for done in flushed:
+            done.result()
+        return entries
 
 
 def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str) -> None:
@@ -324,9 +330,8 @@ def publish_checkpoint(partial: Path, final: Path) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest, when the file is on disk."""
+    """A file's entry in the manifest."""
     with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": stream.tell()}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dist_proxygml.checkpoint_folder import files_below, flush, hash_files, make_empty, partial_path, publish_checkpoint
+from dist_proxygml.checkpoint_folder import files_below, hash_files, make_empty, partial_path, publish_checkpoint
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.data.shards import publish
 from dist_proxygml.trained import (
@@ -133,8 +133,6 @@ def _write_description(model: TrainedModel, bank: StoredBank, config: Config, pa
     names = files_below(partial)
     num_bytes = sum((partial / name).stat().st_size for name in names)
     print(f"hashing {num_bytes / 2**20:,.1f} MiB", file=sys.stderr, flush=True)
-    for name in names:
-        flush(partial / name)
     num_classes, per_class, embedding_dim = bank.shape
     about = {
         "kind": EXPORT_KIND,

@@ -6,7 +6,7 @@
 
 A class table has the form of the index's (data/index.py), so a lost one is a copy of that file. It is believed only if
 it hashes to what the checkpoint says. Rows of the bank are read without a process group: each rank fetches what it
-needs, a stored part at a time, since torch.distributed.checkpoint reads the part that a rank wrote as a whole.
+needs, a stored part at a time, from mapped files.
 
 Declined: names inside every checkpoint, tens of megabytes each for a million classes.
 
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from dist_proxygml.bank_storage import BankReader
 from dist_proxygml.checkpoint_folder import MANIFEST_FILE, find_checkpoint, read_state
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.data.shards import publish
@@ -232,7 +232,7 @@ class _CheckpointBank:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._reader = dcp.FileSystemReader(directory)
+        self._reader = BankReader(directory)
         try:
             contents = self._reader.read_metadata()
             entry = contents.state_dict_metadata[PROXIES]

@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.storage import WriteResult
 
 from dist_proxygml import checkpoint as checkpoint_module
 from dist_proxygml.checkpoint import (
@@ -246,16 +243,6 @@ def fail_without_agreement(context: ParallelContext, directory: Path) -> str:
 @pytest.mark.timeout(60)
 def test_an_error_that_one_rank_alone_knows_of_is_raised_on_all(tmp_path: Path) -> None:
     assert run_ranks(fail_without_agreement, 2, tmp_path) == ["MemoryError: no memory (on rank 1)"] * 2
-
-
-def test_the_table_of_contents_does_not_depend_on_the_order_of_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(FileSystemWriter, "finish", lambda _, metadata, results: seen.append(results))
-    written = [WriteResult(MetadataIndex(name, [0, 0]), 1, None) for name in ("b", "a", "c")]
-    checkpoint_module._BankWriter(tmp_path).finish(Metadata({}), [written])
-    assert [[result.index.fqn for result in own] for own in seen[0]] == [["a", "b", "c"]]
 
 
 def refuse_numbers(context: ParallelContext, directory: Path) -> None:

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
     ("transfer",),
     ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "trained", "training_data", "watchdog"),
-    ("checkpoint_folder", "engine"),
+    ("bank_storage", "checkpoint_folder", "engine"),
     ("loss", "backbone", "evaluation"),
     ("data",),
     ("selection", "regularizer", "proxies", "bank_optim", "batch_norm", "bn_inception", "pretrained", "small_cnn"),
@@ -52,7 +52,7 @@ OWNERS: dict[str, set[str]] = {
 }
 
 # Who may call torch.distributed. Everyone may name its ProcessGroup as a type.
-DISTRIBUTED = {"parallel", "collectives", "checkpoint", "engine", "trained"}
+DISTRIBUTED = {"parallel", "collectives", "bank_storage", "checkpoint", "engine", "trained"}
 DISTRIBUTED_TYPES = {"ProcessGroup"}
 
 # Takes tensors, ints and a process group, never a configuration.
