@@ -10,6 +10,7 @@ runs in the main thread when that comes back to the interpreter, which it does n
 Declined: SIGINT. Who presses Ctrl-C wants the prompt back.
 """
 
+import multiprocessing
 import os
 import select
 import signal
@@ -89,9 +90,24 @@ class StopSignals:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """For data loading processes (`worker_init_fn`): they serve until the process that started them ends."""
+    """For data loading processes (`worker_init_fn`): they serve until the process that started them ends, or ends them.
+
+    It does so by SIGTERM when it exits with a loader still in use, and then waits for them: were that ignored like
+    anybody else's, both would wait for ever.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    starter = multiprocessing.parent_process()
+    assert starter is not None, "runs in a data loading process"
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_sigterm_of, args=(starter.pid,), name="signals", daemon=True).start()
+
+
+def _end_at_sigterm_of(process_id: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process_id:
+        pass
+    os._exit(0)
 
 
 def _noticed(number: int, frame: object) -> None:

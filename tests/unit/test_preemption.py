@@ -111,3 +111,22 @@ class SignalledImages(Dataset[int]):
 def test_data_loading_processes_go_on() -> None:
     loader = DataLoader(SignalledImages(), num_workers=1, worker_init_fn=ignore_stop_signals, batch_size=None)
     assert torch.tensor(list(loader)).tolist() == [0, 1, 2]
+
+
+LEFT_IN_USE = """
+from torch.utils.data import DataLoader
+from dist_proxygml.preemption import ignore_stop_signals
+
+batches = iter(DataLoader(range(1000), num_workers=2, worker_init_fn=ignore_stop_signals))
+next(batches)
+print("leaves", flush=True)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_process_with_a_loader_in_use_can_leave() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_IN_USE], capture_output=True, text=True, env=environment, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaves\n", "")
