@@ -1,4 +1,4 @@
-"""What every test gets: one thread of arithmetic, as on the ranks that the harness starts; and an end of the session."""
+"""What every test gets: one thread of arithmetic, as on the ranks that the harness starts. And how a session ends."""
 
 import faulthandler
 
