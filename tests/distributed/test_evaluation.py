@@ -19,6 +19,7 @@ from dist_proxygml.data.index import open_index
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation.embed import EmbeddingTable
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
+from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.parallel import ParallelContext, single_process
 from tests.harness import run_ranks
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards
@@ -84,8 +85,9 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
         for size in (16, 100)
     )
     assert uneven.table is not None
-    settings = Settings(recall_at=(1, 5), kmeans_seeds=(7, 3), tile_size=64)
-    close = evaluate_table(close_neighbours(), context=context, settings=settings)
+    settings = Settings(recall_at=(1, 5), kmeans_seeds=(7, 3))
+    options = SearchOptions(memory_budget=64_000, placement=("replicated", "sharded")[context.world_size % 2])
+    close = evaluate_table(close_neighbours(), context=context, settings=settings, options=options)
     with pytest.raises(ValueError, match="not finite") as not_finite:
         evaluate(Spoiling(spoil=last), index, resize, context=context, batch_size=16)
     with pytest.raises(ValueError, match="damaged") as damaged:

@@ -1,6 +1,7 @@
 """Evaluation on one process: what is counted, what is refused, and that nothing around it changes a number."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,16 @@ def test_hand_worked_example() -> None:
     result = evaluate_table(table, context=single_process(), settings=Settings(recall_at=(1, 2, 3), kmeans_seeds=()))
     # First right answers: image 0 at 2 (behind the lone image), 1 at 3, 2 at 4, 3 at 1. R = 1
     # everywhere.
+    mean_of_inverses = math.fsum([1 / 2, 1 / 3, 1 / 4, 1]) / 4
     assert result.metrics == {
         "recall@1": 0.25,
         "recall@2": 0.5,
         "recall@3": 0.75,
         "r_precision": 0.25,
         "map@r": 0.25,
+        "map": mean_of_inverses,
+        "mrr": mean_of_inverses,
+        "precision@1_macro": 0.25,
     }
     assert (result.num_queries, result.num_lone) == (4, 1)
 
