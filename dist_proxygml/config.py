@@ -441,7 +441,6 @@ class CheckpointConfig(_Section):
     )
     keep_best: str | None = Field(
         None,
-        pattern=r"^(recall@[1-9][0-9]*|r_precision|map@r|nmi)$",
         description="Also keep the checkpoint whose evaluation has most of this metric, such as recall@1; null none.",
     )
     init_from: str | None = Field(
@@ -603,7 +602,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _best_checkpoint_is_measured(self) -> "Config":
         wanted, evaluation = self.checkpoint.keep_best, self.evaluation
-        measured = evaluation.metrics
+        measured = [name for name in evaluation.metrics if not name.startswith("legacy_")]
         if wanted is not None and wanted not in measured:
             raise ValueError(
                 f"checkpoint.keep_best is {wanted!r}, but the evaluation measures {', '.join(measured)}; take one of "

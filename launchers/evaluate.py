@@ -1,7 +1,6 @@
 """Evaluate a checkpoint: `deepspeed launchers/evaluate.py --run runs/demo_cpu`.
 
-With the run's own shards this repeats the numbers of the training run to the last digit, on any number of ranks; those
-of clustering with the same number of threads.
+With the run's own shards and number of threads this repeats the numbers of the training run to the last digit.
 """
 
 import argparse
@@ -22,8 +21,8 @@ EXAMPLES = """examples:
 """
 
 
-def main() -> None:
-    """Parse, evaluate, print the table and store the result in the run's folder."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +48,12 @@ def main() -> None:
         help="override settings, such as evaluation.gallery=sharded",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    arguments = parse_arguments(parser)
+    return parser
+
+
+def main() -> None:
+    """Parse, evaluate, print the table and store the result in the run's folder."""
+    arguments = parse_arguments(build_parser())
     config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
     context = join_world()
 

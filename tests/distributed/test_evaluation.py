@@ -190,3 +190,29 @@ def test_too_many_damaged_images_stop_all_ranks_with_the_same_words(alone_and_ra
     messages = {outcome.too_many for outcome in alone_and_ranks[1][world_size]}
     assert len(messages) == 1
     assert "5 of 37 images are damaged" in messages.pop()
+
+
+def search_in_every_way(context: ParallelContext) -> list[str]:
+    """Documents of one table, which must all be one: with copies, lone images, tiny tiles, and by both searches."""
+    table = close_neighbours()
+    table.embeddings[100:140] = table.embeddings[7]
+    settings = Settings(recall_at=(1, 5, 400), kmeans_seeds=(), protocol="sop", legacy_proxygml=True)
+    ways = [
+        SearchOptions(search, placement, memory_budget, list_length=list_length)
+        for search, placement, memory_budget, list_length in (
+            ("faiss", "sharded", 1 << 28, 5),
+            ("faiss", "replicated", 100_000, 5),
+            ("counter", "sharded", 100_000, 64),
+        )
+    ]
+    return [evaluate_table(table, context=context, settings=settings, options=way).to_json() for way in ways]
+
+
+def test_no_way_to_share_out_the_search_changes_the_result() -> None:
+    expected = search_in_every_way(single_process())
+    assert len(set(expected)) == 1
+    metrics = json.loads(expected[0])["metrics"]
+    assert 0 < metrics["map"] < 1
+    assert 0 < metrics["legacy_recall@1"] < 1
+    for world_size in (2, 3, 7):
+        assert run_ranks(search_in_every_way, world_size) == [expected] * world_size
