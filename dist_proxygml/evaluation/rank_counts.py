@@ -32,6 +32,7 @@ from dist_proxygml.evaluation.exact import error_bound, float32_products, scores
 
 EXACT, WORST, BEST = 0, 1, 2  # columns of counts
 COLUMNS = 1 << 16  # of the gallery in one block of a sweep
+COLUMNS_OF_PRODUCT = 1 << 14  # on a CPU: what a product reads again and again stays in its cache
 EXACT_COLUMNS = 1 << 11  # the same for whole rows of exact scores
 # A row of a block with more pairs than this too close to decide is computed exactly as a whole: a sixteenth of its
 # columns, or what a whole row would not be worth it for.
@@ -48,6 +49,21 @@ class Searcher(Protocol):
         ...
 
 
+class ScoreBuffer:
+    """Memory for the scores of a block, used again and again: fresh memory costs more than the product on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._scores = torch.empty(0, device=device)
+
+    def take(self, num_rows: int, num_columns: int) -> Tensor:
+        """float32 [num_rows, num_columns], not initialised; takes the place of what was taken before."""
+        if self._scores.numel() < num_rows * num_columns:
+            device = self._scores.device
+            self._scores = torch.empty(0, device=device)  # let go first, for a GPU may not hold both
+            self._scores = torch.empty(num_rows * num_columns, device=device)
+        return self._scores[: num_rows * num_columns].view(num_rows, num_columns)
+
+
 class Part(NamedTuple):
     """Consecutive rows of the gallery, all of them or one rank's."""
 
@@ -56,6 +72,7 @@ class Part(NamedTuple):
     first: int  # position of the first row in the whole gallery
     on_device: Tensor  # the same rows, on the device that sweeps
     searcher: Searcher | None  # None: everything is swept
+    buffer: ScoreBuffer
 
 
 class Queries(NamedTuple):
@@ -131,7 +148,7 @@ def count_wrong_before(
     sweep: bool,
     tolerance: float,
     limits: Limits,
-) -> Int[np.ndarray, "p 3"]:
+) -> tuple[Int[np.ndarray, "p 3"], int]:
     """How many wrong answers of the part come before each wanted right answer: in the exact order, if every tie goes
     wrong, and if every tie goes right.
 
@@ -145,6 +162,9 @@ def count_wrong_before(
             the list, which is at most the true count.
         tolerance: scores that differ by no more than this are tied, for the second and third count.
         limits: of memory.
+
+    Returns:
+        The counts, and the number of queries that had to be swept.
     """
     counts_p3 = np.zeros((len(wanted_p), 3), dtype=np.int64)
     left_p = wanted_p & (len(part.labels) > 0)
@@ -153,7 +173,7 @@ def count_wrong_before(
         left_p &= ~_count_in_lists(queries, right, left_p, part, bounds, counts_p3, list_length, sweep, limits)
     if left_p.any():
         _count_by_sweep(queries, right, left_p, part, bounds, counts_p3, limits)
-    return counts_p3
+    return counts_p3, len(np.unique(right.query[left_p]))
 
 
 class _Bounds(NamedTuple):
@@ -319,7 +339,7 @@ def _sweep_rows(
     with float32_products(device):
         rows_rD = torch.from_numpy(block.rows).to(device)
         for column in range(0, len(part.labels), num_columns):
-            scores_rc = rows_rD @ part.on_device[column : column + num_columns].T
+            scores_rc = _products(rows_rD, part.on_device[column : column + num_columns], part.buffer)
             if column == 0:
                 sample_rF = np.tile(np.arange(min(8, scores_rc.shape[1])), (min(4, len(rows_rD)), 1))
                 sample = scores_rc[: len(sample_rF), : sample_rF.shape[1]].cpu().numpy()
@@ -337,6 +357,15 @@ def _sweep_rows(
     return counts_p3[block.right]
 
 
+def _products(rows_rD: Tensor, columns_cD: Tensor, buffer: ScoreBuffer) -> Tensor:
+    """float32 scores [r, c], in the buffer."""
+    scores_rc = buffer.take(len(rows_rD), len(columns_cD))
+    step = COLUMNS_OF_PRODUCT if rows_rD.device.type == "cpu" else len(columns_cD)
+    for start in range(0, len(columns_cD), step):
+        torch.matmul(rows_rD, columns_cD[start : start + step].T, out=scores_rc[:, start : start + step])
+    return scores_rc
+
+
 _Counted = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -350,12 +379,14 @@ def _count_rows(
     above_k = np.zeros(len(low_k), dtype=np.int64)
     near_k, near_column = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     crowded_r = np.zeros(len(scores_rc), dtype=bool)
+    is_candidate = np.empty(scores_rc.shape[1], dtype=bool)
     for row, line_c in enumerate(scores_rc.numpy()):  # a row fits the cache, and its few candidates do ever after
         of_row = slice(starts_r1[row], starts_r1[row + 1])
         low, high = low_k[of_row], high_k[of_row]
         if not len(low):
             continue
-        candidates = np.flatnonzero(line_c >= low[-1])  # the worst right answer is the last
+        np.greater_equal(line_c, low[-1], out=is_candidate)  # the worst right answer is the last
+        candidates = is_candidate.nonzero()[0]
         values = line_c[candidates]
         above, at_least = _counts_above(values, high, inclusive=False), _counts_above(values, low, inclusive=True)
         if (at_least - above).sum() > most_near:

@@ -5,6 +5,11 @@
 
 Queries go in the order of their labels, so that a class's images are compared with each other once, and in tiles that
 fit a budget. `rank_counts.py` makes the counts independent of all of that, so nothing here can change a number.
+
+Where many right answers lie far behind, lists are wasted: their queries are swept anyway, and a sweep counts for all
+of a query's right answers at once. So lists are given up as soon as a tile leaves more than a quarter of its queries to
+the sweep; the first tile is a small one.
+
 Sharding was declined as a default: it saves memory of the device, not time. The embeddings themselves are in the host
 memory of every rank either way (`embed` gathers them), which is what the exact scores are computed from.
 
@@ -28,6 +33,7 @@ from dist_proxygml.evaluation.rank_counts import (
     Limits,
     Part,
     Queries,
+    ScoreBuffer,
     count_wrong_before,
     find_right_answers,
     index_gallery,
@@ -38,6 +44,8 @@ from dist_proxygml.parallel import ParallelContext, everyone
 
 LIST_LENGTH = 64  # neighbours that faiss looks for; right answers behind them are counted for by a sweep
 MOST_QUERIES = 4096  # of a tile
+FIRST_QUERIES = 512  # of the first tile, which tells whether lists pay
+MOST_SWEPT = 0.25  # of a tile's queries, for lists to pay
 SCORE_COLUMNS = (2, 6, 10)  # where `QueryScores` begin in a query's row of numbers
 NUM_COLUMNS = 15
 
@@ -129,9 +137,12 @@ def retrieve(
         with tqdm(total=len(shared), desc="searching", unit=" queries", delay=5.0, disable=hidden) as bar:
             for tile_q in tiles:
                 queries = Queries(images.rows[tile_q], images.labels[tile_q], own_n[tile_q])
-                rows.append(_score_tile(queries, tile_q, job))
+                scores_qM, num_swept = _score_tile(queries, tile_q, job)
+                rows.append(scores_qM)
+                if num_swept > MOST_SWEPT * len(tile_q) and not options.verify:
+                    job = job._replace(part=job.part._replace(searcher=None))
                 bar.update(len(tile_q))
-        del part, job
+        del part, job  # before there may be another
         scores_QM = np.concatenate(rows)
         if not is_sharded:
             scores_QM = _gathered(scores_QM, context)
@@ -205,6 +216,7 @@ def _part_of_rank(
         first=first,
         on_device=torch.from_numpy(rows_gD).to(context.device),
         searcher=build_searcher(rows_gD, context.device) if use_faiss else None,
+        buffer=ScoreBuffer(context.device),
     )
 
 
@@ -221,17 +233,17 @@ def _tiles(asked: np.ndarray, num_right_n: np.ndarray, *, width: int, options: S
     while start < len(asked):
         before = total_q[start - 1] if start else 0
         stop = int(np.searchsorted(total_q, before + options.memory_budget // 2, side="right"))
-        stop = min(max(stop, start + 1), start + MOST_QUERIES)
+        stop = min(max(stop, start + 1), start + (MOST_QUERIES if start else FIRST_QUERIES))
         yield asked[start:stop]
         start = stop
 
 
-def _score_tile(queries: Queries, position_q: np.ndarray, job: _Job) -> np.ndarray:
+def _score_tile(queries: Queries, position_q: np.ndarray, job: _Job) -> tuple[np.ndarray, int]:
     """One row of numbers a query, float64: position, whether it has a right answer, `QueryScores` in the exact order,
-    at worst and at best, and the first rank when the first column is dropped.
+    at worst and at best, and the first rank when the first column is dropped. And the number of queries swept.
     """
     right = find_right_answers(queries, job.gallery)
-    counts_p3 = count_wrong_before(
+    counts_p3, num_swept = count_wrong_before(
         queries,
         right,
         ~right.is_self | job.depth.with_self,
@@ -257,7 +269,7 @@ def _score_tile(queries: Queries, position_q: np.ndarray, job: _Job) -> np.ndarr
     if job.depth.with_self:
         place_p = _index_within(right.query) + counts_p3[:, EXACT]
         scores_qM[:, -1] = rank_without_first_column(right.query, place_p, num_queries=len(position_q))
-    return scores_qM
+    return scores_qM, num_swept
 
 
 def _index_within(query_p: np.ndarray) -> np.ndarray:
