@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dist_proxygml.partition import ClassPartition
+from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
@@ -348,8 +349,78 @@ class EvaluationConfig(_Section):
     at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults in minutes.")
     raw_pixels: bool = Field(False, description="Also evaluate raw pixels at start, as a baseline.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass of one rank.")
-    recall_at: list[int] = Field(default_factory=lambda: [1, 2, 4, 8], description="K of Recall@K.")
-    kmeans_seeds: int = Field(5, ge=0, description="k-means runs behind NMI; 0 leaves NMI out.")
+    protocol: Literal["custom", "cub", "cars", "sop", "inshop"] = Field(
+        "custom",
+        description="A published protocol: its K of Recall@K, and its numbers of classes and images, or an error.",
+    )
+    recall_at: list[int] = Field(
+        default_factory=lambda: [1, 2, 4, 8], description="K of Recall@K; a published protocol brings its own."
+    )
+    gallery_split: str | None = Field(
+        None,
+        description="Split that the images of data.test_split are searched in; null searches each among all others.",
+    )
+    kmeans_seeds: int = Field(5, ge=0, description="k-means runs behind NMI, AMI and F1; 0 leaves them out.")
+    legacy_proxygml: bool = Field(
+        False, description="Also compute what the published evaluation gives (cub, cars, sop), as legacy_ metrics."
+    )
+    search: Literal["faiss", "counter"] = Field(
+        "faiss", description="faiss finds neighbours, or products count all ranks; the numbers are the same."
+    )
+    gallery: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="Every rank searches the whole gallery for a share of the queries, or its part of the gallery for "
+        "all queries; auto divides what does not fit half of a GPU's free memory. The numbers are the same.",
+    )
+    memory_budget: str = Field(
+        "256 MiB",
+        pattern=f"^{_BYTES}$",
+        description="Memory of one rank for lists and scores while it searches; more is faster on a GPU.",
+    )
+
+    @property
+    def memory_budget_bytes(self) -> int:
+        """memory_budget as a number."""
+        return parse_bytes(self.memory_budget)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that an evaluation gives, deviations left out."""
+        names = [*(f"recall@{k}" for k in self.recall_at), "r_precision", "map@r", "map", "mrr", "precision@1_macro"]
+        names += ["nmi", "ami", "f1"] if self.kmeans_seeds else []
+        if self.legacy_proxygml:
+            names += [f"legacy_recall@{k}" for k in self.recall_at] + (["legacy_nmi"] if self.kmeans_seeds else [])
+        return names
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_protocol_brings_its_k(cls, raw: Any) -> Any:
+        protocol = PROTOCOLS.get(raw.get("protocol", "custom")) if isinstance(raw, dict) else None
+        if protocol is None:
+            return raw
+        own = list(protocol.recall_at)
+        if raw.get("recall_at", own) != own:
+            raise ValueError(
+                f"protocol {raw['protocol']!r} reports Recall@K for K {own}, got recall_at {raw['recall_at']}; remove "
+                'recall_at, or take protocol "custom"'
+            )
+        return {**raw, "recall_at": own}
+
+    @model_validator(mode="after")
+    def _a_protocol_fits_the_rest(self) -> "EvaluationConfig":
+        protocol = PROTOCOLS.get(self.protocol)
+        if protocol is not None and (protocol.num_gallery is None) != (self.gallery_split is None):
+            raise ValueError(
+                f"protocol {self.protocol!r} expects "
+                f"{'no gallery_split' if protocol.num_gallery is None else 'a gallery_split'}, got "
+                f"{self.gallery_split!r}; {'remove it' if self.gallery_split else 'name it'}, or change the protocol"
+            )
+        if self.legacy_proxygml and self.protocol not in LEGACY_PROTOCOLS:
+            raise ValueError(
+                f"legacy_proxygml repeats the published evaluation of protocols cub, cars and sop, got protocol "
+                f"{self.protocol!r}; name one of them, or set it to false"
+            )
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -370,7 +441,6 @@ class CheckpointConfig(_Section):
     )
     keep_best: str | None = Field(
         None,
-        pattern=r"^(recall@[1-9][0-9]*|r_precision|map@r|nmi)$",
         description="Also keep the checkpoint whose evaluation has most of this metric, such as recall@1; null none.",
     )
     init_from: str | None = Field(
@@ -532,8 +602,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _best_checkpoint_is_measured(self) -> "Config":
         wanted, evaluation = self.checkpoint.keep_best, self.evaluation
-        measured = [*(f"recall@{k}" for k in evaluation.recall_at), "r_precision", "map@r"]
-        measured += ["nmi"] if evaluation.kmeans_seeds else []
+        measured = [name for name in evaluation.metrics if not name.startswith("legacy_")]
         if wanted is not None and wanted not in measured:
             raise ValueError(
                 f"checkpoint.keep_best is {wanted!r}, but the evaluation measures {', '.join(measured)}; take one of "

@@ -161,8 +161,7 @@ def is_same_run(one: Config, other: Config) -> bool:
 
 def metrics_measured(config: Config) -> list[str]:
     """The metrics that an evaluation of this run gives."""
-    recalls = [f"recall@{k}" for k in config.evaluation.recall_at]
-    return [*recalls, "r_precision", "map@r", *(["nmi"] if config.evaluation.kmeans_seeds else [])]
+    return config.evaluation.metrics
 
 
 def last_evaluation(run_directory: Path) -> Evaluation | None:

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_load
 from dist_proxygml.data.shards import publish
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation.embed import save_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_settings, evaluate
+from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_split, evaluate
 from dist_proxygml.evaluation.report import format_table, write_report
+from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.memory import available_memory
 from dist_proxygml.nonfinite import NON_FINITE_FILE, NonFiniteLog
 from dist_proxygml.parallel import OneRankError, ParallelContext, everyone, on_main, run_together
@@ -440,7 +441,9 @@ def evaluate_run(
         ValueError, StopRequested: as `evaluate`.
     """
     config, context = state.config, state.context
-    result = evaluate_model(config, context, _backbone_of_one_rank(state), index, damage=damage, signals=signals)
+    result = evaluate_model(
+        config, context, _backbone_of_one_rank(state), index, damage=damage, signals=signals, say=telemetry.say
+    )
     if result.num_damaged:
         telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
     epoch, name = state.epoch, checkpoint_name(state.step)
@@ -466,21 +469,46 @@ def evaluate_model(
     damage: DamageLog | None,
     kmeans_seeds: int | None = None,
     signals: StopSignals | None = None,
+    verify: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> EvaluationResult:
-    """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks."""
+    """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks.
+
+    The protocol and the gallery are those of the test split; another split is searched in itself. With `verify` ranks
+    are found in two ways, which must agree. `say` takes lines for people; give it on one rank.
+    """
+    wanted, is_test = config.evaluation, index.split == config.data.test_split
+    gallery = run_together(context, _open_gallery, config, index)
+    gallery_damage = None
+    if gallery is not None and damage is not None:
+        gallery_damage = build_damage_log(
+            config, context, damage.path, split=gallery.split, num_images=gallery.num_samples
+        )
     return evaluate(
         model,
         index,
         build_transform(config.data.test_transform),
         context=context,
-        recall_at=config.evaluation.recall_at,
-        batch_size=config.evaluation.batch_size,
+        gallery=gallery,
+        recall_at=wanted.recall_at,
+        batch_size=wanted.batch_size,
         num_workers=config.data.num_workers,
-        kmeans_seeds=config.evaluation.kmeans_seeds if kmeans_seeds is None else kmeans_seeds,
+        kmeans_seeds=wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds,
+        protocol=wanted.protocol if is_test else "custom",
+        legacy_proxygml=wanted.legacy_proxygml and is_test,
+        options=SearchOptions(wanted.search, wanted.gallery, wanted.memory_budget_bytes, verify),
         preprocessing=config.data.test_transform.model_dump(),
         damage=damage,
+        gallery_damage=gallery_damage,
         signals=signals,
+        say=say,
     )
+
+
+def _open_gallery(config: Config, index: ShardIndex) -> ShardIndex | None:
+    """The split that this one is searched in, if it is not itself."""
+    split = config.evaluation.gallery_split
+    return None if split is None or index.split != config.data.test_split else index.open_sibling(split)
 
 
 def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *, with_embeddings: bool) -> Path:
@@ -534,7 +562,8 @@ def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
     """What to train and what to evaluate on."""
     data = open_training_data(config)
     test_index = open_split(config, config.data.test_split)
-    check_settings(test_index.labels, Settings(recall_at=tuple(config.evaluation.recall_at)))
+    settings = Settings(tuple(config.evaluation.recall_at), protocol=config.evaluation.protocol)
+    check_split(test_index, _open_gallery(config, test_index), settings)
     return data, test_index
 
 

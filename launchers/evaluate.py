@@ -4,20 +4,25 @@ With the run's own shards and number of threads this repeats the numbers of the 
 """
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import load_config
 from dist_proxygml.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
+from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --checkpoint step-000800 --data shards/other
+  deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
+  deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
 """
 
 
-def main() -> None:
-    """Parse, evaluate, print the table and store the result in the run's folder."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,9 +32,29 @@ def main() -> None:
     )
     parser.add_argument("--data", help="folder of other shards (default: the run's own)")
     parser.add_argument("--split", help="split of the shards (default: the run's test split)")
+    parser.add_argument("--gallery-split", help="split that is searched (default: every image among all others)")
+    parser.add_argument(
+        "--protocol",
+        choices=["custom", *PROTOCOLS],
+        help="published protocol: its K and numbers of images (default: the run's, custom for other shards)",
+    )
+    parser.add_argument("--legacy-proxygml", action="store_true", help="also what the published evaluation gives")
+    parser.add_argument("--verify", action="store_true", help="find ranks in two ways, which must agree")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings, such as evaluation.gallery=sharded",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    arguments = parse_arguments(parser)
-    config = load_config(arguments.run / "config.json")
+    return parser
+
+
+def main() -> None:
+    """Parse, evaluate, print the table and store the result in the run's folder."""
+    arguments = parse_arguments(build_parser())
+    config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
     context = join_world()
 
     from dist_proxygml.checkpoint import find_checkpoint, load_backbone
@@ -43,19 +68,64 @@ def main() -> None:
     checkpoint = on_main(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:
         raise AgreedError(f"expected a checkpoint in {checkpoints}, found none; train the run first")
-    split = arguments.split or config.data.test_split
+    split = config.data.test_split
     index = run_together(context, lambda: open_split(config, split, shards=arguments.data))
     model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
     damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, split=split, num_images=index.num_samples)
-    result = evaluate_model(config, context, model, index, damage=damage)
+    say = print if context.is_main else lambda _: None
+    result = evaluate_model(config, context, model, index, damage=damage, verify=arguments.verify, say=say)
     if context.is_main:
-        is_own = arguments.data is None and arguments.split is None
+        is_own = arguments.data is None and split == load_config(arguments.run / "config.json").data.test_split
         suffix = "" if is_own else f"-on-{Path(index.location).name}-{split}"
         path = store_evaluation(arguments.run, f"{checkpoint.name}{suffix}", result, with_embeddings=False)
         print(format_metrics({checkpoint.name: result.metrics}))
+        for line in legacy_lines(result.metrics):
+            print(line)
+        print(ties_line(result.bounds))
         print(f"written to {path}")
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The run's settings that the command line changes. Other shards are no published test set unless it says so."""
+    changed: dict[str, object] = {}
+    protocol = arguments.protocol
+    if protocol is None and (arguments.data or arguments.split):
+        protocol = "custom"
+    if protocol is not None:
+        changed |= {"evaluation.protocol": protocol, "evaluation.gallery_split": None}
+        if protocol not in LEGACY_PROTOCOLS:
+            changed["evaluation.legacy_proxygml"] = False
+    if protocol in PROTOCOLS:
+        changed["evaluation.recall_at"] = list(PROTOCOLS[protocol].recall_at)
+        is_divided = PROTOCOLS[protocol].num_gallery is not None
+        changed["data.test_split"] = "query" if is_divided else "test"
+        changed["evaluation.gallery_split"] = "gallery" if is_divided else None
+    if arguments.split:
+        changed["data.test_split"] = arguments.split
+    if arguments.gallery_split:
+        changed["evaluation.gallery_split"] = arguments.gallery_split
+    if arguments.legacy_proxygml:
+        changed["evaluation.legacy_proxygml"] = True
+    return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+
+
+def legacy_lines(metrics: Mapping[str, float]) -> list[str]:
+    """What the published evaluation would say, if it was asked."""
+    return [
+        f"{name.removeprefix('legacy_')} as in the published evaluation: {100 * value:.2f}"
+        for name, value in metrics.items()
+        if name.startswith("legacy_")
+    ]
+
+
+def ties_line(bounds: Mapping[str, tuple[float, float]]) -> str:
+    """How much ties could change."""
+    name, (low, high) = max(bounds.items(), key=lambda item: item[1][1] - item[1][0])
+    if 100 * (high - low) < 0.005:
+        return "ties: no metric changes by 0.005 points whichever way they go"
+    return f"ties: with all of them gone wrong or right, {name} is {100 * low:.2f} or {100 * high:.2f}"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,26 @@ def write_noise_shards(
     return open_index(root, "test")
 
 
+def write_query_and_gallery(root: Path, class_sizes: list[int], *, every: int = 3) -> tuple[ShardIndex, ShardIndex]:
+    """The images of `write_noise_shards` as the splits "query", one in `every` of them, and "gallery", the others."""
+    whole = write_noise_shards(root / "whole", class_sizes)
+    samples: dict[str, list[ShardSample]] = {"query": [], "gallery": []}
+    for sample_id, row in enumerate(whole.samples):
+        with open(whole.shard_paths[row["shard"]], "rb") as shard:
+            shard.seek(int(row["offset"]))
+            image = shard.read(int(row["nbytes"]))
+        of_split = samples["gallery" if sample_id % every else "query"]
+        of_split.append(ShardSample(sample_key("test", sample_id), "png", image, int(row["label"]), {}))
+    shards = {}
+    for split, of_split in samples.items():
+        write_shard(root / shard_name(split, 0), of_split)
+        shards[split] = [(shard_name(split, 0), list_shard(root / shard_name(split, 0)))]
+    names = [(f"pattern {label} <&>", label) for label in range(len(class_sizes))]
+    classes = dict.fromkeys(samples, names)
+    write_index(root, dataset="noise", build={}, shards=shards, classes=classes)
+    return open_index(root, "query"), open_index(root, "gallery")
+
+
 class Projection(nn.Module):
     """A fixed random projection of the pixels. Computed row by row, so that a row does not depend
     on its batch's size.

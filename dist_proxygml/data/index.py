@@ -114,6 +114,10 @@ class ShardIndex:
         """Remove this node's copy of a shard that lies elsewhere if it is damaged; whether that was so."""
         return self.remote is not None and self.remote.drop_if_damaged(self.shards[number].sha256)
 
+    def build_record(self) -> dict[str, Any]:
+        """How the shards were made: seed, resizing, hash of the source. Raises ValueError as `read_index`."""
+        return dict(read_index(self.root)[0]["build"])
+
     def describe(self, sample_id: int) -> str:
         """Which sample an id is, for messages: shard file, key and label."""
         row = self.samples[sample_id]

@@ -1,16 +1,19 @@
-"""Evaluation of a model on a split: embeddings -> exact neighbours -> metrics, the same numbers for
-any number of ranks.
+"""Evaluation of a model on a split: embeddings -> ranks of right answers -> metrics, the same numbers for any number of
+ranks.
 
-Every rank embeds its part of the images, holds the whole gallery, and searches its share of the
-query tiles; per-query numbers are gathered in id order and averaged with one rounding. The k-means
-seeds are shared out over the ranks. Everything after the forward pass is float32 outside autocast,
-or integers and float64. Dividing the gallery over the ranks was declined: it saves memory, not
-time, and a million 128-d rows are half a gigabyte.
+Every rank embeds its part of the images; ranks are counted on all of them (`retrieval.py`), per-query numbers averaged
+with one rounding, and the k-means seeds shared out. Everything after the forward pass is float32 outside autocast,
+exact float64, or integers.
 
-Classes with one image have no right answer: left out as queries, kept in the gallery as
+Images of classes without another one in the gallery have no right answer: left out as queries, kept in the gallery as
 distractors, and counted. Metrics are fractions; only what is printed for people shows percent.
 
-Dimension key: n images, q queries of this rank, Q queries of all ranks, K neighbours.
+`legacy_proxygml` adds the numbers that the authors' published evaluation gives, under names of their own. It differs:
+a query without a right answer counts as a miss; on Stanford Online Products "self" is the first of K + 1 results,
+whoever that is, and NMI is that of one faiss k-means with geometric averaging; on CUB and Cars it is that of
+scikit-learn's k-means, the best of ten starts.
+
+Dimension key: n images, Q queries of all ranks.
 """
 
 import dataclasses
@@ -26,18 +29,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_proxygml.collectives import gather_rows
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache, build_evaluation_loader
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.evaluation import metrics
 from dist_proxygml.evaluation.embed import EmbeddingTable, embed
-from dist_proxygml.evaluation.ranking import rank_neighbours, tiles_of_rank
-from dist_proxygml.evaluation.search import FlatIndex, cluster, installed_faiss, load_faiss
+from dist_proxygml.evaluation.exact import round_rows
+from dist_proxygml.evaluation.retrieval import Depth, Images, Retrieval, SearchOptions, retrieve
+from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
 from dist_proxygml.parallel import ParallelContext, everyone, run_together
 from dist_proxygml.preemption import StopSignals
+from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, check_counts
+
+CLUSTERING_METRICS = ("nmi", "ami", "f1")
+LEGACY_SEED = 1234  # faiss's own, which the published run on Stanford Online Products did not change
 
 
 class Settings(NamedTuple):
@@ -46,8 +53,17 @@ class Settings(NamedTuple):
     recall_at: tuple[int, ...] = (1, 2, 4, 8)
     kmeans_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # none: no clustering
     kmeans_iterations: int = 25
-    tile_size: int = 256  # queries of one search: the last bit of a score depends on it
     tie_tolerance: float = 1e-6  # inner products of unit rows differ by less than this between machines
+    protocol: str = "custom"
+    legacy_proxygml: bool = False
+    whole_ranking: bool = True  # false leaves out MAP and MRR, which need the rank of every right answer
+
+
+class Roles(NamedTuple):
+    """Which images of a table ask, and which are searched. By default every image does both, and leaves itself out."""
+
+    is_query: torch.Tensor  # bool [n]
+    is_gallery: torch.Tensor  # bool [n]
 
 
 @dataclass(frozen=True)
@@ -55,20 +71,22 @@ class EvaluationResult:
     """The numbers of one evaluation and the protocol they hold under.
 
     Attributes:
-        metrics: fractions by name: recall@K for each K, r_precision, map@r; with clustering nmi
-            (mean over the seeds) and nmi_sd (sample standard deviation, 0 for one seed).
-        recall_at_1_bounds: recall@1 if every tie went wrong and if every tie went right.
-        num_images: images of the split, all of them in the gallery.
+        metrics: fractions by name: recall@K for each K, r_precision, map@r, map, mrr, precision@1_macro; with
+            clustering nmi, ami, f1 (means over the seeds) and nmi_sd, ... (sample standard deviations, 0 for one seed);
+            legacy_recall@K and legacy_nmi where they were asked for.
+        bounds: of each retrieval metric, and of recall@1 in any case: if every tie went wrong, if every tie went right.
+        num_images: evaluated images, queries and gallery together.
         num_classes: classes with at least one image.
-        num_queries: images whose class has another image.
-        num_lone: images without one; also the number of classes with one image.
+        num_queries: queries with a right answer in the gallery.
+        num_lone: queries without one, which are left out; with every image against all others also the number of
+            classes with one image.
         num_damaged: damaged images of the split, left out altogether.
         protocol: what two results must share to be compared.
         table: the embeddings that were evaluated; not part of the JSON nor of equality.
     """
 
     metrics: dict[str, float]
-    recall_at_1_bounds: tuple[float, float]
+    bounds: dict[str, tuple[float, float]]
     num_images: int
     num_classes: int
     num_queries: int
@@ -76,6 +94,11 @@ class EvaluationResult:
     num_damaged: int
     protocol: dict[str, Any]
     table: EmbeddingTable | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def recall_at_1_bounds(self) -> tuple[float, float]:
+        """Recall@1 if every tie went wrong and if every tie went right."""
+        return self.bounds["recall@1"]
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +109,7 @@ class EvaluationResult:
         """The result as a JSON document; floats come back to the last digit."""
         document = {
             "metrics": self.metrics,
-            "recall_at_1_bounds": list(self.recall_at_1_bounds),
+            "bounds": {name: list(bounds) for name, bounds in self.bounds.items()},
             "num_images": self.num_images,
             "num_classes": self.num_classes,
             "num_queries": self.num_queries,
@@ -106,10 +129,11 @@ class EvaluationResult:
         """
         try:
             document = json.loads(text)
-            low, high = document["recall_at_1_bounds"]
+            if "bounds" not in document:  # before there were bounds of other metrics
+                document["bounds"] = {"recall@1": document["recall_at_1_bounds"]}
             return cls(
                 metrics=dict(document["metrics"]),
-                recall_at_1_bounds=(low, high),
+                bounds={name: (low, high) for name, (low, high) in document["bounds"].items()},
                 num_images=document["num_images"],
                 num_classes=document["num_classes"],
                 num_queries=document["num_queries"],
@@ -131,76 +155,105 @@ def evaluate(
     transform: Transform,
     *,
     context: ParallelContext,
+    gallery: ShardIndex | None = None,
     recall_at: Sequence[int] = (1, 2, 4, 8),
     batch_size: int = 64,
     num_workers: int = 0,
     kmeans_seeds: int = 5,
+    protocol: str = "custom",
+    legacy_proxygml: bool = False,
+    options: SearchOptions | None = None,
     cache: ImageCache | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     progress: Callable[[int], object] | None = None,
     damage: DamageLog | None = None,
+    gallery_damage: DamageLog | None = None,
     signals: StopSignals | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> EvaluationResult:
-    """Evaluate a model on a split, every image querying all the others.
+    """Evaluate a model on a split, every image querying all the others, or all images of another split.
 
     Called on all ranks; returns the same result on all of them, `table` included.
 
     Args:
         model: images uint8 [b, 3, H, W] -> embeddings [b, D], on `context.device`. Its modules keep
             their modes.
-        index: the split.
+        index: the split; that of the queries, if there is a `gallery`.
         transform: how an image becomes a row of a batch.
         context: this process among its peers.
+        gallery: the split that is searched, with the same classes; None: the split itself. Its images follow those of
+            `index` in the table, with ids that go on from theirs.
         recall_at: the K of Recall@K.
         batch_size: images of one forward pass of one rank.
         num_workers: loader processes of each rank.
         kmeans_seeds: number of k-means runs behind NMI (seeds 0, 1, ...); 0 leaves NMI out.
+        protocol: "custom", or the name of a published protocol, whose numbers of images and classes are insisted on.
+        legacy_proxygml: also compute what the authors' evaluation gives.
+        options: how to search.
         cache: where decoded images are kept between evaluations; needs `num_workers` 0.
         preprocessing: the transform's settings, for the record.
         progress: called with the number of images after each batch of this rank.
         damage: where given, damaged images are left out, counted and recorded there; else they are an error.
+        gallery_damage: the same for the gallery.
         signals: requests to stop that this process receives.
+        say: takes lines for people; give it on one rank.
 
     Raises:
         StopRequested: on every rank: a rank was told to stop while images were embedded.
         ValueError: on every rank: a damaged image or too many, no usable faiss, embeddings that are zero or not
-            finite, a `recall_at` the split cannot give, or no class with two images.
+            finite, a `recall_at` the split cannot give, no query with a right answer, or not the protocol's images.
     """
-    settings = Settings(recall_at=tuple(recall_at), kmeans_seeds=tuple(range(kmeans_seeds)))
-    run_together(context, check_settings, index.labels, settings)
-    loader = build_evaluation_loader(
-        index,
-        transform,
-        batch_size=batch_size,
-        rank=context.rank,
-        world_size=context.world_size,
-        num_workers=num_workers,
-        cache=cache,
-        pin_memory=context.device.type == "cuda",
-        skip_damaged=damage is not None,
+    settings = Settings(
+        recall_at=tuple(recall_at),
+        kmeans_seeds=tuple(range(kmeans_seeds)),
+        protocol=protocol,
+        legacy_proxygml=legacy_proxygml,
     )
-    table = embed(
-        model,
-        loader,
-        context=context,
-        num_samples=index.num_samples,
-        describe=index.describe,
-        progress=progress,
-        damage=damage,
-        signals=signals,
-    )
-    left_out = sorted(set(range(index.num_samples)) - set(table.ids.tolist()))
+    run_together(context, check_split, index, gallery, settings)
+    tables, left_out = [], []
+    for split, of_split in ((index, damage), (gallery, gallery_damage)):
+        if split is None:
+            continue
+        loader = build_evaluation_loader(
+            split,
+            transform,
+            batch_size=batch_size,
+            rank=context.rank,
+            world_size=context.world_size,
+            num_workers=num_workers,
+            cache=cache,
+            pin_memory=context.device.type == "cuda",
+            skip_damaged=of_split is not None,
+        )
+        table = embed(
+            model,
+            loader,
+            context=context,
+            num_samples=split.num_samples,
+            describe=split.describe,
+            progress=progress,
+            damage=of_split,
+            signals=signals,
+        )
+        offset = index.num_samples if split is gallery else 0
+        missing = sorted(set(range(split.num_samples)) - set(table.ids.tolist()))
+        left_out += [offset + missing_id for missing_id in missing]
+        tables.append(table._replace(ids=table.ids + offset))
+    table = EmbeddingTable(*(torch.cat(parts) for parts in zip(*tables, strict=True))) if gallery else tables[0]
     data = {
         "dataset": index.dataset,
         "split": index.split,
+        "gallery_split": None if gallery is None else gallery.split,
         "index_sha256": index.sha256,
         "class_table_sha256": index.class_table_sha256,
+        "images_built_with": run_together(context, index.build_record),
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "left_out": left_out,
         "forward_batch_size": batch_size,
         "weights": sorted({str(parameter.dtype) for parameter in model.parameters()}),
     }
-    result = evaluate_table(table, context=context, settings=settings, data=data)
+    roles = None if gallery is None else Roles(table.ids < index.num_samples, table.ids >= index.num_samples)
+    result = evaluate_table(table, context=context, settings=settings, options=options, roles=roles, data=data, say=say)
     return dataclasses.replace(result, num_damaged=len(left_out))
 
 
@@ -209,98 +262,108 @@ def evaluate_table(
     *,
     context: ParallelContext,
     settings: Settings,
+    options: SearchOptions | None = None,
+    roles: Roles | None = None,
     data: Mapping[str, Any] | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> EvaluationResult:
     """The metrics of embeddings that every rank holds. Called on all ranks; returns the same result
     on all of them.
 
     Args:
-        table: the same on every rank, as `embed` returns it.
+        table: the same on every rank, as `embed` returns it: rows of unit length, ids ascending and unique.
         context: this process among its peers.
         settings: how to count and cluster.
+        options: how to search; no number depends on it.
+        roles: which images ask and which are searched; None: all do both.
         data: where the embeddings come from, for the record.
+        say: takes lines for people; give it on one rank.
 
     Raises:
-        ValueError: on every rank: no usable faiss, a `recall_at` the split cannot give, or no class
-            with two images.
+        ValueError: on every rank: no usable faiss, a `recall_at` the split cannot give, rows that are not of unit
+            length, or no query with a right answer.
     """
     labels_n = table.labels.numpy()
-    run_together(context, check_settings, labels_n, settings)
-    num_positives_n = metrics.count_positives(labels_n)
-    query_n = num_positives_n > 0
+    if roles is None:
+        everyone_n = np.ones(len(labels_n), dtype=bool)
+        is_query_n, is_gallery_n = everyone_n, everyone_n
+    else:
+        is_query_n, is_gallery_n = (role.numpy() for role in roles)
+    run_together(context, check_settings, labels_n, settings, is_query_n, is_gallery_n)
 
     fault_point("evaluate.search")
-    # 1. Retrieval: this rank's tiles, then everyone's per-query numbers in id order.
-    scores_qM = _score_queries(table, num_positives_n, context=context, settings=settings)
-    row_counts = everyone(context, len(scores_qM))
-    local_qM = torch.from_numpy(scores_qM).to(context.device)
-    scores_QM = gather_rows(local_qM, row_counts=row_counts, group=context.group).cpu().numpy()
-    means = [metrics.exact_mean(scores_QM[:, column]) for column in range(scores_QM.shape[1])]
-    names = [*(f"recall@{k}" for k in settings.recall_at), "r_precision", "map@r"]
-    measured = dict(zip(names, means, strict=False))
+    # 1. Retrieval.
+    _, class_n = np.unique(labels_n, return_inverse=True)
+    rows_nD = run_together(context, round_rows, table.embeddings.numpy())
+    found = retrieve(
+        Images(rows_nD, class_n, is_query_n, is_gallery_n),
+        depth=Depth(
+            settings.whole_ranking,
+            max(settings.recall_at),
+            with_self=settings.legacy_proxygml and settings.protocol == "sop",
+        ),
+        tolerance=settings.tie_tolerance,
+        context=context,
+        options=options or SearchOptions(),
+        say=say,
+    )
+    measured, bounds = _retrieval_metrics(found, labels_n, settings)
 
-    # 2. Clustering: each seed on one rank, its number on all of them.
+    # 2. Clustering: each seed on one rank, its numbers on all of them.
     if settings.kmeans_seeds:
-        nmi = _normalized_mutual_information(table, context=context, settings=settings)
-        measured["nmi"] = statistics.fmean(nmi)
-        measured["nmi_sd"] = statistics.stdev(nmi) if len(nmi) > 1 else 0.0
+        for name, values in zip(
+            CLUSTERING_METRICS, _clusterings(table, context=context, settings=settings), strict=True
+        ):
+            measured[name] = statistics.fmean(values)
+            measured[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
 
+    # 3. What the published evaluation would say.
+    if settings.legacy_proxygml:
+        measured |= _legacy_metrics(found, table, num_queries=int(is_query_n.sum()), context=context, settings=settings)
+
+    counts = {
+        "images": len(labels_n),
+        "classes": int(class_n.max()) + 1,
+        "queries": len(found.position),
+        "queries_without_right_answer": int(is_query_n.sum()) - len(found.position),
+        "gallery": int(is_gallery_n.sum()),
+    }
     return EvaluationResult(
         metrics=measured,
-        recall_at_1_bounds=(means[-2], means[-1]),
-        num_images=len(labels_n),
-        num_classes=len(np.unique(labels_n)),
-        num_queries=int(query_n.sum()),
-        num_lone=int((~query_n).sum()),
+        bounds=bounds,
+        num_images=counts["images"],
+        num_classes=counts["classes"],
+        num_queries=counts["queries"],
+        num_lone=counts["queries_without_right_answer"],
         num_damaged=0,
-        protocol=_protocol(settings, data or {}),
+        protocol=_protocol(settings, counts, data or {}),
         table=table,
     )
 
 
-def _score_queries(
-    table: EmbeddingTable,
-    num_positives_n: np.ndarray,
-    *,
-    context: ParallelContext,
-    settings: Settings,
-) -> np.ndarray:
-    """The numbers of this rank's queries, float64 [q, M]: recalls, R-Precision, MAP@R, Recall@1 at
-    worst and at best.
+def _retrieval_metrics(
+    found: Retrieval, labels_n: np.ndarray, settings: Settings
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """The metrics in the exact order, and with ties at their worst and at their best."""
+    recall_at = dict.fromkeys((*settings.recall_at, 1))
+    exact, worst, best = (
+        metrics.retrieval_metrics(
+            scores, labels_n[found.position], recall_at=tuple(recall_at), whole_ranking=settings.whole_ranking
+        )
+        for scores in (found.exact, found.worst, found.best)
+    )
+    bounds = {name: (worst[name], best[name]) for name in exact}
+    wanted = {name: value for name, value in exact.items() if name != "recall@1" or 1 in settings.recall_at}
+    return wanted, bounds
+
+
+def _clusterings(table: EmbeddingTable, *, context: ParallelContext, settings: Settings) -> tuple[list[float], ...]:
+    """NMI, AMI and F1 of each seed, in the order of the seeds; rank r computes seeds r, r + W, ... Called on all
+    ranks.
     """
     embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
-    positions_n = np.arange(len(labels_n))  # faiss names rows by their position
-    # One neighbour more than R, so that the list holds a wrong answer for the tie bounds.
-    num_neighbours = min(max(*settings.recall_at, int(num_positives_n.max()) + 1), len(labels_n) - 1)
-    gallery = FlatIndex(embeddings_nD)
-    blocks = [np.zeros((0, len(settings.recall_at) + 4))]
-    for tile in tiles_of_rank(
-        len(labels_n), tile_size=settings.tile_size, rank=context.rank, world_size=context.world_size
-    ):
-        ranking = rank_neighbours(
-            gallery, embeddings_nD[tile], query_ids=positions_n[tile], num_neighbours=num_neighbours
-        )
-        query_q = num_positives_n[tile] > 0  # lone images were searched with their tile, and are dropped here
-        positives_q = num_positives_n[tile][query_q]
-        scores_qK = ranking.scores[query_q]
-        relevant_qK = labels_n[ranking.ids[query_q]] == labels_n[tile][query_q][:, None]
-        columns = [metrics.recall_at(relevant_qK, k) for k in settings.recall_at]
-        columns += [
-            metrics.r_precision(relevant_qK, positives_q),
-            metrics.map_at_r(relevant_qK, positives_q),
-        ]
-        columns += metrics.tie_bounds(relevant_qK, scores_qK, tolerance=settings.tie_tolerance)
-        blocks.append(np.stack(columns, axis=1).astype(np.float64))
-    return np.concatenate(blocks)
-
-
-def _normalized_mutual_information(
-    table: EmbeddingTable, *, context: ParallelContext, settings: Settings
-) -> list[float]:
-    """NMI of each seed, in the order of the seeds; rank r computes seeds r, r + W, ... Called on all ranks."""
-    embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
     num_clusters = len(np.unique(labels_n))
-    local: dict[int, float] = {}
+    local: dict[int, tuple[float, ...]] = {}
     for seed in settings.kmeans_seeds[context.rank :: context.world_size]:
         clusters_n = cluster(
             embeddings_nD,
@@ -308,53 +371,150 @@ def _normalized_mutual_information(
             seed=seed,
             num_iterations=settings.kmeans_iterations,
         )
-        local[seed] = metrics.normalized_mutual_information(labels_n, clusters_n)
-    of_seed = {seed: nmi for part in everyone(context, local) for seed, nmi in part.items()}
-    return [of_seed[seed] for seed in settings.kmeans_seeds]
+        local[seed] = (
+            metrics.normalized_mutual_information(labels_n, clusters_n),
+            metrics.adjusted_mutual_information(labels_n, clusters_n),
+            metrics.pairwise_f1(labels_n, clusters_n),
+        )
+    of_seed = {seed: numbers for part in everyone(context, local) for seed, numbers in part.items()}
+    return tuple(list(values) for values in zip(*(of_seed[seed] for seed in settings.kmeans_seeds), strict=True))
 
 
-def check_settings(labels_n: np.ndarray, settings: Settings) -> None:
-    """Find what would fail after the embedding pass, before it."""
+def _legacy_metrics(
+    found: Retrieval, table: EmbeddingTable, *, num_queries: int, context: ParallelContext, settings: Settings
+) -> dict[str, float]:
+    """What the authors' evaluation of this protocol gives. Called on all ranks."""
+    first_rank = found.first_column_dropped if _drops_first_column(settings) else found.exact.first_rank
+    assert first_rank is not None
+    measured = {f"legacy_recall@{k}": int((first_rank <= k).sum()) / num_queries for k in settings.recall_at}
+    if settings.kmeans_seeds:
+        nmi = None
+        if context.rank == context.world_size - 1:
+            embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
+            num_clusters = len(np.unique(labels_n))
+            if _drops_first_column(settings):
+                clusters_n = cluster(embeddings_nD, num_clusters=num_clusters, seed=LEGACY_SEED, num_iterations=20)
+                nmi = metrics.normalized_mutual_information(labels_n, clusters_n, average="geometric")
+            else:
+                clusters_n = metrics.cluster_with_restarts(embeddings_nD, num_clusters=num_clusters, seed=0)
+                nmi = metrics.normalized_mutual_information(labels_n, clusters_n)
+        measured["legacy_nmi"] = next(value for value in everyone(context, nmi) if value is not None)
+    return measured
+
+
+def _drops_first_column(settings: Settings) -> bool:
+    """Whether the published evaluation is wanted, and takes the first of K + 1 results for the query itself."""
+    return settings.legacy_proxygml and settings.protocol == "sop"
+
+
+def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Settings) -> None:
+    """Find what would fail after the embedding pass, before it.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    num_queries = index.num_samples
+    labels_n = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
+    if gallery is not None and gallery.class_table_sha256 != index.class_table_sha256:
+        raise ValueError(
+            f"expected splits {index.split!r} and {gallery.split!r} of {index.location} to share their classes, got "
+            "other classes, so no query has a right answer; name two splits that belong together"
+        )
+    if settings.protocol != "custom":
+        if (PROTOCOLS[settings.protocol].num_gallery is None) != (gallery is None):
+            raise ValueError(
+                f"protocol {settings.protocol!r} expects {'a' if gallery is None else 'no'} gallery split, got "
+                f"{'none' if gallery is None else repr(gallery.split)}; change evaluation.gallery_split"
+            )
+        check_counts(
+            settings.protocol,
+            num_classes=len(np.unique(labels_n)),
+            num_images=num_queries,
+            num_gallery=None if gallery is None else gallery.num_samples,
+            location=index.location,
+        )
+    position_n = np.arange(len(labels_n))
+    if gallery is None:
+        check_settings(labels_n, settings)
+    else:
+        check_settings(labels_n, settings, position_n < num_queries, position_n >= num_queries)
+
+
+def check_settings(
+    labels_n: np.ndarray,
+    settings: Settings,
+    is_query_n: np.ndarray | None = None,
+    is_gallery_n: np.ndarray | None = None,
+) -> None:
+    """Find what would fail after the embedding pass, before it.
+
+    Raises:
+        ValueError: as `evaluate_table`.
+    """
     load_faiss()
-    wrong = [k for k in settings.recall_at if not 1 <= k < len(labels_n)]
+    num_gallery = len(labels_n) if is_gallery_n is None else int(is_gallery_n.sum())
+    has_itself = is_query_n is None or is_gallery_n is None or bool((is_query_n & is_gallery_n).any())
+    most = num_gallery - has_itself
+    wrong = [k for k in settings.recall_at if not 1 <= k <= most]
     if wrong or not settings.recall_at:
         raise ValueError(
-            f"recall_at is {list(settings.recall_at)}: expected at least one K, each from 1 to "
-            f"{len(labels_n) - 1}, "
-            f"because a query has the other {len(labels_n) - 1} images as neighbours; change "
+            f"recall_at is {list(settings.recall_at)}: expected at least one K, each from 1 to {most}, "
+            f"because a query has {'the other ' if has_itself else ''}{most} images as neighbours; change "
             "evaluation.recall_at"
         )
-    if not metrics.count_positives(labels_n).any():
+    if settings.legacy_proxygml and settings.protocol not in LEGACY_PROTOCOLS:
         raise ValueError(
-            f"no class of the split has two images ({len(labels_n)} images, {len(labels_n)} "
-            "classes), so no query has a "
-            "right answer; evaluate a split with several images per class"
+            f"legacy_proxygml repeats the published evaluation of {', '.join(LEGACY_PROTOCOLS)}, got protocol "
+            f"{settings.protocol!r}; name one of them, or leave it out"
+        )
+    _, class_n = np.unique(labels_n, return_inverse=True)
+    in_gallery_C = np.bincount(class_n if is_gallery_n is None else class_n[is_gallery_n], minlength=class_n.max() + 1)
+    itself_n = 1 if is_gallery_n is None else is_gallery_n
+    answered_n = in_gallery_C[class_n] - itself_n > 0
+    if not (answered_n if is_query_n is None else answered_n & is_query_n).any():
+        what = "two images" if has_itself else "an image among the queries and one in the gallery"
+        raise ValueError(
+            f"no class of the split has {what} ({len(labels_n)} images, {len(in_gallery_C)} classes), so no query has "
+            "a right answer; evaluate a split with several images per class"
         )
 
 
-def _protocol(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
+def _protocol(settings: Settings, counts: Mapping[str, int], data: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that changes a number, in words and values; the number of ranks is not among it."""
     clustering = {
         "algorithm": "faiss k-means, Euclidean, all points, random start, one run a seed",
         "num_iterations": settings.kmeans_iterations,
         "seeds": list(settings.kmeans_seeds),
-        "num_clusters": "number of classes",
+        "num_clusters": "number of classes, queries and gallery together",
         "average": "arithmetic",
     }
-    versions = {name: _version(name) for name in ("dist_proxygml", "torch", "numpy", "scikit-learn")}
+    versions = {name: _version(name) for name in ("dist_proxygml", "torch", "numpy", "scipy", "scikit-learn")}
     return {
-        "format": 1,
+        "format": 2,
+        "name": settings.protocol,
         "data": dict(data),
+        "num": dict(counts),
         "embeddings": "float32, unit length",
-        "search": f"exact inner product, float32, tiles of {settings.tile_size} queries",
+        "scores": "inner products of rows rounded to multiples of 2^-26, exact",
         "self": "left out by id",
         "ties": "score descending, then id ascending",
         "tie_tolerance": settings.tie_tolerance,
         "lone_images": "left out as queries, kept in the gallery",
         "recall_at": list(settings.recall_at),
         "clustering": clustering if settings.kmeans_seeds else None,
+        "legacy_proxygml": _legacy_protocol(settings) if settings.legacy_proxygml else None,
         "versions": {**versions, "faiss": ", ".join(installed_faiss()) or "unknown"},
     }
+
+
+def _legacy_protocol(settings: Settings) -> dict[str, Any]:
+    if settings.protocol == "sop":
+        clustering = {"algorithm": "faiss k-means", "num_iterations": 20, "seed": LEGACY_SEED, "average": "geometric"}
+        own = "the first of K + 1 results, whoever that is"
+    else:
+        clustering = {"algorithm": "scikit-learn KMeans, k-means++", "starts": 10, "seed": 0, "average": "arithmetic"}
+        own = "left out by id"
+    return {"self": own, "lone_images": "count as misses", "clustering": clustering}
 
 
 def _version(package: str) -> str:

@@ -1,87 +1,183 @@
-"""Retrieval and clustering metrics, per query, from neighbours in their exact order.
+"""Retrieval metrics from the ranks of right answers, clustering metrics from labels and clusters.
 
-    rel(i)         1 if the i-th neighbour (self left out) has the query's label
-    R              number of images with the query's label, the query left out
-    Recall@K       1 if any of rel(1) .. rel(K)                             in the metric-learning sense: a hit rate
-    R-Precision    sum_{i <= R} rel(i) / R
-    MAP@R          sum_{i <= R} rel(i) * (hits among the first i) / i / R   Musgrave et al., arXiv 2003.08505
-    NMI            2 I(U; V) / (H(U) + H(V))                                arithmetic averaging
+    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself
+    R              number of its right answers
+    Recall@K       1 if rank_1 <= K                              in the metric-learning sense: a hit rate
+    R-Precision    #{j: rank_j <= R} / R
+    MAP@R          sum over rank_j <= R of j / rank_j, over R     Musgrave et al., arXiv 2003.08505
+    MAP            sum over all j of j / rank_j, over R
+    MRR            1 / rank_1
+    precision@1    Recall@1; macro: its mean over the images of a class, then over classes
 
-Recall in the sense of information retrieval (hits over R) is another number and is not offered
-under this name. MRR is not either: it needs the position of the first right answer wherever it is,
-and the list ends after K. Queries without a positive (R = 0) are the caller's to leave out.
+    NMI            2 I(U; V) / (H(U) + H(V))                      arithmetic averaging; geometric: I / sqrt(H(U) H(V))
+    AMI            (I - E[I]) / ((H(U) + H(V)) / 2 - E[I])        Vinh, Epps, Bailey, JMLR 2010
+    F1             of pairs: 2 P R / (P + R), P and R over the pairs of images that share a cluster, or a class
 
-Dimension key: q queries, n images, K neighbours.
+Recall in the sense of information retrieval (hits over R) is another number and is not offered under this name.
+
+Dimension key: q queries, p right answers of all queries, n images.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
+
+NEVER = np.iinfo(np.int64).max  # the rank of a right answer that does not exist
+
+
+class QueryScores(NamedTuple):
+    """What the metrics need of each query."""
+
+    first_rank: Int[np.ndarray, " q"]  # rank_1
+    r_precision: Float[np.ndarray, " q"]
+    map_at_r: Float[np.ndarray, " q"]
+    map: Float[np.ndarray, " q"]
 
 
 def count_positives(labels_n: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """R of every image: how many others share its label."""
+    """R of every image when each is compared with all others: how many of them share its label."""
     _, class_n, counts = np.unique(labels_n, return_inverse=True, return_counts=True)
     return np.asarray(counts[class_n] - 1)
 
 
-def recall_at(relevant_qK: Bool[np.ndarray, "q K"], k: int) -> Bool[np.ndarray, " q"]:
-    """Recall@k of each query: whether a right answer is among its first k neighbours."""
-    assert 1 <= k <= relevant_qK.shape[1]
-    return np.asarray(relevant_qK[:, :k].any(axis=1))
+def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"], *, num_queries: int) -> QueryScores:
+    """The scores of each query. Sums go over a query's right answers in order, so they do not depend on other queries.
 
-
-def r_precision(
-    relevant_qK: Bool[np.ndarray, "q K"], num_positives_q: Int[np.ndarray, " q"]
-) -> Float[np.ndarray, " q"]:
-    """R-Precision of each query: the share of right answers among its first R neighbours. K must
-    reach the largest R.
+    Args:
+        query_p: the query of each right answer, ascending from 0; each query has at least one.
+        rank_p: ranks, ascending within a query.
+        num_queries: number of queries.
     """
-    return np.asarray(_within_r(relevant_qK, num_positives_q).sum(axis=1) / num_positives_q)
+    num_right_q = np.bincount(query_p, minlength=num_queries)
+    starts_q = np.cumsum(num_right_q) - num_right_q
+    within_p = np.arange(len(query_p)) - starts_q[query_p] + 1
+    assert num_queries == 0 or (num_right_q.min() >= 1 and (rank_p >= within_p).all())
+    precision_p = within_p / rank_p
+    counted_p = rank_p <= num_right_q[query_p]
+
+    def mean_over_right_answers(values_p: np.ndarray) -> np.ndarray:
+        return np.asarray(np.bincount(query_p, weights=values_p, minlength=num_queries) / num_right_q)
+
+    return QueryScores(
+        first_rank=rank_p[starts_q],
+        r_precision=mean_over_right_answers(counted_p),
+        map_at_r=mean_over_right_answers(counted_p * precision_p),
+        map=mean_over_right_answers(precision_p),
+    )
 
 
-def map_at_r(relevant_qK: Bool[np.ndarray, "q K"], num_positives_q: Int[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
-    """MAP@R of each query: precision at each right answer among the first R, summed, over R. K must
-    reach the largest R.
+def retrieval_metrics(
+    scores: QueryScores, labels_q: Int[np.ndarray, " q"], *, recall_at: Sequence[int], whole_ranking: bool = True
+) -> dict[str, float]:
+    """The metrics over all queries, by name. Without `whole_ranking` those that need every rank (MAP, MRR) are left
+    out.
     """
-    counted_qK = _within_r(relevant_qK, num_positives_q)
-    precision_qK = np.cumsum(counted_qK, axis=1) / np.arange(1, counted_qK.shape[1] + 1)
-    return np.asarray((precision_qK * counted_qK).sum(axis=1) / num_positives_q)
+    hit_q = scores.first_rank == 1
+    _, class_q = np.unique(labels_q, return_inverse=True)
+    class_means = np.bincount(class_q, weights=hit_q) / np.bincount(class_q)
+    found = {f"recall@{k}": exact_mean(scores.first_rank <= k) for k in recall_at}
+    found |= {"r_precision": exact_mean(scores.r_precision), "map@r": exact_mean(scores.map_at_r)}
+    if whole_ranking:
+        found |= {"map": exact_mean(scores.map), "mrr": exact_mean(1 / scores.first_rank)}
+    return found | {"precision@1_macro": exact_mean(class_means)}
 
 
-def tie_bounds(
-    relevant_qK: Bool[np.ndarray, "q K"], scores_qK: Float[np.ndarray, "q K"], *, tolerance: float
-) -> tuple[Bool[np.ndarray, " q"], Bool[np.ndarray, " q"]]:
-    """Recall@1 of each query if its ties went worst and if they went best: (pessimistic,
-    optimistic).
+def rank_without_first_column(
+    query_p: Int[np.ndarray, " p"], place_p: Int[np.ndarray, " p"], *, num_queries: int
+) -> Int[np.ndarray, " q"]:
+    """The first right answer of each query when "self" is left out by dropping the first of K + 1 results, as the
+    published evaluation of Stanford Online Products does; NEVER if there is none.
 
-    Scores within `tolerance` of each other count as tied: what another machine's rounding may turn
-    around. The list must reach beyond R, so that it holds a wrong answer if the gallery has one.
+    Where a copy of the query comes first, the copy is dropped, and the query itself stays and counts as a right answer.
+
+    Args:
+        query_p: the query of each image of its class, the query itself included; ascending.
+        place_p: positions (from 1) among all images, the query included.
+        num_queries: number of queries.
     """
-    best_right_q = np.where(relevant_qK, scores_qK, -np.inf).max(axis=1)
-    best_wrong_q = np.where(relevant_qK, -np.inf, scores_qK).max(axis=1)
-    # A right answer behind the end of the list scores at most what the list's last neighbour
-    # scores.
-    best_right_at_most_q = np.maximum(best_right_q, scores_qK[:, -1])
-    return best_right_q > best_wrong_q + tolerance, best_right_at_most_q >= best_wrong_q - tolerance
+    first_q = np.full(num_queries, NEVER)
+    kept_p = place_p >= 2
+    np.minimum.at(first_q, query_p[kept_p], place_p[kept_p] - 1)
+    return first_q
 
 
-def normalized_mutual_information(labels_n: Int[np.ndarray, " n"], clusters_n: Int[np.ndarray, " n"]) -> float:
-    """NMI of a clustering with arithmetic averaging, by scikit-learn."""
-    from sklearn.metrics import (
-        normalized_mutual_info_score,
-    )  # a slow import that only clustering needs
+def cluster_with_restarts(
+    points_nD: Float[np.ndarray, "n D"], *, num_clusters: int, seed: int
+) -> Int[np.ndarray, " n"]:
+    """k-means by scikit-learn: k-means++, the best of ten starts; the cluster of each point."""
+    from sklearn.cluster import KMeans
 
-    return float(normalized_mutual_info_score(labels_n, clusters_n, average_method="arithmetic"))
+    return np.asarray(KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(points_nD)).astype(np.int64)
+
+
+def normalized_mutual_information(
+    labels_n: Int[np.ndarray, " n"], clusters_n: Int[np.ndarray, " n"], *, average: str = "arithmetic"
+) -> float:
+    """NMI of a clustering, by scikit-learn."""
+    from sklearn.metrics import normalized_mutual_info_score  # a slow import that only clustering needs
+
+    return float(normalized_mutual_info_score(labels_n, clusters_n, average_method=average))
+
+
+def adjusted_mutual_information(labels_n: Int[np.ndarray, " n"], clusters_n: Int[np.ndarray, " n"]) -> float:
+    """AMI of a clustering with arithmetic averaging.
+
+    As scikit-learn's, but for the expected mutual information: it depends on the sizes of a class and a cluster alone,
+    and there are few different ones, where scikit-learn goes over all pairs of them (half a minute for 11,316 classes).
+    """
+    from sklearn.metrics import mutual_info_score
+
+    class_sizes, cluster_sizes = (np.unique(part, return_counts=True)[1] for part in (labels_n, clusters_n))
+    if len(class_sizes) == len(cluster_sizes) and len(class_sizes) in (1, len(labels_n)):
+        return 1.0  # one cluster, or one for each image, on both sides: there is nothing to adjust
+    expected = _expected_mutual_information(class_sizes, cluster_sizes)
+    mean_entropy = (_entropy(class_sizes) + _entropy(cluster_sizes)) / 2
+    denominator = mean_entropy - expected
+    epsilon = float(np.finfo(np.float64).eps)
+    denominator = min(denominator, -epsilon) if denominator < 0 else max(denominator, epsilon)
+    return float((mutual_info_score(labels_n, clusters_n) - expected) / denominator)
+
+
+def pairwise_f1(labels_n: Int[np.ndarray, " n"], clusters_n: Int[np.ndarray, " n"]) -> float:
+    """F1 of the pairs of images that share a cluster against those that share a class; 0 where no pair shares both."""
+    from sklearn.metrics.cluster import pair_confusion_matrix
+
+    (_, false_positive), (false_negative, true_positive) = pair_confusion_matrix(labels_n, clusters_n).tolist()
+    return 2 * true_positive / (2 * true_positive + false_positive + false_negative) if true_positive else 0.0
+
+
+def _entropy(sizes: Int[np.ndarray, " c"]) -> float:
+    shares = sizes / sizes.sum()
+    return -math.fsum((shares * np.log(shares)).tolist())
+
+
+def _expected_mutual_information(class_sizes: Int[np.ndarray, " u"], cluster_sizes: Int[np.ndarray, " v"]) -> float:
+    """Mean mutual information of all clusterings with these sizes (hypergeometric model of randomness)."""
+    from scipy.special import gammaln
+
+    num_images = int(class_sizes.sum())
+    log_factorial = gammaln(np.arange(num_images + 1) + 1)
+    terms = []
+    different_clusters, cluster_counts = np.unique(cluster_sizes, return_counts=True)
+    for a, num_a in zip(*np.unique(class_sizes, return_counts=True), strict=True):
+        for b, num_b in zip(different_clusters, cluster_counts, strict=True):
+            shared = np.arange(max(1, a + b - num_images), min(a, b) + 1)
+            log_probability = (
+                log_factorial[[a, b, num_images - a, num_images - b]].sum()
+                - log_factorial[num_images]
+                - log_factorial[shared]
+                - log_factorial[a - shared]
+                - log_factorial[b - shared]
+                - log_factorial[num_images - a - b + shared]
+            )
+            information = shared / num_images * np.log(num_images * shared / (float(a) * float(b)))
+            terms.append(float(num_a) * float(num_b) * math.fsum((information * np.exp(log_probability)).tolist()))
+    return math.fsum(terms)
 
 
 def exact_mean(values_q: Float[np.ndarray, " q"]) -> float:
     """The mean with one rounding: independent of the order and the grouping of the values."""
     return math.fsum(values_q.tolist()) / len(values_q)
-
-
-def _within_r(relevant_qK: Bool[np.ndarray, "q K"], num_positives_q: Int[np.ndarray, " q"]) -> Bool[np.ndarray, "q K"]:
-    """The right answers among the first R neighbours of each query."""
-    assert num_positives_q.size == 0 or 1 <= num_positives_q.min() <= num_positives_q.max() <= relevant_qK.shape[1]
-    return np.asarray(relevant_qK & (np.arange(relevant_qK.shape[1]) < num_positives_q[:, None]))

@@ -1,18 +1,15 @@
-"""The exact order of every query's neighbours, the same for any number of ranks.
+"""Lists of a query's neighbours, to look at; metrics are counted by `rank_counts.py`.
 
     order: score descending, then id ascending; a query is never its own neighbour, wherever the
         search put it
 
-Two choices make it hold. Queries are cut into tiles on GLOBAL id boundaries, because the last bit
-of a score depends on the shape of the block it was computed in; ranks share out whole tiles. And
-the search is widened as long as a tie straddles its cut, because a top-k search keeps any of the
+The search is widened as long as a tie straddles its cut, because a top-k search keeps any of the
 equal scores, not those of the lowest ids. Dropping the first column to exclude "self" was declined:
 with repeated images it drops the repetition and keeps the query.
 
-Dimension key: q queries of a tile, n gallery rows, K neighbours, F rows found by one search.
+Dimension key: q queries, n gallery rows, K neighbours, F rows found by one search.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -72,17 +69,6 @@ def rank_neighbours(
         np.take_along_axis(ids_qF, order_qF, axis=1),
         np.take_along_axis(scores_qF, order_qF, axis=1),
     )
-
-
-def tiles_of_rank(num_queries: int, *, tile_size: int, rank: int, world_size: int) -> Iterator[slice]:
-    """The query tiles of one rank: whole tiles of consecutive ids, cut where they are cut for any
-    number of ranks.
-
-    In rank order the ranks' tiles are all tiles in id order. A rank may have none.
-    """
-    num_tiles = -(-num_queries // tile_size)
-    for tile in range(num_tiles * rank // world_size, num_tiles * (rank + 1) // world_size):
-        yield slice(tile * tile_size, min((tile + 1) * tile_size, num_queries))
 
 
 def first_positive_ranks(

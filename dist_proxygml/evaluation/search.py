@@ -2,8 +2,11 @@
 
 Flat indexes only: every score is computed, nothing is approximated. Inner products of unit rows
 rather than L2 distances: the same order in exact arithmetic, without the cancellation. faiss
-decides neither who "self" is nor how ties go; ranking.py does. All of it runs on the CPU, in
-float32.
+decides neither who "self" is nor how ties go; ranking.py and rank_counts.py do.
+
+A rank searches on its own device: a GPU of its own with a faiss that knows GPUs, else the CPU.
+faiss's way to use several GPUs from one process (`index_cpu_to_all_gpus`) was declined: the other
+GPUs belong to other ranks. k-means runs on the CPU, where a seed gives one answer.
 
 Dimension key: q queries, g gallery rows, K neighbours, n points, D embedding.
 """
@@ -16,34 +19,87 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+GPU_SCRATCH = 64 << 20  # bytes; left to itself faiss reserves about 1.5 GiB of every GPU
+MOST_NEIGHBOURS_ON_GPU = 2048  # of one faiss search
+
 
 class FlatIndex:
-    """A gallery of float32 rows, searched exhaustively by inner product.
+    """A gallery of float32 rows, searched exhaustively by inner product on the CPU, where it lies: no copy is made.
 
     Raises:
         ValueError: faiss is missing or installed twice.
     """
 
     def __init__(self, gallery_gD: Float[np.ndarray, "g D"]) -> None:
+        self._faiss = load_faiss()
+        self.num_rows = len(gallery_gD)
+        self._gallery_gD = np.ascontiguousarray(gallery_gD, dtype=np.float32)
+
+    def search(
+        self, queries_qD: Float[np.ndarray, "q D"], num_neighbours: int
+    ) -> tuple[Float[np.ndarray, "q K"], Int[np.ndarray, "q K"]]:
+        """Scores (descending) and gallery row numbers of the best `num_neighbours` rows, at most `num_rows` of them.
+
+        The order of equal scores, and which of them make the cut, is faiss's affair, and so are the last bits of a
+        score, which depend on the shape of the block of queries.
+        """
+        scores_qK, rows_qK = self._faiss.knn(
+            np.ascontiguousarray(queries_qD, dtype=np.float32),
+            self._gallery_gD,
+            min(num_neighbours, self.num_rows),
+            metric=self._faiss.METRIC_INNER_PRODUCT,
+        )
+        return scores_qK, rows_qK
+
+
+class OnGpu:
+    """A gallery in the memory of one GPU, float32 throughout.
+
+    Raises:
+        ValueError: faiss is missing or installed twice.
+    """
+
+    def __init__(self, gallery_gD: Float[np.ndarray, "g D"], *, device: torch.device) -> None:
         faiss = load_faiss()
+        self._resources = faiss.StandardGpuResources()
+        self._resources.setTempMemory(GPU_SCRATCH)
+        options = faiss.GpuIndexFlatConfig()
+        options.device = torch.cuda.current_device() if device.index is None else device.index
+        options.useFloat16 = False
         self.num_rows, width = gallery_gD.shape
-        self._index = faiss.IndexFlatIP(width)
+        self._index = faiss.GpuIndexFlatIP(self._resources, width, options)
         self._index.add(np.ascontiguousarray(gallery_gD, dtype=np.float32))
 
     def search(
         self, queries_qD: Float[np.ndarray, "q D"], num_neighbours: int
     ) -> tuple[Float[np.ndarray, "q K"], Int[np.ndarray, "q K"]]:
-        """Scores (descending) and gallery row numbers of the best `num_neighbours` rows, at most
-        `num_rows` of them.
-
-        The order of equal scores, and which of them make the cut, is faiss's affair. The last bits
-        of a score depend on the shape of the query block, so callers cut their blocks independently
-        of the number of ranks.
-        """
+        """As `FlatIndex.search`, with at most MOST_NEIGHBOURS_ON_GPU neighbours."""
+        assert num_neighbours <= MOST_NEIGHBOURS_ON_GPU
         scores_qK, rows_qK = self._index.search(
             np.ascontiguousarray(queries_qD, dtype=np.float32), min(num_neighbours, self.num_rows)
         )
         return scores_qK, rows_qK
+
+
+def searches_on_gpu(device: torch.device) -> bool:
+    """Whether faiss can search on this device. Without a GPU of one's own, or with faiss-cpu, it cannot.
+
+    Raises:
+        ValueError: faiss is missing or installed twice.
+    """
+    if device.type != "cuda":
+        return False
+    faiss = load_faiss()
+    return hasattr(faiss, "GpuIndexFlatIP") and faiss.get_num_gpus() > 0
+
+
+def build_searcher(gallery_gD: Float[np.ndarray, "g D"], device: torch.device) -> FlatIndex | OnGpu:
+    """A search of these rows on the rank's own device, or on the CPU where faiss cannot use that.
+
+    Raises:
+        ValueError: faiss is missing or installed twice.
+    """
+    return OnGpu(gallery_gD, device=device) if searches_on_gpu(device) else FlatIndex(gallery_gD)
 
 
 def cluster(

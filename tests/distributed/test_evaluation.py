@@ -19,6 +19,7 @@ from dist_proxygml.data.index import open_index
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation.embed import EmbeddingTable
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
+from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.parallel import ParallelContext, single_process
 from tests.harness import run_ranks
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards
@@ -84,8 +85,9 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
         for size in (16, 100)
     )
     assert uneven.table is not None
-    settings = Settings(recall_at=(1, 5), kmeans_seeds=(7, 3), tile_size=64)
-    close = evaluate_table(close_neighbours(), context=context, settings=settings)
+    settings = Settings(recall_at=(1, 5), kmeans_seeds=(7, 3))
+    options = SearchOptions(memory_budget=64_000, placement=("replicated", "sharded")[context.world_size % 2])
+    close = evaluate_table(close_neighbours(), context=context, settings=settings, options=options)
     with pytest.raises(ValueError, match="not finite") as not_finite:
         evaluate(Spoiling(spoil=last), index, resize, context=context, batch_size=16)
     with pytest.raises(ValueError, match="damaged") as damaged:
@@ -188,3 +190,29 @@ def test_too_many_damaged_images_stop_all_ranks_with_the_same_words(alone_and_ra
     messages = {outcome.too_many for outcome in alone_and_ranks[1][world_size]}
     assert len(messages) == 1
     assert "5 of 37 images are damaged" in messages.pop()
+
+
+def search_in_every_way(context: ParallelContext) -> list[str]:
+    """Documents of one table, which must all be one: with copies, lone images, tiny tiles, and by both searches."""
+    table = close_neighbours()
+    table.embeddings[100:140] = table.embeddings[7]
+    settings = Settings(recall_at=(1, 5, 400), kmeans_seeds=(), protocol="sop", legacy_proxygml=True)
+    ways = [
+        SearchOptions(search, placement, memory_budget, list_length=list_length)
+        for search, placement, memory_budget, list_length in (
+            ("faiss", "sharded", 1 << 28, 5),
+            ("faiss", "replicated", 100_000, 5),
+            ("counter", "sharded", 100_000, 64),
+        )
+    ]
+    return [evaluate_table(table, context=context, settings=settings, options=way).to_json() for way in ways]
+
+
+def test_no_way_to_share_out_the_search_changes_the_result() -> None:
+    expected = search_in_every_way(single_process())
+    assert len(set(expected)) == 1
+    metrics = json.loads(expected[0])["metrics"]
+    assert 0 < metrics["map"] < 1
+    assert 0 < metrics["legacy_recall@1"] < 1
+    for world_size in (2, 3, 7):
+        assert run_ranks(search_in_every_way, world_size) == [expected] * world_size

@@ -130,9 +130,13 @@ def test_evaluating_a_checkpoint_repeats_the_run_to_the_last_digit(trained: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(older.read_text())["metrics"] != expected["metrics"]
     arguments = ["launchers/evaluate.py", "--run", str(tmp_path / "copy"), "--checkpoint", "step-000020"]
-    done = deepspeed(1, *arguments, threads=max(1, len(os.sched_getaffinity(0)) // 2))
+    done = deepspeed(1, *arguments, "--verify", threads=max(1, len(os.sched_getaffinity(0)) // 2))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(stored.read_text()) == expected
+    assert "faiss and counter agree on the ranks of all" in done.stdout
+    done = deepspeed(1, *arguments, "--protocol", "cub")
+    assert done.returncode != 0
+    assert "error: protocol 'cub' is that of CUB-200-2011: expected 100 classes" in done.stderr
 
 
 @pytest.mark.timeout(300)

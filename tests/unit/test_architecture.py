@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parallel",),
     ("collectives",),
     ("config", "faults", "slurm"),
-    ("partition",),
+    ("partition", "protocols"),
 )
 
 OWNERS: dict[str, set[str]] = {
@@ -58,8 +58,11 @@ DISTRIBUTED_TYPES = {"ProcessGroup"}
 # Takes tensors, ints and a process group, never a configuration.
 MATHS = {
     "collectives",
+    "evaluation.exact",
     "evaluation.metrics",
+    "evaluation.rank_counts",
     "evaluation.ranking",
+    "evaluation.retrieval",
     "evaluation.search",
     "fused",
     "loss",

@@ -45,11 +45,45 @@ def message_of(raw: dict[str, Any]) -> str:
 
 
 def test_the_metric_of_the_best_checkpoint_is_one_that_is_measured() -> None:
-    for metric in ("recall@1", "recall@8", "map@r", "r_precision", "nmi"):
+    for metric in (
+        "recall@1",
+        "recall@8",
+        "map@r",
+        "r_precision",
+        "map",
+        "mrr",
+        "precision@1_macro",
+        "nmi",
+        "ami",
+        "f1",
+    ):
         assert parse_config(changed(checkpoint__keep_best=metric), source="the test").checkpoint.keep_best == metric
     assert "checkpoint.keep_best" in message_of(changed(checkpoint__keep_best="loss"))
     assert "the evaluation measures recall@1, recall@2" in message_of(changed(checkpoint__keep_best="recall@3"))
     assert "'nmi', but" in message_of(changed(checkpoint__keep_best="nmi", evaluation__kmeans_seeds=0))
+    raw = changed(evaluation__protocol="sop", evaluation__kmeans_seeds=0, evaluation__legacy_proxygml=True)
+    assert parse_config(raw, source="the test").evaluation.metrics[-2:] == ["legacy_recall@100", "legacy_recall@1000"]
+    raw["checkpoint"] = {"keep_best": "legacy_recall@100"}
+    assert "checkpoint.keep_best" in message_of(raw)
+
+
+@pytest.mark.parametrize(("protocol", "recall_at"), [("cub", [1, 2, 4, 8]), ("sop", [1, 10, 100, 1000])])
+def test_a_published_protocol_brings_its_k(protocol: str, recall_at: list[int]) -> None:
+    config = parse_config(changed(evaluation__protocol=protocol), source="the test")
+    assert config.evaluation.recall_at == recall_at
+    assert parse_config(config.model_dump(), source="the test") == config  # as a run stores it
+    message = message_of(changed(evaluation__protocol=protocol, evaluation__recall_at=[1, 5]))
+    assert f"'{protocol}' reports Recall@K for K {recall_at}, got recall_at [1, 5]; remove recall_at" in message
+
+
+def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
+    config = load_config(ROOT / "configs" / "inshop_8gpu.json")
+    assert (config.data.test_split, config.evaluation.gallery_split) == ("query", "gallery")
+    assert config.evaluation.recall_at == [1, 10, 20, 30, 40, 50]
+    assert "'inshop' expects a gallery_split, got None" in message_of(changed(evaluation__protocol="inshop"))
+    message = message_of(changed(evaluation__protocol="cub", evaluation__gallery_split="gallery"))
+    assert "'cub' expects no gallery_split, got 'gallery'; remove it" in message
+    assert "cub, cars and sop, got protocol 'custom'" in message_of(changed(evaluation__legacy_proxygml=True))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)

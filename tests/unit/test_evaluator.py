@@ -1,22 +1,28 @@
 """Evaluation on one process: what is counted, what is refused, and that nothing around it changes a number."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.evaluation import search
 from dist_proxygml.evaluation.embed import EmbeddingTable, embed, load_table, save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
+from dist_proxygml.evaluation.retrieval import SearchOptions, choose_placement
 from dist_proxygml.parallel import single_process
-from tests.shards_of_noise import SIDE, Projection, write_noise_shards
+from dist_proxygml.protocols import PROTOCOLS
+from tests.shards_of_noise import SIDE, Projection, write_noise_shards, write_query_and_gallery
 
 CLASS_SIZES = [1, 9, 3, 1, 2, 5, 3, 13]  # two lone images, one class larger than the largest K
 COPY_OF = {20: 3, 30: 3, 31: 7}
@@ -70,8 +76,8 @@ def test_an_evaluation_gives_the_metrics_of_a_full_sort_and_counts_the_lone_imag
         35,
         2,
     )
-    low, high = result.recall_at_1_bounds
-    assert low <= result.metrics["recall@1"] <= high
+    assert result.recall_at_1_bounds == result.bounds["recall@1"]
+    assert all(low <= result.metrics[name] <= high for name, (low, high) in result.bounds.items())
 
 
 def test_hand_worked_example() -> None:
@@ -81,12 +87,16 @@ def test_hand_worked_example() -> None:
     result = evaluate_table(table, context=single_process(), settings=Settings(recall_at=(1, 2, 3), kmeans_seeds=()))
     # First right answers: image 0 at 2 (behind the lone image), 1 at 3, 2 at 4, 3 at 1. R = 1
     # everywhere.
+    mean_of_inverses = math.fsum([1 / 2, 1 / 3, 1 / 4, 1]) / 4
     assert result.metrics == {
         "recall@1": 0.25,
         "recall@2": 0.5,
         "recall@3": 0.75,
         "r_precision": 0.25,
         "map@r": 0.25,
+        "map": mean_of_inverses,
+        "mrr": mean_of_inverses,
+        "precision@1_macro": 0.25,
     }
     assert (result.num_queries, result.num_lone) == (4, 1)
 
@@ -105,6 +115,130 @@ def test_copies_of_an_image_under_another_label_are_not_taken_for_the_query_itse
     assert result.recall_at_1_bounds == (0.0, 0.5)
 
 
+@pytest.fixture(scope="module")
+def query_and_gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardIndex, ShardIndex]:
+    return write_query_and_gallery(tmp_path_factory.mktemp("divided"), CLASS_SIZES)
+
+
+def test_queries_are_searched_in_a_gallery_of_their_own(query_and_gallery: tuple[ShardIndex, ShardIndex]) -> None:
+    query, gallery = query_and_gallery
+    result = evaluated(Projection(), query, gallery=gallery, recall_at=(1, 3), kmeans_seeds=1)
+    assert result.table is not None
+    rows, labels = result.table.embeddings.double().numpy(), result.table.labels.numpy()
+    assert labels.tolist() == [*query.labels.tolist(), *gallery.labels.tolist()]
+    assert result.table.ids.tolist() == list(range(37))  # of both, so that no query leaves a gallery image out
+    first_ranks = []
+    for row, label in zip(rows[:13], labels[:13], strict=True):
+        order = np.argsort(-(rows[13:] @ row), kind="stable")
+        right = labels[13:][order] == label
+        if right.any():
+            first_ranks.append(1 + int(right.argmax()))
+    assert result.metrics["recall@1"] == sum(rank == 1 for rank in first_ranks) / len(first_ranks)
+    assert result.metrics["mrr"] == math.fsum(1 / rank for rank in first_ranks) / len(first_ranks)
+    assert (result.num_images, result.num_queries, result.num_lone) == (37, len(first_ranks), 13 - len(first_ranks))
+    assert result.protocol["num"]["gallery"] == 24
+    assert result.protocol["data"]["gallery_split"] == "gallery"
+    assert 0 < result.metrics["nmi"] < 1  # of queries and gallery together
+    as_many = evaluated(Projection(), query, gallery=gallery, recall_at=(24,), kmeans_seeds=0)
+    assert as_many.metrics == as_many.metrics | {"recall@24": 1.0}
+    with pytest.raises(ValueError, match=r"from 1 to 24, because a query has 24 images"):
+        evaluated(Projection(), query, gallery=gallery, recall_at=(25,))
+
+
+def test_a_gallery_of_other_classes_is_refused(
+    index: ShardIndex, query_and_gallery: tuple[ShardIndex, ShardIndex], tmp_path: Path
+) -> None:
+    other = write_noise_shards(tmp_path, [3, 4])
+    with pytest.raises(ValueError, match="to share their classes"):
+        evaluated(Projection(), query_and_gallery[0], gallery=other)
+
+
+def test_a_published_protocol_insists_on_its_images(
+    index: ShardIndex, query_and_gallery: tuple[ShardIndex, ShardIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"expected 100 classes, 5,924 images, got 8 classes, 37 images in .*custom"):
+        evaluated(Projection(), index, protocol="cub")
+    with pytest.raises(ValueError, match=r"'inshop' expects a gallery split, got none"):
+        evaluated(Projection(), index, protocol="inshop")
+    query, gallery = query_and_gallery
+    with pytest.raises(ValueError, match=r"12,612 gallery images, got 8 classes, 13 images, 24 gallery images"):
+        evaluated(Projection(), query, gallery=gallery, protocol="inshop")
+    counts = PROTOCOLS["inshop"]._replace(num_classes=8, num_images=13, num_gallery=24)
+    monkeypatch.setitem(PROTOCOLS, "inshop", counts)
+    assert evaluated(Projection(), query, gallery=gallery, protocol="inshop").protocol["name"] == "inshop"
+
+
+def legacy(rows: list[list[float]], labels: list[int], protocol: str, **options: Any) -> dict[str, float]:
+    settings = Settings(recall_at=(1, 2), protocol=protocol, legacy_proxygml=True, **options)
+    result = evaluate_table(table_of(rows, labels), context=single_process(), settings=settings)
+    return {name: value for name, value in result.metrics.items() if name.startswith("legacy")}
+
+
+def test_the_published_evaluation_counts_lone_images_as_misses_and_may_take_a_copy_for_the_query() -> None:
+    # Images 0 and 1 are the same picture under two labels, 2 belongs to 0, 3 to 1, and 4 is alone.
+    rows, labels = [[1.0, 0.0], [1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [0.0, -1.0]], [0, 1, 0, 1, 2]
+    # By id: first right answers of 0 to 3 at 2, 3, 1 and 2; the lone image has none.
+    assert legacy(rows, labels, "cub", kmeans_seeds=()) == {"legacy_recall@1": 1 / 5, "legacy_recall@2": 3 / 5}
+    # First of K + 1 dropped: query 1 loses its copy 0, stays itself, and counts as its own right answer.
+    assert legacy(rows, labels, "sop", kmeans_seeds=()) == {"legacy_recall@1": 2 / 5, "legacy_recall@2": 4 / 5}
+
+
+def test_the_published_nmi_is_that_of_its_own_k_means(index: ShardIndex) -> None:
+    table = evaluated(Projection(), index).table
+    assert table is not None
+    rows, labels = table.embeddings.tolist(), table.labels.tolist()
+    cub, sop = (legacy(rows, labels, protocol, kmeans_seeds=(0,))["legacy_nmi"] for protocol in ("cub", "sop"))
+    clusters = search.cluster(table.embeddings.numpy(), num_clusters=8, seed=1234, num_iterations=20)
+    expected = normalized_mutual_info_score(labels, clusters, average_method="geometric")
+    assert sop == pytest.approx(expected, abs=1e-12)
+    best = KMeans(8, n_init=10, random_state=0).fit(table.embeddings.numpy())
+    assert cub == pytest.approx(normalized_mutual_info_score(labels, best.labels_), abs=1e-12)
+    with pytest.raises(ValueError, match="repeats the published evaluation of cub, cars, sop, got protocol 'custom'"):
+        legacy(rows, labels, "custom")
+
+
+def test_rows_that_are_not_of_unit_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected rows of unit length, got 2 in row 1"):
+        evaluate_table(
+            table_of([[1.0, 0.0], [2.0, 0.0]], [0, 0]),
+            context=single_process(),
+            settings=Settings(recall_at=(1,), kmeans_seeds=()),
+        )
+
+
+def test_every_way_to_search_gives_the_same_document(index: ShardIndex) -> None:
+    said: list[str] = []
+    expected = evaluated(Projection(), index, kmeans_seeds=1, say=said.append).to_json()
+    assert len(said) == 1
+    assert said[0].startswith("evaluation: a gallery of 37 x 6 float32 is searched where it lies")
+    for options in (
+        SearchOptions("counter"),
+        SearchOptions(memory_budget=1),
+        SearchOptions(placement="sharded", verify=True),
+        SearchOptions(list_length=2),
+    ):
+        assert evaluated(Projection(), index, kmeans_seeds=1, options=options).to_json() == expected
+
+
+def test_the_number_of_threads_changes_nothing(index: ShardIndex) -> None:
+    threads = torch.get_num_threads()
+    documents = set()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        documents.add(evaluated(Projection(), index, kmeans_seeds=2).to_json())
+    torch.set_num_threads(threads)
+    assert len(documents) == 1
+
+
+@pytest.mark.parametrize(
+    ("needed", "world_size", "choice"), [(50, 8, "replicated"), (51, 8, "sharded"), (90, 1, "replicated")]
+)
+def test_a_gallery_is_divided_when_it_does_not_fit_half_of_what_is_free(
+    needed: int, world_size: int, choice: str
+) -> None:
+    assert choose_placement(needed, available=100, world_size=world_size) == choice
+
+
 def test_clustering_reports_the_mean_and_the_deviation_over_the_seeds(index: ShardIndex) -> None:
     one, three, none = (evaluated(Projection(), index, kmeans_seeds=seeds) for seeds in (1, 3, 0))
     assert "nmi" not in none.metrics
@@ -112,6 +246,7 @@ def test_clustering_reports_the_mean_and_the_deviation_over_the_seeds(index: Sha
     assert one.metrics["nmi_sd"] == 0.0
     assert three.metrics["nmi_sd"] > 0.0
     assert 0.3 < three.metrics["nmi"] < 1.0
+    assert {"ami", "ami_sd", "f1", "f1_sd"} < set(three.metrics)
     assert three.protocol["clustering"]["seeds"] == [0, 1, 2]
 
 
@@ -219,6 +354,9 @@ def test_the_result_comes_back_from_json_to_the_last_digit(index: ShardIndex) ->
     assert again.fingerprint == result.fingerprint
     assert json.loads(result.to_json())["protocol"]["data"]["index_sha256"] == index.sha256
     assert again.protocol["data"]["preprocessing"] == {"name": "resize", "size": SIDE}
+    document = json.loads(result.to_json())
+    document["recall_at_1_bounds"] = document.pop("bounds")["recall@1"]  # as earlier versions wrote it
+    assert EvaluationResult.from_json(json.dumps(document)).recall_at_1_bounds == result.recall_at_1_bounds
     with pytest.raises(ValueError, match="expected the JSON of an evaluation"):
         EvaluationResult.from_json('{"metrics": {}}')
 

@@ -1,68 +1,66 @@
-"""Metrics against numbers worked out by hand, a loop over a full sort in exact arithmetic, and scikit-learn."""
+"""Metrics against numbers worked out by hand, scikit-learn, and pytorch-metric-learning."""
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 
 from dist_proxygml.evaluation import metrics
-from dist_proxygml.evaluation.ranking import rank_neighbours
-from dist_proxygml.evaluation.search import FlatIndex
+from dist_proxygml.evaluation.embed import EmbeddingTable
+from dist_proxygml.evaluation.evaluator import Settings, evaluate_table
+from dist_proxygml.evaluation.metrics import NEVER
+from dist_proxygml.parallel import single_process
 
-# Two queries, five neighbours each. First: R = 3, right answers at 2, 3 and 5. Second: R = 2, right
-# answers at 1 and 4.
-RELEVANT = np.array([[0, 1, 1, 0, 1], [1, 0, 0, 1, 0]], dtype=bool)
-NUM_POSITIVES = np.array([3, 2])
+# Two queries. First: R = 3, right answers at 2, 3 and 5. Second: R = 2, right answers at 1 and 4.
+QUERY = np.array([0, 0, 0, 1, 1])
+RANK = np.array([2, 3, 5, 1, 4])
+SCORES = metrics.score_queries(QUERY, RANK, num_queries=2)
 
 
 def test_recall_asks_for_any_right_answer_among_the_first_k() -> None:
-    assert metrics.recall_at(RELEVANT, 1).tolist() == [False, True]
-    assert metrics.recall_at(RELEVANT, 2).tolist() == [True, True]
+    found = metrics.retrieval_metrics(SCORES, np.array([0, 1]), recall_at=(1, 2))
+    assert (found["recall@1"], found["recall@2"]) == (0.5, 1.0)
 
 
 def test_r_precision_is_the_share_of_right_answers_among_the_first_r() -> None:
-    assert metrics.r_precision(RELEVANT, NUM_POSITIVES).tolist() == [2 / 3, 1 / 2]
+    assert SCORES.r_precision.tolist() == [2 / 3, 1 / 2]
 
 
 def test_map_at_r_averages_the_precision_at_right_answers_over_r() -> None:
     first = (1 / 2 + 2 / 3) / 3  # the right answer at 5 lies behind R
     second = (1 / 1) / 2  # the one at 4 as well
-    assert metrics.map_at_r(RELEVANT, NUM_POSITIVES) == pytest.approx([first, second], abs=1e-15)
+    assert SCORES.map_at_r == pytest.approx([first, second], abs=1e-15)
+
+
+def test_map_goes_over_all_right_answers_and_mrr_over_the_first() -> None:
+    expected = ((1 / 2 + 2 / 3 + 3 / 5) / 3 + (1 / 1 + 2 / 4) / 2) / 2
+    found = metrics.retrieval_metrics(SCORES, np.array([0, 1]), recall_at=(1,))
+    assert found["map"] == pytest.approx(expected, abs=1e-15)
+    assert found["mrr"] == (1 / 2 + 1) / 2
+
+
+def test_macro_precision_weighs_classes_and_not_images_alike() -> None:
+    scores = metrics.score_queries(np.arange(4), np.array([1, 1, 2, 2]), num_queries=4)
+    found = metrics.retrieval_metrics(scores, np.array([7, 7, 7, 2]), recall_at=(1,))
+    assert found["recall@1"] == 2 / 4
+    assert found["precision@1_macro"] == (2 / 3 + 0) / 2
+
+
+def test_without_the_whole_ranking_what_needs_it_is_left_out() -> None:
+    found = metrics.retrieval_metrics(SCORES, np.array([0, 1]), recall_at=(1,), whole_ranking=False)
+    assert set(found) == {"recall@1", "r_precision", "map@r", "precision@1_macro"}
 
 
 def test_r_counts_the_others_of_the_class() -> None:
     assert metrics.count_positives(np.array([7, 3, 7, 9, 7, 3])).tolist() == [2, 1, 2, 0, 2, 1]
 
 
-def test_a_list_shorter_than_r_is_refused() -> None:
-    with pytest.raises(AssertionError):
-        metrics.r_precision(RELEVANT, np.array([6, 2]))
-
-
-@pytest.mark.parametrize(
-    ("relevant", "scores", "bounds"),
-    [
-        ([0, 1, 0], [0.9, 0.9, 0.1], (False, True)),  # the best right and the best wrong answer tie
-        ([1, 0, 0], [0.9, 0.9, 0.1], (False, True)),
-        ([1, 0, 0], [0.9, 0.8, 0.1], (True, True)),
-        ([0, 1, 0], [0.9, 0.8, 0.1], (False, False)),
-        ([0, 0, 0], [0.9, 0.8, 0.8], (False, False)),
-        (
-            [0, 0, 0],
-            [0.9, 0.9, 0.9],
-            (False, True),
-        ),  # a right answer behind the list may tie with its end
-        ([1, 1, 1], [0.9, 0.9, 0.9], (True, True)),
-    ],
-)
-def test_tie_bounds_take_the_ties_at_their_worst_and_at_their_best(
-    relevant: list[int], scores: list[float], bounds: tuple[bool, bool]
-) -> None:
-    found = metrics.tie_bounds(np.array([relevant], bool), np.array([scores], np.float32), tolerance=1e-6)
-    assert (bool(found[0][0]), bool(found[1][0])) == bounds
+def test_dropping_the_first_column_may_drop_a_copy_and_count_the_query_itself() -> None:
+    # Places of all images of the query's class, itself included: found first as it should be; behind a copy of another
+    # class, so that it counts as a right answer at 1; and alone in its class, found first.
+    query, place = np.array([0, 0, 1, 1, 2]), np.array([1, 4, 2, 9, 1])
+    assert metrics.rank_without_first_column(query, place, num_queries=3).tolist() == [3, 1, NEVER]
 
 
 def test_nmi_of_two_equal_halves_cut_across_is_zero_and_of_the_same_cut_is_one() -> None:
@@ -71,11 +69,43 @@ def test_nmi_of_two_equal_halves_cut_across_is_zero_and_of_the_same_cut_is_one()
     assert metrics.normalized_mutual_information(labels, np.array([0, 1, 0, 1])) == pytest.approx(0.0)
 
 
-def test_nmi_averages_the_entropies_arithmetically() -> None:
-    # One class split in two: I = H(classes) = ln 2, H(clusters) = (3/2) ln 2, so NMI = 2 / (1 +
-    # 3/2) = 0.8; geometric is 0.816.
-    nmi = metrics.normalized_mutual_information(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]))
-    assert nmi == pytest.approx(0.8, abs=1e-12)
+def test_nmi_averages_the_entropies_arithmetically_unless_told_otherwise() -> None:
+    # One class split in two: I = H(classes) = ln 2, H(clusters) = (3/2) ln 2, so NMI = 2 / (1 + 3/2) = 0.8.
+    labels, clusters = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
+    assert metrics.normalized_mutual_information(labels, clusters) == pytest.approx(0.8, abs=1e-12)
+    geometric = metrics.normalized_mutual_information(labels, clusters, average="geometric")
+    assert geometric == pytest.approx(1 / math.sqrt(1.5), abs=1e-12)
+
+
+def test_f1_is_that_of_pairs() -> None:
+    # Pairs of a cluster: (0,1), (0,2), (1,2), (3,4); of a class: (0,1), (2,3), (2,4), (3,4). Two are both.
+    labels, clusters = np.array([0, 0, 1, 1, 1]), np.array([5, 5, 5, 2, 2])
+    assert metrics.pairwise_f1(labels, clusters) == pytest.approx(2 * (2 / 4) * (2 / 4) / (2 / 4 + 2 / 4))
+    assert metrics.pairwise_f1(np.array([0, 1]), np.array([0, 1])) == 0.0  # there are no pairs
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_classes", "num_clusters"),
+    [(40, 5, 7), (300, 120, 90), (50, 1, 4), (50, 4, 1), (30, 30, 30), (30, 1, 1), (900, 2, 700)],
+)
+def test_ami_and_nmi_are_those_of_scikit_learn(num_images: int, num_classes: int, num_clusters: int) -> None:
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
+    generator = np.random.default_rng(num_images)
+    labels = generator.permutation(np.arange(num_images) % num_classes)
+    clusters = np.where(generator.random(num_images) < 0.5, labels, generator.permutation(num_images)) % num_clusters
+    # The expected information is a sum of 1e5 terms of another order.
+    expected = adjusted_mutual_info_score(labels, clusters)
+    assert metrics.adjusted_mutual_information(labels, clusters) == pytest.approx(expected, abs=1e-10)
+    expected = normalized_mutual_info_score(labels, clusters)
+    assert metrics.normalized_mutual_information(labels, clusters) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ami_of_a_random_clustering_is_zero_where_nmi_is_not() -> None:
+    generator = np.random.default_rng(0)
+    labels, clusters = generator.integers(0, 2000, (2, 6000))
+    assert abs(metrics.adjusted_mutual_information(labels, clusters)) < 0.01
+    assert metrics.normalized_mutual_information(labels, clusters) > 0.8
 
 
 def test_the_mean_does_not_depend_on_the_order_of_the_values() -> None:
@@ -83,61 +113,20 @@ def test_the_mean_does_not_depend_on_the_order_of_the_values() -> None:
     assert metrics.exact_mean(values) == metrics.exact_mean(values[::-1]) == math.fsum(values) / 1001
 
 
-def integer_problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of small integers: every score is exact in float32, and ties are everywhere. Lone
-    classes, duplicates, a large class.
-    """
-    generator = np.random.default_rng(seed)
-    num_images = int(generator.integers(6, 90))
-    labels = generator.integers(0, generator.integers(2, num_images), num_images)
-    labels[: num_images // 4] = labels[0]  # one class of a quarter of the images, at least one lone one
-    labels[-1] = labels.max() + 1
-    if not metrics.count_positives(labels).any():
-        labels[1] = labels[0]
-    rows = generator.integers(-2, 3, (num_images, 5)).astype(np.float32)
-    rows[num_images // 2 :: 3] = rows[0]
-    return rows, labels
-
-
-def oracle(rows: np.ndarray, labels: np.ndarray, recall_at: tuple[int, ...]) -> list[list[float]]:
-    """Recalls, R-Precision and MAP@R of every query with a positive: a full sort in Python, written
-    from the definitions.
-    """
-    scored = []
-    for query, row in enumerate(rows):
-        others = [other for other in range(len(rows)) if other != query]
-        num_positives = sum(labels[other] == labels[query] for other in others)
-        if num_positives == 0:
-            continue
-        order = sorted(others, key=lambda other: (-float(np.dot(row.astype(np.float64), rows[other])), other))
-        hits = [int(labels[other] == labels[query]) for other in order]
-        recalls = [float(any(hits[:k])) for k in recall_at]
-        precision = Fraction(sum(hits[:num_positives]), int(num_positives))
-        average = sum(
-            (Fraction(sum(hits[: i + 1]), i + 1) for i in range(num_positives) if hits[i]),
-            Fraction(0),
-        ) / int(num_positives)
-        scored.append([*recalls, float(precision), float(average)])
-    return scored
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6))
-def test_every_metric_equals_a_full_sort_with_duplicates_ties_and_lone_classes(seed: int) -> None:
-    rows, labels = integer_problem(seed)
-    recall_at = (1, 2, 4)
-    num_positives = metrics.count_positives(labels)
-    num_neighbours = min(max(*recall_at, num_positives.max()), len(rows) - 1)
-    ranking = rank_neighbours(FlatIndex(rows), rows, query_ids=np.arange(len(rows)), num_neighbours=int(num_neighbours))
-    query = num_positives > 0
-    relevant = (labels[ranking.ids] == labels[:, None])[query]
-    found = np.stack(
-        [
-            *(metrics.recall_at(relevant, k) for k in recall_at),
-            metrics.r_precision(relevant, num_positives[query]),
-            metrics.map_at_r(relevant, num_positives[query]),
-        ],
-        axis=1,
-    )
-    # MAP@R sums up to R rounded quotients in float64.
-    np.testing.assert_allclose(found, oracle(rows, labels, recall_at), rtol=0, atol=1e-14)
+def test_metrics_are_those_of_pytorch_metric_learning_where_nothing_ties() -> None:
+    accuracy_calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 60, (400,), generator=generator)
+    centres = torch.randn(60, 24, generator=generator)[labels]
+    rows = torch.nn.functional.normalize(centres + 1.5 * torch.randn(400, 24, generator=generator), dim=1)
+    names = {"precision_at_1": "recall@1", "r_precision": "r_precision", "mean_average_precision_at_r": "map@r"}
+    names |= {"mean_average_precision": "map", "mean_reciprocal_rank": "mrr"}
+    theirs = accuracy_calculator.AccuracyCalculator(include=tuple(names), k=399, device=torch.device("cpu"))
+    expected = theirs.get_accuracy(rows, labels)
+    table = EmbeddingTable(rows, labels, torch.arange(400))
+    ours = evaluate_table(table, context=single_process(), settings=Settings(kmeans_seeds=()))
+    assert 0.3 < ours.metrics["recall@1"] < 0.9
+    for their_name, our_name in names.items():
+        # theirs sums in float32
+        assert ours.metrics[our_name] == pytest.approx(expected[their_name], abs=1e-6), our_name
+        assert ours.bounds[our_name] == pytest.approx((ours.metrics[our_name],) * 2, abs=1e-4), our_name

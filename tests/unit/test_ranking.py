@@ -1,13 +1,9 @@
-"""The exact order: self left out by id, ties by id, cuts that do not split ties, tiles that do not
-know the number of ranks.
-"""
-
-import itertools
+"""The exact order: self left out by id, ties by id, cuts that do not split ties."""
 
 import numpy as np
 import pytest
 
-from dist_proxygml.evaluation.ranking import first_positive_ranks, rank_neighbours, tiles_of_rank
+from dist_proxygml.evaluation.ranking import first_positive_ranks, rank_neighbours
 from dist_proxygml.evaluation.search import FlatIndex
 
 
@@ -74,18 +70,6 @@ def test_the_order_is_that_of_a_full_sort(searcher: type, num_neighbours: int) -
     rows = generator.integers(-1, 2, (41, 4)).astype(np.float32)  # exact scores, many of them equal
     ranking = rank_neighbours(searcher(rows), rows, query_ids=np.arange(41), num_neighbours=num_neighbours)
     assert ranking.ids.tolist() == [exact_order(rows, query)[:num_neighbours] for query in range(41)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("num_queries", [1, 255, 256, 1000])
-def test_ranks_share_out_whole_tiles_of_the_same_cut(num_queries: int, world_size: int) -> None:
-    tiles = [
-        (tile.start, tile.stop)
-        for rank in range(world_size)
-        for tile in tiles_of_rank(num_queries, tile_size=256, rank=rank, world_size=world_size)
-    ]
-    cuts = [*range(0, num_queries, 256), num_queries]
-    assert tiles == list(itertools.pairwise(cuts))
 
 
 def test_the_first_right_answer_is_counted_as_in_a_full_sort() -> None:

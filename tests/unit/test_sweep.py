@@ -126,7 +126,7 @@ def test_all_mistakes_of_all_points_are_told_at_once_and_nothing_is_started(
     ("arguments", "message"),
     [
         (["--grid", "proxies.scale=1,1.0"], "scale-1_seed-0 and scale-1.0_seed-0 are the same run"),
-        (["--grid", "proxies.ratio=0.1", "--metric", "recall@3"], "expected --metric of map@r"),
+        (["--grid", "proxies.ratio=0.1", "--metric", "recall@3"], "expected --metric of ami, f1, map, map@r"),
         (["--grid", "training.batch_size=64,63", "--nodes", "2"], "63 does not divide over 2 ranks"),
     ],
 )
