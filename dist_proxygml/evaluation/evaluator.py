@@ -29,10 +29,11 @@ from torch import nn
 from dist_proxygml.collectives import gather_rows
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.pipeline import ImageCache, build_evaluation_loader
+from dist_proxygml.data.pipeline import ImageCache
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.evaluation import metrics
-from dist_proxygml.evaluation.embed import EmbeddingTable, embed
+from dist_proxygml.evaluation.blocks import BlockFolder
+from dist_proxygml.evaluation.embed import EmbeddingTable, embed_split
 from dist_proxygml.evaluation.ranking import rank_neighbours, tiles_of_rank
 from dist_proxygml.evaluation.search import FlatIndex, cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
@@ -140,6 +141,7 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     damage: DamageLog | None = None,
     signals: StopSignals | None = None,
+    blocks: BlockFolder | None = None,
 ) -> EvaluationResult:
     """Evaluate a model on a split, every image querying all the others.
 
@@ -160,6 +162,7 @@ def evaluate(
         progress: called with the number of images after each batch of this rank.
         damage: where given, damaged images are left out, counted and recorded there; else they are an error.
         signals: requests to stop that this process receives.
+        blocks: where embeddings are kept until the pass is done, so that an evaluation that is cut short goes on.
 
     Raises:
         StopRequested: on every rank: a rank was told to stop while images were embedded.
@@ -168,26 +171,19 @@ def evaluate(
     """
     settings = Settings(recall_at=tuple(recall_at), kmeans_seeds=tuple(range(kmeans_seeds)))
     run_together(context, check_settings, index.labels, settings)
-    loader = build_evaluation_loader(
+    table = embed_split(
+        model,
         index,
         transform,
+        context=context,
         batch_size=batch_size,
-        rank=context.rank,
-        world_size=context.world_size,
         num_workers=num_workers,
         cache=cache,
-        pin_memory=context.device.type == "cuda",
-        skip_damaged=damage is not None,
-    )
-    table = embed(
-        model,
-        loader,
-        context=context,
-        num_samples=index.num_samples,
-        describe=index.describe,
+        preprocessing=preprocessing,
         progress=progress,
         damage=damage,
         signals=signals,
+        blocks=blocks,
     )
     left_out = sorted(set(range(index.num_samples)) - set(table.ids.tolist()))
     data = {
