@@ -26,6 +26,7 @@ import numpy as np
 # What tells one use of (seed, epoch) from another.
 _ORDER_STREAM = 1
 _CLASS_STREAM = 2
+_VALIDATION_STREAM = 3
 
 
 class MicroBatch(NamedTuple):
@@ -94,6 +95,14 @@ def class_balanced_order(
     turn_sk = use_s[:, None] * images_per_class + np.arange(images_per_class)
     order: np.ndarray = by_class_n[first_c[class_s][:, None] + turn_sk % num_images_c[class_s][:, None]].ravel()
     return order
+
+
+def draw_validation_classes(num_classes: int, *, num_drawn: int, seed: int) -> np.ndarray:
+    """Classes that are held out of training: int64 [num_drawn], ascending, a function of the numbers alone. A larger
+    `num_drawn` draws the same ones and more.
+    """
+    draws = np.random.Philox(np.random.SeedSequence([seed, 0, _VALIDATION_STREAM]))
+    return np.sort(_argsort(draws.random_raw(num_classes))[:num_drawn])
 
 
 def _class_sequence(num_classes: int, classes_per_batch: int, num_batches: int, draws: np.random.Philox) -> np.ndarray:

@@ -214,7 +214,7 @@ def pass_key(model: nn.Module, settings: Mapping[str, Any]) -> str:
     digest.update(f"{torch.__version__}\n{model!r}".encode())
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} {value.stride()}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
