@@ -151,8 +151,8 @@ class DataConfig(_Section):
         wanted = self.validation_classes
         if isinstance(wanted, float) and not 0 < wanted < 1:
             raise ValueError(
-                f"expected validation_classes to be a share between 0 and 1 or a whole number, got {wanted}; change it, "
-                "or remove it to train on all classes"
+                f"expected validation_classes to be a share between 0 and 1 or a whole number, got {wanted}; change "
+                "it, or remove it to train on all classes"
             )
         if wanted is not None and self.mode == "stream":
             raise ValueError(

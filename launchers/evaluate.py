@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: `deepspeed launchers/evaluate.py --run runs/demo_cpu`.
 
-With the run's own shards and number of threads this repeats the numbers of the training run to the last digit.
+With the run's own shards and number of threads this repeats the numbers of the training run to the last digit. One that
+was killed goes on with the images that it had not embedded yet.
 """
 
 import argparse
@@ -35,7 +36,13 @@ def main() -> None:
     from dist_proxygml.checkpoint import find_checkpoint, load_backbone
     from dist_proxygml.data.damage import DAMAGE_FILE
     from dist_proxygml.evaluation.report import format_metrics
-    from dist_proxygml.training import build_damage_log, build_evaluation_model, evaluate_model, store_evaluation
+    from dist_proxygml.training import (
+        block_folder,
+        build_damage_log,
+        build_evaluation_model,
+        evaluate_model,
+        store_evaluation,
+    )
     from dist_proxygml.training_data import open_split
 
     checkpoints = arguments.run / "checkpoints"
@@ -49,11 +56,13 @@ def main() -> None:
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
     damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, split=split, num_images=index.num_samples)
-    result = evaluate_model(config, context, model, index, damage=damage)
+    is_own = arguments.data is None and arguments.split is None
+    name = checkpoint.name if is_own else f"{checkpoint.name}-on-{Path(index.location).name}-{split}"
+    blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
+    result = evaluate_model(config, context, model, index, damage=damage, blocks=blocks)
     if context.is_main:
-        is_own = arguments.data is None and arguments.split is None
-        suffix = "" if is_own else f"-on-{Path(index.location).name}-{split}"
-        path = store_evaluation(arguments.run, f"{checkpoint.name}{suffix}", result, with_embeddings=False)
+        path = store_evaluation(arguments.run, name, result, with_embeddings=False)
+        blocks.remove()
         print(format_metrics({checkpoint.name: result.metrics}))
         print(f"written to {path}")
 
