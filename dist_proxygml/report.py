@@ -18,8 +18,8 @@ COMPARE_EXAMPLES = """examples:
   python -m dist_proxygml.report compare runs/demo_cpu runs/wide
   python -m dist_proxygml.report compare runs/wide/evaluation/step-000200.json runs/wide --force
 
-A run stands for its last evaluation. Results that hold under different protocols (other images, other preparation, other
-rules) are refused with exit code 2, and what differs is printed; versions of packages are only told of.
+A run stands for its last evaluation. Results that hold under different protocols (other images, other preparation,
+other rules) are refused with exit code 2, and what differs is printed; versions of packages are only told of.
 """
 
 
@@ -48,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.command is None and given.run is None:
         parser.error("expected --run RUN or compare A B")
     try:
-        return (
-            _compare(given.first, given.second, force=given.force) if given.command else _write(given.run, given.data)
-        )
+        if given.command == "compare":
+            return _compare(given.first, given.second, force=given.force)
+        return _write(given.run, given.data)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -78,15 +78,18 @@ def protocol_differences(first: EvaluationResult, second: EvaluationResult) -> l
 def format_comparison(first: NamedResult, second: NamedResult) -> str:
     """All metrics in percent, and what the second has more, in points."""
     names = [*first.result.metrics, *(name for name in second.result.metrics if name not in first.result.metrics)]
-    rows = [("percent", "A", "B", "B - A")]
+    lines = [("percent", "A", "B", "B - A")]
     for name in names:
-        values = [named.result.metrics.get(name) for named in (first, second)]
-        one, other = values
-        difference = "-" if one is None or other is None else f"{100 * (other - one):+.2f}"
-        rows.append((name, *("-" if value is None else f"{100 * value:.2f}" for value in values), difference))
-    width = max(len(row[0]) for row in rows)
-    table = "\n".join(f"{name:<{width}}{a:>9}{b:>9}{d:>9}" for name, a, b, d in rows)
+        one, other = first.result.metrics.get(name), second.result.metrics.get(name)
+        points = "-" if one is None or other is None else f"{100 * (other - one):+.2f}"
+        lines.append((name, _percent(one), _percent(other), points))
+    width = max(len(line[0]) for line in lines)
+    table = "\n".join(f"{name:<{width}}{one:>9}{other:>9}{points:>9}" for name, one, other, points in lines)
     return f"A: {first.name}\nB: {second.name}\n\n{table}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

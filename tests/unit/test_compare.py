@@ -92,9 +92,8 @@ def test_of_long_values_the_difference_is_shown(tmp_path: Path, capsys: pytest.C
     assert main(["compare", str(one), str(two)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "left_out" in line]
     first, second = line.removeprefix("  data.left_out: ").split(" | ")
-    assert first.startswith("...1, 92, 93, 94, 95, 96, 97, 98, 99, 100, 101")
-    assert first.endswith("107, 1...")
-    assert second == "...1, 92, 93, 94, 95, 96, 97, 98, 99, 7]"
+    assert first == "..., 93, 94, 95, 96, 97, 98, 99, 100, 101, 102, 103, 104, 105, ..."
+    assert second == "..., 93, 94, 95, 96, 97, 98, 99, 7]"
 
 
 def test_versions_of_packages_are_told_and_refuse_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
