@@ -8,10 +8,11 @@ any number of ranks may share out what is left, and the table comes out the same
 everything that a row depends on: a block with another one is of other weights or images, and is removed. A block whose
 bytes are not those that were written is reported, removed, and its images are embedded again.
 
-Chosen: a rank writes what it has after every few seconds of work. So a kill costs those seconds, a pass that takes no
-longer writes nothing at all, and a fast network does not wait for the disk more often than a slow one. Declined: blocks
-of so many images, which are minutes of work on one machine and milliseconds on another. A block that cannot be written
-is told of and done without: it would only have saved time.
+Chosen: a rank writes by the clock: when a quarter of a second and a fiftieth of the time that the pass has taken are
+not on disk yet, and no oftener than keeps the time spent on writing at a fiftieth. So a kill costs a fiftieth of the
+work, and so does all writing together; an hour is about 300 files, and a pass of no time leaves no trace. Declined:
+blocks of so many images, which are minutes of work on one machine and milliseconds on another. A block that cannot be
+written is told of and done without: it would only have saved time.
 
 Dimension key: b images of some batches, D embedding.
 """
@@ -45,8 +46,12 @@ class BlockFolder(NamedTuple):
     path: Path
     say: Callable[[str], object]
     """Told on rank 0 what was found there."""
-    seconds: float = 5.0
-    """Work between two blocks of a rank."""
+    seconds: float = 0.25
+    """Work of a rank between two blocks, at least."""
+    share: float = 0.02
+    """Of the time that the pass has taken: that much work, at least, is in a block, and that much time goes into
+    writing, at most; 0 leaves it at `seconds`.
+    """
 
     def remove(self) -> None:
         """Remove all blocks. On rank 0 only."""
@@ -86,13 +91,14 @@ class EmbeddingBlocks:
     """
 
     def __init__(self, where: BlockFolder, split: str, *, key: Callable[[], str], context: ParallelContext) -> None:
-        self._folder, self._seconds, self._say = where.path / split, where.seconds, where.say
+        self._where, self._folder = where, where.path / split
         self._context = context
         self._key = functools.cache(key)
         self._pending: list[Block] = []
         self._problem: str | None = None
         self.stored, self.done = self._open()
         self._started_at = self._written_at = time.monotonic()
+        self._seconds_to_write = 0.0
 
     def add(self, number: int, batch: Batch, embeddings_bD: Tensor | None) -> None:
         """Take in a batch of this rank, and write a block when it is time to; None where all of its images are damaged.
@@ -101,23 +107,28 @@ class EmbeddingBlocks:
         if embeddings_bD is None:
             embeddings_bD = torch.zeros(0, 0)
         self._pending.append(Block([number], batch.ids, batch.labels, embeddings_bD, list(batch.damaged)))
-        if time.monotonic() - self._written_at >= self._seconds:
+        now, share = time.monotonic(), self._where.share
+        least = max(self._where.seconds, share * (now - self._started_at))
+        if share:
+            least = max(least, self._seconds_to_write / share)
+        if now - self._written_at >= least:
             self.write()
 
     def close(self) -> None:
         """Write what is left of a pass that was long enough to be worth it. No collective."""
-        if time.monotonic() - self._started_at >= self._seconds:
+        if time.monotonic() - self._started_at >= self._where.seconds:
             self.write()
 
     def write(self) -> None:
         """Write what was added since the last block. No collective."""
-        pending, self._pending = self._pending, []
+        began_at, pending, self._pending = time.monotonic(), self._pending, []
         if pending and self._problem is None:
             try:
                 self._write(pending)
             except OSError as error:
                 self._problem = f"{error} (on rank {self._context.rank})"
         self._written_at = time.monotonic()
+        self._seconds_to_write = self._written_at - began_at
 
     def tell_problems(self) -> None:
         """Say what could not be written. Called on all ranks."""
@@ -202,7 +213,7 @@ class EmbeddingBlocks:
 
     def _tell(self, text: str) -> None:
         if self._context.is_main:
-            self._say(text)
+            self._where.say(text)
 
 
 def pass_key(model: nn.Module, settings: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.transforms import build_transform
-from dist_proxygml.evaluation.blocks import BlockFolder
+from dist_proxygml.evaluation.blocks import Block, BlockFolder, EmbeddingBlocks
 from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
 from dist_proxygml.parallel import ParallelContext, single_process
 from dist_proxygml.preemption import StopRequested, StopSignals
@@ -62,7 +63,7 @@ def evaluated(
         preprocessing={"name": "resize", "size": SIDE},
         damage=log,
         signals=model.signals,
-        blocks=BlockFolder(root / kept, [].append if said is None else said.append, seconds),
+        blocks=BlockFolder(root / kept, [].append if said is None else said.append, seconds, share=0.0),
     )
 
 
@@ -216,3 +217,33 @@ def test_a_block_is_the_hash_of_a_safetensors_file_and_that_file(root: Path) -> 
     assert tensors["labels"].tolist() == index.labels[20:22].tolist()
     assert result.table is not None
     assert torch.equal(tensors["embeddings"], result.table.embeddings[result.table.ids.tolist().index(20) :][:2])
+
+
+def test_blocks_are_written_by_the_clock_and_take_a_fiftieth_of_the_time(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image a second, writing takes a hundredth of one at first, and later a whole one."""
+    from dist_proxygml.data.pipeline import Batch
+    from dist_proxygml.evaluation import blocks
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(blocks, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    kept = EmbeddingBlocks(BlockFolder(root / "kept", print), "test", key=lambda: "key", context=single_process())
+    write, written = kept._write, []
+
+    def slow(pending: list[Block]) -> None:
+        written.append([block.numbers[0] for block in pending])
+        clock.now += 0.01 if clock.now < 150 else 1.0
+        write(pending)
+
+    monkeypatch.setattr(kept, "_write", slow)
+    for number in range(300):
+        clock.now += 1.0
+        batch = Batch(torch.zeros(1, 3, 1, 1), torch.zeros(1), torch.tensor([number]), 1, 1)
+        kept.add(number, batch, torch.zeros(1, 4))
+    kept.close()
+    assert [number for numbers in written for number in numbers] == list(range(300))
+    lengths = [len(numbers) for numbers in written]
+    assert lengths[:49] == [1] * 49  # a hundredth of a second is less than a fiftieth of one
+    assert set(lengths[50:70]) == {2}  # after 50 seconds a fiftieth of the time is more than one
+    assert lengths[-2] == 50
