@@ -8,11 +8,11 @@ any number of ranks may share out what is left, and the table comes out the same
 everything that a row depends on: a block with another one is of other weights or images, and is removed. A block whose
 bytes are not those that were written is reported, removed, and its images are embedded again.
 
-Chosen: a rank writes by the clock: when a quarter of a second and a fiftieth of the time that the pass has taken are
-not on disk yet, and no oftener than keeps the time spent on writing at a fiftieth. So a kill costs a fiftieth of the
-work, and so does all writing together; an hour is about 300 files, and a pass of no time leaves no trace. Declined:
-blocks of so many images, which are minutes of work on one machine and milliseconds on another. A block that cannot be
-written is told of and done without: it would only have saved time.
+Chosen: a rank writes by the clock, when a quarter of a second and a fiftieth of the time that the pass has taken are
+not on disk yet. So a kill costs a fiftieth of the work, an hour is about 300 files, and a pass of no time leaves no
+trace. A thread does it, so that the network does not wait for the disk. Declined: blocks of so many images, which are
+minutes of work on one machine and milliseconds on another. A block that cannot be written is told of and done without:
+it would only have saved time.
 
 Dimension key: b images of some batches, D embedding.
 """
@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from dist_proxygml.data.shards import publish
 from dist_proxygml.parallel import ParallelContext, everyone, on_main, run_together
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_SHARE_AT_RISK = 0.02  # of the time that a pass has taken: so much is not on disk before it is worth another block
 
 
 class BlockFolder(NamedTuple):
@@ -47,11 +49,7 @@ class BlockFolder(NamedTuple):
     say: Callable[[str], object]
     """Told on rank 0 what was found there."""
     seconds: float = 0.25
-    """Work of a rank between two blocks, at least."""
-    share: float = 0.02
-    """Of the time that the pass has taken: that much work, at least, is in a block, and that much time goes into
-    writing, at most; 0 leaves it at `seconds`.
-    """
+    """Work of a rank between two blocks, at least; 0 writes each batch before the next one is embedded."""
 
     def remove(self) -> None:
         """Remove all blocks. On rank 0 only."""
@@ -97,8 +95,8 @@ class EmbeddingBlocks:
         self._pending: list[Block] = []
         self._problem: str | None = None
         self.stored, self.done = self._open()
-        self._started_at = self._written_at = time.monotonic()
-        self._seconds_to_write = 0.0
+        self._writer: threading.Thread | None = None
+        self._started_at = self._began_to_write_at = time.monotonic()
 
     def add(self, number: int, batch: Batch, embeddings_bD: Tensor | None) -> None:
         """Take in a batch of this rank, and write a block when it is time to; None where all of its images are damaged.
@@ -107,28 +105,42 @@ class EmbeddingBlocks:
         if embeddings_bD is None:
             embeddings_bD = torch.zeros(0, 0)
         self._pending.append(Block([number], batch.ids, batch.labels, embeddings_bD, list(batch.damaged)))
-        now, share = time.monotonic(), self._where.share
-        least = max(self._where.seconds, share * (now - self._started_at))
-        if share:
-            least = max(least, self._seconds_to_write / share)
-        if now - self._written_at >= least:
+        if self._where.seconds == 0:
             self.write()
+            return
+        now = time.monotonic()
+        least = max(self._where.seconds, _SHARE_AT_RISK * (now - self._started_at))
+        is_writing = self._writer is not None and self._writer.is_alive()
+        if now - self._began_to_write_at >= least and not is_writing:
+            self._began_to_write_at = now
+            self._begin_to_write()
 
     def close(self) -> None:
-        """Write what is left of a pass that was long enough to be worth it. No collective."""
+        """Write what is left of a pass that was long enough to be worth it, and wait for it. No collective."""
         if time.monotonic() - self._started_at >= self._where.seconds:
             self.write()
+        elif self._writer is not None:
+            self._writer.join()
 
     def write(self) -> None:
-        """Write what was added since the last block. No collective."""
-        began_at, pending, self._pending = time.monotonic(), self._pending, []
+        """Write what is not written yet, and wait until it is done. No collective."""
+        self._begin_to_write()
+        if self._writer is not None:
+            self._writer.join()
+
+    def _begin_to_write(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+        pending, self._pending = self._pending, []
         if pending and self._problem is None:
-            try:
-                self._write(pending)
-            except OSError as error:
-                self._problem = f"{error} (on rank {self._context.rank})"
-        self._written_at = time.monotonic()
-        self._seconds_to_write = self._written_at - began_at
+            self._writer = threading.Thread(target=self._try_to_write, args=(pending,), name="blocks", daemon=True)
+            self._writer.start()
+
+    def _try_to_write(self, pending: Sequence[Block]) -> None:
+        try:
+            self._write(pending)
+        except OSError as error:
+            self._problem = f"{error} (on rank {self._context.rank})"
 
     def tell_problems(self) -> None:
         """Say what could not be written. Called on all ranks."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +64,7 @@ def evaluated(
         preprocessing={"name": "resize", "size": SIDE},
         damage=log,
         signals=model.signals,
-        blocks=BlockFolder(root / kept, [].append if said is None else said.append, seconds, share=0.0),
+        blocks=BlockFolder(root / kept, [].append if said is None else said.append, seconds),
     )
 
 
@@ -219,31 +220,35 @@ def test_a_block_is_the_hash_of_a_safetensors_file_and_that_file(root: Path) -> 
     assert torch.equal(tensors["embeddings"], result.table.embeddings[result.table.ids.tolist().index(20) :][:2])
 
 
-def test_blocks_are_written_by_the_clock_and_take_a_fiftieth_of_the_time(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One image a second, writing takes a hundredth of one at first, and later a whole one."""
+def test_blocks_are_written_by_the_clock(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image a second; the disk hangs from the 201st second to the 230th."""
     from dist_proxygml.data.pipeline import Batch
     from dist_proxygml.evaluation import blocks
 
-    clock = SimpleNamespace(now=0.0)
+    clock, disk = SimpleNamespace(now=0.0), threading.Event()
     monkeypatch.setattr(blocks, "time", SimpleNamespace(monotonic=lambda: clock.now))
     kept = EmbeddingBlocks(BlockFolder(root / "kept", print), "test", key=lambda: "key", context=single_process())
     write, written = kept._write, []
 
-    def slow(pending: list[Block]) -> None:
+    def recorded(pending: list[Block]) -> None:
         written.append([block.numbers[0] for block in pending])
-        clock.now += 0.01 if clock.now < 150 else 1.0
+        if clock.now > 200:
+            disk.wait()
         write(pending)
 
-    monkeypatch.setattr(kept, "_write", slow)
+    monkeypatch.setattr(kept, "_write", recorded)
     for number in range(300):
         clock.now += 1.0
+        if number == 230:
+            disk.set()
+        if kept._writer is not None and not 200 <= number < 230:
+            kept._writer.join()
         batch = Batch(torch.zeros(1, 3, 1, 1), torch.zeros(1), torch.tensor([number]), 1, 1)
         kept.add(number, batch, torch.zeros(1, 4))
     kept.close()
     assert [number for numbers in written for number in numbers] == list(range(300))
     lengths = [len(numbers) for numbers in written]
-    assert lengths[:49] == [1] * 49  # a hundredth of a second is less than a fiftieth of one
-    assert set(lengths[50:70]) == {2}  # after 50 seconds a fiftieth of the time is more than one
-    assert lengths[-2] == 50
+    assert lengths[:50] == [1] * 50
+    assert set(lengths[50:75]) == {2}  # from the 50th second on a fiftieth of the time is more than one
+    assert max(lengths) > 25
+    assert len(list((root / "kept" / "test").glob("*.block"))) == len(written)

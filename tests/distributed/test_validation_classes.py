@@ -185,7 +185,7 @@ def train_with_blocks(context: ParallelContext, root: Path) -> list[str]:
     said: list[str] = []
 
     def block_folder(run_directory: Path, name: str, *, say: object) -> BlockFolder:
-        return BlockFolder(run_directory / "embeddings" / f"{name}.partial", said.append, seconds=0.0, share=0.0)
+        return BlockFolder(run_directory / "embeddings" / f"{name}.partial", said.append, seconds=0.0)
 
     training.block_folder = block_folder
     training.train(configuration(root, name="killed"), context)
