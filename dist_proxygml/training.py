@@ -365,7 +365,7 @@ class _Loop:
             blocks=blocks,
         )
         on_main(self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False))
-        on_main(self.context, blocks.remove)
+        blocks.remove(self.context)
 
 
 def _lock(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
@@ -479,7 +479,7 @@ def evaluate_run(
         telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
     # Only the embeddings of the test split are looked at later.
     on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation))
-    on_main(context, blocks.remove)
+    blocks.remove(context)
     kind = "validation" if split.is_validation else "evaluation"
     telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
     numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))

@@ -62,9 +62,9 @@ def main() -> None:
     result = evaluate_model(config, context, model, index, damage=damage, blocks=blocks)
     if context.is_main:
         path = store_evaluation(arguments.run, name, result, with_embeddings=False)
-        blocks.remove()
         print(format_metrics({checkpoint.name: result.metrics}))
         print(f"written to {path}")
+    blocks.remove(context)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import load, save
@@ -42,18 +42,27 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _SHARE_AT_RISK = 0.02  # of the time that a pass has taken: so much is not on disk before it is worth another block
 
 
-class BlockFolder(NamedTuple):
-    """Where an evaluation keeps what it has embedded until it is stored; each split has a folder of its own in it."""
+class BlockFolder:
+    """Where an evaluation keeps what it has embedded until it is stored; each split has a folder of its own in it.
 
-    path: Path
-    say: Callable[[str], object]
-    """Told on rank 0 what was found there."""
-    seconds: float = 0.25
-    """Work of a rank between two blocks, at least; 0 writes each batch before the next one is embedded."""
+    Args:
+        path: the folder; it need not exist.
+        say: told on rank 0 what was found there.
+        seconds: work of a rank between two blocks, at least; 0 writes each batch before the next one is embedded.
+    """
 
-    def remove(self) -> None:
-        """Remove all blocks. On rank 0 only."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def __init__(self, path: Path, say: Callable[[str], object], seconds: float = 0.25) -> None:
+        self.path, self.say, self.seconds = path, say, seconds
+        self.last_writers: list[threading.Thread] = []
+        """Of the last blocks of passes that are done: the search need not wait for the disk either."""
+
+    def remove(self, context: ParallelContext) -> None:
+        """Remove all blocks, when the result is stored. Called on all ranks."""
+        for writer in self.last_writers:
+            writer.join()
+        everyone(context, None)
+        if context.is_main:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 class Block(NamedTuple):
@@ -75,7 +84,7 @@ class _Found(NamedTuple):
 
 
 class EmbeddingBlocks:
-    """The blocks of one pass over one split. Built on all ranks.
+    """The blocks of one pass over one split. Built on all ranks; a context manager around the pass.
 
     Args:
         where: the folder, and who hears of it.
@@ -115,12 +124,19 @@ class EmbeddingBlocks:
             self._began_to_write_at = now
             self._begin_to_write()
 
-    def close(self) -> None:
-        """Write what is left of a pass that was long enough to be worth it, and wait for it. No collective."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        """Begin to write what is left of a pass that was long enough to be worth it; if the pass has failed, wait until
+        it is done. No collective.
+        """
         if time.monotonic() - self._started_at >= self._where.seconds:
-            self.write()
-        elif self._writer is not None:
-            self._writer.join()
+            self._begin_to_write()
+        if self._writer is not None:
+            self._where.last_writers.append(self._writer)
+            if failure is not None:
+                self._writer.join()
 
     def write(self) -> None:
         """Write what is not written yet, and wait until it is done. No collective."""

@@ -273,7 +273,7 @@ def _embed_batches(
         ids.append(block.ids)
         if progress is not None:
             progress(len(block.ids))
-    keeping = contextlib.nullcontext() if blocks is None else contextlib.closing(blocks)
+    keeping = contextlib.nullcontext() if blocks is None else blocks
     with torch.inference_mode(), _evaluation_mode(model), keeping:
         for place, batch in enumerate(loader):
             fault_point("evaluate.batch")

@@ -245,7 +245,9 @@ def test_blocks_are_written_by_the_clock(root: Path, monkeypatch: pytest.MonkeyP
             kept._writer.join()
         batch = Batch(torch.zeros(1, 3, 1, 1), torch.zeros(1), torch.tensor([number]), 1, 1)
         kept.add(number, batch, torch.zeros(1, 4))
-    kept.close()
+    with kept:
+        pass
+    kept._writer.join()
     assert [number for numbers in written for number in numbers] == list(range(300))
     lengths = [len(numbers) for numbers in written]
     assert lengths[:50] == [1] * 50
