@@ -61,7 +61,9 @@ class Retention:
     keep_every: int | None = None
     """The first checkpoint at or after every multiple of so many steps, for good."""
     keep_best: str | None = None
-    """The one whose evaluation, evaluation/step-N.json beside the folder of checkpoints, has most of this metric."""
+    """The one whose evaluation has most of this metric."""
+    by_validation: bool = False
+    """Whether that is the evaluation of validation classes."""
 
 
 class SavedCheckpoint(NamedTuple):
@@ -84,6 +86,11 @@ class Continuation(NamedTuple):
 def checkpoint_name(step: int) -> str:
     """Folder name of a step's checkpoint."""
     return f"step-{step:06d}"
+
+
+def evaluation_name(step: int, *, of_validation: bool) -> str:
+    """Name of an evaluation after `step` steps; stored as evaluation/NAME.json, beside the folder of checkpoints."""
+    return f"{'validation-' if of_validation else ''}{checkpoint_name(step)}"
 
 
 def published_checkpoints(directory: Path) -> list[Path]:
@@ -354,7 +361,9 @@ def tidy_up(final: Path, retention: Retention) -> list[str]:
             published[_step_of(path)] = path
     scores: dict[int, float] = {}
     if retention.keep_best is not None:
-        scores, unreadable = _scores(list(published.values()), retention.keep_best)
+        scores, unreadable = _scores(
+            list(published.values()), retention.keep_best, by_validation=retention.by_validation
+        )
         problems += unreadable
     for step in checkpoints_to_forget(list(published), retention, scores=scores):
         try:
@@ -364,12 +373,13 @@ def tidy_up(final: Path, retention: Retention) -> list[str]:
     return problems
 
 
-def _scores(checkpoints: list[Path], metric: str) -> tuple[dict[int, float], list[str]]:
+def _scores(checkpoints: list[Path], metric: str, *, by_validation: bool) -> tuple[dict[int, float], list[str]]:
     """The metric of each evaluated checkpoint by step, and evaluations that it cannot be read from."""
     scores: dict[int, float] = {}
     problems = []
     for checkpoint in checkpoints:
-        path = checkpoint.parent.parent / "evaluation" / f"{checkpoint.name}.json"
+        name = evaluation_name(_step_of(checkpoint), of_validation=by_validation)
+        path = checkpoint.parent.parent / "evaluation" / f"{name}.json"
         if not path.exists():
             continue
         try:

@@ -106,6 +106,11 @@ class DataConfig(_Section):
     train_split: str = Field("train", description="Split of the index to train on.")
     test_split: str = Field("test", description="Split of the index to evaluate on; its classes are never trained.")
     num_classes: int = Field(ge=1, description="Number of classes of the training split; checked against the shards.")
+    validation_classes: float | int | None = Field(
+        None,
+        description="Classes of the training split that are held out of training and evaluated beside the test split, "
+        "to choose by: a share between 0 and 1, or a number; drawn by the seed. null trains on all.",
+    )
     num_workers: int = Field(4, ge=0, description="Data loading processes per rank; 0 loads in the training process.")
     shuffle_window: int | None = Field(
         None, ge=1, description="Shards read at a time while shuffling; null shuffles over all."
@@ -141,6 +146,21 @@ class DataConfig(_Section):
     def cache_limit_bytes(self) -> int | None:
         """cache_limit as a number."""
         return None if self.cache_limit is None else parse_bytes(self.cache_limit)
+
+    @model_validator(mode="after")
+    def _validation_classes_can_be_held_out(self) -> "DataConfig":
+        wanted = self.validation_classes
+        if isinstance(wanted, float) and not 0 < wanted < 1:
+            raise ValueError(
+                f"expected validation_classes to be a share between 0 and 1 or a whole number, got {wanted}; change "
+                "it, or remove it to train on all classes"
+            )
+        if wanted is not None and self.mode == "stream":
+            raise ValueError(
+                f"expected no validation_classes with a stream, got {wanted}: it has no index to find their images by; "
+                "remove them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_stream_is_configured_where_it_is_read(self) -> "DataConfig":
@@ -341,7 +361,7 @@ class TrainingConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """When and how the test split is evaluated."""
+    """When and how the test split, and validation classes if there are any, are evaluated."""
 
     every_epochs: int = Field(
         1, ge=0, description="Evaluate after every so many epochs, and after the last; 0 only after the last."
@@ -441,7 +461,8 @@ class CheckpointConfig(_Section):
     )
     keep_best: str | None = Field(
         None,
-        description="Also keep the checkpoint whose evaluation has most of this metric, such as recall@1; null none.",
+        description="Also keep the checkpoint whose evaluation has most of this metric, such as recall@1; null none. "
+        "With data.validation_classes it goes by these, else by the test split.",
     )
     init_from: str | None = Field(
         None,
@@ -533,6 +554,34 @@ class Config(_Section):
         return int(self.deepspeed.get("gradient_accumulation_steps", 1))
 
     @property
+    def num_validation_classes(self) -> int:
+        """Classes of the training split that are held out of training; a share of them is rounded.
+
+        Raises:
+            ValueError: fewer than two, or all.
+        """
+        wanted, num_classes = self.data.validation_classes, self.data.num_classes
+        if wanted is None:
+            return 0
+        num_held_out = wanted if isinstance(wanted, int) else round(wanted * num_classes)
+        if not 2 <= num_held_out < num_classes:
+            raise ValueError(
+                f"expected data.validation_classes to hold out at least 2 and not all of the {num_classes} classes of "
+                f"data.num_classes, got {wanted}, which is {num_held_out} classes; change it, or remove it to train on "
+                "all"
+            )
+        return num_held_out
+
+    @property
+    def num_trained_classes(self) -> int:
+        """Classes C of the proxy bank: those of the training split that are not held out.
+
+        Raises:
+            ValueError: as `num_validation_classes`.
+        """
+        return self.data.num_classes - self.num_validation_classes
+
+    @property
     def run_directory(self) -> Path:
         """Folder of this run."""
         return Path(self.runs_dir) / self.name
@@ -600,6 +649,11 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _validation_classes_leave_some_to_train(self) -> "Config":
+        assert self.num_trained_classes > 0  # or it has raised
+        return self
+
+    @model_validator(mode="after")
     def _best_checkpoint_is_measured(self) -> "Config":
         wanted, evaluation = self.checkpoint.keep_best, self.evaluation
         measured = [name for name in evaluation.metrics if not name.startswith("legacy_")]
@@ -644,8 +698,8 @@ class Config(_Section):
         return micro
 
     def partition(self, world_size: int, rank: int) -> ClassPartition:
-        """The classes of one rank."""
-        return ClassPartition(self.data.num_classes, world_size, rank)
+        """The trained classes of one rank."""
+        return ClassPartition(self.num_trained_classes, world_size, rank)
 
 
 def parse_bytes(text: str) -> int:

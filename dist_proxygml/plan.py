@@ -100,7 +100,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     Raises:
         ValueError: k <= N, or the batch does not divide over the ranks.
     """
-    proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.data.num_classes
+    proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.num_trained_classes
     num_proxies = num_classes * proxies.per_class
     topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk)
     num_negatives = topk - proxies.per_class

@@ -1,6 +1,7 @@
-"""Write the page of a run again: `python -m dist_proxygml.report --run runs/demo_cpu`.
+"""The results of runs: `python -m dist_proxygml.report --run runs/demo_cpu` writes the page of a run again, and
+`python -m dist_proxygml.report compare runs/a runs/b` puts two evaluations side by side.
 
-Training writes it at its end; this is for a run that was stopped, or whose shards lie elsewhere
+Training writes the page at its end; this is for a run that was stopped, or whose shards lie elsewhere
 now.
 """
 
@@ -11,25 +12,71 @@ from pathlib import Path
 EXAMPLES = """examples:
   python -m dist_proxygml.report --run runs/demo_cpu
   python -m dist_proxygml.report --run runs/sop_8gpu --data /data/shards/sop
+  python -m dist_proxygml.report compare runs/demo_cpu runs/wide
+"""
+COMPARE_EXAMPLES = """examples:
+  python -m dist_proxygml.report compare runs/demo_cpu runs/wide
+  python -m dist_proxygml.report compare runs/wide/evaluation/step-000200.json runs/wide --force
+
+A run stands for its last evaluation. Results that hold under different protocols (other images, other preparation,
+other rules) are refused with exit code 2, and what differs is printed; versions of packages are only told of.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, write the page, print the table and the page's path; the exit code."""
+    """Parse and do what is asked for; the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_proxygml.report",
-        description="Write report.html, one self-contained page, into the folder of a run.",
+        description="Write report.html, one self-contained page, into the folder of a run; or compare two evaluations.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
+    parser.add_argument("--run", type=Path, help="folder of a training run")
     parser.add_argument("--data", type=Path, help="folder of its shards (default: the one the run was trained with)")
+    commands = parser.add_subparsers(dest="command", metavar="{compare}")
+    compare = commands.add_parser(
+        "compare",
+        help="put two evaluations side by side",
+        description="Print the metrics of two evaluations and their differences in points.",
+        epilog=COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("first", metavar="A", type=Path, help="folder of a run, or the JSON file of an evaluation")
+    compare.add_argument("second", metavar="B", type=Path, help="what to compare with it")
+    compare.add_argument("--force", action="store_true", help="show results of different protocols all the same")
     given = parser.parse_args(arguments)
+    if given.command is None and given.run is None:
+        parser.error("expected --run RUN or compare A B")
     try:
+        if given.command == "compare":
+            return _compare(given.first, given.second, force=given.force)
         return _write(given.run, given.data)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
+
+
+def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
+    from dist_proxygml.evaluation.compare import format_comparison, open_result, protocol_differences
+
+    first, second = open_result(first_path), open_result(second_path)
+    differences = protocol_differences(first.result, second.result)
+    of_versions = [difference for difference in differences if difference.is_version]
+    others = [difference for difference in differences if not difference.is_version]
+    if others:
+        listed = "\n".join(f"  {difference}" for difference in others)
+        what = f"{first.name} and {second.name} hold under different protocols, A | B:\n{listed}\n"
+        if not force:
+            raise ValueError(
+                f"{what}expected results of one protocol; evaluate one of them again as the other was "
+                "(launchers/evaluate.py), or add --force to see the numbers all the same"
+            )
+        print(f"warning: {what}their numbers do not measure the same thing", file=sys.stderr)
+    if of_versions:
+        listed = "; ".join(str(difference).removeprefix("versions.") for difference in of_versions)
+        print(f"note: measured with different versions, A | B: {listed}", file=sys.stderr)
+    print(format_comparison(first, second))
+    return 0
 
 
 def _write(run_directory: Path, data: Path | None) -> int:

@@ -69,13 +69,13 @@ class Telemetry:
         self._bar.set_description(f"epoch {epoch}", refresh=False)
         self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:,.0f} images/s", refresh=False)
 
-    def log_evaluation(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of an evaluation after `step` steps."""
+    def log_evaluation(self, step: int, epoch: int, metrics: Mapping[str, float], *, kind: str = "evaluation") -> None:
+        """The metrics of an evaluation after `step` steps; of another `kind` if not on the test split."""
         self.pause()
         if self._enabled:
-            self._write({"kind": "evaluation", "step": step, "epoch": epoch, **metrics})
+            self._write({"kind": kind, "step": step, "epoch": epoch, **metrics})
             for name, value in metrics.items():
-                self._board.add_scalar(f"evaluation/{name}", value, step)
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def log_images(self, name: str, images: Tensor, step: int) -> None:
         """A grid of uint8 images [n, 3, H, W]."""

@@ -18,7 +18,6 @@ import bisect
 import hashlib
 import json
 import pickle
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,10 +76,12 @@ class TrainedModel:
                 "checkpoint.init_proxies to false to take over its backbone only"
             )
         table, expected = self.class_table(), self.settings["class table"]
+        of_shards = class_table_name(self.settings.get("data.train_split", "train"))
+        has_all = self.settings.get("data.validation_classes") is None
         remedy = (
-            f"copy {CLASSES_FILE} of the run's folder, or "
-            f"{class_table_name(self.settings.get('data.train_split', 'train'))} of the shards that it was trained on, "
-            f"to {self.path / CLASSES_FILE}; an export (python -m dist_proxygml.export) brings its own"
+            f"copy {CLASSES_FILE} of the run's folder"
+            f"{f', or {of_shards} of the shards that it was trained on,' if has_all else ''} to "
+            f"{self.path / CLASSES_FILE}; an export (python -m dist_proxygml.export) brings its own"
         )
         if not table.is_file():
             raise ValueError(f"expected the class names of {self.path} at {table}, found none; {remedy}")
@@ -163,8 +164,8 @@ def write_class_table(run_directory: Path, index: ShardIndex | None) -> None:
     path = run_directory / CLASSES_FILE
     if index is None or path.exists():
         return
-    with open(index.root / class_table_name(index.split), "rb") as table, publish(path) as stream:
-        shutil.copyfileobj(table, stream)
+    with publish(path) as stream:
+        index.write_class_table(stream)
 
 
 # ---- an export -------------------------------------------------------------------------------------------------------

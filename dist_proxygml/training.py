@@ -9,6 +9,8 @@ but the first it goes on from its newest checkpoint when it is started again.
 import itertools
 import json
 import os
+import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +29,8 @@ from dist_proxygml.checkpoint import (
     Retention,
     RunState,
     SavedCheckpoint,
-    checkpoint_name,
     checkpoint_to_continue,
+    evaluation_name,
     find_checkpoint,
     load_checkpoint,
 )
@@ -39,6 +41,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
 from dist_proxygml.data.shards import publish
 from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.evaluation.blocks import BlockFolder
 from dist_proxygml.evaluation.embed import save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_split, evaluate
 from dist_proxygml.evaluation.report import format_table, write_report
@@ -54,7 +57,7 @@ from dist_proxygml.step import StepReport, TrainState, build_train_state, learni
 from dist_proxygml.telemetry import Telemetry
 from dist_proxygml.trained import write_class_table
 from dist_proxygml.training_data import TrainingData, open_split, open_training_data
-from dist_proxygml.transfer import Transfer, open_transfer
+from dist_proxygml.transfer import Transfer, match_classes, open_transfer
 from dist_proxygml.watchdog import Watchdog
 
 _NUM_LOGGED_IMAGES = 16
@@ -123,22 +126,35 @@ def train(
     # What is known to be damaged belongs to the run, not to this start of it.
     path, split = run_directory / DAMAGE_FILE, config.data.train_split
     damage = build_damage_log(config, context, path, split=split, num_images=data.epoch_size)
-    test_damage = build_damage_log(
-        config, context, path, split=config.data.test_split, num_images=test_index.num_samples
-    )
+    evaluated = [
+        EvaluatedSplit(
+            index,
+            build_damage_log(config, context, path, split=name, num_images=index.num_samples),
+            is_validation=index is data.validation,
+        )
+        for index, name in _splits_to_evaluate(data, test_index)
+    ]
     are_all_known = transfer is not None and transfer.num_new == 0
     if found is None and config.proxies.initialization == "class_mean" and not are_all_known:
         assert data.index is not None
         start_from_class_means(state, data.index, telemetry, damage)
     if transfer is not None:
+        told = on_main(context, _trained_before, transfer, data)
+        if told:
+            telemetry.say(told)
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
-    keep = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    keep = Retention(
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_every,
+        config.checkpoint.keep_best,
+        by_validation=data.validation is not None,
+    )
     loop = _Loop(
         state=state,
         data=data,
-        test_index=test_index,
+        evaluated=evaluated,
         settings=comparable,
         telemetry=telemetry,
         writer=CheckpointWriter(checkpoints, context, keep, asynchronous=config.checkpoint.asynchronous),
@@ -151,7 +167,6 @@ def train(
             context=context,
         ),
         damage=damage,
-        test_damage=test_damage,
         cache=ImageCache() if config.data.cache_images else None,
         saved_step=state.step if found else None,
     )
@@ -164,13 +179,23 @@ def train(
     return run_directory
 
 
+@dataclass(frozen=True)
+class EvaluatedSplit:
+    """Images that are not trained, to evaluate on."""
+
+    index: ShardIndex
+    damage: DamageLog | None  # counts its damaged images; None: there may be none
+    is_validation: bool  # of classes that are held out, to choose by; else the test split
+
+
 @dataclass
 class _Loop:
     """One start of a run, from where its state is to its end. Every method is called on all ranks."""
 
     state: TrainState
     data: TrainingData
-    test_index: ShardIndex
+    evaluated: list[EvaluatedSplit]
+    """The test split last."""
     settings: dict[str, Any]
     telemetry: Telemetry
     writer: CheckpointWriter
@@ -178,7 +203,6 @@ class _Loop:
     watchdog: Watchdog
     left_out: NonFiniteLog
     damage: DamageLog | None
-    test_damage: DamageLog | None
     cache: ImageCache | None
     saved_step: int | None
     """Of the newest checkpoint, which may still be being written."""
@@ -201,15 +225,8 @@ class _Loop:
             if self.state.step == 0 and self.config.evaluation.raw_pixels:
                 self._evaluate_raw_pixels()
             while True:
-                if self._evaluation_is_due():
-                    evaluate_run(
-                        self.state,
-                        self.test_index,
-                        self.telemetry,
-                        self.run_directory,
-                        self.test_damage,
-                        signals=self.signals,
-                    )
+                for split in self._evaluations_due():
+                    evaluate_run(self.state, split, self.telemetry, self.run_directory, signals=self.signals)
                 if self.state.is_finished:
                     break
                 self._train_epoch()
@@ -318,7 +335,7 @@ class _Loop:
         for problem in (problem for checkpoint in saved for problem in checkpoint.problems):
             self.telemetry.say(problem)
 
-    def _evaluation_is_due(self) -> bool:
+    def _evaluations_due(self) -> list[EvaluatedSplit]:
         """Before the first step if wanted, after the last always, and between epochs every so many; never twice."""
         state, evaluation = self.state, self.config.evaluation
         epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
@@ -328,20 +345,28 @@ class _Loop:
             is_due = evaluation.at_start
         else:
             is_due = rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
-        path = self.run_directory / "evaluation" / f"{checkpoint_name(state.step)}.json"
-        return is_due and not on_main(self.context, path.exists)
+        if not is_due:
+            return []
+        folder = self.run_directory / "evaluation"
+        names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
+        are_stored = on_main(self.context, lambda: [(folder / f"{name}.json").exists() for name in names])
+        return [split for split, is_stored in zip(self.evaluated, are_stored, strict=True) if not is_stored]
 
     def _evaluate_raw_pixels(self) -> None:
+        test_split = self.evaluated[-1]
+        blocks = block_folder(self.run_directory, "pixels", say=self.telemetry.say)
         result = evaluate_model(
             self.config,
             self.context,
             RawPixels().to(self.context.device),
-            self.test_index,
-            damage=self.test_damage,
+            test_split.index,
+            damage=test_split.damage,
             kmeans_seeds=min(1, self.config.evaluation.kmeans_seeds),
             signals=self.signals,
+            blocks=blocks,
         )
         on_main(self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False))
+        blocks.remove(self.context)
 
 
 def _lock(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
@@ -428,29 +453,40 @@ def start_from_class_means(
 
 def evaluate_run(
     state: TrainState,
-    index: ShardIndex,
+    split: EvaluatedSplit,
     telemetry: Telemetry,
     run_directory: Path,
-    damage: DamageLog | None,
     *,
     signals: StopSignals | None = None,
 ) -> EvaluationResult:
-    """Evaluate the state's backbone; log and store the result. Called on all ranks.
+    """Evaluate the state's backbone on a split; log and store the result. Called on all ranks.
 
     Raises:
         ValueError, StopRequested: as `evaluate`.
     """
     config, context = state.config, state.context
+    name = evaluation_name(state.step, of_validation=split.is_validation)
+    blocks = block_folder(run_directory, name, say=telemetry.say)
     result = evaluate_model(
-        config, context, _backbone_of_one_rank(state), index, damage=damage, signals=signals, say=telemetry.say
+        config,
+        context,
+        _backbone_of_one_rank(state),
+        split.index,
+        damage=split.damage,
+        signals=signals,
+        blocks=blocks,
+        say=telemetry.say,
     )
     if result.num_damaged:
         telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
-    epoch, name = state.epoch, checkpoint_name(state.step)
-    on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=True))
-    telemetry.log_evaluation(state.step, epoch, result.metrics)
+    # Only the embeddings of the test split are looked at later.
+    on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation))
+    blocks.remove(context)
+    kind = "validation" if split.is_validation else "evaluation"
+    telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
     numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))
-    telemetry.say(f"epoch {epoch}, step {state.step}: {numbers}")
+    of_what = "validation classes: " if split.is_validation else ""
+    telemetry.say(f"epoch {state.epoch}, step {state.step}: {of_what}{numbers}")
     return result
 
 
@@ -469,6 +505,7 @@ def evaluate_model(
     damage: DamageLog | None,
     kmeans_seeds: int | None = None,
     signals: StopSignals | None = None,
+    blocks: BlockFolder | None = None,
     verify: bool = False,
     say: Callable[[str], object] = lambda _: None,
 ) -> EvaluationResult:
@@ -501,6 +538,7 @@ def evaluate_model(
         damage=damage,
         gallery_damage=gallery_damage,
         signals=signals,
+        blocks=blocks,
         say=say,
     )
 
@@ -509,6 +547,11 @@ def _open_gallery(config: Config, index: ShardIndex) -> ShardIndex | None:
     """The split that this one is searched in, if it is not itself."""
     split = config.evaluation.gallery_split
     return None if split is None or index.split != config.data.test_split else index.open_sibling(split)
+
+
+def block_folder(run_directory: Path, name: str, *, say: Callable[[str], object]) -> BlockFolder:
+    """Where the evaluation that will be stored as NAME keeps what it has embedded."""
+    return BlockFolder(run_directory / "embeddings" / f"{name}.partial", say)
 
 
 def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *, with_embeddings: bool) -> Path:
@@ -562,9 +605,21 @@ def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
     """What to train and what to evaluate on."""
     data = open_training_data(config)
     test_index = open_split(config, config.data.test_split)
-    settings = Settings(tuple(config.evaluation.recall_at), protocol=config.evaluation.protocol)
-    check_split(test_index, _open_gallery(config, test_index), settings)
+    for index, name in _splits_to_evaluate(data, test_index):
+        is_test = index is test_index
+        settings = Settings(
+            tuple(config.evaluation.recall_at), protocol=config.evaluation.protocol if is_test else "custom"
+        )
+        try:
+            check_split(index, _open_gallery(config, index), settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return data, test_index
+
+
+def _splits_to_evaluate(data: TrainingData, test_index: ShardIndex) -> list[tuple[ShardIndex, str]]:
+    """Indices and names; the test split last."""
+    return [(index, index.split) for index in (data.validation, test_index) if index is not None]
 
 
 def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
@@ -607,9 +662,10 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
             aside = next(path for path in names if not path.exists())
             os.rename(directory, aside)
         directory.mkdir(parents=True, exist_ok=True)
-        for path in (directory / "evaluation").glob("step-*.json"):
-            if step is not None and int(path.stem.removeprefix("step-").partition("-")[0]) > step:
+        for path in (directory / "evaluation").glob("*step-*.json"):
+            if step is not None and _step_evaluated(path) > step:
                 path.unlink()
+        _keep_unfinished_embeddings(directory, aside, step)
         (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
         write_class_table(directory, index)
     except OSError as error:
@@ -617,6 +673,45 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
             f"expected to write into {directory.resolve()}: {error.strerror}; set runs_dir to a folder of yours"
         ) from None
     return aside
+
+
+def _step_evaluated(path: Path) -> int:
+    """The step of an evaluation's file or folder: step-000800-on-shards-test, validation-step-000800."""
+    found = re.search(r"step-(\d+)", path.name)
+    assert found is not None
+    return int(found[1])
+
+
+def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int | None) -> None:
+    """Carry over what a run that was cut short before its first checkpoint had embedded; remove what belongs to
+    evaluations that are stored, or that lie before the step where the run continues.
+    """
+    if step is None and aside is not None:
+        for folder in (aside / "embeddings").glob("*.partial"):
+            if folder.name.startswith(("pixels.", "step-000000.", "validation-step-000000.")):
+                (directory / "embeddings").mkdir(exist_ok=True)
+                os.rename(folder, directory / "embeddings" / folder.name)
+    for pattern in ("step-*.partial", "validation-step-*.partial"):
+        for folder in (directory / "embeddings").glob(pattern):
+            is_stored = (directory / "evaluation" / f"{folder.stem}.json").exists()
+            if folder.is_dir() and (is_stored or _step_evaluated(folder) < (step or 0)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trained_before(transfer: Transfer, data: TrainingData) -> str | None:
+    """What to say if the model that a run starts from has been trained on its validation classes."""
+    if data.validation is None or not transfer.model.has_class_names:
+        return None
+    try:
+        num_known = int((match_classes(data.validation.classes, transfer.model.classes()) >= 0).sum())
+    except ValueError as error:
+        return f"not known whether the validation classes have been trained before: {error}"
+    if num_known == 0:
+        return None
+    return (
+        f"{num_known:,} of the {data.validation.num_classes:,} validation classes have been trained by "
+        f"{transfer.model.path}: their numbers flatter"
+    )
 
 
 def _comparable_settings(config: Config) -> dict[str, Any]:
@@ -651,7 +746,7 @@ def _greeting(
     moved: Path | None,
     transfer: Transfer | None,
 ) -> str:
-    config, context = state.config, state.context
+    config, context, validation = state.config, state.context, data.validation
     start = "starting anew" if transfer is None else f"starting {transfer}"
     if found:
         start = f"continuing {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
@@ -659,7 +754,8 @@ def _greeting(
         start += f", the earlier run of this name is now {moved}"
     return (
         f"{config.name}: {data} to train on, "
-        f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on; "
+        f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on"
+        f"{'' if validation is None else f', {validation.num_samples:,} of the validation classes to choose by'}; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )
 

@@ -1,5 +1,8 @@
 """What a run trains on, as its configuration says: a split of indexed shards, or a stream.
 
+Some classes of the split may be held out (data.validation_classes): which ones depends on the seed and their number
+alone. Those that are left are a split of their own with labels 0, 1, ..., so nothing that trains knows of the others.
+
 The position in it is an epoch and the number of images of that epoch's order that are done. It is advanced when an
 optimizer step is done, so prefetched batches do not count, and it means the same for any number of ranks, loading
 processes and, where every image comes once an epoch, for any batch size.
@@ -14,7 +17,7 @@ import numpy as np
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.pipeline import BatchLoader, ImageCache, build_order, build_train_loader
-from dist_proxygml.data.plan import count_steps
+from dist_proxygml.data.plan import count_steps, draw_validation_classes
 from dist_proxygml.data.stream import StreamLoader, build_stream_loader
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.parallel import ParallelContext
@@ -25,7 +28,8 @@ class TrainingData:
     """The images that a run trains on."""
 
     config: Config
-    index: ShardIndex | None  # None for a stream
+    index: ShardIndex | None  # the classes that are trained; None for a stream
+    validation: ShardIndex | None = None  # those that are held out, if any
 
     @property
     def epoch_size(self) -> int:
@@ -105,6 +109,8 @@ class TrainingData:
             assert self.config.data.stream is not None
             return f"a stream of {self.config.data.num_classes:,} classes, {self.epoch_size:,} images an epoch"
         text = f"{self.index.num_samples:,} images of {self.index.num_classes:,} classes"
+        if self.validation is not None:
+            text += f" (without {self.validation.num_classes:,} validation classes)"
         images_per_class = self.config.data.images_per_class
         if images_per_class is None:
             return text
@@ -117,11 +123,11 @@ class TrainingData:
 
 
 def open_training_data(config: Config) -> TrainingData:
-    """Open the split that the configuration trains on; a stream has none.
+    """Open the split that the configuration trains on, without the classes that it holds out; a stream has none.
 
     Raises:
-        ValueError: as `open_index`, the shards have another number of classes than the configuration, or the cache of
-            remote shards holds less than what an epoch's order uses at a time.
+        ValueError: as `open_index`, the shards have another number of classes than the configuration, no image is left
+            on one side, or the cache of remote shards holds less than what an epoch's order uses at a time.
     """
     if config.data.stream is not None:
         return TrainingData(config, None)
@@ -129,11 +135,32 @@ def open_training_data(config: Config) -> TrainingData:
     if index.num_classes != config.data.num_classes:
         raise ValueError(
             f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of "
-            f"{config.data.shards} has {index.num_classes} classes; edit the configuration or point "
-            "data.shards at the right shards"
+            f"{config.data.shards} has {index.num_classes} classes"
+            f"{'' if config.data.validation_classes is None else ', validation classes among them'}; edit the "
+            "configuration or point data.shards at the right shards"
         )
     _check_cache_holds_window(config, index)
-    return TrainingData(config, index)
+    if config.data.validation_classes is None:
+        return TrainingData(config, index)
+    trained, validation = _hold_out(config, index)
+    return TrainingData(config, trained, validation)
+
+
+def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex]:
+    """The training split without its validation classes, and these."""
+    held_out = draw_validation_classes(index.num_classes, num_drawn=config.num_validation_classes, seed=config.seed)
+    trained = np.setdiff1d(np.arange(index.num_classes), held_out)
+    parts = (
+        index.choose_classes(trained, name=index.split),
+        index.choose_classes(held_out, name=f"validation classes of {index.split}"),
+    )
+    empty = next((part for part in parts if part.num_samples == 0), None)
+    if empty is not None:
+        raise ValueError(
+            f"expected images of the {index.num_classes - len(held_out)} trained and of the {len(held_out)} validation "
+            f"classes, found none of the {empty.num_classes} of one side; change data.validation_classes or seed"
+        )
+    return parts
 
 
 def open_split(config: Config, split: str, *, shards: str | None = None) -> ShardIndex:

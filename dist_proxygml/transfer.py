@@ -28,9 +28,9 @@ from dist_proxygml.bank_optim import bring_to_unit_length_
 from dist_proxygml.checkpoint import load_backbone
 from dist_proxygml.collectives import all_reduce_sum
 from dist_proxygml.config import Config
-from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name
+from dist_proxygml.data.index import ClassEntry, ShardIndex
 from dist_proxygml.parallel import ParallelContext, on_main, run_together
-from dist_proxygml.trained import StoredBank, TrainedModel, open_trained, read_class_table
+from dist_proxygml.trained import StoredBank, TrainedModel, open_trained
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
         return None
     path = Path(config.checkpoint.init_from)
     model = on_main(context, _open, path, config)
-    num_classes = config.data.num_classes
+    num_classes = config.num_trained_classes
     if not config.checkpoint.init_proxies:
         return Transfer(model, None, num_classes, num_kept=0, num_dropped=0)
     assert index is not None  # Config refuses a stream
@@ -176,7 +176,7 @@ def _rows_by_name(model: TrainedModel, index: ShardIndex) -> np.ndarray:
     if all(model.settings.get(name) == value for name, value in same.items()):
         return np.arange(index.num_classes)
     stored = model.classes()
-    new = read_class_table(index.root / class_table_name(index.split))
+    new = index.classes
     rows_C = match_classes(new, stored)
     if (rows_C >= 0).any():
         return rows_C

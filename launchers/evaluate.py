@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: `deepspeed launchers/evaluate.py --run runs/demo_cpu`.
 
-With the run's own shards and number of threads this repeats the numbers of the training run to the last digit.
+With the run's own shards and number of threads this repeats the numbers of the training run to the last digit. One that
+was killed goes on with the images that it had not embedded yet.
 """
 
 import argparse
@@ -60,7 +61,13 @@ def main() -> None:
     from dist_proxygml.checkpoint import find_checkpoint, load_backbone
     from dist_proxygml.data.damage import DAMAGE_FILE
     from dist_proxygml.evaluation.report import format_metrics
-    from dist_proxygml.training import build_damage_log, build_evaluation_model, evaluate_model, store_evaluation
+    from dist_proxygml.training import (
+        block_folder,
+        build_damage_log,
+        build_evaluation_model,
+        evaluate_model,
+        store_evaluation,
+    )
     from dist_proxygml.training_data import open_split
 
     checkpoints = arguments.run / "checkpoints"
@@ -75,16 +82,20 @@ def main() -> None:
     model.to(context.device)
     damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, split=split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None
-    result = evaluate_model(config, context, model, index, damage=damage, verify=arguments.verify, say=say)
+    is_own = arguments.data is None and split == load_config(arguments.run / "config.json").data.test_split
+    name = checkpoint.name if is_own else f"{checkpoint.name}-on-{Path(index.location).name}-{split}"
+    blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
+    result = evaluate_model(
+        config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
+    )
     if context.is_main:
-        is_own = arguments.data is None and split == load_config(arguments.run / "config.json").data.test_split
-        suffix = "" if is_own else f"-on-{Path(index.location).name}-{split}"
-        path = store_evaluation(arguments.run, f"{checkpoint.name}{suffix}", result, with_embeddings=False)
+        path = store_evaluation(arguments.run, name, result, with_embeddings=False)
         print(format_metrics({checkpoint.name: result.metrics}))
         for line in legacy_lines(result.metrics):
             print(line)
         print(ties_line(result.bounds))
         print(f"written to {path}")
+    blocks.remove(context)
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:

@@ -15,11 +15,11 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -51,9 +51,16 @@ class ShardEntry(NamedTuple):
     sha256: str
 
 
+class ChosenClasses(NamedTuple):
+    """Which classes of a stored split an index is made of."""
+
+    split: str  # as it is stored
+    labels: np.ndarray  # int64 [C], ascending: the stored label of each label
+
+
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """One split of a folder of shards. A sample's id is its row in `samples`."""
+    """One split of a folder of shards, or some of its classes. A sample's id is its row in `samples`."""
 
     root: Path
     split: str
@@ -64,6 +71,7 @@ class ShardIndex:
     sha256: str  # of index.json
     samples: np.ndarray  # [n] of SAMPLE_DTYPE, memory-mapped
     remote: ShardCache | None = None  # where the shards come from if they do not lie in `root`
+    chosen: ChosenClasses | None = None  # None: all classes
 
     @property
     def location(self) -> str:
@@ -78,8 +86,7 @@ class ShardIndex:
     @cached_property
     def classes(self) -> tuple[ClassEntry, ...]:
         """The class table, in the order of labels; read from its file, since only people ask for names."""
-        with open(self.root / class_table_name(self.split), encoding="utf-8") as stream:
-            return tuple(ClassEntry(label, *json.loads(line)) for label, line in enumerate(stream))
+        return tuple(ClassEntry(label, *json.loads(line)) for label, line in enumerate(self._class_lines()))
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -97,6 +104,40 @@ class ShardIndex:
             return open_index(self.root, split)
         remote = self.remote
         return open_index(remote.location, split, cache_directory=remote.directory, cache_limit=remote.limit_bytes)
+
+    def write_class_table(self, stream: IO[bytes]) -> None:
+        """Write the class table in the form of its file."""
+        stream.writelines(self._class_lines())
+
+    def _class_lines(self) -> Iterator[bytes]:
+        split, labels = (self.split, None) if self.chosen is None else self.chosen
+        wanted = None if labels is None else set(labels.tolist())
+        with open(self.root / class_table_name(split), "rb") as lines:
+            yield from (line for label, line in enumerate(lines) if wanted is None or label in wanted)
+
+    def choose_classes(self, labels: np.ndarray, *, name: str) -> "ShardIndex":
+        """The images of some classes, which get the labels 0, 1, ... in the order of their old ones, as a split of its
+        own. Ids count anew, in the same order; the samples are a copy in memory.
+
+        Args:
+            labels: int64, distinct.
+            name: what the split is called.
+        """
+        assert self.chosen is None
+        labels = np.sort(labels)
+        new_label_of = np.full(self.num_classes, -1, np.int64)
+        new_label_of[labels] = np.arange(len(labels))
+        label_n = new_label_of[self.samples["label"]]
+        samples = self.samples[label_n >= 0]
+        samples["label"] = label_n[label_n >= 0]
+        part = replace(
+            self,
+            split=name,
+            num_classes=len(labels),
+            samples=samples,
+            chosen=ChosenClasses(self.split, labels),
+        )
+        return replace(part, class_table_sha256=class_table_sha256(part.classes))
 
     def open_shard(self, number: int) -> int:
         """A file descriptor of a shard, fetched first if it lies elsewhere. Raises ShardUnavailableError."""
@@ -141,13 +182,15 @@ class ShardIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map pickles as a copy of its content; a worker maps the file again instead.
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        del plain["samples"]
+        if self.chosen is None:  # the samples of chosen classes are in memory anyway
+            del plain["samples"]
         return _map_again, (plain,)
 
 
 def _map_again(plain: dict[str, Any]) -> ShardIndex:
-    table = plain["root"] / sample_table_name(plain["split"])
-    return ShardIndex(**plain, samples=np.load(table, mmap_mode="r"))
+    if "samples" not in plain:
+        plain["samples"] = np.load(plain["root"] / sample_table_name(plain["split"]), mmap_mode="r")
+    return ShardIndex(**plain)
 
 
 def sample_table_name(split: str) -> str:

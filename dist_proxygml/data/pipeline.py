@@ -13,7 +13,7 @@ Declined: WebDataset's iterable pipeline for training (its epoch depends on shar
 workers) and persistent workers (they keep a transform's old epoch).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -355,16 +355,16 @@ def build_evaluation_loader(
     cache: ImageCache | None = None,
     pin_memory: bool = False,
     skip_damaged: bool = False,
+    done: Collection[int] = (),
 ) -> BatchLoader:
-    """All images of a split in the order of their ids, every one on exactly one rank.
+    """All images of a split in the order of their ids, every one on exactly one rank, but for the batches whose numbers
+    are in `done`.
 
     Batches are cut at multiples of `batch_size`; a rank may have none. `num_steps` is the number of
     this rank's batches. With `skip_damaged` a damaged image is left out of its batch, which may leave it empty.
     """
-    batches = [
-        MicroBatch(ids, len(ids), len(ids))
-        for ids in evaluation_batches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size)
-    ]
+    own = evaluation_batches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, done=done)
+    batches = [MicroBatch(ids, len(ids), len(ids)) for ids in own]
     dataset = ShardImages(index, transform, cache=cache, damaged="leave_out" if skip_damaged else "fail")
     return BatchLoader(dataset, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=pin_memory)
 

@@ -16,6 +16,7 @@ the last step, which counts them twice; class-balanced epochs that promise every
 than k, or one more than a multiple of it, cannot keep that promise.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import numpy as np
 # What tells one use of (seed, epoch) from another.
 _ORDER_STREAM = 1
 _CLASS_STREAM = 2
+_VALIDATION_STREAM = 3
 
 
 class MicroBatch(NamedTuple):
@@ -93,6 +95,14 @@ def class_balanced_order(
     turn_sk = use_s[:, None] * images_per_class + np.arange(images_per_class)
     order: np.ndarray = by_class_n[first_c[class_s][:, None] + turn_sk % num_images_c[class_s][:, None]].ravel()
     return order
+
+
+def draw_validation_classes(num_classes: int, *, num_drawn: int, seed: int) -> np.ndarray:
+    """Classes that are held out of training: int64 [num_drawn], ascending, a function of the numbers alone. A larger
+    `num_drawn` draws the same ones and more.
+    """
+    draws = np.random.Philox(np.random.SeedSequence([seed, 0, _VALIDATION_STREAM]))
+    return np.sort(_argsort(draws.random_raw(num_classes))[:num_drawn])
 
 
 def _class_sequence(num_classes: int, classes_per_batch: int, num_batches: int, draws: np.random.Philox) -> np.ndarray:
@@ -204,17 +214,17 @@ class EpochPlan:
         return MicroBatch(ids[cuts[slot] : cuts[slot + 1]], global_size, len(ids))
 
 
-def evaluation_batches(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+def evaluation_batches(
+    num_samples: int, *, batch_size: int, rank: int, world_size: int, done: Collection[int] = ()
+) -> list[np.ndarray]:
     """The batches of `rank` in an evaluation: batch j holds the ids j*batch_size ..
     (j+1)*batch_size - 1, the last one may be short.
 
-    Each rank takes a contiguous range of batches, so that every image is embedded once and in the
-    same company for any number of ranks; a rank may have none.
+    Each rank takes a contiguous range of those batches that are not `done`, so that every image is embedded once and
+    in the same company for any number of ranks; a rank may have none.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size of an evaluation must be at least 1, got {batch_size}")
-    num_batches = -(-num_samples // batch_size)
-    first, last = rank * num_batches // world_size, (rank + 1) * num_batches // world_size
-    return [
-        np.arange(j * batch_size, min((j + 1) * batch_size, num_samples), dtype=np.int64) for j in range(first, last)
-    ]
+    left = [j for j in range(-(-num_samples // batch_size)) if j not in done]
+    first, last = rank * len(left) // world_size, (rank + 1) * len(left) // world_size
+    return [np.arange(j * batch_size, min((j + 1) * batch_size, num_samples), dtype=np.int64) for j in left[first:last]]

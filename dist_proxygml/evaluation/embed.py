@@ -2,18 +2,19 @@
 table.
 
 Each rank embeds the batches that its loader gives it; the rows are gathered, sorted by sample id
-and checked, so every rank ends with the same table. No padding and no sampler that repeats images
+and checked, so every rank ends with the same table. What is embedded can be kept on disk (blocks.py),
+so that a pass that is cut short goes on later. No padding and no sampler that repeats images
 to make ranks even: repeated rows are sure hits in a gallery. Rows are brought to unit length in
 float32 outside autocast, whatever precision the forward pass ran in.
 
 Dimension key: b images of a batch, n images of the split, D embedding.
 """
 
+import contextlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +23,14 @@ from torch import Tensor, nn
 
 from dist_proxygml.collectives import AgreedError, gather_rows
 from dist_proxygml.data.damage import Damage, DamageLog
-from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
+from dist_proxygml.data.plan import evaluation_batches
+from dist_proxygml.data.transforms import Transform
+from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, pass_key
 from dist_proxygml.faults import fault_point
 from dist_proxygml.parallel import ParallelContext, everyone, run_together
-from dist_proxygml.preemption import StopSignals
+from dist_proxygml.preemption import StopRequested, StopSignals
 
 
 class EmbeddingTable(NamedTuple):
@@ -34,6 +39,78 @@ class EmbeddingTable(NamedTuple):
     embeddings: Tensor  # float32 [n, D], unit rows, on the CPU
     labels: Tensor  # int64 [n]
     ids: Tensor  # int64 [n], ascending: 0 .. n - 1 unless damaged images were left out
+
+
+def embed_split(
+    model: nn.Module,
+    index: ShardIndex,
+    transform: Transform,
+    *,
+    context: ParallelContext,
+    batch_size: int,
+    num_workers: int = 0,
+    cache: ImageCache | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    progress: Callable[[int], object] | None = None,
+    damage: DamageLog | None = None,
+    signals: StopSignals | None = None,
+    blocks: BlockFolder | None = None,
+) -> EmbeddingTable:
+    """Embed the images of a split; with `blocks` those that an earlier pass did not come to. Called on all ranks.
+
+    Args:
+        model, context, progress, damage, signals: as in `embed`.
+        index: the split.
+        transform: how an image becomes a row of a batch.
+        batch_size: images of one forward pass of one rank.
+        num_workers: loader processes of each rank.
+        cache: where decoded images are kept between evaluations; needs `num_workers` 0.
+        preprocessing: the transform's settings: rows of other ones are not those of this pass. Needed with `blocks`.
+        blocks: where what is done is kept. It is the caller's to remove, when the result is stored.
+
+    Raises:
+        ValueError, StopRequested: as `embed`.
+    """
+    kept = None
+    if blocks is not None:
+        assert preprocessing is not None, "blocks without the settings of the transform"
+        settings = {
+            "index_sha256": index.sha256,
+            "class_table_sha256": index.class_table_sha256,
+            "split": index.split,
+            "preprocessing": dict(preprocessing),
+            "batch_size": batch_size,
+            "skip_damaged": damage is not None,
+            "device": context.device.type,
+        }
+        kept = EmbeddingBlocks(blocks, index.split, key=lambda: pass_key(model, settings), context=context)
+        if kept.done and context.is_main:
+            num_done = sum(min(batch_size, index.num_samples - number * batch_size) for number in kept.done)
+            blocks.say(f"{num_done:,} of {index.num_samples:,} images of {index.split} are embedded already")
+    shares = {"batch_size": batch_size, "rank": context.rank, "world_size": context.world_size}
+    done = frozenset() if kept is None else kept.done
+    loader = build_evaluation_loader(
+        index,
+        transform,
+        **shares,
+        num_workers=num_workers,
+        cache=cache,
+        pin_memory=context.device.type == "cuda",
+        skip_damaged=damage is not None,
+        done=done,
+    )
+    return embed(
+        model,
+        loader,
+        context=context,
+        num_samples=index.num_samples,
+        describe=index.describe,
+        progress=progress,
+        damage=damage,
+        signals=signals,
+        blocks=kept,
+        numbers=[int(ids[0]) // batch_size for ids in evaluation_batches(index.num_samples, **shares, done=done)],
+    )
 
 
 def embed(
@@ -46,6 +123,8 @@ def embed(
     progress: Callable[[int], object] | None = None,
     damage: DamageLog | None = None,
     signals: StopSignals | None = None,
+    blocks: EmbeddingBlocks | None = None,
+    numbers: Sequence[int] = (),
 ) -> EmbeddingTable:
     """Embed a split: this rank's batches here, the other ranks' batches there, one table
     everywhere.
@@ -63,6 +142,8 @@ def embed(
         progress: called after each batch with the number of images just embedded on this rank.
         damage: takes in the damaged images that the loader left out; without it every image is expected.
         signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
+        blocks: what an earlier pass did, so that it is not in `loader`, and where this one keeps what it does.
+        numbers: with `blocks`, the number of each batch of `loader`.
 
     Raises:
         StopRequested: on every rank, when one was told to stop.
@@ -70,9 +151,18 @@ def embed(
             embedding is zero or not finite, or when more images are damaged than `damage` allows.
     """
     # 1. This rank's part. No collectives in here: a damaged image stops one rank only.
-    local, left_out = run_together(context, _embed_batches, model, loader, context.device, progress, signals)
+    local, left_out = run_together(
+        context, _embed_batches, model, loader, context.device, progress, signals, blocks, numbers
+    )
+    if blocks is not None:
+        blocks.tell_problems()
     if signals is not None:
-        signals.agree(context)
+        try:
+            signals.agree(context)
+        except StopRequested:
+            if blocks is not None:
+                blocks.write()
+            raise
     num_left_out = 0
     if damage is not None:
         damage.add(left_out)
@@ -169,24 +259,37 @@ def _embed_batches(
     device: torch.device,
     progress: Callable[[int], object] | None,
     signals: StopSignals | None,
+    blocks: EmbeddingBlocks | None,
+    numbers: Sequence[int],
 ) -> tuple[EmbeddingTable, list[Damage]]:
     rows, labels, ids = [], [], []
     left_out: list[Damage] = []
-    with torch.inference_mode(), _evaluation_mode(model):
-        for batch in loader:
+    for block in [] if blocks is None else blocks.stored:
+        left_out += block.damaged
+        if len(block.ids) == 0:
+            continue
+        rows.append(block.embeddings.to(device))
+        labels.append(block.labels)
+        ids.append(block.ids)
+        if progress is not None:
+            progress(len(block.ids))
+    keeping = contextlib.nullcontext() if blocks is None else blocks
+    with torch.inference_mode(), _evaluation_mode(model), keeping:
+        for place, batch in enumerate(loader):
             fault_point("evaluate.batch")
             if signals is not None and signals.received:
                 break
             left_out += batch.damaged
-            if len(batch.ids) == 0:
-                continue
-            output_bD = model(batch.images.to(device, non_blocking=True))
-            with torch.autocast(device.type, enabled=False):
-                rows.append(F.normalize(output_bD.float(), dim=1))
-            labels.append(batch.labels)
-            ids.append(batch.ids)
-            if progress is not None:
-                progress(len(batch.ids))
+            if len(batch.ids):
+                output_bD = model(batch.images.to(device, non_blocking=True))
+                with torch.autocast(device.type, enabled=False):
+                    rows.append(F.normalize(output_bD.float(), dim=1))
+                labels.append(batch.labels)
+                ids.append(batch.ids)
+                if progress is not None:
+                    progress(len(batch.ids))
+            if blocks is not None:
+                blocks.add(numbers[place], batch, rows[-1] if len(batch.ids) else None)
     # Copies made outside inference mode are ordinary tensors, which collectives may write to.
     if not rows:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
@@ -199,7 +302,7 @@ def _embed_batches(
     return table, left_out
 
 
-@contextmanager
+@contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """`model.eval()` for a while; afterwards each module is in the mode it was in, frozen parts included."""
     modes = [(module, module.training) for module in model.modules()]

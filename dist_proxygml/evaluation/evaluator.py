@@ -31,10 +31,11 @@ from torch import nn
 
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.pipeline import ImageCache, build_evaluation_loader
+from dist_proxygml.data.pipeline import ImageCache
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.evaluation import metrics
-from dist_proxygml.evaluation.embed import EmbeddingTable, embed
+from dist_proxygml.evaluation.blocks import BlockFolder
+from dist_proxygml.evaluation.embed import EmbeddingTable, embed_split
 from dist_proxygml.evaluation.exact import round_rows
 from dist_proxygml.evaluation.retrieval import Depth, Images, Retrieval, SearchOptions, retrieve
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
@@ -169,6 +170,7 @@ def evaluate(
     damage: DamageLog | None = None,
     gallery_damage: DamageLog | None = None,
     signals: StopSignals | None = None,
+    blocks: BlockFolder | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> EvaluationResult:
     """Evaluate a model on a split, every image querying all the others, or all images of another split.
@@ -196,6 +198,7 @@ def evaluate(
         damage: where given, damaged images are left out, counted and recorded there; else they are an error.
         gallery_damage: the same for the gallery.
         signals: requests to stop that this process receives.
+        blocks: where embeddings are kept until the pass is done, so that an evaluation that is cut short goes on.
         say: takes lines for people; give it on one rank.
 
     Raises:
@@ -214,26 +217,19 @@ def evaluate(
     for split, of_split in ((index, damage), (gallery, gallery_damage)):
         if split is None:
             continue
-        loader = build_evaluation_loader(
+        table = embed_split(
+            model,
             split,
             transform,
+            context=context,
             batch_size=batch_size,
-            rank=context.rank,
-            world_size=context.world_size,
             num_workers=num_workers,
             cache=cache,
-            pin_memory=context.device.type == "cuda",
-            skip_damaged=of_split is not None,
-        )
-        table = embed(
-            model,
-            loader,
-            context=context,
-            num_samples=split.num_samples,
-            describe=split.describe,
+            preprocessing=preprocessing,
             progress=progress,
             damage=of_split,
             signals=signals,
+            blocks=blocks,
         )
         offset = index.num_samples if split is gallery else 0
         missing = sorted(set(range(split.num_samples)) - set(table.ids.tolist()))

@@ -30,6 +30,7 @@ from PIL import Image
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
+from dist_proxygml.evaluation.best import selected_rows
 from dist_proxygml.evaluation.charts import Series, line_chart
 from dist_proxygml.evaluation.embed import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
@@ -102,11 +103,13 @@ def read_run(run_directory: Path) -> RunRecord:
 
 
 def format_table(run_directory: Path) -> str:
-    """The results of a run for the terminal: raw pixels, before training, after training, as far as there are."""
+    """The results of a run for the terminal: raw pixels, before training, after training, the best ones to choose; as
+    far as there are.
+    """
     rows = read_run(run_directory).rows
     if not rows:
         return f"{run_directory} has no evaluation yet"
-    return format_metrics({name: result.metrics for name, result in rows.items()})
+    return format_metrics({name: result.metrics for name, result in rows.items()} | selected_rows(run_directory))
 
 
 def format_metrics(rows: Mapping[str, Mapping[str, float]]) -> str:

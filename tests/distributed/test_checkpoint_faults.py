@@ -500,19 +500,23 @@ def test_what_is_kept_does_not_depend_on_what_was_deleted_before() -> None:
     assert kept == sorted(set(range(3, 60, 3)) - set(at_once)) == [9, 15, 21, 30, 36, 42, 51, 54, 57]
 
 
-def test_a_run_keeps_its_best_checkpoint_by_its_evaluations(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "validation-"])
+def test_a_run_keeps_its_best_checkpoint_by_its_evaluations(tmp_path: Path, prefix: str) -> None:
     evaluations = tmp_path / "evaluation"
     evaluations.mkdir()
     directory = tmp_path / "checkpoints"
     save = Saver(single_process(), directory)
-    retention = Retention(keep_last=1, keep_best="recall@1")
+    retention = Retention(keep_last=1, keep_best="recall@1", by_validation=prefix == "validation-")
     kept = {}
     for number, score in enumerate([float("nan"), 0.8, 0.3, 0.5, 0.9, 0.1], start=1):
         assert save(number, retention).problems == []
         kept[number] = [path.name[-1] for path in published_checkpoints(directory)]
-        (evaluations / f"step-{number:06d}.json").write_text(json.dumps({"metrics": {"recall@1": score}}))
+        document = json.dumps({"metrics": {"recall@1": score}})
+        (evaluations / f"{prefix}step-{number:06d}.json").write_text(document)
+        if prefix:  # the test split says the contrary
+            (evaluations / f"step-{number:06d}.json").write_text(document.replace(str(score), str(1 - score)))
     assert kept == {1: ["1"], 2: ["2"], 3: ["2", "3"], 4: ["2", "4"], 5: ["2", "5"], 6: ["5", "6"]}
-    (evaluations / "step-000005.json").write_text('{"metrics": {')  # as a killed run leaves it
+    (evaluations / f"{prefix}step-000005.json").write_text('{"metrics": {')  # as a killed run leaves it
     (problem,) = save(7, retention).problems
     assert problem.startswith("recall@1 of step-000005 cannot be read from")
 

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers.sweep",),
     ("launchers",),
     ("training", "shard", "report", "export", "sweep_chart"),
-    ("evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
+    ("evaluation.best", "evaluation.compare", "evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
     ("transfer",),
     ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "trained", "training_data", "watchdog"),
     ("bank_storage", "checkpoint_folder", "engine"),

@@ -86,6 +86,34 @@ def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
     assert "cub, cars and sop, got protocol 'custom'" in message_of(changed(evaluation__legacy_proxygml=True))
 
 
+@pytest.mark.parametrize(("wanted", "num_held_out"), [(None, 0), (3, 3), (0.25, 2), (0.36, 4), (9, 9)])
+def test_validation_classes_are_a_number_or_a_share_and_the_bank_has_the_others(
+    wanted: float | int | None, num_held_out: int
+) -> None:
+    config = parse_config(changed(data__validation_classes=wanted), source="the test")
+    assert (config.num_validation_classes, config.num_trained_classes) == (num_held_out, 10 - num_held_out)
+    assert config.partition(1, 0).num_classes == 10 - num_held_out
+    assert config.data.num_classes == 10
+
+
+@pytest.mark.parametrize("wanted", [1, 10, 0.99, 0.1, -3, 0])
+def test_validation_classes_that_leave_nothing_to_train_or_to_retrieve_are_refused(wanted: float | int) -> None:
+    message = message_of(changed(data__validation_classes=wanted))
+    assert "to hold out at least 2 and not all of the 10 classes of data.num_classes, got" in message
+    assert str(wanted) in message
+
+
+@pytest.mark.parametrize("wanted", [1.0, -0.5, 2.5])
+def test_a_share_of_validation_classes_lies_between_none_and_all(wanted: float) -> None:
+    assert "to be a share between 0 and 1 or a whole number" in message_of(changed(data__validation_classes=wanted))
+
+
+def test_a_stream_has_no_validation_classes() -> None:
+    stream = {"urls": "train-000000.tar", "samples_per_epoch": 100}
+    raw = changed(data__validation_classes=2, data__mode="stream", data__stream=stream)
+    assert "expected no validation_classes with a stream, got 2" in message_of(raw)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_every_configuration_of_the_project_is_valid_and_named_like_its_file(path: Path) -> None:
     assert load_config(path).name == path.stem

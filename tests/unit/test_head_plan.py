@@ -35,6 +35,13 @@ def test_the_regulariser_adds_class_sums_and_their_gradient() -> None:
     assert plan.working_bytes - without.working_bytes == 4 * sums + plan.bank_bytes
 
 
+def test_validation_classes_take_no_memory() -> None:
+    path = ROOT / "configs" / "demo_cpu.json"
+    assert plan_head(load_config(path, ["data.validation_classes=49"]), world_size=2) == plan_head(
+        load_config(path, ["data.num_classes=500"]), world_size=2
+    )
+
+
 def test_one_rank_sends_nothing() -> None:
     plan = plan_head(load_config(ROOT / "configs" / "cub_1gpu.json"), world_size=1)
     assert (plan.received_bytes_per_step, plan.messages_per_step) == (0, 0)

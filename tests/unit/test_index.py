@@ -76,6 +76,31 @@ def test_the_class_tables_hash_ignores_counts_but_not_order(index: ShardIndex) -
     assert class_table_sha256([one, three, two]) != index.class_table_sha256
 
 
+def test_chosen_classes_are_a_split_of_their_own_with_labels_from_zero(index: ShardIndex) -> None:
+    part = index.choose_classes(np.array([2, 0]), name="some")
+    assert (part.split, part.num_classes, part.num_samples) == ("some", 2, SIZES[0] + SIZES[2])
+    assert [entry.label for entry in part.classes] == [0, 1]
+    old = [index.classes[0], index.classes[2]]
+    assert [(e.name, e.source_id, e.count) for e in part.classes] == [(e.name, e.source_id, e.count) for e in old]
+    assert part.class_table_sha256 == class_table_sha256(part.classes) != index.class_table_sha256
+    assert part.sha256 == index.sha256
+    rows = [row for row in index.samples.tolist() if row[1] != 1]  # shard, label, offset, ...
+    assert part.samples.tolist() == [(shard, {0: 0, 2: 1}[label], *rest) for shard, label, *rest in rows]
+    assert index.labels.max() == 2
+
+    again = pickle.loads(pickle.dumps(part))
+    assert np.array_equal(again.samples, part.samples)
+    assert (again.classes, again.class_table_sha256) == (part.classes, part.class_table_sha256)
+
+
+def test_the_class_table_of_chosen_classes_has_their_lines(index: ShardIndex) -> None:
+    stored = (index.root / "index.classes.test.jsonl").read_bytes().splitlines(keepends=True)
+    for number_of, kept in ((index, stored), (index.choose_classes(np.array([1, 2]), name="some"), stored[1:])):
+        stream = io.BytesIO()
+        number_of.write_class_table(stream)
+        assert stream.getvalue() == b"".join(kept)
+
+
 def test_a_missing_folder_is_named_with_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere does not exist; build .*dist_proxygml\.shard"):
         open_index(tmp_path / "nowhere", "train")

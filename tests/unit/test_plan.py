@@ -12,6 +12,7 @@ from dist_proxygml.data.plan import (
     _argsort,
     class_balanced_order,
     count_steps,
+    draw_validation_classes,
     epoch_order,
     evaluation_batches,
 )
@@ -223,6 +224,23 @@ def test_evaluation_batches_cover_every_image_once_on_global_boundaries() -> Non
         ]
         assert together == [ids.tolist() for ids in alone]
     assert evaluation_batches(23, batch_size=4, rank=0, world_size=9) == []
+
+
+def test_batches_that_are_done_are_not_given_out_and_the_others_are_shared_evenly() -> None:
+    shares = [
+        [int(ids[0]) // 4 for ids in evaluation_batches(23, batch_size=4, rank=rank, world_size=2, done={0, 1, 4})]
+        for rank in range(2)
+    ]
+    assert shares == [[2], [3, 5]]
+
+
+def test_validation_classes_are_drawn_by_seed_and_number_and_more_of_them_hold_the_fewer() -> None:
+    few, many = (draw_validation_classes(50, num_drawn=number, seed=3).tolist() for number in (5, 20))
+    assert (len(set(few)), len(set(many))) == (5, 20)
+    assert set(few) < set(many) <= set(range(50))
+    assert many == sorted(many)
+    assert few == [4, 11, 20, 35, 47]  # a run that continues relies on it
+    assert few != draw_validation_classes(50, num_drawn=5, seed=4).tolist()
 
 
 def test_a_batch_size_that_does_not_divide_is_refused_with_those_that_do() -> None:

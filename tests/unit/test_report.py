@@ -277,7 +277,7 @@ def test_the_command_writes_the_page_and_prints_the_table(
     printed = capsys.readouterr().out
     assert "after training" in printed
     assert f"report: {run / 'report.html'}" in printed
-    assert main(["--run", str(run), "--data", str(tmp_path / "nowhere")]) == 1
+    assert main(["--run", str(run), "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -1,0 +1,101 @@
+"""The three numbers of a run: its last evaluation, and its best one as the validation classes or the test split say.
+
+    last                          what a run comes to if nobody chooses
+    best on validation classes    what the test split gives where classes that were held out are best: an honest choice
+    best on test                  the best of many looks at the test split itself: optimistic, though often published
+
+All three are results on the test split. What is best goes by checkpoint.keep_best, else by Recall@K of the smallest K;
+of equal ones the newest is taken. An evaluation before the first step is none of a trained model, and does not count.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+
+LAST = "last"
+BEST_ON_VALIDATION = "best on validation classes"
+BEST_ON_TEST = "best on test"
+
+
+class SelectedResult(NamedTuple):
+    """A result on the test split, and the number of training steps after which it was measured."""
+
+    step: int
+    result: EvaluationResult
+
+
+def select_results(run_directory: Path) -> dict[str, SelectedResult]:
+    """The results of a run that there are, by "last", "best on validation classes" and "best on test".
+
+    Raises:
+        ValueError: a stored evaluation is not one.
+    """
+    test = read_evaluations(run_directory, "step-")
+    test.pop(0, None)
+    if not test:
+        return {}
+    metric = selection_metric(run_directory)
+    # A run that was stopped between two evaluations of a step has only one of them.
+    validation = {step: r for step, r in read_evaluations(run_directory, "validation-step-").items() if step in test}
+    steps = {LAST: max(test), BEST_ON_VALIDATION: _best(validation, metric), BEST_ON_TEST: _best(test, metric)}
+    return {name: SelectedResult(step, test[step]) for name, step in steps.items() if step is not None}
+
+
+def selected_rows(run_directory: Path) -> dict[str, Mapping[str, float]]:
+    """The metrics of the best results, as rows for a table under that of the last one; none if there was no choice."""
+    selected = select_results(run_directory)
+    if len({chosen.step for chosen in selected.values()}) < 2 and BEST_ON_VALIDATION not in selected:
+        return {}
+    names = {
+        BEST_ON_VALIDATION: "best on validation classes, step {}",
+        BEST_ON_TEST: "best on test (optimistic), step {}",
+    }
+    return {
+        text.format(selected[name].step): selected[name].result.metrics
+        for name, text in names.items()
+        if name in selected
+    }
+
+
+def read_evaluations(run_directory: Path, prefix: str) -> dict[int, EvaluationResult]:
+    """Stored evaluations by step, in order: of the test split with the prefix "step-", of validation classes with
+    "validation-step-"; none on other data.
+
+    Raises:
+        ValueError: a file is not an evaluation.
+    """
+    found = {}
+    for path in (run_directory / "evaluation").glob(f"{prefix}*.json"):
+        if step := re.fullmatch(rf"{prefix}(\d+)", path.stem):
+            try:
+                found[int(step[1])] = EvaluationResult.from_json(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    return dict(sorted(found.items()))
+
+
+def selection_metric(run_directory: Path) -> str | None:
+    """The metric that the run's configuration chooses by; None: Recall@K of the smallest K that was measured."""
+    try:
+        config: Any = json.loads((run_directory / "config.json").read_text())
+        metric = config["checkpoint"]["keep_best"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return metric if isinstance(metric, str) else None
+
+
+def _best(evaluations: Mapping[int, EvaluationResult], metric: str | None) -> int | None:
+    scores = {step: _score(result, metric) for step, result in evaluations.items()}
+    finite = {step: score for step, score in scores.items() if math.isfinite(score)}
+    return max(finite, key=lambda step: (finite[step], step), default=None)
+
+
+def _score(result: EvaluationResult, metric: str | None) -> float:
+    recalls = [name for name in result.metrics if re.fullmatch(r"recall@\d+", name)]
+    metric = metric or min(recalls, key=lambda name: int(name.split("@")[1]), default="")
+    return result.metrics.get(metric, math.nan)
