@@ -88,9 +88,8 @@ def examine(
     # 3. A list that holds a right answer says itself where: the product above may differ from it in the last bit.
     neighbours_mK = gallery_g[places_mK]
     right_mK = labels_n[neighbours_mK] == labels_n[examined_m][:, None]
-    first_right_m = np.where(
-        right_mK.any(axis=1), right_mK.argmax(axis=1) + 1, np.maximum(first_right_m, num_neighbours + 1)
-    )
+    behind_m = np.maximum(first_right_m, num_neighbours + 1)
+    first_right_m = np.where(right_mK.any(axis=1), right_mK.argmax(axis=1) + 1, behind_m)
     return Neighbourhoods(
         examined_m,
         neighbours_mK,

@@ -127,7 +127,13 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         ValueError: the folder is not a run's.
     """
     run = read_run(run_directory)
-    sections = [*_picture_sections(run, index), proxy_section(run_directory / "proxies"), _curves(run), _protocol(run)]
+    sections = [
+        *_every_number(run.rows),
+        *_picture_sections(run, index),
+        proxy_section(run_directory / "proxies"),
+        _curves(run),
+        _protocol(run),
+    ]
     links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
     style = resources.files("dist_proxygml.evaluation").joinpath("report.css").read_text()
     page = "\n".join(
@@ -178,7 +184,7 @@ def _header(run: RunRecord, index: ShardIndex | None) -> str:
         f"{result.num_classes:,} classes{unseen}, "
         f"looks for its own class among all the others.{lone}</p>"
     )
-    return "\n".join([*parts, _results_table(rows), _reading_aid(result), _every_number(rows), "</header>"])
+    return "\n".join([*parts, _results_table(rows), _reading_aid(result), "</header>"])
 
 
 def _results_table(rows: Mapping[str, EvaluationResult]) -> str:
@@ -218,8 +224,10 @@ def _reading_aid(result: EvaluationResult) -> str:
     )
 
 
-def _every_number(rows: Mapping[str, EvaluationResult]) -> str:
+def _every_number(rows: Mapping[str, EvaluationResult]) -> list[Section]:
     """A row for each metric, with its meaning, its bounds where ties are known to move it, and its deviation."""
+    if not rows:
+        return []
     names = name_metrics(key for result in rows.values() for key in result.metrics)
     head = "".join(f'<th scope="col">{escape(row.capitalize())}</th>' for row in rows)
     body = []
@@ -227,13 +235,13 @@ def _every_number(rows: Mapping[str, EvaluationResult]) -> str:
         cells = "".join(f"<td>{_number(result, name.key)}</td>" for result in rows.values())
         meaning = f"<small>{escape(name.meaning)}</small>" if name.meaning else ""
         body.append(f'<tr><th scope="row">{escape(name.label)}{meaning}</th>{cells}</tr>')
-    return (
-        "<details open><summary>Every number, with its bounds</summary>\n"
-        '<p class="quiet">In percent. In brackets: what it is if all ties go wrong, and if all go right. '
-        "After ±: the deviation over k-means seeds.</p>\n"
-        '<div class="scroll"><table class="numbers">'
-        f'<thead><tr><th scope="col">Metric</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div></details>'
+    html = (
+        "<p>In percent. In brackets: what it is if all ties go wrong, and if all go right. After ±: the deviation over "
+        "k-means seeds.</p>\n"
+        f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+    return [Section("numbers", "Every number", html)]
 
 
 def _number(result: EvaluationResult, key: str) -> str:
@@ -243,7 +251,7 @@ def _number(result: EvaluationResult, key: str) -> str:
     if (bounds := _bounds(result).get(key)) is not None:
         low, high = (f"{100 * bound:.2f}" for bound in bounds)
         text += f"<small>[{low}, {high}]</small>"
-    if (deviation := result.metrics.get(f"{key}_sd")) is not None:
+    if deviation := result.metrics.get(f"{key}_sd"):
         text += f"<small>± {100 * deviation:.2f}</small>"
     return text
 

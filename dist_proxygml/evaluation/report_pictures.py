@@ -18,7 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.evaluation.copies import MAX_BITS, MAX_DIFFERENCE, Pair, file_keys, find_copies, find_look_alikes
+from dist_proxygml.evaluation.copies import (
+    MAX_BITS,
+    MAX_DIFFERENCE,
+    SMALL,
+    Pair,
+    file_keys,
+    find_copies,
+    find_look_alikes,
+)
 from dist_proxygml.evaluation.embed import EmbeddingTable
 from dist_proxygml.evaluation.hubs import count_hubs
 from dist_proxygml.evaluation.neighbourhoods import Neighbourhoods, examine
@@ -140,7 +148,7 @@ def _retrieval(album: _Album, chosen: np.ndarray) -> Iterable[str]:
         query, right_K = int(lists.queries[number]), lists.right[number, :NUM_NEIGHBOURS]
         found = f"{int(right_K.sum())} of {int(lists.num_positives[number])} found"
         if not right_K.any():
-            found = f"first right answer at {int(lists.first_right[number]):,}"
+            found = f"first right answer<br>at {int(lists.first_right[number]):,}"
         tiles = []
         for neighbour, score, right in zip(
             lists.neighbours[number].tolist(), lists.scores[number], right_K, strict=False
@@ -234,8 +242,8 @@ def _hubs(album: _Album) -> Section:
         "Which images are found too often",
         f"<p>In the lists of the {length} nearest images of {num_lists:,} queries"
         f"{'' if lists.are_all else f' (of {lists.num_queries:,}, drawn at random)'}, an image occurs "
-        f"{mean:.1f} times on average. {skewness}{never} These occur most often; a list counts as wrong where its query "
-        f'is of another class.</p>\n<div class="cards hubs">{"".join(cards)}</div>',
+        f"{mean:.1f} times on average. {skewness}{never} These occur most often; a list counts as wrong where its "
+        f'query is of another class.</p>\n<div class="cards hubs">{"".join(cards)}</div>',
     )
 
 
@@ -274,7 +282,7 @@ def _compared(here: Thumbnails, there: Thumbnails) -> list[str]:
     if copies.num_compared < copies.num_found:
         compared = f"of which {copies.num_compared:,} were compared byte for byte"
     verdict = (
-        f"<b>{_are(copies.num_expected)}</b> {here.index.num_samples:,} test images "
+        f"{_are(copies.num_expected)} {here.index.num_samples:,} test images "
         f"{'is a copy' if copies.num_expected == 1 else 'are copies'} of one of the {there.index.num_samples:,} "
         f"training images (equal length and checksum{f', {compared}' if copies.num_found else ''})."
     )
@@ -283,9 +291,9 @@ def _compared(here: Thumbnails, there: Thumbnails) -> list[str]:
         looked_at = f"{alike.num_here:,} test and {alike.num_there:,} training images, drawn at random,"
     candidates = (
         f"Among {looked_at} <b>{len(others):,}</b> more {'pair looks' if len(others) == 1 else 'pairs look'} alike: "
-        f"difference hashes of 64 bits that agree in at least {64 - MAX_BITS}, and 16 x 16 pictures whose colours differ "
-        f"by at most {100 * MAX_DIFFERENCE:g}%. That finds the same picture in another size or compression, not crops, "
-        "and may take two drawings for one: look for yourself."
+        f"difference hashes of 64 bits that agree in at least {64 - MAX_BITS}, and {SMALL} x {SMALL} pictures whose "
+        f"colours differ by at most {100 * MAX_DIFFERENCE:g}%. That finds the same picture in another size or "
+        "compression, not crops, and may take two drawings for one: look for yourself."
     )
     return [
         f"<p>{verdict}</p>",
@@ -336,7 +344,7 @@ def _copies_within(index: ShardIndex) -> str:
 
 
 def _are(number: int) -> str:
-    return f"{number:,} of" if number else "None of"
+    return f"<b>{number:,}</b> of" if number else "<b>None</b> of"
 
 
 def _image(url: str, description: str) -> str:

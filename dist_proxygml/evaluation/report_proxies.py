@@ -50,16 +50,12 @@ def _described(statistics: Mapping[str, Any]) -> str:
     if examples:
         names = ", ".join(_example(example, per_class) for example in examples[:_MAX_EXAMPLES])
         parts.append(f'<p class="quiet">The first of them: {names}.</p>')
-    histograms = [
-        Histogram(
-            f"{what}, {sum(statistics[key]['counts']):,} pairs", statistics[key]["edges"], statistics[key]["counts"]
-        )
-        for key, what in (("kept_positive", "of its class"), ("kept_negative", "of other classes"))
-    ]
+    histograms = []
+    for key, what in (("kept_positive", "of its class"), ("kept_negative", "of other classes")):
+        counts = statistics[key]["counts"]
+        histograms.append(Histogram(f"{what}, {sum(counts):,} pairs", statistics[key]["edges"], counts))
     chart = histogram_chart(
-        "Similarity of an image and the proxies it keeps",
-        histograms,
-        x_label="cosine, percent of the pairs in each bin",
+        "Similarity of images and the proxies they keep", histograms, x_label="cosine, percent of the pairs in each bin"
     )
     parts.append(f'<div class="charts">{chart}</div>' if chart else '<p class="quiet">No kept pairs were counted.</p>')
     return "\n".join(parts)
