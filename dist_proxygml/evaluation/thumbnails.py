@@ -46,7 +46,7 @@ class Thumbnails:
 def data_url(image: Image.Image) -> str:
     """A picture of at most MAX_BYTES as a data URL."""
     kind, payload = min(
-        (_encoded(image, "png", optimize=True), _encoded(image, "jpeg", quality=_QUALITIES[0])),
+        (_encoded(image, "png"), _encoded(image, "jpeg", quality=_QUALITIES[0])),
         key=lambda candidate: len(candidate[1]),
     )
     while len(payload) > MAX_BYTES:
