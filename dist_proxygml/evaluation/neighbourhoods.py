@@ -1,4 +1,7 @@
-"""What a report looks at: the neighbour lists of a bounded number of queries, in the order that the metrics use.
+"""What a report looks at: the neighbour lists of a bounded number of queries.
+
+    order: score descending, then row ascending; scores are float32, so two that agree to the last bits may stand in
+        another order than the metrics count
 
 With more queries than `most` it takes that many random ones, so that a page of 60,000 images takes no longer than one
 of 10,000 queries among them. Where a table says which rows are queries and which are the gallery, lists hold gallery
@@ -12,11 +15,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from dist_proxygml.evaluation.embed import EmbeddingTable
-from dist_proxygml.evaluation.ranking import rank_neighbours
-from dist_proxygml.evaluation.search import FlatIndex
 
 _TILE = 256
 
@@ -52,9 +55,9 @@ def examine(
         progress: called with the number of queries just done.
 
     Raises:
-        ValueError: there is no query with a right answer, or no usable faiss.
+        ValueError: there is no query with a right answer.
     """
-    embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
+    labels_n = table.labels.numpy()
     is_query_n, is_gallery_n = roles(table)
     gallery_g = np.flatnonzero(is_gallery_n)
     # 1. Right answers of every row; a row that is in the gallery itself is not its own.
@@ -67,9 +70,8 @@ def examine(
 
     # 2. Tile by tile, in the order of rows, as they lie in memory.
     by_row = np.argsort(examined_m)
-    rows_g = np.ascontiguousarray(embeddings_nD[gallery_g])
+    rows_gD = table.embeddings[torch.from_numpy(gallery_g)]
     labels_g = labels_n[gallery_g]
-    search = FlatIndex(rows_g)
     num_neighbours = min(num_neighbours, len(gallery_g) - 1)
     places_mK = np.zeros((len(examined_m), num_neighbours), dtype=np.int64)
     scores_mK = np.zeros((len(examined_m), num_neighbours), dtype=np.float32)
@@ -77,19 +79,16 @@ def examine(
     for start in range(0, len(examined_m), _TILE):
         tile = by_row[start : start + _TILE]
         rows_t = examined_m[tile]
-        self_t = np.where(is_gallery_n[rows_t], np.searchsorted(gallery_g, rows_t), -1)
-        ranking = rank_neighbours(search, embeddings_nD[rows_t], query_ids=self_t, num_neighbours=num_neighbours)
-        places_mK[tile], scores_mK[tile] = ranking.ids, ranking.scores
-        scores_tg = embeddings_nD[rows_t] @ rows_g.T
-        first_right_m[tile] = _first_right(scores_tg, labels_n[rows_t], labels_g, self_t)
+        scores_tg = table.embeddings[torch.from_numpy(rows_t)] @ rows_gD.T
+        inside = np.flatnonzero(is_gallery_n[rows_t])
+        scores_tg[inside, np.searchsorted(gallery_g, rows_t[inside])] = -torch.inf  # not its own neighbour
+        places_mK[tile], scores_mK[tile] = _nearest(scores_tg, num_neighbours)
+        first_right_m[tile] = _first_right(scores_tg.numpy(), labels_n[rows_t], labels_g)
         if progress is not None:
             progress(len(tile))
 
-    # 3. A list that holds a right answer says itself where: the product above may differ from it in the last bit.
     neighbours_mK = gallery_g[places_mK]
     right_mK = labels_n[neighbours_mK] == labels_n[examined_m][:, None]
-    behind_m = np.maximum(first_right_m, num_neighbours + 1)
-    first_right_m = np.where(right_mK.any(axis=1), right_mK.argmax(axis=1) + 1, behind_m)
     return Neighbourhoods(
         examined_m,
         neighbours_mK,
@@ -111,21 +110,28 @@ def roles(table: EmbeddingTable) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarra
     return is_query_n, is_gallery_n
 
 
+def _nearest(scores_tg: Tensor, num_neighbours: int) -> tuple[Int[np.ndarray, "t K"], Float[np.ndarray, "t K"]]:
+    """The places of the highest scores, and these: score descending, then place ascending."""
+    scores = scores_tg.numpy()
+    highest = scores_tg.topk(min(num_neighbours + 1, scores.shape[1]), dim=1)
+    values_tF, places_tF = highest.values.numpy(), highest.indices.numpy()
+    order_tK = np.lexsort((places_tF, -values_tF), axis=1)[:, :num_neighbours]
+    places_tK: Int[np.ndarray, "t K"] = np.take_along_axis(places_tF, order_tK, axis=1)
+    if places_tF.shape[1] > num_neighbours:  # which of equal scores `topk` keeps is its affair
+        for row in np.flatnonzero(values_tF[:, -2] == values_tF[:, -1]):
+            places_tK[row] = np.argsort(-scores[row], kind="stable")[:num_neighbours]
+    return places_tK, np.take_along_axis(scores, places_tK, axis=1)
+
+
 def _first_right(
-    scores_tg: Float[np.ndarray, "t g"],
-    labels_t: Int[np.ndarray, " t"],
-    labels_g: Int[np.ndarray, " g"],
-    self_t: Int[np.ndarray, " t"],
+    scores_tg: Float[np.ndarray, "t g"], labels_t: Int[np.ndarray, " t"], labels_g: Int[np.ndarray, " g"]
 ) -> Int[np.ndarray, " t"]:
-    """One more than the number of gallery rows in front of the best right one: higher scores, and equal ones of lower
-    rows. Overwrites each query's score with itself.
-    """
-    inside = np.flatnonzero(self_t >= 0)
-    scores_tg[inside, self_t[inside]] = -np.inf
+    """The position, from 1, of each query's first right answer in the order of `_nearest`."""
     positions = []
     for label, scores_g in zip(labels_t, scores_tg, strict=True):
         right = np.flatnonzero(labels_g == label)
-        best = right[scores_g[right].argmax()]  # the first of equals: the lowest row
-        equal = np.flatnonzero(scores_g[:best] == scores_g[best])
-        positions.append(1 + int(np.count_nonzero(scores_g > scores_g[best])) + len(equal))
+        best = right[scores_g[right].argmax()]  # the first of equals: the lowest place
+        num_higher = np.count_nonzero(scores_g > scores_g[best])
+        num_equal = np.count_nonzero(scores_g[:best] == scores_g[best])
+        positions.append(1 + num_higher + num_equal)
     return np.array(positions, dtype=np.int64)

@@ -4,7 +4,7 @@
     thumbnails
 
 At most NUM_PICTURES thumbnails of at most `thumbnails.MAX_BYTES` each, so the page stays under ten megabytes whatever
-the data set. Everything is recomputed from the stored embeddings, in the exact order that the metrics use.
+the data set. Everything is recomputed from the stored embeddings.
 
 Dimension key: m examined queries, g gallery images, K neighbours.
 """
