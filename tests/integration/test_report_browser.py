@@ -24,7 +24,7 @@ ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 LOOK = """() => ({
     images: document.images.length,
     broken: [...document.images].filter(image => !(image.complete && image.naturalWidth > 0)).map(image => image.alt),
-    collapsed: [...document.images].filter(image => image.getBoundingClientRect().width < 20).map(image => image.alt),
+    collapsed: [...document.images].filter(image => image.getBoundingClientRect().width < 40).map(image => image.alt),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     outside: [...document.querySelectorAll('body *')].filter(element => !element.closest('.scroll, pre'))
         .filter(element => element.getBoundingClientRect().right > document.documentElement.clientWidth + 1)

@@ -98,6 +98,12 @@ def test_the_same_shape_in_another_colour_is_another_picture(tmp_path: Path) -> 
     assert find_look_alikes(*shards(tmp_path, files[:1], files[1:]), most=10).pairs == []
 
 
+def test_two_pale_pictures_of_different_shapes_are_different(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(240, 250, 64), (64, 1)).astype(np.uint8)
+    files: list[Picture] = [(jpeg(Image.fromarray(pixels).convert("RGB"), 98), 0) for pixels in (ramp, ramp[:, ::-1])]
+    assert find_look_alikes(*shards(tmp_path, files[:1], files[1:]), most=10).pairs == []
+
+
 def test_at_most_so_many_are_looked_at_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
     files: list[Picture] = [(jpeg(image), 0) for image in photographs(6)]
     test, train = shards(tmp_path, [*files, (b"\xff\xd8\xff broken", 0)], files)
