@@ -29,8 +29,9 @@ _NAMES = (
     MetricName("nmi", "NMI", f"mutual information of {_CLUSTERS}"),
     MetricName("ami", "AMI", f"as NMI, less what chance gives: {_CLUSTERS}"),
     MetricName("f1", "F1", f"pairs of images that are together in both: {_CLUSTERS}"),
+    MetricName("legacy_recall@", "Recall@{} as published", "what the authors' evaluation gives for Recall@{}"),
+    MetricName("legacy_nmi", "NMI as published", "what the authors' evaluation gives for NMI"),
 )
-_RECALL = re.compile(r"recall@(\d+)")
 
 
 def name_metrics(keys: Iterable[str]) -> list[MetricName]:
@@ -38,9 +39,9 @@ def name_metrics(keys: Iterable[str]) -> list[MetricName]:
     found = set(keys)
     named = []
     for name in _NAMES:
-        if name.key == "recall@":
-            cuts = sorted(int(match[1]) for key in found if (match := _RECALL.fullmatch(key)))
-            named += [MetricName(f"recall@{k}", name.label.format(k), name.meaning.format(k)) for k in cuts]
+        if name.key.endswith("@"):
+            cuts = sorted(int(match[1]) for key in found if (match := re.fullmatch(rf"{name.key}(\d+)", key)))
+            named += [MetricName(f"{name.key}{k}", name.label.format(k), name.meaning.format(k)) for k in cuts]
         elif name.key in found:
             named.append(name)
     known = {name.key for name in named}

@@ -4,9 +4,8 @@
         another order than the metrics count
 
 With more queries than `most` it takes that many random ones, so that a page of 60,000 images takes no longer than one
-of 10,000 queries among them. Where a table says which rows are queries and which are the gallery, lists hold gallery
-rows only; otherwise every row is both. A query is never its own neighbour, and one without a right answer in the
-gallery is no query.
+of 10,000 queries among them. Where queries and gallery are apart, lists hold gallery rows only; otherwise every row is
+both. A query is never its own neighbour, and one without a right answer in the gallery is no query.
 
 Dimension key: n rows of the table, g gallery rows, m examined queries, t queries of a tile, K neighbours.
 """
@@ -44,7 +43,12 @@ class Neighbourhoods(NamedTuple):
 
 
 def examine(
-    table: EmbeddingTable, *, num_neighbours: int, most: int, progress: Callable[[int], object] | None = None
+    table: EmbeddingTable,
+    *,
+    num_neighbours: int,
+    most: int,
+    is_gallery: Bool[np.ndarray, " n"] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Neighbourhoods:
     """Search for a table's queries, at most this many.
 
@@ -52,13 +56,15 @@ def examine(
         table: embeddings and labels.
         num_neighbours: K, less where the gallery has fewer images.
         most: queries that are examined; drawn at random where there are more.
+        is_gallery: which rows are searched, by the other ones; None: all rows, by all.
         progress: called with the number of queries just done.
 
     Raises:
         ValueError: there is no query with a right answer.
     """
     labels_n = table.labels.numpy()
-    is_query_n, is_gallery_n = roles(table)
+    is_gallery_n = np.ones(len(labels_n), dtype=bool) if is_gallery is None else is_gallery
+    is_query_n = is_gallery_n if is_gallery is None else ~is_gallery
     gallery_g = np.flatnonzero(is_gallery_n)
     # 1. Right answers of every row; a row that is in the gallery itself is not its own.
     in_gallery_of_class = np.bincount(labels_n[gallery_g], minlength=int(labels_n.max()) + 1)
@@ -100,14 +106,6 @@ def examine(
         places_mK,
         len(queries),
     )
-
-
-def roles(table: EmbeddingTable) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Which rows of a table are queries and which are in the gallery: all of them, unless it says otherwise."""
-    everything_n = np.ones(len(table.labels), dtype=bool)
-    given = (getattr(table, name, None) for name in ("is_query", "is_gallery"))
-    is_query_n, is_gallery_n = (everything_n if part is None else np.asarray(part, dtype=bool) for part in given)
-    return is_query_n, is_gallery_n
 
 
 def _nearest(scores_tg: Tensor, num_neighbours: int) -> tuple[Int[np.ndarray, "t K"], Float[np.ndarray, "t K"]]:

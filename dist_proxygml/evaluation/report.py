@@ -171,20 +171,24 @@ def _header(run: RunRecord, index: ShardIndex | None) -> str:
         )
         return "\n".join([*parts, "</header>"])
     result = list(rows.values())[-1]
-    last = max(run.evaluations, default=0)
-    unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
-    trained = f"After {last:,} training steps, every" if last else "Every"
-    lone = (
-        f" {_count(result.num_lone, 'image has', 'images have')} no other of their class and only distract."
-        if result.num_lone
-        else ""
-    )
-    parts.append(
-        f'<p class="lead">{trained} one of {result.num_images:,} images of '
-        f"{result.num_classes:,} classes{unseen}, "
-        f"looks for its own class among all the others.{lone}</p>"
-    )
+    parts.append(f'<p class="lead">{_lead(run, result, index)}</p>')
     return "\n".join([*parts, _results_table(rows), _reading_aid(result), "</header>"])
+
+
+def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) -> str:
+    """What was measured, in a sentence or two."""
+    last = max(run.evaluations, default=0)
+    start = f"After {last:,} training steps, every one" if last else "Every one"
+    unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
+    num_gallery = result.protocol.get("counts", {}).get("gallery", result.num_images)
+    if num_gallery == result.num_images:
+        asked, searched = f"{result.num_images:,} images", "all the others"
+        lone = _count(result.num_lone, "image has", "images have") + " no other of their class and only distract"
+    else:
+        asked, searched = f"{result.num_queries:,} queries", f"{num_gallery:,} images of a gallery"
+        lone = _count(result.num_lone, "query", "queries") + " without a right answer there are left out"
+    lead = f"{start} of {asked} of {result.num_classes:,} classes{unseen}, looks for its own class among {searched}."
+    return f"{lead} {lone}." if result.num_lone else lead
 
 
 def _results_table(rows: Mapping[str, EvaluationResult]) -> str:
@@ -258,7 +262,7 @@ def _number(result: EvaluationResult, key: str) -> str:
 
 def _bounds(result: EvaluationResult) -> Mapping[str, tuple[float, float]]:
     """Bounds for ties by metric."""
-    return {"recall@1": result.recall_at_1_bounds}
+    return getattr(result, "bounds", {"recall@1": result.recall_at_1_bounds})
 
 
 def _picture_sections(run: RunRecord, index: ShardIndex | None) -> list[Section]:
@@ -267,22 +271,35 @@ def _picture_sections(run: RunRecord, index: ShardIndex | None) -> list[Section]
         reason = "No embeddings are stored for this run yet; they are written with the next evaluation."
     elif index is None:
         reason = "The images of this run are not at hand; name their shards to see what it retrieves."
-    elif not _belongs_to(run.table, index):
-        reason = (
-            "These shards are not the ones that the run was evaluated on; name the right ones to see what it retrieves."
-        )
     else:
         try:
-            return picture_sections(run.table, index, _training_split(run, index))
+            gallery = _gallery_split(run, index)
+            if _belongs_to(run.table, index, gallery):
+                training = _training_split(run, index)
+                return picture_sections(run.table, index, gallery=gallery, training=training)
+            reason = (
+                "These shards are not the ones that the run was evaluated on; name the right ones to see what it "
+                "retrieves."
+            )
         except ValueError as error:  # a damaged image must not cost the rest of the page
             reason = f"The images cannot be shown: {error}"
     return [Section("retrieves", "What it retrieves", f'<p class="quiet">{escape(reason)}</p>')]
 
 
-def _belongs_to(table: EmbeddingTable, index: ShardIndex) -> bool:
-    """Whether the embeddings can be those of a split, some of whose images may have been left out."""
+def _belongs_to(table: EmbeddingTable, index: ShardIndex, gallery: ShardIndex | None) -> bool:
+    """Whether the embeddings can be those of the splits, some of whose images may have been left out."""
     ids_n, labels_n = table.ids.numpy(), table.labels.numpy()
-    return bool(ids_n[-1] < index.num_samples) and np.array_equal(labels_n, index.labels[ids_n])
+    known = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
+    return bool(ids_n[-1] < len(known)) and np.array_equal(labels_n, known[ids_n])
+
+
+def _gallery_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
+    """The split that the last evaluation searched; None where that was the split of its queries. Raises ValueError as
+    `open_index`.
+    """
+    rows = list(run.rows.values())
+    split = rows[-1].protocol.get("data", {}).get("gallery_split") if rows else None
+    return None if split is None else index.open_sibling(split)
 
 
 def _training_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:

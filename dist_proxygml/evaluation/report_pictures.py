@@ -56,13 +56,17 @@ class Section(NamedTuple):
 class _Album(NamedTuple):
     """What the sections are made of."""
 
-    thumbnails: Thumbnails
+    thumbnails: Thumbnails  # of the split
+    of_gallery: Thumbnails | None  # of a gallery of its own
     labels: np.ndarray  # int64 [n]
-    ids: np.ndarray  # int64 [n]: the rows' positions in the split's index
+    ids: np.ndarray  # int64 [n]: the rows' positions in the split's index; those of a gallery go on behind it
     lists: Neighbourhoods
 
     def picture(self, row: int, description: str) -> str:
-        return _image(self.thumbnails.url(int(self.ids[row])), description)
+        sample_id, num_samples = int(self.ids[row]), self.thumbnails.index.num_samples
+        if self.of_gallery is not None and sample_id >= num_samples:
+            return _image(self.of_gallery.url(sample_id - num_samples), description)
+        return _image(self.thumbnails.url(sample_id), description)
 
     def name(self, row: int) -> str:
         return class_name(self.thumbnails.index, int(self.labels[row]))
@@ -77,23 +81,35 @@ class _Album(NamedTuple):
         )
 
 
-def picture_sections(table: EmbeddingTable, index: ShardIndex, training: ShardIndex | None) -> list[Section]:
+def picture_sections(
+    table: EmbeddingTable, index: ShardIndex, *, gallery: ShardIndex | None, training: ShardIndex | None
+) -> list[Section]:
     """The sections that show images.
 
     Args:
-        table: embeddings of the split.
+        table: embeddings of the split, and behind them those of the gallery.
         index: the split.
+        gallery: the split that is searched, with the same classes; None: the split itself.
         training: the split that the run was trained on, as far as it is at hand.
 
     Raises:
         ValueError: an image that would be shown cannot be read, or no query has a right answer.
     """
-    num_queries = min(len(table.labels), MAX_EXAMINED)
+    ids_n = table.ids.numpy()
+    is_gallery_n = None if gallery is None else ids_n >= index.num_samples
+    num_queries = min(len(ids_n) if is_gallery_n is None else int((~is_gallery_n).sum()), MAX_EXAMINED)
     with tqdm(total=num_queries, desc="report: searching", unit=" queries", delay=1.0, leave=False) as bar:
-        lists = examine(table, num_neighbours=max(NUM_NEIGHBOURS, HUB_LIST), most=MAX_EXAMINED, progress=bar.update)
-    album = _Album(Thumbnails(index), table.labels.numpy(), table.ids.numpy(), lists)
+        lists = examine(
+            table,
+            num_neighbours=max(NUM_NEIGHBOURS, HUB_LIST),
+            most=MAX_EXAMINED,
+            is_gallery=is_gallery_n,
+            progress=bar.update,
+        )
+    of_gallery = None if gallery is None else Thumbnails(gallery)
+    album = _Album(Thumbnails(index), of_gallery, table.labels.numpy(), ids_n, lists)
     sections = [_at_random(album), _worst(album), _confusions(album), _hubs(album)]
-    sections.append(_seen_in_training(album.thumbnails, training))
+    sections.append(_seen_in_training(album.thumbnails, training, has_gallery=gallery is not None))
     return [section for section in sections if section.html]
 
 
@@ -250,9 +266,11 @@ def _hubs(album: _Album) -> Section:
 # ---- images that training has seen too ------------------------------------------------------------
 
 
-def _seen_in_training(here: Thumbnails, training: ShardIndex | None) -> Section:
+def _seen_in_training(here: Thumbnails, training: ShardIndex | None, *, has_gallery: bool) -> Section:
     """Copies and look-alikes between training and test images, and copies within the test images."""
     parts = []
+    if has_gallery:
+        parts.append("<p>Test images are the queries here; those of the gallery were not compared.</p>")
     if training is None:
         parts.append('<p class="quiet">The training images are not at hand, so nothing was compared with them.</p>')
     elif training.split == here.index.split and training.sha256 == here.index.sha256:

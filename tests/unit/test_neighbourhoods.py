@@ -1,22 +1,11 @@
 """Lists of a report: a full sort's, with ties and copies, for queries and galleries that are not the same."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from dist_proxygml.evaluation.embed import EmbeddingTable
 from dist_proxygml.evaluation.neighbourhoods import examine
-
-
-class TableWithRoles(NamedTuple):
-    embeddings: Tensor
-    labels: Tensor
-    ids: Tensor
-    is_query: Tensor
-    is_gallery: Tensor
 
 
 def make_table(num_images: int = 400, num_classes: int = 60) -> EmbeddingTable:
@@ -30,18 +19,13 @@ def make_table(num_images: int = 400, num_classes: int = 60) -> EmbeddingTable:
     return EmbeddingTable(torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(labels), torch.arange(num_images))
 
 
-@pytest.mark.parametrize("roles", ["all", "apart", "overlapping"])
-def test_lists_and_first_right_answers_are_those_of_a_full_sort(roles: str) -> None:
+@pytest.mark.parametrize("are_apart", [False, True])
+def test_lists_and_first_right_answers_are_those_of_a_full_sort(are_apart: bool) -> None:
     table = make_table()
     numbers = np.arange(len(table.labels))
-    is_query, is_gallery = np.ones(len(numbers), bool), np.ones(len(numbers), bool)
-    if roles != "all":
-        is_query, is_gallery = numbers % 3 == 0, numbers % 3 != 0
-        is_gallery |= (numbers % 5 == 0) & (roles == "overlapping")
-        given = TableWithRoles(*table, torch.from_numpy(is_query), torch.from_numpy(is_gallery))
-    else:
-        given = table  # type: ignore[assignment]
-    lists = examine(given, num_neighbours=10, most=10_000)  # type: ignore[arg-type]
+    is_gallery = (numbers % 3 != 0) | (not are_apart)
+    is_query = (numbers % 3 == 0) | (not are_apart)
+    lists = examine(table, num_neighbours=10, most=10_000, is_gallery=is_gallery if are_apart else None)
 
     embeddings, labels = table.embeddings.numpy(), table.labels.numpy()
     seen = {}

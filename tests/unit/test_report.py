@@ -215,6 +215,41 @@ def test_copies_of_training_images_are_shown_with_both_labels(tmp_path: Path) ->
     assert "No two test images share a file." in text
 
 
+def test_a_gallery_of_its_own_is_what_is_shown_and_counted(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = [png(generator.integers(0, 256, (SIDE, SIDE, 3))) for _ in range(40)]
+    pictures = [(image, number % 5) for number, image in enumerate(images)]
+    splits = write_picture_shards(tmp_path / "shards", {"query": pictures[:15], "gallery": pictures[15:]})
+    queries, gallery = splits["query"], splits["gallery"]
+    run = write_run(tmp_path / "run", queries, name="apart")
+    labels = torch.from_numpy(np.concatenate([queries.labels, gallery.labels]))
+    rows = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    save_table(EmbeddingTable(rows, labels, torch.arange(40)), run / "embeddings" / "step-000020.npz")
+    path = run / "evaluation" / "step-000020.json"
+    document = json.loads(path.read_text())
+    document["protocol"] |= {"counts": {"gallery": 25}, "data": {"gallery_split": "gallery"}}
+    path.write_text(json.dumps(document | {"num_queries": 13, "num_images": 40, "num_lone": 2}))
+
+    page = Page(write_report(run, queries).read_text())
+    text = " ".join(page.text.split())
+    assert "every one of 13 queries of 5 classes, looks for its own class among 25 images of a gallery." in text
+    assert "2 queries without a right answer there are left out." in text
+    assert f"of 15 queries, an image occurs {15 * 10 / 25:.1f} times on average" in text
+    of_queries = {Thumbnails(queries).url(number) for number in range(15)}
+    of_gallery = {Thumbnails(gallery).url(number) for number in range(25)}
+    for image in page.all("img"):
+        kind = (image["alt"] or "").split(":")[0]
+        if kind == "query":
+            assert image["src"] in of_queries
+        elif kind in ("right", "wrong") or kind.endswith("lists"):
+            assert image["src"] in of_gallery
+
+    # Shards without that gallery are not those that the run was evaluated on.
+    document["protocol"]["data"]["gallery_split"] = "elsewhere"
+    path.write_text(json.dumps(document))
+    assert "has the splits gallery, query, not" in Page(write_report(run, queries).read_text()).text
+
+
 def test_what_the_proxies_do_is_told_from_the_newest_statistics(run: Path, index: ShardIndex) -> None:
     (run / "proxies" / "step-000005.json").write_text("{")  # older: not read
     page = Page(write_report(run, index).read_text())
