@@ -13,8 +13,8 @@ Declined: WebDataset's iterable pipeline for training (its epoch depends on shar
 workers) and persistent workers (they keep a transform's old epoch).
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from dist_proxygml.data.plan import EpochPlan, MicroBatch, class_balanced_order,
 from dist_proxygml.data.shards import ShardReader, ShardUnavailableError
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.preemption import ignore_stop_signals
+
+Decoded = TypeVar("Decoded")
 
 
 class Batch(NamedTuple):
@@ -116,8 +118,15 @@ class ShardImages(Dataset[Batch]):
         """
         if self.cache is not None and (kept := self.cache.get(sample_id)) is not None:
             return kept
+        image = self.read(sample_id, decode_image)
+        if self.cache is not None:
+            self.cache.put(sample_id, image)
+        return image
+
+    def read(self, sample_id: int, decode: Callable[[bytes], Decoded]) -> Decoded:
+        """What `decode` makes of the image file of a sample. Raises ValueError as `image`."""
         try:
-            image = decode_image(self._read(sample_id))
+            return decode(self._read(sample_id))
         except ShardUnavailableError as problem:
             shard = self.index.shards[self.index.samples["shard"][sample_id]].file
             raise ShardUnavailableError(f"{self.index.location}/{shard}: {problem}") from problem
@@ -127,9 +136,6 @@ class ShardImages(Dataset[Batch]):
                 look = f"python -m dist_proxygml.shard verify --deep {self.index.root}"
                 remedy = f"look with `{look}`, then copy or build the shard again"
             raise ValueError(f"{self.index.describe(sample_id)}: {problem}; {remedy}") from problem
-        if self.cache is not None:
-            self.cache.put(sample_id, image)
-        return image
 
     def _read(self, sample_id: int) -> bytes:
         """The image file of a sample. A copy of a remote shard that was damaged here is fetched once more."""

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no picture file, colours from the page's style sheet.
+"""Line charts and histograms as inline SVG: no script, no picture file, colours from the page's style sheet.
 
 A chart scales with its column and follows light and dark through CSS classes (`series-0`,
 `series-1`, ...). Long series are averaged into a few hundred points first, so that a page stays
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26  # room for the axes' numbers
-
 
 DECADES = 1e4  # of a logarithmic axis: what falls to zero would otherwise take all of it
 
@@ -60,42 +59,111 @@ def line_chart(
         shown = [line for line in shown if line.points]
     xs = [x for line in shown for x, _ in line.points]
     ys = [y for line in shown for _, y in line.points]
-    x_ticks = ticks(min(xs), max(xs), count=5)
     y_ticks = _powers_of_ten(min(ys), max(ys)) if logarithmic else ticks(min(ys), max(ys), count=5)
-    x_range = (min(xs), max(max(xs), min(xs) + 1))
-    y_range = (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        x_share = (x - x_range[0]) / (x_range[1] - x_range[0])
-        low, high, value = (math.log10(v) if logarithmic else v for v in (*y_range, y))
-        return (
-            LEFT + x_share * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM),
-        )
-
-    parts = []
-    for tick in y_ticks:
-        _, y = place(x_range[0], tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick end" x="{LEFT - 7}" y="{y + 3.5:.1f}">{_number(tick)}</text>')
-    for tick in x_ticks:
-        x, _ = place(tick, y_range[0])
-        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{HEIGHT - 8}">{_number(tick)}</text>')
+    frame = _Frame(
+        (min(xs), max(max(xs), min(xs) + 1)),
+        (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))),
+        logarithmic,
+    )
+    parts = frame.axes(ticks(min(xs), max(xs), count=5), y_ticks)
     for number, line in enumerate(shown):
-        placed = [place(x, y) for x, y in line.points]
+        placed = [frame.place(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         dashed = " dashed" if line.dashed else ""
         parts.append(f'<polyline class="series-{number}{dashed}" points="{path}"/>')
         if markers and not line.dashed:
             parts += [f'<circle class="series-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in placed]
-    legend = "".join(
+    spoken = "; ".join(f"{line.name} ends at {_number(line.points[-1][1])}" for line in shown)
+    return _figure(title, f"over {x_label}", _legend(shown), parts, spoken)
+
+
+class Histogram(NamedTuple):
+    """How many values fell between neighbouring edges."""
+
+    name: str
+    edges: Sequence[float]  # one more than counts, ascending
+    counts: Sequence[int]
+
+
+def histogram_chart(title: str, histograms: Sequence[Histogram], *, x_label: str) -> str:
+    """A figure with the outlines of histograms, each in percent of its own values; empty when none has any.
+
+    Args:
+        title: what was counted.
+        histograms: up to six. Edges without values on either end are cut off.
+        x_label: what the edges are, and the height.
+
+    Raises:
+        ValueError: a histogram has another number of edges than of counts and one.
+    """
+    lines = []
+    for histogram in histograms:
+        total = math.fsum(histogram.counts)
+        points = [
+            (float(edge), 100 * count / total)
+            for left, right, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True)
+            for edge in (left, right)
+            if total
+        ]
+        filled = [number for number, (_, share) in enumerate(points) if share > 0]
+        if filled:
+            inside = points[filled[0] : filled[-1] + 1]
+            lines.append((histogram.name, [(inside[0][0], 0.0), *inside, (inside[-1][0], 0.0)]))
+    if not lines:
+        return ""
+    xs, ys = ([point[axis] for _, points in lines for point in points] for axis in (0, 1))
+    y_ticks = ticks(0.0, max(ys), count=5)
+    frame = _Frame((min(xs), max(xs)), (0.0, max(y_ticks[-1], max(ys))))
+    parts = frame.axes(ticks(min(xs), max(xs), count=5), y_ticks)
+    for number, (_, points) in enumerate(lines):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.place(*point) for point in points))
+        parts.append(f'<polygon class="series-{number}" points="{path}"/>')
+    spoken = "; ".join(
+        f"{name}, most at {_number(max(points, key=lambda point: point[1])[0])}" for name, points in lines
+    )
+    return _figure(title, x_label, _legend([Series(name, points) for name, points in lines]), parts, spoken)
+
+
+class _Frame(NamedTuple):
+    """The part of the picture that lines are drawn in."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    logarithmic: bool = False
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point lies in the picture."""
+        x_share = (x - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
+        low, high, value = (math.log10(v) if self.logarithmic else v for v in (*self.y_range, y))
+        return (
+            LEFT + x_share * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    def axes(self, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
+        """Lines across for y, and the numbers of both axes, those of x that lie within it."""
+        parts = []
+        for tick in y_ticks:
+            _, y = self.place(self.x_range[0], tick)
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text class="tick end" x="{LEFT - 7}" y="{y + 3.5:.1f}">{_number(tick)}</text>')
+        for tick in x_ticks:
+            if self.x_range[0] <= tick <= self.x_range[1]:
+                x, _ = self.place(tick, self.y_range[0])
+                parts.append(f'<text class="tick middle" x="{x:.1f}" y="{HEIGHT - 8}">{_number(tick)}</text>')
+        return parts
+
+
+def _legend(shown: Sequence[Series]) -> str:
+    return "".join(
         f'<span><i class="swatch series-{number}{" dashed" if line.dashed else ""}"></i>{escape(line.name)}</span>'
         for number, line in enumerate(shown)
     )
-    spoken = "; ".join(f"{line.name} ends at {_number(line.points[-1][1])}" for line in shown)
+
+
+def _figure(title: str, subtitle: str, legend: str, parts: Sequence[str], spoken: str) -> str:
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}<small>over {escape(x_label)}</small>'
-        f"</figcaption>"
+        f'<figure class="chart"><figcaption>{escape(title)}<small>{escape(subtitle)}</small></figcaption>'
         f'<div class="legend">{legend}</div>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(f"{title}: {spoken}", quote=True)}">'

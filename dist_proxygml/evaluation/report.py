@@ -1,49 +1,39 @@
 """What a run came to: a table for the terminal, and one HTML page for people.
 
-    numbers before and after training -> what the model retrieves -> where it fails -> curves ->
-    protocol and configuration
+    numbers before and after training -> what the model retrieves -> where it fails -> hubs, copies -> proxies ->
+    curves -> protocol and configuration
 
-The page is one file: styles, curves (SVG) and thumbnails are inside, nothing is fetched and no
-script runs. It is written from the run's folder alone, plus the images that the embeddings came
-from; what a run does not have yet is a sentence on the page. Everything shown is recomputed from
-the newest stored embeddings, in the exact order that the metrics use.
+The page is one file: styles, curves (SVG) and thumbnails are inside, nothing is fetched and no script runs. It is
+written from the run's folder alone, plus the images that the embeddings came from; what a run does not have yet is a
+sentence on the page. Its size is bounded whatever the data set: see `report_pictures`, which makes the part with
+images.
 
-Run folder: config.json, metrics.jsonl, evaluation/{pixels,step-*}.json, embeddings/step-*.npz.
-Dimension key: q queries, n images, K neighbours.
+Run folder: config.json, metrics.jsonl, evaluation/{pixels,step-*}.json, embeddings/step-*.npz, proxies/step-*.json.
 """
 
-import base64
-import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.pipeline import ShardImages
-from dist_proxygml.data.transforms import Resize
 from dist_proxygml.evaluation.best import selected_rows
 from dist_proxygml.evaluation.charts import Series, line_chart
 from dist_proxygml.evaluation.embed import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.evaluation.metrics import count_positives
-from dist_proxygml.evaluation.ranking import first_positive_ranks, rank_neighbours
-from dist_proxygml.evaluation.search import FlatIndex
+from dist_proxygml.evaluation.metric_names import name_metrics
+from dist_proxygml.evaluation.report_pictures import Section, picture_sections
+from dist_proxygml.evaluation.report_proxies import proxy_section
 
-NUM_NEIGHBOURS = 8  # shown for each query
-NUM_QUERIES = 10  # shown at random, and as many of the worst
-NUM_PAIRS = 9  # of confused classes
-IMAGES_PER_CLASS = 4  # shown of each of a pair
-MAX_EXAMINED = 5000  # queries looked at for the worst and for confusions
-THUMBNAIL_SIDE = 128  # pixels at most
+_MAX_CHARACTERS = 400_000  # of a text that is quoted whole
+_MAX_LISTED = 20  # entries of a list in the protocol
+_HEADLINE = ("map@r", "nmi")  # beside Recall@K
 
 
 @dataclass(frozen=True)
@@ -141,22 +131,29 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
     """
     run = read_run(run_directory)
     sections = [
-        _header(run, index),
-        *_galleries(run, index),
+        *_every_number(run.rows),
+        *_picture_sections(run, index),
+        proxy_section(run_directory / "proxies"),
         _curves(run),
         _protocol(run),
-        _footer(run, index),
     ]
+    links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
     style = resources.files("dist_proxygml.evaluation").joinpath("report.css").read_text()
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(run.name)} - retrieval "
-        f"report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
+    page = "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+            "style-src 'unsafe-inline'\">",
+            f"<title>{escape(run.name)} - retrieval report</title>\n<style>\n{style}</style>\n</head>\n<body>",
+            _header(run, index),
+            f'<nav aria-label="Parts of this page">{links}</nav>\n<main>',
+            *(
+                f'<section id="{section.key}">\n<h2>{escape(section.title)}</h2>\n{section.html}\n</section>'
+                for section in sections
+            ),
+            f"</main>\n{_footer(index)}\n</body>\n</html>\n",
+        ]
     )
     path = run_directory / "report.html"
     unfinished = path.with_name(path.name + ".partial")
@@ -177,20 +174,24 @@ def _header(run: RunRecord, index: ShardIndex | None) -> str:
         )
         return "\n".join([*parts, "</header>"])
     result = list(rows.values())[-1]
-    last = max(run.evaluations, default=0)
-    unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
-    trained = f"After {last:,} training steps, every" if last else "Every"
-    lone = (
-        f" {_count(result.num_lone, 'image has', 'images have')} no other of their class and only distract."
-        if result.num_lone
-        else ""
-    )
-    parts.append(
-        f'<p class="lead">{trained} one of {result.num_images:,} images of '
-        f"{result.num_classes:,} classes{unseen}, "
-        f"looks for its own class among all the others.{lone}</p>"
-    )
+    parts.append(f'<p class="lead">{_lead(run, result, index)}</p>')
     return "\n".join([*parts, _results_table(rows), _reading_aid(result), "</header>"])
+
+
+def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) -> str:
+    """What was measured, in a sentence or two."""
+    last = max(run.evaluations, default=0)
+    start = f"After {last:,} training steps, every one" if last else "Every one"
+    unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
+    num_gallery = result.protocol.get("counts", {}).get("gallery", result.num_images)
+    if num_gallery == result.num_images:
+        asked, searched = f"{result.num_images:,} images", "all the others"
+        lone = _count(result.num_lone, "image has", "images have") + " no other of their class and only distract"
+    else:
+        asked, searched = f"{result.num_queries:,} queries", f"{num_gallery:,} images of a gallery"
+        lone = _count(result.num_lone, "query", "queries") + " without a right answer there are left out"
+    lead = f"{start} of {asked} of {result.num_classes:,} classes{unseen}, looks for its own class among {searched}."
+    return f"{lead} {lone}." if result.num_lone else lead
 
 
 def _results_table(rows: Mapping[str, EvaluationResult]) -> str:
@@ -221,11 +222,8 @@ def _reading_aid(result: EvaluationResult) -> str:
     )
     clustering = result.protocol.get("clustering")
     seeds = len(clustering["seeds"]) if clustering else 0
-    nmi = (
-        f"NMI compares the classes with k-means clusters: mean and deviation of {_count(seeds, 'run', 'runs')}."
-        if seeds
-        else ""
-    )
+    over = f"mean and deviation of {seeds} runs" if seeds > 1 else "one run"
+    nmi = f"NMI compares the classes with k-means clusters: {over}." if seeds else ""
     return (
         '<p class="quiet">Recall@K is the share of queries with a right answer among the first K. '
         "MAP@R also counts how many of a query's right answers come first, and how early. "
@@ -233,187 +231,92 @@ def _reading_aid(result: EvaluationResult) -> str:
     )
 
 
-# ---- the images ---------------------------------------------------------------------------------
+def _every_number(rows: Mapping[str, EvaluationResult]) -> list[Section]:
+    """A row for each metric, with its meaning, its bounds where ties are known to move it, and its deviation."""
+    if not rows:
+        return []
+    names = name_metrics(key for result in rows.values() for key in result.metrics)
+    head = "".join(f'<th scope="col">{escape(row.capitalize())}</th>' for row in rows)
+    body = []
+    for name in names:
+        cells = "".join(f"<td>{_number(result, name.key)}</td>" for result in rows.values())
+        meaning = f"<small>{escape(name.meaning)}</small>" if name.meaning else ""
+        body.append(f'<tr><th scope="row">{escape(name.label)}{meaning}</th>{cells}</tr>')
+    html = (
+        "<p>In percent. In brackets: what it is if all ties go wrong, and if all go right. After ±: the deviation over "
+        "k-means seeds.</p>\n"
+        f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+    return [Section("numbers", "Every number", html)]
 
 
-class _Gallery(NamedTuple):
-    """What the galleries are made of."""
-
-    split: ShardIndex
-    images: ShardImages
-    embeddings: np.ndarray  # float32 [n, D]
-    labels: np.ndarray  # int64 [n]
-    ids: np.ndarray  # int64 [n]: the rows' positions in the split's index
-    search: FlatIndex
-
-    def thumbnail(self, row: int, *, description: str) -> str:
-        data = _thumbnail_data(self.images, int(self.ids[row]))
-        return f'<img src="{data}" alt="{escape(description, quote=True)}">'
-
-    def class_name(self, image_id: int) -> str:
-        return self.split.classes[int(self.labels[image_id])].name
-
-    def neighbours(self, query_ids: np.ndarray, num_neighbours: int) -> tuple[np.ndarray, np.ndarray]:
-        ranking = rank_neighbours(
-            self.search,
-            self.embeddings[query_ids],
-            query_ids=query_ids,
-            num_neighbours=min(num_neighbours, len(self.labels) - 1),
-        )
-        return ranking.ids, ranking.scores
+def _number(result: EvaluationResult, key: str) -> str:
+    if key not in result.metrics:
+        return "-"
+    text = f"{100 * result.metrics[key]:.2f}"
+    if (bounds := _bounds(result).get(key)) is not None:
+        low, high = (f"{100 * bound:.2f}" for bound in bounds)
+        text += f"<small>[{low}, {high}]</small>"
+    if deviation := result.metrics.get(f"{key}_sd"):
+        text += f"<small>± {100 * deviation:.2f}</small>"
+    return text
 
 
-def _galleries(run: RunRecord, index: ShardIndex | None) -> list[str]:
-    """Random queries, worst queries, confused classes; or one sentence on why they are not there."""
+def _bounds(result: EvaluationResult) -> Mapping[str, tuple[float, float]]:
+    """Bounds for ties by metric."""
+    return getattr(result, "bounds", {"recall@1": result.recall_at_1_bounds})
+
+
+def _picture_sections(run: RunRecord, index: ShardIndex | None) -> list[Section]:
+    """The part with images, or one sentence on why it is not there."""
     if run.table is None:
         reason = "No embeddings are stored for this run yet; they are written with the next evaluation."
     elif index is None:
         reason = "The images of this run are not at hand; name their shards to see what it retrieves."
-    elif not _belongs_to(run.table, index):
-        reason = (
-            "These shards are not the ones that the run was evaluated on; name the right ones to see what it retrieves."
-        )
     else:
         try:
-            return _galleries_of(run.table, index)
+            gallery = _gallery_split(run, index)
+            if _belongs_to(run.table, index, gallery):
+                training = _training_split(run, index)
+                return picture_sections(run.table, index, gallery=gallery, training=training)
+            reason = (
+                "These shards are not the ones that the run was evaluated on; name the right ones to see what it "
+                "retrieves."
+            )
         except ValueError as error:  # a damaged image must not cost the rest of the page
             reason = f"The images cannot be shown: {error}"
-    return [f'<section>\n<h2>What it retrieves</h2>\n<p class="quiet">{escape(reason)}</p>\n</section>']
+    return [Section("retrieves", "What it retrieves", f'<p class="quiet">{escape(reason)}</p>')]
 
 
-def _belongs_to(table: EmbeddingTable, index: ShardIndex) -> bool:
-    """Whether the embeddings can be those of a split, some of whose images may have been left out."""
+def _belongs_to(table: EmbeddingTable, index: ShardIndex, gallery: ShardIndex | None) -> bool:
+    """Whether the embeddings can be those of the splits, some of whose images may have been left out."""
     ids_n, labels_n = table.ids.numpy(), table.labels.numpy()
-    return bool(ids_n[-1] < index.num_samples) and np.array_equal(labels_n, index.labels[ids_n])
+    known = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
+    return bool(ids_n[-1] < len(known)) and np.array_equal(labels_n, known[ids_n])
 
 
-def _galleries_of(table: EmbeddingTable, index: ShardIndex) -> list[str]:
-    embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
-    images = ShardImages(index, Resize(THUMBNAIL_SIDE))
-    gallery = _Gallery(index, images, embeddings_nD, labels_n, table.ids.numpy(), FlatIndex(embeddings_nD))
-    queries = np.flatnonzero(count_positives(labels_n))
-    shuffled = np.random.default_rng(0).permutation(queries)
-    examined = np.sort(shuffled[:MAX_EXAMINED])
-    positions = first_positive_ranks(embeddings_nD, labels_n, query_ids=examined)
-    position_of = dict(zip(examined.tolist(), positions.tolist(), strict=True))
-    worst = examined[np.lexsort((examined, -positions))]
-    worst = worst[[position_of[int(query)] > 1 for query in worst]][:NUM_QUERIES]
-    scope = "" if len(examined) == len(queries) else f" among {len(examined):,} random ones"
-
-    at_random = (
-        "<section>\n<h2>What it retrieves</h2>\n"
-        f"<p>Random queries, left, and the {NUM_NEIGHBOURS} images nearest to each. A green frame "
-        "with ✓ is the query's class, "
-        f"a red one with ✗ is another, named below it.{_why_red(labels_n[queries])}</p>\n"
-        + "\n".join(_retrieval(gallery, shuffled[:NUM_QUERIES], position_of))
-        + "\n</section>"
-    )
-    at_worst = (
-        f"<section>\n<h2>Where it fails</h2>\n<p>The queries{scope} whose first right answer comes "
-        "latest.</p>\n"
-        + (
-            "\n".join(_retrieval(gallery, worst, position_of))
-            or "<p>None: the first answer is right for all of them.</p>"
-        )
-        + "\n</section>"
-    )
-    return [at_random, at_worst, _confusions(gallery, examined)]
+def _gallery_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
+    """The split that the last evaluation searched; None where that was the split of its queries. Raises ValueError as
+    `open_index`.
+    """
+    rows = list(run.rows.values())
+    split = rows[-1].protocol.get("data", {}).get("gallery_split") if rows else None
+    return None if split is None else index.open_sibling(split)
 
 
-def _why_red(labels_q: np.ndarray) -> str:
-    """A sentence for data whose classes are smaller than a row, where even a perfect model shows red."""
-    sizes = np.unique(labels_q, return_counts=True)[1]
-    if sizes.max() > NUM_NEIGHBOURS:
-        return ""
-    span = f"{sizes.min()}" if sizes.min() == sizes.max() else f"{sizes.min()} to {sizes.max()}"
-    return f" A class has {span} images here, so every row has some red."
-
-
-def _retrieval(gallery: _Gallery, query_ids: np.ndarray, position_of: Mapping[int, int]) -> Iterable[str]:
-    """One row a query: the query, then its neighbours."""
-    if not len(query_ids):
-        return
-    num_positives_n = count_positives(gallery.labels)
-    ids_qK, scores_qK = gallery.neighbours(query_ids, NUM_NEIGHBOURS)
-    for query, ids_K, scores_K in zip(query_ids.tolist(), ids_qK, scores_qK, strict=True):
-        right_K = gallery.labels[ids_K] == gallery.labels[query]
-        name = gallery.class_name(query)
-        found = f"{int(right_K.sum())} of {int(num_positives_n[query])} found"
-        position = position_of.get(query)
-        if position is not None and position > len(ids_K):
-            found = f"first right answer<br>at {position:,}"
-        asked = gallery.thumbnail(query, description=f"query: {name}")
-        tiles = []
-        for neighbour, score, right in zip(ids_K.tolist(), scores_K, right_K, strict=True):
-            other = gallery.class_name(neighbour)
-            kind, mark = ("right", "✓") if right else ("wrong", "✗")
-            caption = "" if right else f"<figcaption>{escape(other)}</figcaption>"
-            described = f"{other}, similarity {score:.2f}"
-            picture = gallery.thumbnail(neighbour, description=f"{kind}: {described}")
-            tiles.append(
-                f'<figure class="tile {kind}" title="{escape(described, quote=True)}">{picture}'
-                f'<span class="mark" aria-hidden="true">{mark}</span>{caption}</figure>'
-            )
-        yield (
-            f'<div class="retrieval"><div class="query">{asked}'
-            f"<div><b>{escape(name)}</b><span>{found}</span></div></div>"
-            f'<div class="neighbours">{"".join(tiles)}</div></div>'
-        )
-
-
-def _confusions(gallery: _Gallery, examined: np.ndarray) -> str:
-    """The pairs of classes that most often are each other's first answer."""
-    first_q = np.concatenate(
-        [gallery.neighbours(examined[start : start + 256], 1)[0][:, 0] for start in range(0, len(examined), 256)]
-    )
-    query_labels, answer_labels = gallery.labels[examined], gallery.labels[first_q]
-    wrong = query_labels != answer_labels
-    pairs = Counter(
-        (min(a, b), max(a, b)) for a, b in zip(query_labels[wrong].tolist(), answer_labels[wrong].tolist(), strict=True)
-    )
-    most = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:NUM_PAIRS]
-    if not most:
-        return ""
-    cards = []
-    for (first, second), count in most:
-        num_queries = int(np.isin(query_labels, [first, second]).sum())
-        rows = "".join(
-            f"<div>{_class_images(gallery, label)}<b>{escape(gallery.split.classes[label].name)}</b></div>"
-            for label in (first, second)
-        )
-        cards.append(
-            f'<div class="pair">{rows}<p>{count} of {num_queries} queries find the other class first</p></div>'
-        )
-    return (
-        "<section>\n<h2>Which classes it confuses</h2>\n<p>The pairs that most often are each "
-        "other's first answer.</p>\n"
-        f'<div class="pairs">{"".join(cards)}</div>\n</section>'
-    )
-
-
-def _class_images(gallery: _Gallery, label: int) -> str:
-    name = gallery.split.classes[label].name
-    shown = np.flatnonzero(gallery.labels == label)[:IMAGES_PER_CLASS]
-    return "".join(gallery.thumbnail(int(image_id), description=name) for image_id in shown)
-
-
-def _thumbnail_data(images: ShardImages, image_id: int) -> str:
-    """An image as a data URL, PNG or JPEG, whichever is smaller."""
-    image = Image.fromarray(images.image(image_id).permute(1, 2, 0).numpy())
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    candidates = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        stream = io.BytesIO()
-        image.save(stream, kind, **options)
-        candidates.append((len(stream.getvalue()), kind, stream.getvalue()))
-    _, kind, payload = min(candidates)
-    return f"data:image/{kind};base64,{base64.b64encode(payload).decode('ascii')}"
+def _training_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
+    """The split that the run was trained on; None where it cannot be opened."""
+    try:
+        return index.open_sibling(run.config["data"]["train_split"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 # ---- curves, protocol, configuration ------------------------------------------------------------
 
 
-def _curves(run: RunRecord) -> str:
+def _curves(run: RunRecord) -> Section:
     losses = {
         "loss": "total",
         "classification": "classification",
@@ -430,7 +333,7 @@ def _curves(run: RunRecord) -> str:
         line_chart("Gradient norm", _training_series(run, norms), x_label="steps", logarithmic=True),
     ]
     drawn = "".join(charts) or '<p class="quiet">No training steps have been logged yet.</p>'
-    return f'<section>\n<h2>How it got there</h2>\n<div class="charts">{drawn}</div>\n</section>'
+    return Section("curves", "How it got there", f'<div class="charts">{drawn}</div>')
 
 
 def _evaluation_chart(run: RunRecord) -> str:
@@ -456,8 +359,8 @@ def _training_series(run: RunRecord, names: Mapping[str, str]) -> list[Series]:
     ]
 
 
-def _protocol(run: RunRecord) -> str:
-    parts = ["<section>\n<h2>How it was measured</h2>"]
+def _protocol(run: RunRecord) -> Section:
+    parts = []
     if run.rows:
         result = list(run.rows.values())[-1]
         counted = (
@@ -473,12 +376,12 @@ def _protocol(run: RunRecord) -> str:
     else:
         parts.append('<p class="quiet">It has not been measured yet.</p>')
     if run.config:
-        text = escape(json.dumps(run.config, indent=2))
+        text = _quoted(json.dumps(run.config, indent=2))
         parts.append(f"<details><summary>Configuration of the run</summary><pre>{text}</pre></details>")
-    return "\n".join([*parts, "</section>"])
+    return Section("protocol", "How it was measured", "\n".join(parts))
 
 
-def _footer(run: RunRecord, index: ShardIndex | None) -> str:
+def _footer(index: ShardIndex | None) -> str:
     makers = "" if index is None else _attribution(index.root)
     return f"<footer>{makers}<p>Written by dist_proxygml from the run's folder.</p></footer>"
 
@@ -488,7 +391,7 @@ def _attribution(root: Path) -> str:
     path = root / "ATTRIBUTION.md"
     if not path.is_file():
         return ""
-    text = escape(path.read_text())
+    text = _quoted(path.read_text())
     return f"<details><summary>The makers of these images</summary><pre>{text}</pre></details>"
 
 
@@ -511,26 +414,24 @@ def _training_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
-    """The metrics that a table shows, by their key: Recall@K for all K that occur, MAP@R, NMI."""
-    found = {key for row in rows for key in row}
-    recalls = sorted(
-        (key for key in found if re.fullmatch(r"recall@\d+", key)),
-        key=lambda key: int(key.split("@")[1]),
-    )
-    labels = {key: key.replace("recall", "Recall") for key in recalls} | {
-        "map@r": "MAP@R",
-        "nmi": "NMI",
-    }
-    return {key: label for key, label in labels.items() if key in found}
+    """The metrics of a table that people read first, by their key: Recall@K for all K that occur, MAP@R, NMI."""
+    names = name_metrics(key for row in rows for key in row)
+    return {name.key: name.label for name in names if name.key.startswith("recall@") or name.key in _HEADLINE}
 
 
 def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
     """Whether no class of the split has the id of a training class. False when that cannot be found out."""
-    try:
-        training = index.open_sibling(run.config["data"]["train_split"])
-    except (KeyError, TypeError, ValueError):
+    training = _training_split(run, index)
+    if training is None:
         return False
     return not {entry.source_id for entry in training.classes} & {entry.source_id for entry in index.classes}
+
+
+def _quoted(text: str) -> str:
+    """A text for the page, escaped; its beginning where it is very long."""
+    if len(text) <= _MAX_CHARACTERS:
+        return escape(text)
+    return f"{escape(text[:_MAX_CHARACTERS])}\n… {len(text) - _MAX_CHARACTERS:,} more characters"
 
 
 def _readable(value: object) -> str:
@@ -540,7 +441,8 @@ def _readable(value: object) -> str:
             shown = ((name.replace("_", " "), entry) for name, entry in value.items() if entry is not None)
             return "; ".join(f"{name} {_readable(entry)}" for name, entry in shown)
         case list() | tuple():
-            return ", ".join(_readable(entry) for entry in value)
+            listed = ", ".join(_readable(entry) for entry in value[:_MAX_LISTED]) or "none"
+            return listed if len(value) <= _MAX_LISTED else f"{listed} and {len(value) - _MAX_LISTED:,} more"
         case str() if re.fullmatch(r"[0-9a-f]{64}", value):
             return f"{value[:16]}…"
     return str(value)

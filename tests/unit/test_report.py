@@ -1,28 +1,28 @@
 """The page of a run: what is on it, what is never on it, and what stands there while parts of the run are missing."""
 
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import html5lib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.pipeline import ShardImages
-from dist_proxygml.data.transforms import build_transform
-from dist_proxygml.evaluation.charts import Series, line_chart
+from dist_proxygml.evaluation import report_pictures
 from dist_proxygml.evaluation.embed import EmbeddingTable, save_table
-from dist_proxygml.evaluation.evaluator import evaluate
-from dist_proxygml.evaluation.report import _thumbnail_data, format_metrics, format_table, read_run, write_report
-from dist_proxygml.parallel import single_process
+from dist_proxygml.evaluation.report import format_metrics, format_table, read_run, write_report
+from dist_proxygml.evaluation.thumbnails import MAX_BYTES, Thumbnails
 from dist_proxygml.report import main
-from tests.shards_of_noise import SIDE, Projection, write_noise_shards
+from tests.report_runs import proxy_statistics, write_picture_shards, write_run
+from tests.shards_of_noise import SIDE, write_noise_shards
 
 CLASS_SIZES = [1, 9, 3, 1, 2, 5, 3, 13]
-VOID = {"meta", "img", "link", "br", "line", "circle", "polyline", "hr"}
+VOID = {"meta", "img", "link", "br", "line", "circle", "polyline", "polygon", "hr"}
 
 
 class Page(HTMLParser):
@@ -66,32 +66,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 @pytest.fixture
 def run(tmp_path: Path, index: ShardIndex) -> Path:
-    """A finished run as training leaves it: three evaluations, the newest embeddings, logged steps."""
-    directory = tmp_path / "my run"
-    (directory / "evaluation").mkdir(parents=True)
-    transform = build_transform(ResizeConfig(name="resize", size=SIDE))
-    for name, width in (("pixels", 2), ("step-000000", 3), ("step-000020", 8)):
-        result = evaluate(
-            Projection(width),
-            index,
-            transform,
-            context=single_process(),
-            recall_at=(1, 2, 10),
-            kmeans_seeds=2,
-        )
-        (directory / "evaluation" / f"{name}.json").write_text(result.to_json())
-    assert result.table is not None
-    save_table(result.table, directory / "embeddings" / "step-000020.npz")
-    data = {"shards": str(index.root), "train_split": "train", "test_split": "test"}
-    (directory / "config.json").write_text(json.dumps({"name": "Fish & <chips>", "data": data}))
-    lines = [
-        {"kind": "train", "step": step, "loss": loss, "classification": loss - 1}
-        | {"regularization": 1.0, "lr_backbone": 1e-3, "lr_proxies": 1e-2}
-        for step, loss in ((5, 4.0), (10, 3.5), (15, 9.0), (10, 3.0), (15, 2.0), (20, 1.5))
-    ]
-    text = "\n".join(json.dumps(line) for line in lines) + '\n{"kind": "train", "st'
-    (directory / "metrics.jsonl").write_text(text)
-    return directory
+    return write_run(tmp_path / "my run", index, name="Fish & <chips>")
 
 
 def test_the_page_opens_with_the_name_and_the_three_rows_of_results(run: Path, index: ShardIndex) -> None:
@@ -125,7 +100,7 @@ def test_the_gallery_frames_right_and_wrong_neighbours_in_the_order_of_the_metri
     ranked = np.take_along_axis(same.numpy(), np.argsort(-scores.numpy(), axis=1, kind="stable"), axis=1)[:, :-1]
     first = np.where(ranked.any(axis=1), ranked.argmax(axis=1) + 1, 0)
     assert first.max() > 8
-    worst_text = page.text[page.text.index("Where it fails") :]
+    worst_text = page.text[page.text.rindex("Where it fails") :]
     assert re.search(r"at (\d+)", worst_text)[1] == str(first.max())  # type: ignore[index]
     worst_name = index.classes[int(table.labels[int(first.argmax())])].name
     assert worst_text.index(worst_name) < worst_text.index(f"at {first.max()}")
@@ -137,8 +112,8 @@ def test_the_pictures_are_those_of_the_images_that_were_not_left_out(run: Path, 
     assert table is not None
     save_table(EmbeddingTable(*(part[1:] for part in table)), run / "embeddings" / "step-000020.npz")
     page = Page(write_report(run, index).read_text())
-    images = ShardImages(index, build_transform(ResizeConfig(name="resize", size=SIDE)))
-    pictures = {_thumbnail_data(images, image_id): index.labels[image_id] for image_id in range(index.num_samples)}
+    thumbnails = Thumbnails(index)
+    pictures = {thumbnails.url(image_id): index.labels[image_id] for image_id in range(index.num_samples)}
     shown = [(pictures[image["src"]], image["alt"]) for image in page.all("img") if image["src"] in pictures]
     named = [(label, alt) for label, alt in shown if "pattern " in (alt or "")]
     assert len(named) > 30
@@ -164,6 +139,178 @@ def test_every_image_is_inside_the_page_and_has_words_for_those_who_do_not_see_i
     assert not page.all("script") + page.all("link") + page.all("iframe")
     assert "prefers-color-scheme: dark" in html
     assert path.stat().st_size < 10_000_000
+
+
+def test_the_page_is_valid_html_and_its_links_lead_somewhere(run: Path, index: ShardIndex) -> None:
+    html = write_report(run, index).read_text()
+    html5lib.HTMLParser(strict=True).parse(html)  # raises at the first error of the grammar
+    page = Page(html)
+    named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(named) == len(set(named)) >= 8
+    assert [link["href"] for link in page.all("a")] == [f"#{name}" for name in named]
+
+
+def test_every_number_has_its_meaning_its_bounds_and_its_deviation(run: Path, index: ShardIndex) -> None:
+    path = run / "evaluation" / "step-000020.json"
+    document = json.loads(path.read_text())
+    document["metrics"] |= {"recall@1": 0.5, "nmi": 0.25, "nmi_sd": 0.015, "mrr": 0.75, "new_metric": 0.125}
+    document["recall_at_1_bounds"] = [0.49, 0.515]
+    path.write_text(json.dumps(document))
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    table = text[text.rindex("Every number") : text.rindex("What it retrieves")]
+    assert re.search(
+        r"Recall@1 queries with a right answer among the first 1 .* 50\.00 \[49\.00, 51\.50\] Recall@2", table
+    )
+    assert "first right answer - - 75.00" in table  # MRR, which the other rows do not have
+    assert re.search(r"25\.00 ± 1\.50", table)
+    assert "new_metric - - 12.50" in table
+
+
+def test_hubs_are_counted_over_the_ten_nearest_of_every_query(run: Path, index: ShardIndex) -> None:
+    table = read_run(run).table
+    assert table is not None
+    scores = (table.embeddings @ table.embeddings.T).fill_diagonal_(-torch.inf)
+    is_query = torch.bincount(table.labels)[table.labels] > 1
+    nearest = scores.topk(10, dim=1).indices[is_query]
+    counts = torch.bincount(nearest.flatten(), minlength=len(table.labels))
+    hub = int(counts.argmax())
+    wrong = (table.labels[is_query] != table.labels[hub])[(nearest == hub).any(dim=1)].float().mean()
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    section = text[text.rindex("Which images are found too often") :]
+    assert re.search(r"in ([\d,]+) lists (\d+)% wrong", section).groups() == (  # type: ignore[union-attr]
+        str(int(counts[hub])),
+        f"{100 * wrong:.0f}",
+    )
+    shares = counts.double() - counts.double().mean()
+    skewness = float((shares**3).mean() / (shares**2).mean() ** 1.5)
+    assert f"the usual measure of hubness, is {skewness:.2f} : near 0" in section
+
+
+def test_copies_of_training_images_are_shown_with_both_labels(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = [png(generator.integers(0, 256, (SIDE, SIDE, 3))) for _ in range(9)]
+    splits = write_picture_shards(
+        tmp_path / "shards",
+        {
+            "test": [(image, number // 3) for number, image in enumerate(images[:6])] + [(images[0], 1)],
+            "train": [(images[6], 0), (images[4], 1), (images[7], 0)],
+        },
+        names={"train": ["dog", "cat & mouse"]},
+    )
+    run = write_run(tmp_path / "run", splits["test"], name="copies", recall_at=(1, 2))
+    page = Page(write_report(run, splits["test"]).read_text())
+    text = " ".join(page.text.split())
+    section = text[text.rindex("Which images training has seen") :]
+    assert "1 of 7 test images is a copy of one of the 3 training images" in section
+    assert "test test 1 training cat & mouse" in section
+    assert "Among all 7 test and 3 training images 0 more pairs look alike" in section
+    assert "2 test images share their file (by length and checksum), 2 of them with an image of another" in section
+    shown = [image["src"] for image in page.all("img") if (image["alt"] or "").startswith("copy in ")]
+    assert shown == [Thumbnails(splits["test"]).url(4)] * 2
+
+    unseen = write_noise_shards(tmp_path / "noise", CLASS_SIZES)
+    alone = write_run(tmp_path / "alone", unseen, name="alone")
+    text = Page(write_report(alone, unseen).read_text()).text
+    assert "The training images are not at hand" in text
+    assert "No two test images share a file." in text
+
+
+def test_a_gallery_of_its_own_is_what_is_shown_and_counted(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = [png(generator.integers(0, 256, (SIDE, SIDE, 3))) for _ in range(40)]
+    pictures = [(image, number % 5) for number, image in enumerate(images)]
+    splits = write_picture_shards(tmp_path / "shards", {"query": pictures[:15], "gallery": pictures[15:]})
+    queries, gallery = splits["query"], splits["gallery"]
+    run = write_run(tmp_path / "run", queries, name="apart")
+    labels = torch.from_numpy(np.concatenate([queries.labels, gallery.labels]))
+    rows = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    save_table(EmbeddingTable(rows, labels, torch.arange(40)), run / "embeddings" / "step-000020.npz")
+    path = run / "evaluation" / "step-000020.json"
+    document = json.loads(path.read_text())
+    document["protocol"] |= {"counts": {"gallery": 25}, "data": {"gallery_split": "gallery"}}
+    path.write_text(json.dumps(document | {"num_queries": 13, "num_images": 40, "num_lone": 2}))
+
+    page = Page(write_report(run, queries).read_text())
+    text = " ".join(page.text.split())
+    assert "every one of 13 queries of 5 classes, looks for its own class among 25 images of a gallery." in text
+    assert "2 queries without a right answer there are left out." in text
+    assert f"of 15 queries, an image occurs {15 * 10 / 25:.1f} times on average" in text
+    of_queries = {Thumbnails(queries).url(number) for number in range(15)}
+    of_gallery = {Thumbnails(gallery).url(number) for number in range(25)}
+    for image in page.all("img"):
+        kind = (image["alt"] or "").split(":")[0]
+        if kind == "query":
+            assert image["src"] in of_queries
+        elif kind in ("right", "wrong") or kind.endswith("lists"):
+            assert image["src"] in of_gallery
+
+    # Shards without that gallery are not those that the run was evaluated on.
+    document["protocol"]["data"]["gallery_split"] = "elsewhere"
+    path.write_text(json.dumps(document))
+    assert "has the splits gallery, query, not" in Page(write_report(run, queries).read_text()).text
+
+
+def test_what_the_proxies_do_is_told_from_the_newest_statistics(run: Path, index: ShardIndex) -> None:
+    (run / "proxies" / "step-000005.json").write_text("{")  # older: not read
+    page = Page(write_report(run, index).read_text())
+    text = " ".join(page.text.split())
+    assert "3 of 12 proxies (25.0%; 6 classes with 2 each) are dead: no image kept it." in text
+    assert "<four> (proxy 2), five (proxy 1)" in text
+    assert "of its class, 20 pairs" in text
+    assert "of other classes, 400 pairs" in text
+    assert len(page.all("polygon")) == 2
+
+    broken = proxy_statistics()
+    del broken["kept_negative"]["counts"]
+    for content in (json.dumps(broken), "[]", '{"num_classes": 0}', "not JSON"):
+        (run / "proxies" / "step-000030.json").write_text(content)
+        text = Page(write_report(run, index).read_text()).text
+        assert "step-000030.json cannot be read" in text
+        assert "After training" in text
+
+
+def test_the_page_stays_under_ten_megabytes_whatever_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of noise, which compress worst, all sections full, and names, lists and notes that are far too long."""
+    assert report_pictures.NUM_PICTURES * MAX_BYTES * 4 / 3 < 8_000_000
+    monkeypatch.setattr(report_pictures, "MAX_EXAMINED", 200)
+    monkeypatch.setattr(report_pictures, "MAX_LOOKED_AT", 60)
+    generator = np.random.default_rng(0)
+    images = [png(generator.integers(0, 256, (150, 150, 3))) for _ in range(60)]
+    # Every file is in both splits, and more than once in the one.
+    splits = write_picture_shards(
+        tmp_path / "shards",
+        {
+            "test": [(images[number % 60], number % 40) for number in range(300)],
+            "train": [(image, 0) for image in images],
+        },
+        names={"test": [f"{label} " + "<long & long>" * 5000 for label in range(40)]},
+    )
+    run = write_run(tmp_path / "run", splits["test"], name="full")
+    (tmp_path / "shards" / "ATTRIBUTION.md").write_text("me & you" * 500_000)
+    path = run / "evaluation" / "step-000020.json"
+    document = json.loads(path.read_text())
+    document["protocol"]["data"]["left_out"] = list(range(300_000))
+    path.write_text(json.dumps(document))
+    table = read_run(run).table
+    assert table is not None
+    noise = torch.nn.functional.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)))
+    save_table(table._replace(embeddings=noise), run / "embeddings" / "step-000020.npz")
+
+    html = write_report(run, splits["test"]).read_text()
+    page = Page(html)
+    sizes = [len(image["src"] or "") for image in page.all("img")]
+    assert len(sizes) > report_pictures.NUM_PICTURES - 2 * report_pictures.NUM_COPIES - 10  # no look-alikes but copies
+    assert len(sizes) <= report_pictures.NUM_PICTURES
+    assert max(sizes) < MAX_BYTES * 4 / 3 + 40
+    assert 1_000_000 < len(html.encode()) < 10_000_000
+    assert "among 200 random ones of 300" in page.text
+    assert " 18, 19 and 299,980 more" in page.text
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def test_names_are_escaped(run: Path, index: ShardIndex) -> None:
@@ -199,6 +346,7 @@ def test_parts_that_are_missing_become_sentences(tmp_path: Path, run: Path, inde
     assert "has not been evaluated yet" in text
     assert "No embeddings are stored" in text
     assert "No training steps have been logged" in text
+    assert "No statistics of its proxies" in text
     assert format_table(empty) == f"{empty} has no evaluation yet"
 
     assert "not at hand" in Page(write_report(run, None).read_text()).text
@@ -238,36 +386,6 @@ def test_the_terminal_table_lines_up_and_marks_what_a_row_lacks(run: Path) -> No
         "before training",
         "after training",
     ]
-
-
-def test_a_chart_puts_its_points_where_its_axes_say() -> None:
-    chart = line_chart("Loss", [Series("total", [(0, 0.0), (10, 5.0)])], x_label="steps")
-    assert re.findall(r'points="([^"]+)"', chart) == ["52.0,224.0 510.0,10.0"]
-    assert 'aria-label="Loss: total ends at 5"' in chart
-    assert line_chart("Loss", [Series("total", [])], x_label="steps") == ""
-    nothing = [Series("total", [(0, float("nan"))])]
-    assert line_chart("Loss", nothing, x_label="steps") == ""
-
-
-def test_a_long_series_is_averaged_into_a_few_hundred_points() -> None:
-    points = [(step, float(step % 2)) for step in range(100_000)]
-    chart = line_chart("Loss", [Series("total", points)], x_label="steps")
-    assert len(chart) < 20_000
-    heights = {point.split(",")[1] for point in re.findall(r'points="([^"]+)"', chart)[0].split()}
-    assert len(heights) == 1  # every average of zeros and ones is one half
-
-
-def test_a_logarithmic_chart_leaves_out_what_falls_to_zero() -> None:
-    series = [Series("backbone", [(0, 1e-3), (1, 1e-4), (2, 1e-12), (3, 0.0)])]
-    chart = line_chart("Rate", series, x_label="steps", logarithmic=True)
-    assert len(re.findall(r'points="([^"]+)"', chart)[0].split()) == 2
-
-
-def test_equal_lines_are_drawn_once_under_both_names() -> None:
-    points = [(0, 1.0), (1, 2.0)]
-    chart = line_chart("Rate", [Series("one", points), Series("two", points)], x_label="steps")
-    assert chart.count("<polyline") == 1
-    assert "one, two" in chart
 
 
 def test_the_command_writes_the_page_and_prints_the_table(

@@ -1,0 +1,64 @@
+"""Small pictures of a split's images as data URLs, each of bounded size.
+
+A page holds a few hundred of them, whatever the data set, so a bound on each is a bound on the page. PNG where that is
+smaller (drawings), else JPEG, whose quality falls until it fits; what never fits (noise) is halved.
+"""
+
+import base64
+import io
+from functools import partial
+
+from PIL import Image
+
+from dist_proxygml.data.images import decode_small
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.pipeline import ShardImages
+from dist_proxygml.data.transforms import Resize
+
+SIDE = 128  # pixels at most: twice of what a page shows, for fine screens
+MAX_BYTES = 16_000  # of one picture, before base64 makes it a third longer
+_QUALITIES = (85, 70, 50)
+
+
+class Thumbnails:
+    """The pictures of one split by sample id. Raises ValueError naming the sample where one cannot be read."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self._images = ShardImages(index, Resize(SIDE))
+        self._urls: dict[int, str] = {}
+
+    def url(self, sample_id: int) -> str:
+        """A picture as a data URL."""
+        if sample_id not in self._urls:
+            self._urls[sample_id] = data_url(self.picture(sample_id, side=SIDE))
+        return self._urls[sample_id]
+
+    def picture(self, sample_id: int, *, side: int) -> Image.Image:
+        """A picture of at most this many pixels a side."""
+        return self._images.read(sample_id, partial(decode_small, side=side))
+
+    def file(self, sample_id: int) -> bytes:
+        """The bytes of an image file."""
+        return self._images.read(sample_id, bytes)
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture of at most MAX_BYTES as a data URL."""
+    kind, payload = min(
+        (_encoded(image, "png"), _encoded(image, "jpeg", quality=_QUALITIES[0])),
+        key=lambda candidate: len(candidate[1]),
+    )
+    while len(payload) > MAX_BYTES:
+        for quality in _QUALITIES[1:]:
+            kind, payload = _encoded(image, "jpeg", quality=quality)
+            if len(payload) <= MAX_BYTES:
+                break
+        image = image.reduce(2)
+    return f"data:image/{kind};base64,{base64.b64encode(payload).decode('ascii')}"
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> tuple[str, bytes]:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return kind, stream.getvalue()
