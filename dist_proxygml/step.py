@@ -100,7 +100,7 @@ def build_train_state(
 
     model = run_together(context, build_model).to(context.device)
     loss = ProxyGMLLoss(
-        config.data.num_classes,
+        config.num_classes,
         config.backbone.embedding_dim,
         proxies_per_class=config.proxies.per_class,
         ratio=config.proxies.ratio,

@@ -121,7 +121,7 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
         return None
     path = Path(config.checkpoint.init_from)
     model = on_main(context, _open, path, config)
-    num_classes = config.data.num_classes
+    num_classes = config.num_classes
     if not config.checkpoint.init_proxies:
         return Transfer(model, None, num_classes, num_kept=0, num_dropped=0)
     assert index is not None  # Config refuses a stream
