@@ -1,4 +1,4 @@
-"""Embed images with a trained model: `python -m dist_proxygml.embed --run runs/demo_cpu --data photos --out photos_emb`.
+"""Embed images with a trained model: `python -m dist_proxygml.embed --run runs/NAME --data photos --out OUT`.
 
 The images are any folder, or a split of shards; the result is a folder of rows, ids and a manifest (embeddings.py). One
 process on one device. The same command goes on where it was stopped.

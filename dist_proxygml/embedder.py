@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -96,8 +96,7 @@ class Embedder:
         about = {
             "run": name,
             "step": trained.step,
-            "path": str(path.resolve()),
-            "checkpoint": None if trained.is_export else trained.path.name,
+            "path": str(trained.path.resolve()),
             "weights_sha256": _weights_sha256(trained),
             "embedding_dim": backbone.embedding_dim,
             "backbone": backbone.model_dump(mode="json"),
@@ -118,7 +117,8 @@ class Embedder:
         """Unit rows in float32, in the order of the images; [1, D] for a single one.
 
         An image is a path, a PIL image, a numpy array uint8 [h, w], [h, w, 3] or [h, w, 4], or a tensor uint8 RGB
-        [3, h, w]; an array or a tensor with one dimension more is a batch of them. An iterable is read a batch at a time.
+        [3, h, w]; an array or a tensor with one dimension more is a batch of them. An iterable is read a batch at a
+        time.
 
         Raises:
             ValueError: naming an image that cannot be read, or is none of these, or whose embedding is zero or not
@@ -196,9 +196,9 @@ def _weights_sha256(trained: TrainedModel) -> str:
 def _pixels_of_each(images: OneImage | Iterable[OneImage]) -> Iterator[Tensor]:
     """Each image as uint8 RGB [3, h, w]."""
     is_batch = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
-    if isinstance(images, OneImage) and not is_batch:
-        images = [images]
-    for number, image in enumerate(images):
+    is_single = isinstance(images, OneImage) and not is_batch
+    several = cast(Iterable[OneImage], [images] if is_single else images)
+    for number, image in enumerate(several):
         yield _pixels(image, number)
 
 

@@ -67,10 +67,10 @@ def _index(given: argparse.Namespace) -> str:
             progress=bar.update,
         )
     index.save(given.out, overwrite=given.overwrite)
-    settings = "".join(f", {name.replace('_', ' ')} {value}" for name, value in index.parameters.items())
+    settings = "".join(f", {name} {value}" for name, value in index.parameters.items())
     text = (
-        f"{index.kind} index of {len(index):,} rows of dimension {index.embedding_dim}{settings}, written to {given.out}\n"
-        f"recall@10 against an exact search: {index.recall_at_10:.4f}"
+        f"{index.kind} index of {len(index):,} rows of dimension {index.embedding_dim}{settings}, "
+        f"written to {given.out}\nrecall@10 against an exact search: {index.recall_at_10:.4f}"
     )
     if index.recall_at_10 < given.target_recall:
         text += f", below the {given.target_recall} asked for; --kind flat is exact"

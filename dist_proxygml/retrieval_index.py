@@ -124,7 +124,8 @@ class Index:
         records = [each if isinstance(each, ImageRecord) else ImageRecord(str(each)) for each in ids]
         if rows_nD.ndim != 2 or not len(rows_nD) or len(rows_nD) != len(records):
             raise ValueError(
-                f"expected embeddings [n, D] with n ids and n at least 1, got {list(rows_nD.shape)} and {len(records)} ids"
+                f"expected embeddings [n, D] and n ids with n at least 1, got {list(rows_nD.shape)} and {len(records)} "
+                "ids; name every row"
             )
         if kind not in ("auto", "flat", "ivf", "hnsw"):
             raise ValueError(f"expected a kind auto, flat, ivf or hnsw, got {kind!r}")
@@ -200,7 +201,8 @@ class Index:
         try:
             faiss_index = faiss.read_index(str(path / INDEX_FILE))
             records = read_records(path / IDS_FILE)
-            kind, *_ = (parameters := dict(manifest["index"])).pop("kind"), None
+            parameters = dict(manifest["index"])
+            kind = parameters.pop("kind")
             recall = float(manifest["recall_at_10"])
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}; {again}") from None
