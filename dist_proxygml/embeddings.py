@@ -175,8 +175,10 @@ class EmbeddingWriter:
             header, num_bytes = len(_header(0, self._dim)), (rows.stat().st_size, ids.stat().st_size)
             whole, ids_end = [], 0
             for line in journal.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):  # cut by a kill
+                    break
                 num_rows, end, left_out = json.loads(line)
-                if not line.endswith(b"\n") or header + num_rows * 4 * self._dim > num_bytes[0] or end > num_bytes[1]:
+                if header + num_rows * 4 * self._dim > num_bytes[0] or end > num_bytes[1]:
                     break
                 whole.append(line)
                 self.num_rows, ids_end = num_rows, end

@@ -122,8 +122,11 @@ class FolderSource:
         """Location, number of images, and a hash of their names, sizes and times."""
         digest = hashlib.sha256()
         for name in self.names:
-            status = (self.root / name).stat()
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            try:
+                status = (self.root / name).stat()
+                digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            except OSError:  # a link to nowhere: reading it says so
+                digest.update(f"{name}\n".encode())
         return {
             "kind": "folder",
             "location": str(self.root.resolve()),
