@@ -5,7 +5,7 @@
     ivf    rows in lists around k-means centres, the nearest lists are scanned (faiss IVF-Flat); quick to build
 
 `kind="auto"` is flat below 50,000 rows, where a query takes milliseconds, hnsw below 500,000, ivf from there on, which
-is built in a tenth of the time. Rows stay float32 in all of them, so scores are exact inner products; only the choice
+is built several times faster. Rows stay float32 in all of them, so scores are exact inner products; only the choice
 of rows is approximate. How hard a search looks (lists probed, width of the walk) is doubled until the ten nearest of
 sampled rows are found as often as wanted, and what was reached is recorded. A search never gives fewer than k rows
 that are there: where an approximate one comes back short it is done again exhaustively.
