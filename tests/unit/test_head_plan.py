@@ -217,7 +217,7 @@ def test_the_number_of_classes_is_that_of_the_shards_where_nobody_says_it(
 ) -> None:
     demo = ROOT / "configs" / "demo_cpu.json"
     silent = load_config(demo, ["data.num_classes=null", f"data.shards={ROOT / 'shards' / 'demo'}"])
-    with pytest.raises(ValueError, match="expected data.num_classes, got null; set it"):
+    with pytest.raises(ValueError, match=r"expected data\.num_classes, got null; set it"):
         plan_head(silent, world_size=1)
     assert count_classes(silent).num_classes == 549
     other_way = count_classes(load_config(demo, ["data.num_classes=7", "data.shards=nowhere"]))
