@@ -11,6 +11,7 @@ read again: finite and of length 1.
 Dimension key: n rows, D embedding.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -96,13 +97,21 @@ class EmbeddingWriter:
         overwrite: replace embeddings that are there.
 
     Raises:
-        ValueError: `out` is in use.
+        ValueError: `out` is in use, or another process writes there.
     """
 
     def __init__(self, out: Path, *, plan: dict[str, Any], embedding_dim: int, overwrite: bool = False) -> None:
         self.out = out.absolute()
         check_is_free(self.out, kind=KIND, overwrite=overwrite)
         self._partial = partial_path(self.out)
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "ab")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process writes {self.out}; wait until it has ended, or name another") from None
+        except OSError:  # a file system without locks
+            pass
         self._dim = embedding_dim
         self.num_done = self.num_rows = 0
         self.left_out: list[Damage] = []
@@ -122,6 +131,7 @@ class EmbeddingWriter:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        self._lock.close()
 
     def add(
         self, rows_bD: Float[np.ndarray, "b D"], records: Sequence[ImageRecord], left_out: Sequence[Damage]
@@ -160,7 +170,9 @@ class EmbeddingWriter:
             **about,
             "left_out": [damage._asdict() for damage in self.left_out],
         }
-        return seal(self._partial, self.out, kind=KIND, about=about)
+        manifest = seal(self._partial, self.out, kind=KIND, about=about)
+        Path(self._lock.name).unlink(missing_ok=True)
+        return manifest
 
     def _close(self) -> None:
         for stream in (self._rows, self._ids, self._journal):

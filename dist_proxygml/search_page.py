@@ -95,6 +95,7 @@ def write_page(path: Path, rows: Sequence[Row], *, title: str, lead: str, makers
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n<p>{escape(lead)}</p>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     with publish(path) as stream:
         stream.write(page.encode("utf-8"))
 

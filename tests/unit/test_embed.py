@@ -1,6 +1,8 @@
 """The command that embeds: any folder, or shards; what cannot be read is named; what was done is not done again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,22 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
     (out / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=r"expected dist-proxygml-embeddings of version 1 at .*found a folder without"):
         open_embeddings(out)
+
+
+def test_two_processes_do_not_write_the_same_embeddings(run: Path, photos: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from dist_proxygml.embeddings import EmbeddingWriter\n"
+        "writer = EmbeddingWriter(Path(sys.argv[1]), plan={}, embedding_dim=3); print('begun', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(ValueError, match=r"another process writes .*out; wait until it has ended"):
+            EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3)
+        other.communicate("\n")
+    assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
 
 
 def test_rows_that_are_not_of_length_1_are_never_published(tmp_path: Path) -> None:

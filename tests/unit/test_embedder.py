@@ -1,6 +1,8 @@
 """An embedder gives the embeddings of the evaluation, from any kind of image, and says what it cannot take."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -184,5 +186,7 @@ def test_a_device_is_chosen_or_refused() -> None:
 def test_the_package_offers_it_at_its_front_door() -> None:
     assert {"Embedder", "Index", "SearchResult"} <= set(dist_proxygml.__all__)
     assert all(hasattr(dist_proxygml, name) for name in dist_proxygml.__all__)
+    program = "import sys, dist_proxygml; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
     with pytest.raises(AttributeError, match="has no attribute 'Indexer'"):
         dist_proxygml.Indexer  # noqa: B018

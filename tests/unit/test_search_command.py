@@ -125,7 +125,7 @@ def test_nothing_found_is_said_with_the_nearest(place: Place, capsys: pytest.Cap
 def test_a_page_stands_alone(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     query = tmp_path / 'a"<b>&.png'
     shutil.copy(place.path(5), query)
-    page = tmp_path / "found.html"
+    page = tmp_path / "a folder of pages" / "found.html"
     place.path(2).unlink()
     assert searched(place, query, place.path(0), "-k", 12, "--html", page) == 0
     assert "02.png: the file cannot be read: No such file" in capsys.readouterr().err
