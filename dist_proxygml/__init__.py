@@ -1,18 +1,29 @@
 """dist_proxygml: ProxyGML metric learning with very many classes, on any number of ranks."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_proxygml.embedder import Embedder
     from dist_proxygml.loss import LossTerms, ProxyGMLLoss
+    from dist_proxygml.retrieval_index import Index, SearchResult
 
-__all__ = ["LossTerms", "ProxyGMLLoss", "__version__"]
+__all__ = ["Embedder", "Index", "LossTerms", "ProxyGMLLoss", "SearchResult", "__version__"]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Embedder": "embedder",
+    "Index": "retrieval_index",
+    "LossTerms": "loss",
+    "ProxyGMLLoss": "loss",
+    "SearchResult": "retrieval_index",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The loss, imported when it is asked for: building shards and submitting jobs do without torch (PEP 562)."""
-    if name in ("LossTerms", "ProxyGMLLoss"):
-        from dist_proxygml import loss
-
-        return getattr(loss, name)
+    """What the package offers, imported when it is asked for: building shards and submitting jobs do without torch
+    (PEP 562).
+    """
+    if name in _MODULES:
+        return getattr(import_module(f"dist_proxygml.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dist_proxygml.partition import ClassPartition
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
@@ -105,7 +105,11 @@ class DataConfig(_Section):
     stream: StreamConfig | None = Field(None, description="What mode stream reads; evaluation reads data.shards.")
     train_split: str = Field("train", description="Split of the index to train on.")
     test_split: str = Field("test", description="Split of the index to evaluate on; its classes are never trained.")
-    num_classes: int = Field(ge=1, description="Number of classes of the training split; checked against the shards.")
+    num_classes: int | None = Field(
+        None,
+        ge=1,
+        description="Number of classes of the training split, checked against the shards; null: as their index says.",
+    )
     validation_classes: float | int | None = Field(
         None,
         description="Classes of the training split that are held out of training and evaluated beside the test split, "
@@ -169,6 +173,8 @@ class DataConfig(_Section):
                 f'expected data.stream with mode "stream" and only there, got mode "{self.mode}" '
                 f"{'with' if self.stream else 'without'} it; add or remove one of them"
             )
+        if self.mode == "stream" and self.num_classes is None:
+            raise ValueError("expected data.num_classes with a stream, which has no index that says it; set it")
         exact = [
             name for name in ("images_per_class", "shuffle_window", "cache_images", "drop_last") if getattr(self, name)
         ]
@@ -554,15 +560,27 @@ class Config(_Section):
         return int(self.deepspeed.get("gradient_accumulation_steps", 1))
 
     @property
+    def num_classes(self) -> int:
+        """data.num_classes of a configuration that says it, or has been told (training_data.count_classes).
+
+        Raises:
+            ValueError: it is null.
+        """
+        if self.data.num_classes is None:
+            raise ValueError("expected data.num_classes, got null; set it to go without the shards that say it")
+        return self.data.num_classes
+
+    @property
     def num_validation_classes(self) -> int:
         """Classes of the training split that are held out of training; a share of them is rounded.
 
         Raises:
-            ValueError: fewer than two, or all.
+            ValueError: fewer than two, or all; or the number of classes is not known.
         """
-        wanted, num_classes = self.data.validation_classes, self.data.num_classes
+        wanted = self.data.validation_classes
         if wanted is None:
             return 0
+        num_classes = self.num_classes
         num_held_out = wanted if isinstance(wanted, int) else round(wanted * num_classes)
         if not 2 <= num_held_out < num_classes:
             raise ValueError(
@@ -579,7 +597,7 @@ class Config(_Section):
         Raises:
             ValueError: as `num_validation_classes`.
         """
-        return self.data.num_classes - self.num_validation_classes
+        return self.num_classes - self.num_validation_classes
 
     @property
     def run_directory(self) -> Path:
@@ -737,6 +755,20 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     for override in overrides:
         _apply_override(raw, override)
     return parse_config(raw, source=str(path))
+
+
+def parse_model(backbone: Any, transform: Any, *, source: str) -> tuple[BackboneConfig, TransformConfig]:
+    """What makes embeddings of images, as an export stores it: the network, and how it takes images.
+
+    Raises:
+        ValueError: these are not such settings; `source` is named.
+    """
+    try:
+        parsed: TransformConfig = TypeAdapter(TransformConfig).validate_json(json.dumps(transform))
+        return BackboneConfig.model_validate_json(json.dumps(backbone)), parsed
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors(include_url=False))
+        raise ValueError(f"{source} does not describe a backbone and its preprocessing: {problems}") from None
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:

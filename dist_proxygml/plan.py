@@ -27,6 +27,7 @@ from dist_proxygml.regularizer import regularizer_anchors
 from dist_proxygml.selection import candidate_bytes_per_row, rows_per_block
 from dist_proxygml.similarity import chunk_width, sampled_bytes_per_row
 from dist_proxygml.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
+from dist_proxygml.training_data import count_classes
 
 _FLOAT = 4  # the bank and the similarities are float32
 # Optimizer state, in numbers per element and per proxy.
@@ -284,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.ranks < 1:
             raise ValueError(f"expected at least one rank, got --ranks {given.ranks}")
-        config = load_config(given.config, given.set)
+        config = count_classes(load_config(given.config, given.set))
         plan = plan_head(config, world_size=given.ranks, device=given.device)
         memory = parse_bytes(given.memory) if given.memory else available_memory(torch.device(given.device))
         print(plan)

@@ -56,7 +56,7 @@ from dist_proxygml.run_lock import RunLock
 from dist_proxygml.step import StepReport, TrainState, build_train_state, learning_rates, train_step
 from dist_proxygml.telemetry import Telemetry
 from dist_proxygml.trained import write_class_table
-from dist_proxygml.training_data import TrainingData, open_split, open_training_data
+from dist_proxygml.training_data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.transfer import Transfer, match_classes, open_transfer
 from dist_proxygml.watchdog import Watchdog
 
@@ -84,6 +84,7 @@ def train(
         StopRequested: on every rank: a rank was told to stop; what was trained is saved.
     """
     signals = signals or StopSignals()
+    config = run_together(context, count_classes, config)
     # 1. Refuse what cannot work before anything is built.
     if config.proxies.fused and context.device.type != "cuda":
         raise AgreedError(

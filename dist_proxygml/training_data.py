@@ -65,7 +65,7 @@ class TrainingData:
             return build_stream_loader(
                 data.stream.urls,
                 transform,
-                num_classes=data.num_classes,
+                num_classes=self.config.num_classes,
                 batch_size=training.batch_size,
                 num_images=self.epoch_size - start,
                 accumulation=self.config.accumulation,
@@ -107,7 +107,7 @@ class TrainingData:
     def __str__(self) -> str:
         if self.index is None:
             assert self.config.data.stream is not None
-            return f"a stream of {self.config.data.num_classes:,} classes, {self.epoch_size:,} images an epoch"
+            return f"a stream of {self.config.num_classes:,} classes, {self.epoch_size:,} images an epoch"
         text = f"{self.index.num_samples:,} images of {self.index.num_classes:,} classes"
         if self.validation is not None:
             text += f" (without {self.validation.num_classes:,} validation classes)"
@@ -132,7 +132,7 @@ def open_training_data(config: Config) -> TrainingData:
     if config.data.stream is not None:
         return TrainingData(config, None)
     index = open_split(config, config.data.train_split)
-    if index.num_classes != config.data.num_classes:
+    if index.num_classes != config.num_classes:
         raise ValueError(
             f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of "
             f"{config.data.shards} has {index.num_classes} classes"
@@ -161,6 +161,18 @@ def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex
             f"classes, found none of the {empty.num_classes} of one side; change data.validation_classes or seed"
         )
     return parts
+
+
+def count_classes(config: Config) -> Config:
+    """The configuration with data.num_classes as the index of its shards says, where it says nothing itself.
+
+    Raises:
+        ValueError: as `open_index`.
+    """
+    if config.data.num_classes is not None:
+        return config
+    num_classes = open_split(config, config.data.train_split).num_classes
+    return config.model_copy(update={"data": config.data.model_copy(update={"num_classes": num_classes})})
 
 
 def open_split(config: Config, split: str, *, shards: str | None = None) -> ShardIndex:

@@ -44,7 +44,7 @@ def main() -> None:
         type=int,
         const=0,
         metavar="RANKS",
-        help="print the resolved configuration and the plan for so many ranks (default: those started); needs no data",
+        help="print the resolved configuration and the plan for so many ranks (default: those started)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     arguments = parse_arguments(parser)
@@ -67,7 +67,9 @@ def _print_plan(config: Config, *, world_size: int) -> None:
 
     from dist_proxygml.engine import engine_settings
     from dist_proxygml.plan import plan_head
+    from dist_proxygml.training_data import count_classes
 
+    config = count_classes(config)
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_head(config, world_size=world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     settings = engine_settings(config, world_size)

@@ -2,17 +2,22 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
+from dist_proxygml.backbone import build_backbone
 from dist_proxygml.checkpoint import Retention, RunState, save_checkpoint
+from dist_proxygml.checkpoint_folder import checkpoint_name, files_below, hash_files, write_manifest
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.parallel import ParallelContext, on_main
 from dist_proxygml.step import build_train_state
-from dist_proxygml.trained import write_class_table
+from dist_proxygml.trained import BACKBONE_FILE, write_class_table
 
 STEP = 30
 
@@ -89,3 +94,21 @@ def write_run(context: ParallelContext, config: Config, shards: Path | None) -> 
     )
     weights = {name: value.numpy() for name, value in state.engine.full_state_dict().items()}
     return weights | {"proxies": state.loss.proxies.detach().numpy()}
+
+
+def write_finished_run(runs_dir: Path, name: str = "small", *, seed: int = 0, **changes: Any) -> Path:
+    """The folder of a run whose checkpoint holds a backbone with the random weights of a seed, and nothing that only
+    training reads; without DeepSpeed, in no time.
+    """
+    config = configuration(name, runs_dir, 3, **changes)
+    checkpoint = config.run_directory / "checkpoints" / checkpoint_name(STEP)
+    checkpoint.mkdir(parents=True)
+    (config.run_directory / "config.json").write_text(json.dumps(config.model_dump()))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_file(build_backbone(config.backbone).state_dict(), checkpoint / BACKBONE_FILE)
+    state = RunState(STEP, 0, 0, 1, {"seed": seed})
+    (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
+    names = files_below(checkpoint)
+    write_manifest(checkpoint, state, hash_files(checkpoint, names, num_threads=1))
+    return config.run_directory

@@ -163,13 +163,15 @@ class ShardIndex:
         """Which sample an id is, for messages: shard file, key and label."""
         row = self.samples[sample_id]
         shard = self.shards[row["shard"]].file
-        key = self._key(int(row["shard"]), offset=int(row["offset"])) or f"{sample_id} of {self.split}"
+        key = self.key(sample_id) or f"{sample_id} of {self.split}"
         return f"{self.location}/{shard}, sample {key} (label {row['label']})"
 
-    def _key(self, shard: int, *, offset: int) -> str | None:
-        """The key in the tar header in front of an image's bytes; None where that is damaged as well."""
+    def key(self, sample_id: int) -> str | None:
+        """The key of a sample, in the tar header in front of its image; None where that is damaged."""
+        row = self.samples[sample_id]
+        offset = int(row["offset"])
         try:
-            descriptor = self.open_shard(shard)
+            descriptor = self.open_shard(int(row["shard"]))
             try:
                 header = os.pread(descriptor, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
             finally:

@@ -14,7 +14,7 @@ workers) and persistent workers (they keep a transform's old epoch).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -80,6 +80,26 @@ class _Failure(NamedTuple):
     """A ValueError on its way from a worker; a DataLoader would wrap its text in a traceback."""
 
     message: str
+
+
+class BatchSource(Protocol):
+    """What a BatchLoader takes batches from."""
+
+    cache: ImageCache | None
+
+    def __getitems__(self, micro_batch: MicroBatch) -> tuple[Any, ...] | _Failure:
+        """A batch on its way out of a worker, see `sent`."""
+
+
+def sent(make: Callable[[MicroBatch], Batch], micro_batch: MicroBatch) -> tuple[Any, ...] | _Failure:
+    """A batch, or the ValueError of its making, in a form that leaves a worker cheaply."""
+    try:
+        batch = make(micro_batch)
+    except ValueError as problem:
+        return _Failure(str(problem))
+    # As arrays: a small tensor costs a file descriptor and shared memory on its way out of a worker.
+    images, labels, ids, *rest = batch
+    return (images, labels.numpy(), ids.numpy(), *rest)
 
 
 class ShardImages(Dataset[Batch]):
@@ -192,13 +212,7 @@ class ShardImages(Dataset[Batch]):
         raise ValueError(f"{problem}; no other image of its class, and none of {len(any_class)} others, can be read")
 
     def __getitems__(self, micro_batch: MicroBatch) -> tuple[Any, ...] | _Failure:
-        try:
-            batch = self.batch(micro_batch)
-        except ValueError as problem:
-            return _Failure(str(problem))
-        # As arrays: a small tensor costs a file descriptor and shared memory on its way out of a worker.
-        images, labels, ids, *rest = batch
-        return (images, labels.numpy(), ids.numpy(), *rest)
+        return sent(self.batch, micro_batch)
 
 
 def sample_generators(ids: Sequence[int], *, seed: int, epoch: int) -> Iterator[np.random.Generator]:
@@ -219,7 +233,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: ShardImages,
+        dataset: BatchSource,
         micro_batches: Sequence[MicroBatch],
         *,
         num_workers: int,
@@ -238,7 +252,7 @@ class BatchLoader:
         # Its own generator: a DataLoader otherwise draws a seed from the global one, and so changes
         # what comes after it.
         self._loader: DataLoader[Any] = DataLoader(
-            dataset,
+            dataset,  # type: ignore[arg-type]  # whatever has __getitems__
             batch_sampler=micro_batches,  # type: ignore[arg-type]  # any sequence of indices of __getitems__
             num_workers=num_workers,
             collate_fn=_unchanged,

@@ -21,8 +21,13 @@ PACKAGE = "dist_proxygml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers.sweep",),
     ("launchers",),
+    ("search",),
+    ("embed", "index"),
     ("training", "shard", "report", "export", "sweep_chart"),
     ("evaluation.best", "evaluation.compare", "evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
+    ("retrieval_index",),
+    ("embedder", "embeddings", "search_page"),
+    ("sealed_folder",),
     ("transfer",),
     ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "trained", "training_data", "watchdog"),
     ("bank_storage", "checkpoint_folder", "engine"),
@@ -41,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine"},
-    "faiss": {"evaluation.search"},
+    "faiss": {"evaluation.search", "retrieval_index"},
     "webdataset": {"data"},
     "submitit": {"launchers.submit"},
     "psutil": {"memory"},

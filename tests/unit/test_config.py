@@ -179,6 +179,10 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         ({"data__mode": "stream"}, 'got mode "stream" without it'),
         ({"data__stream": STREAM}, 'got mode "indexed" with it'),
         (
+            {"data__mode": "stream", "data__stream": STREAM, "data__num_classes": None},
+            "expected data.num_classes with a stream, which has no index that says it",
+        ),
+        (
             {"data__mode": "stream", "data__stream": STREAM, "data__images_per_class": 2, "data__drop_last": True},
             "expected none of images_per_class, drop_last with a stream",
         ),

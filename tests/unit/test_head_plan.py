@@ -10,6 +10,7 @@ import pytest
 
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.plan import check_fits, format_bytes, main, plan_head
+from dist_proxygml.training_data import count_classes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,6 +217,25 @@ def test_the_predicted_memory_is_within_a_tenth_of_what_is_measured(
     measured, predicted = sorted(runs)[len(runs) // 2]
     assert measured > 150e6  # far above what the process itself moves
     assert abs(measured - predicted) < 0.1 * measured, (measured / 2**20, predicted / 2**20)
+
+
+def test_the_number_of_classes_is_that_of_the_shards_where_nobody_says_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = ROOT / "configs" / "demo_cpu.json"
+    silent = load_config(demo, ["data.num_classes=null", f"data.shards={ROOT / 'shards' / 'demo'}"])
+    with pytest.raises(ValueError, match=r"expected data\.num_classes, got null; set it"):
+        plan_head(silent, world_size=1)
+    assert count_classes(silent).num_classes == 549
+    other_way = count_classes(load_config(demo, ["data.num_classes=7", "data.shards=nowhere"]))
+    assert other_way.num_classes == 7  # and no shards are looked for
+    arguments = ["--config", str(demo), "--memory", "1 GiB", "--set", f"data.shards={ROOT / 'shards' / 'demo'}"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert main([*arguments, "data.num_classes=null"]) == 0
+    assert capsys.readouterr().out == said
+    assert main([*arguments, "data.num_classes=null", f"data.shards={tmp_path / 'none'}"]) == 1
+    assert "none does not exist" in capsys.readouterr().err
 
 
 def test_bytes_are_formatted_with_binary_units() -> None:

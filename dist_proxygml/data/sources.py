@@ -1,0 +1,277 @@
+"""Images to be embedded: a folder of any images, or a split of shards.
+
+    open_source("photos")                      every image file below it, in the order of their paths
+    open_source("shards/sop", split="test")    every image of the split, in the order of its index
+
+Both give batches in a fixed order that any number of loading processes keeps, name an image that cannot be used, and
+find an image again by its record, for showing it. Decoding is that of training and evaluation.
+Chosen: a folder needs no labels and no layout; links are followed, each real folder once.
+Declined: taking the name of a folder for a class, since many folders are only folders.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from dist_proxygml.data.damage import Damage
+from dist_proxygml.data.datasets import IMAGE_SUFFIXES
+from dist_proxygml.data.images import decode_image
+from dist_proxygml.data.index import INDEX_FILE, ShardIndex, open_index
+from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
+from dist_proxygml.data.plan import MicroBatch, evaluation_batches
+from dist_proxygml.data.remote import is_remote
+from dist_proxygml.data.transforms import Resize, Transform
+
+OnBad = Literal["fail", "skip"]
+
+
+class ImageRecord(NamedTuple):
+    """Which image a row of embeddings belongs to."""
+
+    id: str  # path below the folder, or key of the sample
+    label: int | None = None
+    class_name: str | None = None
+    sample: int | None = None  # its position in the split's index
+
+    def to_json(self) -> str:
+        """One line, without what is not known."""
+        return json.dumps({name: value for name, value in self._asdict().items() if value is not None})
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> "ImageRecord":
+        """Read what `to_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
+        fields = json.loads(line)
+        return cls(str(fields.pop("id")), **fields)
+
+
+class ImageSource(Protocol):
+    """Images in a fixed order."""
+
+    num_images: int
+
+    def about(self) -> dict[str, Any]:
+        """Where they come from: what a manifest says, and what must be the same for the same embeddings."""
+
+    def record(self, number: int) -> ImageRecord:
+        """Which image stands at a position."""
+
+    def image(self, record: ImageRecord) -> torch.Tensor:
+        """The pixels of an image, uint8 RGB [3, h, w]. Raises ValueError where it cannot be used any more."""
+
+    def loader(
+        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+    ) -> BatchLoader:
+        """Batches cut at multiples of `batch_size`, without the first `start` of them. With "skip" a batch lacks the
+        images that cannot be used and names them.
+        """
+
+
+def open_source(location: str | Path, *, split: str = "test") -> ImageSource:
+    """A split of shards where there is an index or an address, else a folder of images.
+
+    Raises:
+        ValueError: there is neither; as `open_index`.
+    """
+    if is_remote(str(location)):
+        return ShardSource(open_index(location, split))
+    folder = Path(location)
+    if (folder / INDEX_FILE).is_file() and any(folder.glob("*.tar")):
+        return ShardSource(open_index(folder, split))
+    return FolderSource.of_folder(folder)
+
+
+# ---- a folder --------------------------------------------------------------------------------------------------------
+
+
+class FolderSource:
+    """Image files, named by their paths below `root`."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root = root
+        self.names = names
+        self.num_images = len(names)
+
+    @classmethod
+    def of_folder(cls, root: Path) -> "FolderSource":
+        """All image files below a folder, hidden ones left out.
+
+        Raises:
+            ValueError: no such folder, no image in it, or a name that is not UTF-8.
+        """
+        if not root.is_dir():
+            raise ValueError(f"expected a folder of images or of shards at {root}, found none; correct the path")
+        names, num_others = _image_names(root)
+        if not names:
+            num_tars = len(list(root.glob("*.tar")))
+            hint = (
+                f"; for its {num_tars} tar files run `python -m dist_proxygml.shard index {root}`" if num_tars else ""
+            )
+            raise ValueError(
+                f"expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in {root} or below it, found none among "
+                f"{num_others} files{hint}"
+            )
+        return cls(root, names)
+
+    def about(self) -> dict[str, Any]:
+        """Location, number of images, and a hash of their names, sizes and times."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            try:
+                status = (self.root / name).stat()
+                digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            except OSError:  # a link to nowhere: reading it says so
+                digest.update(f"{name}\n".encode())
+        return {
+            "kind": "folder",
+            "location": str(self.root.resolve()),
+            "num_images": self.num_images,
+            "listing_sha256": digest.hexdigest(),
+        }
+
+    def record(self, number: int) -> ImageRecord:
+        """The path, and nothing else."""
+        return ImageRecord(self.names[number])
+
+    def image(self, record: ImageRecord) -> torch.Tensor:
+        """As `ImageSource.image`."""
+        return read_image(self.root / record.id)
+
+    def loader(
+        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+    ) -> BatchLoader:
+        """As `ImageSource.loader`."""
+        files = FolderImages([self.root / name for name in self.names], transform, on_bad=on_bad)
+        batches = _batches(self.num_images, batch_size)[start:]
+        return BatchLoader(files, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=False)
+
+
+class FolderImages:
+    """Image files by number, without labels (-1). Indexed with a whole batch at a time, as ShardImages."""
+
+    cache: ImageCache | None = None
+
+    def __init__(self, paths: Sequence[Path], transform: Transform, *, on_bad: OnBad) -> None:
+        self.paths = paths
+        self.transform = transform
+        self.on_bad = on_bad
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, micro_batch: MicroBatch) -> Batch:
+        """Read, decode and transform images. Raises ValueError for one that cannot be used, if that is to fail."""
+        ids, images, damaged = [], [], []
+        for number in micro_batch.ids.tolist():
+            try:
+                images.append(read_image(self.paths[number]))
+            except ValueError as problem:
+                if self.on_bad == "fail":
+                    raise
+                path = str(self.paths[number])
+                damaged.append(Damage(path, str(problem).removeprefix(f"{path}: ")))
+                continue
+            ids.append(number)
+        images_b3HW = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        if images:
+            images_b3HW = self.transform(images, sample_generators(ids, seed=0, epoch=0))
+        ids_b = torch.tensor(ids, dtype=torch.int64)
+        num_images = len(micro_batch.ids)
+        return Batch(images_b3HW, torch.full_like(ids_b, -1), ids_b, num_images, num_images, tuple(damaged))
+
+    def __getitems__(self, micro_batch: MicroBatch) -> Any:
+        return sent(self.batch, micro_batch)
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """The pixels of an image file, uint8 RGB [3, h, w].
+
+    Raises:
+        ValueError: naming the file: it cannot be read, or is no image.
+    """
+    try:
+        return decode_image(path.read_bytes())
+    except OSError as problem:
+        raise ValueError(f"{path}: the file cannot be read: {problem.strerror}") from problem
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from problem
+
+
+def _image_names(root: Path) -> tuple[list[str], int]:
+    """The sorted paths from `root` of the image files below it, and the number of other files."""
+    names, num_others = [], 0
+    seen = {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(folders)}
+        folders[:] = [name for name in real if not _is_hidden(name) and real[name] not in seen]
+        seen.update(real[name] for name in folders)
+        for file in files:
+            name = os.path.relpath(os.path.join(folder, file), root)
+            if _is_hidden(file) or os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
+                num_others += 1
+                continue
+            try:
+                name.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"the name of {os.path.join(folder, file)!r} is not UTF-8; rename it") from None
+            names.append(name)
+    return sorted(names), num_others
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+class ShardSource:
+    """A split of shards, its images named by their keys."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self.num_images = index.num_samples
+        self._images = ShardImages(index, Resize(1))  # only to read from
+
+    def about(self) -> dict[str, Any]:
+        """Location, split, number of images, data set, and the hash of the index."""
+        local = self.index.remote is None
+        return {
+            "kind": "shards",
+            "location": str(self.index.root.resolve()) if local else self.index.location,
+            "split": self.index.split,
+            "num_images": self.num_images,
+            "dataset": self.index.dataset,
+            "index_sha256": self.index.sha256,
+        }
+
+    def record(self, number: int) -> ImageRecord:
+        """Key, label and class."""
+        label = int(self.index.samples["label"][number])
+        key = self.index.key(number) or f"{self.index.split}-{number:08d}"
+        return ImageRecord(key, label, self.index.classes[label].name, number)
+
+    def image(self, record: ImageRecord) -> torch.Tensor:
+        """As `ImageSource.image`."""
+        if record.sample is None or record.sample >= self.num_images:
+            raise ValueError(f"{self.index.location} has no sample {record.id}")
+        return self._images.image(record.sample)
+
+    def loader(
+        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+    ) -> BatchLoader:
+        """As `ImageSource.loader`."""
+        images = ShardImages(self.index, transform, damaged="leave_out" if on_bad == "skip" else "fail")
+        batches = _batches(self.num_images, batch_size)[start:]
+        return BatchLoader(images, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=False)
+
+
+def _batches(num_images: int, batch_size: int) -> list[MicroBatch]:
+    """The batches that an evaluation on one rank goes through."""
+    cut: list[np.ndarray] = evaluation_batches(num_images, batch_size=batch_size, rank=0, world_size=1)
+    return [MicroBatch(ids, len(ids), len(ids)) for ids in cut]

@@ -1,0 +1,91 @@
+"""Make embeddings searchable: `python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos`.
+
+The kind of index goes by the number of rows unless it is named; retrieval_index.py says how.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
+  python -m dist_proxygml.index --embeddings embeddings/sop --out indexes/sop --kind ivf --target-recall 0.99
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, build, say what there is; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_proxygml.index",
+        description="Build a search index from a folder of embeddings.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--embeddings", required=True, type=Path, help="folder that dist_proxygml.embed wrote")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--kind",
+        choices=("auto", "flat", "ivf", "hnsw"),
+        default="auto",
+        help="flat is exact; hnsw and ivf are for many rows (default: by their number, docs/retrieval.md)",
+    )
+    parser.add_argument(
+        "--target-recall",
+        type=_share,
+        default=0.95,
+        metavar="SHARE",
+        help="of the ten nearest, how much hnsw and ivf should find (default: 0.95)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an index that is there already")
+    given = parser.parse_args(arguments)
+    try:
+        print(_index(given))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _index(given: argparse.Namespace) -> str:
+    from tqdm import tqdm
+
+    from dist_proxygml.embeddings import open_embeddings
+    from dist_proxygml.retrieval_index import KIND, Index
+    from dist_proxygml.sealed_folder import check_is_free
+
+    check_is_free(given.out.absolute(), kind=KIND, overwrite=given.overwrite)
+    embeddings = open_embeddings(given.embeddings)
+    with tqdm(total=len(embeddings.records), desc="indexing", unit=" rows", unit_scale=True, mininterval=0.5) as bar:
+        index = Index.build(
+            embeddings.rows,
+            embeddings.records,
+            kind=given.kind,
+            target_recall=given.target_recall,
+            model=embeddings.manifest["model"],
+            data=embeddings.manifest["data"],
+            progress=bar.update,
+        )
+    index.save(given.out, overwrite=given.overwrite)
+    settings = "".join(f", {name} {value}" for name, value in index.parameters.items())
+    text = (
+        f"{index.kind} index of {len(index):,} rows of dimension {index.embedding_dim}{settings}, "
+        f"written to {given.out}\nrecall@10 against an exact search: {index.recall_at_10:.4f}"
+    )
+    if index.recall_at_10 < given.target_recall:
+        text += f", below the {given.target_recall} asked for; --kind flat is exact"
+    return text
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
+    return share
+
+
+if __name__ == "__main__":
+    sys.exit(main())

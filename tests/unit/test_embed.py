@@ -1,0 +1,269 @@
+"""The command that embeds: any folder, or shards; what cannot be read is named; what was done is not done again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.embed import main
+from dist_proxygml.embedder import Embedder
+from dist_proxygml.embeddings import EmbeddingWriter, check_rows, open_embeddings
+from tests.shards_of_noise import write_noise_shards
+from tests.trained_runs import write_finished_run
+
+# In the order of their paths.
+PHOTOS = ["a/deep/er/y.webp", "a/x.jpg", "a/ünï côdé.jpeg", "b.PNG", "c/1.bmp", *(f"c/{n}.png" for n in "234"), "z.gif"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_finished_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return write_noise_shards(tmp_path_factory.mktemp("noise"), [4, 9, 7])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Nine images in nested folders, and files that are none."""
+    generator = np.random.default_rng(0)
+    for name in PHOTOS:
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (12, 18, 3), dtype=np.uint8)).save(path)
+    for name in ("notes.txt", ".hidden.png", "__MACOSX/a.png", ".cache/thumb.png"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+def embedded(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_any_folder_of_images_is_embedded_in_the_order_of_its_paths(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "a" / "loop").symlink_to(photos)  # must not be walked for ever
+    out = tmp_path / "out"
+    assert embedded("--run", run, "--data", photos, "--out", out, "--batch-size", 4) == 0
+    assert capsys.readouterr().out == f"9 embeddings of dimension 4 by small, step 30, written to {out}\n"
+    rows, records, manifest = open_embeddings(out)
+    names = [record.id for record in records]
+    assert names == PHOTOS
+    expected = Embedder.from_run(run).embed([photos / name for name in names], batch_size=4)
+    np.testing.assert_array_equal(rows, expected)
+    assert sorted(path.name for path in out.iterdir()) == ["embeddings.npy", "ids.jsonl", "manifest.json"]
+    plain = np.load(out / "embeddings.npy")
+    assert (plain.dtype, plain.shape, plain.flags["C_CONTIGUOUS"]) == (np.float32, (9, 4), True)
+    assert json.loads((out / "ids.jsonl").read_text().splitlines()[0]) == {"id": "a/deep/er/y.webp"}
+    assert manifest["model"] == Embedder.from_run(run).about
+    assert (manifest["data"]["kind"], manifest["data"]["location"]) == ("folder", str(photos))
+    assert (manifest["num_rows"], manifest["left_out"]) == (9, [])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_shards_bring_keys_labels_and_classes(run: Path, shards: ShardIndex, tmp_path: Path) -> None:
+    options = ("--run", run, "--data", shards.root, "--split", "test", "--batch-size", 6)
+    assert embedded(*options, "--out", tmp_path / "one") == 0
+    assert embedded(*options, "--out", tmp_path / "two", "--num-workers", 2) == 0
+    rows, records, manifest = open_embeddings(tmp_path / "one")
+    np.testing.assert_array_equal(open_embeddings(tmp_path / "two").rows, rows)
+    assert [record.id for record in records] == [f"test-{number:08d}" for number in range(20)]
+    assert [record.label for record in records] == shards.labels.tolist()
+    assert records[3].class_name == f"pattern {records[3].label} <&>"
+    assert [record.sample for record in records] == list(range(20))
+    assert manifest["data"]["index_sha256"] == shards.sha256
+    images = Embedder.from_run(run)
+    from dist_proxygml.data.sources import ShardSource
+
+    source = ShardSource(shards)
+    np.testing.assert_array_equal(rows[:6], images.embed([source.image(record) for record in records[:6]]))
+
+
+def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "c" / "2.png").write_bytes((photos / "c" / "2.png").read_bytes()[:100])
+    (photos / "z.png").symlink_to(tmp_path / "nowhere.png")
+    options = ("--run", run, "--data", photos, "--batch-size", 2)
+    assert embedded(*options, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"error: {photos}/c/2.png: the image does not decode" in error
+    assert not (tmp_path / "out").exists()
+
+    # The same command goes on, now without that image.
+    assert embedded(*options, "--out", tmp_path / "out", "--on-bad", "skip") == 0
+    error = capsys.readouterr().err
+    assert "going on after 4 images" in error
+    assert f"2 images cannot be used and were left out:\n  {photos}/c/2.png: the image does not decode" in error
+    assert f"  {photos}/z.png: the file cannot be read: No such file" in error
+    rows, records, manifest = open_embeddings(tmp_path / "out")
+    names = [record.id for record in records]
+    assert len(rows) == 8
+    assert "c/2.png" not in names
+    assert [damage["image"] for damage in manifest["left_out"]] == [f"{photos}/c/2.png", f"{photos}/z.png"]
+    expected = Embedder.from_run(run).embed([photos / name for name in names])
+    np.testing.assert_allclose(rows, expected, atol=1e-6)  # row and name still belong together
+
+    for name in names:
+        (photos / name).write_bytes(b"")
+    assert embedded(*options, "--out", tmp_path / "none", "--on-bad", "skip") == 2
+    assert "error: none of the 10 images can be used, the first is" in capsys.readouterr().err
+
+
+def test_damaged_shards_are_named_and_may_be_left_out(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = write_noise_shards(tmp_path / "noise", [4, 9, 7])
+    offset = int(index.samples["offset"][3]) + 40
+    with open(index.shard_paths[0], "r+b") as stream:
+        stream.seek(offset)
+        stream.write(b"\xff\x00\xff")
+    options = ("--run", run, "--data", index.root, "--out", tmp_path / "out")
+    assert embedded(*options) == 2
+    assert "sample test-00000003 (label" in capsys.readouterr().err
+    assert embedded(*options, "--on-bad", "skip") == 0
+    records = open_embeddings(tmp_path / "out").records
+    assert [record.sample for record in records] == [number for number in range(20) if number != 3]
+
+
+def test_a_call_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--run", run, "--data", photos, "--batch-size", 2, "--out")
+    assert embedded(*options, tmp_path / "whole") == 0
+    real, calls = Embedder.embed_prepared, []
+
+    def stopping(self: Embedder, *arguments: object, **names: object) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **names)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Embedder, "embed_prepared", stopping)
+    assert embedded(*options, tmp_path / "out") == 130
+    assert not (tmp_path / "out").exists()
+    # What a kill leaves besides: half a batch of rows, half a line.
+    with open(tmp_path / ".out.partial" / "embeddings.npy", "ab") as stream:
+        stream.write(b"\1\2\3\4\5")
+    with open(tmp_path / ".out.partial" / "done.jsonl", "ab") as stream:
+        stream.write(b"[8, 99")
+    capsys.readouterr()
+    assert embedded(*options, tmp_path / "out") == 0
+    assert "going on after 6 images of an interrupted call" in capsys.readouterr().err
+    assert len(calls) == 6  # three before, one stopped, two after: five batches in all
+    for name in ("embeddings.npy", "ids.jsonl", "manifest.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["model", "images", "batches"])
+def test_what_was_begun_differently_begins_anew(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    real = Embedder.embed_prepared
+    counts = iter(range(100))
+
+    def stopping(self: Embedder, *arguments: object, **names: object) -> np.ndarray:
+        if next(counts) == 1:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **names)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Embedder, "embed_prepared", stopping)
+    assert embedded("--run", run, "--data", photos, "--batch-size", 5, "--out", tmp_path / "out") == 130
+    other, batch_size = run, 5
+    if change == "model":
+        other = write_finished_run(tmp_path, "other", seed=1)
+    elif change == "images":
+        Image.new("RGB", (9, 9), "red").save(photos / "b.PNG")
+    else:
+        batch_size = 4
+    assert embedded("--run", other, "--data", photos, "--batch-size", batch_size, "--out", tmp_path / "out") == 0
+    rows, records, _ = open_embeddings(tmp_path / "out")
+    expected = Embedder.from_run(other).embed([photos / record.id for record in records], batch_size=batch_size)
+    np.testing.assert_array_equal(rows, expected)
+
+
+def test_mistakes_are_refused_before_any_work(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: object) -> str:
+        assert embedded(*arguments) == 2
+        return capsys.readouterr().err.rpartition("error: ")[2]
+
+    out = tmp_path / "out"
+    assert told("--run", tmp_path, "--data", photos, "--out", out).startswith("expected a checkpoint (step-N), a run's")
+    missing = told("--run", run, "--data", tmp_path / "no", "--out", out)
+    assert missing == f"expected a folder of images or of shards at {tmp_path / 'no'}, found none; correct the path\n"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train-000000.tar").write_bytes(b"")
+    told_empty = told("--run", run, "--data", tmp_path / "empty", "--out", out)
+    assert "found none among 1 files; for its 1 tar files run `python -m dist_proxygml.shard index" in told_empty
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    assert "found something else; name another folder" in told(
+        "--run", run, "--data", photos, "--out", tmp_path / "mine", "--overwrite"
+    )
+    assert embedded("--run", run, "--data", photos, "--out", out) == 0
+    assert "add --overwrite" in told("--run", run, "--data", photos, "--out", out)
+    (photos / "b.PNG").unlink()
+    assert embedded("--run", run, "--data", photos, "--out", out, "--overwrite") == 0
+    assert len(open_embeddings(out).rows) == 8
+    with pytest.raises(SystemExit):
+        main(["--run", str(run), "--data", str(photos), "--out", str(out), "--batch-size", "0"])
+
+
+def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert embedded("--run", run, "--data", photos, "--out", out) == 0
+    content = bytearray((out / "embeddings.npy").read_bytes())
+    content[-1] ^= 1
+    (out / "embeddings.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"out is damaged: expected embeddings.npy of \d+ bytes .*copy it again"):
+        open_embeddings(out)
+    (out / "embeddings.npy").unlink()
+    with pytest.raises(ValueError, match=r"embeddings.npy cannot be read: No such file"):
+        open_embeddings(out)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"expected dist-proxygml-embeddings of version 1 at .*found a folder without"):
+        open_embeddings(out)
+
+
+def test_two_processes_do_not_write_the_same_embeddings(run: Path, photos: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from dist_proxygml.embeddings import EmbeddingWriter\n"
+        "writer = EmbeddingWriter(Path(sys.argv[1]), plan={}, embedding_dim=3); print('begun', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(ValueError, match=r"another process writes .*out; wait until it has ended"):
+            EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3)
+        other.communicate("\n")
+    assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
+
+
+def test_rows_that_are_not_of_length_1_are_never_published(tmp_path: Path) -> None:
+    rows = np.eye(3, dtype=np.float32)
+    check_rows(rows)
+    rows[1, 1] = np.nan
+    with pytest.raises(ValueError, match="expected rows of length 1, got nan in row 1"):
+        check_rows(rows)
+    rows[1, 1] = 0
+    from dist_proxygml.data.sources import ImageRecord
+
+    with EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3) as writer:
+        writer.add(rows, [ImageRecord(name) for name in "abc"], [])
+        with pytest.raises(ValueError, match=r"got 0 in row 1 \(b\)"):
+            writer.finish({})
+    assert not (tmp_path / "out").exists()

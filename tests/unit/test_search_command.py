@@ -1,0 +1,226 @@
+"""The command that searches: what it prints and draws, and whom it refuses."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_proxygml import Embedder, Index
+from dist_proxygml.embed import main as embed_main
+from dist_proxygml.index import main as index_main
+from dist_proxygml.search import main
+from tests.shards_of_noise import write_noise_shards
+from tests.trained_runs import write_finished_run
+
+
+class Place:
+    """A run, a folder of images, and its index."""
+
+    def __init__(self, root: Path) -> None:
+        generator = np.random.default_rng(0)
+        self.photos, self.index = root / "photos", root / "index"
+        self.photos.mkdir()
+        for number in range(12):
+            image = Image.fromarray(generator.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+            image.save(self.photos / f"{number:02d}.png")
+        self.run = write_finished_run(root / "runs")
+        assert embed_main(["--run", str(self.run), "--data", str(self.photos), "--out", str(root / "e")]) == 0
+        assert index_main(["--embeddings", str(root / "e"), "--out", str(self.index)]) == 0
+
+    def path(self, number: int) -> Path:
+        return self.photos / f"{number:02d}.png"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+class Page(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+
+def searched(place: Place, *arguments: object) -> int:
+    return main(["--index", str(place.index), *map(str, arguments)])
+
+
+def told(capsys: pytest.CaptureFixture[str], place: Place, *arguments: object) -> str:
+    capsys.readouterr()
+    assert searched(place, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.rpartition("error: ")[2]
+
+
+def test_a_table_names_the_nearest_first(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert searched(place, place.path(3), place.path(7), "-k", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = Index.load(place.index).search(Embedder.from_run(place.run).embed([place.path(3), place.path(7)]), 3)
+    blocks = []
+    for number, scores, ids in zip((3, 7), expected.scores.tolist(), expected.ids, strict=True):
+        blocks.append(str(place.path(number)))
+        blocks += [f"   {rank}  {scores[rank - 1]:7.4f}  {ids[rank - 1]}" for rank in (1, 2, 3)]
+    assert lines == blocks
+    assert lines[1] == "   1   1.0000  03.png"
+    assert lines[5] == "   1   1.0000  07.png"
+
+
+def test_json_has_what_the_table_has(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert searched(place, place.photos, "-k", 2, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == {"run": "small", "step": 30}
+    assert [query["query"] for query in found["queries"]] == [str(place.path(number)) for number in range(12)]
+    for number, query in enumerate(found["queries"]):
+        first, second = query["matches"]
+        assert (first["rank"], first["id"], second["rank"]) == (1, f"{number:02d}.png", 2)
+        assert first["score"] == pytest.approx(1, abs=1e-6)
+        assert second["score"] < first["score"]
+
+
+def test_nothing_found_is_said_with_the_nearest(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    stranger = place.photos.parent / "stranger.png"
+    Image.new("RGB", (9, 9), (250, 30, 200)).save(stranger)
+    result = Index.load(place.index).search(Embedder.from_run(place.run).embed(stranger), 2)
+    between = float(result.scores[0].mean())
+    capsys.readouterr()
+    assert searched(place, stranger, "--min-score", 2, "--html", stranger.with_suffix(".html")) == 0
+    name, score = result.ids[0][0], result.scores[0, 0]
+    sentence = f"{stranger}: nothing with a score of 2.0 or more; the nearest is {name} with {score:.4f}"
+    assert capsys.readouterr().out == f"{sentence}\n"
+    assert sentence in Page(stranger.with_suffix(".html")).text
+    assert searched(place, stranger, "--min-score", between) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # the query, and the one above
+    assert searched(place, stranger, "--min-score", 2, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["queries"][0]["matches"] == []
+
+
+def test_a_page_stands_alone(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    query = tmp_path / 'a"<b>&.png'
+    shutil.copy(place.path(5), query)
+    page = tmp_path / "a folder of pages" / "found.html"
+    place.path(2).unlink()
+    assert searched(place, query, place.path(0), "-k", 12, "--html", page) == 0
+    assert "02.png: the file cannot be read: No such file" in capsys.readouterr().err
+    parsed = Page(page)
+    images = parsed.images()
+    assert len(images) == 2 + 2 * 11
+    assert all((image["src"] or "").startswith("data:image/") for image in images)
+    assert images[0]["alt"] == 'a"<b>&.png'
+    assert images[1]["alt"] == "05.png"
+    assert parsed.text.count("not at hand") == 2
+    assert "Searched among 12 images, embedded by small, step 30." in parsed.text
+    text = page.read_text()
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert not {tag for tag, _ in parsed.tags} & {"script", "link", "iframe"}
+    assert "http:" not in text
+    assert "https:" not in text
+
+
+def test_a_page_finds_the_images_of_shards_and_names_their_makers(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "noise"
+    index = write_noise_shards(root, [4, 9])
+    (root / "ATTRIBUTION.md").write_text("drawn by <nobody>")
+    arguments = ["--run", str(place.run), "--data", str(root), "--out", str(tmp_path / "shards_e")]
+    assert embed_main(arguments) == 0
+    assert index_main(["--embeddings", str(tmp_path / "shards_e"), "--out", str(tmp_path / "shards_i")]) == 0
+    place.index = tmp_path / "shards_i"
+    assert searched(place, place.path(0), "-k", 3, "--html", tmp_path / "found.html") == 0
+    assert "  pattern " in capsys.readouterr().out
+    page = Page(tmp_path / "found.html")
+    assert len(page.images()) == 1 + 3
+    assert "drawn by <nobody>" in page.text
+    # Where they are not any more.
+    moved = index.root.rename(tmp_path / "moved")
+    assert searched(place, place.path(0), "-k", 3, "--html", tmp_path / "found.html") == 0
+    assert "the page will lack the images that were found" in capsys.readouterr().err
+    assert len(Page(tmp_path / "found.html").images()) == 1
+    assert searched(place, place.path(0), "-k", 3, "--html", tmp_path / "found.html", "--data", moved) == 0
+    assert len(Page(tmp_path / "found.html").images()) == 1 + 3
+
+
+def test_only_the_model_of_the_index_may_search(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_finished_run(tmp_path / "others", "other", seed=1)
+    error = told(capsys, place, place.path(0), "--run", other)
+    assert error == (
+        f"{place.index} was made with small, step 30, but {other}/checkpoints/step-000030 (other, step 30) has other "
+        "weights: their scores do not compare; name the right model with --run, or embed and index the images again\n"
+    )
+    moved = place.run.rename(tmp_path / "moved")
+    error = told(capsys, place, place.path(0))
+    assert error.startswith(f"the model of {place.index} (small, step 30) cannot be opened where it was: expected")
+    assert "with --run" in error
+    assert searched(place, place.path(0), "--run", moved) == 0  # the same weights, elsewhere
+    capsys.readouterr()
+    # A run that went on: the step of the index is taken, not the newest.
+    newest = moved / "checkpoints" / "step-000060"
+    shutil.copytree(other / "checkpoints" / "step-000030", newest)
+    assert searched(place, place.path(0), "--run", moved) == 0
+
+
+def test_an_index_without_a_model_asks_for_one(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [place.path(number) for number in range(12)]
+    rows = Embedder.from_run(place.run).embed(paths)
+    Index.build(rows, [path.name for path in paths]).save(place.index, overwrite=True)
+    assert "does not say which model it was made with; name it with --run" in told(capsys, place, place.path(0))
+    assert searched(place, place.path(4), "-k", 1, "--run", place.run) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "   1   1.0000  04.png"
+    wide = np.eye(5, dtype=np.float32)
+    Index.build(wide, list("abcde")).save(place.index, overwrite=True)
+    error = told(capsys, place, place.path(0), "--run", place.run)
+    assert f"holds embeddings of dimension 5, the model in {place.run} makes those of dimension 4" in error
+
+
+def test_queries_that_cannot_be_read_are_named(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, place, "nowhere.png") == (
+        "expected an image or a folder at nowhere.png, found nothing; correct the path\n"
+    )
+    place.path(1).write_bytes(b"GIF89a and then nothing")
+    assert told(capsys, place, place.photos).startswith(f"{place.path(1)}: the image does not decode")
+    assert searched(place, place.photos, "-k", 1, "--on-bad", "skip") == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2 * 11
+    assert f"left out: {place.path(1)}: the image does not decode" in captured.err
+    assert "none of the 1 images can be used" in told(capsys, place, place.path(1), "--on-bad", "skip")
+    with pytest.raises(SystemExit):
+        searched(place, place.path(0), "-k", "0")
+
+
+def test_a_damaged_index_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    path = place.index / "index.faiss"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{place.index} is damaged: expected index.faiss of" in told(capsys, place, place.path(0))
+    shutil.rmtree(place.index)
+    assert "found no such folder; build it with" in told(capsys, place, place.path(0))
