@@ -351,6 +351,12 @@ class EvaluationConfig(_Section):
     recall_at: list[int] = Field(default_factory=lambda: [1, 2, 4, 8], description="K of Recall@K.")
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs behind NMI; 0 leaves NMI out.")
 
+    @property
+    def metric_names(self) -> list[str]:
+        """What is measured."""
+        names = [*(f"recall@{k}" for k in self.recall_at), "r_precision", "map@r"]
+        return [*names, "nmi"] if self.kmeans_seeds else names
+
 
 class CheckpointConfig(_Section):
     """Checkpoints of the run."""
@@ -397,6 +403,10 @@ class TelemetryConfig(_Section):
         10, ge=1, description="Optimizer steps between two lines of metrics.jsonl and TensorBoard scalars."
     )
     progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")
+    projector: bool | Annotated[int, Field(ge=1, le=10_000)] = Field(
+        True,
+        description="Show so many of the last evaluation's embeddings in TensorBoard's projector; true: up to 10,000.",
+    )
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -531,9 +541,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _best_checkpoint_is_measured(self) -> "Config":
-        wanted, evaluation = self.checkpoint.keep_best, self.evaluation
-        measured = [*(f"recall@{k}" for k in evaluation.recall_at), "r_precision", "map@r"]
-        measured += ["nmi"] if evaluation.kmeans_seeds else []
+        wanted, measured = self.checkpoint.keep_best, self.evaluation.metric_names
         if wanted is not None and wanted not in measured:
             raise ValueError(
                 f"checkpoint.keep_best is {wanted!r}, but the evaluation measures {', '.join(measured)}; take one of "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dist_proxygml.backbone import RawPixels, build_backbone
+from dist_proxygml.board import Board
 from dist_proxygml.checkpoint import (
     CheckpointWriter,
     Retention,
@@ -133,6 +134,8 @@ def train(
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
+    settings = dict(_flattened(config.model_dump(mode="json")))
+    board = Board(state, telemetry, settings=settings, test_index=test_index)
     keep = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best)
     loop = _Loop(
         state=state,
@@ -140,6 +143,7 @@ def train(
         test_index=test_index,
         settings=comparable,
         telemetry=telemetry,
+        board=board,
         writer=CheckpointWriter(checkpoints, context, keep, asynchronous=config.checkpoint.asynchronous),
         signals=signals,
         watchdog=Watchdog(config.training.step_timeout, report=run_directory / f"hang-rank-{context.rank:03d}.txt"),
@@ -158,6 +162,7 @@ def train(
 
     # 4. Show.
     telemetry.close()
+    on_main(context, board.show_projection)
     on_main(context, _show, run_directory, test_index)
     locks.clear()
     return run_directory
@@ -172,6 +177,7 @@ class _Loop:
     test_index: ShardIndex
     settings: dict[str, Any]
     telemetry: Telemetry
+    board: Board
     writer: CheckpointWriter
     signals: StopSignals
     watchdog: Watchdog
@@ -201,7 +207,8 @@ class _Loop:
                 self._evaluate_raw_pixels()
             while True:
                 if self._evaluation_is_due():
-                    evaluate_run(
+                    self.board.show_proxies()
+                    result = evaluate_run(
                         self.state,
                         self.test_index,
                         self.telemetry,
@@ -209,6 +216,7 @@ class _Loop:
                         self.test_damage,
                         signals=self.signals,
                     )
+                    self.board.show_evaluation(result)
                 if self.state.is_finished:
                     break
                 self._train_epoch()
@@ -238,6 +246,7 @@ class _Loop:
             if state.step == 0:
                 self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
             measure = (state.step + 1) % config.telemetry.log_every_steps == 0
+            self.board.begin_step(is_logged=measure)
             rates = learning_rates(state)
             # A rank that was told to stop, or whose checkpoint could not be written in the background, asks for all.
             wishes = [self.signals.received is not None, self.writer.has_failed]
@@ -249,6 +258,7 @@ class _Loop:
                 self.left_out.num_in_row = 0
                 if measure:
                     self._log(report, rates, epoch)
+                    self.board.show_step()
             every_steps = config.checkpoint.every_steps
             is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
             if is_due or state.is_finished:
@@ -565,8 +575,8 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
     Args:
         config: the run.
         index: what it trains on; None for a stream.
-        step: where the run continues; evaluations of later steps, which a checkpoint was lost of, are removed: their
-            steps will be done again. None starts anew.
+        step: where the run continues; evaluations and proxy statistics of later steps, which a checkpoint was lost of,
+            are removed: their steps will be done again. None starts anew.
 
     Returns:
         Where the earlier run went, if there was one.
@@ -578,7 +588,8 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
             aside = next(path for path in names if not path.exists())
             os.rename(directory, aside)
         directory.mkdir(parents=True, exist_ok=True)
-        for path in (directory / "evaluation").glob("step-*.json"):
+        written = [path for kind in ("evaluation", "proxies") for path in (directory / kind).glob("step-*.json")]
+        for path in written:
             if step is not None and int(path.stem.removeprefix("step-").partition("-")[0]) > step:
                 path.unlink()
         (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")

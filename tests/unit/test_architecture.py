@@ -22,9 +22,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers.sweep",),
     ("launchers",),
     ("training", "shard", "report", "export", "sweep_chart"),
+    ("board",),
     ("evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
     ("transfer",),
-    ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "trained", "training_data", "watchdog"),
+    ("checkpoint", "nonfinite", "optim", "run_lock", "trained", "training_data", "watchdog"),
+    ("projector", "proxy_statistics", "telemetry"),
     ("bank_storage", "checkpoint_folder", "engine"),
     ("loss", "backbone", "evaluation"),
     ("data",),
@@ -48,6 +50,7 @@ OWNERS: dict[str, set[str]] = {
     "pydantic": {"config"},
     "timm": {"backbone"},
     "triton": {"fused"},
+    "tensorboard": {"projector"},
     "torch.utils.tensorboard": {"telemetry"},
 }
 
