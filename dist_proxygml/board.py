@@ -8,7 +8,7 @@
     at the end          the projector
 
 Rank 0 writes, and none of it can end a run: an image that cannot be shown is named. Histograms are written at every
-logged step at first, then at fewer and fewer, about 800 times in 100,000 logged steps: they are larger than curves,
+logged step at first, then at fewer and fewer, 737 times in 100,000 logged steps: they are larger than curves,
 and TensorBoard shows 500 of them.
 """
 

@@ -2,7 +2,7 @@
 
 The queries are drawn once for all evaluations of a split, so that one can see the same rows change. A green frame is
 the query's class, a dashed red one another: the dashes are for those who cannot tell the colours apart. It is a
-picture of at most 720 x 640 pixels whatever the split is.
+picture of at most 648 x 720 pixels whatever the split is.
 
 Declined: faiss, which would copy the gallery for ten queries; a product and a top-k of ten rows do. Which of several
 neighbours with the same score at the last place is shown is not defined; the metrics are exact about that.
