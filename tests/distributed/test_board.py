@@ -58,6 +58,7 @@ def train_and_go_on(context: ParallelContext, root: Path) -> list[dict[str, Any]
     for number in range(3):
         if number == 1:
             on_main(context, shutil.rmtree, run / "checkpoints" / "step-000006")
+            on_main(context, (run / "proxies" / "step-000005.json").touch)  # of a step that is lost as well
         train(config, context)
         written = os.stat(run / "tensorboard" / "projector_config.pbtxt").st_mtime_ns
         found.append({"proxies": files_of(run, "proxies"), "projector written": written})
@@ -152,6 +153,7 @@ def test_statistics_of_the_proxies_are_written_at_every_evaluation(starts: tuple
         for dead in found["dead_examples"]:
             assert dead["name"] == f"pattern {dead['class']} <&>"
         assert found["num_dead"] == len(found["dead_examples"])
+    assert list(second) == list(first)
     # the window of a run that goes on begins where it does: after step 4 of 6
     assert second["step-000003.json"] == first["step-000003.json"]
     assert (second["step-000006.json"]["window_steps"], second["step-000006.json"]["num_images"]) == (2, 9)
