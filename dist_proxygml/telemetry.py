@@ -135,7 +135,11 @@ class Telemetry:
             self._board._get_file_writer().add_summary(end, step)
 
     def pause(self) -> None:
-        """Leave out of the images/s what happened since the last logged step: an evaluation or a checkpoint."""
+        """Leave out of the images/s what happened since the last logged step: an evaluation or a checkpoint. What was
+        logged before it is on disk then, as a run that was killed goes on from there.
+        """
+        if self._enabled:
+            self._board.flush()
         self._images_since, self._time_since = 0, time.perf_counter()
 
     def say(self, text: str) -> None:

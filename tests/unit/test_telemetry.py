@@ -52,6 +52,14 @@ def test_a_counted_histogram_comes_back_with_its_edges(tmp_path: Path) -> None:
     assert (norm.step, norm.histogram_value.num, norm.histogram_value.max) == (4, 2, 4)
 
 
+def test_what_was_logged_before_a_checkpoint_is_not_lost_with_the_process(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, enabled=True, num_steps=9, start_step=0, progress_bar=False)
+    telemetry.log_number("share", 0.5, 1)
+    telemetry.pause()
+    assert [event.value for event in read_board(tmp_path).Scalars("share")] == [0.5]
+    telemetry.close()
+
+
 def write_all_kinds(directory: Path, steps: list[int], *, start: int) -> None:
     telemetry = Telemetry(directory, enabled=True, num_steps=9, start_step=start, progress_bar=False)
     if start == 0:
