@@ -494,6 +494,10 @@ class TelemetryConfig(_Section):
         10, ge=1, description="Optimizer steps between two lines of metrics.jsonl and TensorBoard scalars."
     )
     progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")
+    projector: bool | Annotated[int, Field(ge=1, le=10_000)] = Field(
+        True,
+        description="Show so many of the last evaluation's embeddings in TensorBoard's projector; true: up to 10,000.",
+    )
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ lower case is this rank's slice.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,6 +65,17 @@ class LossTerms(NamedTuple):
     """Mean cross entropy of the proxies against the class sums; 0 when its weight is 0."""
     kept_classes: Tensor
     """Mean number of classes per image with a kept proxy; no gradient."""
+
+
+class KeptPairs(NamedTuple):
+    """What a forward pass kept of the proxies at hand."""
+
+    negatives: Pairs
+    positives: Pairs
+    """N adjacent ones for each image whose class is at hand."""
+    partition: ClassPartition
+    """Classes of the proxies at hand: this rank's, paired with the images of all ranks; or, where the bank was
+    gathered, all of them, paired with this rank's images."""
 
 
 class ProxyGMLLoss(nn.Module):
@@ -115,6 +126,8 @@ class ProxyGMLLoss(nn.Module):
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
     draw: int
     """Number of the next draw of anchors; every forward pass adds one. A continued run sets it."""
+    observer: Callable[[KeptPairs], None] | None
+    """Shown what each forward pass keeps, on every rank; it changes nothing."""
 
     def __init__(
         self,
@@ -180,6 +193,7 @@ class ProxyGMLLoss(nn.Module):
         self.sparse = sparse
         self.seed = seed
         self.draw = 0
+        self.observer = None
         self.proxies = nn.Parameter(
             initial_proxies(self.partition, proxies_per_class, embedding_dim, seed=seed, initialization=initialization)
         )
@@ -257,6 +271,7 @@ class ProxyGMLLoss(nn.Module):
             matmul_dtype=self.matmul_dtype,
             fused=self.fused,
             sparse=self.sparse,
+            observer=self.observer,
         )
         nll_R, kept_R = _Classification.apply(embeddings_RD, proxies_cND, labels_R, settings)
         sums_2 = torch.stack([nll_R.sum(), kept_R.sum()])
@@ -392,6 +407,7 @@ class _Settings(NamedTuple):
     matmul_dtype: torch.dtype
     fused: bool
     sparse: bool
+    observer: Callable[[KeptPairs], None] | None
 
 
 class _Classification(torch.autograd.Function):
@@ -426,6 +442,8 @@ class _Classification(torch.autograd.Function):
         own_row_oN = owned_o[:, None].expand_as(own_proxy_oN)
         own = Pairs(own_row_oN.flatten(), own_proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
         own = own._replace(similarity=pair_similarities(embeddings_RD, bank, own.row, own.proxy))
+        if settings.observer is not None:
+            settings.observer(KeptPairs(negatives, own, partition))
 
         # 2. Reverse label propagation: a class's kept pairs are adjacent, and no rank owns a part of a class.
         class_n = negatives.proxy // num_per_class

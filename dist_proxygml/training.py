@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dist_proxygml.backbone import RawPixels, build_backbone
+from dist_proxygml.board import Board
 from dist_proxygml.checkpoint import (
     CheckpointWriter,
     Retention,
@@ -146,6 +147,8 @@ def train(
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
+    settings = dict(_flattened(config.model_dump(mode="json")))
+    board = Board(state, telemetry, settings=settings, test_index=test_index)
     keep = Retention(
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,
@@ -158,6 +161,7 @@ def train(
         evaluated=evaluated,
         settings=comparable,
         telemetry=telemetry,
+        board=board,
         writer=CheckpointWriter(checkpoints, context, keep, asynchronous=config.checkpoint.asynchronous),
         signals=signals,
         watchdog=Watchdog(config.training.step_timeout, report=run_directory / f"hang-rank-{context.rank:03d}.txt"),
@@ -175,6 +179,7 @@ def train(
 
     # 4. Show.
     telemetry.close()
+    on_main(context, board.show_projection)
     on_main(context, _show, run_directory, test_index)
     locks.clear()
     return run_directory
@@ -199,6 +204,7 @@ class _Loop:
     """The test split last."""
     settings: dict[str, Any]
     telemetry: Telemetry
+    board: Board
     writer: CheckpointWriter
     signals: StopSignals
     watchdog: Watchdog
@@ -226,8 +232,13 @@ class _Loop:
             if self.state.step == 0 and self.config.evaluation.raw_pixels:
                 self._evaluate_raw_pixels()
             while True:
-                for split in self._evaluations_due():
-                    evaluate_run(self.state, split, self.telemetry, self.run_directory, signals=self.signals)
+                due = self._evaluations_due()
+                if due:
+                    self.board.show_proxies()
+                for split in due:
+                    result = evaluate_run(self.state, split, self.telemetry, self.run_directory, signals=self.signals)
+                    if not split.is_validation:
+                        self.board.show_evaluation(result)
                 if self.state.is_finished:
                     break
                 self._train_epoch()
@@ -257,6 +268,7 @@ class _Loop:
             if state.step == 0:
                 self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
             measure = (state.step + 1) % config.telemetry.log_every_steps == 0
+            self.board.begin_step(is_logged=measure)
             rates = learning_rates(state)
             # A rank that was told to stop, or whose checkpoint could not be written in the background, asks for all.
             wishes = [self.signals.received is not None, self.writer.has_failed]
@@ -268,6 +280,7 @@ class _Loop:
                 self.left_out.num_in_row = 0
                 if measure:
                     self._log(report, rates, epoch)
+                    self.board.show_step()
             every_steps = config.checkpoint.every_steps
             is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
             if is_due or state.is_finished:
@@ -650,8 +663,8 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
     Args:
         config: the run.
         index: what it trains on; None for a stream.
-        step: where the run continues; evaluations of later steps, which a checkpoint was lost of, are removed: their
-            steps will be done again. None starts anew.
+        step: where the run continues; evaluations and proxy statistics of later steps, which a checkpoint was lost of,
+            are removed: their steps will be done again. None starts anew.
 
     Returns:
         Where the earlier run went, if there was one.
@@ -663,7 +676,8 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
             aside = next(path for path in names if not path.exists())
             os.rename(directory, aside)
         directory.mkdir(parents=True, exist_ok=True)
-        for path in (directory / "evaluation").glob("*step-*.json"):
+        written = [path for kind in ("evaluation", "proxies") for path in (directory / kind).glob("*step-*.json")]
+        for path in written:
             if step is not None and _step_evaluated(path) > step:
                 path.unlink()
         _keep_unfinished_embeddings(directory, aside, step)

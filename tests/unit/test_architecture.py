@@ -24,12 +24,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("search",),
     ("embed", "index"),
     ("training", "shard", "report", "export", "sweep_chart"),
+    ("board",),
     ("evaluation.best", "evaluation.compare", "evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
     ("retrieval_index",),
     ("embedder", "embeddings", "search_page"),
     ("sealed_folder",),
     ("transfer",),
-    ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "trained", "training_data", "watchdog"),
+    ("checkpoint", "nonfinite", "optim", "run_lock", "trained", "training_data", "watchdog"),
+    ("projector", "proxy_statistics", "telemetry"),
     ("bank_storage", "checkpoint_folder", "engine"),
     ("loss", "backbone", "evaluation"),
     ("data",),
@@ -53,6 +55,7 @@ OWNERS: dict[str, set[str]] = {
     "pydantic": {"config"},
     "timm": {"backbone"},
     "triton": {"fused"},
+    "tensorboard": {"projector"},
     "torch.utils.tensorboard": {"telemetry"},
 }
 
