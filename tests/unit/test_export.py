@@ -12,12 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dist_proxygml import export as export_module
+from dist_proxygml import export_folder
 from dist_proxygml import trained as trained_module
 from dist_proxygml.backbone import build_backbone
 from dist_proxygml.checkpoint import load_backbone
 from dist_proxygml.config import BackboneConfig
-from dist_proxygml.export import export, main
+from dist_proxygml.export import main
+from dist_proxygml.export_folder import export
 from dist_proxygml.parallel import ParallelContext, single_process
 from dist_proxygml.trained import open_trained
 from dist_proxygml.transfer import open_transfer
@@ -66,7 +67,7 @@ def test_the_command_writes_what_was_trained_without_deepspeed(
     assert result.stdout == (
         f"exported {run}/checkpoints/{CHECKPOINT} to {out}: small_cnn, and 7 classes x 2 proxies of dimension 4\n"
     )
-    assert names_below(out) == ["backbone.safetensors", "bank.safetensors", "classes.jsonl", "export.json"]
+    assert names_below(out) == ["README.md", "backbone.safetensors", "bank.safetensors", "classes.jsonl", "export.json"]
     assert names_below(out.parent) == ["birds"]
 
     bank = load_file(out / "bank.safetensors")
@@ -121,7 +122,7 @@ def test_a_run_on_a_stream_is_exported_without_names(
 ) -> None:
     told = export(trained[0].with_name("stream"), tmp_path / "stream")
     assert told.endswith("3 classes x 2 proxies of dimension 4, without class names, as it was trained on a stream")
-    assert names_below(tmp_path / "stream") == ["backbone.safetensors", "bank.safetensors", "export.json"]
+    assert names_below(tmp_path / "stream") == ["README.md", "backbone.safetensors", "bank.safetensors", "export.json"]
     with pytest.raises(ValueError, match="has no class names: it was trained on a stream"):
         open_trained(tmp_path / "stream").classes()
 
@@ -181,7 +182,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(export_folder.os, "posix_fallocate", full)
     assert main(["--run", str(run), "--out", str(tmp_path / "birds"), "--overwrite"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "birds").iterdir()} == before
