@@ -15,6 +15,7 @@ fault.
 Dimension key: n images, D embedding, S side of an image.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,8 +120,8 @@ def check_images(config: Config, *, data: str | None = None) -> CheckImages:
         side = config.data.test_transform.size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (NUM_RANDOM_IMAGES, 3, side, side), dtype=torch.uint8, generator=generator)
-        source = f"{NUM_RANDOM_IMAGES} random images, as the run's test images are not there: {problem}"
-        return CheckImages(images, None, source)
+        print(f"verifying with random images, the run's own cannot be had: {problem}", file=sys.stderr)
+        return CheckImages(images, None, f"{NUM_RANDOM_IMAGES} random images, as the run's test images were not there")
     return _sample(config, index)
 
 

@@ -14,14 +14,13 @@ files do not give what the checkpoint gives, leaves nothing, and what was there 
 into its file, which is mapped: memory holds the largest part that a rank wrote, and what the system keeps of the file.
 """
 
-import functools
 import json
 import os
 import platform
 import shutil
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from dist_proxygml.export_check import (
     format_checks,
     original_backbone,
 )
-from dist_proxygml.graph import check_onnx, open_onnx, open_torchscript, write_onnx, write_torchscript
+from dist_proxygml.graph import Embed, check_onnx, open_onnx, open_torchscript, write_onnx, write_torchscript
 from dist_proxygml.model_card import TrainingFacts, find_evaluation, write_card
 from dist_proxygml.trained import (
     BACKBONE_FILE,
@@ -117,12 +116,12 @@ def export(
             shutil.copyfile(model.path / BACKBONE_FILE, partial / BACKBONE_FILE)
             if model.has_class_names:
                 shutil.copyfile(model.class_table(), partial / CLASSES_FILE)
+        found_opset = _write_graphs(config, model.path, partial, formats=formats, opset=opset)
         precision = _precision(model.path / BACKBONE_FILE)
-        found_opset, checks = _write_and_check(
-            config, model.path, partial, formats=formats, precision=precision, images=images, opset=opset
-        )
-        about = _description(model, bank, config) | {
-            "formats": list(formats),
+        checks: list[FileCheck] = []
+        if images is not None:
+            checks = _check_files(config, model.path, partial, images, formats=formats, precision=precision)
+        about = _description(model, bank, config, formats) | {
             "precision": precision,
             "opset": found_opset,
             "verification": None
@@ -161,69 +160,52 @@ def _precision(weights: Path) -> str:
     return " and ".join(sorted(types)) or "float32"
 
 
-def _write_and_check(
-    config: Config,
-    checkpoint: Path,
-    partial: Path,
-    *,
-    formats: Sequence[str],
-    precision: str,
-    images: CheckImages | None,
-    opset: int | None,
-) -> tuple[int | None, list[FileCheck]]:
-    """Write the graphs, and check every file if there are images; ONNX's operator set and what was found.
+def _write_graphs(
+    config: Config, checkpoint: Path, partial: Path, *, formats: Sequence[str], opset: int | None
+) -> int | None:
+    """Write the backbone as graphs; the operator set of the ONNX one."""
+    if not {"onnx", "torchscript"} & set(formats):
+        return None
+    backbone, side, found_opset = original_backbone(config, checkpoint).float(), config.data.test_transform.size, None
+    if "onnx" in formats:
+        print(f"writing {ONNX_FILE}", file=sys.stderr, flush=True)
+        found_opset = write_onnx(backbone, partial / ONNX_FILE, side=side, opset=opset)
+    if "torchscript" in formats:
+        print(f"writing {TORCHSCRIPT_FILE}", file=sys.stderr, flush=True)
+        write_torchscript(backbone, partial / TORCHSCRIPT_FILE, side=side)
+    return found_opset
+
+
+def _check_files(
+    config: Config, checkpoint: Path, partial: Path, images: CheckImages, *, formats: Sequence[str], precision: str
+) -> list[FileCheck]:
+    """Hold every file against the checkpoint.
 
     Raises:
-        ExportDiffersError: a file is too far from the checkpoint.
+        ExportDiffersError: one is too far from it.
     """
-    graphs = [name for name in ("onnx", "torchscript") if name in formats]
-    if images is None and not graphs:
-        return None, []
-    side, found_opset, checks = config.data.test_transform.size, None, []
-    backbone = original_backbone(config, checkpoint)
-    original_nD: Tensor | None = None
-    if images is not None and "safetensors" in formats:
-        original_nD = embed_all(backbone, images.images, name="original")
-        checks.append(
-            check_file(
-                functools.partial(original_backbone, config, partial),
-                original_nD,
-                images,
-                file=BACKBONE_FILE,
-                format="safetensors",
-                precision=precision,
-            )
-        )
-    if graphs:
-        backbone.float()
-        if images is not None and (original_nD is None or precision != "float32"):
-            original_nD = embed_all(backbone, images.images, name="original")
-    for name in graphs:
-        file, opener = (ONNX_FILE, open_onnx) if name == "onnx" else (TORCHSCRIPT_FILE, open_torchscript)
-        print(f"writing {file}", file=sys.stderr, flush=True)
-        if name == "onnx":
-            found_opset = write_onnx(backbone, partial / file, side=side, opset=opset)
-        else:
-            write_torchscript(backbone, partial / file, side=side)
-        if images is not None:
-            assert original_nD is not None
-            checks.append(
-                check_file(
-                    functools.partial(opener, partial / file),
-                    original_nD,
-                    images,
-                    file=file,
-                    format=name,
-                    precision="float32",
-                )
-            )
+    openers: dict[str, tuple[str, Callable[[], Embed], str]] = {
+        "safetensors": (BACKBONE_FILE, lambda: original_backbone(config, partial), precision),
+        "onnx": (ONNX_FILE, lambda: open_onnx(partial / ONNX_FILE), "float32"),
+        "torchscript": (TORCHSCRIPT_FILE, lambda: open_torchscript(partial / TORCHSCRIPT_FILE), "float32"),
+    }
+    original = original_backbone(config, checkpoint)
+    originals: dict[str, Tensor] = {}
+    checks = []
+    for name, (file, opener, computes_in) in openers.items():  # the one in the precision of training is first
+        if name not in formats:
+            continue
+        if computes_in not in originals:
+            in_precision = original.float() if computes_in == "float32" else original
+            originals[computes_in] = embed_all(in_precision, images.images, name=f"checkpoint, {computes_in}")
+        checks.append(check_file(opener, originals[computes_in], images, file=file, format=name, precision=computes_in))
     wrong = [check.file for check in checks if not check.passed]
     if wrong:
         raise ExportDiffersError(
-            f"{' and '.join(wrong)} differs by more than {LIMIT:g} from what the checkpoint gives for the same images; "
+            f"{' and '.join(wrong)} differs by more than {LIMIT:g} from what the checkpoint gives for {images.source}; "
             f"nothing was published\n{format_checks(checks)}"
         )
-    return found_opset, checks
+    return checks
 
 
 def _write_bank(bank: StoredBank, path: Path) -> None:
@@ -245,15 +227,17 @@ def _write_bank(bank: StoredBank, path: Path) -> None:
             bar.update(end - first)
 
 
-def _description(model: TrainedModel, bank: StoredBank, config: Config) -> dict[str, Any]:
+def _description(model: TrainedModel, bank: StoredBank, config: Config, formats: Sequence[str]) -> dict[str, Any]:
     """What export.json says before its files are known."""
     num_classes, per_class, embedding_dim = bank.shape
     packages = ["dist_proxygml", "torch", "torchvision", "timm", "safetensors"]
+    packages += ["onnx", "onnxscript"] if "onnx" in formats else []
     return {
         "kind": EXPORT_KIND,
         "version": EXPORT_VERSION,
         "run": config.name,
         "step": model.step,
+        "formats": list(formats),
         "backbone": config.backbone.model_dump(mode="json"),
         "embedding_dim": embedding_dim,
         "proxies_per_class": per_class,

@@ -118,7 +118,7 @@ def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:
         data = result.protocol.get("data", {})
         dataset = printable(data.get("dataset") or "unknown")
         measured = [
-            {"type": metric, "name": f"{_metric_name(metric)} (percent)", "value": round(100 * value, 3)}
+            {"type": metric, "name": f"{_metric_name(metric)}, percent", "value": round(100 * value, 3)}
             for metric, value in result.metrics.items()
         ]
         task = {"type": "image-retrieval", "name": "Image retrieval"}
@@ -147,7 +147,7 @@ each other. {escape(backbone["name"])} with a linear embedding layer, trained wi
 The backbone's settings:
 
 ```json
-{_json(backbone)}
+{_json({**backbone, "pretrained": _file_name(backbone["pretrained"])})}
 ```"""
 
 
@@ -286,7 +286,7 @@ def _evaluation(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -
         ]
     low, high = result.recall_at_1_bounds
     parts += ["| percent | |", "| --- | --- |"]
-    parts += [f"| {escape(_metric_name(name))} | {100 * value:.2f} |" for name, value in result.metrics.items()]
+    parts += [f"| {_metric_name(name)} | {100 * value:.2f} |" for name, value in result.metrics.items()]
     parts += [
         f"| Recall@1 if every tie goes wrong, or right | {100 * low:.2f} to {100 * high:.2f} |",
         "",
@@ -369,7 +369,9 @@ def escape(text: object) -> str:
 
 
 def _metric_name(name: str) -> str:
-    return _METRICS.get(name, re.sub(r"^recall@", "Recall@", printable(name)))
+    if re.fullmatch(r"recall@\d+", name):
+        return name.capitalize()
+    return _METRICS.get(name) or escape(name)
 
 
 def _code(value: object) -> str:
@@ -381,9 +383,13 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=True)
 
 
+def _file_name(pretrained: str | None) -> str | None:
+    """Without the folders of the machine that it was trained on."""
+    return None if pretrained is None else Path(pretrained).name
+
+
 def _size(num_bytes: int) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:,} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1024  # type: ignore[assignment]
-    return f"{num_bytes:,.1f} GiB"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes} bytes"
