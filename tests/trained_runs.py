@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dist_proxygml.checkpoint import Retention, RunState, save_checkpoint
 from dist_proxygml.config import Config, parse_config
@@ -87,5 +88,8 @@ def write_run(context: ParallelContext, config: Config, shards: Path | None) -> 
         context=context,
         retention=Retention(keep_last=1),
     )
-    weights = {name: value.numpy() for name, value in state.engine.full_state_dict().items()}
+    weights = {  # numpy has no bfloat16
+        name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        for name, value in state.engine.full_state_dict().items()
+    }
     return weights | {"proxies": state.loss.proxies.detach().numpy()}

@@ -2,15 +2,18 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_proxygml import export_check
-from dist_proxygml.config import Config
+from dist_proxygml.backbone import build_backbone
+from dist_proxygml.config import BackboneConfig, Config
 from dist_proxygml.export_check import (
     CheckImages,
     ExportDiffersError,
@@ -19,6 +22,7 @@ from dist_proxygml.export_check import (
     check_images,
     embed_all,
     format_checks,
+    original_backbone,
 )
 from tests.trained_runs import configuration
 
@@ -112,6 +116,33 @@ def test_batches_are_of_several_sizes_and_in_order() -> None:
         images = images_of(None, count).images
         torch.testing.assert_close(embed_all(embed, images, name="x", first_batches=(1, 5)), images[:, 0, 0].float())
         assert sizes == expected
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"name": "small_cnn", "pool": 2, "options": {"width": 4}},
+        {"name": "torchvision/resnet18", "options": {"return_node": "layer1"}},
+        {"name": "timm/vit_tiny_patch16_224", "options": {"img_size": 16, "depth": 2}},
+    ],
+    ids=lambda backbone: backbone["name"],
+)
+def test_weights_in_safetensors_come_back_into_a_backbone_of_each_family(
+    backbone: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config_on("unused").model_copy(update={"backbone": BackboneConfig(embedding_dim=4, **backbone)})
+    before = torch.get_rng_state()
+    with torch.random.fork_rng():
+        trained = build_backbone(config.backbone)
+        trained(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8))  # statistics of its own
+        save_file(trained.state_dict(), tmp_path / "backbone.safetensors")
+    embed = original_backbone(config, tmp_path)
+    assert not embed.training
+    assert torch.equal(torch.get_rng_state(), before)
+    for count in (1, 5):
+        images = check_images(config).images[:count]
+        with torch.no_grad():
+            assert torch.equal(embed(images), trained.eval()(images))
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
