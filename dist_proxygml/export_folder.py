@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from dist_proxygml.checkpoint_folder import files_below, flush, hash_files, make_empty, partial_path, publish_checkpoint
+from dist_proxygml.checkpoint_folder import files_below, hash_files, make_empty, partial_path, publish_checkpoint
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.data.shards import publish
 from dist_proxygml.export_check import (
@@ -253,8 +253,6 @@ def _write_description(about: dict[str, Any], partial: Path) -> None:
     names = files_below(partial)
     num_bytes = sum((partial / name).stat().st_size for name in names)
     print(f"hashing {num_bytes / 2**20:,.1f} MiB", file=sys.stderr, flush=True)
-    for name in names:
-        flush(partial / name)
     listed = about | {"files": hash_files(partial, names, num_threads=torch.get_num_threads())}
     with publish(partial / EXPORT_FILE) as stream:
         stream.write(json.dumps(listed, indent=2, ensure_ascii=False).encode("utf-8") + b"\n")
