@@ -16,7 +16,7 @@ LOG := $(VENV)/setup.log
 # faiss-gpu where an NVIDIA driver answers, faiss-cpu elsewhere (`make setup FAISS=gpu` decides by hand, e.g. on a login node).
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 FAISS ?= $(if $(filter 0,$(NUM_GPUS)),cpu,gpu)
-EXTRAS := $(FAISS),demo-build,weights,test,lint,bench
+EXTRAS := $(FAISS),demo-build,weights,export,test,lint,bench
 NUM_RANKS := $(if $(filter 1,$(NUM_GPUS)),1,2)
 
 # Done once for each content of these files: a newer checkout installs again, a touched file does not.

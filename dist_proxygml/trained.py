@@ -2,7 +2,7 @@
 
     runs/NAME/checkpoints/step-000800/   backbone.safetensors, bank/ of torch.distributed.checkpoint, state.json
     runs/NAME/classes.jsonl              which row of the bank is which class, written when the run starts
-    exports/NAME/                        backbone.safetensors, bank.safetensors, classes.jsonl, export.json
+    exports/NAME/                        backbone.safetensors, bank.safetensors, classes.jsonl, export.json, README.md
 
 A class table has the form of the index's (data/index.py), so a lost one is a copy of that file. It is believed only if
 it hashes to what the checkpoint says. Rows of the bank are read without a process group: each rank fetches what it
@@ -36,6 +36,7 @@ from dist_proxygml.data.shards import publish
 
 CLASSES_FILE = "classes.jsonl"
 EXPORT_FILE = "export.json"
+CARD_FILE = "README.md"  # of an export: for people, who add to it
 BACKBONE_FILE = "backbone.safetensors"
 BANK_FILE = "bank.safetensors"
 PROXIES = "proxies"  # the bank's name in a checkpoint, and its tensor's in an export
@@ -124,10 +125,11 @@ class StoredBank(Protocol):
 
 
 def open_trained(path: Path) -> TrainedModel:
-    """Open a checkpoint, a run's folder (its newest whole checkpoint) or an export, and verify every file of it.
+    """Open a checkpoint, a run's folder (its newest whole checkpoint) or an export, and verify every file of it; an
+    export's card may have been edited.
 
     Raises:
-        ValueError: there is none of these, or a file is not as it was written.
+        ValueError: there is none of these, a file is not as it was written, or an export has no weights in safetensors.
     """
     if (path / EXPORT_FILE).is_file():
         return _open_export(path)
@@ -179,11 +181,19 @@ def _open_export(path: Path) -> TrainedModel:
             raise ValueError(f"kind {about['kind']!r} of version {about['version']!r}")
         model = TrainedModel(path, about["step"], about["settings"], is_export=True)
         listed = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in about["files"].items()]
+        formats = [str(name) for name in about.get("formats", ["safetensors"])]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path / EXPORT_FILE}: expected a {EXPORT_KIND} of version {EXPORT_VERSION}, got {error}; {again}"
         ) from None
+    if "safetensors" not in formats:
+        raise ValueError(
+            f"expected weights and proxies in the export {path}, found a graph only ({', '.join(formats)}); export it "
+            "again with --format safetensors,onnx or the like"
+        )
     for name, num_bytes, sha256 in listed:
+        if name == CARD_FILE:
+            continue
         try:
             with open(path / name, "rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()

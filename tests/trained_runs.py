@@ -92,7 +92,10 @@ def write_run(context: ParallelContext, config: Config, shards: Path | None) -> 
         context=context,
         retention=Retention(keep_last=1),
     )
-    weights = {name: value.numpy() for name, value in state.engine.full_state_dict().items()}
+    weights = {  # numpy has no bfloat16
+        name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        for name, value in state.engine.full_state_dict().items()
+    }
     return weights | {"proxies": state.loss.proxies.detach().numpy()}
 
 

@@ -1,23 +1,30 @@
 """What is exported is what was trained, whole or not at all; anybody reads it, a new run starts from it."""
 
 import hashlib
+import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dist_proxygml import export as export_module
+from dist_proxygml import export_folder
 from dist_proxygml import trained as trained_module
-from dist_proxygml.backbone import build_backbone
+from dist_proxygml.backbone import EmbeddingModel, build_backbone
 from dist_proxygml.checkpoint import load_backbone
-from dist_proxygml.config import BackboneConfig
-from dist_proxygml.export import export, main
+from dist_proxygml.config import BackboneConfig, load_config
+from dist_proxygml.export import main
+from dist_proxygml.export_check import original_backbone
+from dist_proxygml.export_folder import export
 from dist_proxygml.parallel import ParallelContext, single_process
 from dist_proxygml.trained import open_trained
 from dist_proxygml.transfer import open_transfer
@@ -26,17 +33,28 @@ from tests.trained_runs import configuration, read_class_names, write_class_name
 
 NAMES = ["gull", "owl", "wren", "kité", "dove", "lark", "swan"]  # uneven over two ranks
 CHECKPOINT = "step-000030"
+DEMO = Path(__file__).parents[2] / "shards" / "demo"
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs ONNX: pip install '.[export]'",
+)
 
 
 def write_runs(context: ParallelContext, root: Path) -> list[dict[str, np.ndarray]]:
     named = configuration("named", root / "runs", len(NAMES))
     stream = configuration("stream", root / "runs", 3)
-    return [write_run(context, named, root / "shards"), write_run(context, stream, None)]
+    half = configuration("half", root / "runs", 3, deepspeed={"bf16": {"enabled": True}})
+    written = [write_run(context, named, root / "shards"), write_run(context, stream, None)]
+    write_run(context, half, None)
+    return written
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
-    """The folder of a run that two ranks have written, one on a stream beside it, and the first one's numbers."""
+    """The folder of a run that two ranks have written, beside it one on a stream and one in bfloat16, and the first
+    one's numbers.
+    """
     root = tmp_path_factory.mktemp("trained")
     write_class_names(root / "shards", [(name, number) for number, name in enumerate(NAMES, start=1)])
     ranks = run_ranks(write_runs, 2, root, timeout=90)
@@ -66,7 +84,7 @@ def test_the_command_writes_what_was_trained_without_deepspeed(
     assert result.stdout == (
         f"exported {run}/checkpoints/{CHECKPOINT} to {out}: small_cnn, and 7 classes x 2 proxies of dimension 4\n"
     )
-    assert names_below(out) == ["backbone.safetensors", "bank.safetensors", "classes.jsonl", "export.json"]
+    assert names_below(out) == ["README.md", "backbone.safetensors", "bank.safetensors", "classes.jsonl", "export.json"]
     assert names_below(out.parent) == ["birds"]
 
     bank = load_file(out / "bank.safetensors")
@@ -84,6 +102,8 @@ def test_the_command_writes_what_was_trained_without_deepspeed(
     assert (about["run"], about["step"]) == ("named", 30)
     assert (about["num_classes"], about["proxies_per_class"], about["embedding_dim"]) == (7, 2, 4)
     assert about["preprocessing"] == {"name": "resize", "size": 16}
+    assert (about["formats"], about["precision"], about["opset"]) == (["safetensors"], "float32", None)
+    assert about["verification"] is None
     assert about["written_with"]["torch"] == torch.__version__.partition("+")[0]
     assert about["files"] == {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
@@ -121,9 +141,173 @@ def test_a_run_on_a_stream_is_exported_without_names(
 ) -> None:
     told = export(trained[0].with_name("stream"), tmp_path / "stream")
     assert told.endswith("3 classes x 2 proxies of dimension 4, without class names, as it was trained on a stream")
-    assert names_below(tmp_path / "stream") == ["backbone.safetensors", "bank.safetensors", "export.json"]
+    assert names_below(tmp_path / "stream") == ["README.md", "backbone.safetensors", "bank.safetensors", "export.json"]
     with pytest.raises(ValueError, match="has no class names: it was trained on a stream"):
         open_trained(tmp_path / "stream").classes()
+
+
+# ---- graphs, and whether they are what was trained -------------------------------------------------------------------
+
+
+@needs_onnx
+@pytest.mark.timeout(120)
+def test_every_format_gives_what_the_checkpoint_gives_by_the_code_of_its_card(
+    trained: tuple[Path, dict[str, np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = trained
+    out = tmp_path / "birds"
+    arguments = ["--run", run, "--out", out, "--format", "onnx,safetensors", "--format", "torchscript,onnx"]
+    arguments += ["--verify", "--data", DEMO, "--opset", "21"]
+    assert main([str(argument) for argument in arguments]) == 0
+    graphs = ["backbone.onnx", "backbone.safetensors", "backbone.torchscript"]
+    assert names_below(out) == ["README.md", *graphs, "bank.safetensors", "classes.jsonl", "export.json"]
+
+    # 1. What is told and recorded.
+    captured = capsys.readouterr()
+    assert "torch.jit, which TorchScript comes from, is deprecated" in captured.err
+    assert "backbone.onnx in operator set 21, backbone.torchscript\n" in captured.out
+    assert re.search(r"verified with 512 images of \d+ classes of demo, split test\n", captured.out)
+    about = json.loads((out / "export.json").read_text())
+    assert about["formats"] == ["onnx", "safetensors", "torchscript"]
+    assert about["files"].keys() == {*names_below(out)} - {"export.json"}
+    found = {check["file"]: check for check in about["verification"]["files"]}
+    assert sorted(found) == graphs
+    for file, check in found.items():
+        assert check["largest_difference"] < 1e-5
+        assert check["recall_at_1_difference"] == 0.0
+        assert check["num_images"] == 512
+        assert 0 < check["recall_at_1"] < 1
+        assert f"{file} " in captured.out
+    assert open_trained(out).step == 30
+
+    # 2. The code of the card, block by block, in the folder.
+    for name, colour in (("first.png", (200, 30, 90)), ("second.png", (10, 160, 240))):
+        Image.new("RGB", (40, 30), colour).save(out / name)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (out / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1 + 3
+    monkeypatch.chdir(out)
+    prepared: dict[str, Any] = {}
+    exec(compile(blocks[0], "preparation", "exec"), prepared)
+    model = original_backbone(load_config(run / "config.json"), run / "checkpoints" / CHECKPOINT)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(prepared["images"])).numpy()
+    assert abs(expected[0] - expected[1]).max() > 1e-3
+    for block, sign in zip(blocks[1:], ("onnxruntime", "torch.jit", "build_backbone"), strict=True):
+        assert sign in block
+        names = {"images": prepared["images"]}
+        exec(compile(block, sign, "exec"), names)
+        np.testing.assert_allclose(names["embeddings"], expected, atol=1e-5, err_msg=sign)
+        assert names["similarities"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("file", ["backbone.safetensors", "backbone.torchscript", "backbone.onnx"])
+def test_a_file_that_differs_from_the_checkpoint_is_not_published(
+    trained: tuple[Path, dict[str, np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+) -> None:
+    run, _ = trained
+    name = file.partition(".")[2]
+    if name == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    export(run, tmp_path / "birds")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "birds").iterdir()}
+
+    if name == "safetensors":
+        copy = shutil.copyfile
+
+        def copy_wrongly(source: Path, target: Path) -> None:
+            copy(source, target)
+            if target.name == file:
+                weights = load_file(target)
+                weights["embedding.bias"][0] += 0.01
+                save_file(weights, target)
+
+        monkeypatch.setattr(export_folder.shutil, "copyfile", copy_wrongly)
+    else:
+        write = getattr(export_folder, f"write_{name}")
+
+        def write_wrongly(model: EmbeddingModel, *rest: Any, **settings: Any) -> Any:
+            with torch.no_grad():
+                model.embedding.bias[0] += 0.01
+            return write(model, *rest, **settings)
+
+        monkeypatch.setattr(export_folder, f"write_{name}", write_wrongly)
+    arguments = ["--run", str(run), "--out", str(tmp_path / "birds"), "--format", name, "--overwrite"]
+    assert main([*arguments, "--verify"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        f"error: {file} differs by more than 0.0001 from what the checkpoint gives for 64 random images, as the run's "
+        "test images were not there; nothing was published\n"
+    ) in captured.err
+    assert re.search(rf"{re.escape(file)} .* TOO FAR", captured.err)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "birds").iterdir()} == before
+    assert names_below(tmp_path) == ["birds"]
+    assert main(arguments) == 0  # it is --verify that finds it
+
+
+def test_weights_in_bfloat16_stay_so_and_their_graph_is_float32(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    told = export(trained[0].with_name("half"), tmp_path / "half", formats=["torchscript", "safetensors"], verify=True)
+    assert re.search(r"^backbone.safetensors +bfloat16 +0.0e\+00", told, flags=re.MULTILINE)
+    assert re.search(r"^backbone.torchscript +float32 ", told, flags=re.MULTILINE)
+    about = json.loads((tmp_path / "half" / "export.json").read_text())
+    assert about["precision"] == "bfloat16"
+    assert {check["recall_at_1"] for check in about["verification"]["files"]} == {None}
+    assert about["verification"]["images"].startswith("64 random images")
+    assert load_file(tmp_path / "half" / "backbone.safetensors")["embedding.weight"].dtype == torch.bfloat16
+    traced = torch.jit.load(tmp_path / "half" / "backbone.torchscript")
+    assert {parameter.dtype for parameter in traced.parameters()} == {torch.float32}
+
+
+def test_a_graph_alone_is_nothing_to_train_from(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    told = export(trained[0], tmp_path / "birds", formats=["torchscript"])
+    assert told.endswith(f"to {tmp_path / 'birds'}: small_cnn, backbone.torchscript")
+    assert names_below(tmp_path / "birds") == ["README.md", "backbone.torchscript", "export.json"]
+    with pytest.raises(ValueError, match=r"found a graph only \(torchscript\); export it again with --format safetens"):
+        open_trained(tmp_path / "birds")
+
+
+def test_a_card_may_be_edited(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    export(trained[0], tmp_path / "birds")
+    with open(tmp_path / "birds" / "README.md", "a") as stream:
+        stream.write("More about our birds.\n")
+    assert open_trained(tmp_path / "birds").step == 30
+
+
+def test_a_wrong_command_line_ends_before_any_work(
+    trained: tuple[Path, dict[str, np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = trained
+    given = ["--run", str(run), "--out", str(tmp_path / "new")]
+    for more, message in (
+        (["--format", "onnx,pickle"], "expected one or several of safetensors, onnx, torchscript, got 'pickle'"),
+        (["--data", "shards/demo"], "--data names the images for --verify"),
+        (["--opset", "20"], "--opset is of ONNX"),
+    ):
+        with pytest.raises(SystemExit) as ending:
+            main([*given, *more])
+        assert ending.value.code == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert main([*given, "--format", "onnx"]) == 2
+    assert re.match(
+        r"error: --format onnx expects .* found no onnx; pip install '\.\[export\]'", capsys.readouterr().err
+    )
+    assert main([*given, "--verify", "--data", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert names_below(tmp_path) == []
 
 
 # ---- what is in the way ----------------------------------------------------------------------------------------------
@@ -181,7 +365,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(export_folder.os, "posix_fallocate", full)
     assert main(["--run", str(run), "--out", str(tmp_path / "birds"), "--overwrite"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "birds").iterdir()} == before
