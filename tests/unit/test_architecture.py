@@ -21,7 +21,7 @@ PACKAGE = "dist_proxygml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers.sweep",),
     ("launchers",),
-    ("training", "shard", "report", "export", "sweep_chart"),
+    ("training", "shard", "report", "export", "sweep_chart", "doctor"),
     ("evaluation.evaluator", "evaluation.report", "plan", "step", "sweep"),
     ("transfer",),
     ("checkpoint", "nonfinite", "optim", "run_lock", "telemetry", "trained", "training_data", "watchdog"),
@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preemption",),
     ("parallel",),
     ("collectives",),
-    ("config", "faults", "slurm"),
+    ("config", "faults", "slurm", "finding"),
     ("partition",),
 )
 
