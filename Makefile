@@ -1,6 +1,6 @@
 # Everything a checkout needs, from a bare machine: `make demo`, `make test`. Run `make` for the list.
 #
-# All that is installed or compiled lies in .venv; nothing outside the checkout is written, nothing but Python (3.11 or newer, with
+# All that is installed or compiled lies in .venv; nothing outside the checkout is written, nothing but Python (3.11 to 3.13, with
 # venv) and a C++ compiler is expected of the machine. A second call finds the stamp of the first and starts at once.
 
 SHELL := /bin/bash
@@ -13,14 +13,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/setup.log
 
-# faiss-gpu where an NVIDIA driver answers, faiss-cpu elsewhere (`make setup FAISS=gpu` decides by hand, e.g. on a login node).
+EXTRAS := demo-build,weights,export,test,lint,bench
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
-FAISS ?= $(if $(filter 0,$(NUM_GPUS)),cpu,gpu)
-EXTRAS := $(FAISS),demo-build,weights,export,test,lint,bench
 NUM_RANKS := $(if $(filter 1,$(NUM_GPUS)),1,2)
 
 # Done once for each content of these files: a newer checkout installs again, a touched file does not.
-STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt tools/warm_up_deepspeed.py | sha256sum | cut -c1-12)-$(FAISS)
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt tools/warm_up_deepspeed.py | sha256sum | cut -c1-12)
 
 # The tools' own folder first, so that DeepSpeed finds the `ninja` it was compiled with (another one makes it compile again),
 # and what it compiles stays in the checkout.
@@ -82,10 +80,10 @@ endef
 $(STAMP):
 	@candidates="$(or $(PYTHON),python3 python3.13 python3.12 python3.11)"; \
 	for python in $$candidates; do \
-	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; python=; \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then break; fi; python=; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "expected Python 3.11 or newer with the venv module, found none among: $$candidates"; \
+	  echo "expected Python 3.11 to 3.13 with the venv module, found none among: $$candidates"; \
 	  echo "install it (Debian, Ubuntu: apt install python3 python3-venv) or name one: make setup PYTHON=/path/to/python3.11"; \
 	  exit 1; \
 	fi; \
@@ -96,8 +94,10 @@ $(STAMP):
 	@rm -f $(VENV)/installed-* $(LOG)
 	@echo "[2/4] torch and torchvision (1 to 2 minutes, 3 GB)"
 	$(call pip_install,-c constraints.txt torch torchvision)
-	@echo "[3/4] DeepSpeed, WebDataset, faiss-$(FAISS) and the rest (about 1 minute)"
-	@$(BIN)/python -m pip uninstall --quiet --yes faiss-$(if $(filter gpu,$(FAISS)),cpu,gpu) 2>/dev/null
+	@echo "[3/4] DeepSpeed, WebDataset, faiss and the rest (about 2 minutes, 1.5 GB)"
+	@if $(BIN)/python -m pip show --quiet faiss-cpu 2>/dev/null; then \
+	  $(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu 2>/dev/null; \
+	fi # both own the module faiss, so removing one damages the other; the right one comes back with the rest
 	$(call pip_install,-c constraints.txt -e '.[$(EXTRAS)]')
 	@echo "[4/4] DeepSpeed's CPU communication extension (compiled once, about 1 minute)"
 	@$(BIN)/python tools/warm_up_deepspeed.py >> $(LOG) 2>&1 || { tail -n 3 $(LOG); \

@@ -228,9 +228,9 @@ def _recall_at_1(rows_nD: Tensor, labels: Tensor | None) -> float | None:
     query_n = metrics.count_positives(labels_n) > 0
     if not query_n.any():
         return None
+    is_same_nn = labels[:, None] == labels
     scores_nn = (rows_nD @ rows_nD.T).fill_diagonal_(-np.inf)
-    ranked = scores_nn.sort(dim=1, descending=True)
-    scores_qK, ids_qK = (part.numpy()[query_n, :-1] for part in (ranked.values, ranked.indices))  # last is itself
-    relevant_qK = labels_n[ids_qK] == labels_n[query_n][:, None]
-    _, right_q = metrics.tie_bounds(relevant_qK, scores_qK, tolerance=TIE)
-    return metrics.exact_mean(right_q.astype(np.float64))
+    best_right_n = scores_nn.masked_fill(~is_same_nn, -np.inf).amax(dim=1)
+    best_wrong_n = scores_nn.masked_fill(is_same_nn, -np.inf).amax(dim=1)
+    right_n = (best_right_n >= best_wrong_n - TIE).numpy()
+    return metrics.exact_mean(right_n[query_n].astype(np.float64))

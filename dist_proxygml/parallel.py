@@ -85,6 +85,15 @@ def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext
     return ParallelContext(rank, world_size, local_rank, device, dist.group.WORLD)
 
 
+def available_backends() -> list[str]:
+    """Libraries that this build of torch lets ranks talk through, of the two that are used here."""
+    if not dist.is_available():
+        return []
+    return [
+        name for name, is_there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if is_there
+    ]
+
+
 def run_together(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
     """Run `function(*args)` on every rank; if it raises a ValueError or OSError on any rank, raise on all of them.
 

@@ -205,6 +205,11 @@ def class_table_name(split: str) -> str:
     return f"index.classes.{split}.jsonl"
 
 
+def default_cache() -> Path:
+    """Where remote shards are kept if nothing else is said."""
+    return Path.home() / ".cache" / "dist_proxygml" / "shards"
+
+
 def open_index(
     location: str | Path, split: str, *, cache_directory: Path | None = None, cache_limit: int | None = None
 ) -> ShardIndex:
@@ -219,7 +224,7 @@ def open_index(
     """
     remote = None
     if is_remote(str(location)):
-        cache_directory = cache_directory or Path.home() / ".cache" / "dist_proxygml" / "shards"
+        cache_directory = cache_directory or default_cache()
         remote = ShardCache(str(location), cache_directory, limit_bytes=cache_limit)
     root = Path(location) if remote is None else remote.fetch_index()
     document, digest = read_index(root)

@@ -13,6 +13,8 @@ Dimension key: q queries, g gallery rows, K neighbours, n points, D embedding.
 
 import importlib
 import importlib.metadata
+import platform
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -143,19 +145,37 @@ def load_faiss() -> ModuleType:
             "overwrite each other's files. "
             "Remove all of them with `pip uninstall "
             f"{' '.join(package.split()[0] for package in packages)}`, "
-            "then install one: `pip install faiss-cpu`, or faiss-gpu on a machine with an NVIDIA "
-            "GPU"
+            f"then install one: `pip install {preferred_faiss()}`"
         )
     try:
         faiss = importlib.import_module("faiss")
     except (ImportError, RuntimeError, OSError) as error:
         found = f"{packages[0]} is installed but does not start" if packages else "none is installed"
+        again = " --force-reinstall" if packages else ""
         raise ValueError(
-            f"evaluation needs a faiss package: {found} ({error}); "
-            "`pip install faiss-cpu`, or faiss-gpu on a machine with an NVIDIA GPU"
+            f"evaluation needs a faiss package: {found} ({error}); `pip install{again} {preferred_faiss()}`"
         ) from error
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
+
+
+def preferred_faiss() -> str:
+    """The package that pyproject.toml asks for on this machine.
+
+    faiss-gpu runs without a GPU as well; it has wheels for Linux on x86-64 only.
+    """
+    is_linux_on_x86 = sys.platform == "linux" and platform.machine() == "x86_64"
+    return "faiss-gpu" if is_linux_on_x86 else "faiss-cpu"
+
+
+def count_faiss_gpus() -> int | None:
+    """GPUs that faiss could search on; None: the installed faiss was built without.
+
+    Raises:
+        ValueError: as `load_faiss`.
+    """
+    faiss = load_faiss()
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else None
 
 
 def installed_faiss() -> list[str]:

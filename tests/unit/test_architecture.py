@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers",),
     ("search",),
     ("embed", "index"),
-    ("training", "shard", "report", "export", "sweep_chart"),
+    ("training", "shard", "report", "export", "sweep_chart", "doctor"),
     ("board",),
     ("export_folder",),
     ("model_card",),
@@ -63,7 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preemption",),
     ("parallel",),
     ("collectives",),
-    ("config", "faults", "slurm"),
+    ("config", "faults", "slurm", "finding"),
     ("partition", "protocols"),
 )
 

@@ -1,0 +1,176 @@
+"""Whether a folder of shards is what a run needs: readable, whole, with the classes and counts that are expected.
+
+Chosen: looking at the index, which is small, and at a sample of the images; duplicates by length and crc32 as the index
+has them, which two unlike images of one length share about once in four billion times. Declined: reading every byte,
+which `python -m dist_proxygml.shard verify --deep` does, and near-duplicates, which need an embedding.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dist_proxygml.data.datasets import PUBLISHED_COUNTS
+from dist_proxygml.data.index import INDEX_FILE, ShardIndex, default_cache, open_index, read_index
+from dist_proxygml.data.remote import ShardCache, is_remote
+from dist_proxygml.data.shards import ShardReader
+from dist_proxygml.finding import Finding, run_check
+
+_NUM_SAMPLED = 200  # images of each split whose bytes are read
+
+
+def audit_shards(
+    location: str,
+    *,
+    train_split: str = "train",
+    cache_directory: Path | None = None,
+    cache_limit: int | None = None,
+) -> tuple[list[Finding], dict[str, ShardIndex]]:
+    """All checks of a folder of shards, here or elsewhere, and the splits that could be opened.
+
+    Of shards that lie elsewhere only the index is fetched, no image is read.
+    """
+    indices: dict[str, ShardIndex] = {}
+
+    def opened() -> Iterator[Finding]:
+        root = Path(location)
+        try:
+            if is_remote(location):
+                root = ShardCache(location, cache_directory or default_cache(), limit_bytes=cache_limit).fetch_index()
+            document, _ = read_index(root)
+        except (ValueError, OSError) as error:
+            yield Finding("problem", "shards", str(error))
+            return
+        for name in sorted(document["splits"], key=lambda name: (name != train_split, name)):
+            try:
+                index = open_index(location, name, cache_directory=cache_directory, cache_limit=cache_limit)
+            except (ValueError, OSError) as error:
+                yield Finding("problem", f"split {name}", str(error))
+                continue
+            indices[name] = index
+            num_bytes = sum(shard.bytes for shard in index.shards)
+            yield Finding(
+                "ok",
+                f"split {name}",
+                f"{index.num_samples:,} images of {index.num_classes:,} classes in {len(index.shards)} shards of the "
+                f"size that the index says, {num_bytes / 2**20:,.1f} MiB",
+            )
+
+    findings = run_check("shards", opened)
+    for name, index in indices.items():
+        if index.remote is None:
+            findings += run_check(f"images {name}", partial(check_images, index))
+        findings += run_check(f"counts {name}", partial(check_counts, index))
+    for name, index in indices.items():
+        if train_split in indices and name != train_split:
+            findings += run_check("classes", partial(check_classes, indices[train_split], index))
+            findings += run_check("duplicates", partial(check_duplicates, indices[train_split], index))
+    return findings, indices
+
+
+def check_images(index: ShardIndex, *, num_sampled: int = _NUM_SAMPLED) -> Iterator[Finding]:
+    """The bytes of images drawn over the whole split, against their crc32."""
+    drawn = np.random.default_rng(0).permutation(index.num_samples)[:num_sampled]
+    reader = ShardReader(index.open_shard)
+    damaged = []
+    for sample_id in sorted(drawn.tolist()):
+        row = index.samples[sample_id]
+        try:
+            reader.read(
+                int(row["shard"]), offset=int(row["offset"]), num_bytes=int(row["nbytes"]), crc32=int(row["crc32"])
+            )
+        except ValueError as error:
+            damaged.append(f"{index.describe(sample_id)}: {error}")
+    reader.close()
+    name = f"images {index.split}"
+    if damaged:
+        yield Finding(
+            "problem",
+            name,
+            f"{len(damaged)} of {len(drawn)} images that were read are damaged, the first {damaged[0]}",
+            f"see all with `python -m dist_proxygml.shard verify --deep {index.location}`, then copy or build the "
+            'shards again, or set data.damaged_images to "skip"',
+        )
+    else:
+        yield Finding("ok", name, f"{len(drawn)} images were read, each with the crc32 of the index")
+
+
+def check_counts(index: ShardIndex) -> Iterator[Finding]:
+    """Images and classes of a split, against those of the literature."""
+    expected = PUBLISHED_COUNTS.get(index.dataset, {}).get(index.split)
+    if expected is None:
+        return
+    found = index.num_samples, int(np.count_nonzero(np.bincount(index.labels)))
+    name = f"counts {index.split}"
+    if found == expected:
+        yield Finding("ok", name, f"those published for {index.dataset}")
+    else:
+        yield Finding(
+            "problem",
+            name,
+            f"expected the published {expected[0]:,} images of {expected[1]:,} classes of {index.dataset}, found "
+            f"{found[0]:,} of {found[1]:,}",
+            f"unpack the download again and build with `python -m dist_proxygml.shard build {index.dataset}`; results "
+            "on other counts compare with nobody's",
+        )
+
+
+def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
+    """No class of the training split is in the other one: retrieval is measured on classes that were never trained."""
+    train_names, other_names = _class_names(train), _class_names(other)
+    shared = sorted(train_names & other_names)
+    if not train_names or not other_names:
+        yield Finding(
+            "warning",
+            "classes",
+            f"{train.split} or {other.split} has numbers for class names, so whether they share classes cannot be told",
+            "write the class's name into each sample's JSON as class_name, and make the index again",
+        )
+    elif shared:
+        yield Finding(
+            "problem",
+            "classes",
+            f"{len(shared):,} classes are in {train.split} and in {other.split}, such as {shared[0]!r}: retrieval "
+            "would be measured on classes that were trained",
+            "build the shards with splits by class",
+        )
+    else:
+        yield Finding("ok", "classes", f"{train.split} and {other.split} share none")
+
+
+def _class_names(index: ShardIndex) -> set[str]:
+    """Names of the classes; none where they are only the labels again."""
+    return {entry.name for entry in index.classes if entry.name != str(entry.label)}
+
+
+def check_duplicates(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
+    """Image files that are in both splits, byte for byte as far as length and crc32 tell."""
+    keys: list[np.ndarray] = [
+        index.samples["nbytes"].astype(np.uint64) << np.uint64(32) | index.samples["crc32"].astype(np.uint64)
+        for index in (train, other)
+    ]
+    common, train_ids, other_ids = np.intersect1d(keys[0], keys[1], return_indices=True)
+    if len(common) == 0:
+        yield Finding("ok", "duplicates", f"no image file is in {train.split} and in {other.split}")
+        return
+    yield Finding(
+        "warning",
+        "duplicates",
+        f"{len(common):,} image files are in {train.split} and in {other.split} alike, such as "
+        f"{train.describe(int(train_ids[0]))} and {other.describe(int(other_ids[0]))}",
+        "leave one of the two out, or say so beside the results",
+    )
+
+
+def check_num_classes(index: ShardIndex, num_classes: int, *, source: str) -> Finding:
+    """The number of classes that a configuration states, against that of the split it trains on."""
+    if index.num_classes == num_classes:
+        return Finding("ok", "num_classes", f"{num_classes:,} in {source} and in split {index.split}")
+    return Finding(
+        "problem",
+        "num_classes",
+        f"data.num_classes is {num_classes} in {source} but {index.num_classes} in {index.location}/{INDEX_FILE}, "
+        f"split {index.split}",
+        f"set data.num_classes={index.num_classes}, or point data.shards at the right shards",
+    )

@@ -1,0 +1,444 @@
+"""What is wrong with this machine, this installation or these shards, before a run finds out.
+
+    python -m dist_proxygml.doctor --config configs/demo_cpu.json
+
+One line a check: ok, warning (works, but see) or problem (a run will fail), with what to do. Nothing is changed, no
+process group is started, and no check stops another one. Versions are compared with what the installed package asks
+for, that is with pyproject.toml. Declined: repairing anything; connecting to anything but shards that lie elsewhere.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_proxygml.finding import Finding, run_check
+
+if TYPE_CHECKING:
+    from dist_proxygml.config import Config
+
+_PACKAGE = "dist_proxygml"
+_MIB, _GIB = 1 << 20, 1 << 30
+_PREFETCHED = 2  # batches that each loading process holds in shared memory, torch's default
+_COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "problem": "\033[31m"}
+_EXAMPLES = """examples:
+  python -m dist_proxygml.doctor
+  python -m dist_proxygml.doctor --data shards/demo
+  python -m dist_proxygml.doctor --config configs/sop_8gpu.json --set data.shards=/data/sop
+"""
+
+
+# ---- the installation ------------------------------------------------------------------------------------------------
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter against the range that the package allows."""
+    from packaging.specifiers import SpecifierSet
+
+    found = f"{platform.python_version()} at {sys.prefix}"
+    wanted = importlib.metadata.metadata(_PACKAGE)["Requires-Python"] or ""
+    if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
+        yield Finding("ok", "python", found)
+    else:
+        yield Finding("problem", "python", f"{found}, expected {wanted}", "make an environment with another Python")
+
+
+def check_packages() -> Iterator[Finding]:
+    """Every package that is needed is there, in a version that was tried."""
+    from packaging.requirements import Requirement
+
+    try:
+        listed = importlib.metadata.requires(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("warning", "packages", f"{_PACKAGE} is not installed, so no versions", "`pip install -e .`")
+        return
+    needed = [Requirement(text) for text in listed]
+    needed = [requirement for requirement in needed if requirement.marker is None or requirement.marker.evaluate()]
+    needed = [requirement for requirement in needed if not requirement.name.startswith("faiss")]  # has its own check
+    fitting = []
+    for requirement in needed:
+        remedy = f"`pip install '{requirement.name}{requirement.specifier}'`"
+        version = _version(requirement.name)
+        if version is None:
+            yield Finding("problem", requirement.name, f"is missing, expected {requirement.specifier}", remedy)
+        elif not requirement.specifier.contains(version, prereleases=True):
+            yield Finding("problem", requirement.name, f"{version}, expected {requirement.specifier}", remedy)
+        else:
+            fitting.append(f"{requirement.name} {version}")
+    yield Finding("ok", "packages", ", ".join(fitting))
+    # torchvision's operators are compiled for one torch.
+    pins = map(Requirement, importlib.metadata.requires("torchvision") or [] if _version("torchvision") else [])
+    pin = next((requirement for requirement in pins if requirement.name == "torch"), None)
+    torch = _version("torch")
+    if pin is not None and torch is not None and not pin.specifier.contains(torch, prereleases=True):
+        yield Finding(
+            "problem",
+            "torchvision",
+            f"{_version('torchvision')} belongs to torch{pin.specifier}, found torch {torch}",
+            f"`pip install torch=={torch.partition('+')[0]} torchvision`",
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_faiss() -> Iterator[Finding]:
+    """One package owns the module faiss, it starts, and it knows GPUs where there are some."""
+    from dist_proxygml.evaluation.search import count_faiss_gpus, installed_faiss, preferred_faiss
+
+    packages = installed_faiss()
+    if len(packages) > 1:
+        names = " ".join(package.split()[0] for package in packages)
+        yield Finding(
+            "problem",
+            "faiss",
+            f"{len(packages)} packages own the same module: {', '.join(packages)}",
+            f"`pip uninstall --yes {names} && pip install {preferred_faiss()}`",
+        )
+        return
+    try:
+        num_gpus = count_faiss_gpus()
+    except ValueError as error:
+        yield Finding("problem", "faiss", str(error))
+        return
+    import torch
+
+    if num_gpus is None and torch.cuda.is_available():
+        yield Finding(
+            "warning",
+            "faiss",
+            f"{packages[0]} searches on the CPU only, and this machine has GPUs",
+            f"`pip uninstall --yes {packages[0].split()[0]} && pip install {preferred_faiss()}`",
+        )
+    else:
+        searches = "built without GPUs" if num_gpus is None else f"built for GPUs, sees {num_gpus}"
+        yield Finding("ok", "faiss", f"{packages[0] if packages else 'of unknown origin'}, {searches}")
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def check_devices() -> Iterator[Finding]:
+    """torch starts; CPUs with their memory; GPUs, and whether torch can use those that the driver sees."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("problem", "torch", f"does not start ({error})", "`pip install --force-reinstall torch`")
+        return
+    from dist_proxygml.memory import available_memory
+
+    num_cpus = len(os.sched_getaffinity(0))
+    left = available_memory(torch.device("cpu")) / _GIB
+    yield Finding("ok", "cpu", f"{num_cpus} cores, torch uses {torch.get_num_threads()}, {left:.1f} GiB of memory left")
+    driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    built_for = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(number)
+            free = available_memory(torch.device("cuda", number)) / _GIB
+            bf16 = "bf16" if gpu.major >= 8 else "no bf16"
+            memory = f"{free:.1f} of {gpu.total_memory / _GIB:.1f} GiB left"
+            text = f"{gpu.name}, {memory}, {bf16}, driver {(driver or 'unknown').split()[0]}; {built_for}"
+            yield Finding("ok", f"gpu {number}", text)
+    elif driver and torch.version.cuda is None:
+        yield Finding(
+            "problem", "gpu", f"driver {driver.split()[0]}, but this torch is for CPUs", "`pip install torch`"
+        )
+    elif driver:
+        yield Finding(
+            "problem",
+            "gpu",
+            f"driver {driver.split()[0]} is there, but torch cannot use it: {built_for}",
+            "update the driver, or see whether CUDA_VISIBLE_DEVICES hides the GPUs",
+        )
+    else:
+        yield Finding("ok", "gpu", "none here, runs use the CPU")
+
+
+def _said_by(*command: str) -> str | None:
+    """What a program prints; None where it is missing, fails or prints nothing."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def check_communication() -> Iterator[Finding]:
+    """What ranks talk through: NCCL on GPUs, gloo on CPUs."""
+    import torch
+
+    from dist_proxygml.parallel import available_backends
+
+    backends = available_backends()
+    wanted = "nccl" if torch.cuda.is_available() else "gloo"
+    if wanted in backends:
+        yield Finding("ok", "communication", ", ".join(backends))
+    else:
+        yield Finding("problem", "communication", f"expected {wanted}, torch has {backends}", "install another torch")
+
+
+def check_compiler() -> Iterator[Finding]:
+    """DeepSpeed compiles an extension on machines without a GPU, once, with c++ and ninja."""
+    import torch
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    compiled = next(folder.rglob("deepspeed_shm_comm*.so"), None) if folder.is_dir() else None
+    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+    tools = {"a C++ compiler": compiler, "ninja": shutil.which("ninja")}
+    found = ", ".join(path for path in (*tools.values(), shutil.which("nvcc")) if path) or "no tools"
+    missing = [name for name, path in tools.items() if path is None]
+    if torch.cuda.is_available():
+        yield Finding("ok", "compiler", f"{found}; GPUs need none")
+    elif compiled is None and missing:
+        yield Finding(
+            "problem",
+            "compiler",
+            f"DeepSpeed's extension for CPUs is not compiled in {folder}, and {' and '.join(missing)} cannot be found",
+            "install it (Debian, Ubuntu: `apt install g++`; `pip install ninja`, with the environment's bin in PATH)",
+        )
+    elif compiled is None:
+        yield Finding(
+            "ok", "compiler", f"{found}; the first run compiles DeepSpeed's extension for CPUs, about a minute"
+        )
+    elif missing:
+        yield Finding(
+            "warning",
+            "compiler",
+            f"DeepSpeed's extension for CPUs is compiled in {folder}, but {' and '.join(missing)} cannot be found, and "
+            "DeepSpeed asks for them again",
+            "activate the environment, or install what is missing",
+        )
+    else:
+        yield Finding("ok", "compiler", f"{found}; DeepSpeed's extension for CPUs is compiled in {folder}")
+
+
+def check_shared_memory(config: "Config | None" = None, *, folder: str = "/dev/shm") -> Iterator[Finding]:
+    """Loading processes hand their batches over through /dev/shm."""
+    if not os.path.isdir(folder):
+        yield Finding("warning", "shared memory", f"{folder} does not exist", "set data.num_workers=0")
+        return
+    free = shutil.disk_usage(folder).free
+    needed, why = 256 * _MIB, "a few loading processes"
+    if config is not None:
+        data = config.data
+        side = data.train_transform.size
+        batch = max(config.training.batch_size // config.accumulation, config.evaluation.batch_size)
+        needed = data.num_workers * _PREFETCHED * batch * 3 * side * side
+        why = f"{data.num_workers} loading processes with batches of {batch} images of {side} pixels"
+    text = f"{free / _MIB:,.0f} MiB left in {folder}"
+    if free < needed:
+        yield Finding(
+            "warning" if config is None else "problem",
+            "shared memory",
+            f"{text}, {needed / _MIB:,.0f} MiB are what {why} take per rank",
+            "`docker run --shm-size=8g` or --ipc=host in a container, or set data.num_workers=0",
+        )
+    else:
+        yield Finding("ok", "shared memory", text)
+
+
+def check_open_files() -> Iterator[Finding]:
+    """Shards, sockets and batches on their way are open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 1024:
+        most = min(hard, 65_536) if hard >= 0 else 65_536
+        yield Finding("warning", "open files", f"at most {soft} at a time", f"`ulimit -n {most}` before the run")
+    else:
+        yield Finding("ok", "open files", f"at most {soft:,} at a time" if soft >= 0 else "no limit")
+
+
+def check_disk(name: str, folder: Path) -> Iterator[Finding]:
+    """Room and permission to write where a run writes."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free / _GIB
+    if not os.access(there, os.W_OK):
+        yield Finding(
+            "problem", name, f"{folder} cannot be written", "set runs_dir or data.cache_directory to a folder of yours"
+        )
+    elif free < 1:
+        yield Finding("problem", name, f"{free:.2f} GiB left for {folder}", "make room, or name another folder")
+    elif free < 10:
+        yield Finding(
+            "warning", name, f"{free:.1f} GiB left for {folder}", "see what checkpoints take with dist_proxygml.plan"
+        )
+    else:
+        yield Finding("ok", name, f"{free:,.0f} GiB left for {folder}")
+
+
+def check_slurm() -> Iterator[Finding]:
+    """Commands of SLURM, which only launchers/submit.py and sweep.py need, and whether it keeps accounts."""
+    if shutil.which("sbatch") is None:
+        yield Finding("ok", "slurm", "not on this machine: runs start here, or are submitted from a login node")
+        return
+    settings = _said_by("scontrol", "show", "config")
+    if settings is None:
+        yield Finding("warning", "slurm", "sbatch is there, but its controller does not answer", "see `scontrol ping`")
+    elif "accounting_storage/none" in settings or _said_by("sacct", "--version") is None:
+        yield Finding("ok", "slurm", "without accounting: states of jobs come from scontrol while it remembers them")
+    else:
+        yield Finding("ok", "slurm", f"with accounting, {_said_by('sbatch', '--version')}")
+
+
+def check_host_name() -> Iterator[Finding]:
+    """Ranks find each other by name."""
+    name = socket.gethostname()
+    try:
+        addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
+    except OSError as error:
+        yield Finding(
+            "problem",
+            "host name",
+            f"{name!r} cannot be resolved ({error})",
+            f"add `127.0.1.1 {name}` to /etc/hosts, or mend the name server",
+        )
+        return
+    yield Finding("ok", "host name", f"{name} is {', '.join(addresses)}")
+
+
+def check_clock() -> Iterator[Finding]:
+    """A clock that is behind makes compilers build for ever and object stores refuse requests."""
+    newest = max(path.stat().st_mtime for path in Path(__file__).parent.glob("*.py"))
+    behind = newest - time.time()
+    now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    if behind > 3600:
+        yield Finding("warning", "clock", f"{now}, {behind / 3600:.0f} hours before this program was written", "set it")
+    else:
+        yield Finding("ok", "clock", now)
+
+
+# ---- what a run is made of -------------------------------------------------------------------------------------------
+
+
+def check_weights(config: "Config") -> Iterator[Finding]:
+    """A file of pretrained weights is there."""
+    named = config.backbone.pretrained
+    if named in (None, "package", "timm", "torchvision"):
+        return
+    assert named is not None
+    if Path(named).is_file():
+        yield Finding("ok", "weights", named)
+    else:
+        yield Finding(
+            "problem", "weights", f"backbone.pretrained {named} does not exist", "copy it there, or name another"
+        )
+
+
+def _machine_checks(config: "Config | None") -> list[tuple[str, Callable[[], Iterator[Finding]]]]:
+    runs = Path("runs" if config is None else config.runs_dir)
+    cache = None if config is None else config.data.cache_directory
+    return [
+        ("python", check_python),
+        ("packages", check_packages),
+        ("faiss", check_faiss),
+        ("devices", check_devices),
+        ("communication", check_communication),
+        ("compiler", check_compiler),
+        ("shared memory", partial(check_shared_memory, config)),
+        ("open files", check_open_files),
+        ("disk, runs", partial(check_disk, "disk, runs", runs)),
+        ("disk, cache", partial(check_disk, "disk, cache", Path(cache or Path.home() / ".cache"))),
+        ("slurm", check_slurm),
+        ("host name", check_host_name),
+        ("clock", check_clock),
+    ]
+
+
+def _data_findings(shards: str, config: "Config | None", source: str) -> list[Finding]:
+    from dist_proxygml.data.audit import audit_shards, check_num_classes
+
+    if config is None:
+        return audit_shards(shards)[0]
+    data = config.data
+    findings, indices = audit_shards(
+        shards,
+        train_split=data.train_split,
+        cache_directory=None if data.cache_directory is None else Path(data.cache_directory),
+        cache_limit=data.cache_limit_bytes,
+    )
+    wanted = [data.test_split] if data.mode == "stream" else [data.train_split, data.test_split]
+    for split in wanted:
+        if split not in indices and not any(finding.name in ("shards", f"split {split}") for finding in findings):
+            there = f"{shards} has {', '.join(indices) or 'no split'}"
+            findings.append(Finding("problem", f"split {split}", f"{source} names it, but {there}", "name another"))
+    if data.mode == "indexed" and data.num_classes is not None and data.train_split in indices:
+        findings.append(check_num_classes(indices[data.train_split], data.num_classes, source=source))
+    return findings
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 no problem, 1 problems, 2 a mistake in what was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_proxygml.doctor",
+        description="Check this machine, the installation and, if named, the shards of a run. Changes nothing.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--data", metavar="SHARDS", help="folder of shards, or where they lie: https://, s3://, gs://")
+    what.add_argument("--config", help="configuration of a run: checks its shards, folders and weights")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
+    parser.add_argument("--json", action="store_true", help="print a list of objects for programs")
+    given = parser.parse_args(arguments)
+    try:
+        if given.set and not given.config:
+            raise ValueError("expected --config with --set, got none; name the configuration that --set changes")
+        config = None
+        if given.config:
+            from dist_proxygml.config import load_config
+
+            config = load_config(given.config, given.set)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    findings: list[Finding] = []
+
+    def tell(new: list[Finding]) -> None:
+        findings.extend(new)
+        for finding in [] if given.json else new:
+            print(_shown(finding), flush=True)
+
+    for name, check in _machine_checks(config):
+        tell(run_check(name, check))
+    if config is not None:
+        tell(run_check("weights", partial(check_weights, config)))
+    shards = given.data or (config.data.shards if config else None)
+    if shards:
+        tell(run_check("shards", partial(_data_findings, shards, config, given.config or "")))
+    if given.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    return int(any(finding.status == "problem" for finding in findings))
+
+
+def _shown(finding: Finding) -> str:
+    line = str(finding)
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return line
+    return f"{_COLOURS[finding.status]}{finding.status}\033[0m{line[len(finding.status) :]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
