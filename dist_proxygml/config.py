@@ -672,7 +672,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _validation_classes_leave_some_to_train(self) -> "Config":
-        assert self.num_trained_classes > 0  # or it has raised
+        if self.data.num_classes is not None:  # else it is seen when the shards have said their number
+            assert self.num_trained_classes > 0  # or it has raised
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from dist_proxygml.data.plan import draw_validation_classes
 from dist_proxygml.evaluation.best import select_results
 from dist_proxygml.parallel import ParallelContext
 from dist_proxygml.trained import open_trained
-from dist_proxygml.training_data import open_training_data
+from dist_proxygml.training_data import count_classes, open_training_data
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 
@@ -248,6 +248,17 @@ def test_the_split_depends_on_seed_and_index_alone(root: Path) -> None:
 def test_another_number_of_classes_is_refused_with_what_it_counts(root: Path) -> None:
     with pytest.raises(ValueError, match=r"num_classes is 5, but .* has 8 classes, validation classes among them;"):
         open_training_data(configuration(root, data={"num_classes": 5}))
+
+
+def test_a_share_counts_the_classes_that_the_shards_have_where_nobody_says_a_number(root: Path) -> None:
+    config = count_classes(configuration(root, data={"num_classes": None, "validation_classes": 0.375}))
+    assert (config.num_validation_classes, config.num_trained_classes) == (3, 5)
+    data = open_training_data(config)
+    assert data.validation is not None
+    assert [entry.name for entry in data.validation.classes] == [f"pattern {label} <&>" for label in HELD_OUT]
+    config = count_classes(configuration(root, data={"num_classes": None, "validation_classes": 8}))
+    with pytest.raises(ValueError, match="at least 2 and not all of the 8 classes"):
+        open_training_data(config)
 
 
 def test_a_start_from_a_model_that_has_seen_the_validation_classes_is_told(root: Path) -> None:

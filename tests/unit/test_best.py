@@ -12,7 +12,7 @@ from dist_proxygml.evaluation.report import format_table
 
 def result(**metrics: float) -> EvaluationResult:
     metrics = {name.replace("_at_", "@"): value for name, value in metrics.items()}
-    return EvaluationResult(metrics, (0.0, 1.0), 9, 3, 9, 0, 0, {"format": 1})
+    return EvaluationResult(metrics, {}, 9, 3, 9, 0, 0, {"format": 1})
 
 
 def write(run: Path, name: str, **metrics: float) -> None:

@@ -20,7 +20,7 @@ PROTOCOL: dict[str, Any] = {
 def write(path: Path, protocol: dict[str, Any], **metrics: float) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics = {name.replace("_at_", "@"): value for name, value in metrics.items()}
-    path.write_text(EvaluationResult(metrics, (0.0, 1.0), 9, 3, 9, 0, 0, protocol).to_json())
+    path.write_text(EvaluationResult(metrics, {}, 9, 3, 9, 0, 0, protocol).to_json())
     return path
 
 
