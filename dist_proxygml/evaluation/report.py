@@ -183,7 +183,7 @@ def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) ->
     last = max(run.evaluations, default=0)
     start = f"After {last:,} training steps, every one" if last else "Every one"
     unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
-    num_gallery = result.protocol.get("counts", {}).get("gallery", result.num_images)
+    num_gallery = _num_gallery(result)
     if num_gallery == result.num_images:
         asked, searched = f"{result.num_images:,} images", "all the others"
         lone = _count(result.num_lone, "image has", "images have") + " no other of their class and only distract"
@@ -192,6 +192,11 @@ def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) ->
         lone = _count(result.num_lone, "query", "queries") + " without a right answer there are left out"
     lead = f"{start} of {asked} of {result.num_classes:,} classes{unseen}, looks for its own class among {searched}."
     return f"{lead} {lone}." if result.num_lone else lead
+
+
+def _num_gallery(result: EvaluationResult) -> int:
+    """The images that were searched."""
+    return int(result.protocol.get("num", {}).get("gallery", result.num_images))
 
 
 def _results_table(rows: Mapping[str, EvaluationResult]) -> str:
@@ -255,17 +260,12 @@ def _number(result: EvaluationResult, key: str) -> str:
     if key not in result.metrics:
         return "-"
     text = f"{100 * result.metrics[key]:.2f}"
-    if (bounds := _bounds(result).get(key)) is not None:
+    if (bounds := result.bounds.get(key)) is not None:
         low, high = (f"{100 * bound:.2f}" for bound in bounds)
         text += f"<small>[{low}, {high}]</small>"
     if deviation := result.metrics.get(f"{key}_sd"):
         text += f"<small>± {100 * deviation:.2f}</small>"
     return text
-
-
-def _bounds(result: EvaluationResult) -> Mapping[str, tuple[float, float]]:
-    """Bounds for ties by metric."""
-    return getattr(result, "bounds", {"recall@1": result.recall_at_1_bounds})
 
 
 def _picture_sections(run: RunRecord, index: ShardIndex | None) -> list[Section]:
@@ -364,13 +364,14 @@ def _protocol(run: RunRecord) -> Section:
     if run.rows:
         result = list(run.rows.values())[-1]
         counted = (
-            f"{result.num_images:,} images of {result.num_classes:,} classes, {result.num_queries:,} of them queries"
+            f"{result.num_images:,} images of {result.num_classes:,} classes, {result.num_queries:,} of them queries, "
+            f"{_num_gallery(result):,} searched"
         )
         entries = {"counts": counted, **result.protocol, "fingerprint": result.fingerprint}
         listed = "".join(
             f"<dt>{escape(name.replace('_', ' ').capitalize())}</dt><dd>{escape(_readable(value))}</dd>"
             for name, value in entries.items()
-            if value is not None and name != "format"
+            if value is not None and name not in ("format", "num")
         )
         parts.append(f"<dl>{listed}</dl>")
     else:
