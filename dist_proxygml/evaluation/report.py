@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.evaluation.best import selected_rows
+from dist_proxygml.evaluation.best import read_evaluations, selected_rows
 from dist_proxygml.evaluation.charts import Series, line_chart
 from dist_proxygml.evaluation.embed import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
@@ -44,6 +44,8 @@ class RunRecord:
     config: dict[str, Any]
     training: list[dict[str, Any]]  # logged steps in order
     evaluations: dict[int, EvaluationResult]  # by step
+    validation: dict[int, EvaluationResult]  # of classes that were held out of training, by step
+    chosen: dict[str, Mapping[str, float]]  # metrics of the best evaluations, where there was a choice
     pixels: EvaluationResult | None
     table: EmbeddingTable | None  # the newest
 
@@ -74,10 +76,6 @@ def read_run(run_directory: Path) -> RunRecord:
         run_directory / "evaluation" / "pixels.json",
     )
     config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    evaluations = {}
-    for path in (run_directory / "evaluation").glob("step-*.json"):
-        if step := re.fullmatch(r"step-(\d+)", path.stem):  # not those on other data
-            evaluations[int(step[1])] = EvaluationResult.from_json(path.read_text())
     tables = sorted(
         (run_directory / "embeddings").glob("step-*.npz"),
         key=lambda path: int(path.stem.split("-")[1]),
@@ -86,7 +84,9 @@ def read_run(run_directory: Path) -> RunRecord:
         name=config.get("name") or run_directory.resolve().name,
         config=config,
         training=_training_lines(run_directory / "metrics.jsonl"),
-        evaluations=dict(sorted(evaluations.items())),
+        evaluations=read_evaluations(run_directory, "step-"),
+        validation=read_evaluations(run_directory, "validation-step-"),
+        chosen=selected_rows(run_directory),
         pixels=EvaluationResult.from_json(pixels_file.read_text()) if pixels_file.is_file() else None,
         table=load_table(tables[-1]) if tables else None,
     )
@@ -96,10 +96,10 @@ def format_table(run_directory: Path) -> str:
     """The results of a run for the terminal: raw pixels, before training, after training, the best ones to choose; as
     far as there are.
     """
-    rows = read_run(run_directory).rows
-    if not rows:
+    run = read_run(run_directory)
+    if not run.rows:
         return f"{run_directory} has no evaluation yet"
-    return format_metrics({name: result.metrics for name, result in rows.items()} | selected_rows(run_directory))
+    return format_metrics({name: result.metrics for name, result in run.rows.items()} | run.chosen)
 
 
 def format_metrics(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -175,7 +175,7 @@ def _header(run: RunRecord, index: ShardIndex | None) -> str:
         return "\n".join([*parts, "</header>"])
     result = list(rows.values())[-1]
     parts.append(f'<p class="lead">{_lead(run, result, index)}</p>')
-    return "\n".join([*parts, _results_table(rows), _reading_aid(result), "</header>"])
+    return "\n".join([*parts, _results_table(run), _reading_aid(run, result), "</header>"])
 
 
 def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) -> str:
@@ -183,7 +183,7 @@ def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) ->
     last = max(run.evaluations, default=0)
     start = f"After {last:,} training steps, every one" if last else "Every one"
     unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
-    num_gallery = result.protocol.get("counts", {}).get("gallery", result.num_images)
+    num_gallery = _num_gallery(result)
     if num_gallery == result.num_images:
         asked, searched = f"{result.num_images:,} images", "all the others"
         lone = _count(result.num_lone, "image has", "images have") + " no other of their class and only distract"
@@ -194,18 +194,24 @@ def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) ->
     return f"{lead} {lone}." if result.num_lone else lead
 
 
-def _results_table(rows: Mapping[str, EvaluationResult]) -> str:
-    columns = _columns(result.metrics for result in rows.values())
+def _num_gallery(result: EvaluationResult) -> int:
+    """The images that were searched."""
+    return int(result.protocol.get("num", {}).get("gallery", result.num_images))
+
+
+def _results_table(run: RunRecord) -> str:
+    rows = {name: result.metrics for name, result in run.rows.items()} | run.chosen
+    columns = _columns(rows.values())
     head = "".join(f'<th scope="col">{escape(label)}</th>' for label in columns.values())
     body = []
-    for name, result in rows.items():
+    for name, values in rows.items():
         cells = []
         for key in columns:
-            deviation = result.metrics.get(f"{key}_sd")
+            deviation = values.get(f"{key}_sd")
             spread = f" <small>± {100 * deviation:.1f}</small>" if deviation else ""
-            cells.append(f"<td>{100 * result.metrics[key]:.1f}{spread}</td>" if key in result.metrics else "<td>-</td>")
+            cells.append(f"<td>{100 * values[key]:.1f}{spread}</td>" if key in values else "<td>-</td>")
         kind = ' class="after"' if name == "after training" else ""
-        body.append(f'<tr{kind}><th scope="row">{escape(name.capitalize())}</th>{"".join(cells)}</tr>')
+        body.append(f'<tr{kind}><th scope="row">{escape(name[:1].upper() + name[1:])}</th>{"".join(cells)}</tr>')
     return (
         '<div class="scroll"><table class="results">'
         f'<thead><tr><th scope="col">Percent</th>{head}</tr></thead>'
@@ -213,7 +219,7 @@ def _results_table(rows: Mapping[str, EvaluationResult]) -> str:
     )
 
 
-def _reading_aid(result: EvaluationResult) -> str:
+def _reading_aid(run: RunRecord, result: EvaluationResult) -> str:
     low, high = (f"{100 * bound:.2f}" for bound in result.recall_at_1_bounds)
     ties = (
         "Ties do not touch Recall@1. "
@@ -224,10 +230,12 @@ def _reading_aid(result: EvaluationResult) -> str:
     seeds = len(clustering["seeds"]) if clustering else 0
     over = f"mean and deviation of {seeds} runs" if seeds > 1 else "one run"
     nmi = f"NMI compares the classes with k-means clusters: {over}." if seeds else ""
+    num_looks = len(run.evaluations) - (0 in run.evaluations)
+    chosen = f" The best on test is the best of {num_looks} looks at the test images themselves." if run.chosen else ""
     return (
         '<p class="quiet">Recall@K is the share of queries with a right answer among the first K. '
         "MAP@R also counts how many of a query's right answers come first, and how early. "
-        f"{ties}{nmi}</p>"
+        f"{ties}{nmi}{chosen}</p>"
     )
 
 
@@ -255,17 +263,12 @@ def _number(result: EvaluationResult, key: str) -> str:
     if key not in result.metrics:
         return "-"
     text = f"{100 * result.metrics[key]:.2f}"
-    if (bounds := _bounds(result).get(key)) is not None:
+    if (bounds := result.bounds.get(key)) is not None:
         low, high = (f"{100 * bound:.2f}" for bound in bounds)
         text += f"<small>[{low}, {high}]</small>"
     if deviation := result.metrics.get(f"{key}_sd"):
         text += f"<small>± {100 * deviation:.2f}</small>"
     return text
-
-
-def _bounds(result: EvaluationResult) -> Mapping[str, tuple[float, float]]:
-    """Bounds for ties by metric."""
-    return getattr(result, "bounds", {"recall@1": result.recall_at_1_bounds})
 
 
 def _picture_sections(run: RunRecord, index: ShardIndex | None) -> list[Section]:
@@ -345,6 +348,8 @@ def _evaluation_chart(run: RunRecord) -> str:
     for key in ("recall@1", "map@r", "nmi"):
         points = [(step, 100 * r.metrics[key]) for step, r in run.evaluations.items() if key in r.metrics]
         lines.append(Series(columns.get(key, key), points))
+    held_out = [(s, 100 * r.metrics["recall@1"]) for s, r in run.validation.items() if "recall@1" in r.metrics]
+    lines.append(Series("Recall@1 of validation classes", held_out))
     if run.pixels is not None and "recall@1" in run.pixels.metrics:
         level = 100 * run.pixels.metrics["recall@1"]
         ends = (min(run.evaluations), max(run.evaluations))
@@ -364,13 +369,14 @@ def _protocol(run: RunRecord) -> Section:
     if run.rows:
         result = list(run.rows.values())[-1]
         counted = (
-            f"{result.num_images:,} images of {result.num_classes:,} classes, {result.num_queries:,} of them queries"
+            f"{result.num_images:,} images of {result.num_classes:,} classes, {result.num_queries:,} of them queries, "
+            f"{_num_gallery(result):,} searched"
         )
         entries = {"counts": counted, **result.protocol, "fingerprint": result.fingerprint}
         listed = "".join(
             f"<dt>{escape(name.replace('_', ' ').capitalize())}</dt><dd>{escape(_readable(value))}</dd>"
             for name, value in entries.items()
-            if value is not None and name != "format"
+            if value is not None and name not in ("format", "num")
         )
         parts.append(f"<dl>{listed}</dl>")
     else:

@@ -2,7 +2,7 @@
 
 Flat indexes only: every score is computed, nothing is approximated. Inner products of unit rows
 rather than L2 distances: the same order in exact arithmetic, without the cancellation. faiss
-decides neither who "self" is nor how ties go; ranking.py and rank_counts.py do.
+decides neither who "self" is nor how ties go; rank_counts.py does.
 
 A rank searches on its own device: a GPU of its own with a faiss that knows GPUs, else the CPU.
 faiss's way to use several GPUs from one process (`index_cpu_to_all_gpus`) was declined: the other

@@ -90,9 +90,9 @@ DISTRIBUTED_TYPES = {"ProcessGroup"}
 MATHS = {
     "collectives",
     "evaluation.exact",
+    "evaluation.hubs",
     "evaluation.metrics",
     "evaluation.rank_counts",
-    "evaluation.ranking",
     "evaluation.retrieval",
     "evaluation.search",
     "fused",

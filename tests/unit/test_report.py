@@ -17,6 +17,8 @@ from dist_proxygml.evaluation import report_pictures
 from dist_proxygml.evaluation.embed import EmbeddingTable, save_table
 from dist_proxygml.evaluation.report import format_metrics, format_table, read_run, write_report
 from dist_proxygml.evaluation.thumbnails import MAX_BYTES, Thumbnails
+from dist_proxygml.partition import ClassPartition
+from dist_proxygml.proxy_statistics import ProxyStatistics, write_proxy_use
 from dist_proxygml.report import main
 from tests.report_runs import proxy_statistics, write_picture_shards, write_run
 from tests.shards_of_noise import SIDE, write_noise_shards
@@ -154,16 +156,31 @@ def test_every_number_has_its_meaning_its_bounds_and_its_deviation(run: Path, in
     path = run / "evaluation" / "step-000020.json"
     document = json.loads(path.read_text())
     document["metrics"] |= {"recall@1": 0.5, "nmi": 0.25, "nmi_sd": 0.015, "mrr": 0.75, "new_metric": 0.125}
-    document["recall_at_1_bounds"] = [0.49, 0.515]
+    document["bounds"] = {"recall@1": [0.49, 0.515], "mrr": [0.745, 0.76]}
     path.write_text(json.dumps(document))
     text = " ".join(Page(write_report(run, index).read_text()).text.split())
     table = text[text.rindex("Every number") : text.rindex("What it retrieves")]
     assert re.search(
         r"Recall@1 queries with a right answer among the first 1 .* 50\.00 \[49\.00, 51\.50\] Recall@2", table
     )
-    assert "first right answer - - 75.00" in table  # MRR, which the other rows do not have
+    assert re.search(r"MRR 1 over the position .* 75\.00 \[74\.50, 76\.00\] NMI", table)
     assert re.search(r"25\.00 ± 1\.50", table)
     assert "new_metric - - 12.50" in table
+
+
+def test_the_best_evaluations_stand_beside_the_last_where_there_was_a_choice(run: Path, index: ShardIndex) -> None:
+    assert "best of" not in Page(write_report(run, index).read_text()).text
+    folder = run / "evaluation"
+    document = json.loads((folder / "step-000020.json").read_text())
+    for step, on_test, on_validation in ((10, 0.9, 0.4), (15, 0.8, 0.6), (20, 0.7, 0.5)):
+        for name, value in (("", on_test), ("validation-", on_validation)):
+            document["metrics"]["recall@1"] = value
+            (folder / f"{name}step-{step:06d}.json").write_text(json.dumps(document))
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    assert re.search(r"After training 70\.0 .* Best on validation classes, step 15 80\.0 ", text)
+    assert "Best on test (optimistic), step 10 90.0" in text
+    assert "the best of 3 looks at the test images" in text
+    assert "Recall@1 of validation classes" in text
 
 
 def test_hubs_are_counted_over_the_ten_nearest_of_every_query(run: Path, index: ShardIndex) -> None:
@@ -227,7 +244,7 @@ def test_a_gallery_of_its_own_is_what_is_shown_and_counted(tmp_path: Path) -> No
     save_table(EmbeddingTable(rows, labels, torch.arange(40)), run / "embeddings" / "step-000020.npz")
     path = run / "evaluation" / "step-000020.json"
     document = json.loads(path.read_text())
-    document["protocol"] |= {"counts": {"gallery": 25}, "data": {"gallery_split": "gallery"}}
+    document["protocol"] |= {"num": {"gallery": 25}, "data": {"gallery_split": "gallery"}}
     path.write_text(json.dumps(document | {"num_queries": 13, "num_images": 40, "num_lone": 2}))
 
     page = Page(write_report(run, queries).read_text())
@@ -259,6 +276,19 @@ def test_what_the_proxies_do_is_told_from_the_newest_statistics(run: Path, index
     assert "of its class, 20 pairs" in text
     assert "of other classes, 400 pairs" in text
     assert len(page.all("polygon")) == 2
+
+    # As training writes them.
+    statistics = ProxyStatistics(ClassPartition(num_classes=3), 1, device=torch.device("cpu"), group=None)
+    write_proxy_use(
+        run / "proxies" / "step-000025.json",
+        statistics.close_window(),
+        step=25,
+        names_of=lambda ids: ["name"] * len(ids),
+    )
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    assert "3 of 3 proxies (100.0%; 3 classes with 1 each) are dead" in text
+    assert "The first of them: name, name, name." in text
+    assert "No kept pairs were counted." in text
 
     broken = proxy_statistics()
     del broken["kept_negative"]["counts"]
