@@ -66,14 +66,14 @@ def _print_plan(config: Config, *, world_size: int) -> None:
     import torch
 
     from dist_proxygml.engine import engine_settings
-    from dist_proxygml.plan import plan_head
+    from dist_proxygml.plan import describe_plans, plan_head
 
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_head(config, world_size=world_size, device="cuda" if torch.cuda.is_available() else "cpu")
     settings = engine_settings(config, world_size)
     if os.environ.get("RANK", "0") == "0":
         print(config.model_copy(update={"deepspeed": settings}).model_dump_json(indent=2))
-        print(plan)
+        print(describe_plans(config, plan))
 
 
 if __name__ == "__main__":
