@@ -413,6 +413,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:  # the check of the packages says which
+        print(f"warning: {given.config} cannot be read yet ({error})", file=sys.stderr)
 
     findings: list[Finding] = []
 

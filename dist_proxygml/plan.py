@@ -2,6 +2,8 @@
 
     python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8 --memory "80 GiB"
 
+The command also shows the rest of the run (run_plan.py) and, with --measure, its times (rehearsal.py).
+
 The head is the proxy bank, its gradient and optimizer state, and the working memory of one micro-batch; the backbone is
 DeepSpeed's. Training plans too, prints the table and refuses at once what does not fit, with what would. Integers and
 the configuration only: nothing here touches a process group.
@@ -12,6 +14,7 @@ sparse gradient the plan takes the most there can be, as if no two images kept t
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +23,13 @@ import torch
 
 from dist_proxygml.config import Config, load_config, parse_bytes, parse_config
 from dist_proxygml.loss import checked_topk
-from dist_proxygml.memory import available_memory
+from dist_proxygml.memory import available_memory, format_bytes
 from dist_proxygml.optim import wants_sparse_gradient
+from dist_proxygml.parallel import join_world, run_launcher
 from dist_proxygml.partition import ClassPartition
 from dist_proxygml.regularizer import regularizer_anchors
+from dist_proxygml.rehearsal import rehearse
+from dist_proxygml.run_plan import RunPlan, plan_run
 from dist_proxygml.selection import candidate_bytes_per_row, rows_per_block
 from dist_proxygml.similarity import chunk_width, sampled_bytes_per_row
 from dist_proxygml.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
@@ -45,7 +51,13 @@ _EXAMPLES = """examples:
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 64 --memory "80 GiB" \\
       --set data.num_classes=10000000 proxies.topk=1000 proxies.ratio=null training.batch_size=8192
+  python -m dist_proxygml.plan --config configs/demo_cpu.json --measure
+  deepspeed --num_gpus 2 --module dist_proxygml.plan --config configs/demo_cpu.json --measure
 """
+
+
+class DoesNotFitError(ValueError):
+    """What a run needs is more than there is."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class HeadPlan:
 
     world_size: int
     num_proxies: int
+    num_own_proxies: int
     topk: int
     selection: str
     anchors: int | None
@@ -181,6 +194,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     return HeadPlan(
         world_size=world_size,
         num_proxies=num_proxies,
+        num_own_proxies=own_proxies,
         topk=topk,
         selection=selection,
         anchors=anchors,
@@ -207,7 +221,7 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
         (plan.bank_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.working_bytes, plan.total_bytes),
     )
     copy = f", copy for saves in the background {format_bytes(plan.copy_bytes)}" if plan.copy_bytes else ""
-    raise ValueError(
+    raise DoesNotFitError(
         f"expected a head of at most {format_bytes(memory)} per rank, the memory that is left there, got {total} on "
         f"{plan.world_size} rank(s): bank {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
         f"{working}{copy}; {_what_would_fit(config, plan, memory, device)}"
@@ -255,47 +269,83 @@ def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) ->
     return "what would fit: " + ", or ".join(remedies)
 
 
-def format_bytes(count: float) -> str:
-    """A byte count with a binary unit: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+def describe_plans(config: Config, plan: HeadPlan) -> str:
+    """The tables of the head and of the rest of the run.
+
+    Raises:
+        ValueError: the shards are there but unusable, or the backbone cannot be built.
+    """
+    return f"{plan}\n{_plan_rest(config, plan)}"
+
+
+def _plan_rest(config: Config, plan: HeadPlan) -> RunPlan:
+    whole_bank = plan.num_proxies * (plan.bank_bytes + plan.optimizer_bytes) // plan.num_own_proxies
+    return plan_run(config, world_size=plan.world_size, bank_bytes=whole_bank)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 the head fits, 1 it does not or the configuration is wrong."""
+    """The command line; returns the exit status: 0 the run fits, 1 it does not, 2 a mistake in what was asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_proxygml.plan",
-        description="Predict what the head of a run needs per rank: memory, bytes and messages. Starts nothing.",
+        description="Predict what a run needs: memory, bytes and messages of the head, steps, memory of the backbone, "
+        "checkpoints. Starts nothing, unless it is to measure.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, type=Path, help="configuration of the run")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
-    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--ranks", type=int, help="number of ranks (default: those started, or 1)")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the ranks"
     )
     parser.add_argument(
         "--memory", help='memory of one rank, such as "80 GiB" (default: what is left on this machine, for one rank)'
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="train for twelve steps on this machine and estimate the times of the run",
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     given = parser.parse_args(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        if given.ranks < 1:
-            raise ValueError(f"expected at least one rank, got --ranks {given.ranks}")
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) if given.ranks is None else given.ranks
+        if ranks < 1:
+            raise ValueError(f"expected at least one rank, got --ranks {ranks}")
         config = count_classes(load_config(given.config, given.set))
-        plan = plan_head(config, world_size=given.ranks, device=given.device)
+        plan = plan_head(config, world_size=ranks, device=given.device)
         memory = parse_bytes(given.memory) if given.memory else available_memory(torch.device(given.device))
-        print(plan)
+        rest = _plan_rest(config, plan)
+        if is_main:
+            print(f"{plan}\n{rest}", flush=True)
         check_fits(config, plan, memory=memory, device=given.device)
+        if rest.needed_bytes > rest.free_bytes:
+            raise DoesNotFitError(rest.what_does_not_fit)
+        if is_main:
+            print(f"the head fits into {format_bytes(memory)}", flush=True)
+        if given.measure:
+            measured = rehearse(config, join_world())
+            if is_main:
+                print(measured.describe(config, rest))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"fits into {format_bytes(memory)}")
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, DoesNotFitError) else 2
     return 0
 
 
+class _StatusError(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def _launched() -> None:
+    status = main()
+    if status:
+        raise _StatusError(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_launcher(_launched)

@@ -66,7 +66,7 @@ def _print_plan(config: Config, *, world_size: int) -> None:
     import torch
 
     from dist_proxygml.engine import engine_settings
-    from dist_proxygml.plan import plan_head
+    from dist_proxygml.plan import describe_plans, plan_head
     from dist_proxygml.training_data import count_classes
 
     config = count_classes(config)
@@ -75,7 +75,7 @@ def _print_plan(config: Config, *, world_size: int) -> None:
     settings = engine_settings(config, world_size)
     if os.environ.get("RANK", "0") == "0":
         print(config.model_copy(update={"deepspeed": settings}).model_dump_json(indent=2))
-        print(plan)
+        print(describe_plans(config, plan))
 
 
 if __name__ == "__main__":

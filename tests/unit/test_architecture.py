@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("embed", "index"),
     ("training", "shard", "report", "export", "sweep_chart", "doctor"),
     ("board",),
+    ("plan",),
+    ("rehearsal",),
     ("export_folder",),
     ("model_card",),
     (
@@ -33,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "evaluation.evaluator",
         "evaluation.report",
         "export_check",
-        "plan",
+        "run_plan",
         "step",
         "sweep",
     ),

@@ -138,7 +138,7 @@ def test_momentum_accumulation_class_means_and_several_proxies_are_counted() -> 
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--memory", "many"], ["--config", "no/such.json"]])
 def test_the_command_explains_a_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["--config", str(ROOT / "configs" / "sop_8gpu.json"), *arguments])
-    assert status == 1
+    assert status == 2
     assert capsys.readouterr().err.startswith("error: expected")
 
 

@@ -1,0 +1,95 @@
+"""The plan of a run against numbers worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_proxygml import run_plan
+from dist_proxygml.config import Config, load_config
+from dist_proxygml.plan import main
+from dist_proxygml.run_plan import BackboneMemory, plan_backbone, plan_run
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "configs" / "demo_cpu.json"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def demo(*changes: str) -> Config:
+    return load_config(DEMO, list(changes))
+
+
+def test_steps_and_evaluations_follow_from_the_index() -> None:
+    plan = plan_run(demo(), world_size=1, bank_bytes=0)
+    # 2,977 images: 46 batches of 64, and 33 images left, more than half a batch
+    assert (plan.steps_per_epoch, plan.num_steps, plan.num_test_images) == (47, 47 * 40, 2981)
+    assert plan.num_evaluations == 2  # before the first step and after the last
+    assert plan.gallery_bytes == 2981 * 128 * 4
+    often = plan_run(demo("evaluation.every_epochs=3", "evaluation.at_start=false"), world_size=1, bank_bytes=0)
+    assert often.num_evaluations == 13 + 1  # after epochs 3, 6, ... 39, and after the last
+    short = plan_run(demo("training.max_steps=94", "evaluation.every_epochs=1"), world_size=1, bank_bytes=0)
+    assert (short.num_steps, short.num_evaluations) == (94, 1 + 2)  # epoch 2 is the last
+
+
+def test_without_shards_the_published_counts_are_taken_and_named(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "sop_8gpu.json", [f"data.shards={tmp_path}/sop", "training.epochs=3"])
+    plan = plan_run(config, world_size=8, bank_bytes=0)
+    assert (plan.steps_per_epoch, plan.num_steps) == (1861, 3 * 1861)  # 59,551 images in batches of 32
+    assert plan.gallery_bytes == 60_502 * 512 * 4
+    assert "published counts of sop" in str(plan)
+
+
+def test_without_shards_of_a_known_data_set_the_numbers_stay_open(tmp_path: Path) -> None:
+    config = demo(f"data.shards={tmp_path}", "training.max_steps=70")
+    plan = plan_run(config, world_size=1, bank_bytes=0)
+    assert (plan.steps_per_epoch, plan.num_steps, plan.num_evaluations, plan.gallery_bytes) == (None, 70, None, None)
+    assert "index.json is not there: build the shards" in str(plan)
+    assert "unknown" in str(plan)
+    # other classes than those published: not that data set
+    other = load_config(ROOT / "configs" / "sop_8gpu.json", ["data.num_classes=7", f"data.shards={tmp_path}/sop"])
+    assert plan_run(other, world_size=8, bank_bytes=0).steps_per_epoch is None
+
+
+def test_a_plan_may_ask_for_more_classes_than_the_shards_have() -> None:
+    assert plan_run(demo("data.num_classes=1000000"), world_size=1, bank_bytes=0).steps_per_epoch == 47
+
+
+@pytest.mark.parametrize(
+    ("stage", "half", "expected"),
+    [
+        (0, False, (4000, 3200, 6400)),
+        (1, False, (4000, 3200, 2134)),
+        (2, False, (4000, 1067, 2134)),
+        (3, False, (1334, 1067, 2134)),
+        (0, True, (2000, 1600, 9600)),
+        (3, True, (667, 534, 3200)),
+    ],
+)
+def test_the_backbone_by_zero_stage(stage: int, half: bool, expected: tuple[int, int, int]) -> None:
+    """A thousand numbers, 800 of them trained, on three ranks."""
+    settings = f'deepspeed={{"zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": {str(half).lower()}}}}}'
+    memory = plan_backbone(demo(settings), num_parameters=1000, num_trained=800, world_size=3)
+    assert memory == BackboneMemory(*expected)
+
+
+def test_checkpoints_are_counted_and_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_plan, "_count_parameters", lambda config: (1000, 800))
+    plan = plan_run(demo(), world_size=2, bank_bytes=50)
+    assert plan.checkpoint_bytes == 2 * 4000 + 6400 + 50  # weights twice, two moments, the bank with its own
+    assert plan.num_checkpoints == 2 + 1  # keep_last, and the one that is being written
+    kept = plan_run(demo("checkpoint.keep_every=500", "checkpoint.keep_best=recall@1"), world_size=2, bank_bytes=50)
+    assert kept.num_checkpoints == 2 + 1 + 1880 // 500 + 1
+    assert kept.needed_bytes == 7 * 14_450
+
+
+def test_the_command_refuses_checkpoints_that_do_not_fit_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 20 << 20}))
+    assert main(["--config", str(DEMO), "--memory", "1 GiB"]) == 1
+    told = capsys.readouterr()
+    assert "steps per epoch" in told.out
+    assert "expected room for 3 checkpoints of 10.1 MiB, together 30.4 MiB, got 20.0 MiB in runs" in told.err
