@@ -52,12 +52,13 @@ lint: $(STAMP) ## check style (ruff) and types (mypy)
 format: $(STAMP) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-bench: $(STAMP) ## time the loss, up to ten million classes, the data against others, and checkpoints (half an hour, 8 GB)
+bench: $(STAMP) ## time the loss, up to ten million classes, the data against others, checkpoints, and the search (three quarters of an hour, 8 GB)
 	@$(BIN)/python -m benchmarks.head
 	@$(BIN)/python -m benchmarks.ranks
 	@$(BIN)/python -m benchmarks.loader
 	@$(BIN)/python -m benchmarks.shards
 	@$(BIN)/python -m benchmarks.checkpoint
+	@$(BIN)/python -m benchmarks.search
 
 clean: ## remove caches; runs/ and .venv stay
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -55,14 +55,15 @@ class Size(NamedTuple):
     embedding_dim: int
     recall_at: tuple[int, ...]
     ways: tuple[str, ...]
+    noise: tuple[float, float]  # its length beside a centre's of 1, from the easiest to the hardest image
     share: int = 1  # every so many images is a query
 
 
 ALL_WAYS = ("bare faiss", "faiss", "counter", "short", "pytorch-metric-learning")
 SIZES = {
-    "tiny": Size(600, 110, 16, (1, 10, 100), ALL_WAYS),
-    "sop": Size(60_502, 11_316, 512, (1, 10, 100, 1000), ALL_WAYS),
-    "1m": Size(1_000_000, 100_000, 128, (1,), ("bare faiss", "short"), share=500),
+    "tiny": Size(600, 110, 16, (1, 10, 100), ALL_WAYS, (0.4, 1.2)),
+    "sop": Size(60_502, 11_316, 512, (1, 10, 100, 1000), ALL_WAYS, (1.2, 3.4)),
+    "1m": Size(1_000_000, 100_000, 128, (1,), ("bare faiss", "short"), (0.8, 2.0), share=500),
 }
 
 
@@ -96,13 +97,14 @@ def main() -> None:
 def measure(name: str, size: Size, *, threads: int) -> list[Row]:
     """A row for each way, each in a process of its own."""
     rows = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.search"])  # imports once for all
     with tempfile.TemporaryDirectory() as folder:
         rows_nD, labels_n = embeddings_of(size)
         np.save(Path(folder) / "rows.npy", rows_nD)
         np.save(Path(folder) / "labels.npy", labels_n)
         del rows_nD
         for way in size.ways:
-            context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as process:
                 rows.append({"size": name, "way": way, **process.submit(run, way, size, folder, threads).result()})
     for row in rows:
@@ -126,7 +128,7 @@ def embeddings_of(size: Size, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
     for start in range(0, num_images, BLOCK):
         part = slice(start, start + BLOCK)
         noise = generator.standard_normal((len(labels_n[part]), width), dtype=np.float32)
-        strength = generator.uniform(1.2, 3.4, (len(noise), 1)).astype(np.float32) / np.float32(width**0.5)
+        strength = generator.uniform(*size.noise, (len(noise), 1)).astype(np.float32) / np.float32(width**0.5)
         rows_nD[part] = centres[labels_n[part]] + strength * noise
         rows_nD[part] /= np.linalg.norm(rows_nD[part], axis=1, keepdims=True)
     return rows_nD, labels_n
@@ -136,7 +138,7 @@ def run(way: str, size: Size, folder: str, threads: int) -> Row:
     """One way, in this process."""
     torch.set_num_threads(threads)
     rows_nD, labels_n = (np.load(Path(folder) / f"{name}.npy") for name in ("rows", "labels"))
-    warm_up = Size(300, 40, size.embedding_dim, (1,), ())
+    warm_up = Size(300, 40, size.embedding_dim, (1,), (), size.noise)
     WAYS[way](*embeddings_of(warm_up), warm_up)  # imports, threads
     before = peak_memory()
     start = time.perf_counter()

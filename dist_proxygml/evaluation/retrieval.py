@@ -122,7 +122,7 @@ def retrieve(
     most_right = int(num_right_n[asked_Q].max(initial=0))
     if not depth.whole_ranking:  # the list must hold so many wrong answers that what lies behind it does not matter
         length = max(depth.first_ranks, most_right) + most_right + 2
-        options = options._replace(list_length=max(options.list_length, length))
+        options = options._replace(list_length=length)
     is_sharded = _is_sharded(rows_GD, context=context, options=options, say=say)
 
     searches = (options.search, {"faiss": "counter", "counter": "faiss"}[options.search])

@@ -26,6 +26,8 @@ from benchmarks.checkpoint import bars as bars_of_checkpoints
 from benchmarks.head import SIZES, Settings, bars, measured
 from benchmarks.loader import bars as bars_of_loader
 from benchmarks.ranks import bars as bars_of_ranks
+from benchmarks.search import bars as bars_of_search
+from benchmarks.search import check_agreement
 from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext
 from tests.harness import run_ranks
@@ -294,3 +296,34 @@ def test_a_bar_of_ranks_is_met_or_missed() -> None:
     assert [line.split()[0] for line in bars_of_ranks(rows)] == ["missed", "missed", "missed"]
     rows[3].update(bank_mib=36.0, state_mib=36.0, received_bytes=100)
     assert [line.split()[0] for line in bars_of_ranks(rows)] == ["met", "met", "met"]
+
+
+@pytest.mark.timeout(120)
+def test_the_benchmark_of_the_search_measures_every_way_and_they_agree(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    arguments = ("--sizes", "tiny", "--threads", "1", "--share", "3")
+    rows, printed = run("benchmarks.search", *arguments, json_file=tmp_path / "rows.jsonl")
+    found = {row["way"]: row for row in rows}
+    assert list(found) == ["bare faiss", "faiss", "counter", "short", "pytorch-metric-learning"]
+    assert found["faiss"]["metrics"] == found["counter"]["metrics"]
+    assert {row["queries"] for row in rows} == {200}
+    assert 0.2 < found["short"]["metrics"]["recall@1"] < 0.99
+    assert found["bare faiss"]["of_bare_faiss"] == 1
+    assert "every 3th image is a query, `all queries` is extrapolated" in printed
+
+
+def test_the_benchmark_of_the_search_says_which_bars_are_missed_and_refuses_ways_that_differ() -> None:
+    seconds = {"bare faiss": 10.0, "faiss": 12.1, "counter": 11.9, "short": 9.0, "pytorch-metric-learning": 10.0}
+    rows = [{"size": "sop", "way": way, "seconds": value} for way, value in seconds.items()]
+    rows.append({"size": "1m", "way": "short", "seconds": 1.0, "memory": 2_100_000_000})
+    assert [line.rsplit(": ", 1)[1] for line in bars_of_search(rows)] == [
+        "MISSED (1.21)",
+        "met (1.19)",
+        "met (0.90)",
+        "MISSED (2.10 GB)",
+    ]
+    differ = [
+        {"way": way, "queries": 10, "metrics": {"map": value}} for way, value in (("faiss", 0.5), ("counter", 0.5001))
+    ]
+    with pytest.raises(RuntimeError, match="differ in map"):
+        check_agreement(differ)
