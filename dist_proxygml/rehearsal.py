@@ -49,7 +49,7 @@ class Rehearsal:
         """Estimated time of an evaluation: embedding, search of all in all, k-means."""
         dim = config.backbone.embedding_dim
         search = num_images * num_images * dim / self.world_size
-        clusters = config.data.num_classes  # about as many as are tested, in every published split
+        clusters = config.num_classes  # about as many as are tested, in every published split
         kmeans = config.evaluation.kmeans_seeds * _KMEANS_ITERATIONS * num_images * clusters * dim / self.world_size
         return num_images * self.seconds_per_test_image + (search + kmeans) * self.seconds_per_multiplication
 
@@ -131,7 +131,7 @@ def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]
     micro, side = config.micro_batch_size(context.world_size), config.data.train_transform.size
     generator = torch.Generator().manual_seed(context.rank)
     images = torch.randint(256, (micro, 3, side, side), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(config.data.num_classes, (micro,), generator=generator)
+    labels = torch.randint(config.num_trained_classes, (micro,), generator=generator)
     ids = torch.full((micro,), -1)
     while True:
         yield Batch(images, labels, ids, micro * context.world_size, config.training.batch_size)

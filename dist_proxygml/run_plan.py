@@ -26,7 +26,7 @@ from dist_proxygml.data.datasets import PUBLISHED_COUNTS
 from dist_proxygml.data.index import INDEX_FILE
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.memory import format_bytes
-from dist_proxygml.training_data import TrainingData, open_split
+from dist_proxygml.training_data import TrainingData, open_split, open_training_data
 
 _MOMENTS = 8  # bytes of Adam's two moments of a number
 
@@ -56,7 +56,7 @@ class RunPlan:
     num_evaluations: int | None
     num_test_images: int | None
     gallery_bytes: int | None
-    """Embeddings of the test split, float32."""
+    """Embeddings of the test images, float32."""
     num_parameters: int
     backbone: BackboneMemory
     checkpoint_bytes: int
@@ -176,13 +176,18 @@ def has_index(config: Config) -> bool:
 
 
 def _counts(config: Config) -> tuple[str, int | None, int | None]:
-    """Where the counts come from, steps of an epoch, images of the test split."""
+    """Where the counts come from, steps of an epoch, images that an evaluation embeds."""
     shards = config.data.shards
     if has_index(config):
         train = None if config.data.stream is not None else open_split(config, config.data.train_split)
-        test = open_split(config, config.data.test_split)
-        # whatever data.num_classes says: a plan may ask what more classes would take
-        return f"counts of {shards}", TrainingData(config, train).count_steps(), test.num_samples
+        if train is None or train.num_classes == config.num_classes:
+            data = open_training_data(config)
+        else:  # a plan may ask what more classes would take
+            data = TrainingData(config, train)
+        splits = [config.data.test_split, config.evaluation.gallery_split]
+        num_test = sum(open_split(config, split).num_samples for split in splits if split is not None)
+        num_test += 0 if data.validation is None else data.validation.num_samples
+        return f"counts of {shards}", data.count_steps(), num_test
     missing = f"{shards}/{INDEX_FILE} is not there"
     published = PUBLISHED_COUNTS.get(Path(shards).name, {})
     num_train, num_classes = published.get("train", (0, 0))

@@ -53,6 +53,15 @@ def test_without_shards_of_a_known_data_set_the_numbers_stay_open(tmp_path: Path
     assert plan_run(other, world_size=8, bank_bytes=0).steps_per_epoch is None
 
 
+def test_validation_classes_are_embedded_instead_of_trained() -> None:
+    plan = plan_run(demo("data.validation_classes=0.5"), world_size=1, bank_bytes=0)
+    assert plan.steps_per_epoch is not None
+    assert plan.num_test_images is not None
+    held_out = plan.num_test_images - 2981
+    assert 1000 < held_out < 2000
+    assert abs(plan.steps_per_epoch - (2977 - held_out) / 64) < 1
+
+
 def test_a_plan_may_ask_for_more_classes_than_the_shards_have() -> None:
     assert plan_run(demo("data.num_classes=1000000"), world_size=1, bank_bytes=0).steps_per_epoch == 47
 
