@@ -251,8 +251,8 @@ def _every_number(rows: Mapping[str, EvaluationResult]) -> list[Section]:
         meaning = f"<small>{escape(name.meaning)}</small>" if name.meaning else ""
         body.append(f'<tr><th scope="row">{escape(name.label)}{meaning}</th>{cells}</tr>')
     html = (
-        "<p>In percent. In brackets: what it is if all ties go wrong, and if all go right. After ±: the deviation over "
-        "k-means seeds.</p>\n"
+        "<p>In percent. In brackets, where ties matter: what it is if all go wrong, and if all go right. After ±: the "
+        "deviation over k-means seeds.</p>\n"
         f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
@@ -265,7 +265,7 @@ def _number(result: EvaluationResult, key: str) -> str:
     text = f"{100 * result.metrics[key]:.2f}"
     if (bounds := result.bounds.get(key)) is not None:
         low, high = (f"{100 * bound:.2f}" for bound in bounds)
-        text += f"<small>[{low}, {high}]</small>"
+        text += f"<small>[{low}, {high}]</small>" if low != high else ""
     if deviation := result.metrics.get(f"{key}_sd"):
         text += f"<small>± {100 * deviation:.2f}</small>"
     return text

@@ -156,7 +156,7 @@ def test_every_number_has_its_meaning_its_bounds_and_its_deviation(run: Path, in
     path = run / "evaluation" / "step-000020.json"
     document = json.loads(path.read_text())
     document["metrics"] |= {"recall@1": 0.5, "nmi": 0.25, "nmi_sd": 0.015, "mrr": 0.75, "new_metric": 0.125}
-    document["bounds"] = {"recall@1": [0.49, 0.515], "mrr": [0.745, 0.76]}
+    document["bounds"] = {"recall@1": [0.49, 0.515], "mrr": [0.745, 0.76], "new_metric": [0.125, 0.125]}
     path.write_text(json.dumps(document))
     text = " ".join(Page(write_report(run, index).read_text()).text.split())
     table = text[text.rindex("Every number") : text.rindex("What it retrieves")]
@@ -166,6 +166,7 @@ def test_every_number_has_its_meaning_its_bounds_and_its_deviation(run: Path, in
     assert re.search(r"MRR 1 over the position .* 75\.00 \[74\.50, 76\.00\] NMI", table)
     assert re.search(r"25\.00 ± 1\.50", table)
     assert "new_metric - - 12.50" in table
+    assert "[12.50" not in table  # ties do not touch it
 
 
 def test_the_best_evaluations_stand_beside_the_last_where_there_was_a_choice(run: Path, index: ShardIndex) -> None:
