@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from dist_proxygml.checkpoint_folder import checkpoint_name, files_below
 from dist_proxygml.data.shards import publish
 from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.evaluation.metric_names import name_metrics
 from dist_proxygml.export_check import LIMIT, FileCheck
 
-_METRICS = {"r_precision": "R-Precision", "map@r": "MAP@R", "nmi": "NMI", "nmi_sd": "NMI, deviation over seeds"}
 _ABOUT_FILES = {
     "backbone.safetensors": "the backbone's weights",
     "bank.safetensors": "the proxies, float32 [classes, proxies per class, D], not brought to length 1",
@@ -117,13 +117,14 @@ def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:
         result = evaluation.result
         data = result.protocol.get("data", {})
         dataset = printable(data.get("dataset") or "unknown")
+        names = name_metrics(result.metrics)
         measured = [
-            {"type": metric, "name": f"{_metric_name(metric)}, percent", "value": round(100 * value, 3)}
-            for metric, value in result.metrics.items()
+            {"type": key, "name": f"{label}, percent", "value": round(100 * result.metrics[key], 3)}
+            for key, label, _ in names
         ]
         task = {"type": "image-retrieval", "name": "Image retrieval"}
         where = {"type": dataset, "name": dataset, "split": printable(data.get("split") or "unknown")}
-        entries["metrics"] = list(result.metrics)
+        entries["metrics"] = [key for key, _, _ in names]
         entries["model-index"] = [{"name": name, "results": [{"task": task, "dataset": where, "metrics": measured}]}]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
     return "\n".join(["---", *lines, "---"])
@@ -284,15 +285,20 @@ def _evaluation(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -
             "the same run, the newest that was.",
             "",
         ]
-    low, high = result.recall_at_1_bounds
-    parts += ["| percent | |", "| --- | --- |"]
-    parts += [f"| {_metric_name(name)} | {100 * value:.2f} |" for name, value in result.metrics.items()]
+    parts += ["| | percent | if every tie goes wrong, or right |", "| --- | --- | --- |"]
+    for key, label, _ in name_metrics(result.metrics):
+        spread = f" ± {100 * result.metrics[f'{key}_sd']:.2f} over seeds" if f"{key}_sd" in result.metrics else ""
+        bounds = " to ".join(f"{100 * bound:.2f}" for bound in result.bounds.get(key, ()))
+        parts.append(
+            f"| {escape(label) if label == key else label} | {100 * result.metrics[key]:.2f}{spread} | {bounds} |"
+        )
+    gallery = data.get("gallery_split")
+    searched = "all others of the split" if gallery is None else f"the images of the split {escape(gallery)}"
     parts += [
-        f"| Recall@1 if every tie goes wrong, or right | {100 * low:.2f} to {100 * high:.2f} |",
         "",
-        f"Every image of the split is a query against all others: {result.num_queries:,} queries, "
-        f"{result.num_images:,} images, {result.num_classes:,} classes; {result.num_lone:,} images alone in their "
-        f"class are not queried, {result.num_damaged:,} damaged ones are left out.",
+        f"Each image of the split is a query against {searched}: {result.num_queries:,} queries, {result.num_images:,} "
+        f"images, {result.num_classes:,} classes. {result.num_lone:,} images without another of their class to find are "
+        f"no queries, {result.num_damaged:,} damaged ones are left out.",
         "",
         "| | |",
         "| --- | --- |",
@@ -366,12 +372,6 @@ def printable(text: object) -> str:
 def escape(text: object) -> str:
     """A user's text for Markdown: every ASCII sign that could mean something has a backslash."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@:-])", r"\\\1", printable(text))
-
-
-def _metric_name(name: str) -> str:
-    if re.fullmatch(r"recall@\d+", name):
-        return name.capitalize()
-    return _METRICS.get(name) or escape(name)
 
 
 def _code(value: object) -> str:

@@ -23,8 +23,8 @@ from dist_proxygml.model_card import StoredEvaluation, TrainingFacts, escape, fi
 
 HOSTILE = '</td><script>alert(1)</script> | [x](http://a.b) `rm` *b* \n---\nlicense: mit # "q" \u2028 \x85 \ud800 é'
 RESULT = EvaluationResult(
-    metrics={"recall@1": 0.67441, "map@r": 0.5, "nmi": 0.25, "nmi_sd": 0.001},
-    recall_at_1_bounds=(0.67, 0.68),
+    metrics={"nmi": 0.25, "nmi_sd": 0.001, "recall@1": 0.67441, "map@r": 0.5, "my|own": 0.125},
+    bounds={"recall@1": (0.67, 0.68)},
     num_images=1234,
     num_classes=55,
     num_queries=1230,
@@ -72,17 +72,17 @@ def test_the_head_is_read_as_hugging_face_reads_it(tmp_path: Path) -> None:
     assert data.model_name == "demo"
     assert data.eval_results is not None
     found = {result.metric_type: result.metric_value for result in data.eval_results}
-    assert found == {"recall@1": 67.441, "map@r": 50.0, "nmi": 25.0, "nmi_sd": 0.1}
+    assert found == {"recall@1": 67.441, "map@r": 50.0, "nmi": 25.0, "my|own": 12.5}
     assert {(result.dataset_name, result.dataset_split) for result in data.eval_results} == {("birds", "test")}
 
 
 def test_the_card_says_what_was_measured_on_what(tmp_path: Path) -> None:
     text = card(tmp_path)
     for line in (
-        "| Recall@1 | 67.44 |",
-        "| MAP@R | 50.00 |",
-        "| Recall@1 if every tie goes wrong, or right | 67.00 to 68.00 |",
-        "1,230 queries, 1,234 images, 55 classes; 4 images alone in their class are not queried, 2 damaged ones",
+        "| Recall@1 | 67.44 | 67.00 to 68.00 |\n| MAP@R | 50.00 |  |\n| NMI | 25.00 ± 0.10 over seeds |  |\n",
+        "| my\\|own | 12.50 |  |",
+        "Each image of the split is a query against all others of the split: 1,230 queries, 1,234 images, 55 classes.",
+        "4 images without another of their class to find are no queries, 2 damaged ones are left out.",
         f"| fingerprint of the protocol | `{RESULT.fingerprint}` |",
         "| `backbone.onnx` | 2.9 KiB | the backbone as one graph |",
         "| `backbone.safetensors` | 10 bytes |",
@@ -92,6 +92,9 @@ def test_the_card_says_what_was_measured_on_what(tmp_path: Path) -> None:
         assert line in text
     assert '"pretrained": "weights.pth"' in text
     assert "/home/ada" not in text
+    data = RESULT.protocol["data"] | {"gallery_split": "gal_lery"}
+    searched = card(tmp_path, evaluation=StoredEvaluation(30, dataclasses.replace(RESULT, protocol={"data": data})))
+    assert "a query against the images of the split gal\\_lery: 1,230 queries" in searched
     # The name of the data set is known from the evaluation, if that was on the same shards.
     other = card(tmp_path, facts=TrainingFacts(2977, "table", "other"))
     assert "| data set | not recorded |\n| classes | 549 |" in other
@@ -108,7 +111,7 @@ def test_what_is_not_known_is_not_claimed(tmp_path: Path) -> None:
     # An evaluation of another step is no evaluation of this one.
     text = card(tmp_path, evaluation=StoredEvaluation(7, RESULT))
     assert "**This model, step 30, was not evaluated.** The numbers are of step-000007 of the same run" in text
-    assert "| Recall@1 | 67.44 |" in text
+    assert "| Recall@1 | 67.44 | 67.00 to 68.00 |" in text
     assert "model-index" not in yaml.safe_load(text.split("---\n")[1])
 
 
