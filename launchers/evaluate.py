@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_proxygml.collectives import AgreedError
-from dist_proxygml.config import load_config
+from dist_proxygml.config import Config, load_config
 from dist_proxygml.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
@@ -82,8 +82,11 @@ def main() -> None:
     model.to(context.device)
     damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, split=split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None
-    is_own = arguments.data is None and split == load_config(arguments.run / "config.json").data.test_split
-    name = checkpoint.name if is_own else f"{checkpoint.name}-on-{Path(index.location).name}-{split}"
+    own = load_config(arguments.run / "config.json")
+    name = checkpoint.name
+    if arguments.data is not None or what_numbers_depend_on(config) != what_numbers_depend_on(own):
+        as_protocol = "" if config.evaluation.protocol == "custom" else f"-as-{config.evaluation.protocol}"
+        name += f"-on-{Path(index.location).name}-{split}{as_protocol}"  # not in place of the run's own result
     blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
     result = evaluate_model(
         config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
@@ -120,6 +123,12 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.legacy_proxygml:
         changed["evaluation.legacy_proxygml"] = True
     return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+
+
+def what_numbers_depend_on(config: Config) -> dict[str, object]:
+    """The settings, but for those that only say how to search."""
+    settings = config.model_dump(exclude={"evaluation": {"search", "gallery", "memory_budget"}})
+    return dict(settings)
 
 
 def legacy_lines(metrics: Mapping[str, float]) -> list[str]:

@@ -192,7 +192,7 @@ def evaluate(
         protocol: "custom", or the name of a published protocol, whose numbers of images and classes are insisted on.
         legacy_proxygml: also compute what the authors' evaluation gives.
         options: how to search.
-        cache: where decoded images are kept between evaluations; needs `num_workers` 0.
+        cache: where decoded images of `index` are kept between evaluations; needs `num_workers` 0.
         preprocessing: the transform's settings, for the record.
         progress: called with the number of images after each batch of this rank.
         damage: where given, damaged images are left out, counted and recorded there; else they are an error.
@@ -214,7 +214,7 @@ def evaluate(
     )
     run_together(context, check_split, index, gallery, settings)
     tables, left_out = [], []
-    for split, of_split in ((index, damage), (gallery, gallery_damage)):
+    for split, of_split, kept in ((index, damage, cache), (gallery, gallery_damage, None)):
         if split is None:
             continue
         table = embed_split(
@@ -224,7 +224,7 @@ def evaluate(
             context=context,
             batch_size=batch_size,
             num_workers=num_workers,
-            cache=cache,
+            cache=kept,
             preprocessing=preprocessing,
             progress=progress,
             damage=of_split,
@@ -293,11 +293,7 @@ def evaluate_table(
     rows_nD = run_together(context, round_rows, table.embeddings.numpy())
     found = retrieve(
         Images(rows_nD, class_n, is_query_n, is_gallery_n),
-        depth=Depth(
-            settings.whole_ranking,
-            max(settings.recall_at),
-            with_self=settings.legacy_proxygml and settings.protocol == "sop",
-        ),
+        depth=Depth(settings.whole_ranking, max(settings.recall_at), with_self=_drops_first_column(settings)),
         tolerance=settings.tie_tolerance,
         context=context,
         options=options or SearchOptions(),
@@ -307,9 +303,8 @@ def evaluate_table(
 
     # 2. Clustering: each seed on one rank, its numbers on all of them.
     if settings.kmeans_seeds:
-        for name, values in zip(
-            CLUSTERING_METRICS, _clusterings(table, context=context, settings=settings), strict=True
-        ):
+        clusterings = _clusterings(table, context=context, settings=settings)
+        for name, values in zip(CLUSTERING_METRICS, clusterings, strict=True):
             measured[name] = statistics.fmean(values)
             measured[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
 

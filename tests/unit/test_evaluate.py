@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.config import load_config
-from launchers.evaluate import build_parser, legacy_lines, overrides, ties_line
+from launchers.evaluate import build_parser, legacy_lines, overrides, ties_line, what_numbers_depend_on
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,15 @@ def test_the_command_line_changes_split_gallery_and_protocol_together(
 def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cub, cars and sop, got protocol 'custom'"):
         evaluated_with(tmp_path, "demo_cpu", "--legacy-proxygml")
+
+
+def test_a_way_to_search_changes_no_number_and_anything_else_may() -> None:
+    path = ROOT / "configs" / "demo_cpu.json"
+    own = what_numbers_depend_on(load_config(path))
+    ways = ["evaluation.search=counter", "evaluation.gallery=sharded", "evaluation.memory_budget=1 GiB"]
+    assert what_numbers_depend_on(load_config(path, ways)) == own
+    assert what_numbers_depend_on(load_config(path, ["evaluation.recall_at=[1]"])) != own
+    assert what_numbers_depend_on(load_config(path, ["data.test_transform.size=24"])) != own
 
 
 def test_the_help_has_examples() -> None:
