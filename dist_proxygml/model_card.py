@@ -297,7 +297,8 @@ def _evaluation(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -
     parts += [
         "",
         f"Each image of the split is a query against {searched}: {result.num_queries:,} queries, {result.num_images:,} "
-        f"images, {result.num_classes:,} classes. {result.num_lone:,} images without another of their class to find are "
+        f"images, {result.num_classes:,} classes. "
+        f"{result.num_lone:,} images without another of their class to find are "
         f"no queries, {result.num_damaged:,} damaged ones are left out.",
         "",
         "| | |",
