@@ -4,8 +4,6 @@ The page is one file: styles and thumbnails are inside, nothing is fetched and n
 light or dark setting, and on a phone the images stand under their query.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,8 +14,7 @@ import torch
 from PIL import Image
 
 from dist_proxygml.data.shards import publish
-
-THUMBNAIL_SIDE = 160  # pixels at most
+from dist_proxygml.evaluation.thumbnails import SIDE, data_url
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --text: #1c1e21; --quiet: #62676e; --line: #e3e4e6; }
@@ -111,13 +108,6 @@ def _figure(tile: Tile) -> str:
 
 
 def _data_address(pixels: torch.Tensor) -> str:
-    """A thumbnail as a data URL, PNG or JPEG, whichever is smaller."""
     image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    written = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        stream = io.BytesIO()
-        image.save(stream, kind, **options)
-        written.append((len(stream.getvalue()), kind, stream.getvalue()))
-    _, kind, payload = min(written)
-    return f"data:image/{kind};base64,{base64.b64encode(payload).decode('ascii')}"
+    image.thumbnail((SIDE, SIDE))
+    return data_url(image)

@@ -234,7 +234,7 @@ def test_the_number_of_classes_is_that_of_the_shards_where_nobody_says_it(
     said = capsys.readouterr().out
     assert main([*arguments, "data.num_classes=null"]) == 0
     assert capsys.readouterr().out == said
-    assert main([*arguments, "data.num_classes=null", f"data.shards={tmp_path / 'none'}"]) == 1
+    assert main([*arguments, "data.num_classes=null", f"data.shards={tmp_path / 'none'}"]) == 2
     assert "none does not exist" in capsys.readouterr().err
 
 
