@@ -13,9 +13,9 @@ to nothing.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -142,7 +142,7 @@ class _GatherRows(torch.autograd.Function):
         longest = max(row_counts)
         padded = _pad_rows(rows, longest)
         gathered = rows.new_empty((len(row_counts) * longest, *rows.shape[1:]))
-        dist.all_gather_single(gathered, padded, group=group)
+        _collective("all_gather_single", "all_gather_into_tensor")(gathered, padded, group=group)
         _count(ctx.traffic, gathered.nbytes - padded.nbytes)
         blocks = gathered.view(len(row_counts), longest, *rows.shape[1:])
         return torch.cat([block[:count] for block, count in zip(blocks, row_counts, strict=True)])
@@ -152,7 +152,7 @@ class _GatherRows(torch.autograd.Function):
         longest = max(ctx.row_counts)
         padded = torch.cat([_pad_rows(block, longest) for block in gradient.split(ctx.row_counts)])
         own = gradient.new_empty((longest, *gradient.shape[1:]))
-        dist.reduce_scatter_single(own, padded, dist.ReduceOp.SUM, group=ctx.group)
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, padded, dist.ReduceOp.SUM, group=ctx.group)
         _count(ctx.traffic, padded.nbytes - own.nbytes)
         return own[: ctx.row_counts[dist.get_rank(ctx.group)]], None, None
 
@@ -180,3 +180,8 @@ def _pad_rows(rows: Tensor, length: int) -> Tensor:
     if rows.shape[0] == length:
         return rows
     return torch.cat([rows, rows.new_zeros((length - rows.shape[0], *rows.shape[1:]))])
+
+
+def _collective(name: str, earlier_name: str) -> Callable[..., Any]:
+    """A collective of torch by its name; the earlier one is that of torch 2.9, deprecated since."""
+    return getattr(dist, name) if hasattr(dist, name) else getattr(dist, earlier_name)

@@ -15,7 +15,11 @@ from dist_proxygml.plan import plan_head
 from tests.harness import run_ranks
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo_cpu.json"
-CALLS = ("all_gather_single", "reduce_scatter_single", "all_reduce", "all_to_all_single")
+NAMES = (
+    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor",
+    "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor",
+)
+CALLS = (*NAMES, "all_reduce", "all_to_all_single")
 
 
 def traffic_of_a_step(context: ParallelContext, selection: str, weight: float, anchors: int | None) -> tuple[int, int]:
