@@ -41,14 +41,22 @@ class Board:
         telemetry: the log.
         settings: the configuration, flat.
         test_index: the split that is evaluated.
+        gallery: the split that it is searched in, if that is another one.
     """
 
     def __init__(
-        self, state: TrainState, telemetry: Telemetry, *, settings: Mapping[str, object], test_index: ShardIndex
+        self,
+        state: TrainState,
+        telemetry: Telemetry,
+        *,
+        settings: Mapping[str, object],
+        test_index: ShardIndex,
+        gallery: ShardIndex | None,
     ) -> None:
         self._state = state
         self._telemetry = telemetry
         self._test_index = test_index
+        self._gallery = gallery
         self._is_logged = False
         self._embeddings_bD: Tensor | None = None
         loss = state.loss
@@ -101,11 +109,11 @@ class Board:
         """A picture of what is retrieved; after the last evaluation the metrics as HParams."""
         if self._state.context.is_main and result.table is not None:
             try:
-                gallery = retrieval_gallery(result.table, self._test_index)
+                picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
             except ValueError as error:
                 self._telemetry.say(f"TensorBoard gets no picture of the retrieval: {error}")
             else:
-                self._telemetry.log_images("evaluation/retrieval", gallery[None], self._state.step)
+                self._telemetry.log_images("evaluation/retrieval", picture[None], self._state.step)
         if self._state.is_finished:
             self._telemetry.log_results(self._state.step, result.metrics)
 
@@ -122,6 +130,7 @@ class Board:
                 name,
                 load_table(path),
                 self._test_index,
+                gallery=self._gallery,
                 num_points=MAX_POINTS if wanted is True else wanted,
                 progress_bar=config.telemetry.progress_bar,
             )

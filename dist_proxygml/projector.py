@@ -22,11 +22,9 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tqdm import tqdm
 
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.shards import publish
-from dist_proxygml.data.transforms import Resize
 from dist_proxygml.evaluation.embed import EmbeddingTable
-from dist_proxygml.evaluation.gallery import stratified_sample, thumbnail
+from dist_proxygml.evaluation.gallery import TableImages, stratified_sample
 
 MAX_POINTS = 10_000
 MAX_SPRITE_SIDE = 8192
@@ -50,7 +48,14 @@ def has_projection(board: Path, name: str) -> bool:
 
 
 def write_projection(
-    board: Path, name: str, table: EmbeddingTable, index: ShardIndex, *, num_points: int, progress_bar: bool
+    board: Path,
+    name: str,
+    table: EmbeddingTable,
+    index: ShardIndex,
+    *,
+    gallery: ShardIndex | None = None,
+    num_points: int,
+    progress_bar: bool,
 ) -> None:
     """Show a sample of a table in TensorBoard's folder `board`, in place of what was shown before. On rank 0 only.
 
@@ -58,7 +63,8 @@ def write_projection(
         board: the folder of the event files.
         name: of the embeddings, a folder's name: step-000120.
         table: embeddings of the split.
-        index: the split, for its images and the names of its classes.
+        index: the split, or that of the queries, for its images and the names of its classes.
+        gallery: the split that was searched, if it is another one.
         num_points: at most so many, and at most MAX_POINTS.
         progress_bar: whether to show how many images are read.
 
@@ -83,12 +89,12 @@ def write_projection(
     # 2. Their pictures, row by row.
     side, per_row = thumbnail_side(len(rows)), math.ceil(math.sqrt(len(rows)))
     sprite = np.full((per_row * side, per_row * side, 3), 255, dtype=np.uint8)
-    images = ShardImages(index, Resize(side))
+    images = TableImages(index, gallery)
     pace = 0.5 if sys.stderr.isatty() else 15.0  # a file gets a line every 15 seconds
     shown = tqdm(rows.tolist(), desc="projector", unit="image", disable=not progress_bar, leave=False, mininterval=pace)
     for position, row in enumerate(shown):
         top, left = (side * part for part in divmod(position, per_row))
-        sprite[top : top + side, left : left + side] = thumbnail(images.image(int(table.ids[row])), side)
+        sprite[top : top + side, left : left + side] = images.thumbnail(int(table.ids[row]), side)
     Image.fromarray(sprite).save(folder / "sprite.png")
 
     # 3. Tell TensorBoard.

@@ -148,7 +148,8 @@ def train(
 
     # 3. Train.
     settings = dict(_flattened(config.model_dump(mode="json")))
-    board = Board(state, telemetry, settings=settings, test_index=test_index)
+    gallery = _open_gallery(config, test_index)
+    board = Board(state, telemetry, settings=settings, test_index=test_index, gallery=gallery)
     keep = Retention(
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,

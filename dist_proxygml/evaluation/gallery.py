@@ -7,7 +7,7 @@ picture of at most 648 x 720 pixels whatever the split is.
 Declined: faiss, which would copy the gallery for ten queries; a product and a top-k of ten rows do. Which of several
 neighbours with the same score at the last place is shown is not defined; the metrics are exact about that.
 
-Dimension key: n images, q queries, K neighbours.
+Dimension key: n images, q queries, g images that are searched, K neighbours.
 """
 
 from collections.abc import Sequence
@@ -34,21 +34,50 @@ _DASH = 8
 _GREEN, _RED, _GREY = (26, 152, 80), (215, 48, 39), (128, 128, 128)
 
 
-def retrieval_gallery(table: EmbeddingTable, index: ShardIndex) -> Tensor:
-    """Some queries, a row each, and their nearest neighbours: uint8 [3, H, W]. A class must have two images.
+class TableImages:
+    """The images of a table of embeddings by their ids.
+
+    Args:
+        index: the split, or that of the queries.
+        gallery: the split that was searched, if it is another one; its ids follow those of the queries.
+    """
+
+    def __init__(self, index: ShardIndex, gallery: ShardIndex | None) -> None:
+        self._num_queries = index.num_samples
+        splits = [index] if gallery is None else [index, gallery]
+        self._images = [ShardImages(split, Resize(TILE_SIDE)) for split in splits]
+
+    def thumbnail(self, image_id: int, side: int) -> np.ndarray:
+        """An image, small. Raises ValueError where it is damaged."""
+        number = int(image_id >= self._num_queries)
+        return thumbnail(self._images[number].image(image_id - number * self._num_queries), side)
+
+
+def retrieval_gallery(table: EmbeddingTable, index: ShardIndex, *, gallery: ShardIndex | None = None) -> Tensor:
+    """Some queries, a row each, and their nearest neighbours: uint8 [3, H, W]. A query must have a right answer.
+
+    Args:
+        table: what was evaluated.
+        index: the split, or that of the queries.
+        gallery: the split that was searched, if it is another one.
 
     Raises:
         ValueError: an image is damaged.
     """
-    labels_n = table.labels.numpy()
-    queries = np.flatnonzero(count_positives(labels_n))
-    query_q = torch.from_numpy(np.random.default_rng(0).permutation(queries)[:NUM_QUERIES])
-    neighbour_qK = _nearest(table.embeddings, query_q)
-    images = ShardImages(index, Resize(TILE_SIDE))
+    labels_n, is_query_n = table.labels.numpy(), table.ids.numpy() < index.num_samples
+    if gallery is None:
+        has_answer_n, is_searched_n = count_positives(labels_n) > 0, is_query_n
+    else:
+        is_searched_n = ~is_query_n
+        has_answer_n = is_query_n & np.isin(labels_n, labels_n[is_searched_n])
+    queries = np.random.default_rng(0).permutation(np.flatnonzero(has_answer_n))
+    query_q = torch.from_numpy(queries[:NUM_QUERIES])
+    neighbour_qK = _nearest(table.embeddings, query_q, torch.from_numpy(np.flatnonzero(is_searched_n)))
+    images = TableImages(index, gallery)
     canvas = np.full((len(query_q) * _CELL, (1 + neighbour_qK.shape[1]) * _CELL, 3), 255, dtype=np.uint8)
     for row, (query, neighbours) in enumerate(zip(query_q.tolist(), neighbour_qK.tolist(), strict=True)):
         for column, shown in enumerate([query, *neighbours]):
-            picture = thumbnail(images.image(int(table.ids[shown])), TILE_SIDE)
+            picture = images.thumbnail(int(table.ids[shown]), TILE_SIDE)
             is_right = labels_n[shown] == labels_n[query]
             colour = _GREY if column == 0 else _GREEN if is_right else _RED
             cell = canvas[row * _CELL : (row + 1) * _CELL, column * _CELL : (column + 1) * _CELL]
@@ -91,14 +120,16 @@ def stratified_sample(labels: Sequence[int] | np.ndarray, num_points: int, *, le
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
 
 
-def _nearest(embeddings_nD: Tensor, query_q: Tensor) -> Tensor:
-    """The nearest neighbours [q, K], best first, of rows of the table; no row is its own."""
-    num_neighbours = min(NUM_NEIGHBOURS, len(embeddings_nD) - 1)
-    score_qn = embeddings_nD[query_q] @ embeddings_nD.T
-    score_qn[torch.arange(len(query_q)), query_q] = -torch.inf
-    score_qK, neighbour_qK = score_qn.topk(num_neighbours, dim=1)
-    order_qK = np.lexsort((neighbour_qK.numpy(), -score_qK.numpy()), axis=1)
-    return neighbour_qK.gather(1, torch.from_numpy(order_qK))
+def _nearest(embeddings_nD: Tensor, query_q: Tensor, searched_g: Tensor) -> Tensor:
+    """The nearest neighbours [q, K], best first, of rows of the table among others; no row is its own."""
+    is_self_qg = query_q[:, None] == searched_g
+    num_neighbours = min(NUM_NEIGHBOURS, len(searched_g) - int(is_self_qg.any()))
+    everything = len(searched_g) == len(embeddings_nD)
+    searched_gD = embeddings_nD if everything else embeddings_nD[searched_g]
+    score_qg = (embeddings_nD[query_q] @ searched_gD.T).masked_fill_(is_self_qg, -torch.inf)
+    score_qK, column_qK = score_qg.topk(num_neighbours, dim=1)
+    order_qK = np.lexsort((column_qK.numpy(), -score_qK.numpy()), axis=1)
+    return searched_g[column_qK.gather(1, torch.from_numpy(order_qK))]
 
 
 def _draw(cell: np.ndarray, picture: np.ndarray, colour: tuple[int, int, int], *, is_dashed: bool) -> None:

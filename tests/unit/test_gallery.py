@@ -1,5 +1,7 @@
 """Pictures of what is retrieved: which images stand where, in which frame."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
 from dist_proxygml.evaluation.embed import EmbeddingTable
 from dist_proxygml.evaluation.gallery import TILE_SIDE, retrieval_gallery, stratified_sample, thumbnail
-from tests.shards_of_noise import SIDE, write_noise_shards
+from tests.shards_of_noise import SIDE, write_noise_shards, write_query_and_gallery
 
 CELL = TILE_SIDE + 8
 GREEN, RED, GREY, WHITE = (26, 152, 80), (215, 48, 39), (128, 128, 128), (255, 255, 255)
@@ -56,6 +58,24 @@ def test_a_row_holds_a_query_and_its_nearest_images_in_frames_that_say_what_is_r
     assert all(int((table.labels == table.labels[query]).sum()) > 1 for query in queries)
     again = retrieval_gallery(table._replace(embeddings=-table.embeddings), index)
     assert torch.equal(again[:, :, :CELL], torch.from_numpy(picture[:, :CELL]).permute(2, 0, 1))  # the same queries
+
+
+def test_queries_are_searched_in_a_gallery_of_their_own(tmp_path: Path) -> None:
+    index, gallery = write_query_and_gallery(tmp_path, [4, 5, 1, 6, 4])
+    splits = (index, gallery)
+    labels = torch.from_numpy(np.concatenate([split.labels for split in splits]))
+    embeddings = F.normalize(torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(0)))
+    table = EmbeddingTable(embeddings, labels, torch.arange(len(labels)))
+    picture = retrieval_gallery(table, index, gallery=gallery).permute(1, 2, 0).numpy()
+    images = [ShardImages(split, Resize(SIDE)).image(i) for split in splits for i in range(split.num_samples)]
+    row_of = {image.permute(1, 2, 0).numpy().tobytes(): row for row, image in enumerate(images)}
+    for row in range(len(picture) // CELL):
+        cells = [picture[row * CELL : (row + 1) * CELL, c * CELL : (c + 1) * CELL] for c in range(9)]
+        query, *shown = [row_of[cell[4:-4:8, 4:-4:8].tobytes()] for cell in cells]
+        assert query < index.num_samples
+        searched = range(index.num_samples, len(labels))
+        assert shown == sorted(searched, key=lambda i: -float(embeddings[query] @ embeddings[i]))[:8]
+        assert labels[query] in gallery.labels
 
 
 def test_a_thumbnail_is_the_whole_image_in_the_middle_of_a_square() -> None:

@@ -22,7 +22,7 @@ from dist_proxygml.projector import (
     thumbnail_side,
     write_projection,
 )
-from tests.shards_of_noise import write_noise_shards
+from tests.shards_of_noise import write_noise_shards, write_query_and_gallery
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,17 @@ def test_the_configuration_names_points_their_classes_and_their_pictures(
         expected = thumbnail(images.image(int(table.ids[row])), 64)
         np.testing.assert_array_equal(sprite[top : top + 64, left : left + 64], expected)
     assert (sprite[128:, 128:] == 255).all()
+
+
+def test_points_of_queries_and_gallery_have_the_pictures_of_their_split(tmp_path: Path) -> None:
+    index, gallery = write_query_and_gallery(tmp_path / "shards", [4, 5, 6])
+    labels = torch.from_numpy(np.concatenate([index.labels, gallery.labels]))
+    table = EmbeddingTable(F.normalize(torch.randn(len(labels), 3)), labels, torch.arange(len(labels)))
+    write_projection(tmp_path, "step-000007", table, index, gallery=gallery, num_points=100, progress_bar=False)
+    sprite = np.asarray(Image.open(tmp_path / "projector" / "step-000007" / "sprite.png"))
+    last = thumbnail(ShardImages(gallery, Resize(64)).image(gallery.num_samples - 1), 64)
+    top, left = (64 * part for part in divmod(len(labels) - 1, 4))
+    np.testing.assert_array_equal(sprite[top : top + 64, left : left + 64], last)
 
 
 def test_later_embeddings_take_the_place_of_earlier_ones(
