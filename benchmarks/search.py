@@ -98,7 +98,7 @@ def measure(name: str, size: Size, *, threads: int) -> list[Row]:
     """A row for each way, each in a process of its own."""
     rows = []
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.search"])  # imports once for all
+    context.set_forkserver_preload(["dist_proxygml.evaluation.evaluator", "faiss"])  # imported once for all
     with tempfile.TemporaryDirectory() as folder:
         rows_nD, labels_n = embeddings_of(size)
         np.save(Path(folder) / "rows.npy", rows_nD)

@@ -131,7 +131,8 @@ def retrieve(
         part = _part_of_rank(images, gallery, gallery_G, is_sharded, context, options._replace(search=search))
         job = _Job(gallery, part, is_sharded, depth, tolerance, context, options, say)
         shared = asked_Q if is_sharded else _share(asked_Q, context)
-        tiles = _tiles(shared, num_right_n, width=rows_GD.shape[1], options=options)
+        first_queries = FIRST_QUERIES if depth.whole_ranking else MOST_QUERIES
+        tiles = _tiles(shared, num_right_n, width=rows_GD.shape[1], first_queries=first_queries, options=options)
         rows = [np.zeros((0, NUM_COLUMNS))]
         hidden = None if context.is_main else True  # None: hidden unless a person looks at it
         with tqdm(total=len(shared), desc="searching", unit=" queries", delay=5.0, disable=hidden) as bar:
@@ -225,7 +226,9 @@ def _share(asked_Q: np.ndarray, context: ParallelContext) -> np.ndarray:
     return asked_Q[cuts[0] : cuts[1]]
 
 
-def _tiles(asked: np.ndarray, num_right_n: np.ndarray, *, width: int, options: SearchOptions) -> Iterator[np.ndarray]:
+def _tiles(
+    asked: np.ndarray, num_right_n: np.ndarray, *, width: int, first_queries: int, options: SearchOptions
+) -> Iterator[np.ndarray]:
     """Consecutive queries whose rows, lists and right answers fit half of the budget; at least one."""
     bytes_q = 8 * width + 40 * options.list_length + 200 * (num_right_n[asked] + 1)
     total_q = np.cumsum(bytes_q)
@@ -233,7 +236,7 @@ def _tiles(asked: np.ndarray, num_right_n: np.ndarray, *, width: int, options: S
     while start < len(asked):
         before = total_q[start - 1] if start else 0
         stop = int(np.searchsorted(total_q, before + options.memory_budget // 2, side="right"))
-        stop = min(max(stop, start + 1), start + (MOST_QUERIES if start else FIRST_QUERIES))
+        stop = min(max(stop, start + 1), start + (MOST_QUERIES if start else first_queries))
         yield asked[start:stop]
         start = stop
 
