@@ -148,7 +148,7 @@ def test_both_splits_are_evaluated_and_logged_each_time(root: Path, trained: Tra
     for kind, prefix in (("evaluation", ""), ("validation", "validation-")):
         logged = {line["step"]: line["map@r"] for line in lines if line["kind"] == kind}
         assert logged == {step: results[f"{prefix}step-{step:06d}.json"]["metrics"]["map@r"] for step in steps}
-    events = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
+    events = b"".join(path.read_bytes() for path in (run / "tensorboard").glob("events.*"))
     assert b"validation/map@r" in events
     assert b"evaluation/map@r" in events
     assert [path.name for path in (run / "embeddings").iterdir()] == [f"step-{steps[-1]:06d}.npz"]
