@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"expected at least one rank, got --ranks {ranks}")
         config = count_classes(load_config(given.config, given.set))
         plan = plan_head(config, world_size=ranks, device=given.device)
-        memory = parse_bytes(given.memory) if given.memory else available_memory(torch.device(given.device))
+        memory = parse_bytes(given.memory) if given.memory else _memory_here(given.device)
         rest = _plan_rest(config, plan)
         if is_main:
             print(f"{plan}\n{rest}", flush=True)
@@ -333,6 +333,20 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, DoesNotFitError) else 2
     return 0
+
+
+def _memory_here(device: str) -> int:
+    """Memory that is left for a rank on this machine.
+
+    Raises:
+        ValueError: it has no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "expected a GPU for --device cuda, whose free memory a rank may take, found none; say what a rank has, "
+            'such as --memory "80 GiB"'
+        )
+    return available_memory(torch.device(device))
 
 
 class _StatusError(Exception):

@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.command is None and given.run is None:
         parser.error("expected --run RUN or compare A B")
+    if given.command is not None and (given.run or given.data):
+        parser.error("--run and --data are not of compare; name two runs or evaluations, and leave them out")
     try:
         if given.command == "compare":
             return _compare(given.first, given.second, force=given.force)
@@ -83,7 +85,10 @@ def _write(run_directory: Path, data: Path | None) -> int:
     from dist_proxygml.data.index import open_index
     from dist_proxygml.evaluation.report import format_table, read_run, write_report
 
-    settings = read_run(run_directory).config.get("data", {})
+    config = read_run(run_directory).config
+    if not config:
+        raise ValueError(f"expected a run's folder, {run_directory} has no config.json; name the folder of a run")
+    settings = config.get("data", {})
     index = None
     try:
         index = open_index(data or settings.get("shards", "shards"), settings.get("test_split", "test"))

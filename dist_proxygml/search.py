@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _search(given: argparse.Namespace) -> int:
+    if given.html is not None and given.html.is_dir():
+        raise ValueError(f"expected a file to write for --html, {given.html} is a folder; name a file in it")
     queries = _query_paths(given.images)
     from dist_proxygml.retrieval_index import Index
 

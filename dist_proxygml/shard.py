@@ -378,7 +378,8 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=help,
             description=help,
-            epilog=f"example: python -m dist_proxygml.shard {example}",
+            epilog=f"example:\n  python -m dist_proxygml.shard {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.set_defaults(run=run)
         return parser
@@ -386,7 +387,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dist_proxygml.shard",
         description="Build, verify, index and describe WebDataset shards.",
-        epilog="example: python -m dist_proxygml.shard build cub200 --root CUB_200_2011 --out OUT",
+        epilog="example:\n  python -m dist_proxygml.shard build cub200 --root CUB_200_2011 --out shards/cub200",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="{build,verify,index,info}")
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dist_proxygml.data import datasets
 from dist_proxygml.data.index import open_index
+from dist_proxygml.protocols import PROTOCOLS
 from dist_proxygml.shard import main
 from tests.raw_downloads import (
     LAYOUTS,
@@ -62,6 +63,14 @@ def test_a_raw_layout_becomes_the_metric_learning_split_with_its_own_bytes(
             assert source is None or source.read_bytes() == sample["jpg"]
             found.add(sample["jpg"])
     assert found == originals
+
+
+def test_published_counts_are_those_of_the_protocols() -> None:
+    for protocol in PROTOCOLS.values():
+        counts = datasets.PUBLISHED_COUNTS[protocol.dataset]
+        test = counts["test" if protocol.num_gallery is None else "query"]
+        assert test == (protocol.num_images, protocol.num_classes)
+        assert counts.get("gallery", (None,))[0] == protocol.num_gallery
 
 
 @pytest.mark.parametrize(

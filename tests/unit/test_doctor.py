@@ -313,10 +313,11 @@ def test_a_problem_ends_with_1_and_is_an_object_in_json(
 ) -> None:
     healthy(monkeypatch)
     command = ["--config", str(ROOT / "configs" / "demo_cpu.json"), "--json", "--set", f"data.shards={DEMO}"]
-    assert doctor.main([*command, "data.num_classes=550", "data.test_split=query"]) == 1
+    splits = ["data.test_split=query", "evaluation.gallery_split=gallery"]
+    assert doctor.main([*command, "data.num_classes=550", *splits]) == 1
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     problems = {name for name, finding in found.items() if finding["status"] == "problem"}
-    assert problems == {"num_classes", "split query"}
+    assert problems == {"num_classes", "split query", "split gallery"}
 
 
 def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:

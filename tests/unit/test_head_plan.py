@@ -135,8 +135,13 @@ def test_momentum_accumulation_class_means_and_several_proxies_are_counted() -> 
     assert several.gradient_bytes == 2 * several.bank_bytes  # every class kept, and a copy while it is put together
 
 
-@pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--memory", "many"], ["--config", "no/such.json"]])
-def test_the_command_explains_a_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--ranks", "0"], ["--memory", "many"], ["--config", "no/such.json"], ["--device", "cuda"]]
+)
+def test_the_command_explains_a_mistake(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     status = main(["--config", str(ROOT / "configs" / "sop_8gpu.json"), *arguments])
     assert status == 2
     assert capsys.readouterr().err.startswith("error: expected")
@@ -151,6 +156,7 @@ def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFi
     assert "fits into 1.0 GiB" in output
     assert main([*config, "--memory", "1 MiB"]) == 1
     assert "at most 1.0 MiB per rank" in capsys.readouterr().err
+    assert main([*config, "--device", "cuda", "--memory", "1 GiB"]) == 0  # that of GPUs elsewhere
 
 
 # Peak memory is that of a whole process, so each measurement has one of its own.

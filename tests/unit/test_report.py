@@ -428,6 +428,11 @@ def test_the_command_writes_the_page_and_prints_the_table(
     assert f"report: {run / 'report.html'}" in printed
     assert main(["--run", str(run), "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+    assert main(["--run", str(tmp_path)]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--data", "shards/demo", "compare", str(run), str(run)])
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--run runs/demo_cpu" in capsys.readouterr().out
