@@ -59,23 +59,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options of whatever sends images through a model."""
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: auto)")
     parser.add_argument(
-        "--batch-size", type=_at_least(1), metavar="N", help="images at a time (default: as the run's evaluation)"
+        "--batch-size", type=at_least(1), metavar="N", help="images at a time (default: as the run's evaluation)"
     )
     parser.add_argument(
         "--num-workers",
-        type=_at_least(0),
+        type=at_least(0),
         metavar="N",
         help="processes that read images (default: the usable cores, at most 8; none for few images)",
     )
 
 
 def _embed(given: argparse.Namespace) -> str:
-    from dist_proxygml.data.sources import open_source
+    from dist_proxygml.data.sources import FolderSource, open_source
     from dist_proxygml.embedder import Embedder
 
     # What is quick to refuse comes first.
     embedder = Embedder.from_run(given.run, device=given.device, checkpoint=given.checkpoint)
     source = open_source(given.data, split=given.split or embedder.test_split)
+    if given.split is not None and isinstance(source, FolderSource):
+        raise ValueError(f"expected shards with --split, {given.data} is a folder of images; leave --split out")
     manifest = embed_to_folder(
         embedder,
         source,
@@ -151,7 +153,7 @@ def loading_processes(num_images: int, wanted: int | None) -> int:
     return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
 
 
-def _at_least(lowest: int) -> Any:
+def at_least(lowest: int) -> Any:
     """The type of an option that is a whole number from `lowest` on."""
 
     def parse(text: str) -> int:

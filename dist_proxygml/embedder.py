@@ -168,9 +168,11 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device: torch.device | None = torch.device(wanted)
     except RuntimeError:
-        raise ValueError(f"expected a device auto, cpu, cuda or cuda:1, got {wanted!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected a device auto, cpu, cuda or cuda:1, got {wanted!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"expected a GPU for the device {wanted!r}, found {torch.cuda.device_count()}; take auto or cpu"

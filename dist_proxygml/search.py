@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dist_proxygml.embed import add_model_options
+from dist_proxygml.embed import add_model_options, at_least
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageRecord, ImageSource
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--index", required=True, type=Path, help="folder that dist_proxygml.index wrote")
-    parser.add_argument("-k", type=_positive, default=10, metavar="N", help="images to find for each (default: 10)")
+    parser.add_argument("-k", type=at_least(1), default=10, metavar="N", help="images to find for each (default: 10)")
     parser.add_argument("--min-score", type=float, metavar="S", help="leave out what has a lower score, -1 to 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the images")
@@ -72,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _search(given: argparse.Namespace) -> int:
-    if given.html is not None and given.html.is_dir():
-        raise ValueError(f"expected a file to write for --html, {given.html} is a folder; name a file in it")
+    if given.html is not None and (given.html.is_dir() or given.html.suffix.lower() not in (".html", ".htm")):
+        # `--html a.jpg b.jpg` would replace a picture
+        raise ValueError(f"expected the page to write for --html, got {given.html}; name a file like found.html")
     queries = _query_paths(given.images)
     from dist_proxygml.retrieval_index import Index
 
@@ -263,12 +264,6 @@ def _makers(location: str | None) -> str | None:
     """The makers of the images, where their folder names them: pictures must not travel without them."""
     path = Path(location or "", "ATTRIBUTION.md")
     return path.read_text(encoding="utf-8") if location and path.is_file() else None
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,10 @@ def read_run(run_directory: Path) -> RunRecord:
         run_directory / "config.json",
         run_directory / "evaluation" / "pixels.json",
     )
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    try:
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON ({error}); copy the run again") from None
     tables = sorted(
         (run_directory / "embeddings").glob("step-*.npz"),
         key=lambda path: int(path.stem.split("-")[1]),

@@ -203,6 +203,7 @@ def test_mistakes_are_refused_before_any_work(
     assert told("--run", tmp_path, "--data", photos, "--out", out).startswith("expected a checkpoint (step-N), a run's")
     missing = told("--run", run, "--data", tmp_path / "no", "--out", out)
     assert missing == f"expected a folder of images or of shards at {tmp_path / 'no'}, found none; correct the path\n"
+    assert "leave --split out" in told("--run", run, "--data", photos, "--split", "test", "--out", out)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "train-000000.tar").write_bytes(b"")
     told_empty = told("--run", run, "--data", tmp_path / "empty", "--out", out)

@@ -177,8 +177,9 @@ def test_a_model_that_is_not_there_or_diverged_is_refused(run: Path, tmp_path: P
 def test_a_device_is_chosen_or_refused() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(ValueError, match="expected a device auto, cpu, cuda or cuda:1, got 'gpu'"):
-        choose_device("gpu")
+    for other in ("gpu", "mps"):
+        with pytest.raises(ValueError, match=f"expected a device auto, cpu, cuda or cuda:1, got '{other}'"):
+            choose_device(other)
     with pytest.raises(ValueError, match="expected a GPU for the device 'cuda:99', found"):
         choose_device("cuda:99")
 

@@ -118,8 +118,11 @@ def test_nothing_found_is_said_with_the_nearest(place: Place, capsys: pytest.Cap
     assert sentence in Page(stranger.with_suffix(".html")).text
     assert searched(place, stranger, "--min-score", between) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2  # the query, and the one above
-    assert searched(place, stranger, "--html", place.photos) == 2
-    assert "is a folder; name a file in it" in capsys.readouterr().err
+    for no_page in (place.photos, place.path(0)):
+        before = place.path(0).read_bytes()
+        assert searched(place, stranger, "--html", no_page) == 2
+        assert f"got {no_page}; name a file like found.html" in capsys.readouterr().err
+        assert place.path(0).read_bytes() == before
     assert searched(place, stranger, "--min-score", 2, "--json") == 0
     assert json.loads(capsys.readouterr().out)["queries"][0]["matches"] == []
 
