@@ -101,6 +101,11 @@ def export(
     _check_is_free(out, overwrite=overwrite)
     if "onnx" in formats:
         check_onnx(opset=opset, runs=verify)
+    if not (run_directory / "config.json").is_file():
+        raise ValueError(
+            f"expected the folder of a run at {run_directory}, found no config.json in it; name the run, and one of "
+            "its checkpoints with --checkpoint"
+        )
     config = load_config(run_directory / "config.json")
     model = open_trained(run_directory / "checkpoints" / checkpoint if checkpoint else run_directory)
     bank, facts = model.bank(), _training_facts(model)

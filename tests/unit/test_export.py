@@ -338,7 +338,9 @@ def test_what_is_in_the_place_is_not_lost(
     assert error == (
         f"error: expected nothing at {tmp_path / 'old'}, found an export; name another folder, or add --overwrite\n"
     )
-    assert "expected a JSON configuration at" in told("--run", tmp_path / "no run", "--out", tmp_path / "new")
+    assert "found no config.json in it" in told("--run", tmp_path / "no run", "--out", tmp_path / "new")
+    for part in (run / "checkpoints" / CHECKPOINT, run / "config.json"):
+        assert "one of its checkpoints with --checkpoint" in told("--run", part, "--out", tmp_path / "new")
     error = told("--run", run, "--checkpoint", "step-000031", "--out", tmp_path / "new")
     assert "this run has: step-000030" in error
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
