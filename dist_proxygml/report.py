@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "compare":
             return _compare(given.first, given.second, force=given.force)
         return _write(given.run, given.data)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -431,6 +431,10 @@ def test_the_command_writes_the_page_and_prints_the_table(
     assert main(["--run", str(tmp_path)]) == 2
     assert "has no config.json" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+    (tmp_path / "config.json").write_text('{"name": "a"}')
+    (tmp_path / "report.html").mkdir()
+    assert main(["--run", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{")
     assert main(["--run", str(tmp_path)]) == 2
     assert "config.json is not valid JSON" in capsys.readouterr().err
