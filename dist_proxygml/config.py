@@ -677,6 +677,16 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _queries_are_not_their_own_gallery(self) -> "Config":
+        if self.evaluation.gallery_split == self.data.test_split:
+            raise ValueError(
+                f"expected evaluation.gallery_split to be another split than data.test_split, got "
+                f"{self.data.test_split!r} for both, where every query would find itself; remove gallery_split to "
+                "search each image among all others"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_checkpoint_is_measured(self) -> "Config":
         wanted, evaluation = self.checkpoint.keep_best, self.evaluation
         measured = [name for name in evaluation.metrics if not name.startswith("legacy_")]
