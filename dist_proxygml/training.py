@@ -494,11 +494,12 @@ def evaluate_run(
     )
     if result.num_damaged:
         telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
+    # Logged before it is stored: a run that is killed in between does it again, and what is stored is in the log.
+    kind = "validation" if split.is_validation else "evaluation"
+    telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
     # Only the embeddings of the test split are looked at later.
     on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation))
     blocks.remove(context)
-    kind = "validation" if split.is_validation else "evaluation"
-    telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
     numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))
     of_what = "validation classes: " if split.is_validation else ""
     telemetry.say(f"epoch {state.epoch}, step {state.step}: {of_what}{numbers}")
@@ -570,15 +571,17 @@ def block_folder(run_directory: Path, name: str, *, say: Callable[[str], object]
 
 
 def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *, with_embeddings: bool) -> Path:
-    """Write evaluation/NAME.json, and embeddings/NAME.npz in place of earlier embeddings. On rank 0 only."""
-    path = run_directory / "evaluation" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:  # a file here means: evaluated
-        stream.write(result.to_json().encode("utf-8"))
+    """Write embeddings/NAME.npz in place of earlier embeddings, and last evaluation/NAME.json: where that is, nobody
+    evaluates again. On rank 0 only.
+    """
     if with_embeddings and result.table is not None:
         newest = save_table(result.table, run_directory / "embeddings" / f"{name}.npz")
         for old in set(newest.parent.glob("*.npz")) - {newest}:
             old.unlink()
+    path = run_directory / "evaluation" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publish(path) as stream:
+        stream.write(result.to_json().encode("utf-8"))
     return path
 
 

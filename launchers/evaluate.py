@@ -91,8 +91,8 @@ def main() -> None:
     result = evaluate_model(
         config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
     )
+    path = on_main(context, lambda: store_evaluation(arguments.run, name, result, with_embeddings=False))
     if context.is_main:
-        path = store_evaluation(arguments.run, name, result, with_embeddings=False)
         print(format_metrics({checkpoint.name: result.metrics}))
         for line in legacy_lines(result.metrics):
             print(line)
@@ -126,8 +126,10 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def what_numbers_depend_on(config: Config) -> dict[str, object]:
-    """The settings, but for those that only say how to search."""
-    settings = config.model_dump(exclude={"evaluation": {"search", "gallery", "memory_budget"}})
+    """The settings, but for those that only say how to search and to load."""
+    free = {"evaluation": {"search", "gallery", "memory_budget"}}
+    free["data"] = {"num_workers", "cache_images", "cache_directory", "cache_limit"}
+    settings = config.model_dump(exclude=free)
     return dict(settings)
 
 
