@@ -453,7 +453,9 @@ class CheckpointConfig(_Section):
     """Checkpoints of the run."""
 
     every_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between checkpoints; null writes one per epoch."
+        None,
+        ge=1,
+        description="Optimizer steps between checkpoints; null writes one per epoch. keep_best adds one at evaluations.",
     )
     asynchronous: bool = Field(
         False,

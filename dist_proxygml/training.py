@@ -284,6 +284,8 @@ class _Loop:
                     self.board.show_step()
             every_steps = config.checkpoint.every_steps
             is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
+            if config.checkpoint.keep_best is not None:  # the best evaluation needs a checkpoint of its step
+                is_due = is_due or self._is_evaluation_due()
             if is_due or state.is_finished:
                 with self.watchdog.paused():
                     self._save()
@@ -350,17 +352,20 @@ class _Loop:
         for problem in (problem for checkpoint in saved for problem in checkpoint.problems):
             self.telemetry.say(problem)
 
-    def _evaluations_due(self) -> list[EvaluatedSplit]:
-        """Before the first step if wanted, after the last always, and between epochs every so many; never twice."""
+    def _is_evaluation_due(self) -> bool:
+        """Before the first step if wanted, after the last always, and between epochs every so many. No collective."""
         state, evaluation = self.state, self.config.evaluation
         epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
         if state.is_finished:
-            is_due = True
-        elif state.schedule_step == 0:
-            is_due = evaluation.at_start
-        else:
-            is_due = rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
-        if not is_due:
+            return True
+        if state.schedule_step == 0:
+            return evaluation.at_start
+        return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
+
+    def _evaluations_due(self) -> list[EvaluatedSplit]:
+        """What is to be evaluated now; nothing twice."""
+        state = self.state
+        if not self._is_evaluation_due():
             return []
         folder = self.run_directory / "evaluation"
         names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
