@@ -455,7 +455,7 @@ class CheckpointConfig(_Section):
     every_steps: int | None = Field(
         None,
         ge=1,
-        description="Optimizer steps between checkpoints; null writes one per epoch. keep_best adds one at evaluations.",
+        description="Optimizer steps between checkpoints; null: one per epoch. keep_best adds one at evaluations.",
     )
     asynchronous: bool = Field(
         False,
