@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex
@@ -143,6 +145,17 @@ def test_queries_are_searched_in_a_gallery_of_their_own(query_and_gallery: tuple
     assert as_many.metrics == as_many.metrics | {"recall@24": 1.0}
     with pytest.raises(ValueError, match=r"from 1 to 24, because a query has 24 images"):
         evaluated(Projection(), query, gallery=gallery, recall_at=(25,))
+
+
+def test_whoever_looks_sees_how_far_the_embedding_pass_is(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_once = {"delay": 0, "mininterval": 0, "disable": False}
+    monkeypatch.setattr(
+        "dist_proxygml.evaluation.embed.tqdm", lambda batches, **options: tqdm(batches, **(options | at_once))
+    )
+    evaluated(Projection(), index, kmeans_seeds=0)
+    assert re.search(r"embedding test: 100%.* 6/6 ", capsys.readouterr().err)  # 37 images in batches of 7
 
 
 def test_a_gallery_of_other_classes_is_refused(
