@@ -51,6 +51,15 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
         evaluated_with(tmp_path, "demo_cpu", "--legacy-proxygml")
 
 
+def test_a_run_that_keeps_the_best_by_a_metric_is_evaluated_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    own = load_config(ROOT / "configs" / "demo_cpu.json", ["checkpoint.keep_best=nmi"])
+    path.write_text(own.model_dump_json())
+    of_command = overrides(build_parser().parse_args(["--run", "runs/any"]))
+    assert load_config(path, [*of_command, "evaluation.kmeans_seeds=0"]).evaluation.kmeans_seeds == 0
+    assert what_numbers_depend_on(load_config(path, of_command)) == what_numbers_depend_on(own)
+
+
 def test_a_way_to_search_changes_no_number_and_anything_else_may() -> None:
     path = ROOT / "configs" / "demo_cpu.json"
     own = what_numbers_depend_on(load_config(path))
