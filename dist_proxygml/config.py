@@ -453,7 +453,9 @@ class CheckpointConfig(_Section):
     """Checkpoints of the run."""
 
     every_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between checkpoints; null writes one per epoch."
+        None,
+        ge=1,
+        description="Optimizer steps between checkpoints; null: one per epoch. keep_best adds one at evaluations.",
     )
     asynchronous: bool = Field(
         False,
@@ -674,6 +676,16 @@ class Config(_Section):
     def _validation_classes_leave_some_to_train(self) -> "Config":
         if self.data.num_classes is not None:  # else it is seen when the shards have said their number
             assert self.num_trained_classes > 0  # or it has raised
+        return self
+
+    @model_validator(mode="after")
+    def _queries_are_not_their_own_gallery(self) -> "Config":
+        if self.evaluation.gallery_split == self.data.test_split:
+            raise ValueError(
+                f"expected evaluation.gallery_split to be another split than data.test_split, got "
+                f"{self.data.test_split!r} for both, where every query would find itself; remove gallery_split to "
+                "search each image among all others"
+            )
         return self
 
     @model_validator(mode="after")

@@ -71,12 +71,15 @@ class StopSignals:
             raise StopRequested(received)
 
     def _read(self, reader: int) -> None:
-        grace = None
-        while select.select([reader], [], [], grace)[0]:
+        over_at = left = None
+        while select.select([reader], [], [], left)[0]:
             for number in os.read(reader, 64):
                 if number in SIGNALS:
                     self._take(signal.Signals(number))
-                    grace = self._grace
+                    if over_at is None and self._grace is not None:
+                        over_at = time.monotonic() + self._grace
+            if over_at is not None:  # a later signal, and what others handle, gives no more time
+                left = max(0.0, over_at - time.monotonic())
         if self._on_grace_over:
             self._on_grace_over()
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", type=Path, help="folder of a training run")
-    parser.add_argument("--data", type=Path, help="folder of its shards (default: the one the run was trained with)")
+    parser.add_argument("--data", help="folder of its shards, or where they lie (default: those it was trained with)")
     commands = parser.add_subparsers(dest="command", metavar="{compare}")
     compare = commands.add_parser(
         "compare",
@@ -81,7 +81,8 @@ def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
     return 0
 
 
-def _write(run_directory: Path, data: Path | None) -> int:
+def _write(run_directory: Path, data: str | None) -> int:
+    from dist_proxygml.config import parse_bytes
     from dist_proxygml.data.index import open_index
     from dist_proxygml.evaluation.report import format_table, read_run, write_report
 
@@ -91,7 +92,13 @@ def _write(run_directory: Path, data: Path | None) -> int:
     settings = config.get("data", {})
     index = None
     try:
-        index = open_index(data or settings.get("shards", "shards"), settings.get("test_split", "test"))
+        cache, limit = settings.get("cache_directory"), settings.get("cache_limit")
+        index = open_index(
+            data or settings.get("shards", "shards"),
+            settings.get("test_split", "test"),
+            cache_directory=None if cache is None else Path(cache),
+            cache_limit=None if limit is None else parse_bytes(limit),
+        )
     except ValueError as error:
         if data is not None:
             raise

@@ -155,8 +155,13 @@ def trained_settings(run_directory: Path) -> Config | None:
 
 
 def is_same_run(one: Config, other: Config) -> bool:
-    """Whether two configurations ask for the same numbers."""
-    return one.model_dump(exclude=_FREE_SECTIONS) == other.model_dump(exclude=_FREE_SECTIONS)
+    """Whether two configurations ask for the same numbers. A number of classes that one of them leaves to the shards
+    is that of the other: a run stores what its shards said.
+    """
+    settings, others = (config.model_dump(exclude=_FREE_SECTIONS) for config in (one, other))
+    if None in (one.data.num_classes, other.data.num_classes):
+        settings["data"]["num_classes"] = others["data"]["num_classes"] = None
+    return settings == others
 
 
 def metrics_measured(config: Config) -> list[str]:

@@ -75,12 +75,14 @@ class Telemetry:
         self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:,.0f} images/s", refresh=False)
 
     def log_evaluation(self, step: int, epoch: int, metrics: Mapping[str, float], *, kind: str = "evaluation") -> None:
-        """The metrics of an evaluation after `step` steps; of another `kind` if not on the test split."""
-        self.pause()
+        """The metrics of an evaluation after `step` steps; of another `kind` if not on the test split. On disk when
+        this returns.
+        """
         if self._enabled:
             self._write({"kind": kind, "step": step, "epoch": epoch, **metrics})
             for name, value in metrics.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+        self.pause()
 
     def log_images(self, name: str, images: Tensor, step: int) -> None:
         """A grid of uint8 images [n, 3, H, W]."""

@@ -284,6 +284,8 @@ class _Loop:
                     self.board.show_step()
             every_steps = config.checkpoint.every_steps
             is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
+            if config.checkpoint.keep_best is not None:  # the best evaluation needs a checkpoint of its step
+                is_due = is_due or self._is_evaluation_due()
             if is_due or state.is_finished:
                 with self.watchdog.paused():
                     self._save()
@@ -350,17 +352,20 @@ class _Loop:
         for problem in (problem for checkpoint in saved for problem in checkpoint.problems):
             self.telemetry.say(problem)
 
-    def _evaluations_due(self) -> list[EvaluatedSplit]:
-        """Before the first step if wanted, after the last always, and between epochs every so many; never twice."""
+    def _is_evaluation_due(self) -> bool:
+        """Before the first step if wanted, after the last always, and between epochs every so many. No collective."""
         state, evaluation = self.state, self.config.evaluation
         epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
         if state.is_finished:
-            is_due = True
-        elif state.schedule_step == 0:
-            is_due = evaluation.at_start
-        else:
-            is_due = rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
-        if not is_due:
+            return True
+        if state.schedule_step == 0:
+            return evaluation.at_start
+        return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
+
+    def _evaluations_due(self) -> list[EvaluatedSplit]:
+        """What is to be evaluated now; nothing twice."""
+        state = self.state
+        if not self._is_evaluation_due():
             return []
         folder = self.run_directory / "evaluation"
         names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
@@ -494,11 +499,12 @@ def evaluate_run(
     )
     if result.num_damaged:
         telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
+    # Logged before it is stored: a run that is killed in between does it again, and what is stored is in the log.
+    kind = "validation" if split.is_validation else "evaluation"
+    telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
     # Only the embeddings of the test split are looked at later.
     on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation))
     blocks.remove(context)
-    kind = "validation" if split.is_validation else "evaluation"
-    telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
     numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))
     of_what = "validation classes: " if split.is_validation else ""
     telemetry.say(f"epoch {state.epoch}, step {state.step}: {of_what}{numbers}")
@@ -570,15 +576,17 @@ def block_folder(run_directory: Path, name: str, *, say: Callable[[str], object]
 
 
 def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *, with_embeddings: bool) -> Path:
-    """Write evaluation/NAME.json, and embeddings/NAME.npz in place of earlier embeddings. On rank 0 only."""
-    path = run_directory / "evaluation" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:  # a file here means: evaluated
-        stream.write(result.to_json().encode("utf-8"))
+    """Write embeddings/NAME.npz in place of earlier embeddings, and last evaluation/NAME.json: where that is, nobody
+    evaluates again. On rank 0 only.
+    """
     if with_embeddings and result.table is not None:
         newest = save_table(result.table, run_directory / "embeddings" / f"{name}.npz")
         for old in set(newest.parent.glob("*.npz")) - {newest}:
             old.unlink()
+    path = run_directory / "evaluation" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publish(path) as stream:
+        stream.write(result.to_json().encode("utf-8"))
     return path
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import Config, load_config
@@ -91,8 +92,8 @@ def main() -> None:
     result = evaluate_model(
         config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
     )
+    path = on_main(context, lambda: store_evaluation(arguments.run, name, result, with_embeddings=False))
     if context.is_main:
-        path = store_evaluation(arguments.run, name, result, with_embeddings=False)
         print(format_metrics({checkpoint.name: result.metrics}))
         for line in legacy_lines(result.metrics):
             print(line)
@@ -103,7 +104,7 @@ def main() -> None:
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """The run's settings that the command line changes. Other shards are no published test set unless it says so."""
-    changed: dict[str, object] = {}
+    changed: dict[str, object] = {"checkpoint.keep_best": None}  # which may be of a metric that is not measured here
     protocol = arguments.protocol
     if protocol is None and (arguments.data or arguments.split):
         protocol = "custom"
@@ -126,8 +127,10 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def what_numbers_depend_on(config: Config) -> dict[str, object]:
-    """The settings, but for those that only say how to search."""
-    settings = config.model_dump(exclude={"evaluation": {"search", "gallery", "memory_budget"}})
+    """The settings, but for those that only say how to search and to load, and what a run keeps."""
+    free: dict[str, Any] = {"evaluation": {"search", "gallery", "memory_budget"}, "checkpoint": True}
+    free["data"] = {"num_workers", "cache_images", "cache_directory", "cache_limit"}
+    settings = config.model_dump(exclude=free)
     return dict(settings)
 
 

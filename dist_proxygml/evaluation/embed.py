@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dist_proxygml.collectives import AgreedError, gather_rows
 from dist_proxygml.data.damage import Damage, DamageLog
@@ -99,18 +100,20 @@ def embed_split(
         skip_damaged=damage is not None,
         done=done,
     )
-    return embed(
-        model,
-        loader,
-        context=context,
-        num_samples=index.num_samples,
-        describe=index.describe,
-        progress=progress,
-        damage=damage,
-        signals=signals,
-        blocks=kept,
-        numbers=[int(ids[0]) // batch_size for ids in evaluation_batches(index.num_samples, **shares, done=done)],
-    )
+    hidden = None if context.is_main else True  # None: hidden unless a person looks at it
+    with tqdm(loader, desc=f"embedding {index.split}", unit="batch", delay=5.0, disable=hidden, leave=False) as batches:
+        return embed(
+            model,
+            batches,
+            context=context,
+            num_samples=index.num_samples,
+            describe=index.describe,
+            progress=progress,
+            damage=damage,
+            signals=signals,
+            blocks=kept,
+            numbers=[int(ids[0]) // batch_size for ids in evaluation_batches(index.num_samples, **shares, done=done)],
+        )
 
 
 def embed(

@@ -406,6 +406,11 @@ def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Setting
     """
     num_queries = index.num_samples
     labels_n = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
+    if gallery is not None and (gallery.location, gallery.split) == (index.location, index.split):
+        raise ValueError(
+            f"expected a gallery of other images than the queries, got split {index.split!r} of {index.location} for "
+            "both, where every query would find itself; leave the gallery out to search each image among all others"
+        )
     if gallery is not None and gallery.class_table_sha256 != index.class_table_sha256:
         raise ValueError(
             f"expected splits {index.split!r} and {gallery.split!r} of {index.location} to share their classes, got "

@@ -172,6 +172,28 @@ def test_the_checkpoint_that_is_best_on_validation_classes_is_kept_and_named(roo
     assert kept == {of_saves, max(scores)}
 
 
+def train_without_telling(context: ParallelContext, config: Config) -> None:
+    from dist_proxygml import training
+
+    training.train(config, context)
+
+
+@pytest.mark.timeout(90)
+def test_the_best_is_kept_where_checkpoints_come_at_other_steps_than_evaluations(root: Path) -> None:
+    checkpoint = {"keep_best": "map@r", "keep_last": 1, "every_steps": 1000}
+    evaluation = {"batch_size": 8, "recall_at": [1], "kmeans_seeds": 0, "at_start": False}
+    config = configuration(root, name="rare", epochs=3, checkpoint=checkpoint, evaluation=evaluation)
+    run_ranks(train_without_telling, 1, config, timeout=80)
+    scores = {
+        int(path.stem.split("-")[-1]): json.loads(path.read_text())["metrics"]["map@r"]
+        for path in (config.run_directory / "evaluation").glob("validation-*")
+    }
+    before_last = max(sorted(scores)[:-1], key=lambda step: (scores[step], step))
+    kept = {int(path.name.removeprefix("step-")) for path in (config.run_directory / "checkpoints").glob("step-*")}
+    assert len(scores) == 3
+    assert kept == {before_last, max(scores)}
+
+
 def start_and_be_killed(context: ParallelContext, root: Path, fault: str) -> None:
     os.environ |= {"RANK": str(context.rank), "DIST_PROXYGML_FAULT": fault}
     train_with_blocks(context, root)

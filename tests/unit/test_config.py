@@ -84,6 +84,9 @@ def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
     message = message_of(changed(evaluation__protocol="cub", evaluation__gallery_split="gallery"))
     assert "'cub' expects no gallery_split, got 'gallery'; remove it" in message
     assert "cub, cars and sop, got protocol 'custom'" in message_of(changed(evaluation__legacy_proxygml=True))
+    assert "every query would find itself; remove gallery_split" in message_of(
+        changed(evaluation__gallery_split="test")
+    )
 
 
 @pytest.mark.parametrize(("wanted", "num_held_out"), [(None, 0), (3, 3), (0.25, 2), (0.36, 4), (9, 9)])

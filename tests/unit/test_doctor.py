@@ -320,6 +320,14 @@ def test_a_problem_ends_with_1_and_is_an_object_in_json(
     assert problems == {"num_classes", "split query", "split gallery"}
 
 
+def test_a_gallery_split_that_the_shards_lack_is_a_problem(tmp_path: Path) -> None:
+    write_splits(tmp_path, GOOD)
+    config = demo_config("evaluation.gallery_split=gallery", "data.num_classes=null")
+    findings = doctor._data_findings(str(tmp_path), config, "c.json")
+    problems = {finding.name: finding.text for finding in findings if finding.status == "problem"}
+    assert problems == {"split gallery": f"c.json names it, but {tmp_path} has train, test"}
+
+
 def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(doctor.sys.stdout, "isatty", lambda: True, raising=False)

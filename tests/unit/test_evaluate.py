@@ -1,10 +1,19 @@
-"""What the command line of the evaluation changes of a run's settings, and what it prints beside the table."""
+"""What the command line of the evaluation changes of a run's settings, what it prints beside the table, and in which
+order a result is stored.
+"""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from dist_proxygml import training
 from dist_proxygml.config import load_config
+from dist_proxygml.evaluation.embed import EmbeddingTable, load_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.parallel import single_process
 from launchers.evaluate import build_parser, legacy_lines, overrides, ties_line, what_numbers_depend_on
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,10 +51,20 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
         evaluated_with(tmp_path, "demo_cpu", "--legacy-proxygml")
 
 
+def test_a_run_that_keeps_the_best_by_a_metric_is_evaluated_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    own = load_config(ROOT / "configs" / "demo_cpu.json", ["checkpoint.keep_best=nmi"])
+    path.write_text(own.model_dump_json())
+    of_command = overrides(build_parser().parse_args(["--run", "runs/any"]))
+    assert load_config(path, [*of_command, "evaluation.kmeans_seeds=0"]).evaluation.kmeans_seeds == 0
+    assert what_numbers_depend_on(load_config(path, of_command)) == what_numbers_depend_on(own)
+
+
 def test_a_way_to_search_changes_no_number_and_anything_else_may() -> None:
     path = ROOT / "configs" / "demo_cpu.json"
     own = what_numbers_depend_on(load_config(path))
     ways = ["evaluation.search=counter", "evaluation.gallery=sharded", "evaluation.memory_budget=1 GiB"]
+    ways += ["data.num_workers=3", "data.cache_images=false", "data.cache_directory=elsewhere"]
     assert what_numbers_depend_on(load_config(path, ways)) == own
     assert what_numbers_depend_on(load_config(path, ["evaluation.recall_at=[1]"])) != own
     assert what_numbers_depend_on(load_config(path, ["data.test_transform.size=24"])) != own
@@ -65,3 +84,39 @@ def test_the_metric_that_ties_change_most_is_named() -> None:
     assert ties_line(bounds) == "ties: no metric changes by 0.005 points whichever way they go"
     bounds["map"] = (0.1, 0.2)
     assert ties_line(bounds) == "ties: with all of them gone wrong or right, map is 10.00 or 20.00"
+
+
+def killed(*arguments: Any, **options: Any) -> Any:
+    raise OSError("killed here")
+
+
+def result_of_two_images() -> EvaluationResult:
+    table = EmbeddingTable(torch.eye(2), torch.tensor([0, 0]), torch.tensor([0, 1]))
+    return EvaluationResult({"recall@1": 1.0}, {"recall@1": (1.0, 1.0)}, 2, 1, 2, 0, 0, {}, table)
+
+
+def test_a_result_counts_as_stored_when_its_embeddings_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = training.store_evaluation(tmp_path, "step-000004", result_of_two_images(), with_embeddings=True)
+    assert EvaluationResult.from_json(stored.read_text()) == result_of_two_images()
+    assert load_table(tmp_path / "embeddings" / "step-000004.npz").ids.tolist() == [0, 1]
+    monkeypatch.setattr(training, "save_table", killed)
+    with pytest.raises(OSError, match="killed here"):
+        training.store_evaluation(tmp_path, "step-000008", result_of_two_images(), with_embeddings=True)
+    assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["step-000004.json"]
+
+
+def test_a_result_is_logged_before_it_counts_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, str]] = []
+    telemetry: Any = SimpleNamespace(
+        say=lambda text: None, log_evaluation=lambda step, epoch, metrics, *, kind: logged.append((step, kind))
+    )
+    engine = SimpleNamespace(zero_stage=0, module=torch.nn.Identity())
+    state: Any = SimpleNamespace(config=None, context=single_process(), step=4, epoch=1, engine=engine)
+    split: Any = SimpleNamespace(index=None, damage=None, is_validation=True)
+    monkeypatch.setattr(training, "evaluate_model", lambda *arguments, **options: result_of_two_images())
+    monkeypatch.setattr(training, "store_evaluation", killed)
+    with pytest.raises(ValueError, match="killed here"):
+        training.evaluate_run(state, split, telemetry, tmp_path)
+    assert logged == [(4, "validation")]

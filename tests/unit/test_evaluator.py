@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex
@@ -145,12 +147,25 @@ def test_queries_are_searched_in_a_gallery_of_their_own(query_and_gallery: tuple
         evaluated(Projection(), query, gallery=gallery, recall_at=(25,))
 
 
+def test_whoever_looks_sees_how_far_the_embedding_pass_is(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_once = {"delay": 0, "mininterval": 0, "disable": False}
+    monkeypatch.setattr(
+        "dist_proxygml.evaluation.embed.tqdm", lambda batches, **options: tqdm(batches, **(options | at_once))
+    )
+    evaluated(Projection(), index, kmeans_seeds=0)
+    assert re.search(r"embedding test: 100%.* 6/6 ", capsys.readouterr().err)  # 37 images in batches of 7
+
+
 def test_a_gallery_of_other_classes_is_refused(
     index: ShardIndex, query_and_gallery: tuple[ShardIndex, ShardIndex], tmp_path: Path
 ) -> None:
     other = write_noise_shards(tmp_path, [3, 4])
     with pytest.raises(ValueError, match="to share their classes"):
         evaluated(Projection(), query_and_gallery[0], gallery=other)
+    with pytest.raises(ValueError, match=r"of other images than the queries, got split 'test'.* would find itself"):
+        evaluated(Projection(), index, gallery=index.open_sibling("test"))
 
 
 def test_a_published_protocol_insists_on_its_images(

@@ -72,6 +72,24 @@ def test_a_process_that_hangs_still_takes_its_signals(grace: str, sent: str, sta
     assert status != 143 or time.monotonic() - started > 1.0, "a launcher's own SIGTERM is no second one"
 
 
+@pytest.mark.timeout(60)
+def test_later_signals_give_no_more_time() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HUNG, "0.4"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "hangs\n"
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == 7, "it would wait as long as signals come"
+
+
 def told_to_stop(context: ParallelContext, signalled: dict[int, list[str]]) -> str | None:
     signals = StopSignals()
     signals.listen()

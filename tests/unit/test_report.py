@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -443,3 +444,24 @@ def test_the_command_writes_the_page_and_prints_the_table(
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--run runs/demo_cpu" in capsys.readouterr().out
+
+
+def test_shards_that_lie_elsewhere_are_read_through_the_cache_of_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"] = config.get("data", {}) | {"cache_directory": "/a/disk", "cache_limit": "2 KiB", "shards": "s3://b"}
+    (copy / "config.json").write_text(json.dumps(config))
+    opened: list[tuple[object, object]] = []
+
+    def open_index(location: object, split: str, **cache: object) -> None:
+        opened.append((location, cache))
+        raise ValueError("nothing is there")
+
+    monkeypatch.setattr("dist_proxygml.data.index.open_index", open_index)
+    assert main(["--run", str(copy)]) == 0
+    assert main(["--run", str(copy), "--data", "https://host/shards"]) == 2
+    cache = {"cache_directory": Path("/a/disk"), "cache_limit": 2048}
+    assert opened == [("s3://b", cache), ("https://host/shards", cache)]

@@ -315,6 +315,20 @@ def test_a_run_under_other_settings_is_not_finished_and_of_free_ones_it_is(
     assert "trained under other settings" in other.reason
 
 
+def test_a_number_of_classes_that_is_left_to_the_shards_is_the_one_that_they_said(
+    tmp_path: Path, queue: Callable[..., None]
+) -> None:
+    folder = Folder(tmp_path, "--set", "data.num_classes=null")
+    folder.end("ratio-0.05_seed-0", "12_0")
+    stored = folder.run("ratio-0.05_seed-0").config.run_directory / "config.json"
+    settings = json.loads(stored.read_text())
+    settings["data"]["num_classes"] = 549  # as a run stores what its shards say
+    stored.write_text(json.dumps(settings))
+    assert folder.result("ratio-0.05_seed-0").status == "finished"
+    other = Folder(tmp_path, "--set", "data.num_classes=548")
+    assert other.result("ratio-0.05_seed-0").status == "open"
+
+
 def test_a_job_in_the_queue_is_running_whatever_its_folder_says(tmp_path: Path, queue: Callable[..., None]) -> None:
     folder = Folder(tmp_path)
     folder.start("ratio-0.05_seed-0", "12_0", log="error: of an earlier start\n")

@@ -60,6 +60,15 @@ def test_what_was_logged_before_a_checkpoint_is_not_lost_with_the_process(tmp_pa
     telemetry.close()
 
 
+def test_an_evaluation_is_on_disk_when_it_is_logged(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, enabled=True, num_steps=9, start_step=0, progress_bar=False)
+    telemetry.log_evaluation(4, 1, {"recall@1": 0.5}, kind="validation")
+    assert [(event.step, event.value) for event in read_board(tmp_path).Scalars("validation/recall@1")] == [(4, 0.5)]
+    line = {"kind": "validation", "step": 4, "epoch": 1, "recall@1": 0.5}
+    assert [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [line]
+    telemetry.close()
+
+
 def write_all_kinds(directory: Path, steps: list[int], *, start: int) -> None:
     telemetry = Telemetry(directory, enabled=True, num_steps=9, start_step=start, progress_bar=False)
     if start == 0:
