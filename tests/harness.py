@@ -96,6 +96,14 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
                 connection.close()
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at, where ranks may meet; no two runs of the tests share it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 @functools.cache
 def _fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")

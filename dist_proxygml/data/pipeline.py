@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
@@ -26,7 +26,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.plan import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
 from dist_proxygml.data.shards import ShardReader, ShardUnavailableError
 from dist_proxygml.data.transforms import Transform
-from dist_proxygml.preemption import ignore_stop_signals
+from dist_proxygml.data.workers import WorkerLoader
 
 Decoded = TypeVar("Decoded")
 
@@ -249,16 +249,12 @@ class BatchLoader:
         self.dataset = dataset
         self.num_steps = num_steps
         self._micro_batches = micro_batches
-        # Its own generator: a DataLoader otherwise draws a seed from the global one, and so changes
-        # what comes after it.
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # whatever has __getitems__
-            batch_sampler=micro_batches,  # type: ignore[arg-type]  # any sequence of indices of __getitems__
+        self._loader = WorkerLoader(
+            dataset,
             num_workers=num_workers,
+            batch_sampler=micro_batches,  # any sequence of indices of __getitems__
             collate_fn=_unchanged,
             pin_memory=pin_memory,
-            generator=torch.Generator(),
-            worker_init_fn=ignore_stop_signals,
         )
 
     def __len__(self) -> int:

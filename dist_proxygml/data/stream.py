@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.shards import IMAGE_EXTENSIONS
 from dist_proxygml.data.transforms import Transform
-from dist_proxygml.preemption import ignore_stop_signals
+from dist_proxygml.data.workers import WorkerLoader
 
 
 class StreamLoader:
@@ -37,14 +37,7 @@ class StreamLoader:
     def __init__(self, images: "_StreamImages", *, num_steps: int, accumulation: int, num_workers: int) -> None:
         self.num_steps = num_steps
         self._num_batches = num_steps * accumulation
-        # Its own generator, as in the indexed loader: the global one stays as it is.
-        self._loader: DataLoader[Any] = DataLoader(
-            images,
-            batch_size=None,
-            num_workers=num_workers,
-            generator=torch.Generator(),
-            worker_init_fn=ignore_stop_signals,
-        )
+        self._loader = WorkerLoader(images, num_workers=num_workers, batch_size=None)
 
     def __len__(self) -> int:
         return self._num_batches

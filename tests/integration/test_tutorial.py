@@ -17,6 +17,7 @@ from PIL import Image
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
+from tests.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 16
@@ -84,7 +85,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     told = []
     for command in commands():
         if command[0] == "deepspeed":
-            command = [*command[:1], "--master_port", "29719", *command[1:], *SHORT]  # --set stands last
+            command = [*command[:1], "--master_port", str(free_port()), *command[1:], *SHORT]  # --set stands last
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
         )

@@ -1,0 +1,71 @@
+"""A DataLoader whose processes are sure to start.
+
+A process that is forked at the moment at which another thread enters Python stands still for ever: it waits for a lock
+of the interpreter's that the other thread held, and that thread is not there any more (seen with CPython 3.11, in
+PyOS_AfterFork_Child, and the threads of gloo, once in some hundred starts). A DataLoader would wait for it as long. So
+every process says that it has begun; where one does not, all of them are ended and started again, before a batch has
+been taken from any.
+
+Declined: a fork server, which is free of this, but has to be sent the index of ten million images for each process.
+"""
+
+import functools
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing.synchronize import Semaphore
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dist_proxygml.preemption import ignore_stop_signals
+
+SECONDS_TO_START = 30.0
+MOST_STARTS = 4
+
+
+class WorkerLoader:
+    """An iterable of what a DataLoader of these arguments gives; each iteration has processes of its own.
+
+    Its generator is its own, too: a DataLoader otherwise draws a seed from the global one, and so changes what comes
+    after it.
+    """
+
+    def __init__(self, dataset: Any, *, num_workers: int, **options: Any) -> None:
+        self._num_workers = num_workers
+        self._begun = multiprocessing.Semaphore(0)
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            num_workers=num_workers,
+            generator=torch.Generator(),
+            worker_init_fn=functools.partial(begin_to_serve, self._begun),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start the processes.
+
+        Raises:
+            ValueError: a process has not begun in time, again and again.
+        """
+        for _ in range(MOST_STARTS):
+            others = multiprocessing.active_children()
+            batches = iter(self._loader)
+            if all(self._begun.acquire(timeout=SECONDS_TO_START) for _ in range(self._num_workers)):
+                return batches
+            del batches  # ends all that listen
+            for process in set(multiprocessing.active_children()) - set(others):
+                process.kill()
+                process.join()
+            while self._begun.acquire(block=False):
+                pass
+        raise ValueError(
+            f"expected {self._num_workers} data loading processes to begin within {SECONDS_TO_START:g} s, one had not "
+            f"in any of {MOST_STARTS} attempts; is the machine overloaded? Lower data.num_workers, 0 needs none"
+        )
+
+
+def begin_to_serve(begun: Semaphore, worker: int) -> None:
+    """Runs in a data loading process first."""
+    ignore_stop_signals(worker)
+    begun.release()
