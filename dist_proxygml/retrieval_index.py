@@ -20,7 +20,8 @@ Dimension key: n rows, q queries, k neighbours, D embedding.
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -233,12 +234,23 @@ class Index:
         else:
             self._index.hnsw.efSearch = self.parameters["search_width"] = effort
 
+    @contextmanager
+    def _at_effort(self, effort: int) -> Iterator[None]:
+        """Search so hard for a while. faiss has parameters of a call for it, which its own `contrib.torch_utils`, once
+        some other package has imported that, does not hand on.
+        """
+        before = self._effort
+        self._set_effort(effort)
+        try:
+            yield
+        finally:
+            self._set_effort(before)
+
     def _nearest(self, queries_qD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the k nearest, k at most n: by score descending, then row ascending."""
         if self.kind == "hnsw" and k > self._effort:  # the walk must be as wide as what it brings
-            faiss = load_faiss()
-            wide = faiss.SearchParametersHNSW(efSearch=2 * k)
-            scores_qk, rows_qk = self._index.search(queries_qD, k, params=wide)
+            with self._at_effort(2 * k):
+                scores_qk, rows_qk = self._index.search(queries_qD, k)
         else:
             scores_qk, rows_qk = self._index.search(queries_qD, k)
         short = np.flatnonzero((rows_qk < 0).any(axis=1))
@@ -248,12 +260,11 @@ class Index:
         return np.take_along_axis(scores_qk, order_qk, 1), np.take_along_axis(rows_qk, order_qk, 1)
 
     def _exhaustive(self, queries_qD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        faiss = load_faiss()
         if self.kind == "hnsw":
-            storage = faiss.downcast_index(self._index.storage)
+            storage = load_faiss().downcast_index(self._index.storage)
             return storage.search(queries_qD, k)
-        every = faiss.SearchParametersIVF(nprobe=self._index.nlist)
-        return self._index.search(queries_qD, k, params=every)
+        with self._at_effort(self._index.nlist):
+            return self._index.search(queries_qD, k)
 
     def _look_hard_enough(self, rows_nD: np.ndarray, target_recall: float) -> None:
         """Double the effort until searches find enough of the ten nearest of sampled rows, themselves left out."""

@@ -1,6 +1,9 @@
 """An index finds what a full sort finds, says how much of it, and comes back from disk the same or not at all."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.index import main
 from dist_proxygml.retrieval_index import FLAT_BELOW, HNSW_BELOW, choose_kind, count_lists
 
+ROOT = Path(__file__).parents[2]
 KINDS = ("flat", "ivf", "hnsw")
 
 
@@ -60,6 +64,29 @@ def test_a_search_never_comes_back_short(index: Index) -> None:
     for rows in result.rows.tolist():
         assert sorted(rows) == list(range(3000))
     assert index.search(QUERIES[0], 1).rows.shape == (1, 1)  # one query needs no further dimension
+
+
+def test_a_wide_search_leaves_the_effort_of_the_next_one_as_it_was(index: Index) -> None:
+    before = dict(index.parameters)
+    narrow = index.search(QUERIES[:3], 5)
+    index.search(QUERIES[:3], 5000)
+    assert index.parameters == before
+    np.testing.assert_array_equal(index.search(QUERIES[:3], 5).rows, narrow.rows)
+
+
+def test_an_index_works_beside_a_package_that_teaches_faiss_tensors(index: Index) -> None:
+    """It replaces methods of all indexes, in its own process here."""
+    program = "import sys, faiss.contrib.torch_utils, tests.unit.test_retrieval_index as t; t.search_far(sys.argv[1])"
+    command = [sys.executable, "-c", program, index.kind]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "3000\n"), done.stderr
+
+
+def search_far(kind: str) -> None:
+    rows = unit_rows(3000, 16)
+    found = Index.build(rows, [str(number) for number in range(3000)], kind=kind).search(rows[:2], 3000)
+    print(len(set(found.rows[0].tolist())))
 
 
 def test_equal_scores_go_by_row_number() -> None:
