@@ -58,6 +58,7 @@ bench: $(STAMP) ## time the loss, up to ten million classes, the data against ot
 	@$(BIN)/python -m benchmarks.loader
 	@$(BIN)/python -m benchmarks.shards
 	@$(BIN)/python -m benchmarks.checkpoint
+	@$(BIN)/python -m benchmarks.observer 100k
 	@$(BIN)/python -m benchmarks.search
 
 clean: ## remove caches; runs/ and .venv stay
