@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -270,7 +271,9 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
-    assert "example: python -m dist_proxygml.shard " in capsys.readouterr().out
+    assert re.search(
+        rf"^examples?:\n  python -m dist_proxygml\.shard {command} ", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 def test_mistakes_on_the_command_line_exit_with_2(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,11 @@ def test_a_process_that_stands_still_is_ended_and_all_begin_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_still_at_first(monkeypatch, tmp_path, times=1)
+    others = multiprocessing.active_children()  # of tests before
     loader = WorkerLoader(range(6), num_workers=2, batch_size=2)
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
     assert len(process_ids(tmp_path)) == 4
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
     assert len(process_ids(tmp_path)) == 6, "each iteration has two processes of its own, started once"
 
@@ -45,10 +46,11 @@ def test_a_process_that_stands_still_is_ended_and_all_begin_again(
 @pytest.mark.timeout(60)
 def test_a_process_that_never_begins_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_still_at_first(monkeypatch, tmp_path, times=9)
+    others = multiprocessing.active_children()
     monkeypatch.setattr(workers, "MOST_STARTS", 2)
     with pytest.raises(ValueError, match=r"expected 2 data loading processes to begin within 2 s.*any of 2 attempts"):
         iter(WorkerLoader(range(6), num_workers=2, batch_size=2))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 def test_the_global_generator_is_left_alone() -> None:
