@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_proxygml.options import at_least
+
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageSource, OnBad
     from dist_proxygml.embedder import Embedder
@@ -151,21 +153,6 @@ def loading_processes(num_images: int, wanted: int | None) -> int:
     if wanted is not None:
         return wanted
     return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
-
-
-def at_least(lowest: int) -> Any:
-    """The type of an option that is a whole number from `lowest` on."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = lowest - 1
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
-        return number
-
-    return parse
 
 
 if __name__ == "__main__":

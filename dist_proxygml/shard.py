@@ -12,7 +12,7 @@ import argparse
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from dist_proxygml.data.index import (
     write_index,
 )
 from dist_proxygml.data.shards import ListedShard, list_shard, publish, split_of_shard
+from dist_proxygml.options import at_least
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _DATASETS = (*_READERS, "imagefolder", "demo")
@@ -357,21 +358,6 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _at_least(lowest: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number from `lowest` on."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = lowest - 1
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
-        return number
-
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     def command(parent: Any, name: str, run: Any, *, help: str, example: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = parent.add_parser(
@@ -406,17 +392,17 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the unpacked download; demo: of the npm tarballs (default: fetch them)",
     )
     build.add_argument("--out", type=Path, required=True, help="folder to write the shards to")
-    build.add_argument("--seed", type=_at_least(0), default=0, help="seed of the shuffle (default 0)")
+    build.add_argument("--seed", type=at_least(0), default=0, help="seed of the shuffle (default 0)")
     build.add_argument(
         "--samples-per-shard",
-        type=_at_least(1),
+        type=at_least(1),
         default=500,
         metavar="N",
         help="images in a shard (default 500)",
     )
     build.add_argument(
         "--resize",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="SHORT",
         help="re-encode larger images with this shorter side in pixels",
     )
@@ -439,7 +425,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--workers",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="processes that write (default: the usable cores, at most 8; 1 for few images)",
     )

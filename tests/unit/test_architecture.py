@@ -65,7 +65,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preemption",),
     ("parallel",),
     ("collectives",),
-    ("config", "faults", "slurm", "finding"),
+    ("config", "faults", "slurm", "finding", "options"),
     ("partition", "protocols"),
 )
 
