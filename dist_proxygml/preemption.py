@@ -16,7 +16,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from dist_proxygml.parallel import ParallelContext, everyone
 
@@ -92,12 +93,23 @@ class StopSignals:
         self.received = self.received or number
 
 
+@contextmanager
+def stop_signals_held_back() -> Iterator[None]:
+    """Fork in here: what is sent to a new process before it ignores them itself does not reach this process's pipe."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_stop_signals(worker: int = 0) -> None:
     """For data loading processes (`worker_init_fn`): they serve until the process that started them ends, or ends them.
 
     It does so by SIGTERM when it exits with a loader still in use, and then waits for them: were that ignored like
     anybody else's, both would wait for ever.
     """
+    signal.set_wakeup_fd(-1)  # the starter's
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)

@@ -4,7 +4,8 @@ A process that is forked at the moment at which another thread enters Python sta
 of the interpreter's that the other thread held, and that thread is not there any more (seen with CPython 3.11, in
 PyOS_AfterFork_Child, and the threads of gloo, once in some hundred starts). A DataLoader would wait for it as long. So
 every process says that it has begun; where one does not, all of them are ended and started again, before a batch has
-been taken from any.
+been taken from any. A rank's signals to stop are held back while its processes are forked: one that stands still has
+its starter's handlers and pipe, and what ends it would be taken for a request to stop the run.
 
 Declined: a fork server, which is free of this, but has to be sent the index of ten million images for each process.
 """
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dist_proxygml.preemption import ignore_stop_signals
+from dist_proxygml.preemption import ignore_stop_signals, stop_signals_held_back
 
-SECONDS_TO_START = 30.0
-MOST_STARTS = 4
+SECONDS_TO_START = (10.0, 30.0, 60.0, 120.0)
+"""In each attempt. A process begins within milliseconds, on a machine that is overloaded within seconds."""
 
 
 class WorkerLoader:
@@ -48,21 +49,33 @@ class WorkerLoader:
         Raises:
             ValueError: a process has not begun in time, again and again.
         """
-        for _ in range(MOST_STARTS):
-            others = multiprocessing.active_children()
-            batches = iter(self._loader)
-            if all(self._begun.acquire(timeout=SECONDS_TO_START) for _ in range(self._num_workers)):
+        for seconds in SECONDS_TO_START:
+            batches = self._start(seconds)
+            if batches is not None:
                 return batches
-            del batches  # ends all that listen
-            for process in set(multiprocessing.active_children()) - set(others):
-                process.kill()
-                process.join()
-            while self._begun.acquire(block=False):
-                pass
         raise ValueError(
-            f"expected {self._num_workers} data loading processes to begin within {SECONDS_TO_START:g} s, one had not "
-            f"in any of {MOST_STARTS} attempts; is the machine overloaded? Lower data.num_workers, 0 needs none"
+            f"expected {self._num_workers} data loading processes to begin within {SECONDS_TO_START[-1]:g} s, one had "
+            f"not in any of {len(SECONDS_TO_START)} attempts; is the machine overloaded? Lower data.num_workers, 0 "
+            "needs none"
         )
+
+    def _start(self, seconds: float) -> Iterator[Any] | None:
+        """None if a process has not begun in time; then none is left."""
+        others = multiprocessing.active_children()
+        with stop_signals_held_back():
+            batches = iter(self._loader)
+        begun = False
+        try:
+            begun = all(self._begun.acquire(timeout=seconds) for _ in range(self._num_workers))
+        finally:
+            if not begun:
+                del batches  # ends all that listen
+                for process in set(multiprocessing.active_children()) - set(others):
+                    process.kill()
+                    process.join()
+                while self._begun.acquire(block=False):
+                    pass
+        return batches if begun else None
 
 
 def begin_to_serve(begun: Semaphore, worker: int) -> None:

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ def stand_still_at_first(monkeypatch: pytest.MonkeyPatch, folder: Path, *, times
             signal.pause()
 
     monkeypatch.setattr(workers, "ignore_stop_signals", begin)
-    monkeypatch.setattr(workers, "SECONDS_TO_START", 2.0)
+    monkeypatch.setattr(workers, "SECONDS_TO_START", (1.0, 1.0))
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long torch waits for each
 
 
 def process_ids(folder: Path) -> list[int]:
@@ -47,10 +50,44 @@ def test_a_process_that_stands_still_is_ended_and_all_begin_again(
 def test_a_process_that_never_begins_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_still_at_first(monkeypatch, tmp_path, times=9)
     others = multiprocessing.active_children()
-    monkeypatch.setattr(workers, "MOST_STARTS", 2)
-    with pytest.raises(ValueError, match=r"expected 2 data loading processes to begin within 2 s.*any of 2 attempts"):
+    with pytest.raises(ValueError, match=r"expected 2 data loading processes to begin within 1 s.*any of 2 attempts"):
         iter(WorkerLoader(range(6), num_workers=2, batch_size=2))
     assert set(multiprocessing.active_children()) <= set(others)
+
+
+STOPPABLE = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from dist_proxygml.data import workers
+from dist_proxygml.preemption import StopSignals
+
+stood_still = Path(sys.argv[1])
+
+def stand_still_at_first():
+    if not stood_still.exists():
+        stood_still.touch()
+        while True:
+            signal.pause()
+
+signals = StopSignals()
+signals.listen()
+workers.SECONDS_TO_START = (1.0, 60.0)
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+os.register_at_fork(after_in_child=stand_still_at_first)
+assert len(list(workers.WorkerLoader(range(6), num_workers=1, batch_size=2))) == 3 and stood_still.exists()
+signal.raise_signal(signal.SIGUSR2)
+while signals.received is None:
+    time.sleep(0.01)
+print(signals.received.name)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_ending_a_process_that_stands_still_does_not_tell_its_starter_to_stop(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPABLE, str(tmp_path / "stood-still")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "SIGUSR2\n", f"the first signal: {done.stdout + done.stderr}"
 
 
 def test_the_global_generator_is_left_alone() -> None:
