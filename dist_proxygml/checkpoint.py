@@ -60,12 +60,7 @@ from dist_proxygml.checkpoint_folder import (
     checkpoints_to_forget,
     clear_leftovers,
     evaluation_name,
-    files_below,
     find_checkpoint,
-    hash_files,
-    make_empty,
-    partial_path,
-    publish_checkpoint,
     published_checkpoints,
     read_state,
     tidy_up,
@@ -77,6 +72,7 @@ from dist_proxygml.engine import Engine
 from dist_proxygml.faults import fault_point
 from dist_proxygml.loss import ProxyGMLLoss
 from dist_proxygml.parallel import ParallelContext, everyone, on_main, run_together
+from dist_proxygml.published_folder import files_below, hash_files, make_empty, partial_path, publish_folder
 
 __all__ = [
     "LATEST_FILE",
@@ -379,7 +375,7 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
             entries = _together(context, "hashes", _hash_own, partial, names, context)
             files = {name: entry for part in everyone(context, entries) for name, entry in part.items()}
             on_main(context, _write_manifest, snapshot, partial, files)
-            on_main(context, publish_checkpoint, partial, final)
+            on_main(context, publish_folder, partial, final)
         except AgreedError:
             on_main(context, lambda: shutil.rmtree(partial, ignore_errors=True))
             raise

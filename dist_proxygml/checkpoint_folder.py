@@ -9,13 +9,8 @@
 A checkpoint is whole if its manifest is there and its files are as listed: sizes count for being kept, hashes also for
 being read. It is written aside, in `.step-000800.partial`, and published by one rename. Nothing here knows of tensors
 or uses collectives: what is said of ranks stands in checkpoint.py.
-
-Declined: hashing while writing, as neither torch nor safetensors hands out its streams; files are read back, from
-memory where they have just been written.
 """
 
-import functools
-import hashlib
 import json
 import math
 import os
@@ -23,13 +18,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_proxygml.data.shards import publish
 from dist_proxygml.faults import fault_point
+from dist_proxygml.published_folder import file_problems, flush
 
 MANIFEST_FILE = "MANIFEST.json"
 LATEST_FILE = "latest"
@@ -110,14 +105,11 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
         manifest = json.loads(path.read_text())
         if manifest["version"] != _MANIFEST_VERSION:
             return [f"{MANIFEST_FILE} has version {manifest['version']!r}, expected {_MANIFEST_VERSION}"]
-        listed = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+        return file_problems(checkpoint, manifest["files"], deep=deep)
     except FileNotFoundError:
         return [f"{MANIFEST_FILE} is missing: it was never finished, or an older version of this package wrote it"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"{MANIFEST_FILE} cannot be read: {error!r}"]
-    problem_of = functools.partial(_file_problem, checkpoint, deep=deep)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        return [problem for problem in threads.map(lambda entry: problem_of(*entry), listed) if problem is not None]
 
 
 def find_checkpoint(directory: Path, wanted: str) -> Path | None:
@@ -248,59 +240,6 @@ def _set_aside(checkpoint: Path, problems: list[str]) -> str:
     return f"{_told(checkpoint, problems)}: passed over, now {aside.name}"
 
 
-def _file_problem(checkpoint: Path, name: str, size: int, sha256: str, *, deep: bool) -> str | None:
-    try:
-        found = (checkpoint / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes, expected {size}"
-        if deep:
-            with open(checkpoint / name, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != sha256:
-                return f"{name} has sha256 {digest[:12]}..., expected {sha256[:12]}..."
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    return None
-
-
-def partial_path(final: Path) -> Path:
-    """Where a checkpoint is written before it is published at `final`."""
-    return final.with_name(f".{final.name}.partial")
-
-
-def make_empty(directory: Path) -> None:
-    """Make a folder, without what a killed run may have left in its place."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-
-
-def flush(path: Path) -> None:
-    """Bring a file or a folder's names to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def files_below(directory: Path) -> list[str]:
-    """Names of all files, the largest first, so that every n-th is about a fair share of the bytes."""
-    sizes = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
-    return sorted(sizes, key=lambda name: (-sizes[name], name))
-
-
-def hash_files(directory: Path, names: Sequence[str], *, num_threads: int) -> dict[str, dict[str, Any]]:
-    """Entries of files in the manifest; what has an entry is on disk. Flushing waits for the disk and hashing keeps the
-    processor busy, so they go side by side.
-    """
-    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(num_threads) as threads:
-        flushed = [disk.submit(flush, directory / name) for name in names]
-        entries = dict(zip(names, threads.map(lambda name: _describe(directory / name), names), strict=True))
-        for done in flushed:
-            done.result()
-        return entries
-
-
 def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str) -> None:
     """Write the list of files, whose contents are on disk, and bring the names of all to disk."""
     manifest = {
@@ -315,31 +254,6 @@ def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str,
     for folder in (path for path in partial.rglob("*") if path.is_dir()):
         flush(folder)
     fault_point("save.manifest")
-
-
-def publish_checkpoint(partial: Path, final: Path) -> None:
-    """Rename, with an earlier checkpoint of the same step out of the way but not gone before that is done."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    try:
-        fault_point("save.publish")
-        os.rename(partial, final)
-        flush(final.parent)
-    except OSError:
-        if not partial.exists():
-            os.rename(final, partial)
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
-    with open(path, "rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": stream.tell()}
 
 
 def tidy_up(final: Path, retention: Retention) -> list[str]:

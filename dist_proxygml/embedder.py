@@ -9,7 +9,6 @@ Dimension key: b images of a batch, n images, D embedding.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -80,11 +79,10 @@ class Embedder:
             raise ValueError(f"expected the folder of a run with a checkpoint name, got {path}; leave the name out")
         trained = open_trained(path / "checkpoints" / checkpoint if checkpoint else path)
         batch_size, test_split = 64, "test"
-        if trained.is_export:
-            described = json.loads((trained.path / EXPORT_FILE).read_text(encoding="utf-8"))
-            name = described["run"]
+        if trained.export is not None:
+            name = trained.export["run"]
             backbone, transform = parse_model(
-                described["backbone"], described["preprocessing"], source=str(trained.path / EXPORT_FILE)
+                trained.export["backbone"], trained.export["preprocessing"], source=str(trained.path / EXPORT_FILE)
             )
         else:
             config = load_config(trained.path.parent.parent / "config.json")

@@ -22,12 +22,16 @@ from typing import IO, Any, NamedTuple, Self
 import numpy as np
 from jaxtyping import Float
 
-from dist_proxygml.checkpoint_folder import make_empty, partial_path
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.sources import ImageRecord
-from dist_proxygml.sealed_folder import check_is_free, open_sealed, seal
+from dist_proxygml.published_folder import make_empty, partial_path
+from dist_proxygml.sealed_folder import SealedKind, check_is_free, open_sealed, seal
 
-KIND = "dist-proxygml-embeddings"
+KIND = SealedKind(
+    "dist-proxygml-embeddings",
+    remedy="write it with `python -m dist_proxygml.embed`, or copy it again",
+    entries=("num_rows", "embedding_dim", "model", "data", "left_out"),
+)
 ROWS_FILE = "embeddings.npy"
 IDS_FILE = "ids.jsonl"
 _PLAN_FILE = "plan.json"
@@ -49,16 +53,15 @@ def open_embeddings(path: Path) -> Embeddings:
     Raises:
         ValueError: it is none, or it is damaged.
     """
-    again = "write it with `python -m dist_proxygml.embed`, or copy it again"
-    manifest = open_sealed(path, kind=KIND, remedy=again)
+    manifest = open_sealed(path, KIND)
     try:
         rows_nD = np.load(path / ROWS_FILE, mmap_mode="r", allow_pickle=False)
         records = read_records(path / IDS_FILE)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}; {again}") from None
+        raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
     if rows_nD.ndim != 2 or rows_nD.dtype != np.float32 or len(rows_nD) != len(records):
         raise ValueError(
-            f"{path} is damaged: {rows_nD.dtype} rows {list(rows_nD.shape)} for {len(records)} ids; {again}"
+            f"{path} is damaged: {rows_nD.dtype} rows {list(rows_nD.shape)} for {len(records)} ids; {KIND.remedy}"
         )
     return Embeddings(rows_nD, records, manifest)
 
@@ -102,7 +105,7 @@ class EmbeddingWriter:
 
     def __init__(self, out: Path, *, plan: dict[str, Any], embedding_dim: int, overwrite: bool = False) -> None:
         self.out = out.absolute()
-        check_is_free(self.out, kind=KIND, overwrite=overwrite)
+        check_is_free(self.out, KIND, overwrite=overwrite)
         self._partial = partial_path(self.out)
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "ab")
@@ -170,7 +173,7 @@ class EmbeddingWriter:
             **about,
             "left_out": [damage._asdict() for damage in self.left_out],
         }
-        manifest = seal(self._partial, self.out, kind=KIND, about=about)
+        manifest = seal(self._partial, self.out, KIND, about=about)
         Path(self._lock.name).unlink(missing_ok=True)
         return manifest
 

@@ -31,9 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from dist_proxygml.checkpoint_folder import files_below, hash_files, make_empty, partial_path, publish_checkpoint
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.data.shards import publish
 from dist_proxygml.export_check import (
     LIMIT,
     CheckImages,
@@ -47,14 +45,14 @@ from dist_proxygml.export_check import (
 )
 from dist_proxygml.graph import Embed, check_onnx, open_onnx, open_torchscript, write_onnx, write_torchscript
 from dist_proxygml.model_card import TrainingFacts, find_evaluation, write_card
+from dist_proxygml.published_folder import make_empty, partial_path
+from dist_proxygml.sealed_folder import check_is_free, seal
 from dist_proxygml.trained import (
     BACKBONE_FILE,
     BANK_FILE,
     CARD_FILE,
     CLASSES_FILE,
-    EXPORT_FILE,
-    EXPORT_KIND,
-    EXPORT_VERSION,
+    EXPORT,
     PROXIES,
     StoredBank,
     TrainedModel,
@@ -98,7 +96,7 @@ def export(
     """
     # 1. What can be refused before any work is.
     out = out.absolute()
-    _check_is_free(out, overwrite=overwrite)
+    check_is_free(out, EXPORT, overwrite=overwrite)
     if "onnx" in formats:
         check_onnx(opset=opset, runs=verify)
     if not (run_directory / "config.json").is_file():
@@ -134,20 +132,12 @@ def export(
             else {"images": images.source, "limit": LIMIT, "files": [check.as_json() for check in checks]},
         }
         write_card(partial / CARD_FILE, about, facts=facts, evaluation=evaluation, checks=checks)
-        _write_description(about, partial)
-        publish_checkpoint(partial, out)
+        num_bytes = sum(path.stat().st_size for path in partial.iterdir())
+        print(f"hashing {num_bytes / 2**20:,.1f} MiB", file=sys.stderr, flush=True)
+        seal(partial, out, EXPORT, about=about)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _told(model, out, about, images, checks)
-
-
-def _check_is_free(out: Path, *, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / EXPORT_FILE).is_file():
-        raise ValueError(f"expected nothing or an earlier export at {out}, found something else; name another folder")
-    if not overwrite:
-        raise ValueError(f"expected nothing at {out}, found an export; name another folder, or add --overwrite")
 
 
 def _training_facts(model: TrainedModel) -> TrainingFacts:
@@ -238,8 +228,6 @@ def _description(model: TrainedModel, bank: StoredBank, config: Config, formats:
     packages = ["dist_proxygml", "torch", "torchvision", "timm", "safetensors"]
     packages += ["onnx", "onnxscript"] if "onnx" in formats else []
     return {
-        "kind": EXPORT_KIND,
-        "version": EXPORT_VERSION,
         "run": config.name,
         "step": model.step,
         "formats": list(formats),
@@ -251,16 +239,6 @@ def _description(model: TrainedModel, bank: StoredBank, config: Config, formats:
         "settings": model.settings,
         "written_with": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
-
-
-def _write_description(about: dict[str, Any], partial: Path) -> None:
-    """export.json, which lists the other files and so is written last."""
-    names = files_below(partial)
-    num_bytes = sum((partial / name).stat().st_size for name in names)
-    print(f"hashing {num_bytes / 2**20:,.1f} MiB", file=sys.stderr, flush=True)
-    listed = about | {"files": hash_files(partial, names, num_threads=torch.get_num_threads())}
-    with publish(partial / EXPORT_FILE) as stream:
-        stream.write(json.dumps(listed, indent=2, ensure_ascii=False).encode("utf-8") + b"\n")
 
 
 def _told(

@@ -28,13 +28,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from dist_proxygml.checkpoint_folder import make_empty, partial_path
 from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.embeddings import check_rows, read_records
 from dist_proxygml.evaluation.search import load_faiss
-from dist_proxygml.sealed_folder import check_is_free, open_sealed, seal
+from dist_proxygml.published_folder import make_empty, partial_path
+from dist_proxygml.sealed_folder import SealedKind, check_is_free, open_sealed, seal
 
-KIND = "dist-proxygml-search-index"
+KIND = SealedKind(
+    "dist-proxygml-search-index",
+    remedy="build it with `python -m dist_proxygml.index`, or copy it again",
+    entries=("index", "recall_at_10", "model", "data"),
+)
 INDEX_FILE = "index.faiss"
 IDS_FILE = "ids.jsonl"
 FLAT_BELOW = 50_000  # rows
@@ -169,7 +173,7 @@ class Index:
             ValueError: the place is in use.
         """
         out = Path(path).absolute()
-        check_is_free(out, kind=KIND, overwrite=overwrite)
+        check_is_free(out, KIND, overwrite=overwrite)
         partial = partial_path(out)
         try:
             make_empty(partial)
@@ -184,7 +188,7 @@ class Index:
                 "model": self.model,
                 "data": self.data,
             }
-            return seal(partial, out, kind=KIND, about=about)
+            return seal(partial, out, KIND, about=about)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -196,8 +200,7 @@ class Index:
             ValueError: it is no index, or it is damaged; faiss is missing.
         """
         path = Path(path)
-        again = "build it with `python -m dist_proxygml.index`, or copy it again"
-        manifest = open_sealed(path, kind=KIND, remedy=again)
+        manifest = open_sealed(path, KIND)
         faiss = load_faiss()
         try:
             faiss_index = faiss.read_index(str(path / INDEX_FILE))
@@ -206,17 +209,17 @@ class Index:
             kind = parameters.pop("kind")
             recall = float(manifest["recall_at_10"])
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error}; {again}") from None
+            raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
         if faiss_index.ntotal != len(records):
-            raise ValueError(f"{path} is damaged: {faiss_index.ntotal} rows for {len(records)} ids; {again}")
+            raise ValueError(f"{path} is damaged: {faiss_index.ntotal} rows for {len(records)} ids; {KIND.remedy}")
         index = cls(
             faiss_index,
             records,
             kind=kind,
             parameters=parameters,
             recall_at_10=recall,
-            model=manifest.get("model"),
-            data=manifest.get("data"),
+            model=manifest["model"],
+            data=manifest["data"],
         )
         if kind != "flat":
             index._set_effort(index._effort)

@@ -15,7 +15,6 @@ embedding.
 """
 
 import bisect
-import hashlib
 import json
 import pickle
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from dist_proxygml.bank_storage import BankReader
 from dist_proxygml.checkpoint_folder import MANIFEST_FILE, find_checkpoint, read_state
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.data.shards import publish
+from dist_proxygml.sealed_folder import SealedKind, open_sealed
 
 CLASSES_FILE = "classes.jsonl"
 EXPORT_FILE = "export.json"
@@ -40,8 +40,13 @@ CARD_FILE = "README.md"  # of an export: for people, who add to it
 BACKBONE_FILE = "backbone.safetensors"
 BANK_FILE = "bank.safetensors"
 PROXIES = "proxies"  # the bank's name in a checkpoint, and its tensor's in an export
-EXPORT_KIND = "dist-proxygml-export"
-EXPORT_VERSION = 1
+EXPORT = SealedKind(
+    "dist-proxygml-export",
+    remedy="export it again (python -m dist_proxygml.export --overwrite), or copy it again",
+    entries=("run", "step", "settings", "backbone", "preprocessing"),
+    manifest_file=EXPORT_FILE,
+    editable=(CARD_FILE,),
+)
 _BYTES_AT_A_TIME = 64 << 20  # of an export's bank
 
 
@@ -53,7 +58,8 @@ class TrainedModel:
     step: int
     settings: dict[str, Any]
     """What the numbers depend on, by name, as RunState has it."""
-    is_export: bool
+    export: dict[str, Any] | None = None
+    """What an export says of itself; None for a checkpoint."""
 
     @property
     def has_class_names(self) -> bool:
@@ -63,7 +69,7 @@ class TrainedModel:
     def class_table(self) -> Path:
         """Where its class table lies, if it is there."""
         own, of_run = self.path / CLASSES_FILE, self.path.parent.parent / CLASSES_FILE
-        return own if self.is_export or own.is_file() else of_run
+        return own if self.export or own.is_file() else of_run
 
     def classes(self) -> tuple[ClassEntry, ...]:
         """Which class each row of the bank is; in the order of rows.
@@ -104,7 +110,7 @@ class TrainedModel:
         Raises:
             ValueError: it cannot be read.
         """
-        return _ExportedBank(self.path / BANK_FILE) if self.is_export else _CheckpointBank(self.path / "bank")
+        return _ExportedBank(self.path / BANK_FILE) if self.export else _CheckpointBank(self.path / "bank")
 
 
 class StoredBank(Protocol):
@@ -146,7 +152,7 @@ def open_trained(path: Path) -> TrainedModel:
             f"expected a checkpoint (step-N), a run's folder or an export at {path}, found {found}; correct the path"
         )
     state = read_state(checkpoint)
-    return TrainedModel(checkpoint, state.step, state.settings, is_export=False)
+    return TrainedModel(checkpoint, state.step, state.settings)
 
 
 def read_class_table(path: Path) -> tuple[ClassEntry, ...]:
@@ -174,37 +180,14 @@ def write_class_table(run_directory: Path, index: ShardIndex | None) -> None:
 
 
 def _open_export(path: Path) -> TrainedModel:
-    again = "export it again (python -m dist_proxygml.export --overwrite), or copy it again"
-    try:
-        about = json.loads((path / EXPORT_FILE).read_text(encoding="utf-8"))
-        if (about["kind"], about["version"]) != (EXPORT_KIND, EXPORT_VERSION):
-            raise ValueError(f"kind {about['kind']!r} of version {about['version']!r}")
-        model = TrainedModel(path, about["step"], about["settings"], is_export=True)
-        listed = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in about["files"].items()]
-        formats = [str(name) for name in about.get("formats", ["safetensors"])]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path / EXPORT_FILE}: expected a {EXPORT_KIND} of version {EXPORT_VERSION}, got {error}; {again}"
-        ) from None
+    about = open_sealed(path, EXPORT)
+    formats = about.get("formats", ["safetensors"])
     if "safetensors" not in formats:
         raise ValueError(
             f"expected weights and proxies in the export {path}, found a graph only ({', '.join(formats)}); export it "
             "again with --format safetensors,onnx or the like"
         )
-    for name, num_bytes, sha256 in listed:
-        if name == CARD_FILE:
-            continue
-        try:
-            with open(path / name, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
-        except OSError as error:
-            raise ValueError(f"export {path} is damaged: {name} cannot be read: {error.strerror}; {again}") from None
-        if found != (sha256, num_bytes):
-            raise ValueError(
-                f"export {path} is damaged: expected {name} of {num_bytes} bytes and sha256 {sha256[:12]}..., got "
-                f"{found[1]} bytes and {found[0][:12]}...; {again}"
-            )
-    return model
+    return TrainedModel(path, about["step"], about["settings"], export=about)
 
 
 class _ExportedBank:

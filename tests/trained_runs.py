@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from dist_proxygml.backbone import build_backbone
 from dist_proxygml.checkpoint import Retention, RunState, save_checkpoint
-from dist_proxygml.checkpoint_folder import checkpoint_name, files_below, hash_files, write_manifest
+from dist_proxygml.checkpoint_folder import checkpoint_name, write_manifest
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.parallel import ParallelContext, on_main
+from dist_proxygml.published_folder import files_below, hash_files
 from dist_proxygml.step import build_train_state
 from dist_proxygml.trained import BACKBONE_FILE, write_class_table
 

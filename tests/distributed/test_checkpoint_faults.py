@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from dist_proxygml import checkpoint as checkpoint_module
-from dist_proxygml import checkpoint_folder
+from dist_proxygml import published_folder
 from dist_proxygml.checkpoint import (
     Retention,
     RunState,
@@ -305,14 +305,14 @@ def test_a_killed_save_leaves_whole_checkpoints_and_the_run_goes_on(
     assert names_in(tmp_path) == ["latest", f"step-{last - 1:06d}", f"step-{last:06d}"]
 
 
-@pytest.mark.parametrize("owner", [os, checkpoint_folder])
+@pytest.mark.parametrize("owner", [os, published_folder])
 def test_a_checkpoint_that_cannot_take_the_place_of_an_earlier_one_leaves_it_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any
 ) -> None:
     save = Saver(single_process(), tmp_path)
     save(1)
     before = contents(tmp_path)
-    rename, flush = os.rename, checkpoint_folder.flush
+    rename, flush = os.rename, published_folder.flush
 
     def failing_rename(source: Path, target: Path) -> None:
         if target.name == "step-000001" and ".partial" in source.name:
@@ -357,7 +357,7 @@ def fails_on_rank_1(context: ParallelContext, directory: Path) -> dict[str, tupl
         "bank, library": (FileSystemWriter, "write_data", refuse),
         "files, no space": (torch, "save", no_space),
         "files, library": (torch, "save", refuse),
-        "hashes": (checkpoint_folder, "_describe", no_space),
+        "hashes": (published_folder, "_describe", no_space),
     }
     numbers = {
         "proxies": save.loss.proxies.data,
@@ -383,7 +383,7 @@ def fails_on_rank_1(context: ParallelContext, directory: Path) -> dict[str, tupl
                 tensor.view(-1)[3] = bad
             found[f"{what} {bad}"] = error_of(save, 2), contents(directory) == before
             tensor.view(-1)[3] = element
-    for what, name in {"manifest": "_write_manifest", "publish": "publish_checkpoint"}.items():
+    for what, name in {"manifest": "_write_manifest", "publish": "publish_folder"}.items():
         original = getattr(checkpoint_module, name)
         if context.is_main:
             setattr(checkpoint_module, name, no_space)

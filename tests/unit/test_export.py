@@ -320,8 +320,9 @@ def test_what_is_in_the_place_is_not_lost(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
     (tmp_path / "a file").write_text("text")
+    old = '{"kind": "dist-proxygml-export"}'
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "export.json").write_text("{}")
+    (tmp_path / "old" / "export.json").write_text(old)
 
     def told(*arguments: object) -> str:
         assert main([str(argument) for argument in arguments]) == 2
@@ -332,11 +333,14 @@ def test_what_is_in_the_place_is_not_lost(
     for place in ("mine", "a file"):
         for overwrite in ([], ["--overwrite"]):
             error = told("--run", run, "--out", tmp_path / place, *overwrite)
-            assert error.startswith(f"error: expected nothing or an earlier export at {tmp_path / place}, found")
+            assert error.startswith(
+                f"error: expected nothing or an earlier dist-proxygml-export at {tmp_path / place}, found"
+            )
     # before any work: there is no such run
     error = told("--run", tmp_path / "no run", "--out", tmp_path / "old")
     assert error == (
-        f"error: expected nothing at {tmp_path / 'old'}, found an export; name another folder, or add --overwrite\n"
+        f"error: expected nothing at {tmp_path / 'old'}, found dist-proxygml-export; name another folder, or add "
+        "--overwrite\n"
     )
     assert "found no config.json in it" in told("--run", tmp_path / "no run", "--out", tmp_path / "new")
     for part in (run / "checkpoints" / CHECKPOINT, run / "config.json"):
@@ -344,7 +348,7 @@ def test_what_is_in_the_place_is_not_lost(
     error = told("--run", run, "--checkpoint", "step-000031", "--out", tmp_path / "new")
     assert "this run has: step-000030" in error
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
-    assert (tmp_path / "old" / "export.json").read_text() == "{}"
+    assert (tmp_path / "old" / "export.json").read_text() == old
     assert names_below(tmp_path) == ["a file", "mine", "old"]
 
     (tmp_path / "empty").mkdir()
@@ -380,15 +384,23 @@ def test_a_damaged_export_is_not_used(trained: tuple[Path, dict[str, np.ndarray]
     path = tmp_path / "birds" / name
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=rf"birds is damaged: expected {name} of {len(content)} bytes and .*again"):
+    with pytest.raises(
+        ValueError,
+        match=rf"birds is damaged: {name} has {len(content) - 1} bytes, expected {len(content)}; export it again",
+    ):
         open_trained(tmp_path / "birds")
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"birds is damaged: expected {name} .* got {len(content)} bytes and"):
+    with pytest.raises(ValueError, match=rf"birds is damaged: {name} has sha256 .*, expected .*; export it again"):
         open_trained(tmp_path / "birds")
     path.unlink()
     with pytest.raises(ValueError, match=rf"birds is damaged: {name} cannot be read: No such file"):
         open_trained(tmp_path / "birds")
     (tmp_path / "birds" / "export.json").write_text('{"kind": "dist-proxygml-export", "version": 2}')
-    with pytest.raises(ValueError, match=r"expected a dist-proxygml-export of version 1, got kind .* of version 2"):
+    with pytest.raises(
+        ValueError, match=r"expected dist-proxygml-export of version 1 at .*, found .*-export 2; export"
+    ):
+        open_trained(tmp_path / "birds")
+    (tmp_path / "birds" / "export.json").write_text('{"kind": "dist-proxygml-export", "version": 1, "files": {}}')
+    with pytest.raises(ValueError, match=r"birds/export.json is damaged \(.*no entry 'run'.*\); export it again"):
         open_trained(tmp_path / "birds")
