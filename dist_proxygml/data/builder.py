@@ -53,6 +53,8 @@ _LAST_BYTES = {"jpg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
 
 _SHARD = re.compile(r"[^.]+-\d{6}\.tar")
 _TABLE = re.compile(r"index\.(samples\..+\.npy|classes\..+\.jsonl|json)")
+# A folder of embeddings or a search index, an export, a run: replacing one later would take the shards with it.
+_OF_OTHERS = ("manifest.json", "export.json", "config.json")
 _TEMPORARY = re.compile(rf"({_SHARD.pattern}|{_TABLE.pattern})\.tmp-\d+")
 
 Task = TypeVar("Task")
@@ -240,6 +242,11 @@ class _Journal:
 
     def __init__(self, out: Path) -> None:
         self.path = out / JOURNAL_FILE
+        other = next((name for name in _OF_OTHERS if (out / name).exists()), None)
+        if other is not None:
+            raise ValueError(
+                f"expected a folder for shards at {out}, found {other}: something else is there; name another folder"
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._stream = open(self.path, "a+b")
