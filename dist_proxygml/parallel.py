@@ -9,8 +9,10 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -22,6 +24,8 @@ from dist_proxygml.collectives import AgreedError, gather_objects
 from dist_proxygml.slurm import process_variables
 
 T = TypeVar("T")
+
+_SECONDS_BETWEEN_SIGNS = 60.0  # far below the time-out of a collective
 
 
 class OneRankError(ValueError):
@@ -110,6 +114,24 @@ def run_together(context: ParallelContext, function: Callable[..., T], *args: ob
     if first is not None:
         raise AgreedError(first)
     return result  # type: ignore[return-value]
+
+
+def run_long(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
+    """As `run_together`, for what may take one rank hours: no rank may wait for another longer than a collective's
+    time-out, so the function has a thread of its own, and meanwhile the ranks tell each other that they are there.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="work", daemon=True).start()  # left behind when a peer has gone
+    while not all(everyone(context, bool(wait([future], timeout=_SECONDS_BETWEEN_SIGNS).done))):
+        pass
+    return run_together(context, future.result)
 
 
 def everyone(context: ParallelContext, value: T) -> list[T]:

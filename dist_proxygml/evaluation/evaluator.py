@@ -40,7 +40,7 @@ from dist_proxygml.evaluation.exact import round_rows
 from dist_proxygml.evaluation.retrieval import Depth, Images, Retrieval, SearchOptions, retrieve
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
-from dist_proxygml.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.parallel import ParallelContext, everyone, run_long, run_together
 from dist_proxygml.preemption import StopSignals
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, check_counts
 
@@ -142,11 +142,10 @@ class EvaluationResult:
                 num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"expected the JSON of an evaluation, got something else ({type(error).__name__}: "
-                f"{error}); "
-                "run the evaluation again to write it"
+                f"expected the JSON of an evaluation, got something else ({type(error).__name__}: {error}); run the "
+                "evaluation again to write it"
             ) from error
 
 
@@ -354,19 +353,21 @@ def _clusterings(table: EmbeddingTable, *, context: ParallelContext, settings: S
     """
     embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
     num_clusters = len(np.unique(labels_n))
-    local: dict[int, tuple[float, ...]] = {}
-    for seed in settings.kmeans_seeds[context.rank :: context.world_size]:
-        clusters_n = cluster(
-            embeddings_nD,
-            num_clusters=num_clusters,
-            seed=seed,
-            num_iterations=settings.kmeans_iterations,
-        )
-        local[seed] = (
-            metrics.normalized_mutual_information(labels_n, clusters_n),
-            metrics.adjusted_mutual_information(labels_n, clusters_n),
-            metrics.pairwise_f1(labels_n, clusters_n),
-        )
+
+    def measure() -> dict[int, tuple[float, ...]]:
+        of_own_seeds: dict[int, tuple[float, ...]] = {}
+        for seed in settings.kmeans_seeds[context.rank :: context.world_size]:
+            clusters_n = cluster(
+                embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
+            )
+            of_own_seeds[seed] = (
+                metrics.normalized_mutual_information(labels_n, clusters_n),
+                metrics.adjusted_mutual_information(labels_n, clusters_n),
+                metrics.pairwise_f1(labels_n, clusters_n),
+            )
+        return of_own_seeds
+
+    local = run_long(context, measure)
     of_seed = {seed: numbers for part in everyone(context, local) for seed, numbers in part.items()}
     return tuple(list(values) for values in zip(*(of_seed[seed] for seed in settings.kmeans_seeds), strict=True))
 
@@ -379,18 +380,20 @@ def _legacy_metrics(
     assert first_rank is not None
     measured = {f"legacy_recall@{k}": int((first_rank <= k).sum()) / num_queries for k in settings.recall_at}
     if settings.kmeans_seeds:
-        nmi = None
-        if context.rank == context.world_size - 1:
-            embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
-            num_clusters = len(np.unique(labels_n))
-            if _drops_first_column(settings):
-                clusters_n = cluster(embeddings_nD, num_clusters=num_clusters, seed=LEGACY_SEED, num_iterations=20)
-                nmi = metrics.normalized_mutual_information(labels_n, clusters_n, average="geometric")
-            else:
-                clusters_n = metrics.cluster_with_restarts(embeddings_nD, num_clusters=num_clusters, seed=0)
-                nmi = metrics.normalized_mutual_information(labels_n, clusters_n)
+        is_last = context.rank == context.world_size - 1  # it has the fewest seeds
+        nmi = run_long(context, lambda: _legacy_nmi(table, settings) if is_last else None)
         measured["legacy_nmi"] = next(value for value in everyone(context, nmi) if value is not None)
     return measured
+
+
+def _legacy_nmi(table: EmbeddingTable, settings: Settings) -> float:
+    embeddings_nD, labels_n = table.embeddings.numpy(), table.labels.numpy()
+    num_clusters = len(np.unique(labels_n))
+    if _drops_first_column(settings):
+        clusters_n = cluster(embeddings_nD, num_clusters=num_clusters, seed=LEGACY_SEED, num_iterations=20)
+        return metrics.normalized_mutual_information(labels_n, clusters_n, average="geometric")
+    clusters_n = metrics.cluster_with_restarts(embeddings_nD, num_clusters=num_clusters, seed=0)
+    return metrics.normalized_mutual_information(labels_n, clusters_n)
 
 
 def _drops_first_column(settings: Settings) -> bool:

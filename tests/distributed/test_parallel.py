@@ -1,12 +1,15 @@
-"""Ranks fail together, and only then."""
+"""Ranks fail together, and only then; none waits for another longer than a collective may."""
 
 import argparse
 import subprocess
 import sys
+import threading
+from typing import Any
 
 import pytest
 
-from dist_proxygml.parallel import ParallelContext, everyone, parse_arguments, run_together, single_process
+from dist_proxygml import parallel
+from dist_proxygml.parallel import ParallelContext, everyone, parse_arguments, run_long, run_together, single_process
 from tests.harness import run_ranks
 
 
@@ -36,6 +39,43 @@ def test_all_ranks_raise_the_error_of_the_lowest_failing_rank(failing: list[int]
 def test_one_process_raises_without_naming_a_rank() -> None:
     with pytest.raises(ValueError, match=r"^rank 0 found no file$"):
         run_together(single_process(), open_file, 0, [0])
+
+
+def work_longer_than_a_collective_waits(context: ParallelContext, failing: list[int]) -> tuple[str, int]:
+    """What `run_long` gives, and how often the ranks told each other that they were there."""
+    signs = 0
+    gather = parallel.gather_objects
+
+    def counted(value: Any, *, group: Any) -> list[Any]:
+        nonlocal signs
+        signs += 1
+        return gather(value, group=group)
+
+    parallel.gather_objects = counted
+    parallel._SECONDS_BETWEEN_SIGNS = 0.05
+    waited = threading.Event()
+
+    def work() -> str:
+        while context.rank == 1 and signs < 5:
+            waited.wait(0.01)
+        return open_file(context.rank, failing)
+
+    try:
+        return run_long(context, work), signs
+    except ValueError as error:
+        return f"refused: {error}", signs
+
+
+@pytest.mark.parametrize("failing", [[], [0]])
+def test_while_one_rank_works_the_others_hear_of_it(failing: list[int]) -> None:
+    told = run_ranks(work_longer_than_a_collective_waits, 2, failing)
+    expected = (
+        [f"file of rank {rank}" for rank in range(2)]
+        if not failing
+        else ["refused: rank 0 found no file (on rank 0)"] * 2
+    )
+    assert [text for text, _ in told] == expected
+    assert told[0][1] == told[1][1] > 5
 
 
 def ranks_seen(context: ParallelContext) -> list[int]:
