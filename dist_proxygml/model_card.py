@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_proxygml.checkpoint_folder import checkpoint_name, files_below
+from dist_proxygml.checkpoint_folder import checkpoint_name
 from dist_proxygml.data.shards import publish
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.metric_names import name_metrics
 from dist_proxygml.export_check import LIMIT, FileCheck
+from dist_proxygml.published_folder import files_below
 
 _ABOUT_FILES = {
     "backbone.safetensors": "the backbone's weights",
@@ -309,7 +310,7 @@ def _evaluation(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -
         f"| sha256 of the class table | {_code(data.get('class_table_sha256'))} |",
         f"| fingerprint of the protocol | {_code(result.fingerprint)} |",
         "",
-        "Only results of one fingerprint compare. The protocol:",
+        "Results of one fingerprint measure the same; of others `report compare` says what differs. The protocol:",
         "",
         f"```json\n{_json(result.protocol)}\n```",
     ]

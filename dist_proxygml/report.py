@@ -19,7 +19,8 @@ COMPARE_EXAMPLES = """examples:
   python -m dist_proxygml.report compare runs/wide/evaluation/step-000200.json runs/wide --force
 
 A run stands for its last evaluation. Results that hold under different protocols (other images, other preparation,
-other rules) are refused with exit code 2, and what differs is printed; versions of packages are only told of.
+other rules) are refused with exit code 2, and what differs is printed; versions of packages and the number of images
+in a forward pass are only told of.
 """
 
 
@@ -63,8 +64,8 @@ def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
 
     first, second = open_result(first_path), open_result(second_path)
     differences = protocol_differences(first.result, second.result)
-    of_versions = [difference for difference in differences if difference.is_version]
-    others = [difference for difference in differences if not difference.is_version]
+    small = [difference for difference in differences if difference.is_small]
+    others = [difference for difference in differences if not difference.is_small]
     if others:
         listed = "\n".join(f"  {difference}" for difference in others)
         what = f"{first.name} and {second.name} hold under different protocols, A | B:\n{listed}\n"
@@ -74,9 +75,9 @@ def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
                 "(launchers/evaluate.py), or add --force to see the numbers all the same"
             )
         print(f"warning: {what}their numbers do not measure the same thing", file=sys.stderr)
-    if of_versions:
-        listed = "; ".join(str(difference).removeprefix("versions.") for difference in of_versions)
-        print(f"note: measured with different versions, A | B: {listed}", file=sys.stderr)
+    if small:
+        listed = "; ".join(str(difference).removeprefix("versions.") for difference in small)
+        print(f"note: last digits may differ because of, A | B: {listed}", file=sys.stderr)
     print(format_comparison(first, second))
     return 0
 

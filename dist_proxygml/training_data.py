@@ -146,6 +146,21 @@ def open_training_data(config: Config) -> TrainingData:
     return TrainingData(config, trained, validation)
 
 
+def open_validation(config: Config) -> ShardIndex:
+    """The classes that the configuration holds out.
+
+    Raises:
+        ValueError: it holds none out; or as `open_training_data`.
+    """
+    validation = None if config.data.validation_classes is None else open_training_data(config).validation
+    if validation is None:
+        raise ValueError(
+            f"expected validation classes in run {config.name!r}, found none; train one with data.validation_classes, "
+            "or evaluate another split"
+        )
+    return validation
+
+
 def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex]:
     """The training split without its validation classes, and these."""
     held_out = draw_validation_classes(index.num_classes, num_drawn=config.num_validation_classes, seed=config.seed)

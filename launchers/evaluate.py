@@ -5,6 +5,7 @@ was killed goes on with the images that it had not embedded yet.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --checkpoint step-000800 --data shards/other
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
+  deepspeed launchers/evaluate.py --run runs/sop_8gpu --validation
   deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
 """
 
@@ -40,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["custom", *PROTOCOLS],
         help="published protocol: its K and numbers of images (default: the run's, custom for other shards)",
     )
+    parser.add_argument(
+        "--validation", action="store_true", help="the classes that the run held out (data.validation_classes) instead"
+    )
     parser.add_argument("--legacy-proxygml", action="store_true", help="also what the published evaluation gives")
     parser.add_argument("--verify", action="store_true", help="find ranks in two ways, which must agree")
     parser.add_argument(
@@ -56,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse, evaluate, print the table and store the result in the run's folder."""
     arguments = parse_arguments(build_parser())
+    check_arguments(arguments)
     config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
     context = join_world()
 
@@ -69,25 +75,26 @@ def main() -> None:
         evaluate_model,
         store_evaluation,
     )
-    from dist_proxygml.training_data import open_split
+    from dist_proxygml.training_data import open_split, open_validation
 
     checkpoints = arguments.run / "checkpoints"
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
     checkpoint = on_main(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:
         raise AgreedError(f"expected a checkpoint in {checkpoints}, found none; train the run first")
-    split = config.data.test_split
-    index = run_together(context, lambda: open_split(config, split, shards=arguments.data))
+    if arguments.validation:
+        index = run_together(context, open_validation, config)
+    else:
+        index = run_together(context, lambda: open_split(config, config.data.test_split, shards=arguments.data))
     model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
-    damage = build_damage_log(config, context, arguments.run / DAMAGE_FILE, split=split, num_images=index.num_samples)
+    damage_file = arguments.run / DAMAGE_FILE
+    damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None
-    own = load_config(arguments.run / "config.json")
-    name = checkpoint.name
-    if arguments.data is not None or what_numbers_depend_on(config) != what_numbers_depend_on(own):
-        as_protocol = "" if config.evaluation.protocol == "custom" else f"-as-{config.evaluation.protocol}"
-        name += f"-on-{Path(index.location).name}-{split}{as_protocol}"  # not in place of the run's own result
+    name = checkpoint.name + what_is_other(config, load_config(arguments.run / "config.json"), shards=arguments.data)
+    if arguments.validation:
+        name = f"validation-{name}"
     blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
     result = evaluate_model(
         config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
@@ -100,6 +107,21 @@ def main() -> None:
         print(ties_line(result.bounds))
         print(f"written to {path}")
     blocks.remove(context)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        ValueError: naming it.
+    """
+    others = ("data", "split", "gallery_split", "protocol", "legacy_proxygml")
+    wrong = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name)]
+    if arguments.validation and wrong:
+        raise ValueError(
+            f"expected --validation without {' and '.join(wrong)}: the classes that a run held out are part of its own "
+            "training split; leave one of them out"
+        )
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -126,11 +148,31 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
 
 
-def what_numbers_depend_on(config: Config) -> dict[str, object]:
+def what_is_other(config: Config, own: Config, *, shards: str | None) -> str:
+    """What to add to a checkpoint's name, so that a result is not stored in place of one that measured something else;
+    nothing where this is what the run itself measures.
+    """
+    settings, own_settings = what_numbers_depend_on(config), what_numbers_depend_on(own)
+    if shards is None and settings == own_settings:
+        return ""
+    wanted = config.evaluation
+    parts = ["on", Path(shards or config.data.shards).name, config.data.test_split]
+    parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
+    parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
+    for said in (settings, own_settings):
+        for section, name in (("data", "test_split"), ("evaluation", "gallery_split"), ("evaluation", "protocol")):
+            del said[section][name]
+    if settings != own_settings:
+        text = json.dumps(settings, sort_keys=True)
+        parts += ["with", hashlib.sha256(text.encode()).hexdigest()[:8]]
+    return "-" + "-".join(parts)
+
+
+def what_numbers_depend_on(config: Config) -> dict[str, Any]:
     """The settings, but for those that only say how to search and to load, and what a run keeps."""
     free: dict[str, Any] = {"evaluation": {"search", "gallery", "memory_budget"}, "checkpoint": True}
     free["data"] = {"num_workers", "cache_images", "cache_directory", "cache_limit"}
-    settings = config.model_dump(exclude=free)
+    settings = config.model_dump(mode="json", exclude=free)
     return dict(settings)
 
 

@@ -1,9 +1,9 @@
 """Two evaluations side by side, if they measured the same thing.
 
 Two numbers can be compared if they hold under one protocol: the same images, preparation, rules and settings. What
-differs is named entry by entry. Versions of packages are told and do not count: they move last digits, not meanings,
-and a result would otherwise be comparable with nothing after any upgrade. A change of what a metric means has an entry
-of its own.
+differs is named entry by entry. Versions of packages and the number of images in a forward pass are told and do not
+count: they move last digits, not meanings, and a result would otherwise be comparable with nothing after any upgrade. A
+change of what a metric means has an entry of its own.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dist_proxygml.evaluation.best import read_evaluations
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 
-_VERSIONS = "versions"
+_LAST_DIGITS = ("versions.", "data.forward_batch_size")  # entries that move no more than these
 _NOT_THERE = "(not there)"
 _MOST_CHARACTERS = 60
 
@@ -37,9 +37,9 @@ class Difference(NamedTuple):
         return f"{self.entry}: {self.first} | {self.second}"
 
     @property
-    def is_version(self) -> bool:
-        """Whether it is the version of a package, which does not keep two results from being compared."""
-        return self.entry.split(".")[0] == _VERSIONS
+    def is_small(self) -> bool:
+        """Whether it moves last digits at most, and so does not keep two results from being compared."""
+        return self.entry.startswith(_LAST_DIGITS)
 
 
 def open_result(path: Path) -> NamedResult:

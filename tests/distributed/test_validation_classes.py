@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +17,11 @@ from dist_proxygml.data.plan import draw_validation_classes
 from dist_proxygml.evaluation.best import select_results
 from dist_proxygml.parallel import ParallelContext
 from dist_proxygml.trained import open_trained
-from dist_proxygml.training_data import count_classes, open_training_data
+from dist_proxygml.training_data import count_classes, open_training_data, open_validation
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 
+REPOSITORY = Path(__file__).parents[2]
 CLASS_SIZES = [5, 4, 6, 2, 7, 3, 5, 4]  # 36 images
 HELD_OUT = draw_validation_classes(8, num_drawn=3, seed=0).tolist()
 
@@ -170,6 +174,32 @@ def test_the_checkpoint_that_is_best_on_validation_classes_is_kept_and_named(roo
     of_saves = max(sorted(scores)[:-1], key=lambda step: (scores[step], step))
     kept = {int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")}
     assert kept == {of_saves, max(scores)}
+
+
+@pytest.mark.timeout(180)
+def test_the_validation_classes_are_evaluated_again_with_the_same_numbers(
+    root: Path, trained: Trained, tmp_path: Path
+) -> None:
+    run = shutil.copytree(root / "runs" / "held-out", tmp_path / "run")
+    (stored,) = sorted((run / "evaluation").glob("validation-*"))[-1:]
+    expected = stored.read_text()
+    stored.unlink()
+    command = [sys.executable, "launchers/evaluate.py", "--run", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}  # as many as the ranks had
+
+    def evaluate(*options: str) -> "subprocess.CompletedProcess[str]":
+        told = [*command, *options]
+        return subprocess.run(told, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100)
+
+    done = evaluate("--validation")
+    assert done.returncode == 0, done.stderr
+    assert stored.read_text() == expected
+    assert f"written to {stored}" in done.stdout
+    refused = evaluate("--validation", "--split", "test")
+    assert refused.returncode == 2
+    assert "expected --validation without --split" in refused.stderr
+    with pytest.raises(ValueError, match="expected validation classes in run 'all', found none"):
+        open_validation(configuration(root, name="all", data={"validation_classes": None}))
 
 
 def train_without_telling(context: ParallelContext, config: Config) -> None:

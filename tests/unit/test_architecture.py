@@ -41,11 +41,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("retrieval_index",),
     ("embedder", "embeddings", "search_page"),
-    ("sealed_folder",),
     ("transfer",),
     ("checkpoint", "nonfinite", "optim", "run_lock", "trained", "training_data", "watchdog"),
     ("projector", "proxy_statistics", "telemetry"),
-    ("bank_storage", "checkpoint_folder", "engine"),
+    ("bank_storage", "checkpoint_folder", "engine", "sealed_folder"),
+    ("published_folder",),
     ("loss", "backbone", "evaluation"),
     ("data",),
     (
@@ -265,9 +265,10 @@ assert torch.equal(before[0], after[0]) and before[1:] == after[1:], "seed or th
 """
     # DeepSpeed prints while it is imported, and its owner may not be asked to prevent that.
     quiet = [f"{PACKAGE}.{name}" for name in MODULES if not name.startswith("launchers.")]
-    quiet = [name for name in quiet if own_module(name) not in importers_of("deepspeed")]
+    not_asked = importers_of("deepspeed")
     if importlib.util.find_spec("triton") is None:  # torch brings it on Linux only
-        quiet = [name for name in quiet if own_module(name) not in importers_of("triton")]
+        not_asked |= importers_of("triton")
+    quiet = [name for name in quiet if own_module(name) not in not_asked]
     result = subprocess.run(
         [sys.executable, "-c", program, PACKAGE, *quiet],
         cwd=ROOT,

@@ -385,6 +385,9 @@ def running(many: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        ),  # tests in the background of a shell ignore it
     )
     journal = tmp_path / "out" / JOURNAL_FILE
     end = time.monotonic() + TIMEOUT
@@ -540,6 +543,16 @@ def test_tars_of_another_origin_are_not_deleted(raw: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "photos-000000.tar").read_bytes() == b"theirs"
     build(raw, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "photos-000000.tar").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "export.json", "config.json"])
+def test_a_folder_of_something_else_takes_no_shards(raw: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=rf"found {name}: something else is there; name another folder"):
+            build(raw, tmp_path / "out", overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 
 def test_a_build_that_stops_leaves_no_index_and_can_be_run_again(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ from dist_proxygml.report import main
 
 PROTOCOL: dict[str, Any] = {
     "format": 1,
-    "data": {"split": "test", "preprocessing": {"name": "resize", "size": 32}, "left_out": []},
+    "data": {
+        "split": "test",
+        "preprocessing": {"name": "resize", "size": 32},
+        "left_out": [],
+        "forward_batch_size": 64,
+    },
     "clustering": None,
     "versions": {"numpy": "2.0.0", "torch": "2.14.1"},
 }
@@ -96,13 +101,15 @@ def test_of_long_values_the_difference_is_shown(tmp_path: Path, capsys: pytest.C
     assert second == "..., 93, 94, 95, 96, 97, 98, 99, 7]"
 
 
-def test_versions_of_packages_are_told_and_refuse_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_moves_last_digits_is_told_and_refuses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write(tmp_path / "one.json", PROTOCOL, recall_at_1=0.5)
-    two = write(tmp_path / "two.json", changed(versions__numpy="2.1.0"), recall_at_1=0.6)
+    protocol = changed(versions__numpy="2.1.0", data__forward_batch_size=8)
+    two = write(tmp_path / "two.json", protocol, recall_at_1=0.6)
     assert main(["compare", str(one), str(two)]) == 0
     out, err = capsys.readouterr()
     assert "+10.00" in out
-    assert err == 'note: measured with different versions, A | B: numpy: "2.0.0" | "2.1.0"\n'
+    reasons = 'data.forward_batch_size: 64 | 8; numpy: "2.0.0" | "2.1.0"'
+    assert err == f"note: last digits may differ because of, A | B: {reasons}\n"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,7 @@ def test_versions_of_packages_are_told_and_refuse_nothing(tmp_path: Path, capsys
         (lambda path: None, "No such file or directory; correct the path"),
         (lambda path: path.mkdir(), "found no evaluation/step-N.json"),
         (lambda path: path.write_text("{}"), "expected the JSON of an evaluation"),
+        (lambda path: path.write_text('{"metrics": {}, "bounds": []}'), "expected the JSON of an evaluation"),
     ],
 )
 def test_what_is_no_evaluation_is_named(

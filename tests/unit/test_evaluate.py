@@ -2,6 +2,7 @@
 order a result is stored.
 """
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,14 @@ from dist_proxygml.config import load_config
 from dist_proxygml.evaluation.embed import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.parallel import single_process
-from launchers.evaluate import build_parser, legacy_lines, overrides, ties_line, what_numbers_depend_on
+from launchers.evaluate import (
+    build_parser,
+    legacy_lines,
+    overrides,
+    ties_line,
+    what_is_other,
+    what_numbers_depend_on,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +76,38 @@ def test_a_way_to_search_changes_no_number_and_anything_else_may() -> None:
     assert what_numbers_depend_on(load_config(path, ways)) == own
     assert what_numbers_depend_on(load_config(path, ["evaluation.recall_at=[1]"])) != own
     assert what_numbers_depend_on(load_config(path, ["data.test_transform.size=24"])) != own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "expected"),
+    [
+        ([], [], ""),
+        ([], ["evaluation.search=counter", "data.num_workers=3"], ""),
+        (["--split", "train"], [], "-on-sop-train"),
+        (["--split", "q", "--gallery-split", "g"], [], "-on-sop-q-in-g"),
+        (["--data", "elsewhere/cub"], [], "-on-cub-test"),
+        (["--data", "elsewhere/sop", "--protocol", "sop"], [], "-on-sop-test-as-sop"),
+        ([], ["data.test_transform.size=256"], r"-on-sop-test-as-sop-with-[0-9a-f]{8}"),
+        (["--protocol", "inshop"], [], r"-on-sop-query-in-gallery-as-inshop-with-[0-9a-f]{8}"),  # other K
+    ],
+)
+def test_a_result_that_measured_something_else_has_a_name_of_its_own(
+    tmp_path: Path, arguments: list[str], settings: list[str], expected: str
+) -> None:
+    own = load_config(ROOT / "configs" / "sop_8gpu.json")
+    path = tmp_path / "config.json"
+    path.write_text(own.model_dump_json())
+    given = build_parser().parse_args(["--run", "runs/any", *arguments])
+    config = load_config(path, [*overrides(given), *settings])
+    found = what_is_other(config, load_config(path), shards=given.data)
+    assert re.fullmatch(expected, found), found
+
+
+def test_other_settings_have_other_names() -> None:
+    own = load_config(ROOT / "configs" / "sop_8gpu.json")
+    changes = (["evaluation.kmeans_seeds=1"], ["evaluation.kmeans_seeds=2"], ["data.test_transform.size=256"])
+    others = [load_config(ROOT / "configs" / "sop_8gpu.json", change) for change in changes]
+    assert len({what_is_other(other, own, shards=None) for other in others}) == 3
 
 
 def test_the_help_has_examples() -> None:
