@@ -215,13 +215,11 @@ def test_the_predicted_memory_is_within_a_tenth_of_what_is_measured(
     small = copy.deepcopy(raw)
     small["data"]["num_classes"], small["proxies"]["topk"] = 2000, 50
     command = [sys.executable, "-c", MEASURE, json.dumps(small), json.dumps(raw)]
-    # Where kept pairs are most of it, one run leaves glibc's heap in more pieces than another, which only adds memory:
-    # the least of up to five.
-    measured, predicted = float("inf"), 0.0
+    # Where kept pairs are most of it, glibc's heap has other gaps in every run, an eighth of it either way: up to five.
     for _ in range(5 if topk == 15_000 else 1):
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
-        measured, predicted = min((measured, predicted), tuple(json.loads(result.stdout)))
-        if measured < 1.1 * predicted:
+        measured, predicted = json.loads(result.stdout)
+        if abs(measured - predicted) < 0.1 * measured:
             break
     assert measured > 150e6  # far above what the process itself moves
     assert abs(measured - predicted) < 0.1 * measured, (measured / 2**20, predicted / 2**20)
