@@ -15,7 +15,7 @@ LOG := $(VENV)/setup.log
 
 EXTRAS := demo-build,weights,export,test,lint,bench
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
-NUM_TESTERS := $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
+NUM_TESTERS := $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 NUM_RANKS := $(if $(filter 1,$(NUM_GPUS)),1,2)
 
 # Done once for each content of these files: a newer checkout installs again, a touched file does not.
@@ -38,12 +38,13 @@ setup: $(STAMP) ## install everything into .venv (the other targets do it by the
 demo: $(STAMP) ## train on the embedded images with DeepSpeed workers, evaluate, write a report
 	@$(BIN)/deepspeed --log_level warning --num_gpus $(NUM_RANKS) launchers/train.py --config configs/demo_cpu.json --resume never
 
-# Whole runs, SLURM, signals and GPUs one after the other; everything else beside each other.
-ALONE := tests/integration tests/gpu
+# Files are spread over processes, those that take longest first; what times signals and steps has the machine for itself.
+TESTS := tests/integration tests/distributed tests/parity tests/unit
+TESTS_ALONE := $(addprefix tests/integration/test_,kills.py slurm.py sweep.py)
 test: $(STAMP) ## run all tests
 	@status=0; \
-	$(BIN)/python -m pytest -n $(NUM_TESTERS) --dist loadfile tests $(ALONE:%=--ignore=%) || status=$$?; \
-	$(BIN)/python -m pytest $(ALONE) || status=$$?; \
+	$(BIN)/python -m pytest -n $(NUM_TESTERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(TESTS_ALONE:%=--ignore=%) || status=$$?; \
+	$(BIN)/python -m pytest $(TESTS_ALONE) tests/gpu || status=$$?; \
 	exit $$status
 
 soak: $(STAMP) ## kill a training run at every point and 60 times at random, and compare (5 minutes)
