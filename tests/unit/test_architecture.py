@@ -6,6 +6,7 @@ import-linter, a dependency for sixty lines.
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -278,6 +279,12 @@ assert torch.equal(before[0], after[0]) and before[1:] == after[1:], "seed or th
         check=False,
     )
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+def test_make_test_runs_every_folder_of_tests() -> None:
+    named = set(re.findall(r"tests/(\w+)", (ROOT / "Makefile").read_text()))
+    there = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert there <= named
 
 
 def importers_of(library: str) -> set[str]:

