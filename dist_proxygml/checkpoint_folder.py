@@ -135,6 +135,15 @@ def find_checkpoint(directory: Path, wanted: str) -> Path | None:
     return path
 
 
+def found_instead(directory: Path) -> str:
+    """What to say where no checkpoint below `directory` is whole."""
+    _, damaged = _newest_whole(directory)
+    if not damaged:
+        return "found none; train the run first"
+    listed = "; ".join(_told(path, problems) for path, problems in damaged.items())
+    return f"found damaged ones only: {listed}; copy them again, or restore them from a backup"
+
+
 def checkpoint_to_continue(directory: Path, resume: str) -> Continuation:
     """What --resume means for a run with checkpoints below `directory`: "never" none, "auto" the newest that verifies,
     a path that one. On rank 0 only, at the start of a run that no other process writes checkpoints of.

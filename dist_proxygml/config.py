@@ -13,6 +13,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -786,6 +787,15 @@ def parse_model(backbone: Any, transform: Any, *, source: str) -> tuple[Backbone
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors(include_url=False))
         raise ValueError(f"{source} does not describe a backbone and its preprocessing: {problems}") from None
+
+
+def flattened(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested settings."""
+    for name, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:

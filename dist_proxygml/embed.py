@@ -72,7 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(given: argparse.Namespace) -> str:
-    from dist_proxygml.data.sources import FolderSource, open_source
+    from dist_proxygml.data.sources import FolderSource, ShardSource, open_source
     from dist_proxygml.embedder import Embedder
 
     # What is quick to refuse comes first.
@@ -80,6 +80,8 @@ def _embed(given: argparse.Namespace) -> str:
     source = open_source(given.data, split=given.split or embedder.test_split)
     if given.split is not None and isinstance(source, FolderSource):
         raise ValueError(f"expected shards with --split, {given.data} is a folder of images; leave --split out")
+    if isinstance(source, ShardSource):
+        print(f"{given.data} holds shards: split {source.index.split!r}, {source.num_images:,} images", file=sys.stderr)
     manifest = embed_to_folder(
         embedder,
         source,

@@ -85,7 +85,9 @@ class Embedder:
                 trained.export["backbone"], trained.export["preprocessing"], source=str(trained.path / EXPORT_FILE)
             )
         else:
-            config = load_config(trained.path.parent.parent / "config.json")
+            config_file = trained.path.parent.parent / "config.json"
+            config = load_config(config_file)
+            trained.check_config(config, source=config_file)
             name, backbone, transform = config.name, config.backbone, config.data.test_transform
             batch_size, test_split = config.evaluation.batch_size, config.data.test_split
         with torch.random.fork_rng(devices=[]):  # its first weights are thrown away

@@ -30,7 +30,8 @@ from dist_proxygml.sealed_folder import SealedKind, check_is_free, open_sealed, 
 KIND = SealedKind(
     "dist-proxygml-embeddings",
     remedy="write it with `python -m dist_proxygml.embed`, or copy it again",
-    entries=("num_rows", "embedding_dim", "model", "data", "left_out"),
+    files=("embeddings.npy", "ids.jsonl"),
+    entries={"num_rows": int, "embedding_dim": int, "model": dict, "data": dict, "left_out": list},
 )
 ROWS_FILE = "embeddings.npy"
 IDS_FILE = "ids.jsonl"
@@ -59,9 +60,11 @@ def open_embeddings(path: Path) -> Embeddings:
         records = read_records(path / IDS_FILE)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
-    if rows_nD.ndim != 2 or rows_nD.dtype != np.float32 or len(rows_nD) != len(records):
+    expected = (manifest["num_rows"], manifest["embedding_dim"])
+    if rows_nD.shape != expected or rows_nD.dtype != np.float32 or len(rows_nD) != len(records):
         raise ValueError(
-            f"{path} is damaged: {rows_nD.dtype} rows {list(rows_nD.shape)} for {len(records)} ids; {KIND.remedy}"
+            f"{path} is damaged: {rows_nD.dtype} rows {list(rows_nD.shape)} for {len(records)} ids, expected "
+            f"{list(expected)}; {KIND.remedy}"
         )
     return Embeddings(rows_nD, records, manifest)
 
@@ -107,8 +110,11 @@ class EmbeddingWriter:
         self.out = out.absolute()
         check_is_free(self.out, KIND, overwrite=overwrite)
         self._partial = partial_path(self.out)
-        self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "ab")
+        try:
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "ab")
+        except OSError as error:
+            raise ValueError(f"cannot write into {self.out.parent}: {error.strerror}; name another folder") from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -106,6 +106,7 @@ def export(
         )
     config = load_config(run_directory / "config.json")
     model = open_trained(run_directory / "checkpoints" / checkpoint if checkpoint else run_directory)
+    model.check_config(config, source=run_directory / "config.json")
     bank, facts = model.bank(), _training_facts(model)
     evaluation = find_evaluation(run_directory, model.step)
     images = check_images(config, data=data) if verify else None

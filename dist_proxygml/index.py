@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_proxygml.options import share
+
 EXAMPLES = """examples:
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
   python -m dist_proxygml.index --embeddings embeddings/sop --out indexes/sop --kind ivf --target-recall 0.99
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--target-recall",
-        type=_share,
+        type=share,
         default=0.95,
         metavar="SHARE",
         help="of the ten nearest, how much hnsw and ivf should find (default: 0.95)",
@@ -75,16 +77,6 @@ def _index(given: argparse.Namespace) -> str:
     if index.recall_at_10 < given.target_recall:
         text += f", below the {given.target_recall} asked for; --kind flat is exact"
     return text
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
-    return share
 
 
 if __name__ == "__main__":

@@ -37,7 +37,15 @@ from dist_proxygml.sealed_folder import SealedKind, check_is_free, open_sealed, 
 KIND = SealedKind(
     "dist-proxygml-search-index",
     remedy="build it with `python -m dist_proxygml.index`, or copy it again",
-    entries=("index", "recall_at_10", "model", "data"),
+    files=("index.faiss", "ids.jsonl"),
+    entries={
+        "index": dict,
+        "num_rows": int,
+        "embedding_dim": int,
+        "recall_at_10": float,
+        "model": (dict, type(None)),
+        "data": (dict, type(None)),
+    },
 )
 INDEX_FILE = "index.faiss"
 IDS_FILE = "ids.jsonl"
@@ -134,6 +142,8 @@ class Index:
             )
         if kind not in ("auto", "flat", "ivf", "hnsw"):
             raise ValueError(f"expected a kind auto, flat, ivf or hnsw, got {kind!r}")
+        if not 0 < target_recall <= 1:
+            raise ValueError(f"expected a target_recall above 0 and at most 1, got {target_recall}")
         check_rows(rows_nD, records)
         chosen = choose_kind(len(rows_nD)) if kind == "auto" else kind
         faiss_index, parameters = _empty_index(rows_nD, chosen)
@@ -210,8 +220,12 @@ class Index:
             recall = float(manifest["recall_at_10"])
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
-        if faiss_index.ntotal != len(records):
-            raise ValueError(f"{path} is damaged: {faiss_index.ntotal} rows for {len(records)} ids; {KIND.remedy}")
+        found, expected = (faiss_index.ntotal, faiss_index.d), (manifest["num_rows"], manifest["embedding_dim"])
+        if found != expected or found[0] != len(records):
+            raise ValueError(
+                f"{path} is damaged: rows {list(found)} for {len(records)} ids, expected {list(expected)}; "
+                f"{KIND.remedy}"
+            )
         index = cls(
             faiss_index,
             records,

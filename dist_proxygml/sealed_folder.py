@@ -29,8 +29,10 @@ class SealedKind(NamedTuple):
     """As its manifest says it."""
     remedy: str
     """What to do about a damaged one."""
-    entries: tuple[str, ...] = ()
-    """What its manifest has to say."""
+    files: tuple[str, ...] = ()
+    """What it consists of at least."""
+    entries: Mapping[str, type | tuple[type, ...]] = {}
+    """What its manifest has to say, and in which types."""
     manifest_file: str = "manifest.json"
     editable: Collection[str] = ()
     """Files that people may change."""
@@ -44,12 +46,21 @@ def check_is_free(out: Path, kind: SealedKind, *, overwrite: bool) -> None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if _read_manifest(out, kind).get("kind") != kind.name:
+    manifest = _read_manifest(out, kind)
+    if manifest.get("kind") != kind.name:
         raise ValueError(
             f"expected nothing or an earlier {kind.name} at {out}, found something else; name another folder"
         )
     if not overwrite:
         raise ValueError(f"expected nothing at {out}, found {kind.name}; name another folder, or add --overwrite")
+    listed = manifest.get("files")
+    own = {kind.manifest_file, *kind.editable, *(listed if isinstance(listed, dict) else ())}
+    others = sorted(set(files_below(out)) - own)
+    if others:
+        raise ValueError(
+            f"expected {kind.name} alone at {out}, found {', '.join(others[:_NUM_SHOWN])} besides, which would be "
+            "lost; move what is yours, or name another folder"
+        )
 
 
 def seal(partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +76,7 @@ def seal(partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any]
         **about,
         "files": hash_files(partial, names, num_threads=torch.get_num_threads()),
     }
-    missing = set(kind.entries) - manifest.keys()
-    assert not missing, missing
+    assert _missing_entry(manifest, kind) is None
     with publish(partial / kind.manifest_file) as stream:
         stream.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode("utf-8") + b"\n")
     publish_folder(partial, out)
@@ -83,12 +93,14 @@ def open_sealed(path: Path, kind: SealedKind) -> dict[str, Any]:
         raise ValueError(f"expected {kind.name} at {path}, found no such folder; {kind.remedy}")
     manifest = _read_manifest(path, kind)
     if (manifest.get("kind"), manifest.get("version")) != (kind.name, _VERSION):
-        found = f"{manifest.get('kind', 'a folder without its manifest')!s} {manifest.get('version', '')}".rstrip()
+        is_there = (path / kind.manifest_file).exists()
+        unknown = f"a damaged {kind.manifest_file}" if is_there else f"a folder without {kind.manifest_file}"
+        found = f"{manifest.get('kind', unknown)!s} {manifest.get('version', '')}".rstrip()
         raise ValueError(f"expected {kind.name} of version {_VERSION} at {path}, found {found}; {kind.remedy}")
     try:
-        absent = [name for name in ("files", *kind.entries) if name not in manifest]
-        if absent:
-            raise LookupError(f"no entry {absent[0]!r}")
+        problem = _missing_entry(manifest, kind)
+        if problem is not None:
+            raise LookupError(problem)
         checked = {name: entry for name, entry in manifest["files"].items() if name not in kind.editable}
         problems = file_problems(path, checked)
     except (LookupError, TypeError, AttributeError) as error:
@@ -97,6 +109,16 @@ def open_sealed(path: Path, kind: SealedKind) -> dict[str, Any]:
         more = f" and {len(problems) - _NUM_SHOWN} more" if len(problems) > _NUM_SHOWN else ""
         raise ValueError(f"{path} is damaged: {'; '.join(problems[:_NUM_SHOWN])}{more}; {kind.remedy}")
     return manifest
+
+
+def _missing_entry(manifest: Mapping[str, Any], kind: SealedKind) -> str | None:
+    """What a manifest does not say, if anything."""
+    for name, types in {"files": dict, **kind.entries}.items():
+        if name not in manifest:
+            return f"no entry {name!r}"
+        if not isinstance(manifest[name], types):
+            return f"entry {name!r} is {manifest[name]!r}"
+    return next((f"no file {name!r}" for name in kind.files if name not in manifest["files"]), None)
 
 
 def _read_manifest(path: Path, kind: SealedKind) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_proxygml.embed import add_model_options
-from dist_proxygml.options import at_least
+from dist_proxygml.options import at_least, cosine
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageRecord, ImageSource
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--index", required=True, type=Path, help="folder that dist_proxygml.index wrote")
     parser.add_argument("-k", type=at_least(1), default=10, metavar="N", help="images to find for each (default: 10)")
-    parser.add_argument("--min-score", type=float, metavar="S", help="leave out what has a lower score, -1 to 1")
+    parser.add_argument("--min-score", type=cosine, metavar="S", help="leave out what has a lower score, -1 to 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the images")
     parser.add_argument("--run", type=Path, help="run, checkpoint or export with the model (default: where it was)")
@@ -116,7 +116,7 @@ def open_model(index: "Index", path: Path, *, run: Path | None = None, device: s
     from dist_proxygml.embedder import Embedder, model_difference
 
     model = index.model
-    if model is None:
+    if model is None or not {"path", "run", "step"} <= model.keys():
         if run is None:
             raise ValueError(f"{path} does not say which model it was made with; name it with --run")
         embedder = Embedder.from_run(run, device=device)
@@ -182,16 +182,22 @@ def _answers(index: "Index", embedder: "Embedder", queries: list[Path], given: a
 def _as_table(answer: Answer, min_score: float | None) -> str:
     if not answer.matches:
         return _nothing(answer, min_score)
-    lines = [str(answer.query)]
+    lines = [_in_one_line(str(answer.query))]
     for rank, (score, record) in enumerate(answer.matches, start=1):
-        name = "" if record.class_name is None else f"  {record.class_name}"
-        lines.append(f"{rank:4d}  {score:7.4f}  {record.id}{name}")
+        name = "" if record.class_name is None else f"  {_in_one_line(record.class_name)}"
+        lines.append(f"{rank:4d}  {score:7.4f}  {_in_one_line(record.id)}{name}")
     return "\n".join(lines)
+
+
+def _in_one_line(text: str) -> str:
+    """Newlines and control characters as Python writes them."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def _nothing(answer: Answer, min_score: float | None) -> str:
     score, record = answer.nearest
-    return f"{answer.query}: nothing with a score of {min_score} or more; the nearest is {record.id} with {score:.4f}"
+    found, near = _in_one_line(str(answer.query)), _in_one_line(record.id)
+    return f"{found}: nothing with a score of {min_score} or more; the nearest is {near} with {score:.4f}"
 
 
 def _as_json(index: "Index", path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -253,6 +259,9 @@ def _gallery(given: argparse.Namespace, index: "Index") -> "ImageSource | None":
     data = index.data or {}
     location = given.data or data.get("location")
     if location is None:
+        print(
+            "the page will lack the images that were found: the index does not say where; see --data", file=sys.stderr
+        )
         return None
     try:
         return open_source(location, split=data.get("split", "test"))

@@ -315,6 +315,8 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
         return read_emoji(options.root, cache=cache, progress=progress)
     if options.root is None:
         raise ValueError(f"building {options.dataset} needs --root, the folder of the unpacked download")
+    if options.out.resolve() == options.root.resolve():
+        raise ValueError(f"expected another folder for the shards than that of the images, got {options.out} for both")
     if options.dataset == "imagefolder":
         return read_imagefolder(
             options.root,

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dist_proxygml.bank_storage import BankReader
-from dist_proxygml.checkpoint_folder import MANIFEST_FILE, find_checkpoint, read_state
+from dist_proxygml.checkpoint_folder import MANIFEST_FILE, find_checkpoint, found_instead, read_state
+from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.data.shards import publish
 from dist_proxygml.sealed_folder import SealedKind, open_sealed
@@ -43,7 +44,7 @@ PROXIES = "proxies"  # the bank's name in a checkpoint, and its tensor's in an e
 EXPORT = SealedKind(
     "dist-proxygml-export",
     remedy="export it again (python -m dist_proxygml.export --overwrite), or copy it again",
-    entries=("run", "step", "settings", "backbone", "preprocessing"),
+    entries={"run": str, "step": int, "settings": dict, "backbone": dict, "preprocessing": dict},
     manifest_file=EXPORT_FILE,
     editable=(CARD_FILE,),
 )
@@ -104,6 +105,18 @@ class TrainedModel:
             )
         return classes
 
+    def check_config(self, config: Config, *, source: Path) -> None:
+        """Refuse the configuration of a run that was edited since this was trained.
+
+        Raises:
+            ValueError: naming what differs of what embeddings depend on.
+        """
+        now = dict(flattened(config.model_dump(mode="json", include={"backbone": True, "data": {"test_transform"}})))
+        differing = [name for name in now if name in self.settings and now[name] != self.settings[name]]
+        if differing:
+            listed = ", ".join(f"{name} {self.settings[name]!r}, got {now[name]!r}" for name in differing)
+            raise ValueError(f"{source} is not what {self.path} was trained with: expected {listed}; restore that file")
+
     def bank(self) -> "StoredBank":
         """The bank, opened.
 
@@ -142,7 +155,8 @@ def open_trained(path: Path) -> TrainedModel:
     if (path / "checkpoints").is_dir():
         checkpoint = find_checkpoint(path / "checkpoints", "auto")
         if checkpoint is None:
-            raise ValueError(f"expected a whole checkpoint in {path / 'checkpoints'}, found none; train that run first")
+            instead = found_instead(path / "checkpoints")
+            raise ValueError(f"expected a whole checkpoint in {path / 'checkpoints'}, {instead}")
     elif (path / MANIFEST_FILE).is_file() or path.name.startswith("step-"):
         checkpoint = find_checkpoint(path.parent, str(path))
         assert checkpoint is not None
@@ -182,9 +196,10 @@ def write_class_table(run_directory: Path, index: ShardIndex | None) -> None:
 def _open_export(path: Path) -> TrainedModel:
     about = open_sealed(path, EXPORT)
     formats = about.get("formats", ["safetensors"])
-    if "safetensors" not in formats:
+    if not isinstance(formats, list) or "safetensors" not in formats:
+        listed = ", ".join(map(str, formats)) if isinstance(formats, list) else formats
         raise ValueError(
-            f"expected weights and proxies in the export {path}, found a graph only ({', '.join(formats)}); export it "
+            f"expected weights and proxies in the export {path}, found a graph only ({listed}); export it "
             "again with --format safetensors,onnx or the like"
         )
     return TrainedModel(path, about["step"], about["settings"], export=about)

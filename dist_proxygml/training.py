@@ -36,7 +36,7 @@ from dist_proxygml.checkpoint import (
     load_checkpoint,
 )
 from dist_proxygml.collectives import AgreedError
-from dist_proxygml.config import Config
+from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.damage import DAMAGE_FILE, Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
@@ -147,7 +147,7 @@ def train(
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
-    settings = dict(_flattened(config.model_dump(mode="json")))
+    settings = dict(flattened(config.model_dump(mode="json")))
     gallery = _open_gallery(config, test_index)
     board = Board(state, telemetry, settings=settings, test_index=test_index, gallery=gallery)
     keep = Retention(
@@ -751,15 +751,7 @@ def _comparable_settings(config: Config) -> dict[str, Any]:
         free.add("proxies.memory_budget")  # else it decides what the regulariser is computed from
     if config.schedule.name != "cosine":  # the other schedules do not look ahead: such a run may be made longer
         free |= {"training.epochs", "training.max_steps"}
-    return {name: value for name, value in _flattened(whole) if name not in free}
-
-
-def _flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return {name: value for name, value in flattened(whole) if name not in free}
 
 
 def _greeting(

@@ -66,6 +66,7 @@ def main() -> None:
     context = join_world()
 
     from dist_proxygml.checkpoint import find_checkpoint, load_backbone
+    from dist_proxygml.checkpoint_folder import found_instead
     from dist_proxygml.data.damage import DAMAGE_FILE
     from dist_proxygml.evaluation.report import format_metrics
     from dist_proxygml.training import (
@@ -81,7 +82,8 @@ def main() -> None:
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
     checkpoint = on_main(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:
-        raise AgreedError(f"expected a checkpoint in {checkpoints}, found none; train the run first")
+        instead = on_main(context, found_instead, checkpoints)
+        raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
     if arguments.validation:
         index = run_together(context, open_validation, config)
     else:
@@ -169,10 +171,13 @@ def what_is_other(config: Config, own: Config, *, shards: str | None) -> str:
 
 
 def what_numbers_depend_on(config: Config) -> dict[str, Any]:
-    """The settings, but for those that only say how to search and to load, and what a run keeps."""
-    free: dict[str, Any] = {"evaluation": {"search", "gallery", "memory_budget"}, "checkpoint": True}
-    free["data"] = {"num_workers", "cache_images", "cache_directory", "cache_limit"}
-    settings = config.model_dump(mode="json", exclude=free)
+    """The settings that an evaluation goes by, but for those that say when to evaluate, how to search and to load."""
+    of_data = {"shards", "train_split", "validation_classes", "test_split", "test_transform"}
+    of_data |= {"damaged_images", "max_damaged"}
+    wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
+    settings = config.model_dump(mode="json", include=wanted)
+    for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels"):
+        del settings["evaluation"][name]
     return dict(settings)
 
 

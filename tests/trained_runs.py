@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dist_proxygml.backbone import build_backbone
 from dist_proxygml.checkpoint import Retention, RunState, save_checkpoint
 from dist_proxygml.checkpoint_folder import checkpoint_name, write_manifest
-from dist_proxygml.config import Config, parse_config
+from dist_proxygml.config import Config, flattened, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.parallel import ParallelContext, on_main
 from dist_proxygml.published_folder import files_below, hash_files
@@ -74,7 +74,7 @@ def write_run(context: ParallelContext, config: Config, shards: Path | None) -> 
     """
     state = build_train_state(config, context, steps_per_epoch=1)
     index = None if shards is None else read_class_names(shards)
-    settings: dict[str, Any] = {"seed": config.seed}
+    settings: dict[str, Any] = {"seed": config.seed} | dict(flattened(config.model_dump(mode="json")))
     if index is not None:
         settings |= {"class table": index.class_table_sha256, "shards": index.sha256}
 
@@ -111,7 +111,8 @@ def write_finished_run(runs_dir: Path, name: str = "small", *, seed: int = 0, **
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         save_file(build_backbone(config.backbone).state_dict(), checkpoint / BACKBONE_FILE)
-    state = RunState(STEP, 0, 0, 1, {"seed": seed})
+    settings = dict(flattened(config.model_dump(mode="json"))) | {"seed": seed}
+    state = RunState(STEP, 0, 0, 1, settings)
     (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
     names = files_below(checkpoint)
     write_manifest(checkpoint, state, hash_files(checkpoint, names, num_threads=1))

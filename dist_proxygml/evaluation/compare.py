@@ -7,10 +7,10 @@ change of what a metric means has an entry of its own.
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dist_proxygml.config import flattened
 from dist_proxygml.evaluation.best import read_evaluations
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 
@@ -69,7 +69,7 @@ def open_result(path: Path) -> NamedResult:
 
 def protocol_differences(first: EvaluationResult, second: EvaluationResult) -> list[Difference]:
     """The entries of two protocols that differ, in the order of their names."""
-    entries = [dict(_flat(result.protocol)) for result in (first, second)]
+    entries = [{name: json.dumps(value) for name, value in flattened(result.protocol)} for result in (first, second)]
     names = sorted(entries[0].keys() | entries[1].keys())
     values = [(name, *(entry.get(name, _NOT_THERE) for entry in entries)) for name in names]
     return [Difference(name, *_shortened(one, other)) for name, one, other in values if one != other]
@@ -90,14 +90,6 @@ def format_comparison(first: NamedResult, second: NamedResult) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value)
 
 
 def _shortened(one: str, other: str) -> tuple[str, str]:

@@ -79,6 +79,8 @@ def read_run(run_directory: Path) -> RunRecord:
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{config_file} is not valid JSON ({error}); copy the run again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} is not a configuration ({config!r}); copy the run again")
     tables = sorted(
         (run_directory / "embeddings").glob("step-*.npz"),
         key=lambda path: int(path.stem.split("-")[1]),

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks_alike(trained: tuple[Path, Ru
         "no table": ({"path": tmp_path / "no table" / checkpoint.name}, ["is not a table of classes (", "copy"]),
         "a folder": ({"path": tmp_path / "nothing"}, ["or an export at", "found a folder without any of their files"]),
         "no folder": ({"path": tmp_path / "not there"}, ["or an export at", "found no folder"]),
-        "no checkpoint": ({"path": tmp_path / "run"}, ["expected a whole checkpoint in", "train that run first"]),
+        "no checkpoint": ({"path": tmp_path / "run"}, ["expected a whole checkpoint in", "train the run first"]),
         "itself": ({"name": "seven"}, ["lies in the folder of this very run"]),
     }
     ranks = run_ranks(refusals, 2, root, {case: changes for case, (changes, _) in cases.items()}, timeout=90)

@@ -234,7 +234,9 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
     with pytest.raises(ValueError, match=r"embeddings.npy cannot be read: No such file"):
         open_embeddings(out)
     (out / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"expected dist-proxygml-embeddings of version 1 at .*found a folder without"):
+    with pytest.raises(
+        ValueError, match=r"expected dist-proxygml-embeddings of version 1 at .*damaged manifest.json; write"
+    ):
         open_embeddings(out)
 
 

@@ -22,6 +22,7 @@ from dist_proxygml.data.sources import open_source
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.embedder import choose_device, model_difference
 from dist_proxygml.evaluation.embed import embed
+from dist_proxygml.export_folder import export
 from dist_proxygml.parallel import single_process
 from dist_proxygml.trained import BACKBONE_FILE
 from tests.trained_runs import write_finished_run
@@ -172,6 +173,37 @@ def test_a_model_that_is_not_there_or_diverged_is_refused(run: Path, tmp_path: P
     (export / "export.json").write_text(json.dumps(about | {"preprocessing": {"name": "rezise", "size": 3}}))
     with pytest.raises(ValueError, match=r"export.json does not describe a backbone and its preprocessing"):
         Embedder.from_run(export)
+
+
+def test_a_configuration_that_was_edited_after_the_training_is_refused(tmp_path: Path) -> None:
+    run = write_finished_run(tmp_path)
+    settings = json.loads((run / "config.json").read_text())
+    size, width = settings["data"]["test_transform"]["size"], settings["backbone"]["options"]["width"]
+    settings["data"]["test_transform"]["size"] = size + 8
+    settings["data"]["num_workers"] = 7  # is free
+    (run / "config.json").write_text(json.dumps(settings))
+    expected = rf"config.json is not what .*step-000030 was trained with: expected data.test_transform.size {size}, got"
+    with pytest.raises(ValueError, match=expected):
+        Embedder.from_run(run)
+    settings["data"]["test_transform"]["size"] = size
+    settings["backbone"]["options"]["width"] = width + 1
+    (run / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"expected backbone.options.width {width}, got {width + 1}; restore that"):
+        export(run, tmp_path / "export")
+    settings["backbone"]["options"]["width"] = width
+    (run / "config.json").write_text(json.dumps(settings))
+    Embedder.from_run(run)
+
+
+def test_checkpoints_that_are_all_damaged_are_not_called_missing(tmp_path: Path) -> None:
+    run = write_finished_run(tmp_path)
+    weights = run / "checkpoints" / "step-000030" / BACKBONE_FILE
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(ValueError, match=r"found damaged ones only: .*-000030"),
+    ):
+        Embedder.from_run(run)
 
 
 def test_a_device_is_chosen_or_refused() -> None:

@@ -146,6 +146,22 @@ def test_what_is_saved_comes_back_the_same(index: Index, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
 
 
+def test_an_index_of_other_rows_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+    Index.build(ROWS[:50], NAMES[:50]).save(tmp_path / "i")
+    path = tmp_path / "i" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("num_rows", "embedding_dim"):
+        path.write_text(json.dumps(manifest | {name: 3}))
+        with pytest.raises(ValueError, match=r"i is damaged: rows \[50, .*\] for 50 ids, expected .*3.*; build it"):
+            Index.load(tmp_path / "i")
+
+
+@pytest.mark.parametrize("recall", [0, 1.5, float("nan")])
+def test_a_recall_that_no_search_can_have_is_refused(recall: float) -> None:
+    with pytest.raises(ValueError, match="expected a target_recall above 0 and at most 1"):
+        Index.build(ROWS[:50], NAMES[:50], kind="ivf", target_recall=recall)
+
+
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     Index.build(ROWS[:50], NAMES[:50]).save(tmp_path / "i")
     for name in ("index.faiss", "ids.jsonl"):
@@ -160,7 +176,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected dist-proxygml-search-index at .*none, found no such folder; build"):
         Index.load(tmp_path / "none")
     (tmp_path / "i" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="found a folder without its manifest; build it"):
+    with pytest.raises(ValueError, match=r"found a folder without manifest.json; build it"):
         Index.load(tmp_path / "i")
 
 

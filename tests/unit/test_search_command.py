@@ -111,9 +111,9 @@ def test_nothing_found_is_said_with_the_nearest(place: Place, capsys: pytest.Cap
     result = Index.load(place.index).search(Embedder.from_run(place.run).embed(stranger), 2)
     between = float(result.scores[0].mean())
     capsys.readouterr()
-    assert searched(place, stranger, "--min-score", 2, "--html", stranger.with_suffix(".html")) == 0
+    assert searched(place, stranger, "--min-score", 1, "--html", stranger.with_suffix(".html")) == 0
     name, score = result.ids[0][0], result.scores[0, 0]
-    sentence = f"{stranger}: nothing with a score of 2.0 or more; the nearest is {name} with {score:.4f}"
+    sentence = f"{stranger}: nothing with a score of 1.0 or more; the nearest is {name} with {score:.4f}"
     assert capsys.readouterr().out == f"{sentence}\n"
     assert sentence in Page(stranger.with_suffix(".html")).text
     assert searched(place, stranger, "--min-score", between) == 0
@@ -123,8 +123,27 @@ def test_nothing_found_is_said_with_the_nearest(place: Place, capsys: pytest.Cap
         assert searched(place, stranger, "--html", no_page) == 2
         assert f"got {no_page}; name a file like found.html" in capsys.readouterr().err
         assert place.path(0).read_bytes() == before
-    assert searched(place, stranger, "--min-score", 2, "--json") == 0
+    assert searched(place, stranger, "--min-score", 1, "--json") == 0
     assert json.loads(capsys.readouterr().out)["queries"][0]["matches"] == []
+
+
+def test_a_name_takes_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    query = place.photos.parent / "one\ntwo\x1b[31m.png"
+    shutil.copy(place.path(0), query)
+    capsys.readouterr()
+    assert searched(place, query, "-k", 2) == 0
+    first, *matches = capsys.readouterr().out.splitlines()
+    assert first.endswith(r"one\ntwo\x1b[31m.png")
+    assert len(matches) == 2
+
+
+@pytest.mark.parametrize("score", ["nan", "5", "-1.5", "much"])
+def test_a_score_that_no_image_can_have_is_refused(
+    place: Place, score: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        searched(place, place.path(0), f"--min-score={score}")
+    assert f"expected a number from -1 to 1, got '{score}'" in capsys.readouterr().err
 
 
 def test_a_page_stands_alone(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

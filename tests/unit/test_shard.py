@@ -28,6 +28,15 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
+def test_shards_do_not_go_into_the_folder_of_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+    given = ["build", "imagefolder", "--root", str(tmp_path / "images"), "--out", str(tmp_path / "link")]
+    assert main(given) == 2
+    assert "expected another folder for the shards than that of the images" in capsys.readouterr().err
+    assert list((tmp_path / "images").iterdir()) == []
+
+
 def test_indexing_again_gives_the_same_index(tmp_path: Path) -> None:
     build_shards(small_dataset(), tmp_path, samples_per_shard=5, quiet=True)
     before = {split: open_index(tmp_path, split) for split in ("train", "test")}
