@@ -44,7 +44,9 @@ TESTS_ALONE := $(addprefix tests/integration/test_,kills.py slurm.py sweep.py)
 test: $(STAMP) ## run all tests
 	@status=0; \
 	$(BIN)/python -m pytest -n $(NUM_TESTERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(TESTS_ALONE:%=--ignore=%) || status=$$?; \
+	if [ $$status -eq 2 ]; then exit 2; fi; \
 	$(BIN)/python -m pytest $(TESTS_ALONE) tests/gpu || status=$$?; \
+	if [ $$status -ne 0 ]; then echo "make test: tests failed, see above"; fi; \
 	exit $$status
 
 soak: $(STAMP) ## kill a training run at every point and 60 times at random, and compare (5 minutes)

@@ -107,7 +107,7 @@ class EmbeddingWriter:
     """
 
     def __init__(self, out: Path, *, plan: dict[str, Any], embedding_dim: int, overwrite: bool = False) -> None:
-        self.out = out.absolute()
+        self.out = out.resolve()  # a link stays one
         check_is_free(self.out, KIND, overwrite=overwrite)
         self._partial = partial_path(self.out)
         try:
@@ -170,8 +170,6 @@ class EmbeddingWriter:
         with open(self._partial / ROWS_FILE, "r+b") as stream:
             stream.write(_header(self.num_rows, self._dim))
         check_rows(np.load(self._partial / ROWS_FILE, mmap_mode="r"), read_records(self._partial / IDS_FILE))
-        for name in (_PLAN_FILE, _JOURNAL_FILE):
-            (self._partial / name).unlink()
         about = {
             "num_rows": self.num_rows,
             "embedding_dim": self._dim,
@@ -179,7 +177,7 @@ class EmbeddingWriter:
             **about,
             "left_out": [damage._asdict() for damage in self.left_out],
         }
-        manifest = seal(self._partial, self.out, KIND, about=about)
+        manifest = seal(self._partial, self.out, KIND, about=about, notes=(_PLAN_FILE, _JOURNAL_FILE))
         Path(self._lock.name).unlink(missing_ok=True)
         return manifest
 

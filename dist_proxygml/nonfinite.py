@@ -1,11 +1,12 @@
 """Steps that were left out because something was NaN or infinite: what is told of them, and how many are put up with.
 
-One such step costs one step. Several in a row mean that the parameters themselves lead there: the run goes back to the
-parameters of its last checkpoint, and on to images that it has not seen yet. When that has not helped several times it
-ends, with status 65: to start it again would not help either.
+One such step costs one step. Several in a row, or more than one in a hundred, mean that the parameters themselves lead
+there: the run goes back to the parameters of its last checkpoint, and on to images that it has not seen yet. When that
+has not helped several times it ends, with status 65: to start it again would not help either.
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from dist_proxygml.parallel import ParallelContext, everyone, on_main
 
 NON_FINITE_FILE = "nonfinite.jsonl"
 _NUM_NAMED = 3
+_WINDOW = 1000  # steps, of which one in a hundred may be left out
+_MOST_IN_WINDOW = _WINDOW // 100
 
 
 class NonFiniteLog:
@@ -30,17 +33,23 @@ class NonFiniteLog:
         self.path = path
         self.num_in_row = 0
         self.num_rollbacks = 0
+        self._recent: deque[int] = deque(maxlen=_MOST_IN_WINDOW + 1)  # steps that were left out
         self._max_in_row, self._max_rollbacks = max_in_row, max_rollbacks
         self._context = context
 
     @property
     def is_full(self) -> bool:
-        """Whether so many steps in a row were left out that the run is to go back."""
-        return self.num_in_row >= self._max_in_row
+        """Whether so many steps were left out, in a row or of the last thousand, that the run is to go back."""
+        return self.num_in_row >= self._max_in_row or self._are_too_many
+
+    @property
+    def _are_too_many(self) -> bool:
+        return len(self._recent) > _MOST_IN_WINDOW and self._recent[-1] - self._recent[0] < _WINDOW
 
     def add(self, step: int, reason: str, images: Sequence[str]) -> str:
         """Take in a step that was left out, with the images of this rank that are suspected; returns what to tell."""
         self.num_in_row += 1
+        self._recent.append(step)
         suspects = {rank: list(named) for rank, named in enumerate(everyone(self._context, images)) if named}
         line = {"step": step, "reason": reason, "images": suspects}
         on_main(self._context, self._write, line)
@@ -55,7 +64,8 @@ class NonFiniteLog:
         Raises:
             NonFiniteError: it has gone back often enough, or there is no checkpoint.
         """
-        what = f"{self.num_in_row} steps up to step {step} came out as NaN or infinite, see {self.path}"
+        num_left_out = len(self._recent) if self._are_too_many else self.num_in_row
+        what = f"{num_left_out} steps up to step {step} came out as NaN or infinite, see {self.path}"
         remedy = "lower the learning rates, warm up for longer, or clip gradients"
         if checkpoint is None:
             raise NonFiniteError(f"{what}; there is no checkpoint yet to go back to; {remedy}")
@@ -63,6 +73,7 @@ class NonFiniteLog:
             raise NonFiniteError(f"{what}; going back {self.num_rollbacks} times has not helped; {remedy}")
         self.num_rollbacks += 1
         self.num_in_row = 0
+        self._recent.clear()
         on_main(self._context, self._write, {"step": step, "back_to": checkpoint.name})
         return f"{what}: back to the parameters of {checkpoint}, and on with the images that follow"
 

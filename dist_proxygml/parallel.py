@@ -7,6 +7,7 @@ that takes a group accepts None, so the library runs without a process group as 
 import argparse
 import atexit
 import contextlib
+import errno
 import os
 import sys
 import threading
@@ -25,7 +26,7 @@ from dist_proxygml.slurm import process_variables
 
 T = TypeVar("T")
 
-_SECONDS_BETWEEN_SIGNS = 60.0  # far below the time-out of a collective
+_SECONDS_BETWEEN_SIGNS = 15.0  # far below the time-out of a collective
 
 
 class OneRankError(ValueError):
@@ -116,9 +117,12 @@ def run_together(context: ParallelContext, function: Callable[..., T], *args: ob
     return result  # type: ignore[return-value]
 
 
-def run_long(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
+def run_long(
+    context: ParallelContext, function: Callable[..., T], *args: object, meanwhile: Callable[[], object] | None = None
+) -> T:
     """As `run_together`, for what may take one rank hours: no rank may wait for another longer than a collective's
-    time-out, so the function has a thread of its own, and meanwhile the ranks tell each other that they are there.
+    time-out, so the function has a thread of its own, and meanwhile the ranks tell each other that they are there, and
+    call `meanwhile`, which may use collectives and raise.
     """
     future: Future[T] = Future()
 
@@ -130,7 +134,8 @@ def run_long(context: ParallelContext, function: Callable[..., T], *args: object
 
     threading.Thread(target=work, name="work", daemon=True).start()  # left behind when a peer has gone
     while not all(everyone(context, bool(wait([future], timeout=_SECONDS_BETWEEN_SIGNS).done))):
-        pass
+        if meanwhile is not None:
+            meanwhile()
     return run_together(context, future.result)
 
 
@@ -185,6 +190,10 @@ def _run(main: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return int(getattr(error, "status", 2))
     except Exception as ending:
+        if isinstance(ending, OSError) and ending.errno in (errno.ENOSPC, errno.EDQUOT):
+            told = f"error: {ending} (on rank {os.environ.get('RANK', '0')}); make room and start the run again"
+            print(told, file=sys.stderr, flush=True)
+            return 2
         if not hasattr(ending, "status"):
             raise
         status = int(ending.status)  # whoever raised it has said why

@@ -68,7 +68,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def publish_folder(partial: Path, final: Path) -> None:
     """Rename, with what was there out of the way but not gone before that is done."""
-    replaced = final.with_name(f".{final.name}.replaced")
+    replaced = replaced_path(final)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
@@ -83,6 +83,18 @@ def publish_folder(partial: Path, final: Path) -> None:
             os.rename(replaced, final)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back(final: Path) -> None:
+    """What `final` was, where who published it was killed between taking it away and putting the new one there."""
+    replaced = replaced_path(final)
+    if replaced.is_dir() and not final.exists():
+        os.rename(replaced, final)
+
+
+def replaced_path(final: Path) -> Path:
+    """Where what was at `final` waits until something else is there."""
+    return final.with_name(f".{final.name}.replaced")
 
 
 def file_problems(directory: Path, files: Mapping[str, Mapping[str, Any]], *, deep: bool = True) -> list[str]:

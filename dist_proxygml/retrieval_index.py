@@ -182,7 +182,7 @@ class Index:
         Raises:
             ValueError: the place is in use.
         """
-        out = Path(path).absolute()
+        out = Path(path).resolve()  # a link stays one
         check_is_free(out, KIND, overwrite=overwrite)
         partial = partial_path(out)
         try:

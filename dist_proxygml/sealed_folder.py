@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_proxygml.data.shards import publish
-from dist_proxygml.published_folder import file_problems, files_below, flush, hash_files, publish_folder
+from dist_proxygml.published_folder import (
+    file_problems,
+    files_below,
+    flush,
+    hash_files,
+    publish_folder,
+    put_back,
+    replaced_path,
+)
 
 _VERSION = 1
 _NUM_SHOWN = 3
@@ -44,9 +52,12 @@ def check_is_free(out: Path, kind: SealedKind, *, overwrite: bool) -> None:
     Raises:
         ValueError: saying what is there.
     """
+    put_back(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     manifest = _read_manifest(out, kind)
+    if not manifest and (out / kind.manifest_file).is_file():
+        raise ValueError(f"expected nothing at {out}, found a damaged {kind.manifest_file}; remove it, or name another")
     if manifest.get("kind") != kind.name:
         raise ValueError(
             f"expected nothing or an earlier {kind.name} at {out}, found something else; name another folder"
@@ -63,9 +74,13 @@ def check_is_free(out: Path, kind: SealedKind, *, overwrite: bool) -> None:
         )
 
 
-def seal(partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest of the files in `partial` and publish the folder as `out`; returns the manifest."""
-    names = files_below(partial)
+def seal(
+    partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any], notes: Collection[str] = ()
+) -> dict[str, Any]:
+    """Write the manifest of the files in `partial` and publish the folder as `out`; returns the manifest. `notes` are
+    files that only an interrupted writer needs: they go last.
+    """
+    names = [name for name in files_below(partial) if name not in (kind.manifest_file, *notes)]
     for name in names:
         flush(partial / name)
     packages = ("dist_proxygml", "torch", "numpy")
@@ -79,6 +94,8 @@ def seal(partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any]
     assert _missing_entry(manifest, kind) is None
     with publish(partial / kind.manifest_file) as stream:
         stream.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode("utf-8") + b"\n")
+    for name in notes:
+        (partial / name).unlink()
     publish_folder(partial, out)
     return manifest
 
@@ -90,7 +107,9 @@ def open_sealed(path: Path, kind: SealedKind) -> dict[str, Any]:
         ValueError: there is no such folder, it is of another kind, or a file differs; it ends with the remedy.
     """
     if not path.is_dir():
-        raise ValueError(f"expected {kind.name} at {path}, found no such folder; {kind.remedy}")
+        earlier = replaced_path(path)
+        hint = f"; an earlier one, which was about to be replaced, is {earlier}" if earlier.is_dir() else ""
+        raise ValueError(f"expected {kind.name} at {path}, found no such folder{hint}; {kind.remedy}")
     manifest = _read_manifest(path, kind)
     if (manifest.get("kind"), manifest.get("version")) != (kind.name, _VERSION):
         is_there = (path / kind.manifest_file).exists()

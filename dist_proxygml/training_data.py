@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_proxygml.checkpoint_folder import read_state
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.pipeline import BatchLoader, ImageCache, build_order, build_train_loader
@@ -146,19 +147,28 @@ def open_training_data(config: Config) -> TrainingData:
     return TrainingData(config, trained, validation)
 
 
-def open_validation(config: Config) -> ShardIndex:
-    """The classes that the configuration holds out.
+def open_validation(config: Config, checkpoint: Path) -> ShardIndex:
+    """The classes that a run held out while it trained a checkpoint.
 
     Raises:
-        ValueError: it holds none out; or as `open_training_data`.
+        ValueError: it held none out, or not those that these shards and settings give; or as `open_training_data`.
     """
-    validation = None if config.data.validation_classes is None else open_training_data(config).validation
-    if validation is None:
+    trained_with = read_state(checkpoint).settings
+    if trained_with.get("data.validation_classes") is None:
         raise ValueError(
             f"expected validation classes in run {config.name!r}, found none; train one with data.validation_classes, "
             "or evaluate another split"
         )
-    return validation
+    data = open_training_data(config)
+    found = {**data.identity(), "seed": config.seed, "data.validation_classes": config.data.validation_classes}
+    differing = [name for name, value in found.items() if trained_with.get(name) != value]
+    if differing or data.validation is None:
+        what = ", ".join(differing)
+        raise ValueError(
+            f"expected the validation classes that {checkpoint} was trained without, got others ({what} differ); point "
+            "data.shards at the shards it was trained with, and leave its settings as they were"
+        )
+    return data.validation
 
 
 def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex]:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from dist_proxygml.preemption import STOPPED_STATUS
 
+_SECONDS_TO_TELL = 10.0
+
 
 class Watchdog:
     """Ends this process when `timeout` seconds go by without a `beat`, from the first one on, except while paused.
@@ -77,6 +79,10 @@ class Watchdog:
             f"doing follows and stands in {self._report}; start the run again to go on from its newest checkpoint, or "
             "raise training.step_timeout\n"
         )
+        # What hangs may be the file system that stderr and the report lie on.
+        last_word = threading.Timer(_SECONDS_TO_TELL, os._exit, (STOPPED_STATUS,))
+        last_word.daemon = True
+        last_word.start()
         sys.stderr.write(message)
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr)

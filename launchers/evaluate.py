@@ -85,7 +85,7 @@ def main() -> None:
         instead = on_main(context, found_instead, checkpoints)
         raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
     if arguments.validation:
-        index = run_together(context, open_validation, config)
+        index = run_together(context, open_validation, config, checkpoint)
     else:
         index = run_together(context, lambda: open_split(config, config.data.test_split, shards=arguments.data))
     model = run_together(context, build_evaluation_model, config)
@@ -94,7 +94,8 @@ def main() -> None:
     damage_file = arguments.run / DAMAGE_FILE
     damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None
-    name = checkpoint.name + what_is_other(config, load_config(arguments.run / "config.json"), shards=arguments.data)
+    own = load_config(arguments.run / "config.json")
+    name = checkpoint.name + what_is_other(config, own, shards=arguments.data, digest=index.sha256)
     if arguments.validation:
         name = f"validation-{name}"
     blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
@@ -150,15 +151,21 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
 
 
-def what_is_other(config: Config, own: Config, *, shards: str | None) -> str:
+def what_is_other(config: Config, own: Config, *, shards: str | None, digest: str) -> str:
     """What to add to a checkpoint's name, so that a result is not stored in place of one that measured something else;
     nothing where this is what the run itself measures.
+
+    Args:
+        config: what is measured.
+        own: the run's own configuration.
+        shards: others than the run's, if there are any.
+        digest: the sha256 of their index.
     """
     settings, own_settings = what_numbers_depend_on(config), what_numbers_depend_on(own)
     if shards is None and settings == own_settings:
         return ""
     wanted = config.evaluation
-    parts = ["on", Path(shards or config.data.shards).name, config.data.test_split]
+    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else []), config.data.test_split]
     parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
     parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
     for said in (settings, own_settings):

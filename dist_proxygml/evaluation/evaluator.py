@@ -201,7 +201,7 @@ def evaluate(
         say: takes lines for people; give it on one rank.
 
     Raises:
-        StopRequested: on every rank: a rank was told to stop while images were embedded.
+        StopRequested: on every rank: a rank was told to stop while images were embedded or clustered.
         ValueError: on every rank: a damaged image or too many, no usable faiss, embeddings that are zero or not
             finite, a `recall_at` the split cannot give, no query with a right answer, or not the protocol's images.
     """
@@ -248,7 +248,16 @@ def evaluate(
         "weights": sorted({str(parameter.dtype) for parameter in model.parameters()}),
     }
     roles = None if gallery is None else Roles(table.ids < index.num_samples, table.ids >= index.num_samples)
-    result = evaluate_table(table, context=context, settings=settings, options=options, roles=roles, data=data, say=say)
+    result = evaluate_table(
+        table,
+        context=context,
+        settings=settings,
+        options=options,
+        roles=roles,
+        data=data,
+        signals=signals,
+        say=say,
+    )
     return dataclasses.replace(result, num_damaged=len(left_out))
 
 
@@ -260,6 +269,7 @@ def evaluate_table(
     options: SearchOptions | None = None,
     roles: Roles | None = None,
     data: Mapping[str, Any] | None = None,
+    signals: StopSignals | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> EvaluationResult:
     """The metrics of embeddings that every rank holds. Called on all ranks; returns the same result
@@ -272,9 +282,11 @@ def evaluate_table(
         options: how to search; no number depends on it.
         roles: which images ask and which are searched; None: all do both.
         data: where the embeddings come from, for the record.
+        signals: requests to stop that this process receives.
         say: takes lines for people; give it on one rank.
 
     Raises:
+        StopRequested: on every rank: a rank was told to stop while points were clustered.
         ValueError: on every rank: no usable faiss, a `recall_at` the split cannot give, rows that are not of unit
             length, or no query with a right answer.
     """
@@ -300,16 +312,23 @@ def evaluate_table(
     )
     measured, bounds = _retrieval_metrics(found, labels_n, settings)
 
+    def agree() -> None:
+        if signals is not None:
+            signals.agree(context)
+
     # 2. Clustering: each seed on one rank, its numbers on all of them.
     if settings.kmeans_seeds:
-        clusterings = _clusterings(table, context=context, settings=settings)
+        clusterings = _clusterings(table, context=context, settings=settings, meanwhile=agree)
         for name, values in zip(CLUSTERING_METRICS, clusterings, strict=True):
             measured[name] = statistics.fmean(values)
             measured[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
 
     # 3. What the published evaluation would say.
     if settings.legacy_proxygml:
-        measured |= _legacy_metrics(found, table, num_queries=int(is_query_n.sum()), context=context, settings=settings)
+        num_queries = int(is_query_n.sum())
+        measured |= _legacy_metrics(
+            found, table, num_queries=num_queries, context=context, settings=settings, meanwhile=agree
+        )
 
     counts = {
         "images": len(labels_n),
@@ -347,7 +366,9 @@ def _retrieval_metrics(
     return wanted, bounds
 
 
-def _clusterings(table: EmbeddingTable, *, context: ParallelContext, settings: Settings) -> tuple[list[float], ...]:
+def _clusterings(
+    table: EmbeddingTable, *, context: ParallelContext, settings: Settings, meanwhile: Callable[[], object]
+) -> tuple[list[float], ...]:
     """NMI, AMI and F1 of each seed, in the order of the seeds; rank r computes seeds r, r + W, ... Called on all
     ranks.
     """
@@ -367,13 +388,19 @@ def _clusterings(table: EmbeddingTable, *, context: ParallelContext, settings: S
             )
         return of_own_seeds
 
-    local = run_long(context, measure)
+    local = run_long(context, measure, meanwhile=meanwhile)
     of_seed = {seed: numbers for part in everyone(context, local) for seed, numbers in part.items()}
     return tuple(list(values) for values in zip(*(of_seed[seed] for seed in settings.kmeans_seeds), strict=True))
 
 
 def _legacy_metrics(
-    found: Retrieval, table: EmbeddingTable, *, num_queries: int, context: ParallelContext, settings: Settings
+    found: Retrieval,
+    table: EmbeddingTable,
+    *,
+    num_queries: int,
+    context: ParallelContext,
+    settings: Settings,
+    meanwhile: Callable[[], object],
 ) -> dict[str, float]:
     """What the authors' evaluation of this protocol gives. Called on all ranks."""
     first_rank = found.first_column_dropped if _drops_first_column(settings) else found.exact.first_rank
@@ -381,7 +408,7 @@ def _legacy_metrics(
     measured = {f"legacy_recall@{k}": int((first_rank <= k).sum()) / num_queries for k in settings.recall_at}
     if settings.kmeans_seeds:
         is_last = context.rank == context.world_size - 1  # it has the fewest seeds
-        nmi = run_long(context, lambda: _legacy_nmi(table, settings) if is_last else None)
+        nmi = run_long(context, lambda: _legacy_nmi(table, settings) if is_last else None, meanwhile=meanwhile)
         measured["legacy_nmi"] = next(value for value in everyone(context, nmi) if value is not None)
     return measured
 

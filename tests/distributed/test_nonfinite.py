@@ -141,6 +141,19 @@ def test_all_ranks_leave_out_a_step_that_is_nan_on_one(
         assert last["suspects"] != []
 
 
+@pytest.mark.parametrize(("every", "is_full"), [(2, True), (99, True), (101, False)])
+def test_more_than_one_step_in_a_hundred_is_too_many_in_a_row_or_not(tmp_path: Path, every: int, is_full: bool) -> None:
+    log = NonFiniteLog(tmp_path / "nonfinite.jsonl", max_in_row=3, max_rollbacks=1, context=single_process())
+    for number in range(11):
+        assert not log.is_full
+        log.num_in_row = 0  # there were steps that were applied
+        log.add(7 + every * number, "a reason", [])
+    assert log.is_full == is_full
+    if is_full:
+        assert log.roll_back(2000, Path("runs/a/step-000005")).startswith("11 steps up to step 2000 came out as NaN")
+        assert not log.is_full
+
+
 def test_a_log_goes_back_after_so_many_steps_in_a_row_and_ends_after_so_many_times(tmp_path: Path) -> None:
     log = NonFiniteLog(tmp_path / "nonfinite.jsonl", max_in_row=2, max_rollbacks=1, context=single_process())
     told = log.add(7, "a reason", ["a", "b", "c", "d"])

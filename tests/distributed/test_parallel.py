@@ -1,6 +1,7 @@
 """Ranks fail together, and only then; none waits for another longer than a collective may."""
 
 import argparse
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import pytest
 
 from dist_proxygml import parallel
 from dist_proxygml.parallel import ParallelContext, everyone, parse_arguments, run_long, run_together, single_process
+from dist_proxygml.preemption import StopRequested
 from tests.harness import run_ranks
 
 
@@ -78,6 +80,25 @@ def test_while_one_rank_works_the_others_hear_of_it(failing: list[int]) -> None:
     assert told[0][1] == told[1][1] > 5
 
 
+def stop_meanwhile(context: ParallelContext) -> str:
+    parallel._SECONDS_BETWEEN_SIGNS = 0.05
+    signs: list[int] = []
+
+    def meanwhile() -> None:
+        signs.append(len(signs))
+        if len(signs) == 3:
+            raise StopRequested({0: signal.SIGTERM})
+
+    try:
+        return run_long(context, threading.Event().wait, meanwhile=meanwhile) and "done"
+    except StopRequested:
+        return f"stopped after {len(signs)} signs"
+
+
+def test_ranks_may_stop_while_the_work_goes_on() -> None:
+    assert run_ranks(stop_meanwhile, 2) == ["stopped after 3 signs"] * 2
+
+
 def ranks_seen(context: ParallelContext) -> list[int]:
     return everyone(context, context.rank)
 
@@ -116,6 +137,8 @@ run_launcher(main)
         ("raise OneRankError('no GPU')", 2, "error: no GPU\n"),
         ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
         ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n"),
+        ("raise OSError(28, 'No space left on device')", 2, "(on rank 0); make room and start the run again\n"),
+        ("raise OSError(5, 'Input/output error')", 1, "OSError: [Errno 5] Input/output error\n"),
     ],
 )
 def test_a_launcher_leaves_with_a_sure_status_before_the_interpreter_ends(

@@ -198,8 +198,14 @@ def test_the_validation_classes_are_evaluated_again_with_the_same_numbers(
     refused = evaluate("--validation", "--split", "test")
     assert refused.returncode == 2
     assert "expected --validation without --split" in refused.stderr
-    with pytest.raises(ValueError, match="expected validation classes in run 'all', found none"):
-        open_validation(configuration(root, name="all", data={"validation_classes": None}))
+    (checkpoint,) = sorted((run / "checkpoints").glob("step-*"))[-1:]
+    others = (configuration(root, data={"validation_classes": 2}), configuration(root, seed=1))
+    for config, name in zip(others, ("class table", "seed"), strict=True):
+        with pytest.raises(ValueError, match=rf"trained without, got others \(.*{name}.* differ\); point data.shards"):
+            open_validation(config, checkpoint)
+    (checkpoint,) = (root / "runs" / "all" / "checkpoints").glob("step-*")
+    with pytest.raises(ValueError, match="expected validation classes in run 'held-out', found none"):
+        open_validation(configuration(root), checkpoint)
 
 
 def train_without_telling(context: ParallelContext, config: Config) -> None:

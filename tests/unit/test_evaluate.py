@@ -85,8 +85,8 @@ def test_a_way_to_search_changes_no_number_and_anything_else_may() -> None:
         ([], ["evaluation.search=counter", "data.num_workers=3"], ""),
         (["--split", "train"], [], "-on-sop-train"),
         (["--split", "q", "--gallery-split", "g"], [], "-on-sop-q-in-g"),
-        (["--data", "elsewhere/cub"], [], "-on-cub-test"),
-        (["--data", "elsewhere/sop", "--protocol", "sop"], [], "-on-sop-test-as-sop"),
+        (["--data", "elsewhere/cub"], [], "-on-cub-0123abcd-test"),
+        (["--data", "elsewhere/sop", "--protocol", "sop"], [], "-on-sop-0123abcd-test-as-sop"),
         ([], ["data.test_transform.size=256"], r"-on-sop-test-as-sop-with-[0-9a-f]{8}"),
         (["--protocol", "inshop"], [], r"-on-sop-query-in-gallery-as-inshop-with-[0-9a-f]{8}"),  # other K
     ],
@@ -99,7 +99,7 @@ def test_a_result_that_measured_something_else_has_a_name_of_its_own(
     path.write_text(own.model_dump_json())
     given = build_parser().parse_args(["--run", "runs/any", *arguments])
     config = load_config(path, [*overrides(given), *settings])
-    found = what_is_other(config, load_config(path), shards=given.data)
+    found = what_is_other(config, load_config(path), shards=given.data, digest="0123abcd4567")
     assert re.fullmatch(expected, found), found
 
 
@@ -107,7 +107,7 @@ def test_other_settings_have_other_names() -> None:
     own = load_config(ROOT / "configs" / "sop_8gpu.json")
     changes = (["evaluation.kmeans_seeds=1"], ["evaluation.kmeans_seeds=2"], ["data.test_transform.size=256"])
     others = [load_config(ROOT / "configs" / "sop_8gpu.json", change) for change in changes]
-    assert len({what_is_other(other, own, shards=None) for other in others}) == 3
+    assert len({what_is_other(other, own, shards=None, digest="") for other in others}) == 3
 
 
 def test_the_help_has_examples() -> None:

@@ -47,6 +47,20 @@ def test_a_step_that_does_not_end_ends_the_process_and_shows_where_it_was(tmp_pa
 
 
 @pytest.mark.timeout(60)
+def test_a_file_system_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    report = tmp_path / "nobody-reads-this"
+    os.mkfifo(report)
+    program = HANGING.replace(
+        "watchdog.beat()", "import dist_proxygml.watchdog as w; w._SECONDS_TO_TELL = 0.5; watchdog.beat()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(report)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40, check=False)
+    assert done.returncode == 75
+    assert "in step_that_never_ends" in done.stderr
+
+
+@pytest.mark.timeout(60)
 def test_beats_and_pauses_put_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bitten = threading.Event()
     monkeypatch.setattr(Watchdog, "_bite", lambda self: bitten.set())
