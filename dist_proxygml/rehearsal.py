@@ -9,6 +9,7 @@ Declined: extrapolating to another number of ranks. Start it under deepspeed to 
 """
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Rehearsal:
         dim = config.backbone.embedding_dim
         search = num_images * num_images * dim / self.world_size
         clusters = config.num_classes  # about as many as are tested, in every published split
-        kmeans = config.evaluation.kmeans_seeds * _KMEANS_ITERATIONS * num_images * clusters * dim / self.world_size
+        seeds_of_a_rank = math.ceil(config.evaluation.kmeans_seeds / self.world_size)  # a seed is not divided
+        kmeans = seeds_of_a_rank * _KMEANS_ITERATIONS * num_images * clusters * dim
         return num_images * self.seconds_per_test_image + (search + kmeans) * self.seconds_per_multiplication
 
     def describe(self, config: Config, plan: RunPlan) -> str:

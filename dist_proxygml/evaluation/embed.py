@@ -222,7 +222,7 @@ def check_table(
     }
     for problem, (bad_n, remedy) in unusable.items():
         if bad_n.any():
-            bad = bad_n.nonzero().flatten()
+            bad = table.ids[bad_n]  # other numbers than those of the rows, where images were left out
             first = "" if describe is None else f", the first is {describe(int(bad[0]))}"
             raise AgreedError(
                 f"the embeddings of {bad.numel()} of {num_samples} images are {problem} (ids "

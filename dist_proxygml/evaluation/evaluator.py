@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
@@ -377,7 +378,9 @@ def _clusterings(
 
     def measure() -> dict[int, tuple[float, ...]]:
         of_own_seeds: dict[int, tuple[float, ...]] = {}
-        for seed in settings.kmeans_seeds[context.rank :: context.world_size]:
+        own_seeds = settings.kmeans_seeds[context.rank :: context.world_size]
+        hidden = None if context.is_main else True  # None: hidden unless a person looks at it
+        for seed in tqdm(own_seeds, desc="clustering", unit=" seeds", delay=5.0, disable=hidden):
             clusters_n = cluster(
                 embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
             )
@@ -514,7 +517,10 @@ def _protocol(settings: Settings, counts: Mapping[str, int], data: Mapping[str, 
         "num_clusters": "number of classes, queries and gallery together",
         "average": "arithmetic",
     }
-    versions = {name: _version(name) for name in ("dist_proxygml", "torch", "numpy", "scipy", "scikit-learn")}
+    versions = {
+        name: _version(name)
+        for name in ("dist_proxygml", "torch", "torchvision", "timm", "pillow", "numpy", "scipy", "scikit-learn")
+    }
     return {
         "format": 2,
         "name": settings.protocol,

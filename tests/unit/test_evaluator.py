@@ -19,7 +19,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation import search
-from dist_proxygml.evaluation.embed import EmbeddingTable, embed, load_table, save_table
+from dist_proxygml.evaluation.embed import EmbeddingTable, check_table, embed, load_table, save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
 from dist_proxygml.evaluation.retrieval import SearchOptions, choose_placement
 from dist_proxygml.parallel import single_process
@@ -317,6 +317,14 @@ def test_unusable_embeddings_are_refused_with_the_ids_of_their_images(
         match=rf"2 of 37 images are {problem} \(ids 11, 36, the first is .*test-000000.tar",
     ):
         evaluated(Spoiling(), index)
+
+
+def test_an_unusable_embedding_is_named_by_its_image_where_others_were_left_out() -> None:
+    rows = torch.nn.functional.normalize(torch.ones(3, 2), dim=1)
+    rows[1] = torch.nan
+    table = EmbeddingTable(rows, torch.zeros(3, dtype=torch.int64), torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"1 of 4 images are not finite \(ids 2, the first is image 2\)"):
+        check_table(table, num_samples=4, num_left_out=1, describe=lambda number: f"image {number}")
 
 
 @pytest.mark.parametrize(
