@@ -19,8 +19,8 @@ COMPARE_EXAMPLES = """examples:
   python -m dist_proxygml.report compare runs/wide/evaluation/step-000200.json runs/wide --force
 
 A run stands for its last evaluation. Results that hold under different protocols (other images, other preparation,
-other rules) are refused with exit code 2, and what differs is printed; versions of packages and the number of images
-in a forward pass are only told of.
+other rules) are refused with exit code 2, and what differs is printed; versions of packages, the precision of the
+weights and the number of images in a forward pass are only told of.
 """
 
 
@@ -77,7 +77,7 @@ def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
         print(f"warning: {what}their numbers do not measure the same thing", file=sys.stderr)
     if small:
         listed = "; ".join(str(difference).removeprefix("versions.") for difference in small)
-        print(f"note: last digits may differ because of, A | B: {listed}", file=sys.stderr)
+        print(f"note: also different, A | B: {listed}", file=sys.stderr)
     print(format_comparison(first, second))
     return 0
 
@@ -103,7 +103,13 @@ def _write(run_directory: Path, data: str | None) -> int:
     except ValueError as error:
         if data is not None:
             raise
-        print(f"the page will have no images: {error}", file=sys.stderr)
+        earlier = run_directory / "report.html"
+        if earlier.is_file() and "data:image/" in earlier.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(
+                f"the images of {earlier} would be lost: {error}; --data says where the shards are, or move that page "
+                "away"
+            ) from None
+        print(f"the page will have no images: {error}; --data says where the shards are", file=sys.stderr)
     page = write_report(run_directory, index)
     print(format_table(run_directory))
     print(f"report: {page.resolve()}")

@@ -1,9 +1,9 @@
 """Two evaluations side by side, if they measured the same thing.
 
 Two numbers can be compared if they hold under one protocol: the same images, preparation, rules and settings. What
-differs is named entry by entry. Versions of packages and the number of images in a forward pass are told and do not
-count: they move last digits, not meanings, and a result would otherwise be comparable with nothing after any upgrade. A
-change of what a metric means has an entry of its own.
+differs is named entry by entry. Versions of packages, the number of images in a forward pass and the precision of the
+weights are told and do not count: they move numbers, not meanings, and a result would otherwise be comparable with
+nothing after any upgrade. A change of what a metric means has an entry of its own.
 """
 
 import json
@@ -14,7 +14,7 @@ from dist_proxygml.config import flattened
 from dist_proxygml.evaluation.best import read_evaluations
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 
-_LAST_DIGITS = ("versions.", "data.forward_batch_size")  # entries that move no more than these
+_NOT_OF_THE_PROTOCOL = ("versions.", "data.forward_batch_size", "data.weights")
 _NOT_THERE = "(not there)"
 _MOST_CHARACTERS = 60
 
@@ -38,8 +38,8 @@ class Difference(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether it moves last digits at most, and so does not keep two results from being compared."""
-        return self.entry.startswith(_LAST_DIGITS)
+        """Whether it does not keep two results from being compared."""
+        return self.entry.startswith(_NOT_OF_THE_PROTOCOL)
 
 
 def open_result(path: Path) -> NamedResult:

@@ -103,13 +103,15 @@ def test_of_long_values_the_difference_is_shown(tmp_path: Path, capsys: pytest.C
 
 def test_what_moves_last_digits_is_told_and_refuses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write(tmp_path / "one.json", PROTOCOL, recall_at_1=0.5)
-    protocol = changed(versions__numpy="2.1.0", data__forward_batch_size=8)
+    protocol = changed(versions__numpy="2.1.0", data__forward_batch_size=8, data__weights=["torch.bfloat16"])
     two = write(tmp_path / "two.json", protocol, recall_at_1=0.6)
     assert main(["compare", str(one), str(two)]) == 0
     out, err = capsys.readouterr()
     assert "+10.00" in out
-    reasons = 'data.forward_batch_size: 64 | 8; numpy: "2.0.0" | "2.1.0"'
-    assert err == f"note: last digits may differ because of, A | B: {reasons}\n"
+    reasons = (
+        'data.forward_batch_size: 64 | 8; data.weights: (not there) | ["torch.bfloat16"]; numpy: "2.0.0" | "2.1.0"'
+    )
+    assert err == f"note: also different, A | B: {reasons}\n"
 
 
 @pytest.mark.parametrize(

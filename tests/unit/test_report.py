@@ -446,6 +446,18 @@ def test_the_command_writes_the_page_and_prints_the_table(
     assert "--run runs/demo_cpu" in capsys.readouterr().out
 
 
+def test_a_page_with_images_is_not_replaced_by_one_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"name": "a", "data": {"shards": "nowhere"}}')
+    page = tmp_path / "report.html"
+    page.write_text('<img src="data:image/png;base64,AAAA">')
+    assert main(["--run", str(tmp_path)]) == 2
+    assert "would be lost: shard folder nowhere does not exist" in capsys.readouterr().err
+    assert "AAAA" in page.read_text()
+    page.unlink()
+    assert main(["--run", str(tmp_path)]) == 0
+    assert "--data says where the shards are" in capsys.readouterr().err
+
+
 def test_shards_that_lie_elsewhere_are_read_through_the_cache_of_the_run(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
