@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_proxygml import sealed_folder
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.embed import main
 from dist_proxygml.embedder import Embedder
@@ -161,6 +162,32 @@ def test_a_call_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     assert embedded(*options, tmp_path / "out") == 0
     assert "going on after 6 images of an interrupted call" in capsys.readouterr().err
     assert len(calls) == 6  # three before, one stopped, two after: five batches in all
+    for name in ("embeddings.npy", "ids.jsonl", "manifest.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("last", ["hash_files", "publish_folder"])
+def test_a_writer_that_is_killed_while_it_hashes_has_lost_no_embedding(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    options = ("--run", run, "--data", photos, "--batch-size", 5, "--out", tmp_path / "out")
+    assert embedded("--run", run, "--data", photos, "--batch-size", 5, "--out", tmp_path / "whole") == 0
+    calls: list[int] = []
+    real = Embedder.embed_prepared
+
+    def counted(self: Embedder, *arguments: object, **names: object) -> np.ndarray:
+        calls.append(1)
+        return real(self, *arguments, **names)  # type: ignore[arg-type]
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed_folder, last, killed)
+        assert embedded(*options) == 130
+    monkeypatch.setattr(Embedder, "embed_prepared", counted)
+    assert embedded(*options) == 0
+    assert bool(calls) == (last == "publish_folder")  # its notes had gone
     for name in ("embeddings.npy", "ids.jsonl", "manifest.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
