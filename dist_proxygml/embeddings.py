@@ -27,14 +27,14 @@ from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.published_folder import make_empty, partial_path
 from dist_proxygml.sealed_folder import SealedKind, check_is_free, open_sealed, seal
 
+ROWS_FILE = "embeddings.npy"
+IDS_FILE = "ids.jsonl"
 KIND = SealedKind(
     "dist-proxygml-embeddings",
     remedy="write it with `python -m dist_proxygml.embed`, or copy it again",
-    files=("embeddings.npy", "ids.jsonl"),
+    files=(ROWS_FILE, IDS_FILE),
     entries={"num_rows": int, "embedding_dim": int, "model": dict, "data": dict, "left_out": list},
 )
-ROWS_FILE = "embeddings.npy"
-IDS_FILE = "ids.jsonl"
 _PLAN_FILE = "plan.json"
 _JOURNAL_FILE = "done.jsonl"
 _ROWS_AT_A_TIME = 1 << 16

@@ -34,10 +34,12 @@ from dist_proxygml.evaluation.search import load_faiss
 from dist_proxygml.published_folder import make_empty, partial_path
 from dist_proxygml.sealed_folder import SealedKind, check_is_free, open_sealed, seal
 
+INDEX_FILE = "index.faiss"
+IDS_FILE = "ids.jsonl"
 KIND = SealedKind(
     "dist-proxygml-search-index",
     remedy="build it with `python -m dist_proxygml.index`, or copy it again",
-    files=("index.faiss", "ids.jsonl"),
+    files=(INDEX_FILE, IDS_FILE),
     entries={
         "index": dict,
         "num_rows": int,
@@ -47,8 +49,6 @@ KIND = SealedKind(
         "data": (dict, type(None)),
     },
 )
-INDEX_FILE = "index.faiss"
-IDS_FILE = "ids.jsonl"
 FLAT_BELOW = 50_000  # rows
 HNSW_BELOW = 500_000
 _HNSW_LINKS = 32  # M: neighbours of a node, twice as many at the bottom

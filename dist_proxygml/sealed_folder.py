@@ -19,7 +19,6 @@ from dist_proxygml.data.shards import publish
 from dist_proxygml.published_folder import (
     file_problems,
     files_below,
-    flush,
     hash_files,
     publish_folder,
     put_back,
@@ -81,8 +80,6 @@ def seal(
     files that only an interrupted writer needs: they go last.
     """
     names = [name for name in files_below(partial) if name not in (kind.manifest_file, *notes)]
-    for name in names:
-        flush(partial / name)
     packages = ("dist_proxygml", "torch", "numpy")
     manifest = {
         "kind": kind.name,
