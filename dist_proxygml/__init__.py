@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_proxygml.embedder import Embedder
-    from dist_proxygml.loss import LossTerms, ProxyGMLLoss
+    from dist_proxygml.loss import ProxyGMLLoss
+    from dist_proxygml.reference import LossTerms
     from dist_proxygml.retrieval_index import Index, SearchResult
 
 __all__ = ["Embedder", "Index", "LossTerms", "ProxyGMLLoss", "SearchResult", "__version__"]
@@ -14,7 +15,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Embedder": "embedder",
     "Index": "retrieval_index",
-    "LossTerms": "loss",
+    "LossTerms": "reference",
     "ProxyGMLLoss": "loss",
     "SearchResult": "retrieval_index",
 }

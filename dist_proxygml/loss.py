@@ -43,6 +43,7 @@ from dist_proxygml.collectives import (
 )
 from dist_proxygml.partition import ClassPartition
 from dist_proxygml.proxies import initial_proxies
+from dist_proxygml.reference import LossTerms
 from dist_proxygml.regularizer import (
     draw_anchors,
     proxy_regularizer,
@@ -52,19 +53,6 @@ from dist_proxygml.regularizer import (
 from dist_proxygml.selection import Exchange, num_kept_proxies, select_negatives
 from dist_proxygml.similarity import embedding_gradient, pair_similarities, proxy_gradient
 from dist_proxygml.traffic import cheapest_selection
-
-
-class LossTerms(NamedTuple):
-    """The loss of one global batch; scalars, the same numbers on every rank."""
-
-    total: Tensor
-    """classification + regularization_weight * regularization; the one to call backward on."""
-    classification: Tensor
-    """Mean masked-softmax loss over the global batch."""
-    regularization: Tensor
-    """Mean cross entropy of the proxies against the class sums; 0 when its weight is 0."""
-    kept_classes: Tensor
-    """Mean number of classes per image with a kept proxy; no gradient."""
 
 
 class KeptPairs(NamedTuple):

@@ -22,7 +22,7 @@ from dist_proxygml.config import Config
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.engine import Engine, engine_settings
 from dist_proxygml.faults import fault_point
-from dist_proxygml.loss import LossTerms, ProxyGMLLoss
+from dist_proxygml.loss import ProxyGMLLoss
 from dist_proxygml.optim import (
     build_backbone_optimizer,
     build_bank_optimizer,
@@ -32,6 +32,7 @@ from dist_proxygml.optim import (
     wants_sparse_gradient,
 )
 from dist_proxygml.parallel import ParallelContext, run_together
+from dist_proxygml.reference import LossTerms
 from dist_proxygml.transfer import Transfer
 
 

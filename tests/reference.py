@@ -1,18 +1,9 @@
-"""The oracle: ProxyGML written from its equations, one image and one proxy at a time, in float64.
+"""What the tests hold the loss to: `dist_proxygml.reference` with its gradients, the subgraph and Adam by hand.
 
-Chosen: Python loops and the textbook forms, so that a reader can check each line against the paper
-(arXiv 2010.13636, section 3); no rank, no chunk, no shifted exponentials. Declined: speed.
-Gradients come from autograd.
+Chosen: float64, and Python loops for what a reader should check against the paper line by line: which proxies an image
+keeps, and what one step of Adam does. Declined: speed. Gradients of the loss come from autograd.
 
-    similarity           S[i, j] = x_i . u_j,   u_j = p_j / |p_j|
-    subgraph of image i  its own N proxies, then k - N others by (S descending, index ascending)
-    label propagation    Z[i, c] = sum of S[i, j] over the kept proxies j of class c
-    classification       mean_i( log sum_{c with a kept proxy} exp(s Z[i, c]) - s Z[i, y_i] )
-    regularization       mean_j( log sum_c exp(R[j, c]) - R[j, class of j] ),
-                         R[j, c] = u_j . (sum of u_l over the proxies l of class c)
-    total                classification + lambda * regularization
-
-Dimension key: B images, C classes, N proxies per class, P = C*N proxies, D embedding.
+Dimension key: B images, C classes, N proxies per class, D embedding.
 """
 
 import math
@@ -22,20 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class ReferenceTerms(NamedTuple):
-    """The loss of a global batch, scalars to differentiate; mean number of kept classes."""
-
-    total: Tensor
-    classification: Tensor
-    regularization: Tensor
-    kept_classes: float
+from dist_proxygml.reference import LossTerms, proxygml_loss
 
 
 class ReferenceResult(NamedTuple):
     """Terms of the loss with the gradients of `total`; all float64."""
 
-    terms: ReferenceTerms
+    terms: LossTerms
     grad_embeddings: Tensor  # [B, D]
     grad_proxies: Tensor  # [C, N, D]
 
@@ -55,47 +39,6 @@ def kept_proxies(similarity: Sequence[float], positive: Sequence[bool], *, topk:
     return kept
 
 
-def reference_loss(
-    embeddings_BD: Tensor,
-    labels_B: Tensor,
-    proxies_CND: Tensor,
-    *,
-    topk: int,
-    regularization_weight: float = 0.0,
-    scale: float = 1.0,
-) -> ReferenceTerms:
-    """The terms of ProxyGML for a global batch, differentiable in embeddings and proxies."""
-    assert embeddings_BD.dtype == proxies_CND.dtype == torch.float64
-    num_classes, proxies_per_class, dim = proxies_CND.shape
-    unit_PD = (proxies_CND / proxies_CND.norm(dim=2, keepdim=True)).reshape(-1, dim)
-    class_of = [c for c in range(num_classes) for _ in range(proxies_per_class)]
-
-    losses: list[Tensor] = []
-    kept_classes: list[int] = []
-    for x_D, label in zip(embeddings_BD, labels_B.tolist(), strict=True):
-        similarity_P = unit_PD @ x_D
-        positive = [c == label for c in class_of]
-        kept = kept_proxies(similarity_P.tolist(), positive, topk=topk)
-        scores: dict[int, Tensor] = {}
-        for j in range(len(class_of)):
-            if kept[j]:
-                scores[class_of[j]] = scores.get(class_of[j], 0.0) + similarity_P[j]
-        total = torch.stack([torch.exp(scale * z) for z in scores.values()]).sum()
-        losses.append(torch.log(total) - scale * scores[label])
-        kept_classes.append(len(scores))
-    classification = torch.stack(losses).mean()
-
-    class_sums_CD = unit_PD.reshape(num_classes, proxies_per_class, dim).sum(dim=1)
-    losses = []
-    for j, c in enumerate(class_of):
-        scores_C = class_sums_CD @ unit_PD[j]
-        losses.append(torch.log(torch.exp(scores_C).sum()) - scores_C[c])
-    regularization = torch.stack(losses).mean()
-
-    total = classification + regularization_weight * regularization
-    return ReferenceTerms(total, classification, regularization, sum(kept_classes) / len(kept_classes))
-
-
 def reference_gradients(
     embeddings_BD: Tensor,
     labels_B: Tensor,
@@ -109,7 +52,7 @@ def reference_gradients(
     """The terms and the gradients of the term named `of` with respect to embeddings and proxies."""
     embeddings_BD = embeddings_BD.detach().double().requires_grad_()
     proxies_CND = proxies_CND.detach().double().requires_grad_()
-    terms = reference_loss(
+    terms = proxygml_loss(
         embeddings_BD,
         labels_B,
         proxies_CND,

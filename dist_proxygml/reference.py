@@ -1,0 +1,72 @@
+"""ProxyGML as a plain dense function on one process: the definition. Start here; loss.py computes the same at scale.
+
+Every tensor of the paper is written out, [B, P] similarities and [B, C] scores included, and autograd does the rest.
+Declined: anything that makes it fast, small or distributed. tests/parity holds it to numbers recorded from the authors'
+code, and the tests of loss.py hold that to this.
+
+Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
+2010.13636), section 3.
+
+Dimension key: B images, C classes, N proxies per class, P = C*N proxies, D embedding.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LossTerms(NamedTuple):
+    """The loss of one global batch; scalars, the same numbers on every rank."""
+
+    total: Tensor
+    """classification + regularization_weight * regularization; the one to call backward on."""
+    classification: Tensor
+    """Mean masked-softmax loss over the global batch."""
+    regularization: Tensor
+    """Mean cross entropy of the proxies against the class sums; 0 when its weight is 0."""
+    kept_classes: Tensor
+    """Mean number of classes per image with a kept proxy; no gradient."""
+
+
+def proxygml_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    proxies_CND: Tensor,
+    *,
+    topk: int,
+    regularization_weight: float = 0.0,
+    scale: float = 1.0,
+) -> LossTerms:
+    """The loss of a batch, differentiable in embeddings and proxies.
+
+    Args:
+        embeddings_BD: unit rows, floating point.
+        labels_B: int64 class ids.
+        proxies_CND: of any length but 0, in the precision of the embeddings.
+        topk: k proxies are kept per image, its own N among them; N < k <= P.
+        regularization_weight: lambda.
+        scale: softmax scale s of the classification term.
+    """
+    num_classes, per_class, _ = proxies_CND.shape
+    unit_CND = proxies_CND / proxies_CND.norm(dim=2, keepdim=True)
+    # 1. Cosine similarities.
+    similarity_BCN = torch.einsum("bd,cnd->bcn", embeddings_BD, unit_CND)
+    # 2. Relation-guided subgraph: the image's own proxies, then the most similar others; of equals the lower index.
+    is_own_BC1 = F.one_hot(labels_B, num_classes).bool()[:, :, None]
+    order_BP = similarity_BCN.masked_fill(is_own_BC1, torch.inf).flatten(1).argsort(stable=True, dim=1, descending=True)
+    kept_BP = torch.zeros_like(order_BP, dtype=torch.bool).scatter(1, order_BP[:, :topk], True)
+    kept_BCN = kept_BP.view_as(similarity_BCN)
+    # 3. Reverse label propagation: a class scores the sum of its kept similarities.
+    scores_BC = torch.where(kept_BCN, similarity_BCN, 0).sum(dim=2)
+    # 4. Masked softmax over the classes with a kept proxy.
+    is_kept_BC = kept_BCN.any(dim=2)
+    classification = F.cross_entropy((scale * scores_BC).masked_fill(~is_kept_BC, -torch.inf), labels_B)
+    # 5. Proxy regularizer: every proxy is classified by its similarity to the sum of each class's proxies.
+    proxy_scores_PC = unit_CND.flatten(0, 1) @ unit_CND.sum(dim=1).T
+    owners_P = torch.arange(num_classes, device=labels_B.device).repeat_interleave(per_class)
+    regularization = F.cross_entropy(proxy_scores_PC, owners_P)
+
+    total = classification + regularization_weight * regularization
+    return LossTerms(total, classification, regularization, is_kept_BC.sum(dim=1).to(total.dtype).mean())
