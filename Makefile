@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/setup.log
 
-EXTRAS := demo-build,weights,export,test,lint,bench
+EXTRAS := demo-build,weights,export,test,lint,bench,docs
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 NUM_TESTERS := $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 NUM_RANKS := $(if $(filter 1,$(NUM_GPUS)),1,2)
@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test soak lint format bench clean distclean
+.PHONY: help setup demo test soak lint format docs bench clean distclean
 
 help: ## show this list
 	@echo "dist_proxygml: make TARGET"
@@ -61,6 +61,9 @@ lint: $(STAMP) ## check style (ruff) and types (mypy)
 format: $(STAMP) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
+docs: $(STAMP) ## build the documentation as a site, build/site/index.html
+	@$(BIN)/zensical build --strict && echo "build/site/index.html"
+
 bench: $(STAMP) ## time the loss, up to ten million classes, the data against others, checkpoints, and the search (three quarters of an hour, 8 GB)
 	@$(BIN)/python -m benchmarks.head
 	@$(BIN)/python -m benchmarks.ranks
@@ -71,7 +74,7 @@ bench: $(STAMP) ## time the loss, up to ten million classes, the data against ot
 	@$(BIN)/python -m benchmarks.search
 
 clean: ## remove caches; runs/ and .venv stay
-	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

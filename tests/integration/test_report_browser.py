@@ -1,13 +1,6 @@
-"""The report in a real browser: everything on it is drawn, fits a phone and a desk, in the light and in the dark.
-
-Debian's Chromium, driven by Playwright, which brings no browser of its own. With DIST_PROXYGML_NEEDS_BROWSER set, as in
-CI, none is a failure.
-"""
+"""The report in a real browser: everything on it is drawn, fits a phone and a desk, in the light and in the dark."""
 
 import io
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +11,6 @@ from PIL import Image
 from dist_proxygml.evaluation.report import write_report
 from tests.report_runs import write_picture_shards, write_run
 
-# Quiet: of itself the browser asks nobody for anything.
-ARGUMENTS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 LOOK = """() => ({
     images: document.images.length,
     broken: [...document.images].filter(image => !(image.complete && image.naturalWidth > 0)).map(image => image.alt),
@@ -40,22 +30,6 @@ class View(NamedTuple):
     seen: dict[str, Any]
     complaints: list[str]
     requests: list[str]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
-    if program is None:
-        reason = "THE REPORT IS NOT OPENED IN A BROWSER: no chromium; `apt-get install chromium` installs it (Debian)"
-        if "DIST_PROXYGML_NEEDS_BROWSER" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=ARGUMENTS, chromium_sandbox=False)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
