@@ -4,20 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_proxygml.embedder import Embedder
-    from dist_proxygml.loss import ProxyGMLLoss
-    from dist_proxygml.reference import LossTerms
-    from dist_proxygml.retrieval_index import Index, SearchResult
+    from dist_proxygml.head.loss import ProxyGMLLoss
+    from dist_proxygml.head.reference import LossTerms
+    from dist_proxygml.inference.embedder import Embedder
+    from dist_proxygml.inference.retrieval_index import Index, SearchResult
 
 __all__ = ["Embedder", "Index", "LossTerms", "ProxyGMLLoss", "SearchResult", "__version__"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Embedder": "embedder",
-    "Index": "retrieval_index",
-    "LossTerms": "reference",
-    "ProxyGMLLoss": "loss",
-    "SearchResult": "retrieval_index",
+    "Embedder": "inference.embedder",
+    "Index": "inference.retrieval_index",
+    "LossTerms": "head.reference",
+    "ProxyGMLLoss": "head.loss",
+    "SearchResult": "inference.retrieval_index",
 }
 
 

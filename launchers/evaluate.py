@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
+from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 EXAMPLES = """examples:
@@ -65,18 +65,18 @@ def main() -> None:
     config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
     context = join_world()
 
-    from dist_proxygml.checkpoint import find_checkpoint, load_backbone
-    from dist_proxygml.checkpoint_folder import found_instead
+    from dist_proxygml.checkpoint.folder import found_instead
+    from dist_proxygml.checkpoint.writer import find_checkpoint, load_backbone
     from dist_proxygml.data.damage import DAMAGE_FILE
-    from dist_proxygml.evaluation.report import format_metrics
-    from dist_proxygml.training import (
+    from dist_proxygml.reporting.page import format_metrics
+    from dist_proxygml.training.data import open_split, open_validation
+    from dist_proxygml.training.run import (
         block_folder,
         build_damage_log,
         build_evaluation_model,
         evaluate_model,
         store_evaluation,
     )
-    from dist_proxygml.training_data import open_split, open_validation
 
     checkpoints = arguments.run / "checkpoints"
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 import submitit
 
 from dist_proxygml.config import Config, load_config, parse_config
-from dist_proxygml.slurm import rendezvous_port
+from dist_proxygml.distributed.slurm import rendezvous_port
 
 EXAMPLES = """examples:
   python launchers/submit.py --config configs/sop_8gpu.json --gpus-per-node 8 --partition gpu --time 12:00:00
@@ -115,8 +115,8 @@ class TrainingJob:
 
     def run(self, requeue: "Requeue | None" = None, early: Sequence[int] = ()) -> NoReturn:
         """Train in this process, whose rank stands in the environment, and end it. `early` came before it listened."""
-        from dist_proxygml.parallel import join_world, run_launcher
-        from dist_proxygml.preemption import StopRequested, StopSignals
+        from dist_proxygml.distributed.parallel import join_world, run_launcher
+        from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 
         def main() -> None:
             config = parse_config(self.settings, source=self.source)
@@ -126,7 +126,7 @@ class TrainingJob:
             for number in early:
                 os.kill(os.getpid(), number)
             context = join_world()
-            from dist_proxygml.training import train
+            from dist_proxygml.training.run import train
 
             try:
                 train(config, context, resume=resume, signals=signals)
@@ -141,14 +141,14 @@ class TrainingJob:
 
     def has_started(self, config: Config) -> bool:
         """Whether the run has a checkpoint of this job: then a restart continues there, whatever --resume said."""
-        from dist_proxygml.checkpoint import MANIFEST_FILE, published_checkpoints
+        from dist_proxygml.checkpoint.writer import MANIFEST_FILE, published_checkpoints
 
         found = published_checkpoints(config.run_directory / "checkpoints")
         return any((path / MANIFEST_FILE).stat().st_mtime > self.submitted_at for path in found)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
         """The job to put into the queue again, or None to give up. Called by submitit's handler, on rank 0."""
-        from dist_proxygml.checkpoint import published_checkpoints
+        from dist_proxygml.checkpoint.writer import published_checkpoints
 
         config = parse_config(self.settings, source=self.source)
         found = published_checkpoints(config.run_directory / "checkpoints")

@@ -33,9 +33,7 @@ if __name__ == "__main__":  # python launchers/sweep.py finds dist_proxygml inst
 
 import cloudpickle
 
-from dist_proxygml.config import Config, parse_config
-from dist_proxygml.run_lock import RunLock
-from dist_proxygml.sweep import (
+from dist_proxygml.cluster.grid import (
     Grid,
     Point,
     Result,
@@ -54,7 +52,9 @@ from dist_proxygml.sweep import (
     summary_markdown,
     trained_settings,
 )
-from dist_proxygml.sweep_chart import draw_sweep
+from dist_proxygml.cluster.sweep_chart import draw_sweep
+from dist_proxygml.config import Config, parse_config
+from dist_proxygml.storage.lock import RunLock
 from launchers import submit
 
 EXAMPLES = """examples:
@@ -63,7 +63,7 @@ EXAMPLES = """examples:
   python launchers/sweep.py --config configs/demo_cpu.json --grid proxies.ratio=0.02,0.05 --seeds 2 --cluster local \\
       --tasks-per-node 1 --parallel 2
 """
-_STOPPED_STATUS = 75  # of preemption.py, which needs torch
+_STOPPED_STATUS = 75  # of distributed/preemption.py, which needs torch
 
 
 class Run(NamedTuple):

@@ -8,8 +8,8 @@ anything else.
 import argparse
 
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.parallel import join_world, parse_arguments, run_launcher
-from dist_proxygml.preemption import StopSignals
+from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
+from dist_proxygml.distributed.preemption import StopSignals
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 launchers/train.py --config configs/demo_cpu.json
@@ -55,7 +55,7 @@ def main() -> None:
     signals = StopSignals()
     signals.listen()
     context = join_world()
-    from dist_proxygml.training import train
+    from dist_proxygml.training.run import train
 
     train(config, context, resume=arguments.resume, signals=signals)
 
@@ -65,9 +65,9 @@ def _print_plan(config: Config, *, world_size: int) -> None:
 
     import torch
 
-    from dist_proxygml.engine import engine_settings
+    from dist_proxygml.distributed.engine import engine_settings
     from dist_proxygml.plan import describe_plans, plan_head
-    from dist_proxygml.training_data import count_classes
+    from dist_proxygml.training.data import count_classes
 
     config = count_classes(config)
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""What the tests hold the loss to: `dist_proxygml.reference` with its gradients, the subgraph and Adam by hand.
+"""What the tests hold the loss to: `dist_proxygml.head.reference` with its gradients, the subgraph and Adam by hand.
 
 Chosen: float64, and Python loops for what a reader should check against the paper line by line: which proxies an image
 keeps, and what one step of Adam does. Declined: speed. Gradients of the loss come from autograd.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_proxygml.reference import LossTerms, proxygml_loss
+from dist_proxygml.head.reference import LossTerms, proxygml_loss
 
 
 class ReferenceResult(NamedTuple):

@@ -137,7 +137,7 @@ def test_every_relative_link_leads_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_that_is_named_exists(name: str) -> None:
-    text = (ROOT / name).read_text()
+    text = re.sub(r"\]\([^)]*\)", "]", (ROOT / name).read_text())  # links have a test of their own
     folders = "benchmarks|configs|docs|launchers|tests|tools"
     named = set(re.findall(rf"\b(?:{folders})/[\w./-]*\w\.(?:json|py|md|png|svg)\b", text))
     missing = sorted(file for file in named if not (ROOT / file).exists())

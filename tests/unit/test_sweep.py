@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.config import Config
-from dist_proxygml.sweep import (
+from dist_proxygml.cluster.grid import (
     Cell,
     Evaluation,
     Point,
@@ -32,7 +31,8 @@ from dist_proxygml.sweep import (
     summary_csv,
     summary_markdown,
 )
-from dist_proxygml.sweep_chart import draw_sweep
+from dist_proxygml.cluster.sweep_chart import draw_sweep
+from dist_proxygml.config import Config
 from launchers import submit, sweep
 
 ROOT = Path(__file__).parents[2]
