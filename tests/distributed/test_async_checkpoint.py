@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_proxygml.checkpoint import writer as checkpoint_module
 from dist_proxygml.checkpoint.writer import (
     MANIFEST_FILE,
     CheckpointWriter,
@@ -21,7 +22,6 @@ from dist_proxygml.checkpoint.writer import (
     published_checkpoints,
     verify_checkpoint,
 )
-from dist_proxygml.checkpoint.writer import writer as checkpoint_module
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, single_process

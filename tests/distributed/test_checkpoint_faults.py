@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
+from dist_proxygml.checkpoint import writer as checkpoint_module
 from dist_proxygml.checkpoint.writer import (
     Retention,
     RunState,
@@ -32,7 +33,6 @@ from dist_proxygml.checkpoint.writer import (
     save_checkpoint,
     verify_checkpoint,
 )
-from dist_proxygml.checkpoint.writer import writer as checkpoint_module
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, single_process
 from dist_proxygml.head.loss import ProxyGMLLoss

@@ -201,7 +201,7 @@ def test_a_run_starts_from_the_class_means_of_its_training_images(
 
 def train_and_continue(context: ParallelContext, root: Path) -> list[int]:
     """The step at which each of three runs asked for class means."""
-    from dist_proxygml.training.run import run as training
+    from dist_proxygml.training import run as training
 
     asked: list[int] = []
     training.start_from_class_means = lambda state, *_: asked.append(state.step)  # type: ignore[assignment]

@@ -62,7 +62,7 @@ def train_all(context: ParallelContext, root: Path) -> dict[str, list[tuple[int,
     """A run of two epochs, the same for a third one, one with class-balanced batches, one without validation classes
     that starts from the first; of each the shard, the offset and the label of every image that this rank trained on.
     """
-    from dist_proxygml.training.run import run as training
+    from dist_proxygml.training import run as training
 
     seen: list[tuple[int, int]] = []
     train_step = training.train_step
@@ -209,7 +209,7 @@ def test_the_validation_classes_are_evaluated_again_with_the_same_numbers(
 
 
 def train_without_telling(context: ParallelContext, config: Config) -> None:
-    from dist_proxygml.training.run import run as training
+    from dist_proxygml.training import run as training
 
     training.train(config, context)
 
@@ -238,7 +238,7 @@ def start_and_be_killed(context: ParallelContext, root: Path, fault: str) -> Non
 def train_with_blocks(context: ParallelContext, root: Path) -> list[str]:
     """Train, keeping each batch of an evaluation; what is said of that."""
     from dist_proxygml.evaluation.blocks import BlockFolder
-    from dist_proxygml.training.run import run as training
+    from dist_proxygml.training import run as training
 
     said: list[str] = []
 

@@ -11,7 +11,7 @@ from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.engine import Engine, engine_settings
 from dist_proxygml.distributed.parallel import single_process
-from dist_proxygml.training.run import step as step_module
+from dist_proxygml.training import step as step_module
 from dist_proxygml.training.step import TrainState, build_train_state, train_step
 from tests.distributed.test_training import configuration
 

@@ -14,7 +14,7 @@ from dist_proxygml.config import load_config
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.training.run import run as training
+from dist_proxygml.training import run as training
 from launchers.evaluate import (
     build_parser,
     legacy_lines,

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
+from dist_proxygml.checkpoint import model as trained_module
 from dist_proxygml.checkpoint.model import open_trained
 from dist_proxygml.checkpoint.writer import load_backbone
-from dist_proxygml.checkpoint.writer import model as trained_module
 from dist_proxygml.config import BackboneConfig, load_config
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from dist_proxygml.export import main
