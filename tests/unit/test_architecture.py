@@ -20,8 +20,10 @@ PACKAGE = "dist_proxygml"
 # Top to bottom. A name stands for a module and for what lies in the package of that name; modules
 # of one package (data, evaluation) may import each other, other neighbours may not.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("launchers.sweep",),
     ("launchers",),
+    ("train", "evaluate", "submit", "sweep"),
+    ("cluster.sweep",),
+    ("cluster.submit",),
     ("search",),
     ("embed", "index"),
     ("training.run", "shard", "report", "export", "cluster.sweep_chart", "doctor"),
@@ -85,7 +87,7 @@ OWNERS: dict[str, set[str]] = {
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
     "webdataset": {"data"},
-    "submitit": {"launchers.submit"},
+    "submitit": {"cluster.submit"},
     "psutil": {"distributed.memory"},
     "pydantic": {"config"},
     "timm": {"backbones.build"},

@@ -12,9 +12,9 @@ import cloudpickle
 import pytest
 
 from dist_proxygml.checkpoint.writer import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.cluster import submit
 from dist_proxygml.config import Config, load_config, parse_config
 from dist_proxygml.distributed.slurm import expand_counts, first_host, process_variables, rendezvous_port
-from launchers import submit
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "demo_cpu.json")
@@ -286,7 +286,7 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR2
 from types import SimpleNamespace
 import submitit
-from launchers import submit
+from dist_proxygml.cluster import submit
 
 cluster, rank, state, what = sys.argv[1:]
 
@@ -341,7 +341,7 @@ def test_a_stopped_job_is_requeued_by_rank_0_if_its_signal_asks_for_it(
 EARLY = """
 import os, signal, sys, time, types
 from types import SimpleNamespace
-from launchers import submit
+from dist_proxygml.cluster import submit
 
 def train(config, context, *, resume, signals):
     deadline = time.monotonic() + 20

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dist_proxygml.cluster import submit, sweep
 from dist_proxygml.cluster.grid import (
     Cell,
     Evaluation,
@@ -33,7 +34,6 @@ from dist_proxygml.cluster.grid import (
 )
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config
-from launchers import submit, sweep
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "demo_cpu.json")
@@ -178,35 +178,6 @@ assert not {"torch", "deepspeed", "faiss", "webdataset", "numpy"} & sys.modules.
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "--array=0-1%2" in done.stdout
-
-
-def test_a_job_arrives_where_the_folder_of_the_launchers_is_not_found(tmp_path: Path) -> None:
-    """As the script runs it: its own module by value, and so it can be pickled again for a restart."""
-    program = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import cloudpickle
-from launchers import submit, sweep
-cloudpickle.register_pickle_by_value(submit)
-plan = sweep.build_sweep(sweep.build_parser().parse_args({arguments_of(tmp_path, "--tasks-per-node", "1")!r}))
-sys.stdout.buffer.write(cloudpickle.dumps(plan.runs[0].job))
-"""
-    arrive = f"""
-import sys
-sys.path.append({str(ROOT)!r})  # for dist_proxygml alone
-sys.modules["launchers"] = None
-import cloudpickle
-job = cloudpickle.loads(sys.stdin.buffer.read())
-again = cloudpickle.loads(cloudpickle.dumps(job))
-print(again.settings["name"], again.settings["runs_dir"], callable(again))
-"""
-    dumped = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60, check=True)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", arrive]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, input=dumped.stdout, capture_output=True, timeout=60, check=False
-    )
-    assert done.stdout.decode().split() == ["seed-0", f"{tmp_path}/demo_cpu.sweep", "True"], done.stderr.decode()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,8 @@
+"""Train every point of a grid with several seeds: `python -m dist_proxygml.sweep --help`. cluster/sweep.py does it."""
+
+import sys
+
+from dist_proxygml.cluster.sweep import run
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
