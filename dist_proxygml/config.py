@@ -750,20 +750,25 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2]))
 
 
+_CONFIGS = Path(__file__).parent / "configs"  # those of the repository, in a wheel as well
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read and validate a JSON configuration, with `a.b=value` overrides applied first.
 
-    A value is read as JSON where it is JSON, else as a string.
+    A value is read as JSON where it is JSON, else as a string. A bare name, such as demo_cpu, is one of the
+    configurations that come with the package.
 
     Raises:
         ValueError: no such file, no JSON, unknown key (the nearest known key is named), wrong type, or a contradiction.
     """
     path = Path(path)
+    if path.name == str(path) and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
+        path = _CONFIGS / f"{path}.json"
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise ValueError(
-            f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby) or 'none'}"
-        )
+        nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
+        raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
         raw = json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -143,7 +143,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         _protocol(run),
     ]
     links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
-    style = resources.files("dist_proxygml.evaluation").joinpath("report.css").read_text()
+    style = resources.files("dist_proxygml.reporting").joinpath("report.css").read_text()
     page = "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

@@ -7,8 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import dist_proxygml
+from tests.harness import free_port
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -76,9 +80,10 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     files = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "dist_proxygml").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", "configs"} & set(path.parts)
     }
-    assert {Path(name).suffix for name in files} >= {".py", ".css", ".typed"}
+    files |= {f"dist_proxygml/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert {Path(name).suffix for name in files} >= {".py", ".css", ".typed", ".json"}
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name for name in names if ".dist-info/" not in name} == files
@@ -93,24 +98,69 @@ def test_the_version_stands_in_one_place(wheel: Path) -> None:
     assert metadata["Requires-Python"] is not None
 
 
-def test_the_installed_wheel_runs_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:  # what pip does with a wheel of pure Python
-        archive.extractall(tmp_path / "site")
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment with the wheel in it. Its dependencies, gigabytes, are those of this one."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
+    # Appended, so that the wheel comes first; the .pth files there, an editable installation's above all, do not count.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def run_outside(
+    python: Path, *arguments: str, cwd: Path, launcher: Sequence[str] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    environment["PATH"] = f"{python.parent}:{Path(sys.executable).parent}:{environment['PATH']}"  # ninja, deepspeed
+    return subprocess.run(
+        [str(python), *launcher, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_the_installed_wheel_checks_the_machine(installed: Path, tmp_path: Path) -> None:
     program = """
 import json, dist_proxygml
 from dist_proxygml import doctor
 print(json.dumps([dist_proxygml.__file__, [f.text for f in doctor.check_python()], len(list(doctor.check_packages()))]))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": "site"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    file, pythons, num_findings = json.loads(result.stdout)
-    assert Path(file).resolve().is_relative_to(tmp_path)
+    done = run_outside(installed, "-c", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    file, pythons, num_findings = json.loads(done.stdout)
+    assert Path(file).is_relative_to(installed.parents[1])
     assert pythons[0].startswith(".".join(map(str, sys.version_info[:2])))
     assert num_findings >= 1
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dist_proxygml.train"),
+        ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dist_proxygml.train"),
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_the_installed_wheel_trains_in_an_empty_folder(
+    launcher: tuple[str, ...], installed: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    launcher = (*launcher[:2], f"--master_port={port}", *launcher[2:])
+    settings = [f"data.shards={ROOT / 'shards' / 'demo'}", "training.max_steps=5", "evaluation.at_start=false"]
+    settings += ["evaluation.raw_pixels=false", "backbone.options.width=4", "telemetry.progress_bar=false"]
+    done = run_outside(
+        installed, "--config", "demo_cpu", "--set", *settings, cwd=tmp_path, launcher=launcher, OMP_NUM_THREADS="1"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Recall@1" in done.stdout
+    assert (tmp_path / "runs" / "demo_cpu" / "report.html").is_file()
