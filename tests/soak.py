@@ -26,11 +26,11 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from dist_proxygml.faults import POINTS, VARIABLE
+from dist_proxygml.distributed.faults import POINTS, VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo_cpu.json"
-PRELOADED = ["torch", "torch._dynamo", "deepspeed", "dist_proxygml.training", "faiss", "sklearn.metrics"]
+PRELOADED = ["torch", "torch._dynamo", "deepspeed", "dist_proxygml.training.run", "faiss", "sklearn.metrics"]
 NUM_RANKS = 2
 # A rank whose peer is gone meets a closed connection at once; the rest is for a busy machine.
 SECONDS_TO_END = 30.0
