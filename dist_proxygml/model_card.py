@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_proxygml.checkpoint_folder import checkpoint_name
-from dist_proxygml.data.shards import publish
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.metric_names import name_metrics
 from dist_proxygml.export_check import LIMIT, FileCheck
+from dist_proxygml.files import publish
 from dist_proxygml.published_folder import files_below
 
 _ABOUT_FILES = {

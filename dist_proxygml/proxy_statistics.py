@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_proxygml.collectives import all_reduce_sum, gather_objects, gather_rows
-from dist_proxygml.data.shards import publish
+from dist_proxygml.files import publish
 from dist_proxygml.loss import KeptPairs
 from dist_proxygml.partition import ClassPartition
 

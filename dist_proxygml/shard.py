@@ -46,7 +46,8 @@ from dist_proxygml.data.index import (
     read_index,
     write_index,
 )
-from dist_proxygml.data.shards import ListedShard, list_shard, publish, split_of_shard
+from dist_proxygml.data.shards import ListedShard, list_shard, split_of_shard
+from dist_proxygml.files import publish
 from dist_proxygml.options import at_least
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}

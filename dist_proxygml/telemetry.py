@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from dist_proxygml.data.shards import publish
+from dist_proxygml.files import publish
 from dist_proxygml.memory import peak_memory
 
 BOARD_FOLDER = "tensorboard"

@@ -40,13 +40,13 @@ from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.damage import DAMAGE_FILE, Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
-from dist_proxygml.data.shards import publish
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation.blocks import BlockFolder
 from dist_proxygml.evaluation.embed import save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_split, evaluate
 from dist_proxygml.evaluation.report import format_table, write_report
 from dist_proxygml.evaluation.retrieval import SearchOptions
+from dist_proxygml.files import publish
 from dist_proxygml.memory import available_memory
 from dist_proxygml.nonfinite import NON_FINITE_FILE, NonFiniteLog
 from dist_proxygml.parallel import OneRankError, ParallelContext, everyone, on_main, run_together

@@ -24,7 +24,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dist_proxygml.data.remote import ShardCache, is_remote
-from dist_proxygml.data.shards import MAX_LABEL, SAMPLE_DTYPE, ListedShard, ShardUnavailableError, publish
+from dist_proxygml.data.shards import MAX_LABEL, SAMPLE_DTYPE, ListedShard, ShardUnavailableError
+from dist_proxygml.files import publish
 
 INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.data.shards import publish
+from dist_proxygml.files import publish
 from dist_proxygml.parallel import ParallelContext, everyone, on_main, run_together
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
