@@ -70,6 +70,11 @@ def unreadable(path: Path, error: OSError) -> ValueError:
     )
 
 
+def refuse_unreadable(error: OSError) -> None:
+    """For `os.walk`, which otherwise passes over folders that it cannot read."""
+    raise unreadable(Path(error.filename), error) from None
+
+
 def read_file(path: Path) -> bytes:
     """The bytes of a regular file. A pipe, which would keep its reader waiting, is refused.
 
@@ -216,11 +221,13 @@ def _short(error: BaseException) -> str:
 
 
 def in_words(error: BaseException, *paths: Path) -> str:
-    """What to say of an error in one line; where a disk is full, also which one, and what to do."""
-    text = str(error)
+    """What to say of an error in one line; where a disk is full, also which one, and what to do. `paths` are what it
+    was about, where the caller names that.
+    """
+    text = str((paths and getattr(error, "strerror", None)) or error)
     if not is_about_space(text):
         return text
-    return f"{text.strip().splitlines()[-1].removeprefix('error: ')}; {which_is_full(error, *paths)}"
+    return f"{text.strip().splitlines()[-1]}; {which_is_full(error, *paths)}"
 
 
 def is_about_space(text: str) -> bool:
@@ -246,15 +253,16 @@ def which_is_full(error: BaseException, *paths: Path) -> str:
             is_full = free < _NEARLY_FULL or (space.f_files > 0 and files == 0)
             text = f"{there} is on the file system {root}, which has {free:,} of {space.f_blocks * space.f_frsize:,} "
             text += f"bytes and {files:,} of {space.f_files:,} files left"
-            if str(root) == _SHARED_MEMORY:
+            if str(root) == _SHARED_MEMORY and (is_full or named):
                 text += (
                     ": shared memory, through which ranks and data loading processes talk; give it more (docker run "
                     "--shm-size=8g, mount -o remount,size=8g /dev/shm), or lower data.num_workers"
                 )
             told.setdefault(root, (is_full, text))
     full = [text for is_full, text in told.values() if is_full]
-    listed = "; ".join(full or [text for _, text in told.values()])
-    return f"{listed}; make room there, or raise the quota, and start again"
+    if full:
+        return f"{'; '.join(full)}; make room there and start again"
+    return f"nothing is full now: {'; '.join(text for _, text in told.values())}; make room or raise the quota"
 
 
 def _open_files() -> list[str]:

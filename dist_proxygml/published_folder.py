@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_proxygml.faults import fault_point
-from dist_proxygml.files import is_folder, remove, unreadable
+from dist_proxygml.files import is_folder, refuse_unreadable, remove, unreadable
 
 
 def partial_path(final: Path) -> Path:
@@ -48,18 +48,14 @@ def files_below(directory: Path) -> list[str]:
     """Names of all files, the largest first, so that every n-th is about a fair share of the bytes.
 
     Raises:
-        OSError: a folder cannot be read.
+        ValueError: a folder cannot be read.
     """
     sizes = {}
-    for folder, _, names in os.walk(directory, onerror=_raise):
+    for folder, _, names in os.walk(directory, onerror=refuse_unreadable):
         for path in (Path(folder, name) for name in names):
             if path.is_file():
                 sizes[str(path.relative_to(directory))] = path.stat().st_size
     return sorted(sizes, key=lambda name: (-sizes[name], name))
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def hash_files(directory: Path, names: Sequence[str], *, num_threads: int) -> dict[str, dict[str, Any]]:

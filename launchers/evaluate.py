@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_proxygml.collectives import AgreedError
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
+from dist_proxygml.parallel import has_started, join_world, on_main, parse_arguments, run_launcher, run_together
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 EXAMPLES = """examples:
@@ -63,7 +63,7 @@ def main() -> None:
     arguments = parse_arguments(build_parser())
     check_arguments(arguments)
     config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
-    context = join_world()
+    context = join_world(start_timeout=config.training.start_timeout)
 
     from dist_proxygml.checkpoint import find_checkpoint, load_backbone
     from dist_proxygml.checkpoint_folder import found_instead
@@ -91,6 +91,7 @@ def main() -> None:
     model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
+    has_started()
     damage_file = arguments.run / DAMAGE_FILE
     damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None

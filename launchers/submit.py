@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 import submitit
 
 from dist_proxygml.config import Config, load_config, parse_config
+from dist_proxygml.options import refuse, run_command
 from dist_proxygml.slurm import rendezvous_port
 
 EXAMPLES = """examples:
@@ -125,7 +126,7 @@ class TrainingJob:
             signals.listen()
             for number in early:
                 os.kill(os.getpid(), number)
-            context = join_world()
+            context = join_world(start_timeout=config.training.start_timeout)
             from dist_proxygml.training import train
 
             try:
@@ -585,9 +586,8 @@ def run(command_line: list[str]) -> int:
     arguments = build_parser().parse_args(command_line)
     try:
         return _submit(arguments, build_job(arguments))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return refuse(error)
     except KeyboardInterrupt:
         print("not followed any more; a job in the queue goes on", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -626,4 +626,4 @@ def _start_here(arguments: argparse.Namespace, job: TrainingJob, folder: Path) -
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))

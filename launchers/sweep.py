@@ -34,6 +34,7 @@ if __name__ == "__main__":  # python launchers/sweep.py finds dist_proxygml inst
 import cloudpickle
 
 from dist_proxygml.config import Config, parse_config
+from dist_proxygml.options import refuse, run_command
 from dist_proxygml.run_lock import RunLock
 from dist_proxygml.sweep import (
     Grid,
@@ -479,9 +480,8 @@ def run(command_line: list[str]) -> int:
         if arguments.dry_run:
             return show_plan(sweep, jobs, to_do, arguments)
         return train(sweep, jobs, to_do, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return refuse(error)
     except KeyboardInterrupt:
         print("not followed any more; jobs in the queue go on, and the same command goes on from them", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -529,4 +529,4 @@ def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argp
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))

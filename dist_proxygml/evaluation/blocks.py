@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.files import publish
+from dist_proxygml.files import paths_in, publish
 from dist_proxygml.parallel import ParallelContext, everyone, on_main, run_together
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -208,8 +208,8 @@ class EmbeddingBlocks:
 
     def _list(self) -> list[str]:
         """The files of blocks, without what a killed process left of one. On rank 0 only."""
-        self._remove([path.name for path in self._folder.glob("*.tmp-*")])
-        return sorted(path.name for path in self._folder.glob("*.block"))
+        self._remove([path.name for path in paths_in(self._folder, "*.tmp-*")])
+        return [path.name for path in paths_in(self._folder, "*.block")]
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
