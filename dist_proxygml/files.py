@@ -102,7 +102,7 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({_short(error)})") from None
+        raise ValueError(f"{path} is not valid JSON ({_short(error)})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds {type(document).__name__}, expected a JSON object")
     return document

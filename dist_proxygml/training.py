@@ -704,7 +704,7 @@ def _where_to_continue(run_directory: Path, resume: str) -> Continuation:
             continue
         if not (stat.S_ISREG(mode) if name in logs else stat.S_ISDIR(mode)):
             raise ValueError(f"expected {kind} at {path}, found something else; move it away")
-        if not os.access(path, os.R_OK | os.W_OK | (0 if name in logs else os.X_OK)):
+        if not os.access(path, os.R_OK | os.W_OK | (0 if name in logs else os.X_OK), effective_ids=True):
             raise ValueError(
                 f"expected to read and write {path}, which this user (id {os.geteuid()}) may not; give it to "
                 "this user, or train under another name with --set name=NAME"
