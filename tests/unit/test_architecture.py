@@ -67,7 +67,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parallel",),
     ("collectives",),
     ("config", "faults", "slurm", "finding", "options"),
-    ("partition", "protocols"),
+    ("partition", "protocols", "files"),
 )
 
 OWNERS: dict[str, set[str]] = {
