@@ -362,6 +362,9 @@ class TrainingConfig(_Section):
         3, ge=1, description="Steps in a row that may come out as NaN before the run goes back to its last checkpoint."
     )
     max_rollbacks: int = Field(2, ge=0, description="How often it may go back before it ends.")
+    start_timeout: float = Field(
+        300.0, gt=0, description="Seconds that a rank waits for the others at a time while the run starts."
+    )
     step_timeout: float | None = Field(
         1200.0, gt=0, description="Seconds after which a step that does not end ends the process; null waits for ever."
     )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_proxygml.finding import Finding, run_check
+from dist_proxygml.options import refuse, run_command
 
 if TYPE_CHECKING:
     from dist_proxygml.config import Config
@@ -421,8 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             config = load_config(given.config, given.set)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except ImportError as error:  # the check of the packages says which
         print(f"warning: {given.config} cannot be read yet ({error})", file=sys.stderr)
 
@@ -453,4 +453,4 @@ def _shown(finding: Finding) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

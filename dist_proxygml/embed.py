@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_proxygml.options import at_least
+from dist_proxygml.options import at_least, refuse, run_command
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageSource, OnBad
@@ -52,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on with what is finished", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 
@@ -158,4 +157,4 @@ def loading_processes(num_images: int, wanted: int | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

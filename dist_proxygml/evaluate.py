@@ -13,7 +13,14 @@ from typing import Any
 
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.collectives import AgreedError
-from dist_proxygml.distributed.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
+from dist_proxygml.distributed.parallel import (
+    has_started,
+    join_world,
+    on_main,
+    parse_arguments,
+    run_launcher,
+    run_together,
+)
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 EXAMPLES = """examples:
@@ -63,7 +70,7 @@ def main() -> None:
     arguments = parse_arguments(build_parser())
     check_arguments(arguments)
     config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
-    context = join_world()
+    context = join_world(start_timeout=config.training.start_timeout)
 
     from dist_proxygml.checkpoint.folder import found_instead
     from dist_proxygml.checkpoint.writer import find_checkpoint, load_backbone
@@ -91,6 +98,7 @@ def main() -> None:
     model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
+    has_started()
     damage_file = arguments.run / DAMAGE_FILE
     damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None

@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dist_proxygml.options import refuse, run_command
+
 FORMATS = ("safetensors", "onnx", "torchscript")
 EXAMPLES = """examples:
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu
@@ -71,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             opset=given.opset,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except ExportDiffersError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -89,4 +90,4 @@ def _formats(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

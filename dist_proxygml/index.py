@@ -4,11 +4,10 @@ The kind of index goes by the number of rows unless it is named; inference/retri
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_proxygml.options import share
+from dist_proxygml.options import refuse, run_command, share
 
 EXAMPLES = """examples:
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
@@ -44,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(_index(given))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 
@@ -80,4 +78,4 @@ def _index(given: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

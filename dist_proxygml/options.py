@@ -1,7 +1,13 @@
 """Types of command line options that several commands share."""
 
 import argparse
+import io
+import os
+import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
+
+from dist_proxygml.storage.files import in_words
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -41,3 +47,42 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return float("nan")
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run a command line and end the process with its status."""
+    outlive_readers()
+    sys.exit(main())
+
+
+def refuse(error: Exception) -> int:
+    """Print a user's mistake; returns the exit status for it."""
+    print(f"error: {in_words(error)}", file=sys.stderr)
+    return 2
+
+
+def outlive_readers() -> None:
+    """From now on what is printed goes nowhere once nobody reads it, as in `search ... | head`: a command comes to its
+    end, with its status, and what it was to write is there.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            raw = io.BufferedWriter(_UnreadOutput(stream.fileno(), "wb", closefd=False))
+            options: dict[str, Any] = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, **options))
+
+
+class _UnreadOutput(io.FileIO):
+    """A file that becomes /dev/null when its reader goes."""
+
+    def write(self, data: Any) -> int:
+        """Write, or seem to."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dist_proxygml.options import refuse, run_command
+
 EXAMPLES = """examples:
   python -m dist_proxygml.report --run runs/demo_cpu
   python -m dist_proxygml.report --run runs/sop_8gpu --data /data/shards/sop
@@ -55,8 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _compare(given.first, given.second, force=given.force)
         return _write(given.run, given.data)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
@@ -117,4 +118,4 @@ def _write(run_directory: Path, data: str | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

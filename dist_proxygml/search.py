@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_proxygml.embed import add_model_options
-from dist_proxygml.options import at_least, cosine
+from dist_proxygml.options import at_least, cosine, refuse, run_command
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageRecord, ImageSource
@@ -68,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _search(given)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def _search(given: argparse.Namespace) -> int:
@@ -82,12 +81,12 @@ def _search(given: argparse.Namespace) -> int:
     index = Index.load(given.index)
     embedder = open_model(index, given.index, run=given.run, device=given.device)
     answers = _answers(index, embedder, queries, given)
+    if given.html is not None:
+        _write_page(given, index, answers)
     if given.json:
         print(json.dumps(_as_json(index, given.index, answers), indent=2, ensure_ascii=False))
     else:
         print("\n".join(_as_table(answer, given.min_score) for answer in answers))
-    if given.html is not None:
-        _write_page(given, index, answers)
     return 0
 
 
@@ -277,4 +276,4 @@ def _makers(location: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

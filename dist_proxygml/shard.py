@@ -46,8 +46,9 @@ from dist_proxygml.data.index import (
     read_index,
     write_index,
 )
-from dist_proxygml.data.shards import ListedShard, list_shard, publish, split_of_shard
-from dist_proxygml.options import at_least
+from dist_proxygml.data.shards import ListedShard, list_shard, split_of_shard
+from dist_proxygml.options import at_least, refuse, run_command
+from dist_proxygml.storage.files import in_words, paths_in, publish
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _DATASETS = (*_READERS, "imagefolder", "demo")
@@ -71,7 +72,7 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
             f"{root} is a build that was not finished, an index would hide what is missing; "
             "run the same `python -m dist_proxygml.shard build` again"
         )
-    tars = sorted(root.glob("*.tar")) if root.is_dir() else []
+    tars = paths_in(root, "*.tar")
     if not tars:
         raise ValueError(f"{root} has no .tar files; name a folder of WebDataset shards")
     previous = _previous_index(root)
@@ -244,8 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on with what is finished", file=sys.stderr)
         return 130
     except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return refuse(problem)
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -276,8 +276,8 @@ def _build(options: argparse.Namespace) -> int:
         if problem.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f"no room to write on in {options.out} ({problem.strerror}); "
-            "make room and run the same command again: what is finished is kept"
+            f"no room to write on in {options.out}: {in_words(problem, options.out)}; what is finished is kept, and "
+            "the same command goes on"
         ) from problem
     if options.dataset == "demo":
         head = "# The makers of these images\n\nEach sample's JSON names its set and licence."
@@ -468,4 +468,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

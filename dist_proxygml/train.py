@@ -54,7 +54,7 @@ def main() -> None:
         return
     signals = StopSignals()
     signals.listen()
-    context = join_world()
+    context = join_world(start_timeout=config.training.start_timeout)
     from dist_proxygml.training.run import train
 
     train(config, context, resume=arguments.resume, signals=signals)

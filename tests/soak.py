@@ -53,7 +53,8 @@ OF_RANK_0 = {"save.manifest", "save.publish", "save.published", "save.latest", "
 
 def sweep_of_kills() -> Iterator[str]:
     """A kill at every point, on every rank that comes to it; those of an evaluation last, where the run has one."""
-    for point in sorted(POINTS, key=lambda point: point.startswith("evaluate")):
+    points = [point for point in POINTS if not point.startswith("start")]  # `missing_at_start` has those
+    for point in sorted(points, key=lambda point: point.startswith("evaluate")):
         for rank in range(1 if point in OF_RANK_0 else NUM_RANKS):
             yield f"{point}@{rank}:{1 if point.startswith('evaluate') else 2}:kill9"
 
@@ -234,6 +235,23 @@ def hang(runs: Path) -> None:
     print("hang: rank 0 has ended with 75 and shown where it was", flush=True)
 
 
+def missing_at_start(runs: Path) -> None:
+    """A rank is killed before the ranks meet, and where the engine is about to make groups of its own: the other one
+    ends by itself, soon, with one line; the run starts when it is started again.
+    """
+    run = Run(runs, "missing", ("training.max_steps=2", "training.start_timeout=12"))
+    for point in ("start.join", "start.engine"):
+        started = time.monotonic()
+        statuses = run.wait(run.start(fault=f"{point}@1:1:kill9"), seconds=SECONDS_TO_END + 12)
+        print(f"{point} killed: {statuses}, {time.monotonic() - started:.1f} s", flush=True)
+        log = Path(run.log).read_text()
+        assert statuses == [75, -signal.SIGKILL], f"see {run.log}"
+        assert log.count("error: another rank has not come, has gone or does not answer, says rank 0") == 1, run.log
+        assert "Traceback" not in log, f"see {run.log}"
+        os.remove(run.log)
+    assert run.wait(run.start(), seconds=SECONDS_TO_END) == [0, 0]
+
+
 def not_a_number(runs: Path) -> None:
     """NaN on one rank: once, so often that the run goes back, and for ever."""
     run = Run(runs, "nan", ("training.max_steps=20", "checkpoint.every_steps=4"))
@@ -266,6 +284,7 @@ def main() -> None:
     if arguments.signals:
         stops(runs, num_steps=arguments.steps or 40)
         hang(runs)
+        missing_at_start(runs)
         not_a_number(runs)
     elif arguments.sweep:
         sweep(runs, list(sweep_of_kills()), num_steps=arguments.steps or 80)

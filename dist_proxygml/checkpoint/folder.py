@@ -15,21 +15,31 @@ import json
 import math
 import os
 import re
-import shutil
+import stat
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_proxygml.data.shards import publish
 from dist_proxygml.distributed.faults import fault_point
-from dist_proxygml.storage.published import file_problems, flush
+from dist_proxygml.storage.files import (
+    in_words,
+    is_folder,
+    mode_of,
+    paths_in,
+    publish,
+    read_document,
+    remove,
+    unreadable,
+)
+from dist_proxygml.storage.published import file_problems, flush, put_back
 
 MANIFEST_FILE = "MANIFEST.json"
 LATEST_FILE = "latest"
+STATE_FILE = "state.json"
 _MANIFEST_VERSION = 1
-_NAME = re.compile(r"step-\d+")
+_NAME = re.compile(r"step-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,13 @@ def evaluation_name(step: int, *, of_validation: bool) -> str:
 
 
 def published_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints below `directory` that have a manifest, oldest first; none of their files is looked at."""
-    return [path for path in _step_folders(directory) if (path / MANIFEST_FILE).is_file()]
+    """Checkpoints below `directory` that have a manifest, oldest first; none of their files is looked at.
+
+    Raises:
+        ValueError: a folder cannot be read, as in all functions here that look for checkpoints: what cannot be read
+            may be a checkpoint.
+    """
+    return [path for path in _step_folders(directory) if stat.S_ISREG(mode_of(path / MANIFEST_FILE) or 0)]
 
 
 def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
@@ -98,18 +113,32 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
 
     Args:
         checkpoint: its folder.
-        deep: compare the sha256 of every file with the manifest's, besides its size.
+        deep: compare the sha256 of every file with the manifest's, besides its size, and read the state.
+
+    Raises:
+        ValueError: the manifest or a file that it lists is there and cannot be read.
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_document(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return [f"{MANIFEST_FILE} is missing: it was never finished, or an older version of this package wrote it"]
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
+        return [f"{MANIFEST_FILE} cannot be used: {error}"]
+    try:
         if manifest["version"] != _MANIFEST_VERSION:
             return [f"{MANIFEST_FILE} has version {manifest['version']!r}, expected {_MANIFEST_VERSION}"]
-        return file_problems(checkpoint, manifest["files"], deep=deep)
-    except FileNotFoundError:
-        return [f"{MANIFEST_FILE} is missing: it was never finished, or an older version of this package wrote it"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST_FILE} cannot be read: {error!r}"]
+        problems = file_problems(checkpoint, manifest["files"], deep=deep)
+    except (LookupError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST_FILE} cannot be used: {error!r}"]
+    if deep and not problems:
+        try:
+            read_state(checkpoint)
+        except (OSError, ValueError) as error:
+            return [str(error)]
+    return problems
 
 
 def find_checkpoint(directory: Path, wanted: str) -> Path | None:
@@ -125,7 +154,7 @@ def find_checkpoint(directory: Path, wanted: str) -> Path | None:
             warnings.warn(f"{_told(path, problems)}: passed over", stacklevel=2)
         return found
     path = Path(wanted)
-    if not path.is_dir():
+    if not is_folder(path):
         known = ", ".join(p.name for p in published_checkpoints(directory)) or "none"
         raise ValueError(f"expected a checkpoint folder at {path}, found none; this run has: {known}")
     problems = verify_checkpoint(path)
@@ -153,7 +182,8 @@ def checkpoint_to_continue(directory: Path, resume: str) -> Continuation:
 
     Raises:
         ValueError: the checkpoint at the path does not verify, or this run has newer ones, which would mix with its
-            own.
+            own. Something cannot be read, so whether the run has checkpoints is not known: nothing was renamed then.
+        OSError: what a dead run left cannot be removed.
     """
     if resume == "never":
         return Continuation(None, [])
@@ -177,15 +207,11 @@ def clear_leftovers(directory: Path) -> None:
 
     A run that was killed while it put a checkpoint in the place of an earlier one gets the earlier one back.
     """
-    for path in directory.glob(".step-*.replaced"):
-        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        if not final.exists():
-            os.rename(path, final)
-    for pattern in (".step-*.partial", ".step-*.deleted", ".step-*.replaced"):
-        for path in directory.glob(pattern):
-            shutil.rmtree(path)
-    for path in directory.glob(f"{LATEST_FILE}.tmp-*"):
-        path.unlink()
+    for path in paths_in(directory, ".step-*.replaced"):
+        put_back(path.with_name(path.name.removeprefix(".").removesuffix(".replaced")))
+    for pattern in (".step-*.partial", ".step-*.deleted", ".step-*.replaced", f"{LATEST_FILE}.tmp-*"):
+        for path in paths_in(directory, pattern):
+            remove(path)
 
 
 def checkpoints_to_forget(steps: Sequence[int], retention: Retention, *, scores: Mapping[int, float]) -> list[int]:
@@ -209,8 +235,18 @@ def checkpoints_to_forget(steps: Sequence[int], retention: Retention, *, scores:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The RunState of a complete checkpoint."""
-    return RunState(**json.loads((checkpoint / "state.json").read_text()))
+    """The RunState of a complete checkpoint.
+
+    Raises:
+        ValueError: the file says something else. OSError: it cannot be opened.
+    """
+    document = read_document(checkpoint / STATE_FILE)
+    settings, world_size = document.get("settings"), document.get("world_size")
+    counts = [document.get(name) for name in ("step", "epoch", "consumed")]
+    is_sound = isinstance(settings, dict) and all(type(n) is int and 0 <= n < 2**63 for n in [*counts, world_size])
+    if not is_sound or document.keys() != {field.name for field in fields(RunState)} or world_size == 0:
+        raise ValueError(f"{STATE_FILE} says something else than step, epoch, consumed, world_size and settings")
+    return RunState(**document)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -219,7 +255,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def _step_folders(directory: Path) -> list[Path]:
     """Folders that are named as checkpoints are, oldest first."""
-    return sorted((p for p in directory.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_step_of)
+    return sorted((p for p in paths_in(directory, "step-*") if _NAME.fullmatch(p.name) and is_folder(p)), key=_step_of)
 
 
 def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
@@ -242,7 +278,7 @@ def _set_aside(checkpoint: Path, problems: list[str]) -> str:
     """Rename a damaged checkpoint; returns what to tell about it."""
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         os.rename(checkpoint, aside)
     except OSError as error:
         return f"{_told(checkpoint, problems)}: passed over, but it could not be renamed: {error}"
@@ -274,14 +310,17 @@ def tidy_up(final: Path, retention: Retention) -> list[str]:
             stream.write(f"{final.name}\n".encode())
         fault_point("save.latest")
     except OSError as error:
-        problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {error}")
+        problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {in_words(error, final)}")
     published = {}
-    for path in published_checkpoints(final.parent):
-        damage = verify_checkpoint(path, deep=False)
-        if damage:  # neither counted nor deleted: somebody should look at it
-            problems.append(_told(path, damage))
-        else:
-            published[_step_of(path)] = path
+    try:
+        for path in published_checkpoints(final.parent):
+            damage = verify_checkpoint(path, deep=False)
+            if damage:  # neither counted nor deleted: somebody should look at it
+                problems.append(_told(path, damage))
+            else:
+                published[_step_of(path)] = path
+    except ValueError as error:
+        return [*problems, f"earlier checkpoints were not looked at: {error}"]
     scores: dict[int, float] = {}
     if retention.keep_best is not None:
         scores, unreadable = _scores(
@@ -303,10 +342,10 @@ def _scores(checkpoints: list[Path], metric: str, *, by_validation: bool) -> tup
     for checkpoint in checkpoints:
         name = evaluation_name(_step_of(checkpoint), of_validation=by_validation)
         path = checkpoint.parent.parent / "evaluation" / f"{name}.json"
-        if not path.exists():
-            continue
         try:
-            score = float(json.loads(path.read_text())["metrics"][metric])
+            score = float(read_document(path)["metrics"][metric])
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError, LookupError, TypeError) as error:
             problems.append(f"{metric} of {checkpoint.name} cannot be read from {path}: {error!r}")
             continue
@@ -318,7 +357,7 @@ def _scores(checkpoints: list[Path], metric: str, *, by_validation: bool) -> tup
 def _forget(checkpoint: Path) -> None:
     """Delete a checkpoint, unpublished first, so that half a checkpoint never looks like one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     os.rename(checkpoint, doomed)
     fault_point("save.forget")
-    shutil.rmtree(doomed)
+    remove(doomed)

@@ -32,7 +32,7 @@ from dist_proxygml.checkpoint.bank_storage import BankReader
 from dist_proxygml.checkpoint.folder import MANIFEST_FILE, find_checkpoint, found_instead, read_state
 from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
-from dist_proxygml.data.shards import publish
+from dist_proxygml.storage.files import publish
 from dist_proxygml.storage.folder import SealedKind, open_sealed
 
 CLASSES_FILE = "classes.jsonl"

@@ -28,7 +28,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -72,6 +71,7 @@ from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main, run_together
 from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.storage.files import in_words, remove
 from dist_proxygml.storage.published import files_below, hash_files, make_empty, partial_path, publish_folder
 
 __all__ = [
@@ -377,7 +377,7 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
             on_main(context, _write_manifest, snapshot, partial, files)
             on_main(context, publish_folder, partial, final)
         except AgreedError:
-            on_main(context, lambda: shutil.rmtree(partial, ignore_errors=True))
+            on_main(context, remove, partial)
             raise
     # 3. the pointer, and forget
     return SavedCheckpoint(final, on_main(context, tidy_up, final, retention))
@@ -499,9 +499,8 @@ def _together(context: ParallelContext, what: str, function: Callable[..., T], *
 
 def _described(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError):
-        return str(error)
-    remedy = " (torch's words for a full disk, among others)" if isinstance(error, RuntimeError) else ""
-    return f"{type(error).__name__}: {error}{remedy}"
+        return in_words(error)
+    return f"{type(error).__name__}: {in_words(error)}"
 
 
 def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> list[str]:

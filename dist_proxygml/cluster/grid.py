@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dist_proxygml.config import Config, load_config
+from dist_proxygml.storage.files import paths_in, read_document
 
 Grid = dict[str, list[Any]]
 """The values of each setting that is varied, by its dotted name."""
@@ -171,12 +172,12 @@ def metrics_measured(config: Config) -> list[str]:
 
 def last_evaluation(run_directory: Path) -> Evaluation | None:
     """The evaluation of the run's last step that has one; None if there is none, or no whole one."""
-    found = (run_directory / "evaluation").glob("step-*.json")
+    found = paths_in(run_directory / "evaluation", "step-*.json")
     steps = {int(step[1]): path for path in found if (step := re.fullmatch(r"step-(\d+)", path.stem))}  # own data only
     if not steps:
         return None
     try:
-        document = json.loads(steps[max(steps)].read_text())
+        document = read_document(steps[max(steps)])
         return Evaluation(dict(document["metrics"]), str(document["fingerprint"]))
     except (ValueError, KeyError, TypeError, OSError):
         return None

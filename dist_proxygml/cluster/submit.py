@@ -27,6 +27,7 @@ import submitit
 
 from dist_proxygml.config import Config, load_config, parse_config
 from dist_proxygml.distributed.slurm import rendezvous_port
+from dist_proxygml.options import refuse, run_command
 
 EXAMPLES = """examples:
   python launchers/submit.py --config configs/sop_8gpu.json --gpus-per-node 8 --partition gpu --time 12:00:00
@@ -125,7 +126,7 @@ class TrainingJob:
             signals.listen()
             for number in early:
                 os.kill(os.getpid(), number)
-            context = join_world()
+            context = join_world(start_timeout=config.training.start_timeout)
             from dist_proxygml.training.run import train
 
             try:
@@ -585,9 +586,8 @@ def run(command_line: list[str]) -> int:
     arguments = build_parser().parse_args(command_line)
     try:
         return _submit(arguments, build_job(arguments))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return refuse(error)
     except KeyboardInterrupt:
         print("not followed any more; a job in the queue goes on", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -623,3 +623,7 @@ def _start_here(arguments: argparse.Namespace, job: TrainingJob, folder: Path) -
     print(f"job {started.job_id} of {num_ranks} ranks\n  log:    tail -F {log_of(folder, started.job_id, 0)}")
     print(f"  end it: kill {started.job_id}", flush=True)
     return follow_local(started, folder, num_ranks) if arguments.wait else 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(sys.argv[1:]))

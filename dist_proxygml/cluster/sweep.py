@@ -50,6 +50,7 @@ from dist_proxygml.cluster.grid import (
 )
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config, parse_config
+from dist_proxygml.options import refuse, run_command
 from dist_proxygml.storage.lock import RunLock
 
 EXAMPLES = """examples:
@@ -474,9 +475,8 @@ def run(command_line: list[str]) -> int:
         if arguments.dry_run:
             return show_plan(sweep, jobs, to_do, arguments)
         return train(sweep, jobs, to_do, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return refuse(error)
     except KeyboardInterrupt:
         print("not followed any more; jobs in the queue go on, and the same command goes on from them", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -520,3 +520,7 @@ def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argp
         print(f"error: {hopeless}", file=sys.stderr)
         return 1
     return report(sweep, jobs, arguments.metric) if arguments.wait or not to_do else 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(sys.argv[1:]))

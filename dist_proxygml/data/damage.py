@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main
+from dist_proxygml.storage.files import read_log
 
 DAMAGE_FILE = "damaged.jsonl"
+DAMAGE_FIELDS = {"split": str, "image": str, "reason": str}
 
 
 class Damage(NamedTuple):
@@ -70,16 +72,9 @@ class DamageLog:
             )
 
     def _read(self) -> dict[str, str]:
-        """What earlier starts of the run found; a line that a kill cut short is passed over."""
-        known = {}
-        for line in self.path.read_text("utf-8").splitlines() if self.path.is_file() else []:
-            try:
-                record = json.loads(line)
-                if record["split"] == self.split:
-                    known[record["image"]] = record["reason"]
-            except (ValueError, KeyError, TypeError):
-                continue
-        return known
+        """What earlier starts of the run found; odd lines are passed over."""
+        records = [record for _, record in read_log(self.path, DAMAGE_FIELDS).records]
+        return {record["image"]: record["reason"] for record in records if record["split"] == self.split}
 
     def _write(self, new: Sequence[Damage]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

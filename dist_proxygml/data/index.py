@@ -24,7 +24,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dist_proxygml.data.remote import ShardCache, is_remote
-from dist_proxygml.data.shards import MAX_LABEL, SAMPLE_DTYPE, ListedShard, ShardUnavailableError, publish
+from dist_proxygml.data.shards import MAX_LABEL, SAMPLE_DTYPE, ListedShard, ShardUnavailableError
+from dist_proxygml.storage.files import paths_in, publish
 
 INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
@@ -252,7 +253,7 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"shard folder {root} does not exist; {build}, or name another folder")
     path = root / INDEX_FILE
     if not path.is_file():
-        num_tars = len(list(root.glob("*.tar")))
+        num_tars = len(paths_in(root, "*.tar"))
         if (root / JOURNAL_FILE).exists():
             remedy = "an unfinished build; run the same `python -m dist_proxygml.shard build` again"
         elif num_tars:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from dist_proxygml.data.shards import publish
+from dist_proxygml.storage.files import publish
 
 T = TypeVar("T")
 

@@ -19,12 +19,13 @@ import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from dist_proxygml.storage.files import publish
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 MAX_LABEL = 2**31 - 1  # what SAMPLE_DTYPE has room for
@@ -69,31 +70,6 @@ def split_of_shard(file_name: str) -> str | None:
     """`train` for `train-000012.tar`; None for a file that is not named like a shard."""
     match = re.fullmatch(r"(.*?)[-_.]?\d+\.tar", file_name)
     return (match.group(1) or "train") if match else None
-
-
-@contextmanager
-def publish(path: Path, *, flush_folder: bool = True) -> Iterator[IO[bytes]]:
-    """Write a file whole or not at all: into a temporary one, flushed to disk, renamed to `path`.
-
-    An interrupted block leaves no file named `path`; a killed process leaves at most `path` with
-    suffix `.tmp-PID`. Without `flush_folder` the next file that is published beside it makes the new name durable.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if not flush_folder:
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:

@@ -27,6 +27,7 @@ from dist_proxygml.data.order import MicroBatch, evaluation_batches
 from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.data.transforms import Resize, Transform
+from dist_proxygml.storage.files import paths_in, refuse_unreadable
 
 OnBad = Literal["fail", "skip"]
 
@@ -81,7 +82,7 @@ def open_source(location: str | Path, *, split: str = "test") -> ImageSource:
     if is_remote(str(location)):
         return ShardSource(open_index(location, split))
     folder = Path(location)
-    if (folder / INDEX_FILE).is_file() and any(folder.glob("*.tar")):
+    if (folder / INDEX_FILE).is_file() and paths_in(folder, "*.tar"):
         return ShardSource(open_index(folder, split))
     return FolderSource.of_folder(folder)
 
@@ -108,7 +109,7 @@ class FolderSource:
             raise ValueError(f"expected a folder of images or of shards at {root}, found none; correct the path")
         names, num_others = _image_names(root)
         if not names:
-            num_tars = len(list(root.glob("*.tar")))
+            num_tars = len(paths_in(root, "*.tar"))
             hint = (
                 f"; for its {num_tars} tar files run `python -m dist_proxygml.shard index {root}`" if num_tars else ""
             )
@@ -206,7 +207,7 @@ def _image_names(root: Path) -> tuple[list[str], int]:
     """The sorted paths from `root` of the image files below it, and the number of other files."""
     names, num_others = [], 0
     seen = {os.path.realpath(root)}
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse_unreadable):
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(folders)}
         folders[:] = [name for name in real if not _is_hidden(name) and real[name] not in seen]
         seen.update(real[name] for name in folders)

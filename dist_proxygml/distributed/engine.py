@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dist_proxygml.config import Config
 from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, cut_again, equal_fragments
 from dist_proxygml.head.loss import ProxyGMLLoss
@@ -69,6 +70,7 @@ class Engine:
             "LOCAL_RANK", str(context.local_rank)
         )  # DeepSpeed insists on it, also when a launcher is not used
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        fault_point("start.engine")
         with _no_first_step(optimizer):
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None

@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 VARIABLE = "DIST_PROXYGML_FAULT"
 POINTS = (
+    "start.join",
+    "start.engine",
     "save.begin",
     "save.engine",
     "save.bank",

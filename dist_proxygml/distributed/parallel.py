@@ -7,7 +7,7 @@ that takes a group accepts None, so the library runs without a process group as 
 import argparse
 import atexit
 import contextlib
-import errno
+import multiprocessing
 import os
 import sys
 import threading
@@ -22,11 +22,16 @@ import torch
 import torch.distributed as dist
 
 from dist_proxygml.distributed.collectives import AgreedError, gather_objects
+from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.slurm import process_variables
+from dist_proxygml.options import outlive_readers
+from dist_proxygml.storage.files import in_words, is_about_space
 
 T = TypeVar("T")
 
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
 _SECONDS_BETWEEN_SIGNS = 15.0  # far below the time-out of a collective
+_LONGEST_WAIT = timedelta(minutes=30)  # of one rank for another, once a run has started
 
 
 class OneRankError(ValueError):
@@ -54,15 +59,19 @@ def single_process(device: str = "cpu") -> ParallelContext:
     return ParallelContext(rank=0, world_size=1, local_rank=0, device=torch.device(device), group=None)
 
 
-def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext:
+def join_world(*, start_timeout: float = 300.0) -> ParallelContext:
     """Start the process group that the launcher described in the environment (RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR, MASTER_PORT). Where srun is the launcher, its variables are brought into this form, for libraries too.
 
     Called on all ranks. NCCL on GPUs, gloo on CPUs. On CPUs the cores are shared out over this host's ranks unless
     OMP_NUM_THREADS says otherwise; left alone, every rank would start a thread per core.
 
+    Args:
+        start_timeout: seconds that a rank waits for others at a time, from here until `has_started` is called.
+
     Raises:
         ValueError: a rank has no GPU of its own although the host has GPUs.
+        RuntimeError: another rank has not come; `run_launcher` says so in one line.
     """
     os.environ.update(process_variables(os.environ))
     rank = int(os.environ.get("RANK", "0"))
@@ -83,11 +92,56 @@ def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext
         if "OMP_NUM_THREADS" not in os.environ:
             local_world_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    fault_point("start.join")
+    timeout = timedelta(seconds=start_timeout)
+    _wait_at_most(timeout)
     if "RANK" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     else:  # no launcher: a world of one needs no address, and so cannot find its port taken
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     return ParallelContext(rank, world_size, local_rank, device, dist.group.WORLD)
+
+
+def has_started() -> None:
+    """From now on ranks wait for each other as long as work may take; until then `join_world` has their waits end soon.
+    Called on all ranks.
+    """
+    if _is_starting():
+        _wait_at_most(_LONGEST_WAIT)
+
+
+def _is_starting() -> bool:
+    return dist.is_initialized() and dist.distributed_c10d.default_pg_timeout < _LONGEST_WAIT
+
+
+def _wait_at_most(timeout: timedelta) -> None:
+    """How long this process waits for others at a time from now on: in its groups, at the store where ranks meet, and
+    in groups that libraries make without saying, which would wait half an hour for a rank that was killed: there is no
+    connection to it yet that could break.
+    """
+    c10d = dist.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    if dist.is_initialized():
+        c10d._get_default_store().set_timeout(timeout)
+        for group in list(c10d._world.pg_map):
+            dist.set_timeout(timeout, group)
+
+
+def _missing_peer(error: RuntimeError) -> str | None:
+    """What to say of an error while a run starts, if it is about ranks that are not there."""
+    text = str(error).strip().partition("\n")[0]
+    if "EADDRINUSE" in str(error):
+        return (
+            f"error: expected port {os.environ.get('MASTER_PORT')} to be free, another process listens there; name "
+            "another one, such as deepspeed --master_port 29600"
+        )
+    if not isinstance(error, dist.DistError) and "gloo" not in text:
+        return None
+    rank, waits = os.environ.get("RANK", "0"), dist.distributed_c10d.default_pg_timeout.total_seconds()
+    return (
+        f"error: another rank has not come, has gone or does not answer, says rank {rank}, which waits {waits:g} s at "
+        f"most while a run starts (training.start_timeout): {text[:200]}; look at that rank's log, then start again"
+    )
 
 
 def available_backends() -> list[str]:
@@ -109,7 +163,7 @@ def run_together(context: ParallelContext, function: Callable[..., T], *args: ob
     try:
         result = function(*args)
     except (ValueError, OSError) as error:
-        failure = str(error) if context.world_size == 1 else f"{error} (on rank {context.rank})"
+        failure = in_words(error) if context.world_size == 1 else f"{in_words(error)} (on rank {context.rank})"
     failures = everyone(context, failure)
     first = next((message for message in failures if message is not None), None)
     if first is not None:
@@ -144,6 +198,12 @@ def everyone(context: ParallelContext, value: T) -> list[T]:
     return gather_objects(value, group=context.group)
 
 
+def on_main_for_long(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
+    """As `on_main`, for what may take rank 0 longer than the others may wait at a time."""
+    result = run_long(context, lambda: function(*args) if context.is_main else None)
+    return everyone(context, result)[0]  # type: ignore[return-value]
+
+
 def on_main(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
     """Run `function(*args)` on rank 0 and give every rank its result, or its error. Called on all ranks.
 
@@ -170,6 +230,8 @@ def run_launcher(main: Callable[[], None]) -> NoReturn:
     Any other error is ours and keeps its traceback.
     """
     os.environ.update(process_variables(os.environ))  # who is rank 0, also for what fails before the world is joined
+    outlive_readers()
+    threading.excepthook = _thread_ended
     try:
         status = _run(main)
     except Exception:
@@ -190,16 +252,32 @@ def _run(main: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return int(getattr(error, "status", 2))
     except Exception as ending:
-        if isinstance(ending, OSError) and ending.errno in (errno.ENOSPC, errno.EDQUOT):
-            told = f"error: {ending} (on rank {os.environ.get('RANK', '0')}); make room and start the run again"
-            print(told, file=sys.stderr, flush=True)
+        if is_about_space(str(ending)):
+            print(f"error: {in_words(ending)} (on rank {os.environ.get('RANK', '0')})", file=sys.stderr, flush=True)
             return 2
+        is_early = isinstance(ending, RuntimeError) and (_is_starting() or not dist.is_initialized())
+        if is_early and (told := _missing_peer(ending)):
+            print(told, file=sys.stderr, flush=True)
+            return 2 if "EADDRINUSE" in str(ending) else STOPPED_STATUS
         if not hasattr(ending, "status"):
             raise
         status = int(ending.status)  # whoever raised it has said why
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
+
+
+def _thread_ended(ending: threading.ExceptHookArgs) -> None:
+    """A full disk is told by the main thread, which comes to hear of it."""
+    if not is_about_space(str(ending.exc_value)):
+        threading.__excepthook__(ending)
+
+
+def end_loading_processes() -> None:
+    """End the processes that this one has started for its data, stopped ones, too: they would stay."""
+    with contextlib.suppress(Exception):
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 def _leave(status: int) -> NoReturn:
@@ -209,6 +287,7 @@ def _leave(status: int) -> NoReturn:
     a finished collective's tensors, inside C++ that must not be unwound, and takes the whole process with it:
     "terminate called without an active exception", status -6, after a run that was complete. Exit handlers run as ever.
     """
+    end_loading_processes()  # one that is stopped would keep its exit handler waiting
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

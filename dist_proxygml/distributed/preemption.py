@@ -19,10 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dist_proxygml.distributed.parallel import ParallelContext, everyone
+from dist_proxygml.distributed.parallel import STOPPED_STATUS, ParallelContext, end_loading_processes, everyone
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
 _KILLED_BY_SIGTERM = 128 + signal.SIGTERM
 _SECONDS_OF_ONE_REQUEST = 1.0
 
@@ -89,6 +88,7 @@ class StopSignals:
             now = time.monotonic()
             self._terminated_at = self._terminated_at or now
             if now - self._terminated_at > _SECONDS_OF_ONE_REQUEST:
+                end_loading_processes()
                 os._exit(_KILLED_BY_SIGTERM)
         self.received = self.received or number
 

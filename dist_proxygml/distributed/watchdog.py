@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_proxygml.distributed.preemption import STOPPED_STATUS
+from dist_proxygml.distributed.parallel import STOPPED_STATUS, end_loading_processes
 
 _SECONDS_TO_TELL = 10.0
 
@@ -80,7 +80,7 @@ class Watchdog:
             "raise training.step_timeout\n"
         )
         # What hangs may be the file system that stderr and the report lie on.
-        last_word = threading.Timer(_SECONDS_TO_TELL, os._exit, (STOPPED_STATUS,))
+        last_word = threading.Timer(_SECONDS_TO_TELL, self._leave)
         last_word.daemon = True
         last_word.start()
         sys.stderr.write(message)
@@ -92,4 +92,8 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file)
         finally:
-            os._exit(STOPPED_STATUS)
+            self._leave()
+
+    def _leave(self) -> None:
+        end_loading_processes()
+        os._exit(STOPPED_STATUS)

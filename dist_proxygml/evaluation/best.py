@@ -8,14 +8,14 @@ All three are results on the test split. What is best goes by checkpoint.keep_be
 of equal ones the newest is taken. An evaluation before the first step is none of a trained model, and does not count.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.storage.files import paths_in, read_document, read_file
 
 LAST = "last"
 BEST_ON_VALIDATION = "best on validation classes"
@@ -70,10 +70,10 @@ def read_evaluations(run_directory: Path, prefix: str) -> dict[int, EvaluationRe
         ValueError: a file is not an evaluation.
     """
     found = {}
-    for path in (run_directory / "evaluation").glob(f"{prefix}*.json"):
+    for path in paths_in(run_directory / "evaluation", f"{prefix}*.json"):
         if step := re.fullmatch(rf"{prefix}(\d+)", path.stem):
             try:
-                found[int(step[1])] = EvaluationResult.from_json(path.read_text())
+                found[int(step[1])] = EvaluationResult.from_json(read_file(path))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
     return dict(sorted(found.items()))
@@ -82,8 +82,7 @@ def read_evaluations(run_directory: Path, prefix: str) -> dict[int, EvaluationRe
 def selection_metric(run_directory: Path) -> str | None:
     """The metric that the run's configuration chooses by; None: Recall@K of the smallest K that was measured."""
     try:
-        config: Any = json.loads((run_directory / "config.json").read_text())
-        metric = config["checkpoint"]["keep_best"]
+        metric = read_document(run_directory / "config.json")["checkpoint"]["keep_best"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return metric if isinstance(metric, str) else None

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.data.shards import publish
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main, run_together
+from dist_proxygml.storage.files import paths_in, publish
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SHARE_AT_RISK = 0.02  # of the time that a pass has taken: so much is not on disk before it is worth another block
@@ -208,8 +208,8 @@ class EmbeddingBlocks:
 
     def _list(self) -> list[str]:
         """The files of blocks, without what a killed process left of one. On rank 0 only."""
-        self._remove([path.name for path in self._folder.glob("*.tmp-*")])
-        return sorted(path.name for path in self._folder.glob("*.block"))
+        self._remove([path.name for path in paths_in(self._folder, "*.tmp-*")])
+        return [path.name for path in paths_in(self._folder, "*.block")]
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:

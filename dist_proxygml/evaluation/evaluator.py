@@ -123,7 +123,7 @@ class EvaluationResult:
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "EvaluationResult":
+    def from_json(cls, text: str | bytes) -> "EvaluationResult":
         """Read what `to_json` wrote.
 
         Raises:
@@ -133,6 +133,8 @@ class EvaluationResult:
             document = json.loads(text)
             if "bounds" not in document:  # before there were bounds of other metrics
                 document["bounds"] = {"recall@1": document["recall_at_1_bounds"]}
+            if not all(isinstance(value, int | float) for value in document["metrics"].values()):
+                raise TypeError("a metric is no number")
             return cls(
                 metrics=dict(document["metrics"]),
                 bounds={name: (low, high) for name, (low, high) in document["bounds"].items()},
@@ -143,7 +145,7 @@ class EvaluationResult:
                 num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"expected the JSON of an evaluation, got something else ({type(error).__name__}: {error}); run the "
                 "evaluation again to write it"

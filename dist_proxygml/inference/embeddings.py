@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.sources import ImageRecord
+from dist_proxygml.storage.files import in_words
 from dist_proxygml.storage.folder import SealedKind, check_is_free, open_sealed, seal
 from dist_proxygml.storage.published import make_empty, partial_path
 
@@ -114,7 +115,9 @@ class EmbeddingWriter:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "ab")
         except OSError as error:
-            raise ValueError(f"cannot write into {self.out.parent}: {error.strerror}; name another folder") from None
+            raise ValueError(
+                f"cannot write into {self.out.parent}: {in_words(error, self.out.parent)}; name another folder"
+            ) from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -206,7 +209,7 @@ class EmbeddingWriter:
             os.truncate(rows, header + self.num_rows * 4 * self._dim)
             os.truncate(ids, ids_end)
             journal.write_bytes(b"".join(whole))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             self.num_done = self.num_rows = 0
             self.left_out = []
             return False

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_proxygml.checkpoint.folder import checkpoint_name
-from dist_proxygml.data.shards import publish
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.metric_names import name_metrics
 from dist_proxygml.inference.export_check import LIMIT, FileCheck
+from dist_proxygml.storage.files import paths_in, publish, read_file
 from dist_proxygml.storage.published import files_below
 
 _ABOUT_FILES = {
@@ -54,14 +54,14 @@ def find_evaluation(run_directory: Path, step: int) -> StoredEvaluation | None:
     """
     steps = {
         int(found[1]): path
-        for path in (run_directory / "evaluation").glob("step-*.json")
+        for path in paths_in(run_directory / "evaluation", "step-*.json")
         if (found := re.fullmatch(r"step-(\d+)", path.stem))  # not those on other data
     }
     if not steps:
         return None
     chosen = step if step in steps else max(steps)
     try:
-        return StoredEvaluation(chosen, EvaluationResult.from_json(steps[chosen].read_text(encoding="utf-8")))
+        return StoredEvaluation(chosen, EvaluationResult.from_json(read_file(steps[chosen])))
     except ValueError as error:
         raise ValueError(f"{steps[chosen]}: {error}") from None
 

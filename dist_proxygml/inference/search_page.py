@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_proxygml.data.shards import publish
 from dist_proxygml.reporting.thumbnails import SIDE, data_url
+from dist_proxygml.storage.files import publish
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --text: #1c1e21; --quiet: #62676e; --line: #e3e4e6; }

@@ -13,6 +13,7 @@ Run folder: config.json, metrics.jsonl, evaluation/{pixels,step-*}.json, embeddi
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -30,6 +31,7 @@ from dist_proxygml.evaluation.metric_names import name_metrics
 from dist_proxygml.reporting.charts import Series, line_chart
 from dist_proxygml.reporting.pictures import Section, picture_sections
 from dist_proxygml.reporting.proxies import proxy_section
+from dist_proxygml.storage.files import is_folder, mode_of, paths_in, read_document, read_file, read_log
 
 _MAX_CHARACTERS = 400_000  # of a text that is quoted whole
 _MAX_LISTED = 20  # entries of a list in the protocol
@@ -67,7 +69,7 @@ def read_run(run_directory: Path) -> RunRecord:
     Raises:
         ValueError: the folder does not exist, or a file in it is not what its name says.
     """
-    if not run_directory.is_dir():
+    if not is_folder(run_directory):
         raise ValueError(
             f"expected a run's folder, {run_directory} does not exist; train a run, or name another folder"
         )
@@ -76,15 +78,12 @@ def read_run(run_directory: Path) -> RunRecord:
         run_directory / "evaluation" / "pixels.json",
     )
     try:
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        config = read_document(config_file)
+    except FileNotFoundError:
+        config = {}
     except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON ({error}); copy the run again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file} is not a configuration ({config!r}); copy the run again")
-    tables = sorted(
-        (run_directory / "embeddings").glob("step-*.npz"),
-        key=lambda path: int(path.stem.split("-")[1]),
-    )
+        raise ValueError(f"{error}; copy the run again") from None
+    tables = [path for path in paths_in(run_directory / "embeddings") if re.fullmatch(r"step-\d+\.npz", path.name)]
     return RunRecord(
         name=config.get("name") or run_directory.resolve().name,
         config=config,
@@ -92,8 +91,8 @@ def read_run(run_directory: Path) -> RunRecord:
         evaluations=read_evaluations(run_directory, "step-"),
         validation=read_evaluations(run_directory, "validation-step-"),
         chosen=selected_rows(run_directory),
-        pixels=EvaluationResult.from_json(pixels_file.read_text()) if pixels_file.is_file() else None,
-        table=load_table(tables[-1]) if tables else None,
+        pixels=EvaluationResult.from_json(read_file(pixels_file)) if mode_of(pixels_file) else None,
+        table=load_table(max(tables, key=lambda path: int(path.stem[5:]))) if tables else None,
     )
 
 
@@ -364,7 +363,7 @@ def _evaluation_chart(run: RunRecord) -> str:
 
 def _training_series(run: RunRecord, names: Mapping[str, str]) -> list[Series]:
     return [
-        Series(label, [(line["step"], line[key]) for line in run.training if line.get(key) is not None])
+        Series(label, [(line["step"], line[key]) for line in run.training if isinstance(line.get(key), int | float)])
         for key, label in names.items()
     ]
 
@@ -411,16 +410,11 @@ def _attribution(root: Path) -> str:
 
 def _training_lines(path: Path) -> list[dict[str, Any]]:
     """The logged training steps in order; where a resumed run logged a step again, the last line counts."""
-    if not path.is_file():
-        return []
-    by_step = {}
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # cut short by a crash
-            continue
-        if line.get("kind") == "train":
-            by_step[line["step"]] = line
+    log = read_log(path, {"step": int, "kind": str})
+    if log.odd:
+        number, _, problem = log.odd[0]
+        warnings.warn(f"{path}: {len(log.odd)} lines are left out, the first is {number}: {problem}", stacklevel=2)
+    by_step = {line["step"]: line for _, line in log.records if line["kind"] == "train"}
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -22,9 +22,9 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tqdm import tqdm
 
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.shards import publish
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
 from dist_proxygml.reporting.gallery import TableImages, stratified_sample
+from dist_proxygml.storage.files import publish
 
 MAX_POINTS = 10_000
 MAX_SPRITE_SIDE = 8192

@@ -3,7 +3,6 @@
 Read from the newest proxies/step-*.json of the run's folder, which training writes at evaluations.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from html import escape
@@ -12,6 +11,7 @@ from typing import Any
 
 from dist_proxygml.reporting.charts import Histogram, histogram_chart
 from dist_proxygml.reporting.pictures import MAX_LETTERS, Section
+from dist_proxygml.storage.files import paths_in, read_document
 
 _MAX_EXAMPLES = 20
 
@@ -23,15 +23,15 @@ def proxy_section(folder: Path) -> Section:
         folder: "proxies" of a run's folder; may be missing.
     """
     by_step = {
-        int(match[1]): path for path in folder.glob("step-*.json") if (match := re.search(r"-(\d+)$", path.stem))
+        int(match[1]): path for path in paths_in(folder, "step-*.json") if (match := re.search(r"-(\d+)$", path.stem))
     }
     if not by_step:
         html = '<p class="quiet">No statistics of its proxies are stored for this run.</p>'
     else:
         newest = by_step[max(by_step)]
         try:
-            html = _described(json.loads(newest.read_text()))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            html = _described(read_document(newest))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
             problem = f"{newest.name} cannot be read ({type(error).__name__}: {error})"
             html = f'<p class="quiet">The statistics of its proxies in {escape(problem)}.</p>'
     return Section("proxies", "What its proxies do", html)

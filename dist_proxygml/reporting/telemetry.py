@@ -9,6 +9,7 @@ logged, so that nothing waits for a GPU in between.
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,24 +22,33 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from dist_proxygml.data.shards import publish
 from dist_proxygml.distributed.memory import peak_memory
+from dist_proxygml.storage.files import mend_log, paths_in
 
 BOARD_FOLDER = "tensorboard"
+METRICS_FILE = "metrics.jsonl"
+_EVENTS = "events.out.tfevents."  # TensorBoard's name for its files, then seconds since 1970 and more
 
 
 class Telemetry:
-    """The log of one run."""
+    """The log of one run.
+
+    Raises:
+        ValueError: an earlier log cannot be read. OSError: it cannot be written.
+    """
 
     def __init__(
         self, run_directory: Path, *, enabled: bool, num_steps: int, start_step: int, progress_bar: bool
     ) -> None:
         self._enabled = enabled
+        self.problems: list[str] = []
+        """What was odd in the earlier log, for people."""
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
-            path = run_directory / "metrics.jsonl"
-            _drop_later_lines(path, start_step)
+            path = run_directory / METRICS_FILE
+            self.problems = mend_log(path, {"step": int}, keep=lambda line: line["step"] <= start_step)
             self._lines = path.open("a", buffering=1)
+            _order_by_name(run_directory / BOARD_FOLDER)
             self._board = SummaryWriter(
                 str(run_directory / BOARD_FOLDER), purge_step=start_step + 1 if start_step else None
             )
@@ -165,15 +175,16 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, int | float | str) and not isinstance(value, bool)
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
-    """Keep the lines up to a step; one that a kill cut short goes as well."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        with publish(path) as stream:
-            stream.write("".join(kept).encode())
+def _order_by_name(board: Path) -> None:
+    """Give files of the future, from before the clock went back, earlier names: TensorBoard reads in the order of
+    names, and the file of this start takes back points of those before it.
+    """
+    files = paths_in(board, f"{_EVENTS}*")
+    now = int(time.time())
+    if any(path.name.removeprefix(_EVENTS)[:10] >= f"{now:010d}" for path in files):
+        for number, path in enumerate(files):
+            rest = path.name.removeprefix(_EVENTS).partition(".")[2]
+            os.rename(path, path.with_name(f"{_EVENTS}{now - len(files) + number:010d}.{number}.{rest}"))
 
 
 def memory_gib() -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_proxygml.data.shards import publish
+from dist_proxygml.storage.files import publish, read_document, unreadable
 from dist_proxygml.storage.published import (
     file_problems,
     files_below,
@@ -138,9 +138,14 @@ def _missing_entry(manifest: Mapping[str, Any], kind: SealedKind) -> str | None:
 
 
 def _read_manifest(path: Path, kind: SealedKind) -> dict[str, Any]:
-    """The manifest of a folder; empty where there is none that can be read."""
+    """The manifest of a folder; empty where there is none, or something else.
+
+    Raises:
+        ValueError: it is there and cannot be read.
+    """
     try:
-        manifest = json.loads((path / kind.manifest_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_document(path / kind.manifest_file)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    except OSError as error:
+        raise unreadable(path / kind.manifest_file, error) from None

@@ -10,6 +10,8 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
+from dist_proxygml.storage.files import in_words
+
 
 class RunLock:
     """Holds the lock of a run from its construction on.
@@ -25,7 +27,8 @@ class RunLock:
             self._file: TextIO = path.open("a+")
         except OSError as error:
             raise ValueError(
-                f"expected to write into {path.parent.resolve()}: {error.strerror}; set runs_dir to a folder of yours"
+                f"expected to write into {path.parent.resolve()}: {in_words(error, path.parent)}; set runs_dir to "
+                "a folder of yours"
             ) from None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

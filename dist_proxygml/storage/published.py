@@ -10,16 +10,18 @@ Declined: hashing while writing, as neither torch nor safetensors hands out its 
 memory where they have just been written.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
-import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from dist_proxygml.distributed.faults import fault_point
+from dist_proxygml.storage.files import is_folder, refuse_unreadable, remove, unreadable
 
 
 def partial_path(final: Path) -> Path:
@@ -29,7 +31,7 @@ def partial_path(final: Path) -> Path:
 
 def make_empty(directory: Path) -> None:
     """Make a folder, without what a killed run may have left in its place."""
-    shutil.rmtree(directory, ignore_errors=True)
+    remove(directory)
     directory.mkdir(parents=True)
 
 
@@ -43,8 +45,16 @@ def flush(path: Path) -> None:
 
 
 def files_below(directory: Path) -> list[str]:
-    """Names of all files, the largest first, so that every n-th is about a fair share of the bytes."""
-    sizes = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
+    """Names of all files, the largest first, so that every n-th is about a fair share of the bytes.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+    sizes = {}
+    for folder, _, names in os.walk(directory, onerror=refuse_unreadable):
+        for path in (Path(folder, name) for name in names):
+            if path.is_file():
+                sizes[str(path.relative_to(directory))] = path.stat().st_size
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
@@ -69,8 +79,8 @@ def _describe(path: Path) -> dict[str, Any]:
 def publish_folder(partial: Path, final: Path) -> None:
     """Rename, with what was there out of the way but not gone before that is done."""
     replaced = replaced_path(final)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        remove(replaced)
         os.rename(final, replaced)
     try:
         fault_point("save.publish")
@@ -79,16 +89,17 @@ def publish_folder(partial: Path, final: Path) -> None:
     except OSError:
         if not partial.exists():
             os.rename(final, partial)
-        if replaced.exists():
+        if os.path.lexists(replaced):
             os.rename(replaced, final)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(replaced)
 
 
 def put_back(final: Path) -> None:
     """What `final` was, where who published it was killed between taking it away and putting the new one there."""
     replaced = replaced_path(final)
-    if replaced.is_dir() and not final.exists():
+    if not replaced.is_symlink() and is_folder(replaced) and not os.path.lexists(final):
         os.rename(replaced, final)
 
 
@@ -107,6 +118,7 @@ def file_problems(directory: Path, files: Mapping[str, Mapping[str, Any]], *, de
 
     Raises:
         LookupError, TypeError, AttributeError: the entries are something else.
+        ValueError: a file is there and cannot be read.
     """
     listed = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     problem_of = functools.partial(_file_problem, directory, deep=deep)
@@ -116,14 +128,18 @@ def file_problems(directory: Path, files: Mapping[str, Mapping[str, Any]], *, de
 
 def _file_problem(directory: Path, name: str, size: int, sha256: str, *, deep: bool) -> str | None:
     try:
-        found = (directory / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes, expected {size}"
+        found = (directory / name).stat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is no file"
+        if found.st_size != size:
+            return f"{name} has {found.st_size} bytes, expected {size}"
         if deep:
             with open(directory / name, "rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             if digest != sha256:
                 return f"{name} has sha256 {digest[:12]}..., expected {sha256[:12]}..."
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{name} cannot be read: {error.strerror}"
+    except OSError as error:
+        raise unreadable(directory / name, error) from None
     return None

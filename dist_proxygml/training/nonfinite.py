@@ -14,6 +14,7 @@ from dist_proxygml.distributed.collectives import NonFiniteError
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main
 
 NON_FINITE_FILE = "nonfinite.jsonl"
+NON_FINITE_FIELDS = {"step": int}
 _NUM_NAMED = 3
 _WINDOW = 1000  # steps, of which one in a hundred may be left out
 _MOST_IN_WINDOW = _WINDOW // 100

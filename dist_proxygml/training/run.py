@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dist_proxygml.backbones.build import RawPixels, build_backbone
 from dist_proxygml.checkpoint.model import write_class_table
 from dist_proxygml.checkpoint.writer import (
     CheckpointWriter,
+    Continuation,
     Retention,
     RunState,
     SavedCheckpoint,
@@ -36,14 +38,22 @@ from dist_proxygml.checkpoint.writer import (
     load_checkpoint,
 )
 from dist_proxygml.config import Config, flattened
-from dist_proxygml.data.damage import DAMAGE_FILE, Damage, DamageLog
+from dist_proxygml.data.damage import DAMAGE_FIELDS, DAMAGE_FILE, Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
-from dist_proxygml.data.shards import publish
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.memory import available_memory
-from dist_proxygml.distributed.parallel import OneRankError, ParallelContext, everyone, on_main, run_together
+from dist_proxygml.distributed.parallel import (
+    OneRankError,
+    ParallelContext,
+    everyone,
+    has_started,
+    on_main,
+    on_main_for_long,
+    run_long,
+    run_together,
+)
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.blocks import BlockFolder
@@ -53,11 +63,12 @@ from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.head.proxies import replace_by_class_means_
 from dist_proxygml.plan import HeadPlan, check_fits, plan_head
 from dist_proxygml.reporting.page import format_table, write_report
-from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.reporting.telemetry import BOARD_FOLDER, METRICS_FILE, Telemetry
+from dist_proxygml.storage.files import in_words, is_folder, mend_log, mode_of, paths_in, publish, read_document
 from dist_proxygml.storage.lock import RunLock
 from dist_proxygml.training.board import Board
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
-from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
+from dist_proxygml.training.nonfinite import NON_FINITE_FIELDS, NON_FINITE_FILE, NonFiniteLog
 from dist_proxygml.training.step import StepReport, TrainState, build_train_state, learning_rates, train_step
 from dist_proxygml.training.transfer import Transfer, match_classes, open_transfer
 
@@ -85,7 +96,7 @@ def train(
         StopRequested: on every rank: a rank was told to stop; what was trained is saved.
     """
     signals = signals or StopSignals()
-    config = run_together(context, count_classes, config)
+    config = run_long(context, count_classes, config)
     # 1. Refuse what cannot work before anything is built.
     if config.proxies.fused and context.device.type != "cuda":
         raise AgreedError(
@@ -95,33 +106,37 @@ def train(
     checkpoints = run_directory / "checkpoints"
     plan = run_together(context, lambda: plan_head(config, world_size=context.world_size, device=context.device.type))
     _check_memory(config, plan, context)
-    data, test_index = run_together(context, _open_data, config)
+    data, test_index = run_long(context, _open_data, config)
     _check_same_data(data, test_index, context)
     locks: list[RunLock] = []
     run_together(context, _lock, context, run_directory, locks)
-    found, passed_over = on_main(context, checkpoint_to_continue, checkpoints, resume)
+    found, passed_over = on_main_for_long(context, _where_to_continue, run_directory, resume)
     run_together(context, lambda: data.loader(context, epoch=0, start=0))
     transfer = None if found else open_transfer(config, data.index, context)
 
     # 2. Build, and only then write.
     state = build_train_state(config, context, steps_per_epoch=data.count_steps(), transfer=transfer)
+    has_started()
     comparable = _comparable_settings(config) | data.identity()
     if found:
         position = _load(found, state, comparable)
-        continue_at(state, position, data)
+        run_together(context, continue_at, state, position, data)
         # Here, not in the middle of things: another batch size or number of ranks may not divide the rest.
         run_together(context, lambda: data.loader(context, epoch=state.epoch, start=state.consumed))
     run_together(context, lambda: _lock(context, run_directory, locks, make_folder=True))
-    moved = on_main(context, _prepare_run_directory, config, data.index, state.step if found else None)
-    telemetry = Telemetry(
-        run_directory,
-        enabled=context.is_main,
-        num_steps=state.step + state.num_steps - state.schedule_step,
-        start_step=state.step,
-        progress_bar=config.telemetry.progress_bar,
+    moved, odd = on_main(context, _prepare_run_directory, config, data.index, state.step if found else None)
+    telemetry = run_together(
+        context,
+        lambda: Telemetry(
+            run_directory,
+            enabled=context.is_main,
+            num_steps=state.step + state.num_steps - state.schedule_step,
+            start_step=state.step,
+            progress_bar=config.telemetry.progress_bar,
+        ),
     )
-    for damaged in passed_over:
-        telemetry.say(damaged)
+    for told in [*passed_over, *odd, *telemetry.problems]:
+        telemetry.say(told)
     telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
     telemetry.say(str(plan))
 
@@ -369,7 +384,7 @@ class _Loop:
             return []
         folder = self.run_directory / "evaluation"
         names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
-        are_stored = on_main(self.context, lambda: [(folder / f"{name}.json").exists() for name in names])
+        are_stored = on_main(self.context, lambda: [mode_of(folder / f"{name}.json") is not None for name in names])
         return [split for split, is_stored in zip(self.evaluated, are_stored, strict=True) if not is_stored]
 
     def _evaluate_raw_pixels(self) -> None:
@@ -391,7 +406,7 @@ class _Loop:
 
 def _lock(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
     """Put the run's lock into `locks` on rank 0, if it is not there; without `make_folder` only beside other runs."""
-    if context.is_main and not locks and (make_folder or run_directory.parent.is_dir()):
+    if context.is_main and not locks and (make_folder or is_folder(run_directory.parent)):
         locks.append(RunLock(run_directory))
 
 
@@ -408,7 +423,16 @@ def _load(checkpoint: Path, state: TrainState, settings: dict[str, Any]) -> RunS
 
 
 def continue_at(state: TrainState, run: RunState, data: TrainingData) -> None:
-    """Put the state where a checkpointed run stopped, whatever its batch size was."""
+    """Put the state where a checkpointed run stopped, whatever its batch size was.
+
+    Raises:
+        ValueError: it says that more images were done than an epoch has.
+    """
+    if run.consumed > data.epoch_size:
+        raise ValueError(
+            f"expected a checkpoint within an epoch of {data.epoch_size:,} images, it stands after {run.consumed:,}; "
+            "take another one with --resume PATH"
+        )
     num_left = data.count_steps(run.consumed)
     state.step, state.consumed = run.step, run.consumed if num_left else 0
     state.schedule_step = (run.epoch + 1) * state.steps_per_epoch - num_left
@@ -581,7 +605,7 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
     """
     if with_embeddings and result.table is not None:
         newest = save_table(result.table, run_directory / "embeddings" / f"{name}.npz")
-        for old in set(newest.parent.glob("*.npz")) - {newest}:
+        for old in set(paths_in(newest.parent, "*.npz")) - {newest}:
             old.unlink()
     path = run_directory / "evaluation" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -665,7 +689,30 @@ def build_damage_log(
     return DamageLog(path, split=split, num_images=num_images, max_share=config.data.max_damaged, context=context)
 
 
-def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int | None) -> Path | None:
+def _where_to_continue(run_directory: Path, resume: str) -> Continuation:
+    """As `checkpoint_to_continue`, if the run's folder can be gone on with.
+
+    Raises:
+        ValueError: something in it is not what it has to be, or closed to this user; nothing was changed.
+    """
+    folders = ("", "checkpoints", "evaluation", "embeddings", "proxies", BOARD_FOLDER)
+    logs = (METRICS_FILE, DAMAGE_FILE, NON_FINITE_FILE)
+    for name in (*folders, *logs) if resume != "never" else ():
+        path, kind = run_directory / name, "a file" if name in logs else "a folder"
+        mode = mode_of(path)
+        if mode is None:
+            continue
+        if not (stat.S_ISREG(mode) if name in logs else stat.S_ISDIR(mode)):
+            raise ValueError(f"expected {kind} at {path}, found something else; move it away")
+        if not os.access(path, os.R_OK | os.W_OK | (0 if name in logs else os.X_OK), effective_ids=True):
+            raise ValueError(
+                f"expected to read and write {path}, which this user (id {os.geteuid()}) may not; give it to "
+                "this user, or train under another name with --set name=NAME"
+            )
+    return checkpoint_to_continue(run_directory / "checkpoints", resume)
+
+
+def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int | None) -> tuple[Path | None, list[str]]:
     """Make the run's folder, write the resolved configuration and the class table. What a new run finds there is moved
     aside, not lost.
 
@@ -676,34 +723,54 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
             are removed: their steps will be done again. None starts anew.
 
     Returns:
-        Where the earlier run went, if there was one.
+        Where the earlier run went, if there was one; what was odd and is set aside, for people.
     """
     directory, aside = config.run_directory, None
+    odd: list[str] = []
     try:
-        if step is None and directory.exists():
+        if step is None and os.path.lexists(directory):
             names = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
+            aside = next(path for path in names if not os.path.lexists(path))
             os.rename(directory, aside)
         directory.mkdir(parents=True, exist_ok=True)
-        written = [path for kind in ("evaluation", "proxies") for path in (directory / kind).glob("*step-*.json")]
+        written = [path for kind in ("evaluation", "proxies") for path in paths_in(directory / kind, "*.json")]
         for path in written:
-            if step is not None and _step_evaluated(path) > step:
+            if (_step_evaluated(path) or 0) > (step or 0):
                 path.unlink()
+            elif path.name != "pixels.json" and _step_evaluated(path) is None:
+                continue  # somebody's own
+            elif problem := _what_is_odd(path):
+                os.replace(path, path.with_name(f"{path.name}.damaged"))
+                odd.append(f"{problem}: passed over, now {path.name}.damaged")
+        for name, fields in ((DAMAGE_FILE, DAMAGE_FIELDS), (NON_FINITE_FILE, NON_FINITE_FIELDS)):
+            odd += mend_log(directory / name, fields)
         _keep_unfinished_embeddings(directory, aside, step)
-        (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+        with publish(directory / "config.json") as stream:
+            stream.write(json.dumps(config.model_dump(), indent=2).encode() + b"\n")
         write_class_table(directory, index)
     except OSError as error:
         raise ValueError(
-            f"expected to write into {directory.resolve()}: {error.strerror}; set runs_dir to a folder of yours"
+            f"expected to write into {directory.resolve()}: {in_words(error, directory.parent)}; set runs_dir to a "
+            "folder of yours"
         ) from None
-    return aside
+    return aside, odd
 
 
-def _step_evaluated(path: Path) -> int:
+def _what_is_odd(path: Path) -> str | None:
+    """What is wrong with a stored evaluation, or statistics of proxies."""
+    try:
+        document = read_document(path)
+        if path.parent.name == "evaluation":
+            EvaluationResult.from_json(json.dumps(document))
+    except (ValueError, OSError) as error:
+        return str(error) if str(path) in str(error) else f"{path}: {error}"
+    return None
+
+
+def _step_evaluated(path: Path) -> int | None:
     """The step of an evaluation's file or folder: step-000800-on-shards-test, validation-step-000800."""
-    found = re.search(r"step-(\d+)", path.name)
-    assert found is not None
-    return int(found[1])
+    found = re.search(r"step-([0-9]+)", path.name)
+    return None if found is None else int(found[1])
 
 
 def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int | None) -> None:
@@ -711,14 +778,14 @@ def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int |
     evaluations that are stored, or that lie before the step where the run continues.
     """
     if step is None and aside is not None:
-        for folder in (aside / "embeddings").glob("*.partial"):
+        for folder in paths_in(aside / "embeddings", "*.partial"):
             if folder.name.startswith(("pixels.", "step-000000.", "validation-step-000000.")):
                 (directory / "embeddings").mkdir(exist_ok=True)
                 os.rename(folder, directory / "embeddings" / folder.name)
     for pattern in ("step-*.partial", "validation-step-*.partial"):
-        for folder in (directory / "embeddings").glob(pattern):
-            is_stored = (directory / "evaluation" / f"{folder.stem}.json").exists()
-            if folder.is_dir() and (is_stored or _step_evaluated(folder) < (step or 0)):
+        for folder in paths_in(directory / "embeddings", pattern):
+            is_stored = mode_of(directory / "evaluation" / f"{folder.stem}.json") is not None
+            if is_folder(folder) and (is_stored or (_step_evaluated(folder) or 0) < (step or 0)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -743,7 +810,7 @@ def _comparable_settings(config: Config) -> dict[str, Any]:
     whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
     free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
     free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
-    free |= {"training.max_left_out", "training.max_rollbacks", "training.step_timeout"}
+    free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
     free |= {"proxies.selection", "proxies.fused"}  # the same numbers by other ways
     if config.data.images_per_class is None:  # the position in the data is a number of images
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}

@@ -144,7 +144,7 @@ run_launcher(main)
         ("raise OneRankError('no GPU')", 2, "error: no GPU\n"),
         ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
         ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n"),
-        ("raise OSError(28, 'No space left on device')", 2, "(on rank 0); make room and start the run again\n"),
+        ("raise OSError(28, 'No space left on device')", 2, "make room or raise the quota (on rank 0)\n"),
         ("raise OSError(5, 'Input/output error')", 1, "OSError: [Errno 5] Input/output error\n"),
     ],
 )

@@ -27,4 +27,4 @@ def test_a_run_that_is_killed_at_every_point_comes_to_the_same_end() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_signals_hangs_and_nan_lose_nothing() -> None:
-    assert len(disturb("--signals")) == 8
+    assert len(disturb("--signals")) == 10

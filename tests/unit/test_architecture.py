@@ -78,7 +78,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.parallel",),
     ("distributed.collectives",),
     ("config", "distributed.faults", "distributed.slurm", "finding", "options"),
-    ("head.partition", "protocols"),
+    ("head.partition", "protocols", "storage.files"),
 )
 
 OWNERS: dict[str, set[str]] = {
