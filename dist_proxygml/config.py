@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 # A byte count with a binary unit.
@@ -735,10 +734,6 @@ class Config(_Section):
                 f"{micro}; remove it or change the number of ranks"
             )
         return micro
-
-    def partition(self, world_size: int, rank: int) -> ClassPartition:
-        """The trained classes of one rank."""
-        return ClassPartition(self.num_trained_classes, world_size, rank)
 
 
 def parse_bytes(text: str) -> int:

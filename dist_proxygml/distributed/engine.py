@@ -28,10 +28,9 @@ from torch import Tensor, nn
 
 from dist_proxygml.config import Config
 from dist_proxygml.distributed.collectives import AgreedError
-from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, cut_again, equal_fragments
-from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.faults import fault_point
 
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # as DeepSpeed spells it
 
@@ -464,8 +463,9 @@ def _refuse_partitioned_parameters(
         "and save one rank's; keep the loss out of the model and give its proxies an optimizer of their own"
     )
     for name, module in model.named_modules():
-        if isinstance(module, ProxyGMLLoss):
-            raise AgreedError(f"expected a model without the proxy bank, got a ProxyGMLLoss at {name!r}: {why}")
+        if getattr(module, "is_partitioned", False):
+            what = f"a {type(module).__name__} at {name!r}"
+            raise AgreedError(f"expected a model without the proxy bank, got {what}: {why}")
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     for parameter in outside:
         if id(parameter) in names:

@@ -21,10 +21,10 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from dist_proxygml.cli import outlive_readers
 from dist_proxygml.distributed.collectives import AgreedError, gather_objects
-from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.slurm import process_variables
-from dist_proxygml.options import outlive_readers
+from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import in_words, is_about_space
 
 T = TypeVar("T")

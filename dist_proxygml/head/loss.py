@@ -23,7 +23,7 @@ lower case is this rank's slice.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -110,6 +110,8 @@ class ProxyGMLLoss(nn.Module):
             range.
     """
 
+    is_partitioned: ClassVar[bool] = True
+    """Ranks hold different parameters, so an engine that keeps them alike must not get this module."""
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
     draw: int

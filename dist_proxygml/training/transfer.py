@@ -31,6 +31,7 @@ from dist_proxygml.data.index import ClassEntry, ShardIndex
 from dist_proxygml.distributed.collectives import all_reduce_sum
 from dist_proxygml.distributed.parallel import ParallelContext, on_main, run_together
 from dist_proxygml.head.optim import bring_to_unit_length_
+from dist_proxygml.head.partition import ClassPartition
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
     no_rows = np.zeros(num_classes, np.int64)  # what the others add to those of rank 0
     rows_C = run_together(context, lambda: _rows_by_name(model, index) if context.is_main else no_rows)
     rows_C = all_reduce_sum(torch.from_numpy(rows_C).to(context.device), group=context.group).cpu().numpy()
-    partition = config.partition(context.world_size, context.rank)
+    partition = ClassPartition(config.num_trained_classes, context.world_size, context.rank)
     rows_c = rows_C[partition.start : partition.stop].copy()
     num_kept = int((rows_C >= 0).sum())
     return Transfer(model, rows_c, num_classes, num_kept=num_kept, num_dropped=num_stored - num_kept)

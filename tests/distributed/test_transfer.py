@@ -17,6 +17,7 @@ from dist_proxygml.config import parse_config
 from dist_proxygml.data.index import ClassEntry
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, on_main, run_together, single_process
+from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies
 from dist_proxygml.training.run import train
 from dist_proxygml.training.transfer import copy_rows_, match_classes, open_transfer
@@ -84,7 +85,9 @@ def take_over(
         config = configuration("new", root / "runs", index.num_classes, checkpoint=checkpoint)
         transfer = open_transfer(config, index, context)
         assert transfer is not None
-        proxies = initial_proxies(config.partition(context.world_size, context.rank), 2, 4, seed=0)
+        proxies = initial_proxies(
+            ClassPartition(config.num_trained_classes, context.world_size, context.rank), 2, 4, seed=0
+        )
         before = proxies.numpy().copy()
         transfer.load_proxies_(proxies, context, unit_norm=unit_norm)
         found.append((before, proxies.numpy(), str(transfer)))

@@ -95,7 +95,7 @@ def test_validation_classes_are_a_number_or_a_share_and_the_bank_has_the_others(
 ) -> None:
     config = parse_config(changed(data__validation_classes=wanted), source="the test")
     assert (config.num_validation_classes, config.num_trained_classes) == (num_held_out, 10 - num_held_out)
-    assert config.partition(1, 0).num_classes == 10 - num_held_out
+    assert config.num_trained_classes == 10 - num_held_out
     assert config.data.num_classes == 10
 
 
