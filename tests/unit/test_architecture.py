@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("cli",),
     ("storage",),
-    ("config", "protocols", "faults"),
+    ("config",),
+    ("protocols", "faults"),
 )
 
 OWNERS: dict[str, set[str]] = {
