@@ -99,8 +99,9 @@ def read_document(path: Path) -> dict[str, Any]:
         OSError: as `open`.
         ValueError: it holds something else.
     """
+    content = read_file(path)
     try:
-        document = json.loads(read_file(path))
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({_short(error)})") from None
     if not isinstance(document, dict):

@@ -48,7 +48,7 @@ from dist_proxygml.evaluation.embed import save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_split, evaluate
 from dist_proxygml.evaluation.report import format_table, write_report
 from dist_proxygml.evaluation.retrieval import SearchOptions
-from dist_proxygml.files import in_words, is_folder, mend_log, mode_of, paths_in, publish, read_document
+from dist_proxygml.files import in_words, is_folder, mend_log, mode_of, paths_in, publish, read_document, unreadable
 from dist_proxygml.memory import available_memory
 from dist_proxygml.nonfinite import NON_FINITE_FIELDS, NON_FINITE_FILE, NonFiniteLog
 from dist_proxygml.parallel import (
@@ -757,12 +757,18 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
 
 
 def _what_is_odd(path: Path) -> str | None:
-    """What is wrong with a stored evaluation, or statistics of proxies."""
+    """What is wrong with a stored evaluation, or statistics of proxies.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         document = read_document(path)
         if path.parent.name == "evaluation":
             EvaluationResult.from_json(json.dumps(document))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
         return str(error) if str(path) in str(error) else f"{path}: {error}"
     return None
 
