@@ -180,14 +180,12 @@ def read_class_table(path: Path) -> tuple[ClassEntry, ...]:
 
 
 def write_class_table(run_directory: Path, index: ShardIndex | None) -> None:
-    """Put the class table of what a run trains on into its folder, if it is not there; a stream has none. On rank 0
-    only.
+    """Put the class table of what a run trains on into its folder, in place of one that may have been damaged; a stream
+    has none. On rank 0 only.
     """
-    path = run_directory / CLASSES_FILE
-    if index is None or path.exists():
-        return
-    with publish(path) as stream:
-        index.write_class_table(stream)
+    if index is not None:
+        with publish(run_directory / CLASSES_FILE) as stream:
+            index.write_class_table(stream)
 
 
 # ---- an export -------------------------------------------------------------------------------------------------------

@@ -376,9 +376,10 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
             files = {name: entry for part in everyone(context, entries) for name, entry in part.items()}
             on_main(context, _write_manifest, snapshot, partial, files)
             on_main(context, publish_folder, partial, final)
-        except AgreedError:
+        except AgreedError as error:
+            told = in_words(error, directory)  # while what is there still takes its room
             on_main(context, remove, partial)
-            raise
+            raise type(error)(told) from error
     # 3. the pointer, and forget
     return SavedCheckpoint(final, on_main(context, tidy_up, final, retention))
 
@@ -499,8 +500,8 @@ def _together(context: ParallelContext, what: str, function: Callable[..., T], *
 
 def _described(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError):
-        return in_words(error)
-    return f"{type(error).__name__}: {in_words(error)}"
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> list[str]:

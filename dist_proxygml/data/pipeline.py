@@ -26,7 +26,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.order import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
 from dist_proxygml.data.shards import ShardReader, ShardUnavailableError
 from dist_proxygml.data.transforms import Transform
-from dist_proxygml.data.workers import WorkerLoader
+from dist_proxygml.data.workers import WorkerLoader, ready_to_leave
 
 Decoded = TypeVar("Decoded")
 
@@ -94,11 +94,11 @@ class BatchSource(Protocol):
 def sent(make: Callable[[MicroBatch], Batch], micro_batch: MicroBatch) -> tuple[Any, ...] | _Failure:
     """A batch, or the ValueError of its making, in a form that leaves a worker cheaply."""
     try:
-        batch = make(micro_batch)
+        images, labels, ids, *rest = make(micro_batch)
+        images = ready_to_leave(images)
     except ValueError as problem:
         return _Failure(str(problem))
     # As arrays: a small tensor costs a file descriptor and shared memory on its way out of a worker.
-    images, labels, ids, *rest = batch
     return (images, labels.numpy(), ids.numpy(), *rest)
 
 

@@ -28,7 +28,7 @@ from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.shards import IMAGE_EXTENSIONS
 from dist_proxygml.data.transforms import Transform
-from dist_proxygml.data.workers import WorkerLoader
+from dist_proxygml.data.workers import WorkerLoader, ready_to_leave
 
 
 class StreamLoader:
@@ -166,7 +166,14 @@ class _StreamImages(IterableDataset[Batch | str]):
             if len(images) == self.batch_size:
                 transformed = self.transform(images, list(itertools.islice(generators, len(images))))
                 ids = torch.full((len(images),), -1)
-                yield Batch(transformed, torch.tensor(labels), ids, self.global_size, self.step_size, tuple(damaged))
+                yield Batch(
+                    ready_to_leave(transformed),
+                    torch.tensor(labels),
+                    ids,
+                    self.global_size,
+                    self.step_size,
+                    tuple(damaged),
+                )
                 images, labels, damaged = [], [], []
 
     def _samples(self, reader: int, num_readers: int, generator: random.Random) -> Iterator[dict[str, Any]]:

@@ -17,9 +17,11 @@ from multiprocessing.synchronize import Semaphore
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from dist_proxygml.distributed.preemption import ignore_stop_signals, stop_signals_held_back
+from dist_proxygml.storage.files import in_words
 
 SECONDS_TO_START = (10.0, 30.0, 60.0, 120.0)
 """In each attempt. A process begins within milliseconds, on a machine that is overloaded within seconds."""
@@ -76,6 +78,21 @@ class WorkerLoader:
                 while self._begun.acquire(block=False):
                     pass
         return batches if begun else None
+
+
+def ready_to_leave(images: Tensor) -> Tensor:
+    """Images in shared memory, if this is a data loading process. Its queue would put them there later, in a thread,
+    and lose the batch where there is no room: whoever waits for it would wait for ever.
+
+    Raises:
+        ValueError: there is no room.
+    """
+    if get_worker_info() is None:
+        return images
+    try:
+        return images.share_memory_()
+    except RuntimeError as problem:
+        raise ValueError(in_words(problem)) from None
 
 
 def begin_to_serve(begun: Semaphore, worker: int) -> None:

@@ -92,7 +92,7 @@ def read_run(run_directory: Path) -> RunRecord:
         validation=read_evaluations(run_directory, "validation-step-"),
         chosen=selected_rows(run_directory),
         pixels=EvaluationResult.from_json(read_file(pixels_file)) if mode_of(pixels_file) else None,
-        table=load_table(max(tables, key=lambda path: int(path.stem[5:]))) if tables else None,
+        table=_newest_table(tables),
     )
 
 
@@ -416,6 +416,15 @@ def _training_lines(path: Path) -> list[dict[str, Any]]:
         warnings.warn(f"{path}: {len(log.odd)} lines are left out, the first is {number}: {problem}", stacklevel=2)
     by_step = {line["step"]: line for _, line in log.records if line["kind"] == "train"}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
+    """The embeddings of the newest evaluation, if they are there and whole: the page does without."""
+    try:
+        return load_table(max(paths, key=lambda path: int(path.stem[5:]))) if paths else None
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
 
 
 def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:

@@ -43,7 +43,10 @@ def has_projection(board: Path, name: str) -> bool:
     path = board / _CONFIG_FILE
     if not path.is_file():
         return False
-    config = text_format.Parse(path.read_text(), ProjectorConfig())
+    try:
+        config = text_format.Parse(path.read_bytes(), ProjectorConfig())
+    except text_format.ParseError:
+        return False
     return [embedding.tensor_name for embedding in config.embeddings] == [name]
 
 

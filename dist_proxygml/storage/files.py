@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 _SHARED_MEMORY = "/dev/shm"
+_TOLD = "is on the file system"
 _NEARLY_FULL = 16 * 2**20  # bytes
 
 
@@ -99,8 +100,9 @@ def read_document(path: Path) -> dict[str, Any]:
         OSError: as `open`.
         ValueError: it holds something else.
     """
+    content = read_file(path)
     try:
-        document = json.loads(read_file(path))
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({_short(error)})") from None
     if not isinstance(document, dict):
@@ -225,14 +227,20 @@ def in_words(error: BaseException, *paths: Path) -> str:
     was about, where the caller names that.
     """
     text = str((paths and getattr(error, "strerror", None)) or error)
-    if not is_about_space(text):
+    if not is_about_space(text) or _TOLD in text:
         return text
     return f"{text.strip().splitlines()[-1]}; {which_is_full(error, *paths)}"
 
 
 def is_about_space(text: str) -> bool:
     """Whether an error's words say that a disk, or shared memory, is full."""
-    known = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "out of shared memory", "PytorchStreamWriter failed")
+    known = (
+        "No space left",
+        os.strerror(errno.EDQUOT),
+        "out of shared memory",
+        "is the disk full",
+        "PytorchStreamWriter",
+    )
     return any(words in text for words in known)
 
 
@@ -251,7 +259,7 @@ def which_is_full(error: BaseException, *paths: Path) -> str:
             space = os.statvfs(root)
             free, files = space.f_bavail * space.f_frsize, space.f_favail
             is_full = free < _NEARLY_FULL or (space.f_files > 0 and files == 0)
-            text = f"{there} is on the file system {root}, which has {free:,} of {space.f_blocks * space.f_frsize:,} "
+            text = f"{there} {_TOLD} {root}, which has {free:,} of {space.f_blocks * space.f_frsize:,} "
             text += f"bytes and {files:,} of {space.f_files:,} files left"
             if str(root) == _SHARED_MEMORY and (is_full or named):
                 text += (

@@ -64,7 +64,16 @@ from dist_proxygml.head.proxies import replace_by_class_means_
 from dist_proxygml.plan import HeadPlan, check_fits, plan_head
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import BOARD_FOLDER, METRICS_FILE, Telemetry
-from dist_proxygml.storage.files import in_words, is_folder, mend_log, mode_of, paths_in, publish, read_document
+from dist_proxygml.storage.files import (
+    in_words,
+    is_folder,
+    mend_log,
+    mode_of,
+    paths_in,
+    publish,
+    read_document,
+    unreadable,
+)
 from dist_proxygml.storage.lock import RunLock
 from dist_proxygml.training.board import Board
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
@@ -757,12 +766,18 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
 
 
 def _what_is_odd(path: Path) -> str | None:
-    """What is wrong with a stored evaluation, or statistics of proxies."""
+    """What is wrong with a stored evaluation, or statistics of proxies.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         document = read_document(path)
         if path.parent.name == "evaluation":
             EvaluationResult.from_json(json.dumps(document))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
         return str(error) if str(path) in str(error) else f"{path}: {error}"
     return None
 
