@@ -5,13 +5,11 @@ was killed goes on with the images that it had not embedded yet.
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dist_proxygml.config import Config, load_config
+from dist_proxygml.config import load_config
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import (
     has_started,
@@ -75,15 +73,16 @@ def main() -> None:
     from dist_proxygml.checkpoint.folder import found_instead
     from dist_proxygml.checkpoint.writer import find_checkpoint, load_backbone
     from dist_proxygml.data.damage import DAMAGE_FILE
-    from dist_proxygml.reporting.page import format_metrics
-    from dist_proxygml.training.data import open_split, open_validation
-    from dist_proxygml.training.run import (
+    from dist_proxygml.evaluation.run import (
         block_folder,
         build_damage_log,
         build_evaluation_model,
         evaluate_model,
         store_evaluation,
+        what_is_other,
     )
+    from dist_proxygml.reporting.page import format_metrics
+    from dist_proxygml.training.data import open_split, open_validation
 
     checkpoints = arguments.run / "checkpoints"
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
@@ -157,43 +156,6 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.legacy_proxygml:
         changed["evaluation.legacy_proxygml"] = True
     return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
-
-
-def what_is_other(config: Config, own: Config, *, shards: str | None, digest: str) -> str:
-    """What to add to a checkpoint's name, so that a result is not stored in place of one that measured something else;
-    nothing where this is what the run itself measures.
-
-    Args:
-        config: what is measured.
-        own: the run's own configuration.
-        shards: others than the run's, if there are any.
-        digest: the sha256 of their index.
-    """
-    settings, own_settings = what_numbers_depend_on(config), what_numbers_depend_on(own)
-    if shards is None and settings == own_settings:
-        return ""
-    wanted = config.evaluation
-    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else []), config.data.test_split]
-    parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
-    parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
-    for said in (settings, own_settings):
-        for section, name in (("data", "test_split"), ("evaluation", "gallery_split"), ("evaluation", "protocol")):
-            del said[section][name]
-    if settings != own_settings:
-        text = json.dumps(settings, sort_keys=True)
-        parts += ["with", hashlib.sha256(text.encode()).hexdigest()[:8]]
-    return "-" + "-".join(parts)
-
-
-def what_numbers_depend_on(config: Config) -> dict[str, Any]:
-    """The settings that an evaluation goes by, but for those that say when to evaluate, how to search and to load."""
-    of_data = {"shards", "train_split", "validation_classes", "test_split", "test_transform"}
-    of_data |= {"damaged_images", "max_damaged"}
-    wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
-    settings = config.model_dump(mode="json", include=wanted)
-    for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels"):
-        del settings["evaluation"][name]
-    return dict(settings)
 
 
 def legacy_lines(metrics: Mapping[str, float]) -> list[str]:

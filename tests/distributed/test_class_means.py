@@ -161,7 +161,8 @@ def class_means_of_a_run(context: ParallelContext, root: Path, zero_stage: int) 
     from dist_proxygml.data.index import open_index
     from dist_proxygml.data.pipeline import build_evaluation_loader
     from dist_proxygml.data.transforms import build_transform
-    from dist_proxygml.training.run import build_evaluation_model, start_from_class_means
+    from dist_proxygml.evaluation.run import build_evaluation_model
+    from dist_proxygml.training.class_means import start_from_class_means
     from dist_proxygml.training.step import build_train_state
 
     # threshold 0: ZeRO 3 partitions small parameters too, and so gathers them in every forward pass

@@ -62,17 +62,18 @@ def train_all(context: ParallelContext, root: Path) -> dict[str, list[tuple[int,
     """A run of two epochs, the same for a third one, one with class-balanced batches, one without validation classes
     that starts from the first; of each the shard, the offset and the label of every image that this rank trained on.
     """
-    from dist_proxygml.training import run as training
+    from dist_proxygml.training import loop
+    from dist_proxygml.training.run import train
 
     seen: list[tuple[int, int]] = []
-    train_step = training.train_step
+    train_step = loop.train_step
 
     def recorded(state: Any, micro_batches: Any, **options: Any) -> Any:
         for batch in micro_batches:
             seen.extend(zip(batch.ids.tolist(), batch.labels.tolist(), strict=True))
         return train_step(state, micro_batches, **options)
 
-    training.train_step = recorded
+    loop.train_step = recorded
     trained = {}
     quick = {"at_start": False, "every_epochs": 0, "recall_at": [1], "kmeans_seeds": 0, "batch_size": 2}
     start = {"init_from": str(root / "runs" / "held-out")}
@@ -87,7 +88,7 @@ def train_all(context: ParallelContext, root: Path) -> dict[str, list[tuple[int,
         ),
     }.items():
         seen.clear()
-        training.train(config, context)
+        train(config, context)
         data = open_training_data(config)
         assert data.index is not None
         rows = [data.index.samples[sample_id].item() for sample_id, _ in seen]
@@ -209,9 +210,9 @@ def test_the_validation_classes_are_evaluated_again_with_the_same_numbers(
 
 
 def train_without_telling(context: ParallelContext, config: Config) -> None:
-    from dist_proxygml.training import run as training
+    from dist_proxygml.training.run import train
 
-    training.train(config, context)
+    train(config, context)
 
 
 @pytest.mark.timeout(90)
@@ -238,15 +239,16 @@ def start_and_be_killed(context: ParallelContext, root: Path, fault: str) -> Non
 def train_with_blocks(context: ParallelContext, root: Path) -> list[str]:
     """Train, keeping each batch of an evaluation; what is said of that."""
     from dist_proxygml.evaluation.blocks import BlockFolder
-    from dist_proxygml.training import run as training
+    from dist_proxygml.training import evaluate
+    from dist_proxygml.training.run import train
 
     said: list[str] = []
 
     def block_folder(run_directory: Path, name: str, *, say: object) -> BlockFolder:
         return BlockFolder(run_directory / "embeddings" / f"{name}.partial", said.append, seconds=0.0)
 
-    training.block_folder = block_folder
-    training.train(configuration(root, name="killed"), context)
+    evaluate.block_folder = block_folder
+    train(configuration(root, name="killed"), context)
     return said
 
 

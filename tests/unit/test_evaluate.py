@@ -17,12 +17,12 @@ from dist_proxygml.evaluate import (
     legacy_lines,
     overrides,
     ties_line,
-    what_is_other,
-    what_numbers_depend_on,
 )
+from dist_proxygml.evaluation import run as evaluation_run
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.training import run as training
+from dist_proxygml.evaluation.run import what_is_other, what_numbers_depend_on
+from dist_proxygml.training import evaluate as training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,12 +138,12 @@ def result_of_two_images() -> EvaluationResult:
 def test_a_result_counts_as_stored_when_its_embeddings_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = training.store_evaluation(tmp_path, "step-000004", result_of_two_images(), with_embeddings=True)
+    stored = evaluation_run.store_evaluation(tmp_path, "step-000004", result_of_two_images(), with_embeddings=True)
     assert EvaluationResult.from_json(stored.read_text()) == result_of_two_images()
     assert load_table(tmp_path / "embeddings" / "step-000004.npz").ids.tolist() == [0, 1]
-    monkeypatch.setattr(training, "save_table", killed)
+    monkeypatch.setattr(evaluation_run, "save_table", killed)
     with pytest.raises(OSError, match="killed here"):
-        training.store_evaluation(tmp_path, "step-000008", result_of_two_images(), with_embeddings=True)
+        evaluation_run.store_evaluation(tmp_path, "step-000008", result_of_two_images(), with_embeddings=True)
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["step-000004.json"]
 
 

@@ -1,0 +1,159 @@
+"""Evaluate a model as a configuration says, and store the result: what training and `evaluate` have in common.
+
+runs/NAME/evaluation/step-000800.json        the result; where it is, nobody evaluates again
+runs/NAME/embeddings/step-000800.npz         the rows of the newest evaluation of the test split
+runs/NAME/embeddings/step-000800.partial/    what an evaluation that was cut short has embedded (blocks.py)
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.config import Config
+from dist_proxygml.data.damage import DamageLog
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.distributed.parallel import (
+    ParallelContext,
+    run_together,
+)
+from dist_proxygml.distributed.preemption import StopSignals
+from dist_proxygml.evaluation.blocks import BlockFolder
+from dist_proxygml.evaluation.embedding_pass import save_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
+from dist_proxygml.evaluation.retrieval import SearchOptions
+from dist_proxygml.storage.files import (
+    paths_in,
+    publish,
+)
+
+
+def build_evaluation_model(config: Config) -> nn.Module:
+    """A backbone without an engine, for weights to be loaded into; the random generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return build_backbone(config.backbone, load_pretrained=False)
+
+
+def evaluate_model(
+    config: Config,
+    context: ParallelContext,
+    model: nn.Module,
+    index: ShardIndex,
+    *,
+    damage: DamageLog | None,
+    kmeans_seeds: int | None = None,
+    signals: StopSignals | None = None,
+    blocks: BlockFolder | None = None,
+    verify: bool = False,
+    say: Callable[[str], object] = lambda _: None,
+) -> EvaluationResult:
+    """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks.
+
+    The protocol and the gallery are those of the test split; another split is searched in itself. With `verify` ranks
+    are found in two ways, which must agree. `say` takes lines for people; give it on one rank.
+    """
+    wanted, is_test = config.evaluation, index.split == config.data.test_split
+    gallery = run_together(context, open_gallery, config, index)
+    gallery_damage = None
+    if gallery is not None and damage is not None:
+        gallery_damage = build_damage_log(
+            config, context, damage.path, split=gallery.split, num_images=gallery.num_samples
+        )
+    return evaluate(
+        model,
+        index,
+        build_transform(config.data.test_transform),
+        context=context,
+        gallery=gallery,
+        recall_at=wanted.recall_at,
+        batch_size=wanted.batch_size,
+        num_workers=config.data.num_workers,
+        kmeans_seeds=wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds,
+        protocol=wanted.protocol if is_test else "custom",
+        legacy_proxygml=wanted.legacy_proxygml and is_test,
+        options=SearchOptions(wanted.search, wanted.gallery, wanted.memory_budget_bytes, verify),
+        preprocessing=config.data.test_transform.model_dump(),
+        damage=damage,
+        gallery_damage=gallery_damage,
+        signals=signals,
+        blocks=blocks,
+        say=say,
+    )
+
+
+def open_gallery(config: Config, index: ShardIndex) -> ShardIndex | None:
+    """The split that this one is searched in, if it is not itself."""
+    split = config.evaluation.gallery_split
+    return None if split is None or index.split != config.data.test_split else index.open_sibling(split)
+
+
+def block_folder(run_directory: Path, name: str, *, say: Callable[[str], object]) -> BlockFolder:
+    """Where the evaluation that will be stored as NAME keeps what it has embedded."""
+    return BlockFolder(run_directory / "embeddings" / f"{name}.partial", say)
+
+
+def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *, with_embeddings: bool) -> Path:
+    """Write embeddings/NAME.npz in place of earlier embeddings, and last evaluation/NAME.json: where that is, nobody
+    evaluates again. On rank 0 only.
+    """
+    if with_embeddings and result.table is not None:
+        newest = save_table(result.table, run_directory / "embeddings" / f"{name}.npz")
+        for old in set(paths_in(newest.parent, "*.npz")) - {newest}:
+            old.unlink()
+    path = run_directory / "evaluation" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publish(path) as stream:
+        stream.write(result.to_json().encode("utf-8"))
+    return path
+
+
+def build_damage_log(
+    config: Config, context: ParallelContext, path: Path, *, split: str, num_images: int
+) -> DamageLog | None:
+    """Where damaged images are counted if the configuration skips them, else None. Called on all ranks."""
+    if config.data.damaged_images == "fail":
+        return None
+    return DamageLog(path, split=split, num_images=num_images, max_share=config.data.max_damaged, context=context)
+
+
+def what_is_other(config: Config, own: Config, *, shards: str | None, digest: str) -> str:
+    """What to add to a checkpoint's name, so that a result is not stored in place of one that measured something else;
+    nothing where this is what the run itself measures.
+
+    Args:
+        config: what is measured.
+        own: the run's own configuration.
+        shards: others than the run's, if there are any.
+        digest: the sha256 of their index.
+    """
+    settings, own_settings = what_numbers_depend_on(config), what_numbers_depend_on(own)
+    if shards is None and settings == own_settings:
+        return ""
+    wanted = config.evaluation
+    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else []), config.data.test_split]
+    parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
+    parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
+    for said in (settings, own_settings):
+        for section, name in (("data", "test_split"), ("evaluation", "gallery_split"), ("evaluation", "protocol")):
+            del said[section][name]
+    if settings != own_settings:
+        text = json.dumps(settings, sort_keys=True)
+        parts += ["with", hashlib.sha256(text.encode()).hexdigest()[:8]]
+    return "-" + "-".join(parts)
+
+
+def what_numbers_depend_on(config: Config) -> dict[str, Any]:
+    """The settings that an evaluation goes by, but for those that say when to evaluate, how to search and to load."""
+    of_data = {"shards", "train_split", "validation_classes", "test_split", "test_transform"}
+    of_data |= {"damaged_images", "max_damaged"}
+    wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
+    settings = config.model_dump(mode="json", include=wanted)
+    for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels"):
+        del settings["evaluation"][name]
+    return dict(settings)

@@ -1,0 +1,81 @@
+"""Start from class means: each class's proxies are the mean embedding of its images under the initial backbone."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dist_proxygml.data.damage import Damage, DamageLog
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.pipeline import Batch, build_evaluation_loader
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.head.proxies import replace_by_class_means_
+from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.training.evaluate import backbone_of_one_rank
+from dist_proxygml.training.step import TrainState
+
+
+def start_from_class_means(
+    state: TrainState, index: ShardIndex, telemetry: Telemetry, damage: DamageLog | None = None
+) -> None:
+    """Set each class's proxies to the mean embedding of its images under the state's backbone. Called on all ranks.
+
+    One pass over the split with the test transform, in evaluation mode; see `replace_by_class_means_`. Damaged images
+    are left out and counted in `damage` where it is given.
+
+    Raises:
+        ValueError: on every rank: an image is damaged, or too many are, or an embedding is not finite.
+    """
+    config, context = state.config, state.context
+    telemetry.say(
+        f"class means: {index.num_samples:,} images of {index.num_classes:,} classes through the initial backbone"
+    )
+    loader = build_evaluation_loader(
+        index,
+        build_transform(config.data.test_transform),
+        batch_size=config.evaluation.batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
+        num_workers=config.data.num_workers,
+        pin_memory=context.device.type == "cuda",
+        skip_damaged=damage is not None,
+    )
+    model = backbone_of_one_rank(state)
+    left_out: list[Damage] = []
+
+    def embedded(batch: Batch) -> tuple[Tensor, Tensor]:
+        left_out.extend(batch.damaged)
+        if len(batch.ids) == 0:
+            return torch.zeros(0, config.backbone.embedding_dim, device=context.device), batch.labels.to(context.device)
+        return _embedded(model, batch, context.device)
+
+    was_training = model.training
+    model.eval()
+    # Rank 0's share of the batches: a file gets a line every 15 seconds, a terminal a moving bar.
+    with tqdm(
+        loader,
+        desc="class means",
+        unit="batch",
+        disable=not (context.is_main and config.telemetry.progress_bar),
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    ) as batches:
+        replace_by_class_means_(
+            state.loss.proxies.detach(),
+            (embedded(batch) for batch in batches),
+            num_batches=len(loader),
+            partition=state.loss.partition,
+            context=context,
+        )
+    model.train(was_training)
+    if damage is not None:
+        damage.add(left_out)
+
+
+@torch.no_grad()
+def _embedded(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings, float32 [b, D] unit rows, and labels [b] of a batch, on the device."""
+    embeddings_bD = model(batch.images.to(device, non_blocking=True))
+    return F.normalize(embeddings_bD.float(), dim=1), batch.labels.to(device, non_blocking=True)

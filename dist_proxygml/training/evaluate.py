@@ -1,0 +1,81 @@
+"""Evaluations of a run, on the backbone as it is trained: logged, stored, and told in one line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from dist_proxygml.checkpoint.writer import (
+    evaluation_name,
+)
+from dist_proxygml.data.damage import DAMAGE_FILE, DamageLog
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.distributed.parallel import (
+    on_main,
+)
+from dist_proxygml.distributed.preemption import StopSignals
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.evaluation.run import block_folder, build_evaluation_model, evaluate_model, store_evaluation
+from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class EvaluatedSplit:
+    """Images that are not trained, to evaluate on."""
+
+    index: ShardIndex
+    damage: DamageLog | None  # counts its damaged images; None: there may be none
+    is_validation: bool  # of classes that are held out, to choose by; else the test split
+
+
+def evaluate_run(
+    state: TrainState,
+    split: EvaluatedSplit,
+    telemetry: Telemetry,
+    run_directory: Path,
+    *,
+    signals: StopSignals | None = None,
+) -> EvaluationResult:
+    """Evaluate the state's backbone on a split; log and store the result. Called on all ranks.
+
+    Raises:
+        ValueError, StopRequested: as `evaluate`.
+    """
+    config, context = state.config, state.context
+    name = evaluation_name(state.step, of_validation=split.is_validation)
+    blocks = block_folder(run_directory, name, say=telemetry.say)
+    result = evaluate_model(
+        config,
+        context,
+        backbone_of_one_rank(state),
+        split.index,
+        damage=split.damage,
+        signals=signals,
+        blocks=blocks,
+        say=telemetry.say,
+    )
+    if result.num_damaged:
+        telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
+    # Logged before it is stored: a run that is killed in between does it again, and what is stored is in the log.
+    kind = "validation" if split.is_validation else "evaluation"
+    telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
+    # Only the embeddings of the test split are looked at later.
+    on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation))
+    blocks.remove(context)
+    numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))
+    of_what = "validation classes: " if split.is_validation else ""
+    telemetry.say(f"epoch {state.epoch}, step {state.step}: {of_what}{numbers}")
+    return result
+
+
+def backbone_of_one_rank(state: TrainState) -> nn.Module:
+    """The state's backbone, with forward passes that need no other rank. Called on all ranks.
+
+    Those of ZeRO 3 are collective, and ranks that embed a split hold different numbers of batches.
+    """
+    if state.engine.zero_stage < 3:
+        return state.engine.module
+    model = build_evaluation_model(state.config)
+    model.load_state_dict(state.engine.full_state_dict(), assign=True)
+    return model.to(state.context.device)

@@ -1,0 +1,280 @@
+"""The loop: from where the state of a run is to its end, with saves, evaluations, and steps that are skipped.
+
+Everything that changes from step to step is a function of the position in the epochs: learning rates, the order of the
+images, their augmentation. So a checkpoint needs a position, not a history.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_proxygml.backbones.build import RawPixels
+from dist_proxygml.checkpoint.writer import (
+    CheckpointWriter,
+    RunState,
+    SavedCheckpoint,
+    evaluation_name,
+    find_checkpoint,
+    load_checkpoint,
+)
+from dist_proxygml.config import Config
+from dist_proxygml.data.damage import DamageLog
+from dist_proxygml.data.pipeline import Batch, ImageCache
+from dist_proxygml.distributed.parallel import (
+    OneRankError,
+    ParallelContext,
+    everyone,
+    on_main,
+)
+from dist_proxygml.distributed.preemption import StopRequested, StopSignals
+from dist_proxygml.distributed.watchdog import Watchdog
+from dist_proxygml.evaluation.run import (
+    block_folder,
+    evaluate_model,
+    store_evaluation,
+)
+from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.storage.files import (
+    mode_of,
+)
+from dist_proxygml.training.board import Board
+from dist_proxygml.training.data import TrainingData
+from dist_proxygml.training.evaluate import EvaluatedSplit, evaluate_run
+from dist_proxygml.training.nonfinite import NonFiniteLog
+from dist_proxygml.training.step import StepReport, TrainState, learning_rates, train_step
+
+_NUM_LOGGED_IMAGES = 16
+
+
+@dataclass
+class Loop:
+    """One start of a run, from where its state is to its end. Every method is called on all ranks."""
+
+    state: TrainState
+    data: TrainingData
+    evaluated: list[EvaluatedSplit]
+    """The test split last."""
+    settings: dict[str, Any]
+    telemetry: Telemetry
+    board: Board
+    writer: CheckpointWriter
+    signals: StopSignals
+    watchdog: Watchdog
+    left_out: NonFiniteLog
+    damage: DamageLog | None
+    cache: ImageCache | None
+    saved_step: int | None
+    """Of the newest checkpoint, which may still be being written."""
+
+    @property
+    def context(self) -> ParallelContext:
+        """This process among its peers."""
+        return self.state.context
+
+    @property
+    def config(self) -> Config:
+        """The run's."""
+        return self.state.config
+
+    @property
+    def run_directory(self) -> Path:
+        """The run's folder."""
+        return self.config.run_directory
+
+    def run(self) -> None:
+        """Train and evaluate to the end of the run. An evaluation that was due when the run stopped is made up for."""
+        try:
+            if self.state.step == 0 and self.config.evaluation.raw_pixels:
+                self._evaluate_raw_pixels()
+            while True:
+                due = self._evaluations_due()
+                if due:
+                    self.board.show_proxies()
+                for split in due:
+                    result = evaluate_run(self.state, split, self.telemetry, self.run_directory, signals=self.signals)
+                    if not split.is_validation:
+                        self.board.show_evaluation(result)
+                if self.state.is_finished:
+                    break
+                self._train_epoch()
+            self._tell(self.writer.close())
+        except StopRequested as request:
+            self.watchdog.stop()
+            if self.state.step > 0 and self.saved_step != self.state.step:
+                self._save()
+            self._tell(self.writer.close())
+            what = f"saved after step {self.state.step}" if self.state.step else "nothing to save before the first step"
+            self.telemetry.say(f"stopped by {request}: {what}; start the run again to go on")
+            self.telemetry.close()
+            raise
+
+    def _train_epoch(self) -> None:
+        """Train to the end of the epoch, or of the run."""
+        state, config, context = self.state, self.config, self.context
+        epoch = state.epoch
+        loader = self.data.loader(context, epoch=epoch, start=state.consumed, cache=self.cache)
+        state.engine.module.train()
+        self.telemetry.pause()
+        batches = iter(loader)
+        while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
+            self.watchdog.beat()
+            micro_batches = _next_step(batches, config.accumulation, context)
+            self._count_damaged(micro_batches)
+            if state.step == 0:
+                self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
+            measure = (state.step + 1) % config.telemetry.log_every_steps == 0
+            self.board.begin_step(is_logged=measure)
+            rates = learning_rates(state)
+            # A rank that was told to stop, or whose checkpoint could not be written in the background, asks for all.
+            wishes = [self.signals.received is not None, self.writer.has_failed]
+            report = train_step(state, micro_batches, measure=measure, requests=wishes)
+            self.telemetry.count(micro_batches[0].step_size)
+            if report.left_out:
+                self._leave_out(report)
+            else:
+                self.left_out.num_in_row = 0
+                if measure:
+                    self._log(report, rates, epoch)
+                    self.board.show_step()
+            every_steps = config.checkpoint.every_steps
+            is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
+            if config.checkpoint.keep_best is not None:  # the best evaluation needs a checkpoint of its step
+                is_due = is_due or self._is_evaluation_due()
+            if is_due or state.is_finished:
+                with self.watchdog.paused():
+                    self._save()
+            is_stop, is_failure = report.requests
+            self._tell(self.writer.wait() if is_failure else self.writer.poll())
+            if is_stop:
+                self.signals.agree(context)
+        self.watchdog.stop()
+
+    def _log(self, report: StepReport, rates: list[float], epoch: int) -> None:
+        assert report.terms is not None
+        self.telemetry.log_training(
+            self.state.step,
+            epoch + 1,
+            {
+                "loss": report.terms.total.item(),
+                "classification": report.terms.classification.item(),
+                "regularization": report.terms.regularization.item(),
+                "kept_classes": report.terms.kept_classes.item(),
+                "lr_backbone": rates[0],
+                "lr_embedding": rates[1],
+                "lr_proxies": rates[2],
+                "gradient_norm_backbone": report.backbone_norm,
+                "gradient_norm_proxies": report.proxies_norm,
+                "damaged_images": None if self.damage is None else len(self.damage),
+            },
+        )
+
+    def _count_damaged(self, micro_batches: list[Batch]) -> None:
+        if self.damage is not None:
+            for new in self.damage.add([damaged for batch in micro_batches for damaged in batch.damaged]):
+                self.telemetry.say(f"damaged, replaced by another image: {new.image}: {new.reason}")
+
+    def _leave_out(self, report: StepReport) -> None:
+        """Tell that a step changed nothing; go back if that happens again and again."""
+        assert report.left_out is not None
+        state, index = self.state, self.data.index
+        images = [str(i) if index is None else index.describe(i) for i in report.left_out.suspects]
+        self.telemetry.say(self.left_out.add(state.step, report.left_out.reason, images))
+        is_spoiled = any(everyone(self.context, not state.engine.has_finite_buffers()))
+        if not self.left_out.is_full and not is_spoiled:
+            return
+        with self.watchdog.paused():
+            self._tell(self.writer.wait())
+            checkpoint = on_main(self.context, find_checkpoint, self.run_directory / "checkpoints", "auto")
+            told = self.left_out.roll_back(state.step, checkpoint)
+            assert checkpoint is not None
+            load_state(checkpoint, state, self.settings)
+        self.telemetry.say(told)
+
+    def _save(self) -> None:
+        state = self.state
+        saved = self.writer.save(
+            state=RunState(state.step, state.epoch, state.consumed, self.context.world_size, self.settings),
+            engine=state.engine,
+            loss=state.loss,
+            bank_optimizer=state.bank_optimizer,
+        )
+        self.saved_step = state.step
+        self._tell(saved)
+        self.telemetry.pause()
+
+    def _tell(self, saved: list[SavedCheckpoint]) -> None:
+        for problem in (problem for checkpoint in saved for problem in checkpoint.problems):
+            self.telemetry.say(problem)
+
+    def _is_evaluation_due(self) -> bool:
+        """Before the first step if wanted, after the last always, and between epochs every so many. No collective."""
+        state, evaluation = self.state, self.config.evaluation
+        epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
+        if state.is_finished:
+            return True
+        if state.schedule_step == 0:
+            return evaluation.at_start
+        return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
+
+    def _evaluations_due(self) -> list[EvaluatedSplit]:
+        """What is to be evaluated now; nothing twice."""
+        state = self.state
+        if not self._is_evaluation_due():
+            return []
+        folder = self.run_directory / "evaluation"
+        names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
+        are_stored = on_main(self.context, lambda: [mode_of(folder / f"{name}.json") is not None for name in names])
+        return [split for split, is_stored in zip(self.evaluated, are_stored, strict=True) if not is_stored]
+
+    def _evaluate_raw_pixels(self) -> None:
+        test_split = self.evaluated[-1]
+        blocks = block_folder(self.run_directory, "pixels", say=self.telemetry.say)
+        result = evaluate_model(
+            self.config,
+            self.context,
+            RawPixels().to(self.context.device),
+            test_split.index,
+            damage=test_split.damage,
+            kmeans_seeds=min(1, self.config.evaluation.kmeans_seeds),
+            signals=self.signals,
+            blocks=blocks,
+        )
+        on_main(self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False))
+        blocks.remove(self.context)
+
+
+def load_state(checkpoint: Path, state: TrainState, settings: dict[str, Any]) -> RunState:
+    """Put the checkpoint's numbers into the state; its position is returned, not taken."""
+    return load_checkpoint(
+        checkpoint,
+        engine=state.engine,
+        loss=state.loss,
+        bank_optimizer=state.bank_optimizer,
+        context=state.context,
+        settings=settings,
+    )
+
+
+def continue_at(state: TrainState, run: RunState, data: TrainingData) -> None:
+    """Put the state where a checkpointed run stopped, whatever its batch size was.
+
+    Raises:
+        ValueError: it says that more images were done than an epoch has.
+    """
+    if run.consumed > data.epoch_size:
+        raise ValueError(
+            f"expected a checkpoint within an epoch of {data.epoch_size:,} images, it stands after {run.consumed:,}; "
+            "take another one with --resume PATH"
+        )
+    num_left = data.count_steps(run.consumed)
+    state.step, state.consumed = run.step, run.consumed if num_left else 0
+    state.schedule_step = (run.epoch + 1) * state.steps_per_epoch - num_left
+
+
+def _next_step(batches: Iterator[Batch], accumulation: int, context: ParallelContext) -> list[Batch]:
+    try:
+        return list(itertools.islice(batches, accumulation))
+    except ValueError as error:
+        raise OneRankError(f"{error} (on rank {context.rank})") from None

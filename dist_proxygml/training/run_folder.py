@@ -1,0 +1,164 @@
+"""The folder of a run before its first step: who writes there, where it continues, what of an earlier start stays."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from dist_proxygml.checkpoint.model import write_class_table
+from dist_proxygml.checkpoint.writer import (
+    Continuation,
+    checkpoint_to_continue,
+)
+from dist_proxygml.config import Config, flattened
+from dist_proxygml.data.damage import DAMAGE_FIELDS, DAMAGE_FILE
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.distributed.parallel import (
+    ParallelContext,
+)
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.reporting.telemetry import BOARD_FOLDER, METRICS_FILE
+from dist_proxygml.storage.files import (
+    in_words,
+    is_folder,
+    mend_log,
+    mode_of,
+    paths_in,
+    publish,
+    read_document,
+    unreadable,
+)
+from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.training.nonfinite import NON_FINITE_FIELDS, NON_FINITE_FILE
+
+
+def lock_run(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
+    """Put the run's lock into `locks` on rank 0, if it is not there; without `make_folder` only beside other runs."""
+    if context.is_main and not locks and (make_folder or is_folder(run_directory.parent)):
+        locks.append(RunLock(run_directory))
+
+
+def where_to_continue(run_directory: Path, resume: str) -> Continuation:
+    """As `checkpoint_to_continue`, if the run's folder can be gone on with.
+
+    Raises:
+        ValueError: something in it is not what it has to be, or closed to this user; nothing was changed.
+    """
+    folders = ("", "checkpoints", "evaluation", "embeddings", "proxies", BOARD_FOLDER)
+    logs = (METRICS_FILE, DAMAGE_FILE, NON_FINITE_FILE)
+    for name in (*folders, *logs) if resume != "never" else ():
+        path, kind = run_directory / name, "a file" if name in logs else "a folder"
+        mode = mode_of(path)
+        if mode is None:
+            continue
+        if not (stat.S_ISREG(mode) if name in logs else stat.S_ISDIR(mode)):
+            raise ValueError(f"expected {kind} at {path}, found something else; move it away")
+        if not os.access(path, os.R_OK | os.W_OK | (0 if name in logs else os.X_OK), effective_ids=True):
+            raise ValueError(
+                f"expected to read and write {path}, which this user (id {os.geteuid()}) may not; give it to "
+                "this user, or train under another name with --set name=NAME"
+            )
+    return checkpoint_to_continue(run_directory / "checkpoints", resume)
+
+
+def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | None) -> tuple[Path | None, list[str]]:
+    """Make the run's folder, write the resolved configuration and the class table. What a new run finds there is moved
+    aside, not lost.
+
+    Args:
+        config: the run.
+        index: what it trains on; None for a stream.
+        step: where the run continues; evaluations and proxy statistics of later steps, which a checkpoint was lost of,
+            are removed: their steps will be done again. None starts anew.
+
+    Returns:
+        Where the earlier run went, if there was one; what was odd and is set aside, for people.
+    """
+    directory, aside = config.run_directory, None
+    odd: list[str] = []
+    try:
+        if step is None and os.path.lexists(directory):
+            names = (directory.with_name(f"{directory.name}.{number}") for number in itertools.count(1))
+            aside = next(path for path in names if not os.path.lexists(path))
+            os.rename(directory, aside)
+        directory.mkdir(parents=True, exist_ok=True)
+        written = [path for kind in ("evaluation", "proxies") for path in paths_in(directory / kind, "*.json")]
+        for path in written:
+            if (_step_evaluated(path) or 0) > (step or 0):
+                path.unlink()
+            elif path.name != "pixels.json" and _step_evaluated(path) is None:
+                continue  # somebody's own
+            elif problem := _what_is_odd(path):
+                os.replace(path, path.with_name(f"{path.name}.damaged"))
+                odd.append(f"{problem}: passed over, now {path.name}.damaged")
+        for name, fields in ((DAMAGE_FILE, DAMAGE_FIELDS), (NON_FINITE_FILE, NON_FINITE_FIELDS)):
+            odd += mend_log(directory / name, fields)
+        _keep_unfinished_embeddings(directory, aside, step)
+        with publish(directory / "config.json") as stream:
+            stream.write(json.dumps(config.model_dump(), indent=2).encode() + b"\n")
+        write_class_table(directory, index)
+    except OSError as error:
+        raise ValueError(
+            f"expected to write into {directory.resolve()}: {in_words(error, directory.parent)}; set runs_dir to a "
+            "folder of yours"
+        ) from None
+    return aside, odd
+
+
+def _what_is_odd(path: Path) -> str | None:
+    """What is wrong with a stored evaluation, or statistics of proxies.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        document = read_document(path)
+        if path.parent.name == "evaluation":
+            EvaluationResult.from_json(json.dumps(document))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
+        return str(error) if str(path) in str(error) else f"{path}: {error}"
+    return None
+
+
+def _step_evaluated(path: Path) -> int | None:
+    """The step of an evaluation's file or folder: step-000800-on-shards-test, validation-step-000800."""
+    found = re.search(r"step-([0-9]+)", path.name)
+    return None if found is None else int(found[1])
+
+
+def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int | None) -> None:
+    """Carry over what a run that was cut short before its first checkpoint had embedded; remove what belongs to
+    evaluations that are stored, or that lie before the step where the run continues.
+    """
+    if step is None and aside is not None:
+        for folder in paths_in(aside / "embeddings", "*.partial"):
+            if folder.name.startswith(("pixels.", "step-000000.", "validation-step-000000.")):
+                (directory / "embeddings").mkdir(exist_ok=True)
+                os.rename(folder, directory / "embeddings" / folder.name)
+    for pattern in ("step-*.partial", "validation-step-*.partial"):
+        for folder in paths_in(directory / "embeddings", pattern):
+            is_stored = mode_of(directory / "evaluation" / f"{folder.stem}.json") is not None
+            if is_folder(folder) and (is_stored or (_step_evaluated(folder) or 0) < (step or 0)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def comparable_settings(config: Config) -> dict[str, Any]:
+    """What the numbers of a run depend on, flat: a run continues only under the same."""
+    whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
+    free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
+    free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
+    free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
+    free |= {"proxies.selection", "proxies.fused"}  # the same numbers by other ways
+    if config.data.images_per_class is None:  # the position in the data is a number of images
+        free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
+    if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
+        free.add("proxies.memory_budget")  # else it decides what the regulariser is computed from
+    if config.schedule.name != "cosine":  # the other schedules do not look ahead: such a run may be made longer
+        free |= {"training.epochs", "training.max_steps"}
+    return {name: value for name, value in flattened(whole) if name not in free}
