@@ -264,7 +264,10 @@ class _Loop:
         batches = iter(loader)
         while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
             self.watchdog.beat()
-            micro_batches = _next_step(batches, config.accumulation, context)
+            if self.data.index is None:  # what one rank's shards hold no other rank knows
+                micro_batches = run_together(context, _next_step, batches, config.accumulation)
+            else:
+                micro_batches = _next_step_of_one_rank(batches, config.accumulation, context)
             self._count_damaged(micro_batches)
             if state.step == 0:
                 self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
@@ -609,9 +612,13 @@ def _embedded(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
     return F.normalize(embeddings_bD.float(), dim=1), batch.labels.to(device, non_blocking=True)
 
 
-def _next_step(batches: Iterator[Batch], accumulation: int, context: ParallelContext) -> list[Batch]:
+def _next_step(batches: Iterator[Batch], accumulation: int) -> list[Batch]:
+    return list(itertools.islice(batches, accumulation))
+
+
+def _next_step_of_one_rank(batches: Iterator[Batch], accumulation: int, context: ParallelContext) -> list[Batch]:
     try:
-        return list(itertools.islice(batches, accumulation))
+        return _next_step(batches, accumulation)
     except ValueError as error:
         raise OneRankError(f"{error} (on rank {context.rank})") from None
 

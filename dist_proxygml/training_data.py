@@ -16,6 +16,7 @@ import numpy as np
 
 from dist_proxygml.checkpoint_folder import read_state
 from dist_proxygml.config import Config
+from dist_proxygml.data.damage import num_allowed
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.pipeline import BatchLoader, ImageCache, build_order, build_train_loader
 from dist_proxygml.data.plan import count_steps, draw_validation_classes
@@ -78,7 +79,7 @@ class TrainingData:
                 num_workers=data.num_workers,
                 resampled=data.stream.resampled,
                 shuffle_buffer=data.stream.shuffle_buffer,
-                skip_damaged=data.damaged_images == "skip",
+                max_damaged=num_allowed(data.max_damaged, self.epoch_size) if data.damaged_images == "skip" else None,
             )
         return build_train_loader(
             self.index,

@@ -261,18 +261,7 @@ class BatchLoader:
         return len(self._micro_batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise ValueError(
-                    f"a data loading process died ({error}); if memory ran out, lower data.num_workers"
-                ) from error
+        for batch in self._loader:
             if isinstance(batch, _Failure):
                 raise ValueError(batch.message)
             images, labels, ids, *rest = batch

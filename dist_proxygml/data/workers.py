@@ -47,12 +47,12 @@ class WorkerLoader:
         """Start the processes.
 
         Raises:
-            ValueError: a process has not begun in time, again and again.
+            ValueError: a process has not begun in time, again and again; or, later, one has died.
         """
         for seconds in SECONDS_TO_START:
             batches = self._start(seconds)
             if batches is not None:
-                return batches
+                return _until_one_dies(batches)
         raise ValueError(
             f"expected {self._num_workers} data loading processes to begin within {SECONDS_TO_START[-1]:g} s, one had "
             f"not in any of {len(SECONDS_TO_START)} attempts; is the machine overloaded? Lower data.num_workers, 0 "
@@ -76,6 +76,15 @@ class WorkerLoader:
                 while self._begun.acquire(block=False):
                     pass
         return batches if begun else None
+
+
+def _until_one_dies(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a data loading process died ({error}); if memory ran out, lower data.num_workers") from error
 
 
 def begin_to_serve(begun: Semaphore, worker: int) -> None:
