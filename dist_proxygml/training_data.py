@@ -100,6 +100,16 @@ class TrainingData:
             skip_damaged=data.damaged_images == "skip",
         )
 
+    def check(self, context: ParallelContext) -> None:
+        """Refuse what this rank's first batches would end by, as far as it can be told now.
+
+        Raises:
+            ValueError: as `loader`, or a stream in which no sample can be trained.
+        """
+        loader = self.loader(context, epoch=0, start=0)
+        if isinstance(loader, StreamLoader):
+            loader.check()
+
     def identity(self) -> dict[str, str]:
         """What a continued run must find again."""
         if self.index is None:

@@ -56,11 +56,18 @@ class StreamLoader:
 
     def __init__(self, images: "_StreamImages", *, num_steps: int, accumulation: int, num_workers: int) -> None:
         self.num_steps = num_steps
+        self._images = images
+        self._num_processes = max(1, num_workers)
         self._num_batches = num_steps * accumulation
         self._loader = WorkerLoader(images, num_workers=num_workers, batch_size=None)
 
     def __len__(self) -> int:
         return self._num_batches
+
+    def check(self) -> None:
+        """Read the first samples here. Raises ValueError where a shard is not there or no sample can be trained."""
+        for process in range(1 if self._images.resampled else self._num_processes):
+            self._images.check(process, self._num_processes)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in itertools.islice(self._loader, self._num_batches):
@@ -167,6 +174,16 @@ class _StreamImages(IterableDataset[Batch | str]):
         except Exception as problem:  # of a library, each its own type
             yield f"the stream {self.shards[0]} ... failed: {type(problem).__name__}: {problem}"
 
+    def check(self, process: int, num_processes: int) -> None:
+        """Read what a loading process of this rank reads, up to the first sample that can be trained."""
+        reader, num_readers = self.rank * num_processes + process, self.world_size * num_processes
+        for _ in self._samples(self._own(reader, num_readers), random.Random(0)):
+            if self._has_usable:
+                break
+
+    def _own(self, reader: int, num_readers: int) -> list[str]:
+        return self.shards if self.resampled else self.shards[reader::num_readers]
+
     def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -174,7 +191,7 @@ class _StreamImages(IterableDataset[Batch | str]):
         randomness = np.random.SeedSequence([*self.seeds, reader])
         generators = (np.random.Generator(np.random.Philox(child)) for child in _children(randomness))
         generator = random.Random(int(randomness.generate_state(1)[0]))
-        own = self.shards if self.resampled else self.shards[reader::num_readers]
+        own = self._own(reader, num_readers)
         samples = webdataset.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=generator)(
             self._samples(own, generator)
         )
@@ -213,7 +230,7 @@ class _StreamImages(IterableDataset[Batch | str]):
                 yield sample
             if len(num_samples) == len(set(own)):
                 if not self._has_usable:
-                    raise ValueError(self._refusal(f"none in any of {len(num_samples)} shards", num_samples))
+                    raise ValueError(self._refusal(f"none in a round of {len(num_samples)} shard(s)", num_samples))
                 num_samples, self._has_usable = {}, False
 
     def _urls(self, own: list[str], generator: random.Random) -> Iterator[str]:
@@ -279,7 +296,7 @@ class _StreamImages(IterableDataset[Batch | str]):
         self._unusable[problem.damage.image] = problem
         if len(self._unusable) > (self.max_damaged if self._has_usable else max(self.max_damaged, _NUM_TRIED)):
             raise ValueError(
-                self._refusal(f"{len(self._unusable)} others (data.max_damaged allows {self.max_damaged})")
+                self._refusal(f"{len(self._unusable)} that cannot be used (data.max_damaged allows {self.max_damaged})")
             )
 
     def _refusal(self, got: str, num_samples: Mapping[str, int] | None = None) -> str:
@@ -341,10 +358,9 @@ def stream_shards(urls: str) -> list[str]:
     missing = [url for url, path in paths.items() if not os.path.isfile(path)]
     if missing or not shards:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        there = " (no plain file)" if any(os.path.exists(paths[url]) for url in missing) else ""
         raise ValueError(
-            f"expected the files that data.stream.urls names, found {len(missing)} of {len(shards)} missing"
-            f"{there}: {shown or 'no names'}; correct it; ranges are written {{000000..000012}}"
+            f"data.stream.urls names {len(shards)} shards, expected plain files, got none at {shown or 'all'}; correct "
+            "the path; ranges are written {000000..000012}"
         )
     return shards
 
