@@ -165,6 +165,8 @@ class _StreamImages(IterableDataset[Batch | str]):
         self.resampled = resampled
         self.shuffle_buffer = shuffle_buffer
         self.max_damaged = max_damaged
+        self._unusable: dict[str, _UnusableError] = {}  # since the last batch
+        self._has_usable = False  # this round of the shards
 
     def __iter__(self) -> Iterator[Batch | str]:
         try:
@@ -214,9 +216,8 @@ class _StreamImages(IterableDataset[Batch | str]):
 
     def _samples(self, own: list[str], generator: random.Random) -> Iterator[dict[str, Any]]:
         """The samples of a process's shards, without end. Raises ValueError after a round without a usable one."""
-        self._unusable: dict[str, _UnusableError] = {}
         num_samples: dict[str, int] = {}  # of each shard of this round
-        self._has_usable = False
+        self._unusable, self._has_usable = {}, False
         for url in self._urls(own, generator):
             num_samples[url] = 0
             for sample in self._members(url):
@@ -280,7 +281,7 @@ class _StreamImages(IterableDataset[Batch | str]):
             raise _UnusableError(url, name, kind, wrong_members(members))
         label = read_label(sample["cls"])
         if not isinstance(label, int) or label >= self.num_classes:
-            text = f"has the label {str(label)!r}; expected 0 to {self.num_classes - 1}"
+            text = f"has the label {str(label)!r}; expected 0 to {self.num_classes - 1} (data.num_classes is {self.num_classes})"
             raise _UnusableError(url, name, "with a wrong label", text)
         try:
             return decode_image(payload), label
