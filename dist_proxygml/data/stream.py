@@ -281,8 +281,8 @@ class _StreamImages(IterableDataset[Batch | str]):
             raise _UnusableError(url, name, kind, wrong_members(members))
         label = read_label(sample["cls"])
         if not isinstance(label, int) or label >= self.num_classes:
-            text = f"has the label {str(label)!r}; expected 0 to {self.num_classes - 1} (data.num_classes is {self.num_classes})"
-            raise _UnusableError(url, name, "with a wrong label", text)
+            reason = f"has the label {str(label)!r}; expected 0 to {self.num_classes - 1}, by data.num_classes"
+            raise _UnusableError(url, name, "with a wrong label", reason)
         try:
             return decode_image(payload), label
         except ValueError as problem:
