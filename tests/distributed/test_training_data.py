@@ -125,9 +125,10 @@ def start_and_read(context: ParallelContext, folder: Path) -> list[str]:
     stream = {"urls": urls, "samples_per_epoch": 12, "resampled": False, "shuffle_buffer": 2}
     data = open_training_data(configuration(folder, mode="stream", stream=stream))
     messages = []
-    for read in (data.check, lambda context: _next_step(iter(data.loader(context, epoch=0, start=0)), 1)):
+    batches = iter(data.loader(context, epoch=0, start=0))
+    for read in (lambda: run_together(context, data.check, context), lambda: _next_step(data, batches, context)):
         try:
-            run_together(context, read, context)
+            read()
         except AgreedError as error:
             messages.append(str(error))
     return messages
