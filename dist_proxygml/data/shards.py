@@ -11,6 +11,7 @@ Declined: reading a shard from its start, which ties the order of samples to the
 ranks and workers.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -21,7 +22,6 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -74,7 +74,7 @@ def split_of_shard(file_name: str) -> str | None:
     return (match.group(1) or "train") if match else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def publish(path: Path, *, flush_folder: bool = True) -> Iterator[IO[bytes]]:
     """Write a file whole or not at all: into a temporary one, flushed to disk, renamed to `path`.
 
@@ -227,21 +227,21 @@ def member_name(blocks: bytes) -> str | None:
     The name stands in that header or, if it is long or not ASCII, in an entry of GNU's or PAX's before it.
     """
     last = len(blocks) - tarfile.BLOCKSIZE
-    plain = _member_at(blocks, last)
-    for start in range(last - tarfile.BLOCKSIZE, -1, -tarfile.BLOCKSIZE) if plain else ():
-        if blocks[start + 156 : start + 157] in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            member = _member_at(blocks, start)
-            if member is not None and member.offset_data == len(blocks) - start:
-                return str(member.name)
-    return None if plain is None else str(plain.name)
-
-
-def _member_at(blocks: bytes, start: int) -> tarfile.TarInfo | None:
     try:
-        with tarfile.open(fileobj=io.BytesIO(blocks[max(0, start) :]), mode="r:", **_NAMES) as tar:  # type: ignore[call-overload]
-            return tar.next()
+        plain = tarfile.TarInfo.frombuf(blocks[-tarfile.BLOCKSIZE :], **_NAMES).name
     except (tarfile.TarError, ValueError):
         return None
+    for start in range(last - tarfile.BLOCKSIZE, -1, -tarfile.BLOCKSIZE):
+        is_entry = blocks[start + 156 : start + 157] in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
+        if is_entry and blocks.startswith(b"ustar", start + 257):
+            with (
+                contextlib.suppress(tarfile.TarError, ValueError),
+                tarfile.open(fileobj=io.BytesIO(blocks[start:]), mode="r:", **_NAMES) as tar,  # type: ignore[call-overload]
+            ):
+                member = tar.next()
+                if member is not None and member.offset_data == len(blocks) - start:
+                    return str(member.name)
+    return plain
 
 
 def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:

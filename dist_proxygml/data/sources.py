@@ -195,6 +195,8 @@ def read_image(path: Path) -> torch.Tensor:
         ValueError: naming the file: it cannot be read, or is no image.
     """
     try:
+        if not path.is_file() and path.exists():  # reading a pipe waits for a writer
+            raise ValueError("no plain file")
         return decode_image(path.read_bytes())
     except OSError as problem:
         raise ValueError(f"{path}: the file cannot be read: {problem.strerror}") from problem

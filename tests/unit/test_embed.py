@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_ids_are_unique_where_keys_repeat_and_an_earlier_index_that_does_not_kno
     (tmp_path / "index.json").write_text(json.dumps(document))
     assert embedded(*options, "--overwrite") == 0
     assert "warning: 2 embeddings have the id of another; make the index again" in capsys.readouterr().err
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(photos / "a.png")
+    assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 2
+    assert f"{photos / 'a.png'}: no plain file" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(
