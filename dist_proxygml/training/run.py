@@ -100,7 +100,7 @@ def train(
     locks: list[RunLock] = []
     run_together(context, _lock, context, run_directory, locks)
     found, passed_over = on_main(context, checkpoint_to_continue, checkpoints, resume)
-    run_together(context, lambda: data.loader(context, epoch=0, start=0))
+    run_together(context, data.check, context)
     transfer = None if found else open_transfer(config, data.index, context)
 
     # 2. Build, and only then write.
@@ -264,7 +264,7 @@ class _Loop:
         batches = iter(loader)
         while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
             self.watchdog.beat()
-            micro_batches = _next_step(batches, config.accumulation, context)
+            micro_batches = _next_step(self.data, batches, context)
             self._count_damaged(micro_batches)
             if state.step == 0:
                 self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
@@ -609,9 +609,18 @@ def _embedded(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
     return F.normalize(embeddings_bD.float(), dim=1), batch.labels.to(device, non_blocking=True)
 
 
-def _next_step(batches: Iterator[Batch], accumulation: int, context: ParallelContext) -> list[Batch]:
+def _next_step(data: TrainingData, batches: Iterator[Batch], context: ParallelContext) -> list[Batch]:
+    """The micro-batches of a step. Where a rank reads shards of its own, as in a stream, what is wrong with them is
+    every rank's error.
+    """
+
+    def read() -> list[Batch]:
+        return list(itertools.islice(batches, data.config.accumulation))
+
+    if data.index is None:
+        return run_together(context, read)
     try:
-        return list(itertools.islice(batches, accumulation))
+        return read()
     except ValueError as error:
         raise OneRankError(f"{error} (on rank {context.rank})") from None
 
