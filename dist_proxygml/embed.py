@@ -94,6 +94,13 @@ def _embed(given: argparse.Namespace) -> str:
     if left_out:
         shown = "\n".join(f"  {damage['image']}: {damage['reason']}" for damage in left_out[:20])
         print(f"{len(left_out)} images cannot be used and were left out:\n{shown}", file=sys.stderr)
+    num_repeated = manifest["num_rows"] - manifest["num_ids"]
+    if num_repeated:  # under an index that was made before keys were told apart
+        print(
+            f"warning: {num_repeated:,} embeddings have the id of another; make the index again with `python -m "
+            f"dist_proxygml.shard index {given.data}`, then embed again with --overwrite",
+            file=sys.stderr,
+        )
     model = manifest["model"]
     return (
         f"{manifest['num_rows']:,} embeddings of dimension {manifest['embedding_dim']} by {model['run']}, step "

@@ -10,6 +10,7 @@ done, 1 verify found damage, 2 the command cannot be carried out, 130 stopped by
 
 import argparse
 import errno
+import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,6 +79,7 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
     previous = _previous_index(root)
     shards: dict[str, list[tuple[str, ListedShard]]] = {}
     names: dict[str, dict[int, tuple[str, int | str]]] = {}
+    key_hashes: dict[str, list[np.ndarray]] = {}
     for path in tqdm(tars, desc=f"indexing {root}", unit=" shards", disable=quiet, mininterval=0.5):
         split = split_of_shard(path.name)
         if split is None:
@@ -92,6 +94,8 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
                     f"{path}: label {label} has the class name {entry[0]!r}, in an earlier shard {known!r}; "
                     "write the shards again with one name for each label"
                 )
+        hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in listed.keys]
+        key_hashes.setdefault(split, []).append(np.frombuffer(b"".join(hashes), np.uint64))
         shards.setdefault(split, []).append((path.name, listed._replace(keys=[], classes={})))
     classes = {}
     for split in sorted(shards, key=lambda split: (split != "train", split)):
@@ -118,8 +122,13 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
         build=build if isinstance(build, dict) else {"layout": "unknown"},
         shards={split: shards[split] for split in classes},
         classes=classes,
+        keys_repeat=[split for split, parts in key_hashes.items() if _repeat(np.concatenate(parts))],
     )
     return sorted(changed)
+
+
+def _repeat(values: np.ndarray) -> bool:
+    return len(np.unique(values)) < len(values)
 
 
 def _previous_index(root: Path) -> Mapping[str, Any]:
@@ -220,6 +229,8 @@ def describe_shards(root: Path) -> str:
             f"{len(index.shards)} shards, {size / 1e6:.1f} MB; "
             f"images a class: {counts.min()} to {counts.max()}, median {np.median(counts):g}"
         )
+        if index.keys_repeat:
+            lines.append("  keys repeat from shard to shard, so images are called SHARD/KEY")
         lines += _histogram(counts)
     return "\n".join(lines)
 

@@ -26,6 +26,11 @@ class Damage(NamedTuple):
     reason: str
 
 
+def num_allowed(max_share: float, num_images: int) -> int:
+    """How many damaged images a run puts up with: a share, rounded up."""
+    return math.ceil(max_share * num_images)
+
+
 class DamageLog:
     """The damaged images of one split, each counted once however often it is met, in this start of the run or before.
 
@@ -38,7 +43,7 @@ class DamageLog:
     def __init__(self, path: Path, *, split: str, num_images: int, max_share: float, context: ParallelContext) -> None:
         self.path = path
         self.split = split
-        self.max_damaged = math.ceil(max_share * num_images)
+        self.max_damaged = num_allowed(max_share, num_images)
         self.num_images = num_images
         self.context = context
         self._known: dict[str, str] = on_main(context, self._read)

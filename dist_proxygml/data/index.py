@@ -14,8 +14,7 @@ import hashlib
 import json
 import os
 import re
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,16 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dist_proxygml.data.remote import ShardCache, is_remote
-from dist_proxygml.data.shards import MAX_LABEL, SAMPLE_DTYPE, ListedShard, ShardUnavailableError
+from dist_proxygml.data.shards import (
+    LONGEST_HEADER,
+    MAX_LABEL,
+    SAMPLE_DTYPE,
+    ListedShard,
+    ShardUnavailableError,
+    member_name,
+    shown_key,
+    split_name,
+)
 from dist_proxygml.storage.files import paths_in, publish
 
 INDEX_FILE = "index.json"
@@ -73,6 +81,7 @@ class ShardIndex:
     samples: np.ndarray  # [n] of SAMPLE_DTYPE, memory-mapped
     remote: ShardCache | None = None  # where the shards come from if they do not lie in `root`
     chosen: ChosenClasses | None = None  # None: all classes
+    keys_repeat: bool = False  # from shard to shard; within one they never do
 
     @property
     def location(self) -> str:
@@ -165,22 +174,27 @@ class ShardIndex:
         row = self.samples[sample_id]
         shard = self.shards[row["shard"]].file
         key = self.key(sample_id) or f"{sample_id} of {self.split}"
-        return f"{self.location}/{shard}, sample {key} (label {row['label']})"
+        return f"{self.location}/{shard}, sample {shown_key(key)} (label {row['label']})"
 
     def key(self, sample_id: int) -> str | None:
         """The key of a sample, in the tar header in front of its image; None where that is damaged."""
         row = self.samples[sample_id]
-        offset = int(row["offset"])
+        start, end = max(0, int(row["offset"]) - LONGEST_HEADER), int(row["offset"])
         try:
             descriptor = self.open_shard(int(row["shard"]))
             try:
-                header = os.pread(descriptor, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+                name = member_name(os.pread(descriptor, end - start, start))
             finally:
                 os.close(descriptor)
-            name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
-        except (ValueError, OSError, tarfile.TarError):
+        except (ValueError, OSError):
             return None
-        return name.rpartition("/")[2].partition(".")[0]
+        return None if name is None else split_name(name)[0]
+
+    def name(self, sample_id: int) -> str:
+        """What tells a sample from all others of the split: its key, after the name of its shard where keys repeat."""
+        key = self.key(sample_id) or f"{self.split}-{sample_id:08d}"
+        shard = self.shards[self.samples["shard"][sample_id]].file
+        return f"{shard.removesuffix('.tar')}/{key}" if self.keys_repeat else key
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map pickles as a copy of its content; a worker maps the file again instead.
@@ -348,7 +362,18 @@ def _open_split(
             f"{table} has labels {labels.min()} to {labels.max()}, but {root / INDEX_FILE} has "
             f"{num_classes} classes; {remedy}"
         )
-    return ShardIndex(root, split, dataset, num_classes, shards, entry["class_table_sha256"], digest, samples, remote)
+    return ShardIndex(
+        root,
+        split,
+        dataset,
+        num_classes,
+        shards,
+        entry["class_table_sha256"],
+        digest,
+        samples,
+        remote,
+        keys_repeat=entry.get("keys_repeat") is True,
+    )
 
 
 def _file_sha256(path: Path) -> str:
@@ -381,11 +406,13 @@ def write_index(
     build: Mapping[str, Any],
     shards: Mapping[str, Sequence[tuple[str, ListedShard]]],
     classes: Mapping[str, Sequence[tuple[str, int | str]]],
+    keys_repeat: Collection[str] = (),
 ) -> None:
     """Write the tables and, last, `index.json`.
 
     `shards` gives the listed shard files of every split in order, `classes` the (name, source id)
-    of every label of every split; `build` records how the shards were made. Two splits with the
+    of every label of every split; `build` records how the shards were made,
+    `keys_repeat` names the splits in which two samples have one key. Two splits with the
     same class table share one label space (query and gallery).
     """
     splits = {}
@@ -412,6 +439,8 @@ def write_index(
                 ShardEntry(file, len(listed.rows), listed.num_bytes, listed.sha256)._asdict() for file, listed in files
             ],
         }
+        if split in keys_repeat:
+            splits[split]["keys_repeat"] = True
     document = {
         "kind": INDEX_KIND,
         "version": INDEX_VERSION,

@@ -72,8 +72,8 @@ class ImageCache:
         self._images[sample_id] = image
 
 
-# Images of other classes that are tried where no image of a damaged one's class can be read.
-_NUM_STRANGERS_TRIED = 100
+# Images that are tried in a damaged one's place: of its class, and then of any.
+_NUM_TRIED = 100
 
 
 class _Failure(NamedTuple):
@@ -201,8 +201,8 @@ class ShardImages(Dataset[Batch]):
         draw = next(sample_generators([sample_id], seed=self.seed, epoch=self.epoch))
         labels = self.index.samples["label"]
         same_class = np.flatnonzero(labels == labels[sample_id])
-        any_class = draw.integers(0, len(labels), _NUM_STRANGERS_TRIED)
-        for candidate in [*draw.permutation(same_class).tolist(), *any_class.tolist()]:
+        any_class = draw.integers(0, len(labels), _NUM_TRIED)
+        for candidate in [*draw.permutation(same_class)[:_NUM_TRIED].tolist(), *any_class.tolist()]:
             try:
                 return self.image(candidate), candidate
             except ShardUnavailableError:
@@ -261,18 +261,7 @@ class BatchLoader:
         return len(self._micro_batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise ValueError(
-                    f"a data loading process died ({error}); if memory ran out, lower data.num_workers"
-                ) from error
+        for batch in self._loader:
             if isinstance(batch, _Failure):
                 raise ValueError(batch.message)
             images, labels, ids, *rest = batch

@@ -11,7 +11,9 @@ Declined: reading a shard from its start, which ties the order of samples to the
 ranks and workers.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -31,6 +33,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 MAX_LABEL = 2**31 - 1  # what SAMPLE_DTYPE has room for
 _LEAVE_AFTER = 4 << 20  # bytes of a shard that is being written
 _END_MARK = 2 * tarfile.BLOCKSIZE  # zeros after the last member
+_NAMES = {"encoding": "utf-8", "errors": "backslashreplace"}  # of members: any bytes, shown
+LONGEST_HEADER = 32 * tarfile.BLOCKSIZE  # of a member with a name of any length that a file system allows
 
 # One sample: its shard's number, its label, where the image's bytes lie in the shard, and their crc32.
 SAMPLE_DTYPE = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("nbytes", "<u4"), ("crc32", "<u4")])
@@ -145,7 +149,7 @@ def _tar_header(name: str, num_bytes: int, pattern: bytes) -> bytes:
 def list_shard(path: Path, *, check_image: Callable[[str, bytes], None] | None = None) -> ListedShard:
     """Read a tar from end to end: its samples in order, its size and its sha256.
 
-    Works for tars of other writers too: members group by the name before the first dot, the label
+    Works for tars of other writers too: members group by their path up to the first dot of the file name, the label
     is the `.cls` member, and a `.json` member is optional. `check_image` is called with the key and the image file of
     every sample. Raises ValueError naming the shard and the member when a sample lacks an image or a label, when a key
     comes back after another one, a member comes twice, a label has two class names, or when the file is not a
@@ -183,30 +187,72 @@ def _note_class(path: Path, classes: dict[int, tuple[str, int | str]], label: in
             )
 
 
+def split_name(member: str) -> tuple[str, str]:
+    """Key and extension of a member: its path up to the first dot of the file name, and the rest in lower case.
+
+    A `./` in front is no part of a key; control characters are shown as Python writes them.
+    """
+    shown = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda sign: repr(sign.group())[1:-1], re.sub(r"^(\./+)+", "", member))
+    folder, slash, base = shown.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def member_name(blocks: bytes) -> str | None:
+    """The name of the member whose header ends `blocks`, which are whole blocks of a tar; None for a damaged header.
+
+    The name stands in that header or, if it is long or not ASCII, in an entry of GNU's or PAX's before it.
+    """
+    last = len(blocks) - tarfile.BLOCKSIZE
+    try:
+        plain = tarfile.TarInfo.frombuf(blocks[-tarfile.BLOCKSIZE :], **_NAMES).name
+    except (tarfile.TarError, ValueError):
+        return None
+    for start in range(last - tarfile.BLOCKSIZE, -1, -tarfile.BLOCKSIZE):
+        is_entry = blocks[start + 156 : start + 157] in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
+        if is_entry and blocks.startswith(b"ustar", start + 257):
+            with (
+                contextlib.suppress(tarfile.TarError, ValueError),
+                tarfile.open(fileobj=io.BytesIO(blocks[start:]), mode="r:", **_NAMES) as tar,  # type: ignore[call-overload]
+            ):
+                member = tar.next()
+                if member is not None and member.offset_data == len(blocks) - start:
+                    return str(member.name)
+    return plain
+
+
 def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
     """Key -> extension -> (offset, number of bytes) of every file in a tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     last_key = None
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:", **_NAMES) as tar:  # type: ignore[call-overload]
             for member in tar:
+                key, extension = split_name(member.name)
+                if (member.islnk() or member.issym()) and extension in (*IMAGE_EXTENSIONS, "cls"):
+                    raise ValueError(
+                        f"{path}: {shown_key(key)}.{extension} is a link, expected a file; write the shard again with "
+                        "`tar --dereference --hard-dereference`"
+                    )
                 if not member.isfile():
                     continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
                 if key in samples and key != last_key:
-                    raise ValueError(f"{path}: the members of sample {key} are not adjacent; write the shard again")
+                    raise ValueError(
+                        f"{path}: the members of sample {shown_key(key)} are not adjacent; write the shard again, as "
+                        "`tar --sort=name` does"
+                    )
                 last_key = key
                 if member.offset_data + member.size > len(content):
-                    raise ValueError(f"{path}: truncated inside {member.name}; copy or build the shard again")
-                members = samples.setdefault(key, {})
-                if extension.lower() in members:
                     raise ValueError(
-                        f"{path}: the member {member.name} comes twice, or two samples have the key {key}; "
+                        f"{path}: truncated inside {shown_key(key)}.{extension}; copy or build the shard again"
+                    )
+                members = samples.setdefault(key, {})
+                if extension in members:
+                    raise ValueError(
+                        f"{path}: the member {shown_key(key)}.{extension} comes twice, or two samples have one key; "
                         "write the shard again with a key of its own for each sample"
                     )
-                members[extension.lower()] = (member.offset_data, member.size)
+                members[extension] = (member.offset_data, member.size)
             end = tar.offset
     except tarfile.TarError as problem:
         raise ValueError(f"{path}: not a readable tar ({problem}); copy or build the shard again") from problem
@@ -224,27 +270,48 @@ def _sample_fields(
     """Label, (offset, number of bytes) of the image, and what the JSON says."""
     extensions = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if len(extensions) != 1 or "cls" not in members:
-        raise ValueError(
-            f"{path}: sample {key} has members {sorted(members)}; "
-            f"expected one of {', '.join(IMAGE_EXTENSIONS)}, and cls"
-        )
+        raise ValueError(f"{path}: sample {shown_key(key)} {wrong_members(members)}")
 
     def payload(extension: str) -> bytes:
         offset, num_bytes = members[extension]
         return content[offset : offset + num_bytes]
 
-    text = payload("cls").decode("ascii", "replace").strip()
-    # Only so many digits are turned into a number.
-    if not text.isdigit() or len(text) > 20 or int(text) > MAX_LABEL:
+    label = read_label(payload("cls"))
+    if not isinstance(label, int):
         raise ValueError(
-            f"{path}: sample {key} has the label {text[:40]!r}; "
+            f"{path}: sample {shown_key(key)} has the label {label!r}; "
             f"expected a non-negative integer in ASCII, at most {MAX_LABEL}"
         )
     try:
         info = json.loads(payload("json")) if "json" in members else {}
     except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{path}: the JSON of sample {key} is damaged ({problem})") from problem
-    return int(text), members[extensions[0]], info if isinstance(info, dict) else {}
+        raise ValueError(f"{path}: the JSON of sample {shown_key(key)} is damaged ({problem})") from problem
+    return label, members[extensions[0]], info if isinstance(info, dict) else {}
+
+
+def wrong_members(extensions: Iterable[str]) -> str:
+    """What is wrong with a sample of these members, for messages."""
+    names = sorted(extensions)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    text = (
+        f"has members {[name[:40] for name in names[:5]]}{more}; expected one of {', '.join(IMAGE_EXTENSIONS)}, and cls"
+    )
+    if any(name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls") for name in names if "." in name):
+        text += "; keys end at the first dot of a file name: rename the members so that their keys have none"
+    return text
+
+
+def shown_key(key: str) -> str:
+    """A key for messages, shortened in the middle."""
+    return key if len(key) <= 300 else f"{key[:150]}...{key[-100:]}"
+
+
+def read_label(text: bytes) -> int | str:
+    """The label that a `.cls` member says; the beginning of what it says where that is none."""
+    shown = text[:64].decode("ascii", "replace").strip()
+    # Only so many digits are turned into a number.
+    is_label = shown.isdigit() and len(shown) <= 20 and not text[64:].strip() and int(shown) <= MAX_LABEL
+    return int(shown) if is_label else shown[:40]
 
 
 class ShardUnavailableError(ValueError):

@@ -35,7 +35,7 @@ OnBad = Literal["fail", "skip"]
 class ImageRecord(NamedTuple):
     """Which image a row of embeddings belongs to."""
 
-    id: str  # path below the folder, or key of the sample
+    id: str  # path below the folder, or key of the sample, after its shard's name where keys repeat
     label: int | None = None
     class_name: str | None = None
     sample: int | None = None  # its position in the split's index
@@ -196,6 +196,8 @@ def read_image(path: Path) -> torch.Tensor:
         ValueError: naming the file: it cannot be read, or is no image.
     """
     try:
+        if not path.is_file() and path.exists():  # reading a pipe waits for a writer
+            raise ValueError("no plain file")
         return decode_image(path.read_bytes())
     except OSError as problem:
         raise ValueError(f"{path}: the file cannot be read: {problem.strerror}") from problem
@@ -252,10 +254,9 @@ class ShardSource:
         }
 
     def record(self, number: int) -> ImageRecord:
-        """Key, label and class."""
+        """Name, label and class."""
         label = int(self.index.samples["label"][number])
-        key = self.index.key(number) or f"{self.index.split}-{number:08d}"
-        return ImageRecord(key, label, self.index.classes[label].name, number)
+        return ImageRecord(self.index.name(number), label, self.index.classes[label].name, number)
 
     def image(self, record: ImageRecord) -> torch.Tensor:
         """As `ImageSource.image`."""

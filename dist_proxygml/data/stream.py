@@ -8,27 +8,47 @@ of what the indexed loader promises:
     otherwise   every loading process keeps a fixed part of the shards and goes round it: parts of different sizes are
                 seen unequally often, and a process without a shard is refused
     both        shuffled within a buffer; the order depends on ranks and loading processes; resuming starts the streams
-                anew; damage in a tar's headers drops samples silently; labels are checked against num_classes alone
+                anew; damage in a tar's headers may drop samples silently; labels are checked against num_classes alone
 
-Every rank does the same number of steps, with full batches. Evaluation never reads a stream.
+Every rank does the same number of steps, with full batches. Evaluation never reads a stream. A shard that is not there
+ends a stream, and so does a round of a process's shards without a sample that can be trained: before the first of a
+round has been found, samples are decoded on their way into the buffer, too.
 """
 
+import contextlib
 import itertools
+import os
 import random
-from collections.abc import Iterator
-from typing import Any
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.gopen import Pipe, gopen
+from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.data.shards import IMAGE_EXTENSIONS
+from dist_proxygml.data.shards import (
+    IMAGE_EXTENSIONS,
+    ShardUnavailableError,
+    read_label,
+    shown_key,
+    split_name,
+    wrong_members,
+)
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.data.workers import WorkerLoader, ready_to_leave
+
+_NUM_TRIED = 100  # samples that cannot be used, before a stream is given up in which none can
 
 
 class StreamLoader:
@@ -36,11 +56,18 @@ class StreamLoader:
 
     def __init__(self, images: "_StreamImages", *, num_steps: int, accumulation: int, num_workers: int) -> None:
         self.num_steps = num_steps
+        self._images = images
+        self._num_processes = max(1, num_workers)
         self._num_batches = num_steps * accumulation
         self._loader = WorkerLoader(images, num_workers=num_workers, batch_size=None)
 
     def __len__(self) -> int:
         return self._num_batches
+
+    def check(self) -> None:
+        """Read the first samples here. Raises ValueError where a shard is not there or no sample can be trained."""
+        for process in range(1 if self._images.resampled else self._num_processes):
+            self._images.check(process, self._num_processes)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in itertools.islice(self._loader, self._num_batches):
@@ -65,16 +92,17 @@ def build_stream_loader(
     num_workers: int = 0,
     resampled: bool = True,
     shuffle_buffer: int = 1000,
-    skip_damaged: bool = False,
+    max_damaged: int | None = None,
 ) -> StreamLoader:
     """Full steps over about `num_images` images of all ranks, from shards that webdataset's brace notation names.
 
     `batch_size` counts the images of one optimizer step over all ranks and micro-batches. `start` only picks another
-    random stream than the epoch's beginning had.
+    random stream than the epoch's beginning had. A damaged sample ends the stream, or, with `max_damaged`, more of them
+    between two batches of a loading process.
 
     Raises:
-        ValueError: batch_size does not divide into ranks x micro-batches, or, unless `resampled`, there are fewer
-            shards than loading processes over all ranks.
+        ValueError: a shard is missing, batch_size does not divide into ranks x micro-batches, or, unless `resampled`,
+            there are fewer shards than loading processes over all ranks.
     """
     slots = world_size * accumulation
     if batch_size % slots:
@@ -82,7 +110,7 @@ def build_stream_loader(
             f"batch_size {batch_size} does not divide into {world_size} ranks x {accumulation} micro-batches; use "
             f"{max(slots, batch_size // slots * slots)}"
         )
-    shards = webdataset.shardlists.expand_urls(urls)
+    shards = stream_shards(urls)
     num_readers = world_size * max(1, num_workers)
     if not resampled and len(shards) < num_readers:
         raise ValueError(
@@ -101,7 +129,7 @@ def build_stream_loader(
         seeds=(seed, epoch, start),
         resampled=resampled,
         shuffle_buffer=shuffle_buffer,
-        skip_damaged=skip_damaged,
+        max_damaged=max_damaged,
     )
     return StreamLoader(images, num_steps=num_images // batch_size, accumulation=accumulation, num_workers=num_workers)
 
@@ -123,7 +151,7 @@ class _StreamImages(IterableDataset[Batch | str]):
         seeds: tuple[int, ...],
         resampled: bool,
         shuffle_buffer: int,
-        skip_damaged: bool,
+        max_damaged: int | None,
     ) -> None:
         self.shards = shards
         self.transform = transform
@@ -136,13 +164,27 @@ class _StreamImages(IterableDataset[Batch | str]):
         self.seeds = seeds
         self.resampled = resampled
         self.shuffle_buffer = shuffle_buffer
-        self.skip_damaged = skip_damaged
+        self.max_damaged = max_damaged
+        self._unusable: dict[str, _UnusableError] = {}  # since the last batch
+        self._has_usable = False  # this round of the shards
 
     def __iter__(self) -> Iterator[Batch | str]:
         try:
             yield from self._batches()
-        except Exception as problem:  # tarfile, curl's exit status, decoders: each its own type
+        except ValueError as problem:
+            yield str(problem)
+        except Exception as problem:  # of a library, each its own type
             yield f"the stream {self.shards[0]} ... failed: {type(problem).__name__}: {problem}"
+
+    def check(self, process: int, num_processes: int) -> None:
+        """Read what a loading process of this rank reads, up to the first sample that can be trained."""
+        reader, num_readers = self.rank * num_processes + process, self.world_size * num_processes
+        for _ in self._samples(self._own(reader, num_readers), random.Random(0)):
+            if self._has_usable:
+                break
+
+    def _own(self, reader: int, num_readers: int) -> list[str]:
+        return self.shards if self.resampled else self.shards[reader::num_readers]
 
     def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -150,65 +192,179 @@ class _StreamImages(IterableDataset[Batch | str]):
         reader, num_readers = self.rank * num_workers + number, self.world_size * num_workers
         randomness = np.random.SeedSequence([*self.seeds, reader])
         generators = (np.random.Generator(np.random.Philox(child)) for child in _children(randomness))
+        generator = random.Random(int(randomness.generate_state(1)[0]))
+        own = self._own(reader, num_readers)
+        samples = webdataset.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=generator)(
+            self._samples(own, generator)
+        )
         images: list[torch.Tensor] = []
         labels: list[int] = []
-        damaged: list[Damage] = []
-        for sample in self._samples(reader, num_readers, random.Random(int(randomness.generate_state(1)[0]))):
+        for sample in samples:
             try:
                 image, label = self._read(sample)
-            except ValueError as problem:
-                if not self.skip_damaged:
-                    raise
-                damaged.append(Damage(_name(sample), str(problem)))
+            except _UnusableError as problem:
+                self._note(problem)
                 continue
             images.append(image)
             labels.append(label)
             if len(images) == self.batch_size:
                 transformed = self.transform(images, list(itertools.islice(generators, len(images))))
                 ids = torch.full((len(images),), -1)
-                yield Batch(
-                    ready_to_leave(transformed),
-                    torch.tensor(labels),
-                    ids,
-                    self.global_size,
-                    self.step_size,
-                    tuple(damaged),
-                )
-                images, labels, damaged = [], [], []
+                damaged = tuple(problem.damage for problem in self._unusable.values())
+                leaving = ready_to_leave(transformed)
+                yield Batch(leaving, torch.tensor(labels), ids, self.global_size, self.step_size, damaged)
+                images, labels, self._unusable = [], [], {}
 
-    def _samples(self, reader: int, num_readers: int, generator: random.Random) -> Iterator[dict[str, Any]]:
-        handler = webdataset.warn_and_continue if self.skip_damaged else webdataset.reraise_exception
-        samples = webdataset.DataPipeline(
-            lambda: ({"url": url} for url in self._urls(reader, num_readers, generator)),
-            webdataset.tarfile_to_samples(handler=handler),
-            webdataset.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=generator),
-        )
-        return iter(samples)
+    def _samples(self, own: list[str], generator: random.Random) -> Iterator[dict[str, Any]]:
+        """The samples of a process's shards, without end. Raises ValueError after a round without a usable one."""
+        num_samples: dict[str, int] = {}  # of each shard of this round
+        self._unusable, self._has_usable = {}, False
+        for url in self._urls(own, generator):
+            num_samples[url] = 0
+            for sample in self._members(url):
+                num_samples[url] += 1
+                if not self._has_usable:
+                    try:
+                        self._read(sample)
+                        self._has_usable = True
+                    except _UnusableError as problem:
+                        self._note(problem)
+                yield sample
+            if len(num_samples) == len(set(own)):
+                if not self._has_usable:
+                    raise ValueError(self._refusal(f"none in a round of {len(num_samples)} shard(s)", num_samples))
+                num_samples, self._has_usable = {}, False
 
-    def _urls(self, reader: int, num_readers: int, generator: random.Random) -> Iterator[str]:
-        if self.resampled:
-            while True:
-                yield generator.choice(self.shards)
-        own = self.shards[reader::num_readers]
+    def _urls(self, own: list[str], generator: random.Random) -> Iterator[str]:
         while True:
-            yield from generator.sample(own, len(own))
+            if self.resampled:
+                yield generator.choice(own)
+            else:
+                yield from generator.sample(own, len(own))
+
+    def _members(self, url: str) -> Iterator[dict[str, Any]]:
+        """The samples of a shard, by webdataset's rules. Raises ShardUnavailableError for one that is not there."""
+
+        def passed_over(problem: Exception) -> bool:
+            reason = str(problem.args[0] if problem.args else problem).partition(" @ ")[0]  # of the stream object
+            self._note(_UnusableError(url, url, "place that is damaged", reason[:200] or type(problem).__name__))
+            return True
+
+        try:
+            stream = gopen(url)
+        except Exception as problem:  # the system's, or webdataset's own
+            raise ShardUnavailableError(f"{url} cannot be opened: {problem}; correct data.stream.urls") from problem
+        failure, is_done = None, False
+        try:
+            members = ({**member, "__url__": url} for member in tar_file_iterator(stream))
+            yield from group_by_keys(members, handler=passed_over)
+            is_done = True
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as problem:
+            failure, is_done = problem, True
+        finally:
+            status = _end(stream, to_its_end=is_done)
+        if status:
+            raise ShardUnavailableError(
+                f"{url} cannot be fetched: the program that gives it ended with status {status}; correct "
+                "data.stream.urls, or mend the connection"
+            )
+        if failure is not None:
+            passed_over(failure)
 
     def _read(self, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        """Image and label. Raises _UnusableError."""
+        url = sample["__url__"]
+        name = f"{url}, sample {shown_key(split_name(sample['__key__'] + '.')[0])}"
         payload = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
         if payload is None or "cls" not in sample:
-            fields = sorted(name for name in sample if not name.startswith("__"))
-            raise ValueError(f"{_name(sample)} has members {fields}; expected an image (jpg, jpeg or png) and cls")
-        text = sample["cls"].decode("ascii", "replace").strip()
-        if not text.isdigit() or int(text) >= self.num_classes:
-            raise ValueError(f"{_name(sample)} has the label {text[:40]!r}; expected 0 to {self.num_classes - 1}")
+            kind = "without an image that is read" if payload is None else "without a label"
+            members = [field for field in sample if not field.startswith("__")]
+            raise _UnusableError(url, name, kind, wrong_members(members))
+        label = read_label(sample["cls"])
+        if not isinstance(label, int) or label >= self.num_classes:
+            reason = f"has the label {str(label)!r}; expected 0 to {self.num_classes - 1}, by data.num_classes"
+            raise _UnusableError(url, name, "with a wrong label", reason)
         try:
-            return decode_image(payload), int(text)
+            return decode_image(payload), label
         except ValueError as problem:
-            raise ValueError(f"{_name(sample)}: {problem}") from problem
+            raise _UnusableError(url, name, "that cannot be decoded", str(problem)) from problem
+
+    def _note(self, problem: "_UnusableError") -> None:
+        """Keep what cannot be used, to be counted with the next batch. Raises it if it is to end the stream, or
+        ValueError if it is one too many.
+        """
+        if self.max_damaged is None:
+            raise problem
+        self._unusable[problem.damage.image] = problem
+        if len(self._unusable) > (self.max_damaged if self._has_usable else max(self.max_damaged, _NUM_TRIED)):
+            raise ValueError(
+                self._refusal(f"{len(self._unusable)} that cannot be used (data.max_damaged allows {self.max_damaged})")
+            )
+
+    def _refusal(self, got: str, num_samples: Mapping[str, int] | None = None) -> str:
+        counts: dict[str, Counter[str]] = {url: Counter() for url, number in (num_samples or {}).items() if not number}
+        for problem in self._unusable.values():
+            counts.setdefault(problem.url, Counter())[problem.kind] += 1
+        shown = [
+            f"{url.rpartition('/')[2]}: "
+            + (", ".join(f"{number} {kind}" for kind, number in counts[url].items()) or "no samples")
+            for url in sorted(counts)[:5]
+        ]
+        more = f"; and {len(counts) - 5} more shards" if len(counts) > 5 else ""
+        first = next(iter(self._unusable.values()), None)
+        example = "" if first is None else f"; the first is {first}"
+        return (
+            f"expected samples to train from {self.shards[0]}{' ...' if len(self.shards) > 1 else ''}, got {got}: "
+            f"{'; '.join(shown)}{more}{example}; correct data.stream.urls or mend the shards"
+        )
 
 
-def _name(sample: dict[str, Any]) -> str:
-    return f"{sample.get('__url__')}, sample {sample.get('__key__')}"
+class _UnusableError(ValueError):
+    """A sample, or the rest of a shard, that cannot be trained."""
+
+    def __init__(self, url: str, image: str, kind: str, reason: str) -> None:
+        super().__init__(f"{image} {reason}" if reason.startswith("has ") else f"{image}: {reason}")
+        self.url = url
+        self.kind = kind  # for counts
+        self.damage = Damage(image, reason)
+
+
+def _end(stream: IO[bytes] | Pipe, *, to_its_end: bool) -> int:
+    """Close a shard; the status of the program that gave it, 0 for a file.
+
+    A program is read `to_its_end` first, since one that is cut off fails for that reason; else it is killed.
+    """
+    with contextlib.suppress(OSError):
+        if isinstance(stream, Pipe):
+            while to_its_end and stream.stream.read(1 << 20):
+                pass
+            if not to_its_end:
+                stream.proc.kill()
+            stream.stream.close()
+            return int(stream.proc.wait())
+        stream.close()
+    return 0
+
+
+def stream_shards(urls: str) -> list[str]:
+    """The shards that webdataset's brace notation names.
+
+    Raises:
+        ValueError: the notation is wrong, or one that would lie here is no file.
+    """
+    try:
+        shards: list[str] = webdataset.shardlists.expand_urls(urls)
+    except Exception as problem:  # braceexpand's, and assertions about the environment
+        raise ValueError(f"data.stream.urls {urls!r} cannot be expanded: {problem}; correct its braces") from None
+    paths = {url: re.sub("^file://?", "", url) for url in shards if urlparse(url).scheme in ("", "file")}
+    missing = [url for url, path in paths.items() if not os.path.isfile(path)]
+    if missing or not shards:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(
+            f"data.stream.urls names {len(shards)} shards, expected plain files, got none at {shown or 'all'}; correct "
+            "the path; ranges are written {000000..000012}"
+        )
+    return shards
 
 
 def _children(sequence: np.random.SeedSequence) -> Iterator[np.random.SeedSequence]:

@@ -7,11 +7,15 @@ every process says that it has begun; where one does not, all of them are ended 
 been taken from any. A rank's signals to stop are held back while its processes are forked: one that stands still has
 its starter's handlers and pipe, and what ends it would be taken for a request to stop the run.
 
+One that dies is missed by whoever waits for its batch, within seconds. torch's own handler of SIGCHLD, which raises
+wherever the rank happens to be, in the middle of a step or of a save, is taken back.
+
 Declined: a fork server, which is free of this, but has to be sent the index of ten million images for each process.
 """
 
 import functools
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from multiprocessing.synchronize import Semaphore
 from typing import Any
@@ -49,12 +53,12 @@ class WorkerLoader:
         """Start the processes.
 
         Raises:
-            ValueError: a process has not begun in time, again and again.
+            ValueError: a process has not begun in time, again and again; or, later, one has died.
         """
         for seconds in SECONDS_TO_START:
             batches = self._start(seconds)
             if batches is not None:
-                return batches
+                return _until_one_dies(batches)
         raise ValueError(
             f"expected {self._num_workers} data loading processes to begin within {SECONDS_TO_START[-1]:g} s, one had "
             f"not in any of {len(SECONDS_TO_START)} attempts; is the machine overloaded? Lower data.num_workers, 0 "
@@ -64,8 +68,11 @@ class WorkerLoader:
     def _start(self, seconds: float) -> Iterator[Any] | None:
         """None if a process has not begun in time; then none is left."""
         others = multiprocessing.active_children()
+        at_a_childs_end = signal.getsignal(signal.SIGCHLD)
         with stop_signals_held_back():
             batches = iter(self._loader)
+        if signal.getsignal(signal.SIGCHLD) is not at_a_childs_end:
+            signal.signal(signal.SIGCHLD, at_a_childs_end)
         begun = False
         try:
             begun = all(self._begun.acquire(timeout=seconds) for _ in range(self._num_workers))
@@ -93,6 +100,15 @@ def ready_to_leave(images: Tensor) -> Tensor:
         return images.share_memory_()
     except RuntimeError as problem:
         raise ValueError(in_words(problem)) from None
+
+
+def _until_one_dies(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a data loading process died ({error}); if memory ran out, lower data.num_workers") from error
 
 
 def begin_to_serve(begun: Semaphore, worker: int) -> None:

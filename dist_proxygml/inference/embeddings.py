@@ -172,10 +172,12 @@ class EmbeddingWriter:
             raise ValueError(f"none of the {len(self.left_out)} images can be used, the first is {self.left_out[0]}")
         with open(self._partial / ROWS_FILE, "r+b") as stream:
             stream.write(_header(self.num_rows, self._dim))
-        check_rows(np.load(self._partial / ROWS_FILE, mmap_mode="r"), read_records(self._partial / IDS_FILE))
+        records = read_records(self._partial / IDS_FILE)
+        check_rows(np.load(self._partial / ROWS_FILE, mmap_mode="r"), records)
         about = {
             "num_rows": self.num_rows,
             "embedding_dim": self._dim,
+            "num_ids": len({record.id for record in records}),
             "rows": "float32, finite, unit length",
             **about,
             "left_out": [damage._asdict() for damage in self.left_out],

@@ -16,6 +16,7 @@ import numpy as np
 
 from dist_proxygml.checkpoint.folder import read_state
 from dist_proxygml.config import Config
+from dist_proxygml.data.damage import num_allowed
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.order import count_steps, draw_validation_classes
 from dist_proxygml.data.pipeline import BatchLoader, ImageCache, build_order, build_train_loader
@@ -78,7 +79,7 @@ class TrainingData:
                 num_workers=data.num_workers,
                 resampled=data.stream.resampled,
                 shuffle_buffer=data.stream.shuffle_buffer,
-                skip_damaged=data.damaged_images == "skip",
+                max_damaged=num_allowed(data.max_damaged, self.epoch_size) if data.damaged_images == "skip" else None,
             )
         return build_train_loader(
             self.index,
@@ -98,6 +99,16 @@ class TrainingData:
             pin_memory=context.device.type == "cuda",
             skip_damaged=data.damaged_images == "skip",
         )
+
+    def check(self, context: ParallelContext) -> None:
+        """Refuse what this rank's first batches would end by, as far as it can be told now.
+
+        Raises:
+            ValueError: as `loader`, or a stream in which no sample can be trained.
+        """
+        loader = self.loader(context, epoch=0, start=0)
+        if isinstance(loader, StreamLoader):
+            loader.check()
 
     def identity(self) -> dict[str, str]:
         """What a continued run must find again."""

@@ -27,6 +27,7 @@ from dist_proxygml.distributed.parallel import (
     ParallelContext,
     everyone,
     on_main,
+    run_together,
 )
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.distributed.watchdog import Watchdog
@@ -120,7 +121,7 @@ class Loop:
         batches = iter(loader)
         while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
             self.watchdog.beat()
-            micro_batches = _next_step(batches, config.accumulation, context)
+            micro_batches = _next_step(self.data, batches, context)
             self._count_damaged(micro_batches)
             if state.step == 0:
                 self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
@@ -273,8 +274,17 @@ def continue_at(state: TrainState, run: RunState, data: TrainingData) -> None:
     state.schedule_step = (run.epoch + 1) * state.steps_per_epoch - num_left
 
 
-def _next_step(batches: Iterator[Batch], accumulation: int, context: ParallelContext) -> list[Batch]:
+def _next_step(data: TrainingData, batches: Iterator[Batch], context: ParallelContext) -> list[Batch]:
+    """The micro-batches of a step. Where a rank reads shards of its own, as in a stream, what is wrong with them is
+    every rank's error.
+    """
+
+    def read() -> list[Batch]:
+        return list(itertools.islice(batches, data.config.accumulation))
+
+    if data.index is None:
+        return run_together(context, read)
     try:
-        return list(itertools.islice(batches, accumulation))
+        return read()
     except ValueError as error:
         raise OneRankError(f"{error} (on rank {context.rank})") from None

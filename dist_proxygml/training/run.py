@@ -83,7 +83,7 @@ def train(
     locks: list[RunLock] = []
     run_together(context, lock_run, context, run_directory, locks)
     found, passed_over = on_main_for_long(context, where_to_continue, run_directory, resume)
-    run_together(context, lambda: data.loader(context, epoch=0, start=0))
+    run_together(context, data.check, context)
     transfer = None if found else open_transfer(config, data.index, context)
 
     # 2. Build, and only then write.

@@ -1,5 +1,6 @@
 """What a run trains on: how long an epoch is, where a stopped run goes on, and what is refused before it starts."""
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 from dist_proxygml.checkpoint.writer import RunState
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.data.pipeline import build_order
-from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.parallel import ParallelContext, run_together, single_process
 from dist_proxygml.training.data import open_split, open_training_data
-from dist_proxygml.training.loop import continue_at
+from dist_proxygml.training.loop import _next_step, continue_at
 from dist_proxygml.training.run import _check_same_data
 from dist_proxygml.training.step import build_train_state
 from tests.harness import run_ranks
@@ -105,6 +107,32 @@ def look_at_data(context: ParallelContext, folder: Path) -> str:
     except ValueError as error:
         return str(error).replace(f"rank-{context.rank}", "rank")
     raise AssertionError
+
+
+def test_a_stream_whose_shards_are_bad_on_one_rank_alone_ends_on_all_of_them(tmp_path: Path) -> None:
+    index = write_noise_shards(tmp_path, CLASS_SIZES, num_shards=2)
+    with tarfile.open(index.shard_paths[1], "w"):  # rank 1's
+        pass
+    messages = run_ranks(start_and_read, 2, tmp_path)
+    assert messages[0] == messages[1]
+    for message in messages[0]:
+        assert "got none in a round of 1 shard(s): test-000001.tar: no samples; correct" in message
+        assert message.endswith("(on rank 1)")
+
+
+def start_and_read(context: ParallelContext, folder: Path) -> list[str]:
+    """What the start of a run says, and what its first step would say."""
+    urls = f"{folder}/test-{{000000..000001}}.tar"
+    stream = {"urls": urls, "samples_per_epoch": 12, "resampled": False, "shuffle_buffer": 2}
+    data = open_training_data(configuration(folder, mode="stream", stream=stream))
+    messages = []
+    batches = iter(data.loader(context, epoch=0, start=0))
+    for read in (lambda: run_together(context, data.check, context), lambda: _next_step(data, batches, context)):
+        try:
+            read()
+        except AgreedError as error:
+            messages.append(str(error))
+    return messages
 
 
 def test_a_cache_that_the_shuffle_would_empty_again_and_again_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The command that embeds: any folder, or shards; what cannot be read is named; what was done is not done again."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.shards import ShardSample, write_shard
 from dist_proxygml.embed import main
 from dist_proxygml.inference.embedder import Embedder
 from dist_proxygml.inference.embeddings import EmbeddingWriter, check_rows, open_embeddings
+from dist_proxygml.shard import index_shards
 from dist_proxygml.storage import folder as sealed_folder
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
@@ -88,6 +92,35 @@ def test_shards_bring_keys_labels_and_classes(run: Path, shards: ShardIndex, tmp
 
     source = ShardSource(shards)
     np.testing.assert_array_equal(rows[:6], images.embed([source.image(record) for record in records[:6]]))
+
+
+def test_ids_are_unique_where_keys_repeat_and_an_earlier_index_that_does_not_know_it_is_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(image, "PNG")
+    for shard in range(3):
+        write_shard(tmp_path / f"train-{shard}.tar", [ShardSample("sample", "png", image.getvalue(), 0, {})])
+    index_shards(tmp_path, quiet=True)
+    options = ("--run", run, "--data", tmp_path, "--split", "train", "--out", tmp_path / "out")
+    assert embedded(*options) == 0
+    assert "warning" not in capsys.readouterr().err
+    records = open_embeddings(tmp_path / "out").records
+    assert [record.id for record in records] == ["train-0/sample", "train-1/sample", "train-2/sample"]
+
+    document = json.loads((tmp_path / "index.json").read_text())
+    assert document["splits"]["train"].pop("keys_repeat") is True
+    (tmp_path / "index.json").write_text(json.dumps(document))
+    assert embedded(*options, "--overwrite") == 0
+    assert "warning: 2 embeddings have the id of another; make the index again" in capsys.readouterr().err
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(photos / "a.png")
+    assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 2
+    assert f"{photos / 'a.png'}: no plain file" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(

@@ -1,13 +1,17 @@
 """Building, verifying, indexing and describing shards, through the command line."""
 
 import hashlib
+import io
 import json
+import pickle
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import webdataset
 
@@ -16,6 +20,7 @@ from dist_proxygml.data.datasets import SourceDataset, SourceImage
 from dist_proxygml.data.emoji import EMOJI_SETS, NUM_CLASSES, NUM_IMAGES, is_plain_emoji
 from dist_proxygml.data.index import JOURNAL_FILE, open_index
 from dist_proxygml.data.shards import split_of_shard
+from dist_proxygml.data.sources import open_source
 from dist_proxygml.shard import main
 from tests.raw_downloads import digests, picture, samples_of, small_dataset, sop
 
@@ -127,6 +132,8 @@ def test_shards_of_others_get_an_index(tmp_path: Path) -> None:
     [
         ({"jpg": b"x"}, "has members ['jpg']; expected one of"),
         ({"jpg": b"x", "png": b"x", "cls": b"1"}, "expected one of"),
+        ({"jpg": b"x", "cls": b"1" + b" " * 99 + b"2"}, "has the label '1'"),
+        ({"jpg": b"x", "cls": b"1.0"}, "has the label '1.0'"),
         ({"jpg": b"x", "cls": b"-1"}, "has the label '-1'; expected a non-negative integer"),
         ({"jpg": b"x", "cls": b"2147483648"}, "at most 2147483647"),
         ({"jpg": b"x", "cls": b"9" * 5000}, "at most 2147483647"),
@@ -157,6 +164,85 @@ def test_labels_that_count_no_classes_are_refused(tmp_path: Path, capsys: pytest
     assert "the 2 samples of 'train' have labels up to 2147483647, expected" in capsys.readouterr().err
     theirs(tmp_path / "train-0.tar", [("a", 0, {}), ("b", 300, {})])
     assert main(["index", str(tmp_path)]) == 0
+
+
+LONG = "warehouse_camera_north_entrance_" * 4
+KEYS = {
+    "folders": (["red/0000", "blue/0000", "./grey/0000"], ["red/0000", "blue/0000", "grey/0000"]),
+    "long": ([LONG + "0", LONG + "1", f"{LONG}/{LONG}/{'é' * 90}"],) * 2,
+    "not ASCII": (["ä", "a\u0308", "日本\u3000語"],) * 2,
+    "control characters": (["a\x1b[31mb", "a\nb", "c"], ["a\\x1b[31mb", "a\\nb", "c"]),
+    "not UTF-8": (["\udce9t\udce9", "e", "x" * 120 + "\udce9"], ["\\xe9t\\xe9", "e", "x" * 120 + "\\xe9"]),
+}
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["GNU", "PAX"])
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_samples_name_is_its_whole_key(kind: str, tar_format: int, tmp_path: Path) -> None:
+    keys, names = KEYS[kind]
+    with tarfile.open(tmp_path / "train-0.tar", "w", format=tar_format) as tar:
+        for label, key in enumerate(keys):
+            for extension, content in (("JPG", b"no image"), ("Cls", f" {label}\n".encode())):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert main(["index", str(tmp_path)]) == 0
+    source = open_source(tmp_path, split="train")
+    records = [source.record(number) for number in range(3)]
+    assert [record.id for record in records] == names
+    assert [record.label for record in records] == [0, 1, 2]
+    assert "keys_repeat" not in (tmp_path / "index.json").read_text()
+
+
+def test_keys_that_repeat_from_shard_to_shard_are_told_apart_by_the_shards_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shard in range(3):
+        theirs(tmp_path / f"train-{shard}.tar", [("a/sample", 0, {}), (f"b/{shard}", 1, {})])
+        theirs(tmp_path / f"test-{shard}.tar", [(f"{shard}", 0, {})])
+    assert main(["index", str(tmp_path)]) == 0
+    assert "train: 6 images" in (told := capsys.readouterr().out)
+    assert told.count("keys repeat from shard to shard, so images are called SHARD/KEY") == 1
+    names = {}
+    for split in ("train", "test"):
+        source = open_source(tmp_path, split=split)
+        names[split] = [source.record(number).id for number in range(source.num_images)]
+    assert names["train"][:3] == ["train-0/a/sample", "train-0/b/0", "train-1/a/sample"]
+    assert len(set(names["train"])) == 6
+    assert names["test"] == ["0", "1", "2"]
+    index = pickle.loads(pickle.dumps(open_index(tmp_path, "train")))
+    assert index.choose_classes(np.array([1]), name="some").name(2) == "train-2/b/2"
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_place_of_an_image_is_told_from_a_missing_one(
+    kind: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = kind, "a.jpg"
+        tar.addfile(link)
+    assert main(["index", str(tmp_path)]) == 2
+    assert "b.jpg is a link, expected a file; write the shard again with `tar --deref" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [0, 3000])
+def test_keys_with_dots_and_keys_without_end_are_refused_in_a_short_line(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for i in range(number):
+            tar.addfile(tarfile.TarInfo(f"photo.v2.{i:04d}.jpg"))
+            tar.addfile(tarfile.TarInfo(f"photo.v2.{i:04d}.cls"))
+        if not number:
+            tar.addfile(tarfile.TarInfo("x" * 100_000 + ".jpg"))
+    assert main(["index", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert len(error.replace(str(tmp_path), "")) < 700
+    if number:
+        five = ["v2.0000.cls", "v2.0000.jpg", "v2.0001.cls", "v2.0001.jpg", "v2.0002.cls"]
+        assert f"has members {five} and 5995 more; expected" in error
+        assert "keys end at the first dot of a file name" in error
 
 
 def test_two_samples_with_one_key_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,11 @@
 
 import io
 import itertools
+import multiprocessing
+import os
+import signal
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ import torch
 from PIL import Image
 
 from dist_proxygml.config import AffineJitterConfig, ResizeConfig
+from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.shards import ShardSample, shard_name, write_shard
 from dist_proxygml.data.stream import StreamLoader, build_stream_loader
@@ -99,7 +105,7 @@ def test_what_is_no_sample_or_has_a_wrong_label_ends_a_stream_by_name_or_is_skip
     url = f"{tmp_path}/train-000000.tar"
     with pytest.raises(ValueError, match=r"train-000000\.tar, sample train-8: the image does not decode"):
         list(build_stream_loader(url, RESIZE, **settings))
-    batches = list(build_stream_loader(url, RESIZE, **settings, skip_damaged=True))
+    batches = list(build_stream_loader(url, RESIZE, **settings, max_damaged=9))
     assert [len(batch.images) for batch in batches] == [4, 4]
     damaged = [damage for batch in batches for damage in batch.damaged]
     assert {damage.image for damage in damaged} == {f"{url}, sample train-8"}
@@ -107,8 +113,139 @@ def test_what_is_no_sample_or_has_a_wrong_label_ends_a_stream_by_name_or_is_skip
     write_shard(tmp_path / "train-000000.tar", [*good, ShardSample("train-9", "png", png(9), 3, {})])
     with pytest.raises(ValueError, match="sample train-9 has the label '3'; expected 0 to 0"):
         list(build_stream_loader(url, RESIZE, **settings))
-    with pytest.raises(ValueError, match="failed: FileNotFoundError"):
+    with pytest.raises(ValueError, match=r"names 1 shards, expected plain files, got none at .*none\.tar"):
         list(build_stream_loader(f"{tmp_path}/none.tar", RESIZE, **settings))
+
+
+def write_members(path: Path, *members: tuple[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def write_cut(path: Path) -> None:
+    write_members(path, ("a.png", png(1)), ("a.cls", b"0"))
+    path.write_bytes(path.read_bytes()[:520])
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda p: write_members(p), "no samples"),
+    "notes only": (lambda p: write_members(p, ("README", b"x")), "no samples"),
+    "without images": (lambda p: write_members(p, ("a.cls", b"0")), "1 without an image that is read"),
+    "of a type that is not read": (
+        lambda p: write_members(p, ("a.webp", b"x"), ("a.cls", b"0")),
+        "1 without an image that is read",
+    ),
+    "without labels": (lambda p: write_members(p, ("a.png", png(1))), "1 without a label"),
+    "of a label that is none": (
+        lambda p: write_members(p, ("a.png", png(1)), ("a.cls", b"9" * 5000)),
+        "1 with a wrong label",
+    ),
+    "of damaged images": (
+        lambda p: write_members(p, ("a.png", png(1)[:40]), ("a.cls", b"0"), ("b.png", b""), ("b.cls", b"0")),
+        "2 that cannot be decoded",
+    ),
+    "cut": (write_cut, "1 place that is damaged"),
+    "HTML": (lambda p: p.write_text("<html>404 not found</html>" * 99), "1 place that is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"shuffle_buffer": 1}, {"resampled": False}, {"resampled": False, "num_workers": 2}],
+    ids=["resampled", "unbuffered", "fixed parts", "two processes"],
+)
+def test_a_stream_without_a_usable_sample_ends_after_a_round_with_the_counts_of_each_shard(
+    tmp_path: Path, kind: str, settings: dict[str, object]
+) -> None:
+    write, counts = UNUSABLE[kind]
+    for shard in range(NUM_SHARDS):
+        write(tmp_path / shard_name("train", shard))
+    loader = stream(tmp_path, max_damaged=0, **settings)
+    for read in (lambda: list(loader), loader.check):
+        with pytest.raises(ValueError, match=r"expected samples to train from .*, got none in a round of") as refusal:
+            read()
+        assert f"train-000000.tar: {counts}; train-" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_large_stream_is_given_up_after_a_hundred_unusable_samples_and_tells_them_in_a_short_line(
+    tmp_path: Path,
+) -> None:
+    members = [(f"photo.v2.{number:04d}.{extension}", b"0") for number in range(300) for extension in ("png", "cls")]
+    for shard in range(NUM_SHARDS):  # keys end at the first dot: one sample
+        write_members(tmp_path / shard_name("train", shard), *members)
+    with pytest.raises(ValueError, match="keys end at the first dot") as refusal:
+        list(stream(tmp_path, max_damaged=1))
+    assert len(str(refusal.value)) < 2000
+    many = [ShardSample(f"train-{number}", "png", b"", 0, {}) for number in range(300)]
+    for shard in range(NUM_SHARDS):
+        write_shard(tmp_path / shard_name("train", shard), many)
+    with pytest.raises(ValueError, match=r"got 101 that cannot be used \(data\.max_damaged allows 1\)"):
+        list(stream(tmp_path, max_damaged=1))
+
+
+def test_a_stream_that_becomes_empty_ends(shards: Path) -> None:
+    batches = iter(stream(shards, num_images=6 * 999, resampled=False, shuffle_buffer=1))
+    next(batches)
+    for path in shards.glob("*.tar"):
+        write_members(path)
+    with pytest.raises(ValueError, match=r"got none in a round of 5 shard\(s\): train-000000.tar: no samples"):
+        list(batches)
+
+
+@pytest.mark.parametrize("max_damaged", [None, 9])
+def test_a_shard_that_is_not_there_ends_a_stream_whatever_is_skipped(shards: Path, max_damaged: int | None) -> None:
+    def message(urls: str) -> str:
+        with pytest.raises(ValueError, match=r"\w") as refusal:
+            list(build_stream_loader(urls, RESIZE, num_classes=7, batch_size=6, num_images=30, max_damaged=max_damaged))
+        return str(refusal.value)
+
+    os.mkfifo(shards / "fifo.tar")
+    for name in ("typo-{0..1}.tar", "train-*.tar", "fifo.tar", "", "train-{000000..}.tar"):
+        assert "shards, expected plain files, got none at" in message(f"{shards}/{name}")
+    assert "cannot be expanded: Unbalanced braces" in message(f"{shards}/train-{{0..1.tar")
+    assert "cannot be fetched: the program that gives it ended with status 3" in message(
+        f"pipe:cat {shards}/train-000000.tar; exit 3"
+    )
+    assert "cannot be opened" in message("gopher://host/train-000000.tar")
+    vanishing = iter(stream(shards, num_images=6 * 999, max_damaged=max_damaged))
+    next(vanishing)
+    for path in shards.glob("train-*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"cannot be opened: .*No such file"):
+        list(vanishing)
+
+
+def test_a_program_that_gives_a_shard_may_give_more_than_the_tar(shards: Path) -> None:
+    url = f"pipe:cat {shards}/train-000000.tar; head -c 300000 /dev/zero"
+    loader = build_stream_loader(url, RESIZE, num_classes=7, batch_size=6, num_images=30, shuffle_buffer=8)
+    loader.check()
+    assert set(numbers_of(list(loader))) == set(range(6))
+
+
+def test_what_a_cut_shard_lacks_is_counted_and_named(shards: Path) -> None:
+    path = shards / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    batches = list(stream(shards, max_damaged=9, resampled=False))
+    assert {damage for batch in batches for damage in batch.damaged} == {Damage(str(path), "unexpected end of data")}
+    with pytest.raises(ValueError, match=r"train-000001\.tar: unexpected end of data"):
+        list(stream(shards, resampled=False, num_images=300))
+
+
+def test_a_loading_process_that_dies_ends_a_stream_with_a_sentence_and_not_before_it_is_missed(shards: Path) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(stream(shards, num_workers=1, num_images=6 * 99999))
+    next(batches)
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    process.join()
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    with pytest.raises(ValueError, match=r"a data loading process died .* lower data\.num_workers"):
+        list(batches)
 
 
 def test_loading_processes_without_a_shard_and_uneven_batches_are_refused(shards: Path) -> None:
