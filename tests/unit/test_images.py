@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from dist_proxygml.data import images
-from dist_proxygml.data.images import MAX_PIXELS, decode_image, image_extension, to_rgb
+from dist_proxygml.data.images import MAX_BYTES, decode_image, image_extension, to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 
@@ -197,7 +197,7 @@ def test_a_file_cut_anywhere_is_refused(kind: str) -> None:
 def test_an_empty_file_and_an_unknown_format_are_called_so() -> None:
     with pytest.raises(ValueError, match=r"^the image file is empty \(0 bytes\)$"):
         decode_image(b"")
-    with pytest.raises(ValueError, match=r"^the image does not decode: no format that Pillow knows$"):
+    with pytest.raises(ValueError, match=r"^the image does not decode: expected JPEG, PNG, .* by its first bytes$"):
         decode_image(b"<html>not found</html>")
 
 
@@ -214,7 +214,7 @@ def test_a_decompression_bomb_is_refused_before_it_takes_memory_and_without_a_wa
     pillows_limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)  # some libraries set it to None
-    side = int(MAX_PIXELS**0.5) + 1
+    side = int((MAX_BYTES / 5) ** 0.5) + 1  # a bit is stored as a byte, and becomes RGB in four
     rows = zlib.compress(bytes(1 << 20))
     bombs = [
         jpeg_of_size(side, side),
@@ -234,12 +234,14 @@ def test_a_decompression_bomb_is_refused_before_it_takes_memory_and_without_a_wa
 
 
 def test_the_limit_is_exact_and_pillow_warns_of_nothing_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 37 * 53)
+    monkeypatch.setattr(images, "MAX_BYTES", 37 * 53 * 7)  # a pixel in four bytes, and its RGB or coefficients
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 53 - 1)
     with no_warnings():
         for kind in ("JPEG", "PNG"):
             assert decode_image(encode(smooth(), kind)).shape == (3, 37, 53)
-            with pytest.raises(ValueError, match=r"37 x 54 pixels, expected at most 1,961 in all"):
+            with pytest.raises(
+                ValueError, match=r"37 x 54 pixels in mode RGB take 13,986 bytes to decode, expected at most 13,727;"
+            ):
                 decode_image(encode(smooth(54, 37), kind))
 
 

@@ -134,7 +134,7 @@ def test_an_unknown_split_is_refused_with_those_that_exist(index: ShardIndex) ->
 
 def test_a_garbled_split_is_refused_not_half_read(index: ShardIndex) -> None:
     edit(index, splits={"test": {"num_samples": 8}})
-    assert "lacks or garbles the field 'shards'" in message_of_opening(index)
+    assert "lacks or garbles the field 'splits.test.samples.sha256'" in message_of_opening(index)
 
 
 def test_a_missing_and_a_cut_shard_are_both_named(index: ShardIndex) -> None:
