@@ -287,11 +287,13 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
     if result.skipped:
         print(_told(result.skipped), file=sys.stderr)
+    if result.lost_classes:
+        shown = ", ".join(map(repr, result.lost_classes[:20]))
+        print(f"{len(result.lost_classes)} classes have no image left and are left out: {shown}", file=sys.stderr)
     if result.num_turned:
         print(
-            f"{result.num_turned} images have an EXIF orientation: viewers show them turned or mirrored, training and "
-            "search see them as they are stored; to change that turn the files, for instance with "
-            "`mogrify -auto-orient`, and build again",
+            f"viewers turn or mirror {result.num_turned} of the images (EXIF orientation), training and search see "
+            "them as they are stored; to change that turn the files, as `mogrify -auto-orient` does, and build again",
             file=sys.stderr,
         )
     print(describe_shards(options.out))
@@ -325,6 +327,7 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
         return read_imagefolder(
             options.root,
             allow_partial=options.allow_partial,
+            allow_empty=options.on_bad == "skip",
             num_train_classes=options.split_classes,
         )
     return _READERS[options.dataset](options.root, allow_partial=options.allow_partial)

@@ -87,6 +87,7 @@ class BuildResult(NamedTuple):
     skipped: list[UnusableImage]
     already_there: bool  # the folder held this build; nothing was written
     num_turned: int = 0  # images with an EXIF orientation other than upright
+    lost_classes: tuple[str, ...] = ()  # none of whose images could be used
 
 
 class _ShardTask(NamedTuple):
@@ -151,6 +152,7 @@ def build_shards(
         if there is not None:
             return there
         skipped: list[UnusableImage] = []
+        lost_classes: tuple[str, ...] = ()
         if on_bad == "skip" or (out / INDEX_FILE).exists():  # nothing finished is deleted for images without use
             decode = on_bad == "skip"
             unusable = _unusable_images(dataset, resize=resize, decode=decode, workers=workers, quiet=quiet)
@@ -161,6 +163,8 @@ def build_shards(
             usable = [image for image in dataset.images if (image.split, image.name) not in left_out]
             if not usable:
                 raise ValueError(f"none of {len(skipped)} images can be used:{_shown(skipped)}")
+            left = {image.source_id for image in usable}
+            lost_classes = tuple(sorted({i.class_name for i in dataset.images if i.source_id not in left}))
             dataset = replace(dataset, images=usable)
         _clear_folder(out, dataset, samples_per_shard=samples_per_shard, journal=journal, overwrite=overwrite)
         try:
@@ -181,7 +185,9 @@ def build_shards(
             build["num_turned"] = num_turned
         shards = {split: [(f, built[f]) for f in sorted(built) if f.rpartition("-")[0] == split] for split in classes}
         write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes)
-    return BuildResult(len(built), num_kept, skipped, already_there=False, num_turned=num_turned)
+    return BuildResult(
+        len(built), num_kept, skipped, already_there=False, num_turned=num_turned, lost_classes=lost_classes
+    )
 
 
 _OVERWRITE = "pass --overwrite to replace them, or name another folder"
@@ -229,7 +235,7 @@ def _already_there(
         num_shards = sum(len(open_index(out, split).shards) for split in read_index(out)[0]["splits"])
     except ValueError as problem:
         raise ValueError(f"{out} already holds this build, but damaged: {problem}; or {_OVERWRITE}") from problem
-    return BuildResult(num_shards, 0, [], already_there=True)
+    return BuildResult(num_shards, 0, [], already_there=True, num_turned=finished.get("num_turned", 0))
 
 
 def source_sha256(dataset: SourceDataset) -> str:

@@ -265,14 +265,16 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
 _USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
 
 
-def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_classes: int | None = None) -> SourceDataset:
+def read_imagefolder(
+    root: Path, *, allow_partial: bool = False, allow_empty: bool = False, num_train_classes: int | None = None
+) -> SourceDataset:
     """Folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or `root/CLASS/*`;
     folders inside a class belong to it. Splits with a usual name may have it in any case (`Train`).
 
     Without splits the first `num_train_classes` classes in sorted order train and the others test;
     None means half of them. With that number a folder `train` is a class like the others, unless there is another with
     the name of a split. Links out of `root`, links to folders and class folders without an image are refused (the last
-    not with `allow_partial`); hidden files are skipped, other files that are no images are counted.
+    not with `allow_partial` or `allow_empty`); hidden files are skipped, other files that are no images are counted.
     """
     root = Path(os.path.realpath(root))
     if not root.is_dir():
@@ -310,13 +312,13 @@ def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_class
     have_images = {"/".join(image.name.split("/")[:num_levels]) for image in images}
     without = [folder for folder in _class_folders(root, num_levels) if folder not in have_images]
     shown = ", ".join(f"{folder!r} ({_by_suffix(others.get(folder, []))})" for folder in without[:10])
-    shown = f"{len(without)} class folders without an image: {shown}{', ...' if len(without) > 10 else ''}"
-    if without and not allow_partial:
+    shown = f"class folders without an image: {shown}{f' and {len(without) - 10} more' if without[10:] else ''}"
+    if without and not (allow_partial or allow_empty):
         raise ValueError(
             f"{root} has {shown}; expected {', '.join(sorted(IMAGE_SUFFIXES))}: convert or rename the files, remove "
             "the folders, or pass --allow-partial to leave these classes out"
         )
-    notes = [f"left out: {shown}"] if without else []
+    notes = [f"left out, {shown}"] if without else []
     if others:
         left_out = [file for files in others.values() for file in files]
         notes.append(
@@ -353,8 +355,8 @@ def _class_folders(root: Path, num_levels: int) -> Iterator[str]:
 
 def _by_suffix(files: Sequence[str]) -> str:
     """How many files have which suffix, the most frequent first."""
-    counts = Counter(os.path.splitext(file)[1] or "no suffix" for file in files).most_common(6)
-    shown = ", ".join(f"{number} of {suffix}" for suffix, number in counts[:5])
+    counts = Counter(os.path.splitext(file)[1] or "without suffix" for file in files).most_common(6)
+    shown = ", ".join(f"{number} {suffix}" for suffix, number in counts[:5])
     return (shown or "empty") + (", ..." if len(counts) > 5 else "")
 
 

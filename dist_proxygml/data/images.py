@@ -113,7 +113,12 @@ def opened(payload: bytes) -> Iterator[Image.Image]:
     try:
         # Not through Image.open, which prints a warning about half its limit.
         with opens(io.BytesIO(payload)) as image:
-            _check_size(image)
+            num_bytes = _bytes_to_decode(image)
+            if num_bytes > MAX_BYTES:
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} pixels in mode {image.mode} take {num_bytes:,} bytes to decode, "
+                    f"expected at most {MAX_BYTES:,}; make the image smaller or leave it out"
+                )
             yield image
     except Exception as problem:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
         raise ValueError(f"the image does not decode: {type(problem).__name__}: {problem}") from problem
@@ -126,9 +131,9 @@ def _opener(payload: bytes) -> Callable[[io.BytesIO], Image.Image] | None:
     return next((opens for start, opens in _OPENS.items() if payload.startswith(start)), None)
 
 
-def _check_size(image: Image.Image) -> None:
-    """Raise DecompressionBombError when decoding would take more than MAX_BYTES, counted by the header: what Pillow
-    stores of each pixel and, beside it, the greater of what the decoder keeps and the RGB that it becomes.
+def _bytes_to_decode(image: Image.Image) -> int:
+    """The most memory that decoding takes by the header: what Pillow stores of each pixel and, beside it, the greater
+    of what the decoder keeps and the RGB that it becomes.
     """
     num_pixels = image.width * image.height
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
@@ -143,11 +148,7 @@ def _check_size(image: Image.Image) -> None:
         tags = image.tag_v2
         num_pixels = max(num_pixels, tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0))
         beside = max(beside, stored, max(tags.get(BITSPERSAMPLE, (1,))) * tags.get(SAMPLESPERPIXEL, 1) / 8)
-    if num_pixels * (stored + beside) > MAX_BYTES:
-        raise Image.DecompressionBombError(
-            f"{image.width} x {image.height} pixels in mode {image.mode} take {num_pixels * (stored + beside):,.0f} "
-            f"bytes to decode, expected at most {MAX_BYTES:,}; make the image smaller or leave it out"
-        )
+    return round(num_pixels * (stored + beside))
 
 
 def _decode_jpeg(payload: bytes) -> "torch.Tensor | None":
