@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,10 +116,14 @@ def file_problems(directory: Path, files: Mapping[str, Mapping[str, Any]], *, de
 
 
 def _file_problem(directory: Path, name: str, size: int, sha256: str, *, deep: bool) -> str | None:
+    if name.startswith("/") or ".." in name.split("/"):  # the manifest may be a stranger's
+        return f"{name} is no file of the folder"
     try:
-        found = (directory / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes, expected {size}"
+        found = (directory / name).stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+            return f"{name} is no regular file"
+        if found.st_size != size:
+            return f"{name} has {found.st_size} bytes, expected {size}"
         if deep:
             with open(directory / name, "rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
