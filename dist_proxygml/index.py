@@ -4,6 +4,7 @@ The kind of index goes by the number of rows unless it is named; inference/retri
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def _index(given: argparse.Namespace) -> str:
     from dist_proxygml.inference.retrieval_index import KIND, Index
     from dist_proxygml.storage.folder import check_is_free
 
-    check_is_free(given.out.resolve(), KIND, overwrite=given.overwrite)
+    check_is_free(Path(os.path.realpath(given.out)), KIND, overwrite=given.overwrite)
     embeddings = open_embeddings(given.embeddings)
     with tqdm(total=len(embeddings.records), desc="indexing", unit=" rows", unit_scale=True, mininterval=0.5) as bar:
         index = Index.build(

@@ -12,6 +12,7 @@ import argparse
 import errno
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -133,6 +134,8 @@ def _repeat(values: np.ndarray) -> bool:
 
 def _previous_index(root: Path) -> Mapping[str, Any]:
     """The `index.json` that is there, of any version; empty when there is none that can be read."""
+    if not (root / INDEX_FILE).is_file():  # a pipe would be waited for
+        return {}
     try:
         document = json.loads((root / INDEX_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -152,9 +155,10 @@ def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> li
     """(name, source id) of every label in an earlier index; empty when it has none that can be read."""
     try:
         if previous["version"] == 1:
-            return [(entry["name"], entry["source_id"]) for entry in previous["splits"][split]["classes"]]
-        lines = (root / class_table_name(split)).read_text(encoding="utf-8").split("\n")
-        return [(name, source_id) for name, source_id, _ in map(json.loads, filter(None, lines))]
+            return [(str(entry["name"]), entry["source_id"]) for entry in previous["splits"][split]["classes"]]
+        table = root / class_table_name(split)
+        lines = table.read_text(encoding="utf-8").split("\n") if table.is_file() else []
+        return [(str(name), source_id) for name, source_id, _ in map(json.loads, filter(None, lines))]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
@@ -187,12 +191,13 @@ def _shard_problems(index: ShardIndex, number: int, bar: tqdm) -> list[str]:
     expected = index.samples[index.samples["shard"] == number]
     problems = []
 
-    def check(key: str, image: bytes) -> None:
+    def check(key: str, image: bytes, info: Mapping[str, Any]) -> None:
         bar.update()
         try:
             decode_image(image)
         except ValueError as problem:
-            problems.append(f"{path}: sample {key}: {problem}")
+            made_of = f" (made of {info['source']})" if "source" in info else ""
+            problems.append(f"{path}: sample {key}{made_of}: {problem}")
 
     try:
         listed = list_shard(path, check_image=check)
@@ -261,16 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     dataset = _read_dataset(options)
-    if dataset.num_left_out:
-        print(
-            f"{dataset.num_left_out} listed images are not there and were left out (--allow-partial)",
-            file=sys.stderr,
-        )
-    if dataset.num_ignored:
-        print(
-            f"{dataset.num_ignored} files were left out: no images by their suffix, or in no class folder",
-            file=sys.stderr,
-        )
+    for note in dataset.notes:
+        print(note, file=sys.stderr)
     workers = default_workers(len(dataset.images)) if options.workers is None else options.workers
     try:
         result = build_shards(
@@ -301,12 +298,21 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
     if result.skipped:
         print(_told(result.skipped), file=sys.stderr)
+    if result.lost_classes:
+        shown = ", ".join(map(repr, result.lost_classes[:20]))
+        print(f"{len(result.lost_classes)} classes have no image left and are left out: {shown}", file=sys.stderr)
+    if result.num_turned:
+        print(
+            f"viewers turn or mirror {result.num_turned} of the images (EXIF orientation), training and search see "
+            "them as they are stored; to change that turn the files, as `mogrify -auto-orient` does, and build again",
+            file=sys.stderr,
+        )
     print(describe_shards(options.out))
     return 0
 
 
 def _told(skipped: Sequence[UnusableImage]) -> str:
-    first = "\n".join(f"  {image.where} {image.reason}" for image in skipped[:20])
+    first = "\n".join(f"  {image.where}: {image.reason}" for image in skipped[:20])
     return f"{len(skipped)} images cannot be used and were left out; {INDEX_FILE} names them, the first are\n{first}"
 
 
@@ -326,12 +332,13 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
         return read_emoji(options.root, cache=cache, progress=progress)
     if options.root is None:
         raise ValueError(f"building {options.dataset} needs --root, the folder of the unpacked download")
-    if options.out.resolve() == options.root.resolve():
+    if os.path.realpath(options.out) == os.path.realpath(options.root):
         raise ValueError(f"expected another folder for the shards than that of the images, got {options.out} for both")
     if options.dataset == "imagefolder":
         return read_imagefolder(
             options.root,
             allow_partial=options.allow_partial,
+            allow_empty=options.on_bad == "skip",
             num_train_classes=options.split_classes,
         )
     return _READERS[options.dataset](options.root, allow_partial=options.allow_partial)
@@ -423,18 +430,19 @@ def _parser() -> argparse.ArgumentParser:
         "--split-classes",
         type=int,
         metavar="N",
-        help="imagefolder without splits: the first N classes train (default: half)",
+        help="imagefolder without splits: the first N classes train (default: half); also one with a class `train`",
     )
     build.add_argument(
         "--allow-partial",
         action="store_true",
-        help="leave out images that are missing; do not check published counts",
+        help="leave out images that are missing and classes without any; do not check published counts",
     )
     build.add_argument(
         "--on-bad",
         choices=("fail", "skip"),
         default="fail",
-        help="images that cannot be used: list them and fail (default), or leave them out and name them in the index",
+        help="images that cannot be used: list them and fail (default), or decode every image first, leave them out "
+        "and name them in the index",
     )
     build.add_argument(
         "--workers",

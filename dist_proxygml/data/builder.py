@@ -11,7 +11,8 @@ sha256 still fit; all others are written again, so the result has the bytes of a
 
 Chosen: a fork server for the processes, which forks without the threads and locks of the caller; and a look at an
 image's header and last bytes only, since decoding takes ten times as long as storing. An image that does not end as its
-format should is decoded whole, which finds the ones that were cut.
+format should is decoded whole, which finds the ones that were cut. `on_bad="skip"` decodes every image, so that what
+is kept decodes in training too.
 Declined: keeping what an interrupted process wrote of a shard; deciding about unusable images while shards are written,
 because an image left out moves all ids after it (so `on_bad="skip"` looks at every image first).
 """
@@ -37,15 +38,23 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from dist_proxygml.data.datasets import SourceDataset, SourceImage
-from dist_proxygml.data.images import image_extension, to_rgb
+from dist_proxygml.data.images import (
+    ORIENTATION_TAG,
+    UPRIGHT,
+    image_extension,
+    opened,
+    orientation,
+    read_image_file,
+    to_rgb,
+)
 from dist_proxygml.data.index import INDEX_FILE, JOURNAL_FILE, open_index, read_index, write_index
 from dist_proxygml.data.shards import ListedShard, ShardSample, list_shard, sample_key, shard_name, write_shard
 
-_FORMAT = 1  # of the shards' bytes; a higher number keeps no shard of an earlier program
+_FORMAT = 2  # of the shards' bytes; a higher number keeps no shard of an earlier program
 _IMAGES_PER_WORKER = 1000  # starting a process takes about as long as storing these
 _MAX_WORKERS = 8
 _NUM_SHOWN = 20
@@ -77,6 +86,8 @@ class BuildResult(NamedTuple):
     num_kept: int  # of an interrupted build
     skipped: list[UnusableImage]
     already_there: bool  # the folder held this build; nothing was written
+    num_turned: int = 0  # images with an EXIF orientation other than upright
+    lost_classes: tuple[str, ...] = ()  # none of whose images could be used
 
 
 class _ShardTask(NamedTuple):
@@ -141,8 +152,10 @@ def build_shards(
         if there is not None:
             return there
         skipped: list[UnusableImage] = []
+        lost_classes: tuple[str, ...] = ()
         if on_bad == "skip" or (out / INDEX_FILE).exists():  # nothing finished is deleted for images without use
-            unusable = _unusable_images(dataset, resize=resize, workers=workers, quiet=quiet)
+            decode = on_bad == "skip"
+            unusable = _unusable_images(dataset, resize=resize, decode=decode, workers=workers, quiet=quiet)
             if unusable and on_bad == "fail":
                 raise _cannot_be_used(unusable, dataset)
             skipped = unusable
@@ -150,6 +163,8 @@ def build_shards(
             usable = [image for image in dataset.images if (image.split, image.name) not in left_out]
             if not usable:
                 raise ValueError(f"none of {len(skipped)} images can be used:{_shown(skipped)}")
+            left = {image.source_id for image in usable}
+            lost_classes = tuple(sorted({i.class_name for i in dataset.images if i.source_id not in left}))
             dataset = replace(dataset, images=usable)
         _clear_folder(out, dataset, samples_per_shard=samples_per_shard, journal=journal, overwrite=overwrite)
         try:
@@ -165,9 +180,14 @@ def build_shards(
             "source_sha256": source,
             "skipped": [{"split": i.split, "name": i.name, "reason": i.reason} for i in skipped],
         }
+        num_turned = sum(listed.num_turned for listed in built.values())
+        if num_turned:
+            build["num_turned"] = num_turned
         shards = {split: [(f, built[f]) for f in sorted(built) if f.rpartition("-")[0] == split] for split in classes}
         write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes)
-    return BuildResult(len(built), num_kept, skipped, already_there=False)
+    return BuildResult(
+        len(built), num_kept, skipped, already_there=False, num_turned=num_turned, lost_classes=lost_classes
+    )
 
 
 _OVERWRITE = "pass --overwrite to replace them, or name another folder"
@@ -215,7 +235,7 @@ def _already_there(
         num_shards = sum(len(open_index(out, split).shards) for split in read_index(out)[0]["splits"])
     except ValueError as problem:
         raise ValueError(f"{out} already holds this build, but damaged: {problem}; or {_OVERWRITE}") from problem
-    return BuildResult(num_shards, 0, [], already_there=True)
+    return BuildResult(num_shards, 0, [], already_there=True, num_turned=finished.get("num_turned", 0))
 
 
 def source_sha256(dataset: SourceDataset) -> str:
@@ -438,7 +458,7 @@ def _samples(task: _ShardTask) -> Iterator[ShardSample]:
     unusable = []
     for sample_id, (image, label) in enumerate(zip(task.images, task.labels, strict=True), start=task.first_id):
         try:
-            payload, extension, (width, height) = _load(image, resize=task.resize)
+            payload, extension, (width, height), turned = _load(image, resize=task.resize)
         except ValueError as problem:
             unusable.append(_unusable(image, problem))
             continue
@@ -451,6 +471,7 @@ def _samples(task: _ShardTask) -> Iterator[ShardSample]:
             "split": image.split,
             "width": width,
             "height": height,
+            **({"orientation": turned} if turned != UPRIGHT else {}),
             **image.info,
         }
         yield ShardSample(sample_key(image.split, sample_id), extension, payload, label, info)
@@ -458,40 +479,33 @@ def _samples(task: _ShardTask) -> Iterator[ShardSample]:
         raise _UnusableImagesError(unusable)
 
 
-def _load(image: SourceImage, *, resize: int | None) -> tuple[bytes, str, tuple[int, int]]:
-    """The image file for the shard, its extension and (width, height). Raises ValueError with the reason."""
-    try:
-        payload = image.content.read_bytes() if isinstance(image.content, Path) else image.content
-    except OSError as problem:
-        raise ValueError(f"cannot be read: {problem.strerror}") from problem
-    if not payload:
-        raise ValueError("cannot be read as an image: the file is empty")
-    try:
-        payload, size = _prepare(payload, resize=resize)
-    except UnidentifiedImageError as problem:  # its own message has an address in memory
-        raise ValueError("cannot be read as an image: no format that Pillow knows") from problem
-    except Exception as problem:  # Pillow raises its own types, OSError, SyntaxError ...
-        raise ValueError(f"cannot be read as an image: {problem}") from problem
+def _load(image: SourceImage, *, resize: int | None, decode: bool = False) -> tuple[bytes, str, tuple[int, int], int]:
+    """The image file for the shard, its extension, (width, height) and EXIF orientation, which stays in the file.
+
+    Raises ValueError with the reason.
+    """
+    payload = read_image_file(image.content) if isinstance(image.content, Path) else image.content
     extension = image_extension(payload)
+    with opened(payload) as picture:
+        size, turned = picture.size, orientation(picture)
+        if resize is not None and (min(size) > resize or extension is None):
+            small = to_rgb(picture)
+            factor = min(1.0, resize / min(small.size))
+            size = (max(1, round(small.width * factor)), max(1, round(small.height * factor)))
+            payload, extension = _as_jpeg(small.resize(size, Image.Resampling.LANCZOS), turned), "jpg"
+        elif decode or (extension is not None and not payload.endswith(_LAST_BYTES[extension])):  # most likely cut
+            picture.load()
     if extension is None:
-        raise ValueError("is neither JPEG nor PNG; convert it, or pass --resize to re-encode")
-    return payload, extension, size
+        raise ValueError("neither JPEG nor PNG; convert it, or pass --resize to re-encode")
+    return payload, extension, size, turned
 
 
-def _prepare(payload: bytes, *, resize: int | None) -> tuple[bytes, tuple[int, int]]:
-    extension = image_extension(payload)
-    with Image.open(io.BytesIO(payload)) as opened:
-        if resize is None or (min(opened.size) <= resize and extension):
-            size = opened.size
-            if extension and not payload.endswith(_LAST_BYTES[extension]):
-                opened.load()  # most likely it was cut
-            return payload, size
-        factor = min(1.0, resize / min(opened.size))
-        size = (max(1, round(opened.width * factor)), max(1, round(opened.height * factor)))
-        small = to_rgb(opened).resize(size, Image.Resampling.LANCZOS)
+def _as_jpeg(picture: Image.Image, turned: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = turned
     stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=95)
-    return stream.getvalue(), size
+    picture.save(stream, "JPEG", quality=95, exif=b"" if turned == UPRIGHT else exif)
+    return stream.getvalue()
 
 
 # ---- unusable images -------------------------------------------------------------------------------------------------
@@ -500,12 +514,15 @@ def _prepare(payload: bytes, *, resize: int | None) -> tuple[bytes, tuple[int, i
 class _CheckTask(NamedTuple):
     images: list[SourceImage]
     resize: int | None
+    decode: bool
 
 
-def _unusable_images(dataset: SourceDataset, *, resize: int | None, workers: int, quiet: bool) -> list[UnusableImage]:
+def _unusable_images(
+    dataset: SourceDataset, *, resize: int | None, decode: bool, workers: int, quiet: bool
+) -> list[UnusableImage]:
     """The images that cannot become samples, in the order of split and name."""
     step = 500
-    tasks = (_CheckTask(dataset.images[i : i + step], resize) for i in range(0, len(dataset.images), step))
+    tasks = (_CheckTask(dataset.images[i : i + step], resize, decode) for i in range(0, len(dataset.images), step))
     found: list[UnusableImage] = []
     with (
         _progress(f"checking {dataset.name}", len(dataset.images), quiet) as bar,
@@ -521,7 +538,7 @@ def _check(task: _CheckTask) -> tuple[int, list[UnusableImage]]:
     unusable = []
     for image in task.images:
         try:
-            _load(image, resize=task.resize)
+            _load(image, resize=task.resize, decode=task.decode)
         except ValueError as problem:
             unusable.append(_unusable(image, problem))
     return len(task.images), unusable
@@ -540,7 +557,7 @@ def _cannot_be_used(unusable: list[UnusableImage], dataset: SourceDataset) -> Va
 
 
 def _shown(images: list[UnusableImage]) -> str:
-    lines = [f"\n  {image.where} {image.reason}" for image in sorted(images)[:_NUM_SHOWN]]
+    lines = [f"\n  {image.where}: {image.reason}" for image in sorted(images)[:_NUM_SHOWN]]
     return "".join(lines) + (f"\n  and {len(images) - _NUM_SHOWN} more" if len(images) > _NUM_SHOWN else "")
 
 

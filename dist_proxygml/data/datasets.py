@@ -13,6 +13,7 @@ Declined: downloading (licences and dead links), unpacking, and reading any pixe
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,8 +54,7 @@ class SourceDataset:
     images: list[SourceImage]
     # Groups of splits with one label space; the classes of all others must be disjoint.
     shared_classes: tuple[tuple[str, ...], ...] = ()
-    num_left_out: int = 0  # listed images that were not on the disk (allow_partial)
-    num_ignored: int = 0  # files of an image folder that are no images by their suffix, or in no class folder
+    notes: tuple[str, ...] = ()  # what was left out and how the folder was understood, a line each
 
     def label_space(self, split: str) -> tuple[str, ...]:
         """The splits that share their class table with `split`, itself among them."""
@@ -265,15 +265,18 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
 _USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
 
 
-def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_classes: int | None = None) -> SourceDataset:
+def read_imagefolder(
+    root: Path, *, allow_partial: bool = False, allow_empty: bool = False, num_train_classes: int | None = None
+) -> SourceDataset:
     """Folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or `root/CLASS/*`;
     folders inside a class belong to it. Splits with a usual name may have it in any case (`Train`).
 
     Without splits the first `num_train_classes` classes in sorted order train and the others test;
-    None means half of them. Links out of `root` and links to folders are refused; hidden files are skipped, other files
-    that are no images are counted.
+    None means half of them. With that number a folder `train` is a class like the others, unless there is another with
+    the name of a split. Links out of `root`, links to folders and class folders without an image are refused (the last
+    not with `allow_partial` or `allow_empty`); hidden files are skipped, other files that are no images are counted.
     """
-    root = root.resolve()
+    root = Path(os.path.realpath(root))
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; point --root at a folder of class folders")
     split_of = {}  # top folder -> split
@@ -281,25 +284,51 @@ def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_class
         split_of[folder] = folder.lower() if folder.lower() in _USUAL_SPLITS else folder
     twice = [folder for folder, split in split_of.items() if list(split_of.values()).count(split) > 1]
     own_split = "train" in split_of.values()
+    if num_train_classes is not None and len(_USUAL_SPLITS & set(split_of.values())) < 2:
+        own_split = False
     if own_split and twice:
         raise ValueError(f"{root} has two folders of one split, {twice[0]} and {twice[1]}; merge them")
     if own_split and num_train_classes is not None:
         raise ValueError(f"{root} has its own split (a folder train), so --split-classes cannot be given; leave it out")
     images: list[SourceImage] = []
-    num_ignored = 0
+    others: dict[str, list[str]] = {}  # class folder -> files that are no images; "" for those in none
+    num_levels = 1 + own_split
     for name in _files_below(root):
         *folders, file = name.split("/")
-        if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES or len(folders) < 1 + own_split:
-            num_ignored += 1
+        is_image = os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        if not is_image or len(folders) < num_levels:
+            others.setdefault("/".join(folders[:num_levels]) if len(folders) >= num_levels else "", []).append(file)
             continue
         split, class_name = (split_of[folders[0]], folders[1]) if own_split else ("", folders[0])
         images.append(SourceImage(split, class_name, class_name, name, root / name))
     splits = {image.split for image in images}
-    if own_split and not allow_partial and images and (len(splits) < 2 or "train" not in splits):
+    if own_split and (not images or (not allow_partial and (len(splits) < 2 or "train" not in splits))):
         raise ValueError(
             f"{root}: expected images of the split train and of at least one other (root/SPLIT/CLASS/image), "
-            f"got only {', '.join(sorted(splits))} in {_listing(root)}; add the missing split, "
-            "point --root at the folder of classes itself to split it by class, or pass --allow-partial"
+            f"got only {', '.join(sorted(splits)) or 'other files'} in {_listing(root)}; add the missing split, "
+            "point --root at the folder of classes itself to split it by class, or pass --allow-partial; train is "
+            "taken for a split: where it is a class, pass --split-classes N, of which N train"
+        )
+    have_images = {"/".join(image.name.split("/")[:num_levels]) for image in images}
+    without = [folder for folder in _class_folders(root, num_levels) if folder not in have_images]
+    shown = ", ".join(f"{folder!r} ({_by_suffix(others.get(folder, []))})" for folder in without[:10])
+    shown = f"class folders without an image: {shown}{f' and {len(without) - 10} more' if without[10:] else ''}"
+    if without and not (allow_partial or allow_empty):
+        raise ValueError(
+            f"{root} has {shown}; expected {', '.join(sorted(IMAGE_SUFFIXES))}: convert or rename the files, remove "
+            "the folders, or pass --allow-partial to leave these classes out"
+        )
+    notes = [f"left out, {shown}"] if without else []
+    if others:
+        left_out = [file for files in others.values() for file in files]
+        notes.append(
+            f"{len(left_out)} files were left out: no images by their suffix, or in no class folder: "
+            f"{_by_suffix(left_out)}"
+        )
+    if own_split and not splits <= _USUAL_SPLITS:
+        notes.append(
+            f"train is taken for a split, so {', '.join(sorted(splits))} are splits; where they are classes, pass "
+            "--split-classes N, of which N train"
         )
     if not own_split:
         classes = sorted({image.class_name for image in images})
@@ -313,7 +342,22 @@ def read_imagefolder(root: Path, *, allow_partial: bool = False, num_train_class
         train = set(classes[:num_train])
         images = [replace(image, split="train" if image.class_name in train else "test") for image in images]
     dataset = _finish("imagefolder", images, root=root, allow_partial=allow_partial)
-    return replace(dataset, num_ignored=num_ignored)
+    return replace(dataset, notes=(*dataset.notes, *notes))
+
+
+def _class_folders(root: Path, num_levels: int) -> Iterator[str]:
+    """The path from `root` of every folder `num_levels` below it."""
+    for path in sorted(root.glob("/".join("*" * num_levels))):
+        name = path.relative_to(root).as_posix()
+        if path.is_dir() and not any(map(_is_hidden, name.split("/"))):
+            yield name
+
+
+def _by_suffix(files: Sequence[str]) -> str:
+    """How many files have which suffix, the most frequent first."""
+    counts = Counter(os.path.splitext(file)[1] or "without suffix" for file in files).most_common(6)
+    shown = ", ".join(f"{number} {suffix}" for suffix, number in counts[:5])
+    return (shown or "empty") + (", ..." if len(counts) > 5 else "")
 
 
 def _files_below(root: Path, folder: str = "") -> Iterator[str]:
@@ -325,15 +369,15 @@ def _files_below(root: Path, folder: str = "") -> Iterator[str]:
         if _is_hidden(entry.name):
             continue
         if entry.is_symlink():
-            if not Path(entry.path).resolve().is_relative_to(root):
+            if not Path(os.path.realpath(entry.path)).is_relative_to(root):
                 raise ValueError(f"{entry.path} is a link out of {root}; copy the file, or point --root higher up")
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 raise ValueError(f"{entry.path} is a link to a folder, whose images would count twice; remove it")
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError(f"the name of {entry.path!r} is not UTF-8; rename it") from None
-        if entry.is_dir():
+        if entry.is_dir(follow_symlinks=False):
             yield from _files_below(root, f"{name}/")
         else:
             yield name
@@ -357,10 +401,11 @@ def _finish(
     missing = [image for image, there in zip(images, on_disk, strict=True) if there is None]
     if missing and not allow_partial:
         raise ValueError(
-            f"{len(missing)} of the {len(images)} images that {root} lists are missing, first "
-            f"{missing[0].name}; unpack it again, or pass --allow-partial to leave them out"
+            f"{len(missing)} of the {len(images)} images that {root} lists are missing or no files (links to nowhere, "
+            f"pipes), first {missing[0].name}; unpack it again, or pass --allow-partial to leave them out"
         )
-    dataset = SourceDataset(name, [image for image in on_disk if image is not None], shared_classes, len(missing))
+    notes = (f"{len(missing)} listed images are not there and were left out (--allow-partial)",) if missing else ()
+    dataset = SourceDataset(name, [image for image in on_disk if image is not None], shared_classes, notes)
     if not dataset.images:
         raise ValueError(
             f"{root} has none of the {len(missing)} listed images of {name}; found {_listing(root)}; "
@@ -487,6 +532,8 @@ def _listing(folder: Path) -> str:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file; a mark of the byte order and the line ends of any system are taken off."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no regular file; unpack the download again")
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as problem:
@@ -536,6 +583,8 @@ def _load_mat(path: Path, variable: str) -> np.ndarray:
     except ImportError as problem:
         raise ValueError("reading Cars196's .mat files needs scipy; run `pip install scipy`") from problem
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         content = loadmat(str(path))
     except Exception as problem:  # scipy raises ValueError, TypeError, zlib.error ... on damaged files
         raise ValueError(f"{path} is not a readable MATLAB file ({problem}); unpack the download again") from problem

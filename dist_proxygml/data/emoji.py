@@ -277,7 +277,7 @@ def render(svg: str, rasterise: Callable[[str, int], bytes | None]) -> Image.Ima
     drawn = rasterise(svg, 2 * SIDE)
     if drawn is None:
         return None
-    with Image.open(io.BytesIO(drawn)) as opened:
+    with Image.open(io.BytesIO(drawn), formats=["PNG"]) as opened:
         picture = opened.convert("RGBA")
     side = max(picture.size)
     square = Image.new("RGBA", (side, side), (255, 255, 255, 255))

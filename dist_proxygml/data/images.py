@@ -1,49 +1,74 @@
-"""Image bytes to pixels: whatever Pillow reads becomes uint8 RGB, the rest one ValueError.
+"""Image bytes to pixels: JPEG, PNG, BMP, GIF, TIFF, WebP and PPM become uint8 RGB, the rest one ValueError.
 
     1, L, I;16, I, F, P, CMYK, ...      -> RGB by value (16 bits are divided by 256, not clipped)
     LA, PA, RGBA, P with transparency   -> laid on white
 
+Every image of a stranger comes through here: only these formats are tried, by their first bytes (Pillow knows others,
+of which EPS starts Ghostscript), and what decoding takes is bounded before it begins. A photograph
+of 150 megapixels fits, and no file of a few kilobytes takes more than that one.
+
 Chosen: Pillow opens every image, because it alone reads all modes and reports truncation; the pixels of an ordinary
 JPEG (grey or RGB) come from torchvision, a sixth faster and equal bit for bit. What torchvision refuses Pillow decides,
 so what counts as damaged is Pillow's word alone. Pixels stay in memory as they were decoded, colour by colour for each
-pixel, which torch crops and resizes in half the time. EXIF orientation is ignored, as in every published loader of
-these benchmarks.
+pixel, which torch crops and resizes in half the time; large images are converted a few rows at a time. EXIF orientation
+is ignored, as in every published loader of these benchmarks.
 Declined: patching a damaged image with grey pixels (Pillow's LOAD_TRUNCATED_IMAGES); decoding JPEGs at a half or a
 quarter of their size (other pixels, and a crop of half the area of a photograph must not be reduced at all).
 """
 
 import io
-from collections.abc import Iterator
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 if TYPE_CHECKING:  # processes that only look at files start without torch
     import torch
 
-# Pixels of an image, at most: Pillow's own limit. In RGB they take 537 MB.
-MAX_PIXELS = 178_956_970
+MAX_BYTES = 1 << 30  # of memory for decoding an image, and of an image file
+_STRIP_PIXELS = 1 << 22  # are converted at a time
+ORIENTATION_TAG = 0x0112  # of EXIF
+UPRIGHT = 1  # 2 to 8: turned or mirrored
+_FORMATS = "JPEG, PNG, BMP, GIF, TIFF, WebP or PPM"
+# By their first bytes; WebP's come after a size.
+_OPENS: Mapping[bytes, Callable[[io.BytesIO], Image.Image]] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"BM": BmpImageFile,
+    b"GIF8": GifImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+    **{b"P%d" % number: PpmImageFile for number in range(1, 7)},
+}
 
 
 def decode_image(payload: bytes) -> "torch.Tensor":
-    """The pixels of a JPEG, PNG or other image file: uint8 RGB [3, height, width], a pixel's colours side by side.
+    """The pixels of an image file: uint8 RGB [3, height, width], a pixel's colours side by side.
 
-    Raises ValueError with the decoder's reason when the bytes are empty, damaged, truncated or no image, and for more
-    than MAX_PIXELS pixels before any of them is decoded.
+    Raises ValueError with the decoder's reason when the bytes are empty, damaged, truncated or no image, and when
+    decoding would take more than MAX_BYTES, before it begins.
     """
     import torch
 
-    with _opened(payload) as image:
+    with opened(payload) as image:
         if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
             pixels_3hw = _decode_jpeg(payload)
             if pixels_3hw is not None:
                 return pixels_3hw
-        pixels_hw3 = np.array(to_rgb(image))
-    return torch.from_numpy(pixels_hw3).permute(2, 0, 1)
+        return torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1)
 
 
 def decode_small(payload: bytes, *, side: int) -> Image.Image:
@@ -52,44 +77,80 @@ def decode_small(payload: bytes, *, side: int) -> Image.Image:
     A JPEG is decoded at the smallest fraction that has twice as many, several times faster: not the pixels that models
     see. Raises ValueError as `decode_image`.
     """
-    with _opened(payload) as image:
+    with opened(payload) as image:
         image.draft(None, (2 * side, 2 * side))
-        small = to_rgb(image).copy()
+        small = to_rgb(image)
+        small.load()
     small.thumbnail((side, side))
     return small
 
 
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises ValueError with the reason when there is none that can be read, or it has
+    more than MAX_BYTES; a pipe or a device is not waited for.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("the file cannot be read: it is no regular file")
+            if status.st_size > MAX_BYTES:
+                raise ValueError(
+                    f"the file has {status.st_size:,} bytes, expected an image file of at most {MAX_BYTES:,}"
+                )
+            return stream.read()
+    except OSError as problem:
+        raise ValueError(f"the file cannot be read: {problem.strerror}") from problem
+
+
 @contextmanager
-def _opened(payload: bytes) -> Iterator[Image.Image]:
+def opened(payload: bytes) -> Iterator[Image.Image]:
     """The image with its header read; whatever goes wrong with it in this block is one kind of ValueError."""
     if not payload:
         raise ValueError("the image file is empty (0 bytes)")
+    opens = _opener(payload)
+    if opens is None:
+        raise ValueError(f"the image does not decode: expected {_FORMATS}, got none of them by its first bytes")
     try:
-        with _open(payload) as image:
+        # Not through Image.open, which prints a warning about half its limit.
+        with opens(io.BytesIO(payload)) as image:
+            num_bytes = _bytes_to_decode(image)
+            if num_bytes > MAX_BYTES:
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} pixels in mode {image.mode} take {num_bytes:,} bytes to decode, "
+                    f"expected at most {MAX_BYTES:,}; make the image smaller or leave it out"
+                )
             yield image
-    except UnidentifiedImageError as problem:  # its own message has an address in memory
-        raise ValueError("the image does not decode: no format that Pillow knows") from problem
     except Exception as problem:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
         raise ValueError(f"the image does not decode: {type(problem).__name__}: {problem}") from problem
 
 
-def _open(payload: bytes) -> Image.Image:
-    """The image with its header read. Raises DecompressionBombError when it says too many pixels."""
-    stream = io.BytesIO(payload)
-    # Not through Image.open, which prints a warning about half the limit.
-    match image_extension(payload):
-        case "jpg":
-            image: Image.Image = JpegImageFile(stream)
-        case "png":
-            image = PngImageFile(stream)
-        case _:
-            image = Image.open(stream)
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError(
-            f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all; "
-            "make the image smaller or leave it out"
-        )
-    return image
+def _opener(payload: bytes) -> Callable[[io.BytesIO], Image.Image] | None:
+    """What opens an image file, by its first bytes; None for a format that is not read."""
+    if payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
+        return WebPImageFile
+    return next((opens for start, opens in _OPENS.items() if payload.startswith(start)), None)
+
+
+def _bytes_to_decode(image: Image.Image) -> int:
+    """The most memory that decoding takes by the header: what Pillow stores of each pixel and, beside it, the greater
+    of what the decoder keeps and the RGB that it becomes.
+    """
+    num_pixels = image.width * image.height
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    beside = 3.0 if image.mode == "RGB" else 4.0
+    if isinstance(image, JpegImageFile):  # coefficients of two bytes, all of them in a progressive one
+        shares = [horizontal * vertical for _, horizontal, vertical, _ in image.layer]
+        largest = max(h for _, h, _, _ in image.layer) * max(v for _, _, v, _ in image.layer)
+        beside = max(beside, 2 * sum(shares) / largest)
+    elif isinstance(image, WebPImageFile):  # two canvases of RGBA, and a copy as bytes
+        beside = 12.0
+    elif isinstance(image, TiffImageFile):  # a strip or tile, which may be larger than the image; a copy for turning
+        tags = image.tag_v2
+        num_pixels = max(num_pixels, tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0))
+        beside = max(beside, stored, max(tags.get(BITSPERSAMPLE, (1,))) * tags.get(SAMPLESPERPIXEL, 1) / 8)
+    return round(num_pixels * (stored + beside))
 
 
 def _decode_jpeg(payload: bytes) -> "torch.Tensor | None":
@@ -111,18 +172,57 @@ def _decode_jpeg(payload: bytes) -> "torch.Tensor | None":
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The same picture in mode RGB, the image itself if it is; transparent parts become white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
+    if _is_rgb(image):
         return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        wide = image.mode != "F" or values.max(initial=0.0) > 255
-        return Image.fromarray(np.clip(values / (256 if wide else 1), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        white.alpha_composite(rgba)
-        return white.convert("RGB")
-    return image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _rgb_strips(image):
+        rgb.paste(strip, (0, top))
+    return rgb
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of a picture, uint8 RGB [height, width, 3]; transparent parts become white."""
+    pixels_hw3 = np.empty((image.height, image.width, 3), np.uint8)
+    for top, strip in _rgb_strips(image):
+        pixels_hw3[top : top + strip.height] = strip
+    return pixels_hw3
+
+
+def _is_rgb(image: Image.Image) -> bool:
+    return image.mode == "RGB" and "transparency" not in image.info
+
+
+def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The first row and the RGB picture of some rows at a time: the conversions take several copies."""
+    image.load()
+    # Numbers without a range of their own: to 255, or to 65,535 where any is greater.
+    is_wide = image.mode != "F" or image.getextrema()[1] > 255
+    num_rows = max(1, _STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, num_rows):
+        strip = image
+        if num_rows < image.height:
+            strip = image.crop((0, top, image.width, min(top + num_rows, image.height)))
+        if strip.mode.startswith("I;16") or strip.mode in ("I", "F"):
+            values = np.asarray(strip) / np.float32(256 if is_wide else 1)
+            strip = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+        if strip.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in strip.info:
+            rgba = strip.convert("RGBA")
+            strip = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            strip.alpha_composite(rgba)
+        yield top, strip if strip.mode == "RGB" else strip.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation of a picture, UPRIGHT where it says none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            found = exif.get(ORIENTATION_TAG)
+    except Exception:  # as decoders, of damaged metadata
+        return UPRIGHT
+    return found if isinstance(found, int) and 1 <= found <= 8 else UPRIGHT
 
 
 def image_extension(payload: bytes) -> str | None:

@@ -5,8 +5,10 @@
     index.classes.SPLIT.jsonl    a line per label: name, source id, number of images; read when a name is asked for
 
 The index alone defines an epoch; shards are only bytes. It is written last, so a folder without one is an unfinished
-build. Opening checks everything that is cheap: kind and version, the hashes of both tables, the range of labels, and
-the presence and size of every shard. `verify --deep` reads the rest.
+build. Opening checks everything that is cheap, before any work: kind, version and the type of every field, that each
+name is that of a file beside it, the hashes of both tables, that every row of the sample table has a class and lies in
+its shard, and the presence and size of every shard. So an index of a stranger can say nothing that a reader trips over.
+`verify --deep` reads the rest.
 Declined: one JSON with a record per image or class, which takes seconds to parse and grows in every worker.
 """
 
@@ -14,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -22,6 +25,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from dist_proxygml.data.images import MAX_BYTES
 from dist_proxygml.data.remote import ShardCache, is_remote
 from dist_proxygml.data.shards import (
     LONGEST_HEADER,
@@ -39,6 +43,8 @@ INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
 INDEX_KIND = "dist-proxygml-index"
 INDEX_VERSION = 2
+_MAX_INDEX_BYTES = 1 << 28  # of index.json: two million shards
+_NEAR = 16 << 10  # bytes next to an image in which its JSON is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,20 @@ class ShardIndex:
     @cached_property
     def classes(self) -> tuple[ClassEntry, ...]:
         """The class table, in the order of labels; read from its file, since only people ask for names."""
-        return tuple(ClassEntry(label, *json.loads(line)) for label, line in enumerate(self._class_lines()))
+        entries = []
+        for label, line in enumerate(self._class_lines()):
+            try:
+                name, source_id, count = json.loads(line)
+            except (ValueError, TypeError, RecursionError):
+                name = source_id = count = None
+            if not (isinstance(name, str) and isinstance(source_id, int | str) and isinstance(count, int)):
+                table = self.root / class_table_name(self.split if self.chosen is None else self.chosen.split)
+                raise ValueError(
+                    f"{table}: expected a line [name, id, count] for each class, got {line[:80]!r}; make the index "
+                    f"again with `python -m dist_proxygml.shard index {self.root}`"
+                )
+            entries.append(ClassEntry(label, name, source_id, count))
+        return tuple(entries)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -170,22 +189,20 @@ class ShardIndex:
         return dict(read_index(self.root)[0]["build"])
 
     def describe(self, sample_id: int) -> str:
-        """Which sample an id is, for messages: shard file, key and label."""
+        """Which sample an id is, for messages: shard file, key, label, and the file that it was made of."""
         row = self.samples[sample_id]
         shard = self.shards[row["shard"]].file
         key = self.key(sample_id) or f"{sample_id} of {self.split}"
-        return f"{self.location}/{shard}, sample {shown_key(key)} (label {row['label']})"
+        source = self._source(sample_id)
+        made_of = "" if source is None else f", made of {source}"
+        return f"{self.location}/{shard}, sample {shown_key(key)} (label {row['label']}{made_of})"
 
     def key(self, sample_id: int) -> str | None:
         """The key of a sample, in the tar header in front of its image; None where that is damaged."""
-        row = self.samples[sample_id]
-        start, end = max(0, int(row["offset"]) - LONGEST_HEADER), int(row["offset"])
+        offset = int(self.samples[sample_id]["offset"])
+        start = max(0, offset - LONGEST_HEADER)
         try:
-            descriptor = self.open_shard(int(row["shard"]))
-            try:
-                name = member_name(os.pread(descriptor, end - start, start))
-            finally:
-                os.close(descriptor)
+            name = member_name(self._bytes_of_shard(sample_id, offset - start, start))
         except (ValueError, OSError):
             return None
         return None if name is None else split_name(name)[0]
@@ -195,6 +212,31 @@ class ShardIndex:
         key = self.key(sample_id) or f"{self.split}-{sample_id:08d}"
         shard = self.shards[self.samples["shard"][sample_id]].file
         return f"{shard.removesuffix('.tar')}/{key}" if self.keys_repeat else key
+
+    def _source(self, sample_id: int) -> str | None:
+        """The file that a sample was made of, in its JSON, which lies next to its image; None where there is none."""
+        row, key = self.samples[sample_id], self.key(sample_id)
+        start, end = int(row["offset"]), int(row["offset"]) + int(row["nbytes"])
+        end += -end % tarfile.BLOCKSIZE
+        try:
+            for first, num_bytes in ((end, _NEAR), (max(0, start - _NEAR), min(start, _NEAR))):
+                near = self._bytes_of_shard(sample_id, num_bytes, first)
+                at = near.find(f"{key}.json\0".encode())
+                if at >= 0:
+                    member = tarfile.TarInfo.frombuf(near[at : at + tarfile.BLOCKSIZE], "utf-8", "replace")
+                    info = json.loads(self._bytes_of_shard(sample_id, min(member.size, _NEAR), first + at + 512))
+                    return str(info["source"])
+        except (ValueError, OSError, tarfile.TarError, KeyError, TypeError, RecursionError):
+            pass
+        return None
+
+    def _bytes_of_shard(self, sample_id: int, num_bytes: int, offset: int) -> bytes:
+        """Some bytes of the shard of a sample. Raises OSError, and ValueError as `open_shard`."""
+        descriptor = self.open_shard(int(self.samples[sample_id]["shard"]))
+        try:
+            return os.pread(descriptor, num_bytes, offset)
+        finally:
+            os.close(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map pickles as a copy of its content; a worker maps the file again instead.
@@ -206,8 +248,12 @@ class ShardIndex:
 
 def _map_again(plain: dict[str, Any]) -> ShardIndex:
     if "samples" not in plain:
-        plain["samples"] = np.load(plain["root"] / sample_table_name(plain["split"]), mmap_mode="r")
+        plain["samples"] = _map_samples(plain["root"] / sample_table_name(plain["split"]))
     return ShardIndex(**plain)
+
+
+def _map_samples(table: Path) -> np.ndarray:
+    return np.lib.format.open_memmap(table, mode="r")
 
 
 def sample_table_name(split: str) -> str:
@@ -248,13 +294,7 @@ def open_index(
         raise ValueError(
             f"{root / INDEX_FILE} has the splits {', '.join(sorted(splits))}, not {split!r}; name one of them"
         )
-    try:
-        return _open_split(root, split, str(document.get("dataset", "")), splits[split], digest, remote)
-    except (KeyError, TypeError) as problem:
-        raise ValueError(
-            f"{root / INDEX_FILE}: split {split!r} lacks or garbles the field {problem}; "
-            f"make the index again with `python -m dist_proxygml.shard index {root}`"
-        ) from problem
+    return _open_split(root, split, document["dataset"], splits[split], digest, remote)
 
 
 def read_index(root: Path) -> tuple[dict[str, Any], str]:
@@ -278,6 +318,10 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
         else:
             remedy = build
         raise ValueError(f"shard folder {root} has {num_tars} tar files and no {INDEX_FILE}; {remedy}")
+    if path.stat().st_size > _MAX_INDEX_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, expected at most {_MAX_INDEX_BYTES:,}; copy it again"
+        )
     content = path.read_bytes()
     try:
         document = json.loads(content)
@@ -305,19 +349,51 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
 
 
 def _garbled_field(document: Mapping[str, Any]) -> str | None:
-    """The first field of an index that is not of its type, of those that every reader takes for granted."""
+    """The first field of an index that is not of its type or beyond its range, or None. Names are those of files in
+    the index's own folder: nothing can be read elsewhere.
+    """
     for name, kind in (("dataset", str), ("build", dict), ("splits", dict)):
         if not isinstance(document.get(name), kind):
             return name
     if not isinstance(document["build"].get("skipped", []), list):
         return "build.skipped"
     for split, entry in document["splits"].items():
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or not _is_file_name(class_table_name(split)):
             return f"splits.{split}"
-        num_classes = entry.get("num_classes", 0)
-        if type(num_classes) is not int or not 0 <= num_classes <= MAX_LABEL + 1:
-            return f"splits.{split}.num_classes"
+        for name in ("samples", "classes"):
+            if not isinstance(entry.get(name), dict) or not isinstance(entry[name].get("sha256"), str):
+                return f"splits.{split}.{name}.sha256"
+        if not isinstance(entry.get("class_table_sha256"), str):
+            return f"splits.{split}.class_table_sha256"
+        for name, most in (("num_samples", 2**63), ("num_classes", MAX_LABEL + 1)):
+            if not _is_count(entry.get(name), most):
+                return f"splits.{split}.{name}"
+        shards = entry.get("shards")
+        if not isinstance(shards, list):
+            return f"splits.{split}.shards"
+        files = set()
+        for number, shard in enumerate(shards):
+            where = f"splits.{split}.shards.{number}"
+            if not isinstance(shard, dict) or not isinstance(shard.get("sha256"), str):
+                return f"{where}.sha256"
+            for name in ("num_samples", "bytes"):
+                if not _is_count(shard.get(name), 2**63):
+                    return f"{where}.{name}"
+            if not _is_file_name(shard.get("file")) or shard["file"] in files:
+                return f"{where}.file (expected the name of a file beside it, once)"
+            files.add(shard["file"])
     return None
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_file_name(value: Any) -> bool:
+    """Whether a value names a file in the folder of whoever names it: no path, nothing that a terminal obeys."""
+    return (
+        isinstance(value, str) and value.isprintable() and re.fullmatch(r"(?!\.{1,2}$)[^/]{1,255}", value) is not None
+    )
 
 
 def _open_split(
@@ -348,10 +424,13 @@ def _open_split(
                 f"{path} does not belong to {root / INDEX_FILE}: sha256 {found[:12]}..., expected "
                 f"{expected[:12]}...; {remedy}"
             )
-    samples = np.load(table, mmap_mode="r")
-    if samples.dtype != SAMPLE_DTYPE or len(samples) != entry["num_samples"]:
+    try:
+        samples = _map_samples(table)
+    except Exception as problem:  # NumPy raises ValueError, EOFError, OverflowError, SyntaxError ...
+        raise ValueError(f"{table} is not a table of samples ({problem}); {remedy}") from problem
+    if samples.dtype != SAMPLE_DTYPE or samples.shape != (entry["num_samples"],):
         raise ValueError(
-            f"{table} has {len(samples)} rows of {samples.dtype}, expected {entry['num_samples']} "
+            f"{table} has {samples.shape} rows of {samples.dtype}, expected {entry['num_samples']} "
             f"of {SAMPLE_DTYPE}; {remedy}"
         )
     if len(samples) == 0:
@@ -362,6 +441,7 @@ def _open_split(
             f"{table} has labels {labels.min()} to {labels.max()}, but {root / INDEX_FILE} has "
             f"{num_classes} classes; {remedy}"
         )
+    _check_places(table, samples, shards, remedy=remedy)
     return ShardIndex(
         root,
         split,
@@ -376,6 +456,21 @@ def _open_split(
     )
 
 
+def _check_places(table: Path, samples: np.ndarray, shards: Sequence[ShardEntry], *, remedy: str) -> None:
+    """Raise ValueError unless the samples fill the shards in order, and each lies inside its shard."""
+    filled = [(number, shard) for number, shard in enumerate(shards) if shard.num_samples]
+    counts = [shard.num_samples for _, shard in filled]
+    numbers = np.array([number for number, _ in filled], np.uint32)
+    if sum(counts) != len(samples) or not np.array_equal(samples["shard"], np.repeat(numbers, counts)):
+        raise ValueError(f"{table} and the {len(shards)} shards of the index have other counts of samples; {remedy}")
+    sizes = np.array([shard.bytes for _, shard in filled], np.uint64)
+    starts = np.cumsum([0, *counts[:-1]])
+    last_offset = np.maximum.reduceat(samples["offset"], starts)
+    last_end = np.maximum.reduceat(samples["offset"] + samples["nbytes"], starts)  # wraps for a huge offset
+    if (last_offset > sizes).any() or (last_end > sizes).any() or samples["nbytes"].max() > MAX_BYTES:
+        raise ValueError(f"{table} has samples that lie outside their shards, or above {MAX_BYTES:,} bytes; {remedy}")
+
+
 def _file_sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -387,7 +482,8 @@ def shard_size_problems(root: Path, shards: Sequence[ShardEntry]) -> list[str]:
     for shard in shards:
         path = root / shard.file
         if not path.is_file():
-            problems.append(f"{shard.file} is {'a folder, no file' if path.is_dir() else 'missing'}")
+            kind = "a folder, no file" if path.is_dir() else "no regular file" if path.exists() else "missing"
+            problems.append(f"{shard.file} is {kind}")
         elif path.stat().st_size != shard.bytes:
             problems.append(f"{shard.file} has {path.stat().st_size} bytes, the index says {shard.bytes}")
     return problems

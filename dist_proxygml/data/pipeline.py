@@ -146,7 +146,7 @@ class ShardImages(Dataset[Batch]):
     def read(self, sample_id: int, decode: Callable[[bytes], Decoded]) -> Decoded:
         """What `decode` makes of the image file of a sample. Raises ValueError as `image`."""
         try:
-            return decode(self._read(sample_id))
+            payload = self._read(sample_id)
         except ShardUnavailableError as problem:
             shard = self.index.shards[self.index.samples["shard"][sample_id]].file
             raise ShardUnavailableError(f"{self.index.location}/{shard}: {problem}") from problem
@@ -155,6 +155,14 @@ class ShardImages(Dataset[Batch]):
             if self.index.remote is None:
                 look = f"python -m dist_proxygml.shard verify --deep {self.index.root}"
                 remedy = f"look with `{look}`, then copy or build the shard again"
+            raise ValueError(f"{self.index.describe(sample_id)}: {problem}; {remedy}") from problem
+        try:
+            return decode(payload)
+        except ValueError as problem:  # its bytes are those of the index
+            remedy = (
+                "it was so before its shard was built: repair or remove the file that it was made of and build again, "
+                'build with `--on-bad skip`, or set data.damaged_images to "skip"'
+            )
             raise ValueError(f"{self.index.describe(sample_id)}: {problem}; {remedy}") from problem
 
     def _read(self, sample_id: int) -> bytes:

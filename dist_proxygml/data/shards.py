@@ -58,6 +58,7 @@ class ListedShard(NamedTuple):
     keys: list[str]
     rows: np.ndarray  # [n] of SAMPLE_DTYPE, with shard 0
     classes: dict[int, tuple[str, int | str]]  # label -> (name, source id)
+    num_turned: int = 0  # whose JSON has an orientation other than upright
 
 
 def sample_key(split: str, sample_id: int) -> str:
@@ -87,7 +88,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
     classes: dict[int, tuple[str, int | str]] = {}
     digest = hashlib.sha256()
     pattern = _header_pattern()
-    num_bytes = num_leaving = 0
+    num_bytes = num_leaving = num_turned = 0
     with publish(path, flush_folder=False) as stream:  # the index comes after it
 
         def write(block: bytes) -> None:
@@ -118,9 +119,10 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
             keys.append(sample.key)
             rows.append((0, sample.label, offset, len(sample.image), zlib.crc32(sample.image)))
             _note_class(path, classes, sample.label, sample.info)
+            num_turned += "orientation" in sample.info
             write(b"".join(parts))
         write(bytes(_END_MARK + -(num_bytes + _END_MARK) % tarfile.RECORDSIZE))
-    return ListedShard(num_bytes, digest.hexdigest(), keys, np.array(rows, SAMPLE_DTYPE), classes)
+    return ListedShard(num_bytes, digest.hexdigest(), keys, np.array(rows, SAMPLE_DTYPE), classes, num_turned)
 
 
 def _header_pattern() -> bytes:
@@ -146,17 +148,20 @@ def _tar_header(name: str, num_bytes: int, pattern: bytes) -> bytes:
     return bytes(header)
 
 
-def list_shard(path: Path, *, check_image: Callable[[str, bytes], None] | None = None) -> ListedShard:
+def list_shard(
+    path: Path, *, check_image: Callable[[str, bytes, Mapping[str, Any]], None] | None = None
+) -> ListedShard:
     """Read a tar from end to end: its samples in order, its size and its sha256.
 
     Works for tars of other writers too: members group by their path up to the first dot of the file name, the label
-    is the `.cls` member, and a `.json` member is optional. `check_image` is called with the key and the image file of
-    every sample. Raises ValueError naming the shard and the member when a sample lacks an image or a label, when a key
-    comes back after another one, a member comes twice, a label has two class names, or when the file is not a
-    whole tar.
+    is the `.cls` member, and a `.json` member is optional. `check_image` is called with the key, the image file and
+    the JSON of every sample. Raises ValueError naming the shard and the member when a sample lacks an image or a
+    label, when a key comes back after another one, a member comes twice, a label has two class names, or when the file
+    is not a whole tar.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, expected a tar file; move it away or rename it")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise ValueError(f"{path} is {kind}, expected a tar file; move it away or rename it")
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: an empty file; copy or build the shard again")
@@ -165,14 +170,16 @@ def list_shard(path: Path, *, check_image: Callable[[str, bytes], None] | None =
         samples = _members_by_sample(path, stream, content)
         rows = np.zeros(len(samples), SAMPLE_DTYPE)
         classes: dict[int, tuple[str, int | str]] = {}
+        num_turned = 0
         for position, (key, members) in enumerate(samples.items()):
             label, (offset, num_bytes), info = _sample_fields(path, key, members, content)
             image = content[offset : offset + num_bytes]
             rows[position] = (0, label, offset, num_bytes, zlib.crc32(image))
             _note_class(path, classes, label, info)
+            num_turned += "orientation" in info
             if check_image is not None:
-                check_image(key, image)
-        return ListedShard(size, hashlib.sha256(content).hexdigest(), list(samples), rows, classes)
+                check_image(key, image, info)
+        return ListedShard(size, hashlib.sha256(content).hexdigest(), list(samples), rows, classes, num_turned)
 
 
 def _note_class(path: Path, classes: dict[int, tuple[str, int | str]], label: int, info: Mapping[str, Any]) -> None:
@@ -254,7 +261,7 @@ def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dic
                     )
                 members[extension] = (member.offset_data, member.size)
             end = tar.offset
-    except tarfile.TarError as problem:
+    except (tarfile.TarError, RecursionError, OverflowError) as problem:  # a thousand headers of long names in a row
         raise ValueError(f"{path}: not a readable tar ({problem}); copy or build the shard again") from problem
     # tarfile takes a damaged header for the end of the tar.
     if content[end:].strip(b"\0"):

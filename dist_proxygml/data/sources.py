@@ -21,7 +21,7 @@ import torch
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.datasets import IMAGE_SUFFIXES
-from dist_proxygml.data.images import decode_image
+from dist_proxygml.data.images import decode_image, read_image_file
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, open_index
 from dist_proxygml.data.order import MicroBatch, evaluation_batches
 from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
@@ -141,6 +141,10 @@ class FolderSource:
 
     def image(self, record: ImageRecord) -> torch.Tensor:
         """As `ImageSource.image`."""
+        if os.path.isabs(record.id) or ".." in Path(record.id).parts:  # a record may be a stranger's
+            raise ValueError(
+                f"expected the path of an image below {self.root}, got {record.id!r}; embed the folder again"
+            )
         return read_image(self.root / record.id)
 
     def loader(
@@ -196,11 +200,7 @@ def read_image(path: Path) -> torch.Tensor:
         ValueError: naming the file: it cannot be read, or is no image.
     """
     try:
-        if not path.is_file() and path.exists():  # reading a pipe waits for a writer
-            raise ValueError("no plain file")
-        return decode_image(path.read_bytes())
-    except OSError as problem:
-        raise ValueError(f"{path}: the file cannot be read: {problem.strerror}") from problem
+        return decode_image(read_image_file(path))
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
 

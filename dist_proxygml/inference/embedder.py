@@ -25,7 +25,7 @@ from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.checkpoint.model import BACKBONE_FILE, EXPORT_FILE, TrainedModel, open_trained
 from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import load_config, parse_model
-from dist_proxygml.data.images import to_rgb
+from dist_proxygml.data.images import rgb_pixels
 from dist_proxygml.data.pipeline import sample_generators
 from dist_proxygml.data.sources import read_image
 from dist_proxygml.data.transforms import Transform, build_transform
@@ -223,7 +223,7 @@ def _pixels(image: Any, number: int) -> Tensor:
             )
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        return torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1)
     raise ValueError(
         f"image {number}: expected a path, a PIL image, an array or a tensor, got {type(image).__name__}; convert it"
     )

@@ -108,7 +108,7 @@ class EmbeddingWriter:
     """
 
     def __init__(self, out: Path, *, plan: dict[str, Any], embedding_dim: int, overwrite: bool = False) -> None:
-        self.out = out.resolve()  # a link stays one
+        self.out = Path(os.path.realpath(out))  # a link stays one
         check_is_free(self.out, KIND, overwrite=overwrite)
         self._partial = partial_path(self.out)
         try:

@@ -95,7 +95,7 @@ def export(
         In every case nothing is left of it.
     """
     # 1. What can be refused before any work is.
-    out = out.resolve()  # a link stays one
+    out = Path(os.path.realpath(out))  # a link stays one
     check_is_free(out, EXPORT, overwrite=overwrite)
     if "onnx" in formats:
         check_onnx(opset=opset, runs=verify)

@@ -19,6 +19,7 @@ Dimension key: n rows, q queries, k neighbours, D embedding.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -182,7 +183,7 @@ class Index:
         Raises:
             ValueError: the place is in use.
         """
-        out = Path(path).resolve()  # a link stays one
+        out = Path(os.path.realpath(path))  # a link stays one
         check_is_free(out, KIND, overwrite=overwrite)
         partial = partial_path(out)
         try:

@@ -51,6 +51,8 @@ def check_is_free(out: Path, kind: SealedKind, *, overwrite: bool) -> None:
     Raises:
         ValueError: saying what is there.
     """
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"expected a place for a folder at {out}, found a link to nowhere; remove it, or name another")
     put_back(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

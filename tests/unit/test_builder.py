@@ -24,8 +24,11 @@ from torch.utils.data import DataLoader
 from dist_proxygml.data import builder
 from dist_proxygml.data.builder import BuildResult, build_shards, default_workers
 from dist_proxygml.data.datasets import SourceDataset, SourceImage, read_imagefolder
+from dist_proxygml.data.images import ORIENTATION_TAG, opened, orientation
 from dist_proxygml.data.index import JOURNAL_FILE, open_index
+from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.shards import ShardSample, list_shard, write_shard
+from dist_proxygml.data.transforms import Resize
 from dist_proxygml.shard import main
 from tests.raw_downloads import digests, picture, samples_of, small_dataset, write_image
 
@@ -169,11 +172,11 @@ def damage(raw: Path) -> dict[str, str]:
     write_image(raw / "class 3" / "7.png", 7, size=(90, 90))
     cut(raw / "class 3" / "7.png")
     return {
-        "class 0/4.jpg": "cannot be read as an image: image file is truncated",
-        "class 1/5.jpg": "cannot be read as an image: the file is empty",
-        "class 2/6.jpg": "cannot be read as an image: no format that Pillow knows",
-        "class 3/animation.gif": "is neither JPEG nor PNG; convert it, or pass --resize to re-encode",
-        "class 3/7.png": "cannot be read as an image: ",
+        "class 0/4.jpg": "the image does not decode: OSError: image file is truncated",
+        "class 1/5.jpg": "the image file is empty (0 bytes)",
+        "class 2/6.jpg": "the image does not decode: expected JPEG, PNG, BMP, GIF, TIFF, WebP or PPM",
+        "class 3/animation.gif": "neither JPEG nor PNG; convert it, or pass --resize to re-encode",
+        "class 3/7.png": "the image does not decode: ",
     }
 
 
@@ -190,7 +193,7 @@ def test_all_images_that_cannot_be_used_are_listed_and_there_is_no_index(
     with pytest.raises(ValueError, match="5 of 26 images cannot be used") as caught:
         build(raw, tmp_path / "out", workers=workers, samples_per_shard=20)  # several in one shard
     for name, reason in reasons.items():
-        assert f"raw/{name} {reason}" in str(caught.value)
+        assert f"raw/{name}: {reason}" in str(caught.value)
     assert "--on-bad skip" in str(caught.value)
     assert set(digests(tmp_path / "out")) == {JOURNAL_FILE}
 
@@ -222,6 +225,64 @@ def test_skipping_gives_what_a_folder_without_those_images_gives_and_names_them(
     ours, clean = digests(tmp_path / "out"), digests(tmp_path / "clean")
     assert ours.pop("index.json") != clean.pop("index.json")
     assert ours == clean
+
+
+def test_what_is_kept_when_bad_images_are_skipped_decodes(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(raw / "class 2" / "wrong.png", 4, size=(90, 90))
+    content = bytearray((raw / "class 2" / "wrong.png").read_bytes())
+    content[60] ^= 255
+    (raw / "class 2" / "wrong.png").write_bytes(content)
+    (raw / "class 9").mkdir()
+    (raw / "class 9" / "only.jpg").write_bytes(b"<html>")
+    command = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--on-bad", "skip"]
+    assert main(command) == 0
+    error = capsys.readouterr().err
+    assert f"{raw}/class 2/wrong.png: the image does not decode" in error
+    assert "1 classes have no image left and are left out: 'class 9'" in error
+    assert main(["verify", "--deep", str(tmp_path / "out")]) == 0
+    (raw / "class 9" / "only.jpg").unlink()
+    (raw / "class 9").rmdir()
+    build(raw, tmp_path / "trusting")  # looks at headers and last bytes alone
+    index = open_index(tmp_path / "trusting", "test")
+    images = ShardImages(index, Resize(8))
+    found = []
+    for sample_id in range(index.num_samples):
+        try:
+            images.image(sample_id)
+        except ValueError as problem:
+            found.append(str(problem))
+    assert len(found) == 1
+    assert "made of class 2/wrong.png): the image does not decode" in found[0]
+    assert "build with `--on-bad skip`" in found[0]
+    capsys.readouterr()
+    assert main(["verify", "--deep", str(tmp_path / "trusting")]) == 1
+    assert "(made of class 2/wrong.png): the image does not decode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resize", [None, 10])
+def test_photographs_that_viewers_turn_are_counted_and_keep_their_orientation(
+    resize: int | None, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    picture(3, size=(30, 20)).save(raw / "class 0" / "turned.jpg", exif=exif)
+    exif[ORIENTATION_TAG] = 1
+    picture(4, size=(30, 20)).save(raw / "class 0" / "upright.jpg", exif=exif)
+    command = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    assert main([*command, *([] if resize is None else ["--resize", str(resize)])]) == 0
+    assert "viewers turn or mirror 1 of the images (EXIF orientation)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["build"]["num_turned"] == 1
+    infos = {info["source"]: (info, sample["jpg"]) for sample in samples_of(tmp_path / "out", "train")
+             for info in [json.loads(sample["json"])]}  # fmt: skip
+    info, payload = infos["class 0/turned.jpg"]
+    with opened(payload) as image:
+        assert (info["orientation"], orientation(image)) == (6, 6)
+        assert image.size == ((30, 20) if resize is None else (15, 10))
+    assert "orientation" not in infos["class 0/upright.jpg"][0]
+    again = build(raw, tmp_path / "out", resize=resize, samples_per_shard=500)
+    assert (again.already_there, again.num_turned) == (True, 1)
 
 
 def test_a_jpeg_with_bytes_after_its_end_is_whole(raw: Path, tmp_path: Path) -> None:
@@ -614,7 +675,7 @@ def test_finished_shards_are_only_deleted_for_images_that_can_be_used(on_bad: st
     spoilt = sorted(raw.rglob("*.jpg"))[: 24 if on_bad == "skip" else 1]
     for path in spoilt:
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"images can(not)? be used:\n.*no format that Pillow knows"):
+    with pytest.raises(ValueError, match=r"images can(not)? be used:\n.*expected JPEG, PNG, "):
         build(raw, tmp_path / "out", overwrite=True, on_bad=on_bad)
     assert digests(tmp_path / "out") == before
 

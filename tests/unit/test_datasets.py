@@ -373,12 +373,73 @@ def test_files_that_are_nobodys_images_are_left_out_and_told(
     for name in (".DS_Store", "a/.DS_Store", "b/._im.v0.png", ".ipynb_checkpoints/im.png", "__MACOSX/a/im.png"):
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
         (raw / name).write_bytes(b"hidden")
-    (raw / "empty").mkdir()
     (raw / "a" / "Thumbs.db").write_bytes(b"x")
     write_image(raw / "without_class.png", 1)
     assert content_of(raw, "imagefolder", tmp_path / "strewn") == expected
     # notes.txt, Thumbs.db, without_class.png
-    assert "3 files were left out: no images by their suffix, or in no class folder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "3 files were left out: no images by their suffix, or in no class folder: " in error
+    assert all(said in error for said in ("1 .txt", "1 .db", "1 .png"))
+
+
+@pytest.mark.parametrize("own_split", [False, True])
+@pytest.mark.parametrize("option", ["--allow-partial", "--on-bad=skip"])
+def test_a_class_folder_without_an_image_is_an_error_unless_allowed_and_its_files_are_told(
+    own_split: bool, option: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = raw / "train" if own_split else raw
+    folder_of_classes(top)
+    if own_split:
+        folder_of_classes(raw / "test", "xy")
+    expected = content_of(raw, "imagefolder", tmp_path / "plain")
+    (top / "phone").mkdir()
+    (top / "phone" / "IMG_1.HEIC").write_bytes(b"x")
+    (top / "phone" / "IMG_2").write_bytes(b"x")
+    (top / "zebra" / "deeper").mkdir(parents=True)
+    capsys.readouterr()
+    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    before = "train/" if own_split else ""
+    said = f"class folders without an image: '{before}phone' (1 .HEIC, 1 without suffix), '{before}zebra' (empty)"
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert main([*arguments, option]) == 0
+    assert f"left out, {said}" in capsys.readouterr().err
+    assert content_of(raw, "imagefolder", tmp_path / "out") == expected
+
+
+def test_a_class_that_is_called_train_is_taken_for_a_split_unless_classes_are_counted(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of_classes(raw, ["bus", "car", "train", "truck"])
+    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "train is taken for a split: where it is a class, pass --split-classes N" in error
+    assert main([*arguments, "--split-classes", "2"]) == 0
+    assert [entry.name for entry in open_index(tmp_path / "out", "test").classes] == ["train", "truck"]
+    assert capsys.readouterr().err.count("taken for a split") == 0
+    folders = tmp_path / "folders"
+    for name in ("car/sedan", "train/steam", "bus/city"):
+        write_image(folders / name / "im.png", 1)
+    assert main(["build", "imagefolder", "--root", str(folders), "--out", str(tmp_path / "other")]) == 0
+    assert "train is taken for a split, so bus, car, train are splits; where they are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--root", "--out"])
+def test_a_link_to_itself_is_no_folder_and_no_image(
+    option: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of_classes(raw)
+    (tmp_path / "loop").symlink_to("loop")
+    places = {"--root": str(raw), "--out": str(tmp_path / "out"), option: str(tmp_path / "loop")}
+    assert main(["build", "imagefolder", *(word for pair in places.items() for word in pair)]) == 2
+    assert f"{tmp_path / 'loop'} " in capsys.readouterr().err
+    (raw / "a" / "self.png").symlink_to("self.png")
+    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert "first a/self.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_in_unicode_with_dots_and_of_any_case_are_classes_and_images(raw: Path, tmp_path: Path) -> None:
@@ -459,9 +520,9 @@ def test_resize_reencodes_large_images_only_and_says_so(raw: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.bmp", None, "is neither JPEG nor PNG"),
-        ("x.jpg", b"", "cannot be read as an image"),
-        ("x.jpg", b"<html>", "cannot be read as an image"),
+        ("x.bmp", None, "neither JPEG nor PNG"),
+        ("x.jpg", b"", "the image file is empty"),
+        ("x.jpg", b"<html>", "the image does not decode"),
     ],
 )
 def test_an_unusable_source_image_is_named(

@@ -19,7 +19,7 @@ from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import load_config
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.pipeline import build_evaluation_loader
-from dist_proxygml.data.sources import open_source
+from dist_proxygml.data.sources import ImageRecord, open_source
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.embedding_pass import embed
@@ -147,7 +147,7 @@ def test_the_random_state_stays_as_it_was(run: Path) -> None:
         ([np.zeros((8, 8, 3), np.uint8), 7], "image 1: expected a path, a PIL image, an array or a tensor, got int"),
         ("no/such.jpg", r"no/such.jpg: the file cannot be read: No such file"),
         (str(ROOT), r"the file cannot be read: Is a directory"),
-        (__file__, r"test_embedder.py: the image does not decode: no format that Pillow knows"),
+        (__file__, r"test_embedder.py: the image does not decode: expected JPEG, PNG, "),
     ],
 )
 def test_what_is_no_image_is_named(embedder: Embedder, image: object, message: str) -> None:
@@ -223,3 +223,14 @@ def test_the_package_offers_it_at_its_front_door() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
     with pytest.raises(AttributeError, match="has no attribute 'Indexer'"):
         dist_proxygml.Indexer  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../private.png", "a/../../private.png"])
+def test_a_record_shows_no_image_outside_its_folder(name: str, tmp_path: Path) -> None:
+    for place in ("photos/a/0.png", "private.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / place)
+    source = open_source(tmp_path / "photos")
+    assert source.image(ImageRecord("a/0.png")).shape == (3, 2, 2)
+    with pytest.raises(ValueError, match="expected the path of an image below"):
+        source.image(ImageRecord(name))

@@ -1,6 +1,7 @@
 """Image files of every kind to pixels, and what is no whole image to one error."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import tracemalloc
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from dist_proxygml.data import images
-from dist_proxygml.data.images import MAX_PIXELS, decode_image, image_extension, to_rgb
+from dist_proxygml.data.images import MAX_BYTES, decode_image, image_extension, to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 
@@ -197,7 +199,7 @@ def test_a_file_cut_anywhere_is_refused(kind: str) -> None:
 def test_an_empty_file_and_an_unknown_format_are_called_so() -> None:
     with pytest.raises(ValueError, match=r"^the image file is empty \(0 bytes\)$"):
         decode_image(b"")
-    with pytest.raises(ValueError, match=r"^the image does not decode: no format that Pillow knows$"):
+    with pytest.raises(ValueError, match=r"^the image does not decode: expected JPEG, PNG, .* by its first bytes$"):
         decode_image(b"<html>not found</html>")
 
 
@@ -214,7 +216,7 @@ def test_a_decompression_bomb_is_refused_before_it_takes_memory_and_without_a_wa
     pillows_limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)  # some libraries set it to None
-    side = int(MAX_PIXELS**0.5) + 1
+    side = int((MAX_BYTES / 5) ** 0.5) + 1  # a bit is stored as a byte, and becomes RGB in four
     rows = zlib.compress(bytes(1 << 20))
     bombs = [
         jpeg_of_size(side, side),
@@ -233,13 +235,155 @@ def test_a_decompression_bomb_is_refused_before_it_takes_memory_and_without_a_wa
         tracemalloc.stop()
 
 
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
+def test_only_the_named_formats_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"}
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for kind in named:
+        assert decode_image(encode(smooth(), kind)).shape == (3, 37, 53)
+    refused = set()
+    for kind in ("EPS", "PCX", "TGA", "ICO", "SGI", "IM", "DDS", "JPEG2000", "AVIF", "ICNS", "DIB"):
+        try:
+            payload = encode(smooth(64, 64), kind)
+        except (OSError, KeyError):  # this Pillow has no such encoder
+            continue
+        with pytest.raises(ValueError, match=r"expected JPEG, PNG, .* got none of them by its first bytes"):
+            decode_image(payload)
+        refused.add(kind)
+    assert "EPS" in refused
+    assert not (tmp_path / "started").exists()
+
+
+def picture_of(mode: str, side: int) -> Image.Image:
+    return Image.new(mode, (side, side))
+
+
+LARGE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "grey": ("PNG", "L", {}),
+    "grey16": ("PNG", "I;16", {}),
+    "grey and alpha": ("PNG", "LA", {}),
+    "rgb": ("PNG", "RGB", {}),
+    "rgba": ("PNG", "RGBA", {}),
+    "clear palette": ("PNG", "P", {"transparency": 0}),
+    "progressive": ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
+    "cmyk": ("JPEG", "CMYK", {}),
+    "gif": ("GIF", "P", {}),
+    "webp": ("WEBP", "RGBA", {"lossless": True, "method": 0}),
+    "float": ("TIFF", "F", {"compression": "tiff_adobe_deflate"}),
+    "one strip": ("TIFF", "RGB", {"compression": "tiff_adobe_deflate", "strip_size": 1 << 30}),
+    "turned": ("TIFF", "RGB", {"tiffinfo": {0x0112: 6}}),
+}
+
+DECODE = """
+import os, resource, sys, warnings
+from dist_proxygml.data.images import opened, rgb_pixels, _bytes_to_decode
+warnings.simplefilter("ignore")
+for path in sys.argv[1:]:
+    if os.fork() == 0:
+        payload = open(path, "rb").read()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with opened(payload) as image:
+            expected = _bytes_to_decode(image)
+            rgb_pixels(image)
+        print(expected, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_decoding_takes_no_more_memory_than_is_counted_for_it(tmp_path: Path) -> None:
+    for number, (kind, mode, options) in enumerate(LARGE.values()):
+        (tmp_path / f"{number:02d}").write_bytes(encode(picture_of(mode, 5000), kind, **options))
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE, *map(str, sorted(tmp_path.iterdir()))],
+        timeout=200, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    found = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    assert len(found) == len(LARGE)
+    for name, (expected, taken) in zip(LARGE, found, strict=True):
+        # Some millions of pixels at a time are converted in a few copies.
+        assert (name, taken < expected + (80 << 20)) == (name, True)
+
+
+def test_a_camera_of_a_hundred_megapixels_fits_and_a_small_file_that_asks_for_gigabytes_does_not() -> None:
+    width, height = 11648, 8736
+    for header in ((width, height, 8, 2), (width, height, 16, 0)):
+        with images.opened(png(header, b"")):
+            pass
+    with images.opened(jpeg_of_size(height, width)):
+        pass
+    for header in ((13000, 13000, 8, 2), (13000, 13000, 8, 6), (20000, 20000, 16, 0)):
+        with pytest.raises(ValueError, match="DecompressionBombError"):
+            decode_image(png(header, b""))
+
+
+def test_a_tile_that_is_larger_than_its_image_counts() -> None:
+    # Width, height, bits, deflate, black is 0, samples, then width, height, offset and bytes of a tile.
+    tags = {256: 53, 257: 37, 258: 8, 259: 8, 262: 1, 277: 1, 322: 40_000, 323: 40_000, 324: 200, 325: 40}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    payload = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields).ljust(300, b"\0")
+    with pytest.raises(ValueError, match=r"DecompressionBombError: 53 x 37 pixels"):
+        decode_image(payload)
+
+
+def test_a_large_picture_is_converted_some_rows_at_a_time_to_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear = smooth().convert("P")
+    clear.info["transparency"] = 3
+    wide = Image.fromarray((np.arange(37 * 53).reshape(37, 53) * 33).astype(np.uint16))
+    numbers = Image.fromarray(np.linspace(-9, 300, 37 * 53, dtype=np.float32).reshape(37, 53))
+    small = Image.fromarray(np.linspace(-9, 200, 37 * 53, dtype=np.float32).reshape(37, 53))
+    alpha = smooth().convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+    pictures = [smooth(), clear, wide, numbers, small, alpha, alpha.convert("LA"), smooth().convert("CMYK")]
+    at_once = [images.rgb_pixels(picture) for picture in pictures]
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 300)
+    for picture, expected in zip(pictures, at_once, strict=True):
+        assert (picture.mode, np.array_equal(images.rgb_pixels(picture), expected)) == (picture.mode, True)
+        assert (picture.mode, np.array_equal(np.asarray(to_rgb(picture)), expected)) == (picture.mode, True)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "device"):
+        with pytest.raises(ValueError, match=r"cannot be read: (it is no regular file|Is a directory)"):
+            images.read_image_file(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match=r"cannot be read: No such file"):
+        images.read_image_file(tmp_path / "none.png")
+    with open(tmp_path / "large.png", "wb") as stream:
+        stream.truncate(MAX_BYTES + 1)
+    with pytest.raises(ValueError, match=r"has 1,073,741,825 bytes, expected"):
+        images.read_image_file(tmp_path / "large.png")
+
+
+def test_texts_profiles_and_frames_do_not_grow() -> None:
+    large = zlib.compress(bytes(300 << 20), 9)
+    many = [(b"zTXt", b"a\0\0" + large), (b"iCCP", b"a\0\0" + large), (b"iTXt", b"a\0\1\0\0\0" + large)]
+    tracemalloc.start()
+    try:
+        for chunk_of_it in many:
+            with suppress(ValueError):
+                decode_image(png((1, 1, 8, 2), bytes([0, 10, 20, 30]), chunk_of_it))
+        frames = [Image.new("L", (2000, 2000), value) for value in range(20)]
+        decode_image(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_limit_is_exact_and_pillow_warns_of_nothing_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 37 * 53)
+    monkeypatch.setattr(images, "MAX_BYTES", 37 * 53 * 7)  # a pixel in four bytes, and its RGB or coefficients
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 53 - 1)
     with no_warnings():
         for kind in ("JPEG", "PNG"):
             assert decode_image(encode(smooth(), kind)).shape == (3, 37, 53)
-            with pytest.raises(ValueError, match=r"37 x 54 pixels, expected at most 1,961 in all"):
+            with pytest.raises(
+                ValueError, match=r"37 x 54 pixels in mode RGB take 13,986 bytes to decode, expected at most 13,727;"
+            ):
                 decode_image(encode(smooth(54, 37), kind))
 
 

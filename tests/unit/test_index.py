@@ -1,7 +1,9 @@
 """Opening a folder of shards."""
 
+import hashlib
 import io
 import json
+import os
 import pickle
 import tarfile
 import time
@@ -134,7 +136,7 @@ def test_an_unknown_split_is_refused_with_those_that_exist(index: ShardIndex) ->
 
 def test_a_garbled_split_is_refused_not_half_read(index: ShardIndex) -> None:
     edit(index, splits={"test": {"num_samples": 8}})
-    assert "lacks or garbles the field 'shards'" in message_of_opening(index)
+    assert "lacks or garbles the field 'splits.test.samples.sha256'" in message_of_opening(index)
 
 
 def test_a_missing_and_a_cut_shard_are_both_named(index: ShardIndex) -> None:
@@ -297,6 +299,94 @@ def test_an_index_that_lacks_a_field_is_refused(field: str, index: ShardIndex) -
     del document[field]
     path.write_text(json.dumps(document))
     assert f"index.json lacks or garbles the field '{field}'" in message_of_opening(index)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.tar", "/dev/null", "a/b.tar", "..", "", "\x1b[2Jtest-000000.tar", "two\nlines.tar", 3, None]
+)
+def test_a_shard_is_a_file_beside_its_index(name: object, index: ShardIndex) -> None:
+    document = json.loads((index.root / "index.json").read_text())
+    document["splits"]["test"]["shards"][1]["file"] = name
+    edit(index, **document)
+    message = message_of_opening(index)
+    assert "field 'splits.test.shards.1.file" in message
+    assert "\n" not in message
+
+
+def test_a_split_that_is_a_path_and_a_shard_named_twice_are_refused(index: ShardIndex) -> None:
+    document = json.loads((index.root / "index.json").read_text())
+    shards = document["splits"]["test"]["shards"]
+    edit(index, splits={"../x": document["splits"]["test"]})
+    assert "field 'splits.../x'" in message_of_opening(index)
+    shards[2]["file"] = shards[0]["file"]
+    edit(index, **document)
+    assert "field 'splits.test.shards.2.file" in message_of_opening(index)
+
+
+def test_an_index_without_its_last_shard_is_refused(index: ShardIndex) -> None:
+    document = json.loads((index.root / "index.json").read_text())
+    document["splits"]["test"]["shards"].pop()
+    edit(index, **document)
+    assert "and the 2 shards of the index have other counts of samples; copy" in message_of_opening(index)
+
+
+def write_table(index: ShardIndex, table: np.ndarray) -> None:
+    """Another sample table, of which the index knows the hash."""
+    stream = io.BytesIO()
+    np.save(stream, table)
+    write_content(index, "samples", stream.getvalue())
+
+
+def write_content(index: ShardIndex, kind: str, content: bytes) -> None:
+    document = json.loads((index.root / "index.json").read_text())
+    entry = document["splits"]["test"][kind]
+    (index.root / entry["file"]).write_bytes(content)
+    entry["sha256"] = hashlib.sha256(content).hexdigest()
+    edit(index, **document)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("shard", 3), ("shard", 2**32 - 1), ("shard", 1), ("offset", 2**64 - 1), ("offset", 10**9), ("nbytes", 2**32 - 1)],
+)
+def test_a_row_that_leads_out_of_its_shard_is_refused_at_the_start(field: str, value: int, index: ShardIndex) -> None:
+    table = np.array(index.samples)
+    table[field][0] = value
+    write_table(index, table)
+    message = message_of_opening(index)
+    assert "index.samples.test.npy" in message
+    assert "copy the folder again or run" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04zip", b"\x93NUMPY\x01\0\x02\0{}", pickle.dumps([1])])
+def test_a_sample_table_that_is_none_is_refused(content: bytes, index: ShardIndex) -> None:
+    table = np.array(index.samples)  # the file is mapped
+    write_content(index, "samples", content)
+    assert "index.samples.test.npy is not a table of samples" in message_of_opening(index)
+    write_table(index, table[:, None])
+    assert "index.samples.test.npy has (8, 1) rows of" in message_of_opening(index)
+
+
+@pytest.mark.parametrize("content", [b"3\n" * 3, b"[1,2,3]\n" * 3, b"[" * 99_999, b'["a",1]\n' * 3, b"\xff\n" * 3])
+def test_a_class_table_that_is_none_is_refused(content: bytes, index: ShardIndex) -> None:
+    write_content(index, "classes", content)
+    with pytest.raises(ValueError, match=r"index.classes.test.jsonl: expected a line \[name, id, count\]"):
+        _ = open_index(index.root, "test").classes
+
+
+def test_pipes_are_not_waited_for(index: ShardIndex, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("test-000001.tar", "index.samples.test.npy", "index.classes.test.jsonl", "index.json"):
+        content = (index.root / name).read_bytes()
+        (index.root / name).unlink()
+        os.mkfifo(index.root / name)
+        assert name in message_of_opening(index)
+        indexed = main(["index", str(index.root)])
+        error = capsys.readouterr().err
+        if name.endswith(".tar"):
+            assert "test-000001.tar is no regular file, expected a tar file" in error
+        assert indexed == (2 if name.endswith(".tar") else 0)
+        (index.root / name).unlink()
+        (index.root / name).write_bytes(content)
 
 
 def test_brackets_without_end_are_no_index(index: ShardIndex) -> None:

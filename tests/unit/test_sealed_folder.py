@@ -1,6 +1,8 @@
 """A sealed folder is believed as it was written, replaced only by its kind, and takes nobody's files with it."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,23 @@ def test_a_manifest_that_cannot_be_read_is_not_called_missing(folder: Path, cont
     (folder / "about.json").unlink()
     with pytest.raises(ValueError, match=r"found a folder without about.json; make it again"):
         open_sealed(folder, KIND)
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "sub/../../outside.txt", "/etc/hostname", "pipe"])
+def test_a_manifest_names_regular_files_of_its_folder_alone(folder: Path, name: str) -> None:
+    (folder.parent / "outside.txt").write_text("")
+    os.mkfifo(folder / "pipe")
+    manifest = json.loads((folder / "about.json").read_text())
+    manifest["files"][name] = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    (folder / "about.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"is damaged: {name} is no (regular file|file of the folder); make it again"):
+        open_sealed(folder, KIND)
+
+
+def test_a_link_to_itself_is_no_place_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"loop, found a link to nowhere; remove it"):
+        check_is_free(tmp_path / "loop", KIND, overwrite=True)
 
 
 def test_all_files_that_differ_are_named(folder: Path) -> None:
