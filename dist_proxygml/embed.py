@@ -77,7 +77,7 @@ def _embed(given: argparse.Namespace) -> str:
 
     # What is quick to refuse comes first.
     embedder = Embedder.from_run(given.run, device=given.device, checkpoint=given.checkpoint)
-    source = open_source(given.data, split=given.split or embedder.test_split)
+    source = open_source(given.data, split=given.split or embedder.test_split, is_typed=True)
     if given.split is not None and isinstance(source, FolderSource):
         raise ValueError(f"expected shards with --split, {given.data} is a folder of images; leave --split out")
     if isinstance(source, ShardSource):

@@ -99,6 +99,7 @@ def _write(run_directory: Path, data: str | None) -> int:
             settings.get("test_split", "test"),
             cache_directory=None if cache is None else Path(cache),
             cache_limit=None if limit is None else parse_bytes(limit),
+            is_typed=data is not None,
         )
     except ValueError as error:
         if data is not None:
