@@ -109,7 +109,9 @@ class DataConfig(_Section):
     )
     stream: StreamConfig | None = Field(None, description="What mode stream reads; evaluation reads data.shards.")
     train_split: SplitName = Field("train", description="Split of the index to train on.")
-    test_split: SplitName = Field("test", description="Split of the index to evaluate on; its classes are never trained.")
+    test_split: SplitName = Field(
+        "test", description="Split of the index to evaluate on; its classes are never trained."
+    )
     num_classes: int | None = Field(
         None,
         ge=1,
@@ -155,7 +157,7 @@ class DataConfig(_Section):
 
     @property
     def is_typed(self) -> bool:
-        """Whether the user said where the shards are; False where the folder of a run says it, perhaps somebody else's."""
+        """Whether the user said where the shards are, and not the folder of a run, which may be somebody else's."""
         return self._is_typed
 
     @property

@@ -145,10 +145,14 @@ class FolderSource:
 
     def image(self, record: ImageRecord) -> torch.Tensor:
         """As `ImageSource.image`."""
-        name = Path(record.id)
-        if name.is_absolute() or ".." in name.parts:  # a file of ids says it, perhaps somebody else's
-            raise ValueError(f"expected the name of a file below {self.root}, got {record.id!r}; embed the folder again")
-        return read_image(self.root / name)
+        # The name, perhaps the folder too, stands in a file that may be somebody else's.
+        path, name = self.root / record.id, Path(record.id)
+        is_image = name.suffix.lower() in IMAGE_SUFFIXES and not (path.exists() and not path.is_file())
+        if name.is_absolute() or ".." in name.parts or not is_image:
+            raise ValueError(
+                f"expected an image file below {self.root}, got {record.id!r}; name its folder with --data"
+            )
+        return read_image(path)
 
     def loader(
         self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
