@@ -105,12 +105,12 @@ class ShardCache:
     is_typed: bool = False  # the location, by the user; one that was read from a file must not run a `pipe:` command
 
     def __post_init__(self) -> None:
+        file_url(self.location, "index.json")  # refuses what could never be fetched
         if _scheme(self.location) == "pipe" and not self.is_typed:
             raise ValueError(
                 f"expected a location that runs no command, got {self.location!r} out of a file; if you trust it, type "
                 "it: --data LOCATION, or --set data.shards=LOCATION"
             )
-        file_url(self.location, "index.json")  # refuses what could never be fetched
         for name in ("limit_bytes", "num_attempts", "stall_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
