@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_proxygml.options import at_least
+from dist_proxygml.options import at_least, printable, refuse
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageSource, OnBad
@@ -47,13 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_model_options(parser)
     given = parser.parse_args(arguments)
     try:
-        print(_embed(given))
+        print(printable(_embed(given)))
     except KeyboardInterrupt:
         print("stopped; the same command goes on with what is finished", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 
@@ -77,7 +76,7 @@ def _embed(given: argparse.Namespace) -> str:
 
     # What is quick to refuse comes first.
     embedder = Embedder.from_run(given.run, device=given.device, checkpoint=given.checkpoint)
-    source = open_source(given.data, split=given.split or embedder.test_split)
+    source = open_source(given.data, split=given.split or embedder.test_split, is_typed=True)
     if given.split is not None and isinstance(source, FolderSource):
         raise ValueError(f"expected shards with --split, {given.data} is a folder of images; leave --split out")
     if isinstance(source, ShardSource):
@@ -94,7 +93,7 @@ def _embed(given: argparse.Namespace) -> str:
     left_out = manifest["left_out"]
     if left_out:
         shown = "\n".join(f"  {damage['image']}: {damage['reason']}" for damage in left_out[:20])
-        print(f"{len(left_out)} images cannot be used and were left out:\n{shown}", file=sys.stderr)
+        print(f"{len(left_out)} images cannot be used and were left out:\n{printable(shown)}", file=sys.stderr)
     model = manifest["model"]
     return (
         f"{manifest['num_rows']:,} embeddings of dimension {manifest['embedding_dim']} by {model['run']}, step "

@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dist_proxygml.options import printable, refuse
+
 FORMATS = ("safetensors", "onnx", "torchscript")
 EXAMPLES = """examples:
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu
@@ -71,12 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
             opset=given.opset,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except ExportDiffersError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
-    print(told)
+    print(printable(told))
     return 0
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_proxygml.options import share
+from dist_proxygml.options import refuse, share
 
 EXAMPLES = """examples:
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(_index(given))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 

@@ -1,6 +1,7 @@
-"""Types of command line options that several commands share."""
+"""Types of command line options, and how to print, that several commands share."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
 
@@ -41,3 +42,14 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return float("nan")
+
+
+def printable(text: object) -> str:
+    """A text for the terminal. What would steer it, as a file's name may, comes as Python writes it; lines stay."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in str(text))
+
+
+def refuse(error: Exception) -> int:
+    """Print a user's mistake; returns the exit status for it."""
+    print(f"error: {printable(error)}", file=sys.stderr)
+    return 2

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from dist_proxygml.data.shards import publish
 from dist_proxygml.distributed.faults import fault_point
+from dist_proxygml.options import printable
 from dist_proxygml.storage.published import file_problems, flush
 
 MANIFEST_FILE = "MANIFEST.json"
@@ -122,7 +123,7 @@ def find_checkpoint(directory: Path, wanted: str) -> Path | None:
     if wanted == "auto":
         found, damaged = _newest_whole(directory)
         for path, problems in damaged.items():
-            warnings.warn(f"{_told(path, problems)}: passed over", stacklevel=2)
+            warnings.warn(printable(f"{_told(path, problems)}: passed over"), stacklevel=2)
         return found
     path = Path(wanted)
     if not path.is_dir():

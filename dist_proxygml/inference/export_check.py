@@ -35,6 +35,7 @@ from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation import metrics
 from dist_proxygml.inference.graph import Embed
+from dist_proxygml.options import printable
 from dist_proxygml.training.data import open_split
 
 LIMIT = 1e-4
@@ -120,7 +121,7 @@ def check_images(config: Config, *, data: str | None = None) -> CheckImages:
         side = config.data.test_transform.size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (NUM_RANDOM_IMAGES, 3, side, side), dtype=torch.uint8, generator=generator)
-        print(f"verifying with random images, the run's own cannot be had: {problem}", file=sys.stderr)
+        print(f"verifying with random images, the run's own cannot be had: {printable(problem)}", file=sys.stderr)
         return CheckImages(images, None, f"{NUM_RANDOM_IMAGES} random images, as the run's test images were not there")
     return _sample(config, index)
 

@@ -77,6 +77,17 @@ def test_a_manifest_that_cannot_be_read_is_not_called_missing(folder: Path, cont
         open_sealed(folder, KIND)
 
 
+def test_a_manifest_reads_no_file_outside_its_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("a")
+    path = folder / "about.json"
+    manifest = json.loads(path.read_text())
+    for name in ("../outside", str(tmp_path / "outside")):
+        files = manifest["files"] | {name: manifest["files"]["a.txt"]}
+        path.write_text(json.dumps(manifest | {"files": files}))
+        with pytest.raises(ValueError, match=r"out is damaged: .*outside lies elsewhere; make it again"):
+            open_sealed(folder, KIND)
+
+
 def test_all_files_that_differ_are_named(folder: Path) -> None:
     (folder / "a.txt").write_text("aa")
     (folder / "sub" / "b.txt").unlink()
