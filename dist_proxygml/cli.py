@@ -55,9 +55,14 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     sys.exit(main())
 
 
+def printable(text: object) -> str:
+    """A text for the terminal. What would steer it, as a file's name may, comes as Python writes it; lines stay."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in str(text))
+
+
 def refuse(error: Exception) -> int:
     """Print a user's mistake; returns the exit status for it."""
-    print(f"error: {in_words(error)}", file=sys.stderr)
+    print(f"error: {printable(in_words(error))}", file=sys.stderr)
     return 2
 
 

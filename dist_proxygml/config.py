@@ -17,12 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
+
+
+# A part of the names of files.
+SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
 
 class _Section(BaseModel):
@@ -103,8 +107,10 @@ class DataConfig(_Section):
         "indexed", description="indexed: exact epochs over data.shards; stream: training images from data.stream."
     )
     stream: StreamConfig | None = Field(None, description="What mode stream reads; evaluation reads data.shards.")
-    train_split: str = Field("train", description="Split of the index to train on.")
-    test_split: str = Field("test", description="Split of the index to evaluate on; its classes are never trained.")
+    train_split: SplitName = Field("train", description="Split of the index to train on.")
+    test_split: SplitName = Field(
+        "test", description="Split of the index to evaluate on; its classes are never trained."
+    )
     num_classes: int | None = Field(
         None,
         ge=1,
@@ -145,6 +151,13 @@ class DataConfig(_Section):
     )
     train_transform: TransformConfig = Field(description="Augmentation of training images.")
     test_transform: TransformConfig = Field(description="Preparation of test images.")
+
+    _is_typed: bool = PrivateAttr(True)
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether the user said where the shards are, and not the folder of a run, which may be somebody else's."""
+        return self._is_typed
 
     @property
     def cache_limit_bytes(self) -> int | None:
@@ -385,7 +398,7 @@ class EvaluationConfig(_Section):
     recall_at: list[int] = Field(
         default_factory=lambda: [1, 2, 4, 8], description="K of Recall@K; a published protocol brings its own."
     )
-    gallery_split: str | None = Field(
+    gallery_split: SplitName | None = Field(
         None,
         description="Split that the images of data.test_split are searched in; null searches each among all others.",
     )
@@ -776,6 +789,15 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     for override in overrides:
         _apply_override(raw, override)
     return parse_config(raw, source=str(path))
+
+
+def load_run_config(run_directory: Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The configuration that a run's folder holds, which must not say what is run: unless an override names the shards,
+    they count as not typed by the user. Raises ValueError as `load_config`.
+    """
+    config = load_config(run_directory / "config.json", overrides)
+    config.data._is_typed = any(override.partition("=")[0] in ("data", "data.shards") for override in overrides)
+    return config
 
 
 def parse_model(backbone: Any, transform: Any, *, source: str) -> tuple[BackboneConfig, TransformConfig]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_proxygml.cli import at_least, refuse, run_command
+from dist_proxygml.cli import at_least, printable, refuse, run_command
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageSource, OnBad
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_model_options(parser)
     given = parser.parse_args(arguments)
     try:
-        print(_embed(given))
+        print(printable(_embed(given)))
     except KeyboardInterrupt:
         print("stopped; the same command goes on with what is finished", file=sys.stderr)
         return 130
@@ -76,7 +76,7 @@ def _embed(given: argparse.Namespace) -> str:
 
     # What is quick to refuse comes first.
     embedder = Embedder.from_run(given.run, device=given.device, checkpoint=given.checkpoint)
-    source = open_source(given.data, split=given.split or embedder.test_split)
+    source = open_source(given.data, split=given.split or embedder.test_split, is_typed=True)
     if given.split is not None and isinstance(source, FolderSource):
         raise ValueError(f"expected shards with --split, {given.data} is a folder of images; leave --split out")
     if isinstance(source, ShardSource):
@@ -93,7 +93,7 @@ def _embed(given: argparse.Namespace) -> str:
     left_out = manifest["left_out"]
     if left_out:
         shown = "\n".join(f"  {damage['image']}: {damage['reason']}" for damage in left_out[:20])
-        print(f"{len(left_out)} images cannot be used and were left out:\n{shown}", file=sys.stderr)
+        print(f"{len(left_out)} images cannot be used and were left out:\n{printable(shown)}", file=sys.stderr)
     num_repeated = manifest["num_rows"] - manifest["num_ids"]
     if num_repeated:  # under an index that was made before keys were told apart
         print(

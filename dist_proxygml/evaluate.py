@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dist_proxygml.config import load_config
+from dist_proxygml.config import load_run_config
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import (
     has_started,
@@ -67,7 +67,7 @@ def main() -> None:
     """Parse, evaluate, print the table and store the result in the run's folder."""
     arguments = parse_arguments(build_parser())
     check_arguments(arguments)
-    config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
+    config = load_run_config(arguments.run, [*overrides(arguments), *arguments.set])
     context = join_world(start_timeout=config.training.start_timeout)
 
     from dist_proxygml.checkpoint.folder import found_instead
@@ -101,7 +101,7 @@ def main() -> None:
     damage_file = arguments.run / DAMAGE_FILE
     damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None
-    own = load_config(arguments.run / "config.json")
+    own = load_run_config(arguments.run)
     name = checkpoint.name + what_is_other(config, own, shards=arguments.data, digest=index.sha256)
     if arguments.validation:
         name = f"validation-{name}"

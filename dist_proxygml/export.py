@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_proxygml.cli import refuse, run_command
+from dist_proxygml.cli import printable, refuse, run_command
 
 FORMATS = ("safetensors", "onnx", "torchscript")
 EXAMPLES = """examples:
@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse(error)
     except ExportDiffersError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
-    print(told)
+    print(printable(told))
     return 0
 
 

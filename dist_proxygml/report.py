@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_proxygml.cli import refuse, run_command
+from dist_proxygml.cli import printable, refuse, run_command
 
 EXAMPLES = """examples:
   python -m dist_proxygml.report --run runs/demo_cpu
@@ -75,11 +75,11 @@ def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
                 f"{what}expected results of one protocol; evaluate one of them again as the other was "
                 "(launchers/evaluate.py), or add --force to see the numbers all the same"
             )
-        print(f"warning: {what}their numbers do not measure the same thing", file=sys.stderr)
+        print(f"warning: {printable(what)}their numbers do not measure the same thing", file=sys.stderr)
     if small:
         listed = "; ".join(str(difference).removeprefix("versions.") for difference in small)
-        print(f"note: also different, A | B: {listed}", file=sys.stderr)
-    print(format_comparison(first, second))
+        print(f"note: also different, A | B: {printable(listed)}", file=sys.stderr)
+    print(printable(format_comparison(first, second)))
     return 0
 
 
@@ -100,6 +100,7 @@ def _write(run_directory: Path, data: str | None) -> int:
             settings.get("test_split", "test"),
             cache_directory=None if cache is None else Path(cache),
             cache_limit=None if limit is None else parse_bytes(limit),
+            is_typed=data is not None,
         )
     except ValueError as error:
         if data is not None:
@@ -110,9 +111,9 @@ def _write(run_directory: Path, data: str | None) -> int:
                 f"the images of {earlier} would be lost: {error}; --data says where the shards are, or move that page "
                 "away"
             ) from None
-        print(f"the page will have no images: {error}; --data says where the shards are", file=sys.stderr)
+        print(f"the page will have no images: {printable(error)}; --data says where the shards are", file=sys.stderr)
     page = write_report(run_directory, index)
-    print(format_table(run_directory))
+    print(printable(format_table(run_directory)))
     print(f"report: {page.resolve()}")
     return 0
 

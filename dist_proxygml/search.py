@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dist_proxygml.cli import at_least, cosine, refuse, run_command
+from dist_proxygml.cli import at_least, cosine, printable, refuse, run_command
 from dist_proxygml.embed import add_model_options
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def _search(given: argparse.Namespace) -> int:
     if given.html is not None:
         _write_page(given, index, answers)
     if given.json:
-        print(json.dumps(_as_json(index, given.index, answers), indent=2, ensure_ascii=False))
+        document = json.dumps(_as_json(index, given.index, answers), indent=2, ensure_ascii=False)
+        print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document))
     else:
         print("\n".join(_as_table(answer, given.min_score) for answer in answers))
     return 0
@@ -164,7 +165,7 @@ def _answers(index: "Index", embedder: "Embedder", queries: list[Path], given: a
     with tqdm(total=len(queries), desc="searching", unit=" images", delay=2.0, mininterval=0.5) as bar:
         for batch in loader:
             for damage in batch.damaged:
-                bar.write(f"left out: {damage.image}: {damage.reason}", file=sys.stderr)
+                bar.write(printable(f"left out: {damage.image}: {damage.reason}"), file=sys.stderr)
             paths = [queries[number] for number in batch.ids.tolist()]
             rows_bD = embedder.embed_prepared(batch.images, names=[str(path) for path in paths])
             result = index.search(rows_bD, given.k)
@@ -190,7 +191,7 @@ def _as_table(answer: Answer, min_score: float | None) -> str:
 
 def _in_one_line(text: str) -> str:
     """Newlines and control characters as Python writes them."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    return printable(text).replace("\n", "\\n")
 
 
 def _nothing(answer: Answer, min_score: float | None) -> str:
@@ -229,7 +230,7 @@ def _write_page(given: argparse.Namespace, index: "Index", answers: Sequence[Ans
             try:
                 pixels = gallery.image(match.record)
             except ValueError as error:
-                print(f"not at hand: {error}", file=sys.stderr)
+                print(f"not at hand: {printable(error)}", file=sys.stderr)
         return Tile(match.record.id, pixels, match.score, match.record.class_name)
 
     rows = [
@@ -253,19 +254,19 @@ def _write_page(given: argparse.Namespace, index: "Index", answers: Sequence[Ans
 
 def _gallery(given: argparse.Namespace, index: "Index") -> "ImageSource | None":
     """Where the images of the index lie, None if they are not at hand."""
-    from dist_proxygml.data.sources import open_source
+    from dist_proxygml.data.sources import FolderSource, open_source
 
     data = index.data or {}
     location = given.data or data.get("location")
-    if location is None:
-        print(
-            "the page will lack the images that were found: the index does not say where; see --data", file=sys.stderr
-        )
-        return None
     try:
-        return open_source(location, split=data.get("split", "test"))
+        if location is None:
+            raise ValueError("the index does not say where they are")
+        if given.data is None and data.get("kind") == "folder" and Path(location).is_dir():
+            return FolderSource(Path(location), ())  # no walk through whatever folder an index names
+        return open_source(location, split=data.get("split", "test"), is_typed=given.data is not None)
     except ValueError as error:
-        print(f"the page will lack the images that were found: {error}; --data says where they are", file=sys.stderr)
+        told = f"the page will lack the images that were found: {printable(error)}; --data says where they are"
+        print(told, file=sys.stderr)
         return None
 
 

@@ -306,6 +306,7 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
     pooling: dict[str, Any] = {}  # as the library does it for its classifier
     owned = {
         "pretrained": "set backbone.pretrained instead",
+        "checkpoint_path": "set backbone.pretrained to the path of a weight file",
         "num_classes": "the embedding layer replaces the classifier",
         "features_only": '"out_indices" alone cuts the trunk',
         "in_chans": "images have three channels",

@@ -1,12 +1,15 @@
 """How the bank's tensors lie in a checkpoint: files of torch.distributed.checkpoint, one for each tensor of each rank.
 
-Torch's own writer and reader, with two changes. The table of contents is the same in every save of the same numbers.
-And a part is read from its mapped file straight to where it goes, the rows that are asked for and no others: torch's
-reader takes memory for the whole part first, and computes a checksum beside the manifest's sha256.
+Torch's own writer and reader, with three changes. The table of contents is the same in every save of the same numbers.
+It is a pickle, of which only what a table of contents consists of is made: a bank from elsewhere cannot run code. And a
+part is read from its mapped file straight to where it goes, the rows that are asked for and no others: torch's reader
+takes memory for the whole part first, and computes a checksum beside the manifest's sha256.
 """
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,6 +18,32 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+_CLASSES = {
+    "torch": {"Size", "float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},  # a layout by its name
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+class _Contents(pickle.Unpickler):
+    """Reads a table of contents, and nothing else that may be in a pickle."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of the few classes of a table of contents."""
+        if name not in _CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of contents does")
+        return super().find_class(module, name)
 
 
 class BankWriter(dcp.FileSystemWriter):
@@ -42,6 +71,28 @@ class BankReader(dcp.FileSystemReader):
         super().__init__(directory)
         self._directory = directory
 
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The table of contents.
+
+        Raises:
+            ValueError: the file is missing or something else.
+        """
+        path = self._directory / ".metadata"
+        try:
+            with open(path, "rb") as stream:
+                contents = _Contents(stream).load()
+            for entry in contents.state_dict_metadata.values():
+                for sizes in (entry.size, *(size for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))):
+                    if not isinstance(sizes, torch.Size):
+                        raise TypeError(f"{sizes!r} is no size")
+            for stored in contents.storage_data.values():
+                if stored.offset != 0 or Path(stored.relative_path).name != stored.relative_path:
+                    raise ValueError(f"{stored.relative_path!r} is no file of a tensor")
+        except Exception as error:  # a pickle that is none fails in any type
+            raise ValueError(f"{path} is no table of contents of a stored bank: {error!r}; copy it again") from None
+        found: Metadata = contents
+        return found
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Set the tensors that the planner names to what the plan asks for.
 
@@ -57,10 +108,10 @@ class BankReader(dcp.FileSystemReader):
     def _read(self, item: ReadItem, planner: LoadPlanner) -> None:
         stored = self.storage_data[item.storage_index]
         assert item.type == LoadItemType.TENSOR
-        assert stored.offset == 0, "a file for each tensor"
-        part: Tensor = torch.load(
-            self._directory / stored.relative_path, mmap=True, map_location="cpu", weights_only=True
-        )
+        path = self._directory / stored.relative_path
+        part = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        if not isinstance(part, Tensor):
+            raise pickle.UnpicklingError(f"{path} holds {type(part).__name__}, expected a tensor")
         for dimension, (first, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             part = part.narrow(dimension, first, length)
         target = planner.resolve_tensor(item).detach()

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_proxygml.cli import printable
 from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import (
     in_words,
@@ -151,7 +152,7 @@ def find_checkpoint(directory: Path, wanted: str) -> Path | None:
     if wanted == "auto":
         found, damaged = _newest_whole(directory)
         for path, problems in damaged.items():
-            warnings.warn(f"{_told(path, problems)}: passed over", stacklevel=2)
+            warnings.warn(printable(f"{_told(path, problems)}: passed over"), stacklevel=2)
         return found
     path = Path(wanted)
     if not is_folder(path):

@@ -240,16 +240,17 @@ class _CheckpointBank:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._reader = BankReader(directory)
-        try:
-            contents = self._reader.read_metadata()
-            entry = contents.state_dict_metadata[PROXIES]
-            self._reader.set_up_storage_reader(contents, True)
-        except (OSError, LookupError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{directory} is not a stored bank: {error!r}") from None
-        assert isinstance(entry, TensorStorageMetadata)
+        contents = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(contents, True)
+        entry = contents.state_dict_metadata.get(PROXIES)
+        if not isinstance(entry, TensorStorageMetadata) or len(entry.size) != 3:
+            raise ValueError(f"expected proxies [classes, N, D] in {directory}, got {entry}; copy the checkpoint again")
         num_classes, per_class, embedding_dim = entry.size
         self.shape = (num_classes, per_class, embedding_dim)
         self._chunks = sorted((chunk for chunk in entry.chunks if chunk.sizes[0]), key=lambda chunk: chunk.offsets[0])
+        starts, ends = [start for start, _ in self.parts()], [end for _, end in self.parts()]
+        if [*starts, num_classes] != [0, *ends] or any(tuple(c.sizes[1:]) != self.shape[1:] for c in self._chunks):
+            raise ValueError(f"expected every proxy in {directory} once, got {entry.chunks}; copy the checkpoint again")
 
     def parts(self) -> list[tuple[int, int]]:
         return [(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) for chunk in self._chunks]

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dist_proxygml.config import Config, load_config
+from dist_proxygml.config import Config, load_run_config
 from dist_proxygml.storage.files import paths_in, read_document
 
 Grid = dict[str, list[Any]]
@@ -150,7 +150,7 @@ def _slug(value: Any) -> str:
 def trained_settings(run_directory: Path) -> Config | None:
     """The configuration that a run was last started with; None where there is none that can be read."""
     try:
-        return load_config(run_directory / "config.json")
+        return load_run_config(run_directory)
     except (ValueError, OSError):
         return None
 

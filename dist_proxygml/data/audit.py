@@ -29,7 +29,7 @@ def audit_shards(
 ) -> tuple[list[Finding], dict[str, ShardIndex]]:
     """All checks of a folder of shards, here or elsewhere, and the splits that could be opened.
 
-    Of shards that lie elsewhere only the index is fetched, no image is read.
+    Of shards that lie elsewhere only the index is fetched, no image is read. The location is one that the user typed.
     """
     indices: dict[str, ShardIndex] = {}
 
@@ -37,14 +37,17 @@ def audit_shards(
         root = Path(location)
         try:
             if is_remote(location):
-                root = ShardCache(location, cache_directory or default_cache(), limit_bytes=cache_limit).fetch_index()
+                directory = cache_directory or default_cache()
+                root = ShardCache(location, directory, limit_bytes=cache_limit, is_typed=True).fetch_index()
             document, _ = read_index(root)
         except (ValueError, OSError) as error:
             yield Finding("problem", "shards", str(error))
             return
         for name in sorted(document["splits"], key=lambda name: (name != train_split, name)):
             try:
-                index = open_index(location, name, cache_directory=cache_directory, cache_limit=cache_limit)
+                index = open_index(
+                    location, name, cache_directory=cache_directory, cache_limit=cache_limit, is_typed=True
+                )
             except (ValueError, OSError) as error:
                 yield Finding("problem", f"split {name}", str(error))
                 continue

@@ -132,7 +132,13 @@ class ShardIndex:
         if self.remote is None:
             return open_index(self.root, split)
         remote = self.remote
-        return open_index(remote.location, split, cache_directory=remote.directory, cache_limit=remote.limit_bytes)
+        return open_index(
+            remote.location,
+            split,
+            cache_directory=remote.directory,
+            cache_limit=remote.limit_bytes,
+            is_typed=remote.is_typed,
+        )
 
     def write_class_table(self, stream: IO[bytes]) -> None:
         """Write the class table in the form of its file."""
@@ -272,12 +278,17 @@ def default_cache() -> Path:
 
 
 def open_index(
-    location: str | Path, split: str, *, cache_directory: Path | None = None, cache_limit: int | None = None
+    location: str | Path,
+    split: str,
+    *,
+    cache_directory: Path | None = None,
+    cache_limit: int | None = None,
+    is_typed: bool = False,
 ) -> ShardIndex:
     """Open one split of a folder of shards, here or elsewhere (see `remote`).
 
     What lies elsewhere is kept in `cache_directory`, ~/.cache/dist_proxygml/shards by default, shards up to
-    `cache_limit` bytes together.
+    `cache_limit` bytes together. A `pipe:` location must be `is_typed` by the user: no file may say what is run.
 
     Raises ValueError, naming what is wrong and how to mend it, when the folder or its index is
     missing, the version is another one, the split does not exist, the sample table is stale, or a
@@ -286,7 +297,7 @@ def open_index(
     remote = None
     if is_remote(str(location)):
         cache_directory = cache_directory or default_cache()
-        remote = ShardCache(str(location), cache_directory, limit_bytes=cache_limit)
+        remote = ShardCache(str(location), cache_directory, limit_bytes=cache_limit, is_typed=is_typed)
     root = Path(location) if remote is None else remote.fetch_index()
     document, digest = read_index(root)
     splits = document["splits"]

@@ -96,15 +96,21 @@ class ShardCache:
     signatures stand), the number of attempts and the last reason.
     """
 
-    location: str  # as given by the user; never by a downloaded file, because `pipe:` runs a command
+    location: str
     directory: Path  # on a disk of this node
     limit_bytes: int | None = None  # of all shards together, None: no limit; the indexes do not count
     num_attempts: int = 5
     stall_seconds: float = 60.0  # a transfer that gives no byte for so long is killed
     backoff_seconds: float = 1.0  # before the second attempt; doubles with each, and varies by half
+    is_typed: bool = False  # the location, by the user; one that was read from a file must not run a `pipe:` command
 
     def __post_init__(self) -> None:
         file_url(self.location, "index.json")  # refuses what could never be fetched
+        if _scheme(self.location) == "pipe" and not self.is_typed:
+            raise ValueError(
+                f"expected a location that runs no command, got {self.location!r} out of a file; if you trust it, type "
+                "it: --data LOCATION, or --set data.shards=LOCATION"
+            )
         for name in ("limit_bytes", "num_attempts", "stall_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -47,8 +47,13 @@ class ImageRecord(NamedTuple):
     @classmethod
     def from_json(cls, line: str | bytes) -> "ImageRecord":
         """Read what `to_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
-        fields = json.loads(line)
-        return cls(str(fields.pop("id")), **fields)
+        record = cls(**json.loads(line))
+        numbers = [number for number in (record.label, record.sample) if number is not None]
+        if not isinstance(record.id, str) or not isinstance(record.class_name, str | None):
+            raise TypeError(f"expected names, got {record.id!r} and {record.class_name!r}")
+        if any(type(number) is not int for number in numbers) or (record.sample or 0) < 0:
+            raise TypeError(f"expected whole numbers, got {numbers}")
+        return record
 
 
 class ImageSource(Protocol):
@@ -73,14 +78,14 @@ class ImageSource(Protocol):
         """
 
 
-def open_source(location: str | Path, *, split: str = "test") -> ImageSource:
-    """A split of shards where there is an index or an address, else a folder of images.
+def open_source(location: str | Path, *, split: str = "test", is_typed: bool = False) -> ImageSource:
+    """A split of shards where there is an index or an address, else a folder of images; `is_typed` as in `open_index`.
 
     Raises:
         ValueError: there is neither; as `open_index`.
     """
     if is_remote(str(location)):
-        return ShardSource(open_index(location, split))
+        return ShardSource(open_index(location, split, is_typed=is_typed))
     folder = Path(location)
     if (folder / INDEX_FILE).is_file() and paths_in(folder, "*.tar"):
         return ShardSource(open_index(folder, split))
@@ -141,11 +146,14 @@ class FolderSource:
 
     def image(self, record: ImageRecord) -> torch.Tensor:
         """As `ImageSource.image`."""
-        if os.path.isabs(record.id) or ".." in Path(record.id).parts:  # a record may be a stranger's
+        # The name, perhaps the folder too, stands in a file that may be somebody else's.
+        path, name = self.root / record.id, Path(record.id)
+        is_image = name.suffix.lower() in IMAGE_SUFFIXES and not (path.exists() and not path.is_file())
+        if name.is_absolute() or ".." in name.parts or not is_image:
             raise ValueError(
-                f"expected the path of an image below {self.root}, got {record.id!r}; embed the folder again"
+                f"expected an image file below {self.root}, got {record.id!r}; name its folder with --data"
             )
-        return read_image(self.root / record.id)
+        return read_image(path)
 
     def loader(
         self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"

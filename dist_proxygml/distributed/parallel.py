@@ -21,7 +21,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_proxygml.cli import outlive_readers
+from dist_proxygml.cli import outlive_readers, printable
 from dist_proxygml.distributed.collectives import AgreedError, gather_objects
 from dist_proxygml.distributed.slurm import process_variables
 from dist_proxygml.faults import fault_point
@@ -249,7 +249,7 @@ def _run(main: Callable[[], None]) -> int:
         if not is_shared and not isinstance(error, OneRankError):
             raise
         if isinstance(error, OneRankError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         return int(getattr(error, "status", 2))
     except Exception as ending:
         if is_about_space(str(ending)):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.checkpoint.model import BACKBONE_FILE, EXPORT_FILE, TrainedModel, open_trained
 from dist_proxygml.checkpoint.writer import load_backbone
-from dist_proxygml.config import load_config, parse_model
+from dist_proxygml.config import load_run_config, parse_model
 from dist_proxygml.data.images import rgb_pixels
 from dist_proxygml.data.pipeline import sample_generators
 from dist_proxygml.data.sources import read_image
@@ -85,9 +85,9 @@ class Embedder:
                 trained.export["backbone"], trained.export["preprocessing"], source=str(trained.path / EXPORT_FILE)
             )
         else:
-            config_file = trained.path.parent.parent / "config.json"
-            config = load_config(config_file)
-            trained.check_config(config, source=config_file)
+            run = trained.path.parent.parent
+            config = load_run_config(run)
+            trained.check_config(config, source=run / "config.json")
             name, backbone, transform = config.name, config.backbone, config.data.test_transform
             batch_size, test_split = config.evaluation.batch_size, config.data.test_split
         with torch.random.fork_rng(devices=[]):  # its first weights are thrown away

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
 from dist_proxygml.checkpoint.writer import load_backbone
+from dist_proxygml.cli import printable
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.order import MicroBatch
@@ -120,7 +121,7 @@ def check_images(config: Config, *, data: str | None = None) -> CheckImages:
         side = config.data.test_transform.size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (NUM_RANDOM_IMAGES, 3, side, side), dtype=torch.uint8, generator=generator)
-        print(f"verifying with random images, the run's own cannot be had: {problem}", file=sys.stderr)
+        print(f"verifying with random images, the run's own cannot be had: {printable(problem)}", file=sys.stderr)
         return CheckImages(images, None, f"{NUM_RANDOM_IMAGES} random images, as the run's test images were not there")
     return _sample(config, index)
 

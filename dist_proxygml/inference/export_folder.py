@@ -42,7 +42,7 @@ from dist_proxygml.checkpoint.model import (
     TrainedModel,
     open_trained,
 )
-from dist_proxygml.config import Config, load_config
+from dist_proxygml.config import Config, load_run_config
 from dist_proxygml.inference.export_check import (
     LIMIT,
     CheckImages,
@@ -104,7 +104,7 @@ def export(
             f"expected the folder of a run at {run_directory}, found no config.json in it; name the run, and one of "
             "its checkpoints with --checkpoint"
         )
-    config = load_config(run_directory / "config.json")
+    config = load_run_config(run_directory)
     model = open_trained(run_directory / "checkpoints" / checkpoint if checkpoint else run_directory)
     model.check_config(config, source=run_directory / "config.json")
     bank, facts = model.bank(), _training_facts(model)

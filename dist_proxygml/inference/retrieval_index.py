@@ -21,10 +21,11 @@ Dimension key: n rows, q queries, k neighbours, D embedding.
 import math
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -214,10 +215,13 @@ class Index:
         manifest = open_sealed(path, KIND)
         faiss = load_faiss()
         try:
-            faiss_index = faiss.read_index(str(path / INDEX_FILE))
-            records = read_records(path / IDS_FILE)
             parameters = dict(manifest["index"])
             kind = parameters.pop("kind")
+            _check_manifest(kind, parameters, manifest)
+            with open(path / INDEX_FILE, "rb") as stream:
+                _FaissFile(stream).check(kind)
+            faiss_index = faiss.read_index(str(path / INDEX_FILE))
+            records = read_records(path / IDS_FILE)
             recall = float(manifest["recall_at_10"])
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
@@ -306,6 +310,101 @@ class Index:
             if self.recall_at_10 >= target_recall or effort >= most:
                 return
             effort = min(2 * effort, most)
+
+
+def _check_manifest(kind: Any, parameters: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Refuse what `save` does not write. Raises ValueError."""
+    needed = {"flat": (), "ivf": ("num_probes",), "hnsw": ("search_width",)}.get(kind)
+    if needed is None or any(type(parameters.get(name)) is not int or parameters[name] < 1 for name in needed):
+        raise ValueError(f"index is {manifest['index']!r}")
+    said = {"model": {"path": str, "run": str, "step": int}, "data": {"location": str, "split": str, "kind": str}}
+    for entry, types in said.items():
+        for name, wanted in types.items():
+            found = (manifest[entry] or {}).get(name)
+            if found is not None and not isinstance(found, wanted):
+                raise ValueError(f"{entry}.{name} is {found!r}")
+
+
+class _FaissFile:
+    """Goes through a faiss file before faiss does: its reader follows whatever the file says, to files elsewhere, too
+    (lists of an IVF index that lie on a disk), and beyond the ends of arrays.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._num_bytes = os.fstat(stream.fileno()).st_size
+
+    def check(self, kind: IndexKind) -> None:
+        """Refuse all but what is written here. Raises ValueError."""
+        {"flat": self._flat, "ivf": self._ivf, "hnsw": self._hnsw}[kind]()
+        self._expect(self._stream.tell() == self._num_bytes)
+
+    def _expect(self, is_so: Any) -> None:
+        if not is_so:
+            raise ValueError(f"{INDEX_FILE} is no index of this kind, at byte {self._stream.tell():,}")
+
+    def _numbers(self, layout: str) -> tuple[Any, ...]:
+        content = self._stream.read(struct.calcsize(f"<{layout}"))
+        self._expect(len(content) == struct.calcsize(f"<{layout}"))
+        return struct.unpack(f"<{layout}", content)
+
+    def _skip(self, num_bytes: int) -> None:
+        self._expect(0 <= num_bytes <= self._num_bytes - self._stream.tell())
+        self._stream.seek(num_bytes, os.SEEK_CUR)
+
+    def _array(self, dtype: str, count: int | None = None) -> np.ndarray:
+        if count is None:
+            (count,) = self._numbers("Q")
+        self._expect(count * np.dtype(dtype).itemsize <= self._num_bytes - self._stream.tell())
+        return np.fromfile(self._stream, dtype, count)
+
+    def _head(self, tag: bytes) -> tuple[int, int]:
+        """D and n of an index of inner products."""
+        found, dim, num_rows, _, _, _, metric = self._numbers("4siqqqBi")
+        self._expect(found == tag and metric == 0 and dim > 0 and num_rows >= 0)
+        return dim, num_rows
+
+    def _flat(self) -> tuple[int, int]:
+        dim, num_rows = self._head(b"IxFI")
+        (count,) = self._numbers("Q")
+        self._expect(count == dim * num_rows)
+        self._skip(4 * count)
+        return dim, num_rows
+
+    def _ivf(self) -> None:
+        dim, num_rows = self._head(b"IwFl")
+        num_lists, _ = self._numbers("QQ")
+        self._expect(self._flat() == (dim, num_lists))
+        self._expect(self._numbers("BQ") == (0, 0))  # no map from rows to lists
+        self._expect(self._numbers("4sQQ") == (b"ilar", num_lists, 4 * dim))  # lists in the file itself
+        (layout,) = self._numbers("4s")
+        self._expect(layout in (b"full", b"sprs"))
+        lengths = self._array("<u8")
+        if layout == b"sprs":  # pairs of a list and its length
+            self._expect(len(lengths) % 2 == 0 and (lengths[::2] < num_lists).all())
+            lengths = lengths[1::2]
+        else:
+            self._expect(len(lengths) == num_lists)
+        for length in lengths.tolist():
+            self._skip(4 * dim * length)
+            rows = self._array("<i8", length)
+            self._expect(((rows >= 0) & (rows < num_rows)).all())
+
+    def _hnsw(self) -> None:
+        dim, num_rows = self._head(b"IHNf")
+        self._array("<f8")
+        ends, levels, starts, links = self._array("<i4"), self._array("<i4"), self._array("<u8"), self._array("<i4")
+        entry, top, *_ = self._numbers("5i")
+        self._expect(len(levels) == num_rows and len(starts) == num_rows + 1 and 0 <= entry < num_rows)
+        self._expect(ends[:1] == 0 and (np.diff(ends) >= 0).all() and levels.min() >= 1 and levels.max() < len(ends))
+        self._expect(starts[0] == 0 and starts[-1] == len(links) and (np.diff(starts) == ends[levels]).all())
+        self._expect(links.min() >= -1 and links.max() < num_rows and 0 <= top < levels[entry])
+        for level in range(1, top + 1):  # who is linked on a level is there
+            nodes = np.flatnonzero(levels > level)
+            places = starts[nodes, None].astype(np.int64) + np.arange(ends[level], ends[level + 1])
+            linked = links[places]
+            self._expect((levels[linked[linked >= 0]] > level).all())
+        self._expect(self._flat() == (dim, num_rows))
 
 
 def choose_kind(num_rows: int) -> IndexKind:

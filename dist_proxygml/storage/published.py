@@ -121,6 +121,9 @@ def file_problems(directory: Path, files: Mapping[str, Mapping[str, Any]], *, de
         ValueError: a file is there and cannot be read.
     """
     listed = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+    for name, *_ in listed:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return [f"{name} lies elsewhere"]
     problem_of = functools.partial(_file_problem, directory, deep=deep)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         return [problem for problem in threads.map(lambda entry: problem_of(*entry), listed) if problem is not None]

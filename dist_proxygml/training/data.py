@@ -212,7 +212,7 @@ def count_classes(config: Config) -> Config:
 
 
 def open_split(config: Config, split: str, *, shards: str | None = None) -> ShardIndex:
-    """A split of the configured shards, or of others; the configured cache serves both.
+    """A split of the configured shards, or of others that the user typed; the configured cache serves both.
 
     Raises:
         ValueError: as `open_index`.
@@ -223,6 +223,7 @@ def open_split(config: Config, split: str, *, shards: str | None = None) -> Shar
         split,
         cache_directory=None if directory is None else Path(directory),
         cache_limit=limit,
+        is_typed=shards is not None or config.data.is_typed,
     )
 
 

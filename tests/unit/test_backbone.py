@@ -487,6 +487,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
         ("bn_inception", {"options": {"width": 3}}, "bn_inception has none"),
         ("timm/resnet18", {"options": {"widht": 3}}, "timm does not accept .*'widht'"),
         ("timm/resnet18", {"options": {"num_classes": 3}}, "embedding layer replaces"),
+        ("timm/resnet18", {"options": {"checkpoint_path": "a.pth"}}, "set backbone.pretrained to the path"),
         ("timm/resnet18", {"options": {"out_indices": [9]}}, r"cut resnet18 .*\[9\]"),
         ("timm/resnet18", {"options": {"out_indices": [2, 3]}}, "a list of one integer"),
         ("timm/resnet18", {"pool": 2, "options": {"global_pool": "max"}}, "backbone.pool 2 says"),

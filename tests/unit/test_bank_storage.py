@@ -1,5 +1,6 @@
 """The bank's tensors on disk: the same table of contents whatever the threads do, and rows read from where they lie."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
+from dist_proxygml.checkpoint.model import TrainedModel
 
 
 def test_the_table_of_contents_does_not_depend_on_the_order_of_threads(
@@ -83,6 +85,43 @@ def test_what_was_read_stays_when_the_files_are_gone(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         path.write_bytes(bytes(path.stat().st_size))
     assert torch.equal(target, proxies)
+
+
+class _Runs:
+    """In a pickle: code that runs when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_table_of_contents_runs_no_code_and_names_no_file_elsewhere(tmp_path: Path) -> None:
+    stored(tmp_path / "bank")
+    path, marker = tmp_path / "bank" / ".metadata", tmp_path / "pwned"
+    elsewhere = pickle.loads(path.read_bytes())
+    for place in elsewhere.storage_data.values():
+        place.relative_path = str(tmp_path / "elsewhere")
+    for hidden in (_Runs(marker), Metadata({}, storage_data=_Runs(marker)), elsewhere, {"proxies": 1}):
+        path.write_bytes(pickle.dumps(hidden))
+        with pytest.raises(ValueError, match=r"\.metadata is no table of contents of a stored bank: .*; copy it again"):
+            TrainedModel(tmp_path, 1, {}).bank()
+        with pytest.raises(ValueError, match="no table of contents"):
+            BankReader(tmp_path / "bank").read_metadata()
+    assert not marker.exists()
+
+
+def test_a_bank_with_a_gap_is_refused(tmp_path: Path) -> None:
+    stored(tmp_path / "bank")
+    path = tmp_path / "bank" / ".metadata"
+    contents = pickle.loads(path.read_bytes())
+    assert TrainedModel(tmp_path, 1, {}).bank().shape == (5, 2, 3)
+    (chunk,) = contents.state_dict_metadata["proxies"].chunks
+    chunk.sizes = torch.Size((4, 2, 3))
+    path.write_bytes(pickle.dumps(contents))
+    with pytest.raises(ValueError, match=r"expected every proxy in .*bank once, got .*; copy the checkpoint again"):
+        TrainedModel(tmp_path, 1, {}).bank()
 
 
 def test_a_file_that_is_cut_short_is_an_error(tmp_path: Path) -> None:

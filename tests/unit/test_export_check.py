@@ -1,5 +1,6 @@
 """What makes an exported file pass or fail: embeddings, Recall@1, whether it runs; and which images decide that."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_proxygml.backbones.build import build_backbone
-from dist_proxygml.config import BackboneConfig, Config
+from dist_proxygml.config import BackboneConfig, Config, load_config, load_run_config
 from dist_proxygml.inference import export_check
 from dist_proxygml.inference.export_check import (
     CheckImages,
@@ -24,7 +25,8 @@ from dist_proxygml.inference.export_check import (
     format_checks,
     original_backbone,
 )
-from tests.trained_runs import configuration
+from dist_proxygml.training.data import open_split
+from tests.trained_runs import configuration, write_finished_run
 
 DEMO = Path(__file__).parents[2] / "shards" / "demo"
 
@@ -191,6 +193,25 @@ def test_without_shards_images_are_random_and_that_is_said(capsys: pytest.Captur
     assert "/secret/folder" not in sample.source
     with pytest.raises(ValueError, match="nowhere"):  # what was asked for by name must be there
         check_images(config_on("unused"), data="nowhere")
+
+
+def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_finished_run(tmp_path)
+    command = f"pipe:touch {tmp_path}/pwned #{{}}"
+    stored = json.loads((run / "config.json").read_text())
+    stored["data"]["shards"] = command
+    (run / "config.json").write_text(json.dumps(stored))
+    config = load_run_config(run)
+    assert check_images(config).labels is None
+    assert "expected a location that runs no command" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="out of a file"):
+        open_split(config, "test")
+    assert not (tmp_path / "pwned").exists()
+    for typed in (load_run_config(run, [f"data.shards={command}"]), load_config(run / "config.json")):
+        (tmp_path / "pwned").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="could not be fetched"):
+            open_split(typed, "test")
+        assert (tmp_path / "pwned").exists()
 
 
 def test_embeddings_of_random_images_are_compared_without_recall() -> None:

@@ -227,7 +227,7 @@ def test_listing_something_that_is_no_tar_is_refused(tmp_path: Path) -> None:
 def test_shards_that_lie_elsewhere_are_fetched_once_and_read_like_local_ones(index: ShardIndex, tmp_path: Path) -> None:
     log = tmp_path / "fetched"
     location = f"pipe:echo {{}} >> {log}; cat {index.root}/{{}}"
-    remote = open_index(location, "test", cache_directory=tmp_path / "cache")
+    remote = open_index(location, "test", cache_directory=tmp_path / "cache", is_typed=True)
     assert "test-000000.tar" not in log.read_text()  # shards come when they are read
     assert (remote.sha256, remote.classes, remote.samples.tolist()) == (
         index.sha256,

@@ -282,7 +282,7 @@ def test_a_shard_that_cannot_be_had_ends_the_epoch_under_any_policy(tmp_path: Pa
     write_noise_shards(tmp_path / "shards", [5, 6])
     log = tmp_path / "fetched"
     location = f"pipe:echo {{}} >> {log}; cat {tmp_path}/shards/{{}}"
-    index = open_index(location, "test", cache_directory=tmp_path / "cache")
+    index = open_index(location, "test", cache_directory=tmp_path / "cache", is_typed=True)
     index = dataclasses.replace(index, remote=dataclasses.replace(index.remote, num_attempts=2, backoff_seconds=0.01))
     index.shard_paths[0].unlink(missing_ok=True)
     (tmp_path / "shards" / "test-000001.tar").unlink()
@@ -293,7 +293,8 @@ def test_a_shard_that_cannot_be_had_ends_the_epoch_under_any_policy(tmp_path: Pa
 
 def test_a_cached_copy_that_rots_is_fetched_again_and_a_damaged_original_is_not_blamed_on_it(tmp_path: Path) -> None:
     sound = write_noise_shards(tmp_path / "shards", [5, 6])
-    index = open_index(f"pipe:cat {tmp_path}/shards/{{}}", "test", cache_directory=tmp_path / "cache")
+    location = f"pipe:cat {tmp_path}/shards/{{}}"
+    index = open_index(location, "test", cache_directory=tmp_path / "cache", is_typed=True)
     expected = list(build_train_loader(sound, PLAIN, batch_size=4))
     assert same(expected, build_train_loader(index, PLAIN, batch_size=4))
     for copy in (tmp_path / "cache" / "shards").glob("*.tar"):

@@ -136,7 +136,9 @@ def server() -> Iterator[Server]:
 
 
 def cache_of(location: str, directory: Path, **settings: Any) -> ShardCache:
-    return ShardCache(location, directory, **{"num_attempts": 3, "backoff_seconds": 0.001, **settings})
+    return ShardCache(
+        location, directory, **{"num_attempts": 3, "backoff_seconds": 0.001, "is_typed": True, **settings}
+    )
 
 
 @pytest.fixture

@@ -458,6 +458,14 @@ def test_a_page_with_images_is_not_replaced_by_one_without(tmp_path: Path, capsy
     assert "--data says where the shards are" in capsys.readouterr().err
 
 
+def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = {"name": "a\x1b[2J", "data": {"shards": f"pipe:touch {tmp_path}/pwned #{{}}"}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert main(["--run", str(tmp_path)]) == 0
+    assert "the page will have no images: expected a location that runs no command" in capsys.readouterr().err
+    assert not (tmp_path / "pwned").exists()
+
+
 def test_shards_that_lie_elsewhere_are_read_through_the_cache_of_the_run(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,4 +484,4 @@ def test_shards_that_lie_elsewhere_are_read_through_the_cache_of_the_run(
     assert main(["--run", str(copy)]) == 0
     assert main(["--run", str(copy), "--data", "https://host/shards"]) == 2
     cache = {"cache_directory": Path("/a/disk"), "cache_limit": 2048}
-    assert opened == [("s3://b", cache), ("https://host/shards", cache)]
+    assert opened == [("s3://b", cache | {"is_typed": False}), ("https://host/shards", cache | {"is_typed": True})]

@@ -1,16 +1,19 @@
 """An index finds what a full sort finds, says how much of it, and comes back from disk the same or not at all."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dist_proxygml import Index
 from dist_proxygml.data.sources import ImageRecord
+from dist_proxygml.evaluation.search import load_faiss
 from dist_proxygml.index import main
 from dist_proxygml.inference.retrieval_index import FLAT_BELOW, HNSW_BELOW, choose_kind, count_lists
 
@@ -178,6 +181,46 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "i" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"found a folder without manifest.json; build it"):
         Index.load(tmp_path / "i")
+
+
+def put_into(folder: Path, faiss_index: Any) -> None:
+    """Take a faiss index in the place of an index's own, and mend the manifest."""
+    load_faiss().write_index(faiss_index, str(folder / "index.faiss"))
+    content = (folder / "index.faiss").read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["index.faiss"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_faiss_file_of_another_kind_is_refused_before_faiss_reads_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faiss = load_faiss()
+    rows, dim = ROWS[:200], 16
+    Index.build(rows, NAMES[:200], kind=kind).save(tmp_path / "i")
+    lists_on_disk = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, 4, faiss.METRIC_INNER_PRODUCT)
+    lists_on_disk.train(rows)
+    lists = faiss.OnDiskInvertedLists(4, 4 * dim, str(tmp_path / "elsewhere"))
+    lists_on_disk.replace_invlists(lists)
+    lists_on_disk.add(rows)
+    graph = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
+    graph.add(rows)
+    beyond = faiss.vector_to_array(graph.hnsw.neighbors)
+    beyond[0] = 200
+    faiss.copy_array_to_vector(beyond, graph.hnsw.neighbors)
+    distances = faiss.IndexFlatL2(dim)
+    distances.add(rows)
+    hidden = faiss.IndexIVFFlat(lists_on_disk, dim, 200, faiss.METRIC_INNER_PRODUCT)
+    read = faiss.read_index
+    monkeypatch.setattr(faiss, "read_index", lambda path: pytest.fail("faiss reads it"))
+    for other in (lists_on_disk, hidden, graph, distances):
+        put_into(tmp_path / "i", other)
+        with pytest.raises(ValueError, match=r"index.faiss is no index of this kind, at byte .*; build it"):
+            Index.load(tmp_path / "i")
+    monkeypatch.setattr(faiss, "read_index", read)
+    Index.build(rows, NAMES[:200], kind=kind).save(tmp_path / "i", overwrite=True)
+    assert len(Index.load(tmp_path / "i")) == 200
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The command that searches: what it prints and draws, and whom it refuses."""
 
+import hashlib
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dist_proxygml import Embedder, Index
+from dist_proxygml.data.sources import FolderSource
 from dist_proxygml.embed import main as embed_main
 from dist_proxygml.index import main as index_main
 from dist_proxygml.search import main
@@ -191,6 +194,97 @@ def test_a_page_finds_the_images_of_shards_and_names_their_makers(
     assert len(Page(tmp_path / "found.html").images()) == 1
     assert searched(place, place.path(0), "-k", 3, "--html", tmp_path / "found.html", "--data", moved) == 0
     assert len(Page(tmp_path / "found.html").images()) == 1 + 3
+
+
+def rewrite_manifest(folder: Path, **entries: object) -> None:
+    """Change what a manifest says of model and data, as whoever passes the folder on may."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {name: manifest[name] | entry for name, entry in entries.items()}))
+
+
+def replace_ids(folder: Path, ids: list[str]) -> None:
+    """Give the rows other names, and mend the manifest."""
+    content = "".join(json.dumps({"id": name}) + "\n" for name in ids).encode()
+    (folder / "ids.jsonl").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["ids.jsonl"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("is_embeddings", [False, True])
+def test_no_command_runs_that_an_index_or_embeddings_name(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_embeddings: bool
+) -> None:
+    command = f"pipe:touch {tmp_path}/pwned #{{}}"
+    if is_embeddings:
+        rewrite_manifest(tmp_path / "e", data={"location": command})
+        arguments = ["--embeddings", str(tmp_path / "e"), "--out", str(place.index), "--overwrite"]
+        assert index_main(arguments) == 0
+    else:
+        rewrite_manifest(place.index, data={"location": command})
+    assert searched(place, place.path(0), "-k", 2, "--html", tmp_path / "found.html") == 0
+    told = capsys.readouterr().err
+    assert f"expected a location that runs no command, got '{command}' out of a file; if you trust it, type it" in told
+    assert len(Page(tmp_path / "found.html").images()) == 1
+    assert not (tmp_path / "pwned").exists()
+    searched(place, place.path(0), "--html", tmp_path / "found.html", "--data", command)
+    assert (tmp_path / "pwned").exists()  # typed, it runs
+
+
+def test_a_page_shows_no_file_outside_the_folder_of_its_images(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = place.path(0)
+    shutil.copy(inside, tmp_path / "secret.png")
+    shutil.copy(inside, place.photos / "secret")
+    (place.photos / "link.png").symlink_to(inside)
+    os.mkfifo(place.photos / "fifo.png")
+    ids = ["../secret.png", str(tmp_path / "secret.png"), "secret", "fifo.png", "01.png/../../secret.png"]
+    replace_ids(place.index, [*ids, "link.png", *[f"{number:02d}.png" for number in range(6)]])
+    before = FolderSource.of_folder
+    monkeypatch.setattr(FolderSource, "of_folder", lambda root: pytest.fail(f"walked through {root}"))
+    assert searched(place, inside, "-k", 12, "--html", tmp_path / "found.html") == 0
+    assert len(Page(tmp_path / "found.html").images()) == 1 + 7
+    told = capsys.readouterr().err
+    for name in ids:
+        assert f"not at hand: expected an image file below {place.photos}, got {name!r}" in told
+    monkeypatch.setattr(FolderSource, "of_folder", before)
+
+
+def test_nothing_that_an_index_says_steers_the_terminal(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clear, title = "\x1b[2J", "\x9d0;owned\x9c"
+    replace_ids(place.index, [f"{clear}{title}{number}.png" for number in range(12)])
+    rewrite_manifest(place.index, model={"run": f"run{clear}"}, data={"location": f"/nowhere/{clear}"})
+    assert searched(place, place.path(0), "--html", tmp_path / "found.html") == 0
+    captured = capsys.readouterr()
+    assert "\\x1b[2J\\x9d0;owned\\x9c" in captured.out
+    assert searched(place, place.path(0), "--json") == 0
+    as_json = capsys.readouterr().out
+    assert json.loads(as_json)["queries"][0]["matches"][0]["id"].startswith(clear + title)
+    place.run.rename(tmp_path / "away")
+    assert searched(place, place.path(0)) == 2
+    for text in (captured.out, captured.err, as_json, capsys.readouterr().err):
+        assert not {"\x1b", "\x9d", "\x9c"} & set(text)
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        ({"data": {"location": ["a"]}}, "data.location is ['a']"),
+        ({"data": {"split": 1}}, "data.split is 1"),
+        ({"model": {"path": {}}}, "model.path is {}"),
+        ({"model": {"step": "x"}}, "model.step is 'x'"),
+        ({"index": {"kind": "pq"}}, "index is {'kind': 'pq'}"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(
+    place: Place, capsys: pytest.CaptureFixture[str], entry: dict[str, object], found: str
+) -> None:
+    rewrite_manifest(place.index, **entry)
+    assert told(capsys, place, place.path(0)).startswith(f"{place.index} is damaged: {found}; build it")
 
 
 def test_only_the_model_of_the_index_may_search(
