@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, gather_rows, rank_in, world_size_of
-from dist_proxygml.matmul import product
-from dist_proxygml.partition import ClassPartition
+from dist_proxygml.distributed.collectives import all_reduce_max, all_reduce_sum, gather_rows, rank_in, world_size_of
+from dist_proxygml.head.matmul import product
+from dist_proxygml.head.partition import ClassPartition
 
 # Proxies of a chunk of the bare product: 8 MB of similarities at 64 images. Neither half nor twice as many is faster.
 _CHUNK = 1 << 15
@@ -41,7 +41,7 @@ class BareProduct:
         proxies_PD: the bank; not copied.
         batch_size: B.
         matmul_dtype: of the factors, which are rounded chunk by chunk.
-        onednn: by the product that the head uses on CPUs (matmul.py), instead of torch.mm; float32 only.
+        onednn: by the product that the head uses on CPUs (head/matmul.py), instead of torch.mm; float32 only.
     """
 
     def __init__(self, proxies_PD: Tensor, *, batch_size: int, matmul_dtype: torch.dtype, onednn: bool = False) -> None:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from benchmarks.head import Row, Settings, fork_server, machine, number, rounded
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.checkpoint import (
+from dist_proxygml.checkpoint.writer import (
     CheckpointWriter,
     Retention,
     RunState,
@@ -51,9 +51,9 @@ from dist_proxygml.checkpoint import (
 )
 from dist_proxygml.config import load_config
 from dist_proxygml.data.pipeline import Batch, ImageCache
-from dist_proxygml.parallel import ParallelContext, everyone
-from dist_proxygml.step import TrainState, build_train_state, train_step
-from dist_proxygml.training_data import open_training_data
+from dist_proxygml.distributed.parallel import ParallelContext, everyone
+from dist_proxygml.training.data import open_training_data
+from dist_proxygml.training.step import TrainState, build_train_state, train_step
 
 DISK_BAR = 0.5  # of the disk's own rates
 TRAINING_BAR = 0.02  # of the time, asynchronously

@@ -48,8 +48,8 @@ from benchmarks.baselines import (
     metric_learning_loss,
 )
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.bank_optim import RowwiseAdagrad
-from dist_proxygml.memory import peak_memory
+from dist_proxygml.distributed.memory import peak_memory
+from dist_proxygml.head.optim import RowwiseAdagrad
 
 MIB = 1 << 20
 WARM_UP = 3
@@ -207,7 +207,7 @@ def fork_server() -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch._dynamo", "pytorch_metric_learning.losses", "benchmarks.baselines", "dist_proxygml.bank_optim"]
+        ["torch._dynamo", "pytorch_metric_learning.losses", "benchmarks.baselines", "dist_proxygml.head.optim"]
     )
     return context
 

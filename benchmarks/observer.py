@@ -1,4 +1,4 @@
-"""What counting the use of proxies (proxy_statistics.py) adds to a step of the head.
+"""What counting the use of proxies (head/statistics.py) adds to a step of the head.
 
     python -m benchmarks.observer 100k 1m
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from benchmarks.head import SIZES
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.bank_optim import RowwiseAdagrad
-from dist_proxygml.loss import KeptPairs
-from dist_proxygml.proxy_statistics import ProxyStatistics
+from dist_proxygml.head.loss import KeptPairs
+from dist_proxygml.head.optim import RowwiseAdagrad
+from dist_proxygml.head.statistics import ProxyStatistics
 
 WARM_UP = 3
 

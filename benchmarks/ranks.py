@@ -6,8 +6,8 @@ each).
 
 For each head and number of classes: bytes of proxies and optimizer state on the rank that has most, which fall as one
 over the number of ranks, and bytes that rank 0's collectives bring it per step, beside the formula of
-`dist_proxygml.traffic`: with the embeddings gathered they do not depend on the number of classes. The loss must be the
-same on any number of ranks, or the program fails. Times are medians of whole steps; with more ranks than cores they
+`dist_proxygml.head.traffic`: with the embeddings gathered they do not depend on the number of classes. The loss must be
+the same on any number of ranks, or the program fails. Times are medians of whole steps; with more ranks than cores they
 say how much work there is, not how fast it would go.
 
 The class softmax (benchmarks/baselines.py) stands beside it: it receives less, and its logits and dense gradient are
@@ -49,8 +49,8 @@ from benchmarks.head import (
     state_bytes,
 )
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.collectives import count_bytes, gather_objects
-from dist_proxygml.traffic import SELECTIONS, bytes_per_step
+from dist_proxygml.distributed.collectives import count_bytes, gather_objects
+from dist_proxygml.head.traffic import SELECTIONS, bytes_per_step
 
 HEADS = (*SELECTIONS, "full_softmax", "sampled_softmax")
 

@@ -34,12 +34,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dist_proxygml.evaluation.embed import EmbeddingTable
+from dist_proxygml.distributed.memory import peak_memory
+from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
 from dist_proxygml.evaluation.evaluator import Roles, Settings, evaluate_table
 from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.evaluation.search import FlatIndex
-from dist_proxygml.memory import peak_memory
-from dist_proxygml.parallel import single_process
 
 MIB = 1 << 20
 BLOCK = 4096  # queries of one bare search

@@ -4,19 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_proxygml.embedder import Embedder
-    from dist_proxygml.loss import LossTerms, ProxyGMLLoss
-    from dist_proxygml.retrieval_index import Index, SearchResult
+    from dist_proxygml.head.loss import LossTerms, ProxyGMLLoss
+    from dist_proxygml.inference.embedder import Embedder
+    from dist_proxygml.inference.retrieval_index import Index, SearchResult
 
 __all__ = ["Embedder", "Index", "LossTerms", "ProxyGMLLoss", "SearchResult", "__version__"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Embedder": "embedder",
-    "Index": "retrieval_index",
-    "LossTerms": "loss",
-    "ProxyGMLLoss": "loss",
-    "SearchResult": "retrieval_index",
+    "Embedder": "inference.embedder",
+    "Index": "inference.retrieval_index",
+    "LossTerms": "head.loss",
+    "ProxyGMLLoss": "head.loss",
+    "SearchResult": "inference.retrieval_index",
 }
 
 

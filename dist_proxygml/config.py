@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from dist_proxygml.partition import ClassPartition
+from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
 # A byte count with a binary unit.

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_proxygml.finding import Finding, run_check
+from dist_proxygml.data.finding import Finding, run_check
 
 if TYPE_CHECKING:
     from dist_proxygml.config import Config
@@ -142,7 +142,7 @@ def check_devices() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("problem", "torch", f"does not start ({error})", "`pip install --force-reinstall torch`")
         return
-    from dist_proxygml.memory import available_memory
+    from dist_proxygml.distributed.memory import available_memory
 
     num_cpus = len(os.sched_getaffinity(0))
     left = available_memory(torch.device("cpu")) / _GIB
@@ -187,7 +187,7 @@ def check_communication() -> Iterator[Finding]:
     """What ranks talk through: NCCL on GPUs, gloo on CPUs."""
     import torch
 
-    from dist_proxygml.parallel import available_backends
+    from dist_proxygml.distributed.parallel import available_backends
 
     backends = available_backends()
     wanted = "nccl" if torch.cuda.is_available() else "gloo"

@@ -1,7 +1,7 @@
 """Embed images with a trained model: `python -m dist_proxygml.embed --run runs/NAME --data photos --out OUT`.
 
-The images are any folder, or a split of shards; the result is a folder of rows, ids and a manifest (embeddings.py). One
-process on one device. The same command goes on where it was stopped.
+The images are any folder, or a split of shards; the result is a folder of rows, ids and a manifest
+(inference/embeddings.py). One process on one device. The same command goes on where it was stopped.
 """
 
 import argparse
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_proxygml.options import at_least
+from dist_proxygml.cli import at_least
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageSource, OnBad
-    from dist_proxygml.embedder import Embedder
+    from dist_proxygml.inference.embedder import Embedder
 
 EXAMPLES = """examples:
   python -m dist_proxygml.embed --run runs/demo_cpu --data photos --out embeddings/photos
@@ -73,7 +73,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _embed(given: argparse.Namespace) -> str:
     from dist_proxygml.data.sources import FolderSource, ShardSource, open_source
-    from dist_proxygml.embedder import Embedder
+    from dist_proxygml.inference.embedder import Embedder
 
     # What is quick to refuse comes first.
     embedder = Embedder.from_run(given.run, device=given.device, checkpoint=given.checkpoint)
@@ -119,7 +119,7 @@ def embed_to_folder(
     """
     from tqdm import tqdm
 
-    from dist_proxygml.embeddings import EmbeddingWriter
+    from dist_proxygml.inference.embeddings import EmbeddingWriter
 
     batch_size = batch_size or embedder.batch_size
     data = source.about()

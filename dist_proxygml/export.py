@@ -1,6 +1,6 @@
 """Write what a run learned into a folder of its own: `python -m dist_proxygml.export --run runs/demo_cpu --out DIR`.
 
-The command line; export_folder.py does it, and says what is in the folder.
+The command line; inference/export_folder.py does it, and says what is in the folder.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.opset is not None and "onnx" not in formats:
         parser.error("--opset is of ONNX; add --format onnx, or leave it out")
 
-    from dist_proxygml.export_check import ExportDiffersError
-    from dist_proxygml.export_folder import export
+    from dist_proxygml.inference.export_check import ExportDiffersError
+    from dist_proxygml.inference.export_folder import export
 
     if "torchscript" in formats:
         print("note: torch.jit, which TorchScript comes from, is deprecated in torch; ONNX will last", file=sys.stderr)

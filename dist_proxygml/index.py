@@ -1,6 +1,6 @@
 """Make embeddings searchable: `python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos`.
 
-The kind of index goes by the number of rows unless it is named; retrieval_index.py says how.
+The kind of index goes by the number of rows unless it is named; inference/retrieval_index.py says how.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_proxygml.options import share
+from dist_proxygml.cli import share
 
 EXAMPLES = """examples:
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _index(given: argparse.Namespace) -> str:
     from tqdm import tqdm
 
-    from dist_proxygml.embeddings import open_embeddings
-    from dist_proxygml.retrieval_index import KIND, Index
-    from dist_proxygml.sealed_folder import check_is_free
+    from dist_proxygml.inference.embeddings import open_embeddings
+    from dist_proxygml.inference.retrieval_index import KIND, Index
+    from dist_proxygml.storage.folder import check_is_free
 
     check_is_free(given.out.resolve(), KIND, overwrite=given.overwrite)
     embeddings = open_embeddings(given.embeddings)

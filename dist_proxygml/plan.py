@@ -2,14 +2,15 @@
 
     python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8 --memory "80 GiB"
 
-The command also shows the rest of the run (run_plan.py) and, with --measure, its times (rehearsal.py).
+The command also shows the rest of the run (training/run_plan.py) and, with --measure, its times
+(training/rehearsal.py).
 
 The head is the proxy bank, its gradient and optimizer state, and the working memory of one micro-batch; the backbone is
 DeepSpeed's. Training plans too, prints the table and refuses at once what does not fit, with what would. Integers and
 the configuration only: nothing here touches a process group.
 
-The working memory is a model of selection.py and similarity.py, held to 10 % of what is measured by a test. Of a
-sparse gradient the plan takes the most there can be, as if no two images kept the same proxy.
+The working memory is a model of head/selection.py and head/similarity.py, held to 10 % of what is measured by a test.
+Of a sparse gradient the plan takes the most there can be, as if no two images kept the same proxy.
 """
 
 import argparse
@@ -22,18 +23,18 @@ from pathlib import Path
 import torch
 
 from dist_proxygml.config import Config, load_config, parse_bytes, parse_config
-from dist_proxygml.loss import checked_topk
-from dist_proxygml.memory import available_memory, format_bytes
-from dist_proxygml.optim import wants_sparse_gradient
-from dist_proxygml.parallel import join_world, run_launcher
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.regularizer import regularizer_anchors
-from dist_proxygml.rehearsal import rehearse
-from dist_proxygml.run_plan import RunPlan, plan_run
-from dist_proxygml.selection import candidate_bytes_per_row, rows_per_block
-from dist_proxygml.similarity import chunk_width, sampled_bytes_per_row
-from dist_proxygml.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
-from dist_proxygml.training_data import count_classes
+from dist_proxygml.distributed.memory import available_memory, format_bytes
+from dist_proxygml.distributed.parallel import join_world, run_launcher
+from dist_proxygml.head.loss import checked_topk
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.regularizer import regularizer_anchors
+from dist_proxygml.head.selection import candidate_bytes_per_row, rows_per_block
+from dist_proxygml.head.similarity import chunk_width, sampled_bytes_per_row
+from dist_proxygml.head.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
+from dist_proxygml.training.data import count_classes
+from dist_proxygml.training.optim import wants_sparse_gradient
+from dist_proxygml.training.rehearsal import rehearse
+from dist_proxygml.training.run_plan import RunPlan, plan_run
 
 _FLOAT = 4  # the bank and the similarities are float32
 # Optimizer state, in numbers per element and per proxy.

@@ -85,7 +85,7 @@ def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
 def _write(run_directory: Path, data: str | None) -> int:
     from dist_proxygml.config import parse_bytes
     from dist_proxygml.data.index import open_index
-    from dist_proxygml.evaluation.report import format_table, read_run, write_report
+    from dist_proxygml.reporting.page import format_table, read_run, write_report
 
     config = read_run(run_directory).config
     if not config:

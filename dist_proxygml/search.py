@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dist_proxygml.cli import at_least, cosine
 from dist_proxygml.embed import add_model_options
-from dist_proxygml.options import at_least, cosine
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageRecord, ImageSource
-    from dist_proxygml.embedder import Embedder
-    from dist_proxygml.retrieval_index import Index
+    from dist_proxygml.inference.embedder import Embedder
+    from dist_proxygml.inference.retrieval_index import Index
 
 EXAMPLES = """examples:
   python -m dist_proxygml.search --index indexes/photos bird.jpg -k 5
@@ -77,7 +77,7 @@ def _search(given: argparse.Namespace) -> int:
         # `--html a.jpg b.jpg` would replace a picture
         raise ValueError(f"expected the page to write for --html, got {given.html}; name a file like found.html")
     queries = _query_paths(given.images)
-    from dist_proxygml.retrieval_index import Index
+    from dist_proxygml.inference.retrieval_index import Index
 
     index = Index.load(given.index)
     embedder = open_model(index, given.index, run=given.run, device=given.device)
@@ -112,8 +112,8 @@ def open_model(index: "Index", path: Path, *, run: Path | None = None, device: s
     Raises:
         ValueError: it is not there, or it is another one.
     """
-    from dist_proxygml.checkpoint_folder import checkpoint_name
-    from dist_proxygml.embedder import Embedder, model_difference
+    from dist_proxygml.checkpoint.folder import checkpoint_name
+    from dist_proxygml.inference.embedder import Embedder, model_difference
 
     model = index.model
     if model is None or not {"path", "run", "step"} <= model.keys():
@@ -220,7 +220,7 @@ def _as_json(index: "Index", path: Path, answers: Sequence[Answer]) -> dict[str,
 
 def _write_page(given: argparse.Namespace, index: "Index", answers: Sequence[Answer]) -> None:
     from dist_proxygml.data.sources import read_image
-    from dist_proxygml.search_page import Row, Tile, write_page
+    from dist_proxygml.inference.search_page import Row, Tile, write_page
 
     gallery = _gallery(given, index)
 

@@ -171,7 +171,7 @@ def _run_rank(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        from dist_proxygml.parallel import ParallelContext
+        from dist_proxygml.distributed.parallel import ParallelContext
 
         context = ParallelContext(
             rank=rank,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext, single_process
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from tests.harness import run_ranks
 from tests.reference import ReferenceResult, reference_gradients
 

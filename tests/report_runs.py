@@ -11,9 +11,9 @@ from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex, open_index, write_index
 from dist_proxygml.data.shards import ShardSample, list_shard, sample_key, shard_name, write_shard
 from dist_proxygml.data.transforms import build_transform
-from dist_proxygml.evaluation.embed import save_table
+from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.evaluation.embedding_pass import save_table
 from dist_proxygml.evaluation.evaluator import evaluate
-from dist_proxygml.parallel import single_process
 from tests.shards_of_noise import SIDE, Projection
 
 # An image file and its label.

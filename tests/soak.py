@@ -30,7 +30,7 @@ from dist_proxygml.faults import POINTS, VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo_cpu.json"
-PRELOADED = ["torch", "torch._dynamo", "deepspeed", "dist_proxygml.training", "faiss", "sklearn.metrics"]
+PRELOADED = ["torch", "torch._dynamo", "deepspeed", "dist_proxygml.training.run", "faiss", "sklearn.metrics"]
 NUM_RANKS = 2
 # A rank whose peer is gone meets a closed connection at once; the rest is for a busy machine.
 SECONDS_TO_END = 30.0

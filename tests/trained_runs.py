@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dist_proxygml.backbone import build_backbone
-from dist_proxygml.checkpoint import Retention, RunState, save_checkpoint
-from dist_proxygml.checkpoint_folder import checkpoint_name, write_manifest
+from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.checkpoint.folder import checkpoint_name, write_manifest
+from dist_proxygml.checkpoint.model import BACKBONE_FILE, write_class_table
+from dist_proxygml.checkpoint.writer import Retention, RunState, save_checkpoint
 from dist_proxygml.config import Config, flattened, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
-from dist_proxygml.parallel import ParallelContext, on_main
-from dist_proxygml.published_folder import files_below, hash_files
-from dist_proxygml.step import build_train_state
-from dist_proxygml.trained import BACKBONE_FILE, write_class_table
+from dist_proxygml.distributed.parallel import ParallelContext, on_main
+from dist_proxygml.storage.published import files_below, hash_files
+from dist_proxygml.training.step import build_train_state
 
 STEP = 30
 

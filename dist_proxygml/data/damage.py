@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_proxygml.collectives import AgreedError
-from dist_proxygml.parallel import ParallelContext, everyone, on_main
+from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main
 
 DAMAGE_FILE = "damaged.jsonl"
 

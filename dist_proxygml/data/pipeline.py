@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.plan import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
+from dist_proxygml.data.order import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
 from dist_proxygml.data.shards import ShardReader, ShardUnavailableError
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.data.workers import WorkerLoader

@@ -23,8 +23,8 @@ from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.datasets import IMAGE_SUFFIXES
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, open_index
+from dist_proxygml.data.order import MicroBatch, evaluation_batches
 from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
-from dist_proxygml.data.plan import MicroBatch, evaluation_batches
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.data.transforms import Resize, Transform
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dist_proxygml.preemption import ignore_stop_signals, stop_signals_held_back
+from dist_proxygml.distributed.preemption import ignore_stop_signals, stop_signals_held_back
 
 SECONDS_TO_START = (10.0, 30.0, 60.0, 120.0)
 """In each attempt. A process begins within milliseconds, on a machine that is overloaded within seconds."""

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.shards import publish
-from dist_proxygml.parallel import ParallelContext, everyone, on_main, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main, run_together
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SHARE_AT_RISK = 0.02  # of the time that a pass has taken: so much is not on disk before it is worth another block

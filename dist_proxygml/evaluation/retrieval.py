@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dist_proxygml.collectives import all_reduce_sum, gather_rows
+from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows
+from dist_proxygml.distributed.memory import available_memory
+from dist_proxygml.distributed.parallel import ParallelContext, everyone
 from dist_proxygml.evaluation.metrics import QueryScores, rank_without_first_column, score_queries
 from dist_proxygml.evaluation.rank_counts import (
     BEST,
@@ -39,8 +41,6 @@ from dist_proxygml.evaluation.rank_counts import (
     index_gallery,
 )
 from dist_proxygml.evaluation.search import MOST_NEIGHBOURS_ON_GPU, build_searcher, searches_on_gpu
-from dist_proxygml.memory import available_memory
-from dist_proxygml.parallel import ParallelContext, everyone
 
 LIST_LENGTH = 64  # neighbours that faiss looks for; right answers behind them are counted for by a sweep
 MOST_QUERIES = 4096  # of a tile

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml import checkpoint as checkpoint_module
-from dist_proxygml.checkpoint import (
+from dist_proxygml.checkpoint import writer as checkpoint_module
+from dist_proxygml.checkpoint.writer import (
     MANIFEST_FILE,
     CheckpointWriter,
     Retention,
@@ -22,9 +22,9 @@ from dist_proxygml.checkpoint import (
     published_checkpoints,
     verify_checkpoint,
 )
-from dist_proxygml.collectives import AgreedError, NonFiniteError
-from dist_proxygml.engine import Engine
-from dist_proxygml.parallel import ParallelContext, everyone, single_process
+from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
+from dist_proxygml.distributed.engine import Engine
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, single_process
 from tests.distributed.test_checkpoint import SETTINGS, parts, step
 from tests.distributed.test_checkpoint_faults import KEEP_TWO, Saver, contents, names_in
 from tests.harness import run_ranks

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dist_proxygml.config import Config, parse_config
+from dist_proxygml.data.order import EpochPlan
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.data.plan import EpochPlan
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
 NUM_CLASSES, NUM_IMAGES, NUM_STEPS, BATCH = 23, 24, 4, 6
@@ -76,7 +76,7 @@ def micro_batches(context: ParallelContext, step: int, accumulation: int) -> lis
 
 
 def train(context: ParallelContext, tasks: list[Task]) -> list[Outcome]:
-    from dist_proxygml.step import build_train_state, train_step
+    from dist_proxygml.training.step import build_train_state, train_step
 
     outcomes = []
     for task in tasks:
@@ -187,7 +187,7 @@ def test_proxies_keep_length_one_from_the_start_with_unit_norm(rule: str) -> Non
 
 def skip_a_step(context: ParallelContext) -> None:
     """A step that the engine does not apply, between two that it does."""
-    from dist_proxygml.step import build_train_state, train_step
+    from dist_proxygml.training.step import build_train_state, train_step
 
     for rule in RULES:
         state = build_train_state(configuration(rule, 1, unit_norm=True), context, steps_per_epoch=NUM_STEPS)
@@ -220,7 +220,7 @@ def test_a_step_that_the_engine_skips_changes_neither_bank_nor_state() -> None:
 
 
 def number_the_draws(context: ParallelContext) -> list[int]:
-    from dist_proxygml.step import build_train_state, train_step
+    from dist_proxygml.training.step import build_train_state, train_step
 
     state = build_train_state(configuration("adam", 2), context, steps_per_epoch=NUM_STEPS)
     state.engine.module.train()

@@ -6,8 +6,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from dist_proxygml.batch_norm import GlobalBatchNorm, convert_batch_norm
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.backbones.batch_norm import GlobalBatchNorm, convert_batch_norm
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
 NUM_IMAGES = 7  # uneven over 2 and 3 ranks

@@ -16,10 +16,10 @@ from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.evaluation.blocks import Block, BlockFolder, EmbeddingBlocks
 from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
-from dist_proxygml.parallel import ParallelContext, single_process
-from dist_proxygml.preemption import StopRequested, StopSignals
 from tests.harness import run_ranks
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards
 

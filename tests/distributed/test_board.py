@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from dist_proxygml.board import _is_shown, _names
 from dist_proxygml.config import Config
-from dist_proxygml.parallel import ParallelContext, on_main
-from dist_proxygml.training import train
+from dist_proxygml.distributed.parallel import ParallelContext, on_main
+from dist_proxygml.training.board import _is_shown, _names
+from dist_proxygml.training.run import train
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import configuration

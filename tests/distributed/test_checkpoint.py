@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_proxygml.bank_optim import RowwiseAdagrad, SparseAdam
-from dist_proxygml.checkpoint import (
+from dist_proxygml.checkpoint.writer import (
     Retention,
     RunState,
     checkpoint_to_continue,
@@ -23,10 +22,11 @@ from dist_proxygml.checkpoint import (
     save_checkpoint,
 )
 from dist_proxygml.config import OptimizerConfig
-from dist_proxygml.engine import Engine
-from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.optim import build_bank_optimizer
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.engine import Engine
+from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.head.optim import RowwiseAdagrad, SparseAdam
+from dist_proxygml.training.optim import build_bank_optimizer
 from tests.harness import run_ranks
 
 NUM_CLASSES = 7  # uneven over 2 and 3 ranks

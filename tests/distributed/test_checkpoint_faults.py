@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
-from dist_proxygml import checkpoint as checkpoint_module
-from dist_proxygml import published_folder
-from dist_proxygml.checkpoint import (
+from dist_proxygml.checkpoint import writer as checkpoint_module
+from dist_proxygml.checkpoint.writer import (
     Retention,
     RunState,
     SavedCheckpoint,
@@ -34,9 +33,10 @@ from dist_proxygml.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from dist_proxygml.collectives import AgreedError
-from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext, everyone, single_process
+from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, single_process
+from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.storage import published as published_folder
 from tests.distributed.test_checkpoint import NUM_CLASSES, SETTINGS, parts, step
 from tests.harness import run_ranks
 

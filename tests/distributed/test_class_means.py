@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_proxygml.config import Config, parse_config
-from dist_proxygml.parallel import ParallelContext
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.proxies import initial_proxies, replace_by_class_means_
+from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.proxies import initial_proxies, replace_by_class_means_
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 
@@ -161,8 +161,8 @@ def class_means_of_a_run(context: ParallelContext, root: Path, zero_stage: int) 
     from dist_proxygml.data.index import open_index
     from dist_proxygml.data.pipeline import build_evaluation_loader
     from dist_proxygml.data.transforms import build_transform
-    from dist_proxygml.step import build_train_state
-    from dist_proxygml.training import build_evaluation_model, start_from_class_means
+    from dist_proxygml.training.run import build_evaluation_model, start_from_class_means
+    from dist_proxygml.training.step import build_train_state
 
     # threshold 0: ZeRO 3 partitions small parameters too, and so gathers them in every forward pass
     zero = {"stage": zero_stage, "stage3_param_persistence_threshold": 0}
@@ -201,7 +201,7 @@ def test_a_run_starts_from_the_class_means_of_its_training_images(
 
 def train_and_continue(context: ParallelContext, root: Path) -> list[int]:
     """The step at which each of three runs asked for class means."""
-    from dist_proxygml import training
+    from dist_proxygml.training import run as training
 
     asked: list[int] = []
     training.start_from_class_means = lambda state, *_: asked.append(state.step)  # type: ignore[assignment]

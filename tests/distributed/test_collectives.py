@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, exchange_rows, gather_rows
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.collectives import all_reduce_max, all_reduce_sum, exchange_rows, gather_rows
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
 ROW_COUNTS = [[4], [3, 1], [2, 0, 3], [0, 0, 1], [0, 0, 0], [5, 5, 5]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.data.damage import Damage, DamageLog
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
 

@@ -17,10 +17,10 @@ from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.transforms import build_transform
-from dist_proxygml.evaluation.embed import EmbeddingTable
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
 from dist_proxygml.evaluation.retrieval import SearchOptions
-from dist_proxygml.parallel import ParallelContext, single_process
 from tests.harness import run_ranks
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_proxygml.collectives import count_bytes
 from dist_proxygml.config import load_config
-from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.collectives import count_bytes
+from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.plan import plan_head
 from tests.harness import run_ranks
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_proxygml import LossTerms, ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 from tests.problems import (
     ROUNDING,

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dist_proxygml.collectives import NonFiniteError
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.nonfinite import NonFiniteLog
-from dist_proxygml.parallel import ParallelContext, single_process
+from dist_proxygml.distributed.collectives import NonFiniteError
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.training.nonfinite import NonFiniteLog
 from tests.distributed.test_training import NUM_CLASSES, configuration
 from tests.harness import run_ranks
 
@@ -57,7 +57,7 @@ def train_with_faults(
 ) -> dict[str, Any]:
     """Run NUM_STEPS steps, with NaN injected on the last rank in BAD_STEPS; and again without these steps."""
     from dist_proxygml import faults
-    from dist_proxygml.step import build_train_state, train_step
+    from dist_proxygml.training.step import build_train_state, train_step
 
     config = configuration(
         schedule={"name": "constant"},

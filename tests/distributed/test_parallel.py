@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml import parallel
-from dist_proxygml.parallel import ParallelContext, everyone, parse_arguments, run_long, run_together, single_process
-from dist_proxygml.preemption import StopRequested
+from dist_proxygml.distributed import parallel
+from dist_proxygml.distributed.parallel import (
+    ParallelContext,
+    everyone,
+    parse_arguments,
+    run_long,
+    run_together,
+    single_process,
+)
+from dist_proxygml.distributed.preemption import StopRequested
 from tests.harness import run_ranks
 
 
@@ -109,8 +116,8 @@ def test_everyone_is_in_rank_order() -> None:
 
 LAUNCHER = """
 import atexit, sys
-from dist_proxygml.collectives import AgreedError
-from dist_proxygml.parallel import OneRankError, join_world, run_launcher
+from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.parallel import OneRankError, join_world, run_launcher
 
 class Witness:
     def __del__(self):

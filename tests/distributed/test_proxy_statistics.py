@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_proxygml import proxy_statistics
-from dist_proxygml.parallel import ParallelContext, single_process
-from dist_proxygml.proxy_statistics import ProxyStatistics, ProxyUse
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.head import statistics as proxy_statistics
+from dist_proxygml.head.statistics import ProxyStatistics, ProxyUse
 from tests.harness import run_ranks
 from tests.problems import Problem, build_loss, even_rows, random_problem
 

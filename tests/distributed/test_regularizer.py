@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_proxygml import regularizer
-from dist_proxygml.parallel import ParallelContext
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.regularizer import draw_anchors, proxy_regularizer, sampled_proxy_regularizer
+from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.head import regularizer
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.regularizer import draw_anchors, proxy_regularizer, sampled_proxy_regularizer
 from tests.harness import run_ranks
 from tests.problems import relative_difference
 from tests.unit.test_regularizer import ROUNDING, chunks_of, dense, random_proxies, value_and_gradient

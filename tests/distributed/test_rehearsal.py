@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.checkpoint import Retention, RunState, save_checkpoint
+from dist_proxygml.checkpoint.writer import Retention, RunState, save_checkpoint
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.plan import plan_head
-from dist_proxygml.rehearsal import Rehearsal, format_seconds, rehearse
-from dist_proxygml.run_plan import plan_run
-from dist_proxygml.step import build_train_state, train_step
+from dist_proxygml.training.rehearsal import Rehearsal, format_seconds, rehearse
+from dist_proxygml.training.run_plan import plan_run
+from dist_proxygml.training.step import build_train_state, train_step
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def test_steps_are_measured_on_several_ranks_with_and_without_shards(shards: str
 
 def saved(context: ParallelContext, directory: Path) -> int:
     """Bytes of a checkpoint after one step, when the optimizers have their state."""
-    from dist_proxygml.rehearsal import _random_batches
+    from dist_proxygml.training.rehearsal import _random_batches
 
     config = tiny("backbone.options.width=24", f"runs_dir={directory}")
     state = build_train_state(config, context, steps_per_epoch=5)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dist_proxygml.config import Config
+from dist_proxygml.data.order import EpochPlan
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.data.plan import EpochPlan
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.distributed.test_training import configuration
 from tests.harness import run_ranks
 from tests.unit.test_engine import same
@@ -75,7 +75,7 @@ def batches_of_steps(context: ParallelContext, accumulation: int) -> list[list[B
 
 def updates_on_rank(context: ParallelContext, cases: list[Case]) -> list[dict[str, np.ndarray]]:
     """How far the backbone and this rank's proxies moved in the run, for every case."""
-    from dist_proxygml.step import build_train_state, train_step
+    from dist_proxygml.training.step import build_train_state, train_step
 
     results = []
     for case in cases:
@@ -155,8 +155,8 @@ def fp16_on_rank(context: ParallelContext, zero_stages: list[int], loss_scales: 
     """A run for each stage of ZeRO and loss scale. CPUs can compute in float16; that they are refused is lifted."""
     from deepspeed.accelerator import get_accelerator
 
-    from dist_proxygml import engine
-    from dist_proxygml.step import build_train_state, train_step
+    from dist_proxygml.distributed import engine
+    from dist_proxygml.training.step import build_train_state, train_step
 
     get_accelerator().is_fp16_supported = lambda: True
     engine._refuse_fp16_on_cpu = lambda settings, device: None

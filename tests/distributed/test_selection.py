@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_proxygml.parallel import ParallelContext
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.selection import Exchange, keep_best, num_kept_proxies
+from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.selection import Exchange, keep_best, num_kept_proxies
 from tests.harness import run_ranks
 from tests.reference import kept_proxies
 

@@ -3,10 +3,16 @@
 import pytest
 import torch
 
-from dist_proxygml.collectives import all_reduce_max, all_reduce_sum, count_bytes, exchange_rows, gather_rows
-from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext, single_process
-from dist_proxygml.traffic import SELECTIONS, bytes_per_step, cheapest_selection
+from dist_proxygml.distributed.collectives import (
+    all_reduce_max,
+    all_reduce_sum,
+    count_bytes,
+    exchange_rows,
+    gather_rows,
+)
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.head.traffic import SELECTIONS, bytes_per_step, cheapest_selection
 from tests.harness import run_ranks
 
 BATCH, DIM, TOPK = 12, 5, 9

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dist_proxygml.config import Config, parse_config
+from dist_proxygml.data.order import EpochPlan
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.data.plan import EpochPlan
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
 NUM_CLASSES, NUM_IMAGES, NUM_STEPS = 7, 43, 20
@@ -45,7 +45,7 @@ def trained_parameters(
     context: ParallelContext, accumulation: int, zero_stage: int, batch_norm: str, bf16: bool = False
 ) -> dict[str, np.ndarray]:
     """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last one of 7 images."""
-    from dist_proxygml.step import build_train_state, train_step
+    from dist_proxygml.training.step import build_train_state, train_step
 
     config = configuration(
         backbone={"name": "small_cnn", "embedding_dim": 8, "batch_norm": batch_norm, "options": {"width": 4}},
@@ -144,7 +144,7 @@ def test_bf16_trains_close_to_float32_and_keeps_float32_statistics(zero_stage: i
 
 @pytest.mark.timeout(300)
 def test_training_moved_everything_it_should() -> None:
-    from dist_proxygml.backbone import build_backbone
+    from dist_proxygml.backbones.build import build_backbone
 
     torch.manual_seed(0)
     before = build_backbone(configuration().backbone).state_dict()

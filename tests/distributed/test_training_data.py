@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.checkpoint import RunState
+from dist_proxygml.checkpoint.writer import RunState
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.data.pipeline import build_order
-from dist_proxygml.parallel import ParallelContext, single_process
-from dist_proxygml.step import build_train_state
-from dist_proxygml.training import _check_same_data, continue_at
-from dist_proxygml.training_data import open_split, open_training_data
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.training.data import open_split, open_training_data
+from dist_proxygml.training.run import _check_same_data, continue_at
+from dist_proxygml.training.step import build_train_state
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from dist_proxygml.backbone import build_backbone
-from dist_proxygml.checkpoint import find_checkpoint
-from dist_proxygml.collectives import AgreedError
+from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.checkpoint.model import open_trained
+from dist_proxygml.checkpoint.writer import find_checkpoint
 from dist_proxygml.config import parse_config
 from dist_proxygml.data.index import ClassEntry
-from dist_proxygml.parallel import ParallelContext, on_main, run_together, single_process
-from dist_proxygml.proxies import initial_proxies
-from dist_proxygml.trained import open_trained
-from dist_proxygml.training import train
-from dist_proxygml.transfer import copy_rows_, match_classes, open_transfer
+from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.parallel import ParallelContext, on_main, run_together, single_process
+from dist_proxygml.head.proxies import initial_proxies
+from dist_proxygml.training.run import train
+from dist_proxygml.training.transfer import copy_rows_, match_classes, open_transfer
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import STEP, configuration, read_class_names, write_class_names, write_run

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from dist_proxygml.checkpoint.model import open_trained
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.data.index import ClassEntry, open_index
-from dist_proxygml.data.plan import draw_validation_classes
+from dist_proxygml.data.order import draw_validation_classes
+from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.evaluation.best import select_results
-from dist_proxygml.parallel import ParallelContext
-from dist_proxygml.trained import open_trained
-from dist_proxygml.training_data import count_classes, open_training_data, open_validation
+from dist_proxygml.training.data import count_classes, open_training_data, open_validation
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 
@@ -62,7 +62,7 @@ def train_all(context: ParallelContext, root: Path) -> dict[str, list[tuple[int,
     """A run of two epochs, the same for a third one, one with class-balanced batches, one without validation classes
     that starts from the first; of each the shard, the offset and the label of every image that this rank trained on.
     """
-    from dist_proxygml import training
+    from dist_proxygml.training import run as training
 
     seen: list[tuple[int, int]] = []
     train_step = training.train_step
@@ -209,7 +209,7 @@ def test_the_validation_classes_are_evaluated_again_with_the_same_numbers(
 
 
 def train_without_telling(context: ParallelContext, config: Config) -> None:
-    from dist_proxygml import training
+    from dist_proxygml.training import run as training
 
     training.train(config, context)
 
@@ -237,8 +237,8 @@ def start_and_be_killed(context: ParallelContext, root: Path, fault: str) -> Non
 
 def train_with_blocks(context: ParallelContext, root: Path) -> list[str]:
     """Train, keeping each batch of an evaluation; what is said of that."""
-    from dist_proxygml import training
     from dist_proxygml.evaluation.blocks import BlockFolder
+    from dist_proxygml.training import run as training
 
     said: list[str] = []
 
@@ -320,7 +320,7 @@ def test_a_share_counts_the_classes_that_the_shards_have_where_nobody_says_a_num
 
 
 def test_a_start_from_a_model_that_has_seen_the_validation_classes_is_told(root: Path) -> None:
-    from dist_proxygml.training import _trained_before
+    from dist_proxygml.training.run import _trained_before
 
     data = open_training_data(configuration(root))
     assert data.index is not None

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml.checkpoint import CheckpointWriter, Retention, RunState, load_checkpoint
-from dist_proxygml.engine import Engine
-from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.checkpoint.writer import CheckpointWriter, Retention, RunState, load_checkpoint
+from dist_proxygml.distributed.engine import Engine
+from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.head.loss import ProxyGMLLoss
 from tests.distributed.test_checkpoint import SETTINGS, step
 from tests.harness import run_ranks
 

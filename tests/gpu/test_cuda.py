@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.backbone import build_backbone
+from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.config import BackboneConfig
 
 pytestmark = [

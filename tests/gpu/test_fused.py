@@ -1,8 +1,8 @@
-"""On a CUDA device: the fused kernels give what similarity.py gives, in little memory, and the same each time.
+"""On a CUDA device: the fused kernels give what head/similarity.py gives, in little memory, and the same each time.
 
 Small integers and lengths that are powers of two have products without rounding error: values are equal, ties are real.
 
-Dimension key: that of fused.py.
+Dimension key: that of head/fused.py.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_proxygml import ProxyGMLLoss, similarity
-from dist_proxygml.bank import Bank, Pairs, build_bank
+from dist_proxygml.head.bank import Bank, Pairs, build_bank
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 @DTYPES
 @pytest.mark.parametrize("sizes", [(5, 77, 19), (33, 3001, 64), (300, 10007, 130), (129, 4096, 512)], ids=str)
 def test_the_pairs_above_the_floor_are_those_of_the_twin(sizes: tuple[int, int, int], matmul_dtype) -> None:
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     num_rows, num_proxies, dim = sizes
     embeddings_RD = integers(num_rows, dim, seed=0)
@@ -82,7 +82,7 @@ def test_the_pairs_above_the_floor_are_those_of_the_twin(sizes: tuple[int, int, 
 
 @DTYPES
 def test_similarities_of_any_numbers_are_those_of_the_twin(matmul_dtype: torch.dtype) -> None:
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     embeddings_RD = F.normalize(normal(200, 500, seed=0))
     bank = build_bank(normal(5003, 500, seed=1), matmul_dtype=matmul_dtype)
@@ -107,7 +107,7 @@ def test_similarities_of_any_numbers_are_those_of_the_twin(matmul_dtype: torch.d
 @DTYPES
 def test_a_similarity_does_not_depend_on_where_its_proxy_lies(matmul_dtype: torch.dtype) -> None:
     """So ranks that hold other parts of the bank find the same values, ties included."""
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     embeddings_RD = F.normalize(normal(70, 96, seed=0))
     bank = build_bank(normal(1000, 96, seed=1))
@@ -129,7 +129,7 @@ def test_a_similarity_does_not_depend_on_where_its_proxy_lies(matmul_dtype: torc
 
 @DTYPES
 def test_pairs_above_takes_little_memory(matmul_dtype: torch.dtype) -> None:
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     num_rows, num_proxies, num_wanted = 1024, 200_003, 100
     embeddings_RD = F.normalize(normal(num_rows, 64, seed=0))
@@ -147,7 +147,7 @@ def test_pairs_above_takes_little_memory(matmul_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dim", [19, 512])
 def test_gradients_are_those_of_the_twin_and_the_same_each_time(dim: int) -> None:
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     embeddings_RD = F.normalize(normal(96, dim, seed=0))
     bank = build_bank(normal(20_011, dim, seed=1))
@@ -185,7 +185,7 @@ def test_the_loss_and_its_gradients_do_not_change(matmul_dtype: torch.dtype, spa
 
 
 def test_nothing_as_large_as_the_gradient_exists_beside_it() -> None:
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     embeddings_RD = F.normalize(normal(64, 512, seed=0))
     bank = build_bank(normal(200_003, 512, seed=1))
@@ -201,7 +201,7 @@ def test_nothing_as_large_as_the_gradient_exists_beside_it() -> None:
 
 
 def test_a_bank_of_more_elements_than_int32_counts() -> None:
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     dim, num_proxies = 512, (1 << 31) // 512 + 1001
     if torch.cuda.mem_get_info()[0] < 4 * num_proxies * 4 * dim:

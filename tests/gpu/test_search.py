@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation import rank_counts
-from dist_proxygml.evaluation.embed import EmbeddingTable
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
 from dist_proxygml.evaluation.evaluator import Settings, evaluate_table
 from dist_proxygml.evaluation.exact import error_bound, float32_products, round_rows, scores_of_block
 from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.evaluation.search import build_searcher, searches_on_gpu
-from dist_proxygml.parallel import single_process
 
 pytestmark = [
     pytest.mark.gpu,

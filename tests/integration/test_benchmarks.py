@@ -29,7 +29,7 @@ from benchmarks.ranks import bars as bars_of_ranks
 from benchmarks.search import bars as bars_of_search
 from benchmarks.search import check_agreement
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_proxygml.evaluation.report import write_report
+from dist_proxygml.reporting.page import write_report
 from tests.report_runs import write_picture_shards, write_run
 
 # Quiet: of itself the browser asks nobody for anything.

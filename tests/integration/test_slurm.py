@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from launchers import submit
+from dist_proxygml.cluster import submit
 from tests.slurm_jobs import Slurm, start_launcher, training_losses, wait_for
 
 SUBMIT = ("launchers/submit.py", "--config", "configs/demo_cpu.json")

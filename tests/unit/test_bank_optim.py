@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_proxygml import bank_optim
-from dist_proxygml.bank_optim import (
+from dist_proxygml.head import optim as bank_optim
+from dist_proxygml.head.optim import (
     RowwiseAdagrad,
     SparseAdam,
     bring_to_unit_length_,

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dist_proxygml.bank_storage import BankReader, BankWriter
+from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
 
 
 def test_the_table_of_contents_does_not_depend_on_the_order_of_threads(

@@ -7,7 +7,7 @@ import pytest
 
 from dist_proxygml.evaluation.best import SelectedResult, select_results
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.evaluation.report import format_table
+from dist_proxygml.reporting.page import format_table
 
 
 def result(**metrics: float) -> EvaluationResult:

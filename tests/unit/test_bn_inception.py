@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_proxygml.backbone import build_backbone
-from dist_proxygml.bn_inception import BNInception
+from dist_proxygml.backbones.bn_inception import BNInception
+from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.config import BackboneConfig
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dist_proxygml.evaluation.charts import Histogram, Series, histogram_chart, line_chart
+from dist_proxygml.reporting.charts import Histogram, Series, histogram_chart, line_chart
 
 
 def test_a_chart_puts_its_points_where_its_axes_say() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dist_proxygml.config import Config, load_config, parse_config
-from dist_proxygml.engine import engine_settings
+from dist_proxygml.distributed.engine import engine_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 

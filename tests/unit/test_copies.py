@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from dist_proxygml.evaluation import copies
-from dist_proxygml.evaluation.copies import Pair, find_copies, find_look_alikes
-from dist_proxygml.evaluation.thumbnails import Thumbnails
+from dist_proxygml.reporting import copies
+from dist_proxygml.reporting.copies import Pair, find_copies, find_look_alikes
+from dist_proxygml.reporting.thumbnails import Thumbnails
 from tests.report_runs import Picture, write_picture_shards
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_proxygml import sealed_folder
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.embed import main
-from dist_proxygml.embedder import Embedder
-from dist_proxygml.embeddings import EmbeddingWriter, check_rows, open_embeddings
+from dist_proxygml.inference.embedder import Embedder
+from dist_proxygml.inference.embeddings import EmbeddingWriter, check_rows, open_embeddings
+from dist_proxygml.storage import folder as sealed_folder
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
 
@@ -269,7 +269,7 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
 
 def test_two_processes_do_not_write_the_same_embeddings(run: Path, photos: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from dist_proxygml.embeddings import EmbeddingWriter\n"
+        "import sys; from pathlib import Path; from dist_proxygml.inference.embeddings import EmbeddingWriter\n"
         "writer = EmbeddingWriter(Path(sys.argv[1]), plan={}, embedding_dim=3); print('begun', flush=True); input()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "out")]

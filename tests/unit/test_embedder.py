@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 
 import dist_proxygml
 from dist_proxygml import Embedder
-from dist_proxygml.backbone import build_backbone
-from dist_proxygml.checkpoint import load_backbone
+from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.checkpoint.model import BACKBONE_FILE
+from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import load_config
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.pipeline import build_evaluation_loader
 from dist_proxygml.data.sources import open_source
 from dist_proxygml.data.transforms import build_transform
-from dist_proxygml.embedder import choose_device, model_difference
-from dist_proxygml.evaluation.embed import embed
-from dist_proxygml.export_folder import export
-from dist_proxygml.parallel import single_process
-from dist_proxygml.trained import BACKBONE_FILE
+from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.evaluation.embedding_pass import embed
+from dist_proxygml.inference.embedder import choose_device, model_difference
+from dist_proxygml.inference.export_folder import export
 from tests.trained_runs import write_finished_run
 
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml import step as step_module
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.engine import Engine, engine_settings
-from dist_proxygml.parallel import single_process
-from dist_proxygml.step import TrainState, build_train_state, train_step
+from dist_proxygml.distributed.engine import Engine, engine_settings
+from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.training import step as step_module
+from dist_proxygml.training.step import TrainState, build_train_state, train_step
 from tests.distributed.test_training import configuration
 
 LARGEST_HALF = 65504.0

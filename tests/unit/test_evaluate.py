@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_proxygml import training
 from dist_proxygml.config import load_config
-from dist_proxygml.evaluation.embed import EmbeddingTable, load_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.parallel import single_process
-from launchers.evaluate import (
+from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.evaluate import (
     build_parser,
     legacy_lines,
     overrides,
@@ -23,6 +20,9 @@ from launchers.evaluate import (
     what_is_other,
     what_numbers_depend_on,
 )
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.training import run as training
 
 ROOT = Path(__file__).resolve().parents[2]
 

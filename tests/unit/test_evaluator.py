@@ -18,11 +18,11 @@ from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation import search
-from dist_proxygml.evaluation.embed import EmbeddingTable, check_table, embed, load_table, save_table
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, check_table, embed, load_table, save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
 from dist_proxygml.evaluation.retrieval import SearchOptions, choose_placement
-from dist_proxygml.parallel import single_process
 from dist_proxygml.protocols import PROTOCOLS
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards, write_query_and_gallery
 
@@ -152,7 +152,7 @@ def test_whoever_looks_sees_how_far_the_embedding_pass_is(
 ) -> None:
     at_once = {"delay": 0, "mininterval": 0, "disable": False}
     monkeypatch.setattr(
-        "dist_proxygml.evaluation.embed.tqdm", lambda batches, **options: tqdm(batches, **(options | at_once))
+        "dist_proxygml.evaluation.embedding_pass.tqdm", lambda batches, **options: tqdm(batches, **(options | at_once))
     )
     evaluated(Projection(), index, kmeans_seeds=0)
     assert re.search(r"embedding test: 100%.* 6/6 ", capsys.readouterr().err)  # 37 images in batches of 7

@@ -17,17 +17,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dist_proxygml import export_folder
-from dist_proxygml import trained as trained_module
-from dist_proxygml.backbone import EmbeddingModel, build_backbone
-from dist_proxygml.checkpoint import load_backbone
+from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
+from dist_proxygml.checkpoint import model as trained_module
+from dist_proxygml.checkpoint.model import open_trained
+from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import BackboneConfig, load_config
+from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from dist_proxygml.export import main
-from dist_proxygml.export_check import original_backbone
-from dist_proxygml.export_folder import export
-from dist_proxygml.parallel import ParallelContext, single_process
-from dist_proxygml.trained import open_trained
-from dist_proxygml.transfer import open_transfer
+from dist_proxygml.inference import export_folder
+from dist_proxygml.inference.export_check import original_backbone
+from dist_proxygml.inference.export_folder import export
+from dist_proxygml.training.transfer import open_transfer
 from tests.harness import run_ranks
 from tests.trained_runs import configuration, read_class_names, write_class_names, write_run
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_proxygml import export_check
-from dist_proxygml.backbone import build_backbone
+from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.config import BackboneConfig, Config
-from dist_proxygml.export_check import (
+from dist_proxygml.inference import export_check
+from dist_proxygml.inference.export_check import (
     CheckImages,
     ExportDiffersError,
     FileCheck,

@@ -1,9 +1,9 @@
-"""The GPU's kernels give what similarity.py gives: run by Triton's interpreter on the CPU, and compiled for a GPU.
+"""The GPU's kernels give what head/similarity.py gives: run by Triton's interpreter on the CPU, and compiled for a GPU.
 
 Most data are small integers, and lengths powers of two: their products have no rounding error, so values are equal and
 ties are real. The interpreter needs TRITON_INTERPRET before triton is imported, so a child process calls the kernels.
 
-Dimension key: that of fused.py.
+Dimension key: that of head/fused.py.
 """
 
 import functools
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_proxygml import ProxyGMLLoss, similarity
-from dist_proxygml.bank import Bank, Pairs, build_bank
+from dist_proxygml.head.bank import Bank, Pairs, build_bank
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which comes with torch on Linux"
@@ -32,7 +32,7 @@ SHARED_MEMORY = 227 * 1024  # bytes that a program can have on a Hopper GPU
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function of fused.py (or of this file) by name where the kernels are interpreted."""
+    """Calls a function of head/fused.py (or of this file) by name where the kernels are interpreted."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -42,7 +42,7 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 
 
 def _call(message: bytes) -> bytes:
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     (name, *arguments), named = pickle.loads(message)
     torch.set_num_threads(1)
@@ -176,7 +176,7 @@ def test_nothing_is_written_beyond_the_room_there_is(interpreted) -> None:
 
 def _fill(num_proxies: int, num_rows: int, capacity: int) -> tuple[Tensor, Tensor, int]:
     """What the kernel leaves of buffers of 200 elements, filled with -1, if it is told that there are fewer."""
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     key_n, similarity_n = torch.full((200,), -1), torch.full((200,), -1.0)
     num_found = torch.zeros(1, dtype=torch.int64)
@@ -339,7 +339,7 @@ def test_a_kernel_compiles_for_hopper_and_fits_into_its_shared_memory(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dist_proxygml import fused
+    from dist_proxygml.head import fused
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(fused, kernel)

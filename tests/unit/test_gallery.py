@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
-from dist_proxygml.evaluation.embed import EmbeddingTable
-from dist_proxygml.evaluation.gallery import TILE_SIDE, retrieval_gallery, stratified_sample, thumbnail
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
+from dist_proxygml.reporting.gallery import TILE_SIDE, retrieval_gallery, stratified_sample, thumbnail
 from tests.shards_of_noise import SIDE, write_noise_shards, write_query_and_gallery
 
 CELL = TILE_SIDE + 8

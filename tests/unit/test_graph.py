@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml import graph
-from dist_proxygml.backbone import EmbeddingModel, Preprocessing, build_backbone
+from dist_proxygml.backbones.build import EmbeddingModel, Preprocessing, build_backbone
 from dist_proxygml.config import BackboneConfig
-from dist_proxygml.graph import check_onnx, open_onnx, open_torchscript, write_onnx, write_torchscript
+from dist_proxygml.inference import graph
+from dist_proxygml.inference.graph import check_onnx, open_onnx, open_torchscript, write_onnx, write_torchscript
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),

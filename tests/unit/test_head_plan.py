@@ -10,7 +10,7 @@ import pytest
 
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.plan import check_fits, format_bytes, main, plan_head
-from dist_proxygml.training_data import count_classes
+from dist_proxygml.training.data import count_classes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,9 +163,9 @@ def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFi
 MEASURE = """
 import json, sys, torch
 from dist_proxygml.config import parse_config
-from dist_proxygml.loss import ProxyGMLLoss
-from dist_proxygml.memory import peak_memory
-from dist_proxygml.optim import build_bank_optimizer, wants_sparse_gradient
+from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.distributed.memory import peak_memory
+from dist_proxygml.training.optim import build_bank_optimizer, wants_sparse_gradient
 from dist_proxygml.plan import plan_head
 
 def train(config):

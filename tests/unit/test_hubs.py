@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_proxygml.evaluation.hubs import count_hubs
+from dist_proxygml.reporting.hubs import count_hubs
 
 
 def test_occurrences_and_wrong_ones_are_those_counted_by_hand() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from dist_proxygml import memory
-from dist_proxygml.memory import available_memory
+from dist_proxygml.distributed import memory
+from dist_proxygml.distributed.memory import available_memory
 
 
 def test_this_machine_has_memory_left() -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation import metrics
-from dist_proxygml.evaluation.embed import EmbeddingTable
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
 from dist_proxygml.evaluation.evaluator import Settings, evaluate_table
 from dist_proxygml.evaluation.metrics import NEVER
-from dist_proxygml.parallel import single_process
 
 # Two queries. First: R = 3, right answers at 2, 3 and 5. Second: R = 2, right answers at 1 and 4.
 QUERY = np.array([0, 0, 0, 1, 1])

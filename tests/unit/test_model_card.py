@@ -18,8 +18,8 @@ from dist_proxygml.config import CenterCropConfig, ResizeConfig
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.export_check import FileCheck
-from dist_proxygml.model_card import StoredEvaluation, TrainingFacts, escape, find_evaluation, write_card
+from dist_proxygml.inference.export_check import FileCheck
+from dist_proxygml.inference.model_card import StoredEvaluation, TrainingFacts, escape, find_evaluation, write_card
 
 HOSTILE = '</td><script>alert(1)</script> | [x](http://a.b) `rm` *b* \n---\nlicense: mit # "q" \u2028 \x85 \ud800 é'
 RESULT = EvaluationResult(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_proxygml.evaluation.embed import EmbeddingTable
-from dist_proxygml.evaluation.neighbourhoods import examine
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
+from dist_proxygml.reporting.neighbourhoods import examine
 
 
 def make_table(num_images: int = 400, num_classes: int = 60) -> EmbeddingTable:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_proxygml.config import Config, OptimizerConfig, ScheduleConfig, parse_config
-from dist_proxygml.optim import (
+from dist_proxygml.training.optim import (
     build_backbone_optimizer,
     build_bank_optimizer,
     clip_norm_,

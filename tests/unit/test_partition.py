@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_proxygml.partition import ClassPartition
+from dist_proxygml.head.partition import ClassPartition
 
 
 def parts(num_classes: int, world_size: int) -> list[ClassPartition]:

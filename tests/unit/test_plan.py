@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_proxygml.data.plan import (
+from dist_proxygml.data.order import (
     EpochPlan,
     _argsort,
     class_balanced_order,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dist_proxygml.parallel import ParallelContext
-from dist_proxygml.preemption import StopRequested, StopSignals, ignore_stop_signals
+from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.distributed.preemption import StopRequested, StopSignals, ignore_stop_signals
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # The main thread waits in C for a lock that it holds: no handler of Python's can run there.
 HUNG = """
 import ctypes, os, sys, threading, time
-from dist_proxygml.preemption import StopSignals
+from dist_proxygml.distributed.preemption import StopSignals
 
 def give_up():
     print("grace is over", signals.received.name, flush=True)
@@ -133,7 +133,7 @@ def test_data_loading_processes_go_on() -> None:
 
 LEFT_IN_USE = """
 from torch.utils.data import DataLoader
-from dist_proxygml.preemption import ignore_stop_signals
+from dist_proxygml.distributed.preemption import ignore_stop_signals
 
 batches = iter(DataLoader(range(1000), num_workers=2, worker_init_fn=ignore_stop_signals))
 next(batches)

@@ -13,9 +13,9 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
-from dist_proxygml.evaluation.embed import EmbeddingTable
-from dist_proxygml.evaluation.gallery import stratified_sample, thumbnail
-from dist_proxygml.projector import (
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
+from dist_proxygml.reporting.gallery import stratified_sample, thumbnail
+from dist_proxygml.reporting.projector import (
     MAX_POINTS,
     MAX_SPRITE_SIDE,
     has_projection,

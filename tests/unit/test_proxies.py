@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.proxies import initial_proxies
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.proxies import initial_proxies
 
 INITIALIZATIONS = ["published", "unit"]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from dist_proxygml.bank import Pairs
-from dist_proxygml.loss import KeptPairs
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.proxy_statistics import DEAD_DEFINITION, ProxyStatistics, bin_edges, write_proxy_use
+from dist_proxygml.head.bank import Pairs
+from dist_proxygml.head.loss import KeptPairs
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.statistics import DEAD_DEFINITION, ProxyStatistics, bin_edges, write_proxy_use
 
 
 def pairs(*entries: tuple[int, int, float]) -> Pairs:

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation import rank_counts, retrieval
 from dist_proxygml.evaluation.exact import error_bound, float32_products, round_rows, scores_of_block, scores_of_pairs
 from dist_proxygml.evaluation.metrics import NEVER
 from dist_proxygml.evaluation.rank_counts import in_tiles
 from dist_proxygml.evaluation.retrieval import Depth, Images, Retrieval, SearchOptions, retrieve
-from dist_proxygml.parallel import single_process
 
 WHOLE = Depth(whole_ranking=True, first_ranks=1, with_self=True)
 TOLERANCE = 1e-6

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_proxygml import regularizer
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.regularizer import (
+from dist_proxygml.head import regularizer
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.regularizer import (
     draw_anchors,
     proxy_regularizer,
     regularizer_anchors,

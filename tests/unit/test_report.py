@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.evaluation import report_pictures
-from dist_proxygml.evaluation.embed import EmbeddingTable, save_table
-from dist_proxygml.evaluation.report import format_metrics, format_table, read_run, write_report
-from dist_proxygml.evaluation.thumbnails import MAX_BYTES, Thumbnails
-from dist_proxygml.partition import ClassPartition
-from dist_proxygml.proxy_statistics import ProxyStatistics, write_proxy_use
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, save_table
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.statistics import ProxyStatistics, write_proxy_use
 from dist_proxygml.report import main
+from dist_proxygml.reporting import pictures as report_pictures
+from dist_proxygml.reporting.page import format_metrics, format_table, read_run, write_report
+from dist_proxygml.reporting.thumbnails import MAX_BYTES, Thumbnails
 from tests.report_runs import proxy_statistics, write_picture_shards, write_run
 from tests.shards_of_noise import SIDE, write_noise_shards
 

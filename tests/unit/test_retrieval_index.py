@@ -12,7 +12,7 @@ import pytest
 from dist_proxygml import Index
 from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.index import main
-from dist_proxygml.retrieval_index import FLAT_BELOW, HNSW_BELOW, choose_kind, count_lists
+from dist_proxygml.inference.retrieval_index import FLAT_BELOW, HNSW_BELOW, choose_kind, count_lists
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("flat", "ivf", "hnsw")
@@ -223,7 +223,7 @@ def test_a_single_row_is_a_gallery_too(kind: str) -> None:
 
 
 def test_the_command_builds_and_tells_its_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dist_proxygml.embeddings import EmbeddingWriter
+    from dist_proxygml.inference.embeddings import EmbeddingWriter
 
     with EmbeddingWriter(tmp_path / "e", plan={}, embedding_dim=16) as writer:
         writer.add(ROWS, [ImageRecord(name) for name in NAMES], [])

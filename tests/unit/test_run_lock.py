@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_proxygml.run_lock import RunLock
+from dist_proxygml.storage.lock import RunLock
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 

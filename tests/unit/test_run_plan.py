@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_proxygml import run_plan
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.plan import main
-from dist_proxygml.run_plan import BackboneMemory, plan_backbone, plan_run
+from dist_proxygml.training import run_plan
+from dist_proxygml.training.run_plan import BackboneMemory, plan_backbone, plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo_cpu.json"

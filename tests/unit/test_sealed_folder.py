@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml import sealed_folder
-from dist_proxygml.published_folder import make_empty, partial_path
-from dist_proxygml.sealed_folder import SealedKind, check_is_free, open_sealed, seal
+from dist_proxygml.storage import folder as sealed_folder
+from dist_proxygml.storage.folder import SealedKind, check_is_free, open_sealed, seal
+from dist_proxygml.storage.published import make_empty, partial_path
 
 KIND = SealedKind(
     "a-kind",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_proxygml import similarity as module
-from dist_proxygml.bank import Bank, Pairs, build_bank
-from dist_proxygml.selection import looks_at_pairs, rows_per_block, select_negatives
-from dist_proxygml.similarity import (
+from dist_proxygml.head import similarity as module
+from dist_proxygml.head.bank import Bank, Pairs, build_bank
+from dist_proxygml.head.selection import looks_at_pairs, rows_per_block, select_negatives
+from dist_proxygml.head.similarity import (
     best_pairs,
     chunk_width,
     embedding_gradient,

@@ -11,10 +11,10 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from dist_proxygml.checkpoint import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.checkpoint.writer import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.cluster import submit
 from dist_proxygml.config import Config, load_config, parse_config
-from dist_proxygml.slurm import expand_counts, first_host, process_variables, rendezvous_port
-from launchers import submit
+from dist_proxygml.distributed.slurm import expand_counts, first_host, process_variables, rendezvous_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "demo_cpu.json")
@@ -286,7 +286,7 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR2
 from types import SimpleNamespace
 import submitit
-from launchers import submit
+from dist_proxygml.cluster import submit
 
 cluster, rank, state, what = sys.argv[1:]
 
@@ -341,7 +341,7 @@ def test_a_stopped_job_is_requeued_by_rank_0_if_its_signal_asks_for_it(
 EARLY = """
 import os, signal, sys, time, types
 from types import SimpleNamespace
-from launchers import submit
+from dist_proxygml.cluster import submit
 
 def train(config, context, *, resume, signals):
     deadline = time.monotonic() + 20
@@ -355,8 +355,8 @@ class Requeue(submit.Requeue):
         os.kill(os.getpid(), signal.SIGUSR2)
 
 assert "torch" not in sys.modules
-sys.modules["dist_proxygml.training"] = types.ModuleType("dist_proxygml.training")
-sys.modules["dist_proxygml.training"].train = train
+sys.modules["dist_proxygml.training.run"] = types.ModuleType("dist_proxygml.training.run")
+sys.modules["dist_proxygml.training.run"].train = train
 submit.Requeue = Requeue
 paths = SimpleNamespace(folder=__import__("pathlib").Path("."))
 task = SimpleNamespace(USR_SIG="USR2", cluster="slurm", job_id="7", raw_job_id="7", global_rank=0, local_rank=0)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.config import Config
-from dist_proxygml.sweep import (
+from dist_proxygml.cluster import submit, sweep
+from dist_proxygml.cluster.grid import (
     Cell,
     Evaluation,
     Point,
@@ -32,8 +32,8 @@ from dist_proxygml.sweep import (
     summary_csv,
     summary_markdown,
 )
-from dist_proxygml.sweep_chart import draw_sweep
-from launchers import submit, sweep
+from dist_proxygml.cluster.sweep_chart import draw_sweep
+from dist_proxygml.config import Config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "demo_cpu.json")
@@ -186,7 +186,7 @@ def test_a_job_arrives_where_the_folder_of_the_launchers_is_not_found(tmp_path: 
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import cloudpickle
-from launchers import submit, sweep
+from dist_proxygml.cluster import submit, sweep
 cloudpickle.register_pickle_by_value(submit)
 plan = sweep.build_sweep(sweep.build_parser().parse_args({arguments_of(tmp_path, "--tasks-per-node", "1")!r}))
 sys.stdout.buffer.write(cloudpickle.dumps(plan.runs[0].job))

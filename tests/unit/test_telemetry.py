@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dist_proxygml.telemetry import Telemetry
+from dist_proxygml.reporting.telemetry import Telemetry
 
 
 def write(directory: Path, steps: list[int], *, start: int) -> None:

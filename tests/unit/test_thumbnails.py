@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_proxygml.evaluation.thumbnails import MAX_BYTES, SIDE, Thumbnails, data_url
+from dist_proxygml.reporting.thumbnails import MAX_BYTES, SIDE, Thumbnails, data_url
 from tests.report_runs import write_picture_shards
 
 
@@ -20,7 +20,7 @@ def decoded(url: str) -> Image.Image:
 
 @pytest.mark.parametrize("limit", [MAX_BYTES, 3000, 700])
 def test_noise_fits_as_well(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr("dist_proxygml.evaluation.thumbnails.MAX_BYTES", limit)
+    monkeypatch.setattr("dist_proxygml.reporting.thumbnails.MAX_BYTES", limit)
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
     url = data_url(Image.fromarray(noise))
     assert len(url) <= limit * 4 / 3 + 40

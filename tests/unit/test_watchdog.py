@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_proxygml.watchdog import Watchdog
+from dist_proxygml.distributed.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 
 HANGING = """
 import sys, threading
 from pathlib import Path
-from dist_proxygml.watchdog import Watchdog
+from dist_proxygml.distributed.watchdog import Watchdog
 
 def step_that_never_ends():
     threading.Event().wait()
@@ -51,7 +51,7 @@ def test_a_file_system_that_hangs_does_not_keep_the_process(tmp_path: Path) -> N
     report = tmp_path / "nobody-reads-this"
     os.mkfifo(report)
     program = HANGING.replace(
-        "watchdog.beat()", "import dist_proxygml.watchdog as w; w._SECONDS_TO_TELL = 0.5; watchdog.beat()"
+        "watchdog.beat()", "import dist_proxygml.distributed.watchdog as w; w._SECONDS_TO_TELL = 0.5; watchdog.beat()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program, str(report)]

@@ -60,7 +60,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from dist_proxygml.data import workers
-from dist_proxygml.preemption import StopSignals
+from dist_proxygml.distributed.preemption import StopSignals
 
 stood_still = Path(sys.argv[1])
 

@@ -1,0 +1,1 @@
+"""Networks: images to unit embeddings."""

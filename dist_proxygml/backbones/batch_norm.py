@@ -1,0 +1,119 @@
+"""Batch normalisation over the images of all ranks, in float32.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias       mean and var per channel, over the micro-batch of ALL ranks
+
+With the statistics of its own images, as DistributedDataParallel and DeepSpeed leave it, every rank would train
+another network, keep other running statistics, and 4 images a rank would not normalise as 32 on one do. Here any
+number of ranks gives the same outputs, gradients and running statistics. Arithmetic is float32 also under a bf16
+engine, which casts weights but not running statistics.
+
+torch.nn.SyncBatchNorm was declined: it does not run on CPUs, and does not mix bf16 weights with float32 statistics.
+Each rank sends count, mean and sum of squared deviations (joined by the parallel formula of Chan, Golub and LeVeque,
+1983), and in backward two sums per channel.
+
+Dimension key: b images of this rank, C channels here, W ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows, world_size_of
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Takes the place, the parameters and the buffers of a torch or timm BatchNorm layer.
+
+    In training mode it is called on all ranks of the group. timm's layers carry an activation, which is kept.
+    """
+
+    def __init__(self, original: _BatchNorm, group: dist.ProcessGroup | None) -> None:
+        super().__init__(original.num_features, original.eps, original.momentum, original.affine)
+        self.weight, self.bias = original.weight, original.bias
+        self.running_mean, self.running_var = original.running_mean, original.running_var
+        self.num_batches_tracked = original.num_batches_tracked
+        self.group = group
+        after = [
+            getattr(original, name) for name in ("drop", "act") if isinstance(getattr(original, name, None), nn.Module)
+        ]
+        self.after = nn.Sequential(*after)
+        self.train(original.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised x [b, C, ...], in the type of x."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        wide = torch.promote_types(x.dtype, torch.float32)  # float64 stays what it is
+        wide_x, weight, bias = x.to(wide), self.weight.to(wide), self.bias.to(wide)
+        mean_C, var_C = self.running_mean.to(wide), self.running_var.to(wide)  # the buffers themselves, unless cast
+        if not self.training:
+            y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, False, 0.0, self.eps)
+        else:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            if world_size_of(self.group) == 1:
+                y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, True, momentum, self.eps)
+            else:
+                y, batch_mean_C, batch_var_C, count = _NormalizeOverRanks.apply(
+                    wide_x, weight, bias, self.eps, self.group
+                )
+                with torch.no_grad():
+                    mean_C.lerp_(batch_mean_C, momentum)
+                    var_C.lerp_(batch_var_C * count / (count - 1), momentum)
+            if mean_C is not self.running_mean:
+                self.running_mean.copy_(mean_C)
+                self.running_var.copy_(var_C)
+        return self.after(y.to(x.dtype))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept any number of dimensions from 2 on."""
+
+
+def convert_batch_norm(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Replace every BatchNorm layer inside `model`; names and values of parameters and buffers stay."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _BatchNorm) and child.affine and child.track_running_stats:
+                setattr(parent, name, GlobalBatchNorm(child, group))
+
+
+class _NormalizeOverRanks(torch.autograd.Function):
+    """(normalised x, mean [C], biased variance [C], number of values per channel over all ranks)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup) -> Any:
+        """Called on all ranks; one all-gather."""
+        count = x.numel() // x.shape[1]
+        mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)  # 20 times as fast as var_mean over NHWC maps
+        own_1S = torch.cat([mean_C.new_tensor([count]), mean_C, var_C * count])[None]
+        all_WS = gather_rows(own_1S, row_counts=[1] * world_size_of(group), group=group)
+        count_W1, mean_WC, deviations_WC = all_WS.split([1, x.shape[1], x.shape[1]], dim=1)
+        total = count_W1.sum()
+        mean_C = (count_W1 * mean_WC).sum(dim=0) / total
+        var_C = (deviations_WC + count_W1 * (mean_WC - mean_C).square()).sum(dim=0) / total
+        y = F.batch_norm(x, mean_C, var_C, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean_C, (var_C + eps).rsqrt(), total)
+        ctx.eps, ctx.group = eps, group
+        ctx.mark_non_differentiable(mean_C, var_C, total)
+        return y, mean_C, var_C, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        """Called on all ranks; one all-reduce SUM. The gradients of weight and bias are this rank's part."""
+        x, weight, mean_C, inverse_std_C, total = ctx.saved_tensors
+        _, d_weight_C, d_bias_C = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mean_C, inverse_std_C, True, ctx.eps, [False, True, True]
+        )
+        sums_2C = all_reduce_sum(torch.stack([d_weight_C, d_bias_C]), group=ctx.group) / total
+        # dx = weight / std * (dy - mean(dy) - xhat * mean(dy * xhat)) = slope * dy + curve * x + offset
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        slope_C = weight * inverse_std_C
+        curve_C = -slope_C * inverse_std_C * sums_2C[0]
+        offset_C = -slope_C * sums_2C[1] - curve_C * mean_C
+        dx = torch.addcmul(offset_C.view(shape), x, curve_C.view(shape)).addcmul_(dy, slope_C.view(shape))
+        return dx, d_weight_C, d_bias_C, None, None

@@ -1,0 +1,493 @@
+"""From images to embeddings: preprocessing -> trunk -> pooling -> linear embedding -> unit length.
+
+    uint8 RGB [b, 3, H, W] -> float32 [b, D], rows of length 1
+
+`build_backbone` knows timm and torchvision models by name, BN-Inception (the published one), a
+small CNN for small images, and raw pixels as a baseline without parameters.
+
+Chosen: preprocessing belongs to the model, so that weights cannot come apart from the mean, range
+and colour order that they were trained with, and images travel as bytes. Its constants are Python
+numbers and its arithmetic is float32 whatever the trunk's type: as buffers they would be rounded
+when the model is cast to bfloat16 (0.485 to 0.4844). The trunk computes in the type of its
+parameters.
+With `pool` 1 a library's model gives the very features that its classifier saw. A larger grid, or a
+cut at an earlier layer, gives a feature map averaged to pool x pool cells, as small centred images
+need.
+Declined: features of several scales side by side, learned pooling.
+
+Initialisation draws from torch's global generator and depends on nothing else: seed it alike on all
+ranks.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import feature_extraction
+
+from dist_proxygml.backbones.batch_norm import convert_batch_norm
+from dist_proxygml.backbones.bn_inception import BNInception
+from dist_proxygml.backbones.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
+from dist_proxygml.backbones.small_cnn import SmallCnn
+from dist_proxygml.config import BackboneConfig
+
+
+class Preprocessing(NamedTuple):
+    """What a network expects of its input: (pixel * value_range / 255 - mean) / std per channel."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    value_range: float = 1.0  # largest value: 1 or 255
+    order: str = "RGB"  # of the channels, and so of mean and std
+
+    def apply(self, images: UInt8[Tensor, "b 3 H W"], *, channels_last: bool = False) -> Float[Tensor, "b 3 H W"]:
+        """Network input in float32, stored as NHWC if `channels_last`."""
+        channels = [
+            (images[:, "RGB".index(colour)].float() / (255.0 / self.value_range) - mean) / std
+            for colour, mean, std in zip(self.order, self.mean, self.std, strict=True)
+        ]
+        if channels_last:
+            return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
+        return torch.stack(channels, dim=1)
+
+
+class ParameterGroups(NamedTuple):
+    """The parameters of an embedding model, in the order of their names' registration."""
+
+    trunk: list[nn.Parameter]
+    embedding: list[nn.Parameter]
+
+
+class EmbeddingModel(nn.Module):
+    """A trunk with an L2-normalised linear embedding: uint8 RGB [b, 3, H, W] -> float32 [b, D].
+
+    `trunk` maps normalised images to a map [b, F, h, w], averaged here to `pool` x `pool` cells, or
+    to vectors [b, F]. `embedding` is the last layer, which the published warm-up epoch trains
+    alone.
+
+    With `frozen_batch_norm` the BatchNorm layers stay in evaluation mode when the model trains:
+    their running statistics are used and kept as they are, while scale and offset are still
+    trained. That is what the published recipe does.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        embedding: nn.Module,
+        preprocessing: Preprocessing,
+        pool: int = 1,
+        frozen_batch_norm: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+        self.trunk = trunk
+        self.pool = pool
+        self.embedding = embedding
+        self.frozen_batch_norm = frozen_batch_norm
+        # Of the images only: DeepSpeed broadcasts weights as bytes, which must be contiguous.
+        self.channels_last = channels_last
+        self.train(self.training)
+
+    def forward(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b D"]:
+        """Unit rows in float32.
+
+        Raises:
+            ValueError: images that are not uint8 [b, 3, H, W].
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"expected uint8 RGB images [b, 3, H, W], got {images.dtype} {list(images.shape)}; "
+                "pass pixels as they are, the model normalises them"
+            )
+        pixels = self.preprocessing.apply(images, channels_last=self.channels_last)
+        features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool)
+        embeddings_bD = self.embedding(features.to(_dtype_of(self.embedding)))
+        return F.normalize(embeddings_bD.float(), dim=1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode, BatchNorm excepted where it is frozen."""
+        super().train(mode)
+        if self.frozen_batch_norm:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def parameter_groups(self) -> ParameterGroups:
+        """All parameters, split for separate learning rates and for the warm-up epoch."""
+        return ParameterGroups(list(self.trunk.parameters()), list(self.embedding.parameters()))
+
+
+class RawPixels(EmbeddingModel):
+    """Baseline without parameters: 32 x 32 pixels minus the image's mean, unit length; D 3072."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            RawPixelsTrunk(),
+            embedding=nn.Identity(),
+            preprocessing=Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), value_range=255.0),
+        )
+
+
+class RawPixelsTrunk(nn.Module):
+    """Each image area-averaged to 32 x 32, minus its mean over pixels and channels, as a vector."""
+
+    side = 32
+    num_features = 3 * side * side
+
+    def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3072"]:
+        """Centred pixels; cosine between them is the images' correlation."""
+        small = F.interpolate(pixels, size=(self.side, self.side), mode="area").flatten(1)
+        return small - small.mean(dim=1, keepdim=True)
+
+
+# ---- building by name ----------------------------------------------------------------------------
+
+
+class Trunk(NamedTuple):
+    """A trunk with what must be known to use it."""
+
+    module: nn.Module
+    preprocessing: Preprocessing
+    image_size: int  # a side that the trunk accepts; any, where the architecture does not fix one
+
+
+def build_backbone(
+    config: BackboneConfig, *, load_pretrained: bool = True, group: dist.ProcessGroup | None = None
+) -> EmbeddingModel:
+    """The embedding model that `config` names, in training mode.
+
+    Names: `bn_inception`, `small_cnn`, `raw_pixels`, `timm/NAME` and `torchvision/NAME`
+    (classification models). Options:
+
+    - small_cnn: `width`, `strides`, `residual_blocks`, see SmallCnn.
+    - timm: those of timm.create_model, and `out_indices` with one index to cut the trunk early, as
+      timm counts feature maps: for most CNNs 0 to 4 at strides 2 to 32, for transformers blocks.
+    - torchvision: those of the model's own function, and `return_node` with a node of its graph to
+      cut there, say "layer3" of a resnet; the node must give a map [b, F, h, w].
+
+    `pretrained`: path of a weight file, loaded by strict names except for its classifier, of
+    whatever size, which the embedding layer replaces; "package" for the ImageNet weights that a
+    Python package ships (timm/tf_efficientnet_lite0 only); "timm" or "torchvision" for the
+    library's own download.
+
+    BatchNorm layers take their statistics over the ranks of `group` (batch_norm.py). With `load_pretrained` False the
+    model is the same, preprocessing included, but its weights stay random: for loading a checkpoint over them where the
+    original weights are not at hand.
+
+    Raises:
+        ValueError: unknown name (the nearest are named), unknown option, weights that are missing
+            or do not fit, or settings that contradict each other.
+    """
+    if config.name == "raw_pixels":
+        return _build_raw_pixels(config)
+    trunk = _build_trunk(config, load_pretrained=load_pretrained)
+    convert_batch_norm(trunk.module, group)
+    num_features = _count_features(trunk, config=config)
+    return EmbeddingModel(
+        trunk.module,
+        embedding=nn.Linear(num_features, config.embedding_dim),
+        preprocessing=trunk.preprocessing,
+        pool=config.pool,
+        frozen_batch_norm=config.batch_norm == "frozen",
+        channels_last=config.channels_last,
+    )
+
+
+def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
+    family, slash, name = config.name.partition("/")
+    if family in ("timm", "torchvision") and not name:
+        raise ValueError(f"expected a model name after the slash, got {config.name!r}; say {family}/resnet50")
+    if config.pretrained in ("timm", "torchvision") and config.pretrained != family:
+        raise ValueError(
+            f"backbone.pretrained {config.pretrained!r} does not fit backbone.name "
+            f"{config.name!r}; use {config.pretrained}/NAME, the path of a weight file, or null"
+        )
+    if config.pretrained == "package" and config.name != "timm/tf_efficientnet_lite0":
+        raise ValueError(
+            'backbone.pretrained "package" exists for timm/tf_efficientnet_lite0 only, got '
+            f"{config.name!r}; use that name, the path of a weight file, or null"
+        )
+    if family == "timm" and slash:
+        return _build_timm(name, config=config, load_pretrained=load_pretrained)
+    if family == "torchvision" and slash:
+        return _build_torchvision(name, config=config, load_pretrained=load_pretrained)
+    if config.name == "bn_inception":
+        _refuse_unknown_options(config, known=())
+        trunk = Trunk(
+            BNInception(),
+            Preprocessing((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), value_range=255.0, order="BGR"),
+            image_size=224,
+        )
+    elif config.name == "small_cnn":
+        _refuse_unknown_options(config, known=inspect.signature(SmallCnn).parameters)
+        trunk = Trunk(
+            SmallCnn(**config.options),
+            # Roughly the pixels of drawings on white ground; BatchNorm makes up for what differs.
+            Preprocessing((0.7, 0.7, 0.7), (0.3, 0.3, 0.3)),
+            image_size=64,
+        )
+    else:
+        own = ["bn_inception", "small_cnn", "raw_pixels"]
+        known = own + [f"timm/{n}" for n in timm.list_models()]
+        known += [f"torchvision/{n}" for n in _torchvision_names()]
+        raise ValueError(
+            f"unknown backbone {config.name!r}; did you mean {_nearest(config.name, known)}? "
+            f"expected {', '.join(own)}, timm/NAME or torchvision/NAME"
+        )
+    if config.pretrained is not None and load_pretrained:
+        _load_file(trunk.module, config, classifiers=["last_linear"])
+    return trunk
+
+
+def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
+    _refuse_unknown_options(config, known=())
+    expected = {"embedding_dim": RawPixelsTrunk.num_features, "pool": 1, "pretrained": None}
+    for field, value in expected.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"backbone.{field} must be {value} for raw_pixels, which has no layers, got {getattr(config, field)!r}"
+            )
+    return RawPixels()
+
+
+# ---- timm ----------------------------------------------------------------------------------------
+
+
+class TimmFeatureMap(nn.Module):
+    """One intermediate feature map [b, F, h, w] of a timm model, whose later layers are removed."""
+
+    def __init__(self, model: Any, index: int) -> None:
+        super().__init__()
+        model.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
+        self.model = model
+        self.index = index
+
+    def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b F h w"]:
+        """The map."""
+        maps: list[Tensor] = self.model.forward_intermediates(
+            pixels, indices=[self.index], stop_early=True, intermediates_only=True
+        )
+        return maps[0]
+
+
+class ChannelsFirst(nn.Module):
+    """A trunk that gives maps as [b, h, w, F], turned to [b, F, h, w]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b F h w"]:
+        """The map."""
+        feature_map: Tensor = self.model(pixels)
+        return feature_map.permute(0, 3, 1, 2)
+
+
+def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> Trunk:
+    # 1. The model without its classifier.
+    if not timm.is_model(name):
+        known = [f"timm/{n}" for n in timm.list_models()]
+        raise ValueError(f"unknown backbone {config.name!r}; did you mean {_nearest(config.name, known)}?")
+    options = dict(config.options)
+    index = _single_index(options.pop("out_indices")) if "out_indices" in options else None
+    pooling: dict[str, Any] = {}  # as the library does it for its classifier
+    owned = {
+        "pretrained": "set backbone.pretrained instead",
+        "num_classes": "the embedding layer replaces the classifier",
+        "features_only": '"out_indices" alone cuts the trunk',
+        "in_chans": "images have three channels",
+    }
+    if config.pool > 1 and index is None:
+        owned["global_pool"] = f"backbone.pool {config.pool} says how to pool"
+        pooling = {"global_pool": ""}  # none: the map as it is
+    for key, why in owned.items():
+        if key in options:
+            raise ValueError(f"backbone.options.{key} is not for {config.name}: remove it, {why}")
+    download = config.pretrained == "timm" and load_pretrained
+    try:
+        model: Any = timm.create_model(name, pretrained=download, num_classes=0, **pooling, **options)
+    except TypeError as error:  # the model's constructor, a plain function, knows its options
+        raise ValueError(f"timm does not accept backbone.options {options} for {name}: {error}") from None
+    except Exception as error:  # networks, hubs and caches fail in many types
+        if not download:
+            raise
+        raise ValueError(_offline_remedy("timm", name, error)) from error
+
+    # 2. Weights and the preprocessing that goes with them.
+    description = model.pretrained_cfg
+    preprocessing = Preprocessing(tuple(description["mean"]), tuple(description["std"]))
+    classifiers = description.get("classifier") or ()
+    classifiers = [classifiers] if isinstance(classifiers, str) else list(classifiers)
+    if config.pretrained == "package":
+        preprocessing = Preprocessing((127.0,) * 3, (128.0,) * 3, value_range=255.0)
+        if load_pretrained:
+            weights = efficientnet_lite0_weights(model)
+            load_weights(model, weights, classifiers=classifiers, source="the installed package")
+    elif config.pretrained not in (None, "timm") and load_pretrained:
+        _load_file(model, config, classifiers=classifiers)
+
+    # 3. The part that is used.
+    trunk: nn.Module = model
+    if index is not None:
+        try:
+            trunk = TimmFeatureMap(model, index)
+        except (AttributeError, AssertionError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"timm cannot cut {name} at backbone.options.out_indices [{index}] "
+                f"({str(error).strip() or type(error).__name__}); use another index or leave it out"
+            ) from None
+    elif config.pool > 1 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+        trunk = ChannelsFirst(model)
+    size = options.get("img_size", description["input_size"][-1])
+    return Trunk(trunk, preprocessing, image_size=size if isinstance(size, int) else size[-1])
+
+
+def _single_index(value: Any) -> int:
+    if isinstance(value, list) and len(value) == 1 and type(value[0]) is int:
+        return value[0]
+    raise ValueError(f"backbone.options.out_indices must be a list of one integer, got {value!r}; say [3]")
+
+
+# ---- torchvision ---------------------------------------------------------------------------------
+
+
+class TorchvisionFeatureMap(nn.Module):
+    """The output [b, F, h, w] of one node of a torchvision model; later layers are removed."""
+
+    def __init__(self, model: nn.Module, node: str) -> None:
+        super().__init__()
+        self.model = feature_extraction.create_feature_extractor(model, [node])
+        self.node = node
+
+    def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b F h w"]:
+        """The map."""
+        feature_map: Tensor = self.model(pixels)[self.node]
+        return feature_map
+
+
+def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bool) -> Trunk:
+    # 1. The model.
+    if name not in _torchvision_names():
+        known = [f"torchvision/{n}" for n in _torchvision_names()]
+        raise ValueError(f"unknown backbone {config.name!r}; did you mean {_nearest(config.name, known)}?")
+    options = dict(config.options)
+    node = options.pop("return_node", None)
+    download = config.pretrained == "torchvision" and load_pretrained
+    weights = torchvision.models.get_model_weights(name).DEFAULT if download else None
+    try:
+        model = torchvision.models.get_model(name, weights=weights, **options)
+    except TypeError as error:
+        raise ValueError(f"torchvision does not accept backbone.options {options} for {name}: {error}") from None
+    except OSError as error:
+        if not download:
+            raise
+        raise ValueError(_offline_remedy("torchvision", name, error)) from error
+    if getattr(model, "aux_logits", False):
+        raise ValueError(
+            f"{config.name} has auxiliary classifiers, which an embedding has no use for; "
+            'add "aux_logits": false to backbone.options'
+        )
+
+    # 2. Its classifier, the last linear layer, is replaced by nothing.
+    linear_layers = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear_layers:
+        raise ValueError(f"{config.name} does not end in a linear classifier; choose another model")
+    classifier = linear_layers[-1]
+    parent, _, child = classifier.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+    if config.pretrained not in (None, "torchvision") and load_pretrained:
+        _load_file(model, config, classifiers=[classifier])
+
+    # 3. The part that is used.
+    trunk: nn.Module = model
+    if node is not None:
+        try:
+            trunk = TorchvisionFeatureMap(model, node)
+        except ValueError:
+            nodes = feature_extraction.get_graph_node_names(model)[1]
+            raise ValueError(
+                f"{config.name} has no node {node!r} (backbone.options.return_node); did you mean "
+                f"{_nearest(str(node), nodes)}?"
+            ) from None
+    # Mean and deviation of ImageNet, with which torchvision trained its classification models.
+    imagenet = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Trunk(trunk, imagenet, image_size=options.get("image_size", 224))
+
+
+def _torchvision_names() -> list[str]:
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+# ---- shared --------------------------------------------------------------------------------------
+
+
+def _flat_features(features: Tensor, pool: int) -> Tensor:
+    """[b, F, h, w] averaged to pool x pool cells and flattened, or [b, F] as it is."""
+    if features.ndim == 4:
+        features = F.adaptive_avg_pool2d(features, pool)
+    return features.flatten(1)
+
+
+def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
+    """Length of the trunk's pooled features, from a run on meta tensors, which have shapes only."""
+    named = [*trunk.module.named_parameters(), *trunk.module.named_buffers()]
+    shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    pixels = torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta")
+    trunk.module.eval()
+    with torch.no_grad():
+        features = torch.func.functional_call(trunk.module, shapes_only, (pixels,))
+    trunk.module.train()
+    if features.ndim != 4 and (config.pool > 1 or features.ndim != 2):
+        is_timm = config.name.startswith("timm/")
+        cut = '"out_indices": [3]' if is_timm else '"return_node": "layer4" for a resnet'
+        raise ValueError(
+            f"backbone.pool {config.pool} needs a feature map [b, F, h, w], but {config.name} "
+            f"gives {list(features.shape)}; set pool to 1, or name a layer that gives a map in "
+            f"backbone.options, say {cut}"
+        )
+    return _flat_features(features, config.pool).shape[1]
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
+
+
+def _load_file(module: nn.Module, config: BackboneConfig, *, classifiers: list[str]) -> None:
+    assert config.pretrained is not None
+    weights = read_weight_file(Path(config.pretrained))
+    load_weights(module, weights, classifiers=classifiers, source=f"weight file {config.pretrained}")
+
+
+def _refuse_unknown_options(config: BackboneConfig, *, known: Iterable[str]) -> None:
+    known = list(known)
+    for key in config.options:
+        if key not in known:
+            hint = f"did you mean {_nearest(key, known)}?" if known else f"{config.name} has none"
+            raise ValueError(f"unknown option backbone.options.{key} of {config.name}; {hint}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return " or ".join(difflib.get_close_matches(name, list(known), n=3, cutoff=0.0))
+
+
+def _offline_remedy(library: str, name: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"{library} could not fetch the pretrained weights of {name} ({reason}); on a machine "
+        "without internet access, fetch the weight file elsewhere and set backbone.pretrained to "
+        "its path"
+    )

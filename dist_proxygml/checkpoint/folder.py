@@ -1,0 +1,324 @@
+"""The folder of a run's checkpoints: what is whole, what is published how, what is kept, where a run goes on.
+
+    checkpoints/step-000800/
+        ...                    what writer.py writes
+        state.json             step, position in the data, number of ranks, what the numbers depend on
+        MANIFEST.json          bytes and sha256 of every file above: written last
+    checkpoints/latest         name of the newest, for people and scripts; nothing here trusts it
+
+A checkpoint is whole if its manifest is there and its files are as listed: sizes count for being kept, hashes also for
+being read. It is written aside, in `.step-000800.partial`, and published by one rename. Nothing here knows of tensors
+or uses collectives: what is said of ranks stands in writer.py.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_proxygml.data.shards import publish
+from dist_proxygml.faults import fault_point
+from dist_proxygml.storage.published import file_problems, flush
+
+MANIFEST_FILE = "MANIFEST.json"
+LATEST_FILE = "latest"
+_MANIFEST_VERSION = 1
+_NAME = re.compile(r"step-\d+")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint says about the run, besides tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    epoch: int
+    """The epoch, from 0, that the next step belongs to."""
+    consumed: int
+    """Images of that epoch's order that are done: the position in the data, for any number of ranks and batch size."""
+    world_size: int
+    settings: dict[str, Any]
+    """What a continued run must have in common with this one, by name: configuration, data, class table."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is there; the newest always does."""
+
+    keep_last: int
+    """So many of the newest."""
+    keep_every: int | None = None
+    """The first checkpoint at or after every multiple of so many steps, for good."""
+    keep_best: str | None = None
+    """The one whose evaluation has most of this metric."""
+    by_validation: bool = False
+    """Whether that is the evaluation of validation classes."""
+
+
+class SavedCheckpoint(NamedTuple):
+    """A published checkpoint."""
+
+    path: Path
+    problems: list[str]
+    """What went wrong after it was published, such as an old checkpoint that could not be deleted."""
+
+
+class Continuation(NamedTuple):
+    """Where a run goes on."""
+
+    checkpoint: Path | None
+    """A checkpoint that verifies; None starts anew."""
+    passed_over: list[str]
+    """Newer checkpoints that do not verify: which, why, and where they are now."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def evaluation_name(step: int, *, of_validation: bool) -> str:
+    """Name of an evaluation after `step` steps; stored as evaluation/NAME.json, beside the folder of checkpoints."""
+    return f"{'validation-' if of_validation else ''}{checkpoint_name(step)}"
+
+
+def published_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints below `directory` that have a manifest, oldest first; none of their files is looked at."""
+    return [path for path in _step_folders(directory) if (path / MANIFEST_FILE).is_file()]
+
+
+def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, by file; nothing if it is whole.
+
+    Args:
+        checkpoint: its folder.
+        deep: compare the sha256 of every file with the manifest's, besides its size.
+    """
+    path = checkpoint / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["version"] != _MANIFEST_VERSION:
+            return [f"{MANIFEST_FILE} has version {manifest['version']!r}, expected {_MANIFEST_VERSION}"]
+        return file_problems(checkpoint, manifest["files"], deep=deep)
+    except FileNotFoundError:
+        return [f"{MANIFEST_FILE} is missing: it was never finished, or an older version of this package wrote it"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST_FILE} cannot be read: {error!r}"]
+
+
+def find_checkpoint(directory: Path, wanted: str) -> Path | None:
+    """The newest checkpoint below `directory` that verifies ("auto", None without one), or the one at the path that
+    `wanted` is. Newer ones that do not verify are passed over with a warning.
+
+    Raises:
+        ValueError: the checkpoint at the path does not verify.
+    """
+    if wanted == "auto":
+        found, damaged = _newest_whole(directory)
+        for path, problems in damaged.items():
+            warnings.warn(f"{_told(path, problems)}: passed over", stacklevel=2)
+        return found
+    path = Path(wanted)
+    if not path.is_dir():
+        known = ", ".join(p.name for p in published_checkpoints(directory)) or "none"
+        raise ValueError(f"expected a checkpoint folder at {path}, found none; this run has: {known}")
+    problems = verify_checkpoint(path)
+    if problems:
+        others = ", ".join(p.name for p in published_checkpoints(directory) if p.resolve() != path.resolve()) or "none"
+        raise ValueError(f"{_told(path, problems)}; restore it from a copy, or take another one of: {others}")
+    return path
+
+
+def found_instead(directory: Path) -> str:
+    """What to say where no checkpoint below `directory` is whole."""
+    _, damaged = _newest_whole(directory)
+    if not damaged:
+        return "found none; train the run first"
+    listed = "; ".join(_told(path, problems) for path, problems in damaged.items())
+    return f"found damaged ones only: {listed}; copy them again, or restore them from a backup"
+
+
+def checkpoint_to_continue(directory: Path, resume: str) -> Continuation:
+    """What --resume means for a run with checkpoints below `directory`: "never" none, "auto" the newest that verifies,
+    a path that one. On rank 0 only, at the start of a run that no other process writes checkpoints of.
+
+    What dead runs left half-written is removed. With "auto", newer checkpoints that do not verify are renamed to
+    `step-N.damaged`: the run will come to their steps again, and they must not count among those that are kept.
+
+    Raises:
+        ValueError: the checkpoint at the path does not verify, or this run has newer ones, which would mix with its
+            own.
+    """
+    if resume == "never":
+        return Continuation(None, [])
+    clear_leftovers(directory)
+    if resume == "auto":
+        found, damaged = _newest_whole(directory)
+        return Continuation(found, [_set_aside(path, problems) for path, problems in damaged.items()])
+    found = find_checkpoint(directory, resume)
+    assert found is not None
+    newer = [path.name for path in published_checkpoints(directory) if _step_of(path) > read_state(found).step]
+    if newer:
+        raise ValueError(
+            f"{directory} holds checkpoints newer than {found.name}: {', '.join(newer)}; move them away, or continue "
+            "under another name with --set name=NAME"
+        )
+    return Continuation(found, [])
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what a killed run left of a checkpoint that it was writing, replacing or deleting. On rank 0 only.
+
+    A run that was killed while it put a checkpoint in the place of an earlier one gets the earlier one back.
+    """
+    for path in directory.glob(".step-*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if not final.exists():
+            os.rename(path, final)
+    for pattern in (".step-*.partial", ".step-*.deleted", ".step-*.replaced"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path)
+    for path in directory.glob(f"{LATEST_FILE}.tmp-*"):
+        path.unlink()
+
+
+def checkpoints_to_forget(steps: Sequence[int], retention: Retention, *, scores: Mapping[int, float]) -> list[int]:
+    """The steps whose checkpoints need not be kept, ascending.
+
+    Args:
+        steps: of the checkpoints that there are, ascending.
+        retention: what is kept.
+        scores: metric of those steps that have been evaluated; of equal ones the newest is the best.
+    """
+    kept = set(steps[-retention.keep_last :])
+    if retention.keep_every is not None:
+        first_in: dict[int, int] = {}
+        for step in steps:
+            first_in.setdefault(step // retention.keep_every, step)
+        kept |= {step for period, step in first_in.items() if period > 0}
+    measured = [step for step in steps if step in scores]
+    if measured:
+        kept.add(max(measured, key=lambda step: (scores[step], step)))
+    return [step for step in steps if step not in kept]
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The RunState of a complete checkpoint."""
+    return RunState(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _step_folders(directory: Path) -> list[Path]:
+    """Folders that are named as checkpoints are, oldest first."""
+    return sorted((p for p in directory.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_step_of)
+
+
+def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The newest checkpoint that verifies, and what is wrong with newer ones."""
+    damaged: dict[Path, list[str]] = {}
+    for path in reversed(_step_folders(directory)):
+        problems = verify_checkpoint(path)
+        if not problems:
+            return path, damaged
+        damaged[path] = problems
+    return None, damaged
+
+
+def _told(checkpoint: Path, problems: list[str]) -> str:
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return f"checkpoint {checkpoint} is damaged: {'; '.join(problems[:3])}{more}"
+
+
+def _set_aside(checkpoint: Path, problems: list[str]) -> str:
+    """Rename a damaged checkpoint; returns what to tell about it."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
+    except OSError as error:
+        return f"{_told(checkpoint, problems)}: passed over, but it could not be renamed: {error}"
+    return f"{_told(checkpoint, problems)}: passed over, now {aside.name}"
+
+
+def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str) -> None:
+    """Write the list of files, whose contents are on disk, and bring the names of all to disk."""
+    manifest = {
+        "version": _MANIFEST_VERSION,
+        "step": state.step,
+        "world_size": state.world_size,
+        "written_with": versions,
+        "files": dict(sorted(files.items())),
+    }
+    with publish(partial / MANIFEST_FILE) as stream:
+        stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    for folder in (path for path in partial.rglob("*") if path.is_dir()):
+        flush(folder)
+    fault_point("save.manifest")
+
+
+def tidy_up(final: Path, retention: Retention) -> list[str]:
+    """Point to the newest checkpoint and delete old ones; what fails is told, since the checkpoint is safe."""
+    problems = []
+    try:
+        fault_point("save.published")
+        with publish(final.with_name(LATEST_FILE)) as stream:
+            stream.write(f"{final.name}\n".encode())
+        fault_point("save.latest")
+    except OSError as error:
+        problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {error}")
+    published = {}
+    for path in published_checkpoints(final.parent):
+        damage = verify_checkpoint(path, deep=False)
+        if damage:  # neither counted nor deleted: somebody should look at it
+            problems.append(_told(path, damage))
+        else:
+            published[_step_of(path)] = path
+    scores: dict[int, float] = {}
+    if retention.keep_best is not None:
+        scores, unreadable = _scores(
+            list(published.values()), retention.keep_best, by_validation=retention.by_validation
+        )
+        problems += unreadable
+    for step in checkpoints_to_forget(list(published), retention, scores=scores):
+        try:
+            _forget(published[step])
+        except OSError as error:
+            problems.append(f"{published[step]} could not be deleted: {error}")
+    return problems
+
+
+def _scores(checkpoints: list[Path], metric: str, *, by_validation: bool) -> tuple[dict[int, float], list[str]]:
+    """The metric of each evaluated checkpoint by step, and evaluations that it cannot be read from."""
+    scores: dict[int, float] = {}
+    problems = []
+    for checkpoint in checkpoints:
+        name = evaluation_name(_step_of(checkpoint), of_validation=by_validation)
+        path = checkpoint.parent.parent / "evaluation" / f"{name}.json"
+        if not path.exists():
+            continue
+        try:
+            score = float(json.loads(path.read_text())["metrics"][metric])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            problems.append(f"{metric} of {checkpoint.name} cannot be read from {path}: {error!r}")
+            continue
+        if math.isfinite(score):
+            scores[_step_of(checkpoint)] = score
+    return scores, problems
+
+
+def _forget(checkpoint: Path) -> None:
+    """Delete a checkpoint, unpublished first, so that half a checkpoint never looks like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(checkpoint, doomed)
+    fault_point("save.forget")
+    shutil.rmtree(doomed)

@@ -1,0 +1,535 @@
+"""Checkpoints: what a run continues from, written by all ranks, aside from training if wanted.
+
+    step-000800/
+        engine/...             backbone and its optimizer, as DeepSpeed writes them
+        bank/...               proxies and their optimizer state, through torch.distributed.checkpoint
+        backbone.safetensors   the backbone alone, whole, for evaluation and for use elsewhere
+        random-rank-000.pt     random generator state of each rank
+        state.json             step, position in the data, number of ranks, what the numbers depend on
+        MANIFEST.json          bytes and sha256 of every file above: written last
+
+A save has two halves: a snapshot of the numbers, taken between two steps, and writing it. A synchronous save goes
+without copies, since nothing changes meanwhile; an asynchronous one copies everything to the memory of the host and
+leaves the other half, the very same code, to a thread whose collectives go through a group of gloo's of their own. One
+at most is on its way. Both give the same bytes.
+
+What is not finite is never saved. Ranks fail together, with one error that names the rank, and what was published
+before stays as it was. folder.py has the order of things on disk; docs/fault_tolerance.md says what is
+survived and how.
+
+All of it loads on any number of ranks: the bank and its optimizer's rows are saved as DTensors placed Shard(0) over
+classes, and what ZeRO partitioned is cut again. The random state comes back where the number of ranks is the same.
+
+All ranks must see the same folder. Declined: DeepSpeed's and torch's own asynchronous writers, each of which would
+publish its part when it is done with it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
+from dist_proxygml.checkpoint.folder import (
+    LATEST_FILE,
+    MANIFEST_FILE,
+    Continuation,
+    Retention,
+    RunState,
+    SavedCheckpoint,
+    checkpoint_name,
+    checkpoint_to_continue,
+    checkpoints_to_forget,
+    clear_leftovers,
+    evaluation_name,
+    find_checkpoint,
+    published_checkpoints,
+    read_state,
+    tidy_up,
+    verify_checkpoint,
+    write_manifest,
+)
+from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
+from dist_proxygml.distributed.engine import Engine
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main, run_together
+from dist_proxygml.faults import fault_point
+from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.storage.published import files_below, hash_files, make_empty, partial_path, publish_folder
+
+__all__ = [
+    "LATEST_FILE",
+    "MANIFEST_FILE",
+    "CheckpointWriter",
+    "Continuation",
+    "Retention",
+    "RunState",
+    "SavedCheckpoint",
+    "checkpoint_name",
+    "checkpoint_to_continue",
+    "checkpoints_to_forget",
+    "clear_leftovers",
+    "evaluation_name",
+    "find_checkpoint",
+    "load_backbone",
+    "load_checkpoint",
+    "published_checkpoints",
+    "read_state",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+T = TypeVar("T")
+
+# In front of the names of the bank optimizer's state.
+_STATE_PREFIX = "optimizer."
+
+
+class _Savable(Protocol):
+    """An engine, or a snapshot of one."""
+
+    def save(self, directory: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """All that a checkpoint holds, at one moment; a copy, or for as long as nothing changes the things themselves."""
+
+    state: RunState
+    engine: _Savable
+    weights: Mapping[str, Tensor]
+    """The backbone, whole; empty where this rank does not write it."""
+    num_classes: int
+    bank: Mapping[str, Tensor]
+    """This rank's rows [c, ...] of the proxies and of their optimizer's state, and step counters, by name."""
+    random: Mapping[str, Tensor]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run. Built on all ranks, and called on all ranks unless said otherwise.
+
+    Args:
+        directory: where they go.
+        context: this process among its peers.
+        retention: which stay when a new one is there.
+        asynchronous: `save` returns when the numbers are copied; they are written while training goes on.
+    """
+
+    def __init__(
+        self, directory: Path, context: ParallelContext, retention: Retention, *, asynchronous: bool = False
+    ) -> None:
+        self._directory, self._retention, self._context = directory, retention, context
+        self._aside = _beside(context) if asynchronous else None
+        self._pending: Future[SavedCheckpoint] | None = None
+        self._is_told = False  # of what is pending
+        self._untold: list[SavedCheckpoint] = []
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the write on its way has failed on this rank; `wait` raises why, on all ranks. A local look: agree on
+        it before you act on it.
+        """
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def poll(self) -> list[SavedCheckpoint]:
+        """What was published since any method last told of it. A local look, for messages."""
+        pending, untold = self._pending, self._untold
+        self._untold = []
+        if pending is not None and pending.done() and pending.exception() is None and not self._is_told:
+            self._is_told = True
+            return [*untold, pending.result()]
+        return untold
+
+    def save(
+        self, *, state: RunState, engine: Engine, loss: ProxyGMLLoss, bank_optimizer: torch.optim.Optimizer
+    ) -> list[SavedCheckpoint]:
+        """Save a checkpoint; if asynchronous, only begin to, when an earlier one is done.
+
+        Returns:
+            What was published since any method last told of it.
+
+        Raises:
+            ValueError: on every rank, as `save_checkpoint`; this save or the earlier one.
+        """
+        if self._aside is None:
+            saved = save_checkpoint(
+                self._directory,
+                state=state,
+                engine=engine,
+                loss=loss,
+                bank_optimizer=bank_optimizer,
+                context=self._context,
+                retention=self._retention,
+            )
+            return [saved]
+        self._untold = self.wait()
+        with _nothing_was_written(self._directory / checkpoint_name(state.step)):
+            snapshot = _take_snapshot(state, engine, loss, bank_optimizer, self._context, copy=True)
+        told = self.poll()
+        self._start(snapshot, self._aside)
+        return told
+
+    def wait(self) -> list[SavedCheckpoint]:
+        """Wait for the write on its way, if there is one.
+
+        Returns:
+            What was published since any method last told of it.
+
+        Raises:
+            ValueError: on every rank: it failed on a rank.
+        """
+        if self._pending is None:
+            return self.poll()
+        error = self._pending.exception()
+        published = self.poll()
+        self._pending = None
+        failures = everyone(self._context, None if error is None else self._told(error))
+        # What all know says what was at the bottom of it; a rank's own error may be that another one is gone.
+        first = min(filter(None, failures), default=None)
+        if first is not None:
+            raise AgreedError(first[1]) from error
+        return published
+
+    def close(self) -> list[SavedCheckpoint]:
+        """As `wait`; the writer cannot be used any more."""
+        published = self.wait()
+        if self._aside is not None and self._aside.group is not None:
+            dist.destroy_process_group(self._aside.group)
+        return published
+
+    def _told(self, error: BaseException) -> tuple[bool, str]:
+        """Whether an error is this rank's own, and what to say of it."""
+        if isinstance(error, AgreedError):
+            return False, str(error)
+        return True, f"{_described(error)} (on rank {self._context.rank})"
+
+    def _start(self, snapshot: _Snapshot, aside: ParallelContext) -> None:
+        pending: Future[SavedCheckpoint] = Future()
+
+        def write() -> None:
+            try:
+                pending.set_result(_write(snapshot, self._directory, aside, self._retention))
+            except BaseException as error:
+                pending.set_exception(error)
+
+        self._pending, self._is_told = pending, False
+        # A daemon: a run that ends by an error does not wait for it, and what it leaves is cleared at the next start.
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    state: RunState,
+    engine: Engine,
+    loss: ProxyGMLLoss,
+    bank_optimizer: torch.optim.Optimizer,
+    context: ParallelContext,
+    retention: Retention,
+) -> SavedCheckpoint:
+    """Write and publish a checkpoint below `directory`, then delete those that `retention` does not keep. Called on all
+    ranks.
+
+    An earlier checkpoint of the same step stays until this one is in its place.
+
+    Raises:
+        NonFiniteError: on every rank: a number of parameters or optimizer state is not finite.
+        ValueError: on every rank: a rank could not write its part. Nothing is left of this checkpoint, and earlier ones
+            are as they were.
+    """
+    with _nothing_was_written(directory / checkpoint_name(state.step)):
+        snapshot = _take_snapshot(state, engine, loss, bank_optimizer, context, copy=False)
+    return _write(snapshot, directory, context, retention)
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    *,
+    engine: Engine,
+    loss: ProxyGMLLoss,
+    bank_optimizer: torch.optim.Optimizer,
+    context: ParallelContext,
+    settings: dict[str, Any],
+) -> RunState:
+    """Bring back the backbone, the bank, both optimizers and the random state. Called on all ranks.
+
+    Raises:
+        ValueError: the checkpoint's settings are not `settings`.
+    """
+    state = run_together(context, _check_state, checkpoint, settings)
+    engine.load(checkpoint)
+    _load_bank(loss, bank_optimizer, checkpoint / "bank", context)
+    if state.world_size == context.world_size:
+        run_together(context, _load_random_state, checkpoint, context)
+    return state
+
+
+def load_backbone(checkpoint: Path, model: nn.Module) -> None:
+    """Load the weights that a checkpoint holds into a backbone of the same configuration and precision.
+
+    Raises:
+        ValueError: no such file, or another network.
+    """
+    path = checkpoint / "backbone.safetensors"
+    if not path.is_file():
+        raise ValueError(f"expected backbone weights at {path}, found none")
+    try:
+        model.load_state_dict(load_file(path), strict=True, assign=True)  # in the precision they were trained in
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
+
+
+def _beside(context: ParallelContext) -> ParallelContext:
+    """The same ranks, through a group of gloo's of their own. Called on all ranks."""
+    group: Any = context.group
+    if group is not None:
+        group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    return dataclasses.replace(context, device=torch.device("cpu"), group=group)
+
+
+@contextlib.contextmanager
+def _nothing_was_written(final: Path) -> Iterator[None]:
+    """Say so in errors of the block."""
+    try:
+        yield
+    except AgreedError as error:
+        message = f"{final} was not written, earlier checkpoints are as they were: {error}"
+        raise type(error)(message) from error
+
+
+def _take_snapshot(
+    state: RunState,
+    engine: Engine,
+    loss: ProxyGMLLoss,
+    bank_optimizer: torch.optim.Optimizer,
+    context: ParallelContext,
+    *,
+    copy: bool,
+) -> _Snapshot:
+    """What a checkpoint holds, if it is finite; with `copy` copies in the memory of the host. Called on all ranks."""
+    weights = engine.full_state_dict()
+    bank = bank_optimizer.state[loss.proxies]
+    bad = everyone(context, _together(context, "numbers", _non_finite, engine, weights, loss.proxies, bank))
+    for rank, names in enumerate(bad):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise NonFiniteError(
+                f"expected finite numbers, got NaN or infinity in {', '.join(names[:3])}{more} (on rank {rank}); "
+                "continue from the last checkpoint with a lower learning rate, a longer warm-up or gradient clipping"
+            )
+    # In an order that does not depend on what the run has gone through, so that equal states give equal files.
+    tensors = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: bank[name] for name in sorted(bank)}
+    own_weights = weights if context.is_main else {}
+    return _Snapshot(
+        state=state,
+        engine=_together(context, "engine", engine.snapshot) if copy else engine,
+        weights=_together(context, "backbone", _copied, own_weights) if copy else own_weights,
+        num_classes=loss.partition.num_classes,
+        bank=_together(context, "bank", _copied, tensors) if copy else tensors,
+        random=_random_state(context),
+    )
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    layout = torch.contiguous_format
+    return {name: value.detach().to("cpu", copy=True, memory_format=layout) for name, value in tensors.items()}
+
+
+def _random_state(context: ParallelContext) -> dict[str, Tensor]:
+    state = {"torch": torch.get_rng_state()}
+    if context.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(context.device)
+    return state
+
+
+def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, retention: Retention) -> SavedCheckpoint:
+    """Write, publish, forget. Called on all ranks, in any thread in which the group of `context` is not in use."""
+    final = directory / checkpoint_name(snapshot.state.step)
+    partial = partial_path(final)
+    with _nothing_was_written(final):
+        try:
+            # 1. every rank writes its part and brings it to disk; torch.distributed.checkpoint fails on all ranks alike
+            on_main(context, make_empty, partial)
+            _together(context, "engine", _write_engine, snapshot, partial)
+            _together(context, "bank", _write_bank, snapshot, partial / "bank", context)
+            _together(context, "files", _write_own, snapshot, partial, context)
+            # 2. what it must look like; then publish
+            names = on_main(context, files_below, partial)
+            entries = _together(context, "hashes", _hash_own, partial, names, context)
+            files = {name: entry for part in everyone(context, entries) for name, entry in part.items()}
+            on_main(context, _write_manifest, snapshot, partial, files)
+            on_main(context, publish_folder, partial, final)
+        except AgreedError:
+            on_main(context, lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise
+    # 3. the pointer, and forget
+    return SavedCheckpoint(final, on_main(context, tidy_up, final, retention))
+
+
+def _write_engine(snapshot: _Snapshot, partial: Path) -> None:
+    snapshot.engine.save(partial)
+    fault_point("save.engine")
+
+
+def _write_bank(snapshot: _Snapshot, directory: Path, context: ParallelContext) -> None:
+    tensors = _over_classes(snapshot.bank, snapshot.num_classes, context)
+    _dcp_save(tensors, directory, context)
+    fault_point("save.bank")
+
+
+def _write_own(snapshot: _Snapshot, partial: Path, context: ParallelContext) -> None:
+    own = [partial / f"random-rank-{context.rank:03d}.pt"]
+    torch.save(dict(snapshot.random), own[0])
+    if context.is_main:
+        own += [partial / "backbone.safetensors", partial / "state.json"]
+        save_file({name: value.contiguous() for name, value in snapshot.weights.items()}, own[1])
+        own[2].write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
+    fault_point("save.files")
+
+
+def _hash_own(partial: Path, names: list[str], context: ParallelContext) -> dict[str, dict[str, Any]]:
+    """Entries in the manifest of this rank's share of the files."""
+    own = names[context.rank :: context.world_size]
+    return hash_files(partial, own, num_threads=torch.get_num_threads())
+
+
+def _write_manifest(snapshot: _Snapshot, partial: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    write_manifest(partial, snapshot.state, files, torch=torch.__version__, deepspeed=version("deepspeed"))
+
+
+def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext) -> None:
+    dcp.save(tensors, storage_writer=BankWriter(directory), process_group=context.group, no_dist=context.group is None)
+
+
+def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: ParallelContext) -> dict[str, Tensor]:
+    """This rank's rows [c, ...] as its part of [C, ...], under names that do not depend on the number of ranks."""
+    if context.group is None:
+        return dict(tensors)
+    whole = {}
+    for name, value in tensors.items():
+        whole[name] = value
+        if value.ndim:  # else a step counter
+            mesh = DeviceMesh.from_group(context.group, value.device.type)
+            shape = torch.Size((num_classes, *value.shape[1:]))
+            stride = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+            whole[name] = DTensor.from_local(value, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    return whole
+
+
+def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
+    """Read this rank's rows straight into the parameter and into a new state of the optimizer.
+
+    torch's optimizers make their state at their first step. The checkpoint's table of contents says what belongs to it,
+    so no such step, with a gradient as large as the bank, is needed to make room.
+    """
+    contents = run_together(context, BankReader(directory).read_metadata).state_dict_metadata
+    state = {}
+    for name, entry in contents.items():
+        if name.startswith(_STATE_PREFIX):
+            assert isinstance(entry, TensorStorageMetadata)
+            if entry.size:
+                shape, device = (loss.partition.num_local, *entry.size[1:]), loss.proxies.device
+            else:  # a step counter: on the CPU, from where the optimizer moves it if it wants it elsewhere
+                shape, device = (), torch.device("cpu")
+            state[name.removeprefix(_STATE_PREFIX)] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
+    rows = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: value for name, value in state.items()}
+    tensors = _over_classes(rows, loss.partition.num_classes, context)
+    dcp.load(tensors, storage_reader=BankReader(directory), process_group=context.group, no_dist=context.group is None)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
+
+
+def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
+    state = read_state(checkpoint)
+    names = sorted(state.settings.keys() | settings.keys())
+    changed = [name for name in names if state.settings.get(name) != settings.get(name)]
+    if changed:
+        details = "; ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other settings: {details}. Continue with the same ones, give this run "
+            "another name with --set name=NAME, or start anew with --resume never"
+        )
+    return state
+
+
+def _load_random_state(checkpoint: Path, context: ParallelContext) -> None:
+    random_state = torch.load(checkpoint / f"random-rank-{context.rank:03d}.pt", weights_only=True)
+    torch.set_rng_state(random_state["torch"])
+    if context.device.type == "cuda" and "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"], context.device)
+
+
+def _together(context: ParallelContext, what: str, function: Callable[..., T], *args: Any) -> T:
+    """Run `function(*args)` on every rank; whatever it raises on any rank, raise one error that names that rank on all.
+    Called on all ranks.
+
+    As `run_together`, but for whatever a library may raise while it writes. `function` may use collectives that fail on
+    all ranks alike.
+    """
+    result, failure = None, None
+    cause: BaseException | None = None
+    try:
+        result = function(*args)
+    except CheckpointException as error:
+        parts = [f"{_described(raised)} (on rank {rank})" for rank, (raised, _) in sorted(error.failures.items())]
+        failure, cause = "; ".join(parts), error
+    except Exception as error:
+        failure, cause = f"{_described(error)} (on rank {context.rank})", error
+    failures = [message for message in everyone(context, failure) if message is not None]
+    if failures:
+        raise AgreedError(f"{what}: {failures[0]}") from cause
+    return result  # type: ignore[return-value]
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    remedy = " (torch's words for a full disk, among others)" if isinstance(error, RuntimeError) else ""
+    return f"{type(error).__name__}: {error}{remedy}"
+
+
+def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors in which a number is not finite."""
+    fault_point("save.begin")
+    return [name for name, value in _numbers(engine, weights, proxies, bank) if not _is_finite(value)]
+
+
+def _numbers(
+    engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a run continues from, by a name for messages."""
+    for name, value in weights.items():
+        yield f"backbone {name}", value
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:  # of mixed precision and ZeRO: the float32 numbers behind the backbone's
+            yield "the backbone's parameters", parameter
+    for state in engine.optimizer.state.values():
+        for name, value in state.items():
+            yield f"the backbone's {name}", value
+    yield "proxies", proxies
+    for name, value in bank.items():
+        yield f"the proxies' {name}", value
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no element is NaN or infinite; a look at both ends needs no copy, and NaN is passed on as either."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+        return True
+    least, most = torch.aminmax(value.detach())
+    return bool(torch.isfinite(least) & torch.isfinite(most))

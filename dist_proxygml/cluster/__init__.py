@@ -1,0 +1,1 @@
+"""Jobs on SLURM, and sweeps of settings and seeds."""

@@ -1,0 +1,1 @@
+"""Ranks: who they are, how they communicate, and how they end."""

@@ -1,0 +1,187 @@
+"""Differentiable collectives over ragged rows; `group=None` means one process.
+
+Every function is called on all ranks of `group`. The loss is the same number on every rank, and every rank runs
+backward on its own copy of it. That fixes the backward rules:
+
+    gather_rows      forward: all-gather in rank order     backward: reduce-scatter SUM, as each copy holds a part
+    all_reduce_sum   forward: SUM                          backward: identity, as the copies of the sum are one number
+
+SUM, never AVG: what an engine averages later is undone once, by name, in head/loss.py. Rows are padded to the longest
+rank because gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so the padding costs next
+to nothing.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass
+class Traffic:
+    """What this rank received from others, in bytes; an all-reduce counts as the ring algorithm does it."""
+
+    received: int = 0
+
+
+_traffic: contextvars.ContextVar[Traffic | None] = contextvars.ContextVar("traffic", default=None)
+
+
+@contextlib.contextmanager
+def count_bytes() -> Iterator[Traffic]:
+    """Count the bytes that this module's collectives bring to this rank inside the block, and in the backward passes
+    of what was computed inside. `gather_objects` is not counted.
+    """
+    traffic = Traffic()
+    token = _traffic.set(traffic)
+    try:
+        yield traffic
+    finally:
+        _traffic.reset(token)
+
+
+def _count(traffic: Traffic | None, received: float) -> None:
+    if traffic is not None:
+        traffic.received += round(received)
+
+
+class AgreedError(ValueError):
+    """A user's mistake that all ranks know of and raise alike, so that one of them may report it for all."""
+
+    status = 2  # of a process that ends by it
+
+
+class NonFiniteError(AgreedError):
+    """NaN or infinity where numbers are needed: training may leave a step out or go back, evaluation cannot go on."""
+
+    status = 65  # EX_DATAERR of sysexits.h: to start it again does not help
+
+
+def world_size_of(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks of the group; 1 without a group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """This process's rank in the group; 0 without a group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def gather_rows(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows, concatenated in rank order: [row_counts[rank], ...] -> [sum(row_counts), ...].
+
+    Forward: all-gather. Backward: reduce-scatter SUM, each rank receiving the gradient of its own rows.
+    """
+    if world_size_of(group) == 1:
+        return rows
+    return _GatherRows.apply(rows, tuple(row_counts), group)
+
+
+def all_reduce_sum(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the ranks. Forward: all-reduce SUM. Backward: identity, for values that every rank uses alike."""
+    return value if group is None else _AllReduceSum.apply(value, group)
+
+
+def all_reduce_max(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """Largest value over the ranks, elementwise. No gradient."""
+    value = value.detach().clone()
+    if group is not None:
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+        _count(_traffic.get(), _all_reduced_bytes(value, group))
+    return value
+
+
+def exchange_rows(
+    blocks: Tensor,
+    *,
+    send_counts: Sequence[int],
+    receive_shapes: Sequence[tuple[int, int]],
+    group: dist.ProcessGroup,
+) -> list[Tensor]:
+    """Send consecutive row blocks of a matrix to the ranks in order; receive one block from each. No gradient.
+
+    Args:
+        blocks: [sum(send_counts), width]; rank r receives the r-th block of send_counts[r] rows.
+        send_counts: rows for each rank.
+        receive_shapes: (rows, width) of the block that each rank sends here.
+        group: the ranks that exchange.
+
+    Returns:
+        The received blocks in rank order.
+    """
+    width = blocks.shape[1]
+    receive_sizes = [rows * columns for rows, columns in receive_shapes]
+    received = blocks.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(
+        received, blocks.contiguous().view(-1), receive_sizes, [count * width for count in send_counts], group=group
+    )
+    from_others = sum(receive_sizes) - receive_sizes[dist.get_rank(group)]
+    _count(_traffic.get(), from_others * blocks.element_size())
+    return [part.view(shape) for part, shape in zip(received.split(receive_sizes), receive_shapes, strict=True)]
+
+
+def gather_objects(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
+    """The small picklable `value` of every rank, in rank order. Slow: for messages and set-up, not for steps."""
+    values: list[T] = [value] * world_size_of(group)
+    if group is not None:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, row_counts, group):  # type: ignore[no-untyped-def]
+        ctx.row_counts, ctx.group, ctx.traffic = row_counts, group, _traffic.get()
+        longest = max(row_counts)
+        padded = _pad_rows(rows, longest)
+        gathered = rows.new_empty((len(row_counts) * longest, *rows.shape[1:]))
+        _collective("all_gather_single", "all_gather_into_tensor")(gathered, padded, group=group)
+        _count(ctx.traffic, gathered.nbytes - padded.nbytes)
+        blocks = gathered.view(len(row_counts), longest, *rows.shape[1:])
+        return torch.cat([block[:count] for block, count in zip(blocks, row_counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        longest = max(ctx.row_counts)
+        padded = torch.cat([_pad_rows(block, longest) for block in gradient.split(ctx.row_counts)])
+        own = gradient.new_empty((longest, *gradient.shape[1:]))
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, padded, dist.ReduceOp.SUM, group=ctx.group)
+        _count(ctx.traffic, padded.nbytes - own.nbytes)
+        return own[: ctx.row_counts[dist.get_rank(ctx.group)]], None, None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):  # type: ignore[no-untyped-def]
+        total = value.clone()
+        dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
+        _count(_traffic.get(), _all_reduced_bytes(total, group))
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient, None
+
+
+def _all_reduced_bytes(value: Tensor, group: dist.ProcessGroup) -> float:
+    world_size = dist.get_world_size(group)
+    return 2 * (world_size - 1) / world_size * value.nbytes
+
+
+def _pad_rows(rows: Tensor, length: int) -> Tensor:
+    rows = rows.contiguous()
+    if rows.shape[0] == length:
+        return rows
+    return torch.cat([rows, rows.new_zeros((length - rows.shape[0], *rows.shape[1:]))])
+
+
+def _collective(name: str, earlier_name: str) -> Callable[..., Any]:
+    """A collective of torch by its name; the earlier one is that of torch 2.9, deprecated since."""
+    return getattr(dist, name) if hasattr(dist, name) else getattr(dist, earlier_name)

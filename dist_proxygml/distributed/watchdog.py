@@ -1,0 +1,95 @@
+"""A watchdog for steps that never end: it shows what every thread was doing and ends the process.
+
+A collective whose peer hangs, a file system that does not answer, a deadlock in a data loader: nothing raises, nothing
+is printed, and the cluster's hours run out. The process ends with status 75, as one that was told to stop: started
+again, the run goes on from its newest checkpoint.
+
+Declined: `faulthandler.dump_traceback_later(exit=True)`, which needs no thread of Python's but ends with status 1, like
+a crash.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_proxygml.distributed.preemption import STOPPED_STATUS
+
+_SECONDS_TO_TELL = 10.0
+
+
+class Watchdog:
+    """Ends this process when `timeout` seconds go by without a `beat`, from the first one on, except while paused.
+
+    Args:
+        timeout: seconds; None never ends anything.
+        report: file that the threads' stacks are written to, besides stderr.
+        what: what takes too long, for the message.
+    """
+
+    def __init__(self, timeout: float | None, *, report: Path, what: str = "a step") -> None:
+        self._timeout, self._report, self._what = timeout, report, what
+        self._deadline: float | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def beat(self) -> None:
+        """Something was done: the time starts anew."""
+        if self._timeout is None:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        with self._changed:
+            self._deadline = time.monotonic() + self._timeout
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """No time is counted until the next beat."""
+        with self._changed:
+            self._deadline = None
+            self._changed.notify()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For work that may take longer than a step."""
+        was_running = self._deadline is not None
+        self.stop()
+        yield
+        if was_running:
+            self.beat()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while True:
+                left = None if self._deadline is None else self._deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._changed.wait(left)
+        self._bite()
+
+    def _bite(self) -> None:
+        rank = os.environ.get("RANK", "0")
+        message = (
+            f"error: {self._what} has taken longer than {self._timeout:g} s on rank {rank}; what its threads were "
+            f"doing follows and stands in {self._report}; start the run again to go on from its newest checkpoint, or "
+            "raise training.step_timeout\n"
+        )
+        # What hangs may be the file system that stderr and the report lie on.
+        last_word = threading.Timer(_SECONDS_TO_TELL, os._exit, (STOPPED_STATUS,))
+        last_word.daemon = True
+        last_word.start()
+        sys.stderr.write(message)
+        sys.stderr.flush()
+        faulthandler.dump_traceback(sys.stderr)
+        try:
+            with self._report.open("w") as file:
+                file.write(message)
+                file.flush()
+                faulthandler.dump_traceback(file)
+        finally:
+            os._exit(STOPPED_STATUS)

@@ -1,0 +1,209 @@
+"""Evaluate a checkpoint: `deepspeed launchers/evaluate.py --run runs/demo_cpu`.
+
+With the run's own shards and number of threads this repeats the numbers of the training run to the last digit. One that
+was killed goes on with the images that it had not embedded yet.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_proxygml.config import Config, load_config
+from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.parallel import join_world, on_main, parse_arguments, run_launcher, run_together
+from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
+
+EXAMPLES = """examples:
+  deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
+  deepspeed launchers/evaluate.py --run runs/sop_8gpu --checkpoint step-000800 --data shards/other
+  deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
+  deepspeed launchers/evaluate.py --run runs/sop_8gpu --validation
+  deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
+    parser.add_argument(
+        "--checkpoint", help="name of a checkpoint of that run, such as step-000800 (default: the newest)"
+    )
+    parser.add_argument("--data", help="folder of other shards (default: the run's own)")
+    parser.add_argument("--split", help="split of the shards (default: the run's test split)")
+    parser.add_argument("--gallery-split", help="split that is searched (default: every image among all others)")
+    parser.add_argument(
+        "--protocol",
+        choices=["custom", *PROTOCOLS],
+        help="published protocol: its K and numbers of images (default: the run's, custom for other shards)",
+    )
+    parser.add_argument(
+        "--validation", action="store_true", help="the classes that the run held out (data.validation_classes) instead"
+    )
+    parser.add_argument("--legacy-proxygml", action="store_true", help="also what the published evaluation gives")
+    parser.add_argument("--verify", action="store_true", help="find ranks in two ways, which must agree")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings, such as evaluation.gallery=sharded",
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser
+
+
+def main() -> None:
+    """Parse, evaluate, print the table and store the result in the run's folder."""
+    arguments = parse_arguments(build_parser())
+    check_arguments(arguments)
+    config = load_config(arguments.run / "config.json", [*overrides(arguments), *arguments.set])
+    context = join_world()
+
+    from dist_proxygml.checkpoint.folder import found_instead
+    from dist_proxygml.checkpoint.writer import find_checkpoint, load_backbone
+    from dist_proxygml.data.damage import DAMAGE_FILE
+    from dist_proxygml.reporting.page import format_metrics
+    from dist_proxygml.training.data import open_split, open_validation
+    from dist_proxygml.training.run import (
+        block_folder,
+        build_damage_log,
+        build_evaluation_model,
+        evaluate_model,
+        store_evaluation,
+    )
+
+    checkpoints = arguments.run / "checkpoints"
+    wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
+    checkpoint = on_main(context, find_checkpoint, checkpoints, wanted)
+    if checkpoint is None:
+        instead = on_main(context, found_instead, checkpoints)
+        raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
+    if arguments.validation:
+        index = run_together(context, open_validation, config, checkpoint)
+    else:
+        index = run_together(context, lambda: open_split(config, config.data.test_split, shards=arguments.data))
+    model = run_together(context, build_evaluation_model, config)
+    run_together(context, load_backbone, checkpoint, model)
+    model.to(context.device)
+    damage_file = arguments.run / DAMAGE_FILE
+    damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
+    say = print if context.is_main else lambda _: None
+    own = load_config(arguments.run / "config.json")
+    name = checkpoint.name + what_is_other(config, own, shards=arguments.data, digest=index.sha256)
+    if arguments.validation:
+        name = f"validation-{name}"
+    blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
+    result = evaluate_model(
+        config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
+    )
+    path = on_main(context, lambda: store_evaluation(arguments.run, name, result, with_embeddings=False))
+    if context.is_main:
+        print(format_metrics({checkpoint.name: result.metrics}))
+        for line in legacy_lines(result.metrics):
+            print(line)
+        print(ties_line(result.bounds))
+        print(f"written to {path}")
+    blocks.remove(context)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        ValueError: naming it.
+    """
+    others = ("data", "split", "gallery_split", "protocol", "legacy_proxygml")
+    wrong = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name)]
+    if arguments.validation and wrong:
+        raise ValueError(
+            f"expected --validation without {' and '.join(wrong)}: the classes that a run held out are part of its own "
+            "training split; leave one of them out"
+        )
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The run's settings that the command line changes. Other shards are no published test set unless it says so."""
+    changed: dict[str, object] = {"checkpoint.keep_best": None}  # which may be of a metric that is not measured here
+    protocol = arguments.protocol
+    if protocol is None and (arguments.data or arguments.split):
+        protocol = "custom"
+    if protocol is not None:
+        changed |= {"evaluation.protocol": protocol, "evaluation.gallery_split": None}
+        if protocol not in LEGACY_PROTOCOLS:
+            changed["evaluation.legacy_proxygml"] = False
+    if protocol in PROTOCOLS:
+        changed["evaluation.recall_at"] = list(PROTOCOLS[protocol].recall_at)
+        is_divided = PROTOCOLS[protocol].num_gallery is not None
+        changed["data.test_split"] = "query" if is_divided else "test"
+        changed["evaluation.gallery_split"] = "gallery" if is_divided else None
+    if arguments.split:
+        changed["data.test_split"] = arguments.split
+    if arguments.gallery_split:
+        changed["evaluation.gallery_split"] = arguments.gallery_split
+    if arguments.legacy_proxygml:
+        changed["evaluation.legacy_proxygml"] = True
+    return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+
+
+def what_is_other(config: Config, own: Config, *, shards: str | None, digest: str) -> str:
+    """What to add to a checkpoint's name, so that a result is not stored in place of one that measured something else;
+    nothing where this is what the run itself measures.
+
+    Args:
+        config: what is measured.
+        own: the run's own configuration.
+        shards: others than the run's, if there are any.
+        digest: the sha256 of their index.
+    """
+    settings, own_settings = what_numbers_depend_on(config), what_numbers_depend_on(own)
+    if shards is None and settings == own_settings:
+        return ""
+    wanted = config.evaluation
+    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else []), config.data.test_split]
+    parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
+    parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
+    for said in (settings, own_settings):
+        for section, name in (("data", "test_split"), ("evaluation", "gallery_split"), ("evaluation", "protocol")):
+            del said[section][name]
+    if settings != own_settings:
+        text = json.dumps(settings, sort_keys=True)
+        parts += ["with", hashlib.sha256(text.encode()).hexdigest()[:8]]
+    return "-" + "-".join(parts)
+
+
+def what_numbers_depend_on(config: Config) -> dict[str, Any]:
+    """The settings that an evaluation goes by, but for those that say when to evaluate, how to search and to load."""
+    of_data = {"shards", "train_split", "validation_classes", "test_split", "test_transform"}
+    of_data |= {"damaged_images", "max_damaged"}
+    wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
+    settings = config.model_dump(mode="json", include=wanted)
+    for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels"):
+        del settings["evaluation"][name]
+    return dict(settings)
+
+
+def legacy_lines(metrics: Mapping[str, float]) -> list[str]:
+    """What the published evaluation would say, if it was asked."""
+    return [
+        f"{name.removeprefix('legacy_')} as in the published evaluation: {100 * value:.2f}"
+        for name, value in metrics.items()
+        if name.startswith("legacy_")
+    ]
+
+
+def ties_line(bounds: Mapping[str, tuple[float, float]]) -> str:
+    """How much ties could change."""
+    name, (low, high) = max(bounds.items(), key=lambda item: item[1][1] - item[1][0])
+    if 100 * (high - low) < 0.005:
+        return "ties: no metric changes by 0.005 points whichever way they go"
+    return f"ties: with all of them gone wrong or right, {name} is {100 * low:.2f} or {100 * high:.2f}"
+
+
+if __name__ == "__main__":
+    run_launcher(main)

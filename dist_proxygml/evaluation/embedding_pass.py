@@ -1,0 +1,325 @@
+"""The embedding pass: every image of a split through the model exactly once, on all ranks, into one
+table.
+
+Each rank embeds the batches that its loader gives it; the rows are gathered, sorted by sample id
+and checked, so every rank ends with the same table. What is embedded can be kept on disk (blocks.py),
+so that a pass that is cut short goes on later. No padding and no sampler that repeats images
+to make ranks even: repeated rows are sure hits in a gallery. Rows are brought to unit length in
+float32 outside autocast, whatever precision the forward pass ran in.
+
+Dimension key: b images of a batch, n images of the split, D embedding.
+"""
+
+import contextlib
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dist_proxygml.data.damage import Damage, DamageLog
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.order import evaluation_batches
+from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
+from dist_proxygml.data.transforms import Transform
+from dist_proxygml.distributed.collectives import AgreedError, gather_rows
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.distributed.preemption import StopRequested, StopSignals
+from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, pass_key
+from dist_proxygml.faults import fault_point
+
+
+class EmbeddingTable(NamedTuple):
+    """One row per image of a split, in the order of the split's index."""
+
+    embeddings: Tensor  # float32 [n, D], unit rows, on the CPU
+    labels: Tensor  # int64 [n]
+    ids: Tensor  # int64 [n], ascending: 0 .. n - 1 unless damaged images were left out
+
+
+def embed_split(
+    model: nn.Module,
+    index: ShardIndex,
+    transform: Transform,
+    *,
+    context: ParallelContext,
+    batch_size: int,
+    num_workers: int = 0,
+    cache: ImageCache | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    progress: Callable[[int], object] | None = None,
+    damage: DamageLog | None = None,
+    signals: StopSignals | None = None,
+    blocks: BlockFolder | None = None,
+) -> EmbeddingTable:
+    """Embed the images of a split; with `blocks` those that an earlier pass did not come to. Called on all ranks.
+
+    Args:
+        model, context, progress, damage, signals: as in `embed`.
+        index: the split.
+        transform: how an image becomes a row of a batch.
+        batch_size: images of one forward pass of one rank.
+        num_workers: loader processes of each rank.
+        cache: where decoded images are kept between evaluations; needs `num_workers` 0.
+        preprocessing: the transform's settings: rows of other ones are not those of this pass. Needed with `blocks`.
+        blocks: where what is done is kept. It is the caller's to remove, when the result is stored.
+
+    Raises:
+        ValueError, StopRequested: as `embed`.
+    """
+    kept = None
+    if blocks is not None:
+        assert preprocessing is not None, "blocks without the settings of the transform"
+        settings = {
+            "index_sha256": index.sha256,
+            "class_table_sha256": index.class_table_sha256,
+            "split": index.split,
+            "preprocessing": dict(preprocessing),
+            "batch_size": batch_size,
+            "skip_damaged": damage is not None,
+            "device": context.device.type,
+        }
+        kept = EmbeddingBlocks(blocks, index.split, key=lambda: pass_key(model, settings), context=context)
+        if kept.done and context.is_main:
+            num_done = sum(min(batch_size, index.num_samples - number * batch_size) for number in kept.done)
+            blocks.say(f"{num_done:,} of {index.num_samples:,} images of {index.split} are embedded already")
+    shares = {"batch_size": batch_size, "rank": context.rank, "world_size": context.world_size}
+    done = frozenset() if kept is None else kept.done
+    loader = build_evaluation_loader(
+        index,
+        transform,
+        **shares,
+        num_workers=num_workers,
+        cache=cache,
+        pin_memory=context.device.type == "cuda",
+        skip_damaged=damage is not None,
+        done=done,
+    )
+    hidden = None if context.is_main else True  # None: hidden unless a person looks at it
+    with tqdm(loader, desc=f"embedding {index.split}", unit="batch", delay=5.0, disable=hidden, leave=False) as batches:
+        return embed(
+            model,
+            batches,
+            context=context,
+            num_samples=index.num_samples,
+            describe=index.describe,
+            progress=progress,
+            damage=damage,
+            signals=signals,
+            blocks=kept,
+            numbers=[int(ids[0]) // batch_size for ids in evaluation_batches(index.num_samples, **shares, done=done)],
+        )
+
+
+def embed(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    context: ParallelContext,
+    num_samples: int,
+    describe: Callable[[int], str] | None = None,
+    progress: Callable[[int], object] | None = None,
+    damage: DamageLog | None = None,
+    signals: StopSignals | None = None,
+    blocks: EmbeddingBlocks | None = None,
+    numbers: Sequence[int] = (),
+) -> EmbeddingTable:
+    """Embed a split: this rank's batches here, the other ranks' batches there, one table
+    everywhere.
+
+    Called on all ranks. The model runs in evaluation mode without gradients; the mode of each of
+    its modules is restored.
+
+    Args:
+        model: images uint8 [b, 3, H, W] -> embeddings [b, D], on `context.device`.
+        loader: this rank's batches; together the ranks' batches hold each id 0 .. num_samples - 1
+            once. May be empty.
+        context: this process among its peers.
+        num_samples: number of images n of the split.
+        describe: what to call a sample in a message besides its id, such as `ShardIndex.describe`.
+        progress: called after each batch with the number of images just embedded on this rank.
+        damage: takes in the damaged images that the loader left out; without it every image is expected.
+        signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
+        blocks: what an earlier pass did, so that it is not in `loader`, and where this one keeps what it does.
+        numbers: with `blocks`, the number of each batch of `loader`.
+
+    Raises:
+        StopRequested: on every rank, when one was told to stop.
+        ValueError: on every rank, when an id is missing, repeated or out of range, when an
+            embedding is zero or not finite, or when more images are damaged than `damage` allows.
+    """
+    # 1. This rank's part. No collectives in here: a damaged image stops one rank only.
+    local, left_out = run_together(
+        context, _embed_batches, model, loader, context.device, progress, signals, blocks, numbers
+    )
+    if blocks is not None:
+        blocks.tell_problems()
+    if signals is not None:
+        try:
+            signals.agree(context)
+        except StopRequested:
+            if blocks is not None:
+                blocks.write()
+            raise
+    num_left_out = 0
+    if damage is not None:
+        damage.add(left_out)
+        num_left_out = sum(everyone(context, len(left_out)))
+
+    # 2. A rank without a batch does not know D; it still takes part in every collective.
+    shapes = everyone(context, tuple(local.embeddings.shape))
+    row_counts = [rows for rows, _ in shapes]
+    width = max(columns for _, columns in shapes)
+    if row_counts[context.rank] == 0:
+        local = local._replace(embeddings=local.embeddings.new_zeros(0, width))
+
+    # 3. The same table everywhere, checked everywhere: what is wrong is wrong on all ranks.
+    rows = EmbeddingTable(*(gather_rows(part, row_counts=row_counts, group=context.group).cpu() for part in local))
+    order_n = torch.argsort(rows.ids, stable=True)
+    table = EmbeddingTable(*(part[order_n] for part in rows))
+    check_table(table, num_samples=num_samples, num_left_out=num_left_out, describe=describe)
+    return table
+
+
+def check_table(
+    table: EmbeddingTable, *, num_samples: int, num_left_out: int = 0, describe: Callable[[int], str] | None = None
+) -> None:
+    """Refuse a table that metrics must not be computed from.
+
+    Raises:
+        ValueError: ids other than 0 .. num_samples - 1 in order, but for `num_left_out` of them, or rows that are zero
+            or not finite (named by their ids).
+    """
+    expected_n = torch.arange(num_samples)
+    ascends = bool((table.ids.diff() > 0).all())
+    in_range = bool(torch.isin(table.ids, expected_n).all())
+    if not (ascends and in_range and table.ids.numel() + num_left_out == num_samples):
+        found, counts = table.ids.unique(return_counts=True)
+        raise AgreedError(
+            f"expected each of the {num_samples} images of the split exactly once, got "
+            f"{table.ids.numel()} rows; "
+            f"missing ids: {_some(expected_n[~torch.isin(expected_n, found)])}; repeated ids: "
+            f"{_some(found[counts > 1])}; "
+            f"unknown ids: {_some(found[~torch.isin(found, expected_n)])}; the ranks' loaders must "
+            "cut the split up, not sample from it"
+        )
+    # Unit rows were asked for: anything shorter than a half was zero.
+    zero_n = torch.linalg.vector_norm(table.embeddings, dim=1) < 0.5
+    unusable = {
+        "not finite": (
+            ~table.embeddings.isfinite().all(dim=1),
+            "has the model diverged? Lower the learning rate, or look at these images",
+        ),
+        "zero": (
+            zero_n,
+            "they have no direction to compare; look at the model's last layers, or at them",
+        ),
+    }
+    for problem, (bad_n, remedy) in unusable.items():
+        if bad_n.any():
+            bad = table.ids[bad_n]  # other numbers than those of the rows, where images were left out
+            first = "" if describe is None else f", the first is {describe(int(bad[0]))}"
+            raise AgreedError(
+                f"the embeddings of {bad.numel()} of {num_samples} images are {problem} (ids "
+                f"{_some(bad)}{first}); "
+                f"{remedy}"
+            )
+
+
+def save_table(table: EmbeddingTable, path: Path) -> Path:
+    """Write the table as a numpy archive with the arrays embeddings, labels and ids; complete or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("wb") as file:
+        np.savez(file, **{name: value.numpy() for name, value in table._asdict().items()})
+    unfinished.replace(path)
+    return path
+
+
+def load_table(path: Path) -> EmbeddingTable:
+    """Read a table that `save_table` wrote.
+
+    Raises:
+        ValueError: the file is not such a table.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return EmbeddingTable(*(torch.from_numpy(arrays[name]) for name in EmbeddingTable._fields))
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a table of embeddings ({error}); run the evaluation again to write it"
+        ) from error
+
+
+def _embed_batches(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    device: torch.device,
+    progress: Callable[[int], object] | None,
+    signals: StopSignals | None,
+    blocks: EmbeddingBlocks | None,
+    numbers: Sequence[int],
+) -> tuple[EmbeddingTable, list[Damage]]:
+    rows, labels, ids = [], [], []
+    left_out: list[Damage] = []
+    for block in [] if blocks is None else blocks.stored:
+        left_out += block.damaged
+        if len(block.ids) == 0:
+            continue
+        rows.append(block.embeddings.to(device))
+        labels.append(block.labels)
+        ids.append(block.ids)
+        if progress is not None:
+            progress(len(block.ids))
+    keeping = contextlib.nullcontext() if blocks is None else blocks
+    with torch.inference_mode(), _evaluation_mode(model), keeping:
+        for place, batch in enumerate(loader):
+            fault_point("evaluate.batch")
+            if signals is not None and signals.received:
+                break
+            left_out += batch.damaged
+            if len(batch.ids):
+                output_bD = model(batch.images.to(device, non_blocking=True))
+                with torch.autocast(device.type, enabled=False):
+                    rows.append(F.normalize(output_bD.float(), dim=1))
+                labels.append(batch.labels)
+                ids.append(batch.ids)
+                if progress is not None:
+                    progress(len(batch.ids))
+            if blocks is not None:
+                blocks.add(numbers[place], batch, rows[-1] if len(batch.ids) else None)
+    # Copies made outside inference mode are ordinary tensors, which collectives may write to.
+    if not rows:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return EmbeddingTable(torch.zeros(0, 0, device=device), nothing, nothing), left_out
+    table = EmbeddingTable(
+        torch.cat(rows).clone(),
+        torch.cat(labels).to(device).clone(),
+        torch.cat(ids).to(device).clone(),
+    )
+    return table, left_out
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while; afterwards each module is in the mode it was in, frozen parts included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _some(ids: Tensor, most: int = 10) -> str:
+    """The first ids of a list, readable: "3, 17, 90 and 5 more"."""
+    if ids.numel() == 0:
+        return "none"
+    listed = ", ".join(str(number) for number in ids[:most].tolist())
+    return listed if ids.numel() <= most else f"{listed} and {ids.numel() - most} more"

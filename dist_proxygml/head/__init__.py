@@ -1,0 +1,1 @@
+"""The partitioned proxy head. Start with loss.py."""

@@ -1,0 +1,353 @@
+"""The three loops over the bank of similarity.py as kernels for NVIDIA GPUs, with the same results.
+
+    pairs_above          product, division by the proxies' lengths, comparison and compaction in one pass: of S [R, p]
+                         nothing is written but the pairs above the floor
+    embedding_gradient   sums of each row's pairs in segments of a fixed length, then of a row's segments
+    proxy_gradient       each proxy's pairs and the radial part at once: nothing of the result's size exists beside it
+
+Sums are in float32 and in a fixed order, so every result is the same from run to run. The order in which pairs are
+found is not; they are sorted by a key that no two share.
+
+Written in Triton, which comes with torch on Linux. This file cannot be imported without it, so callers import it where
+they have a GPU at hand. With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on a CPU,
+slowly: tests do that.
+
+Triton runs kernels on the current device, torch's operators where the tensors are: hence the `device_of` around calls.
+
+Declined: TF32 for float32 inputs (ten bits of mantissa choose other proxies); sums over segments by atomic additions
+(another result in each run); counting first and writing in order in a second pass (no sort, but twice the product).
+
+Dimension key: R rows (images), r rows and one, p proxies, n pairs, u proxies whose gradient is wanted, s segments, D
+embedding. Inside kernels the names of blocks of indices are in the singular, and P, R, D, N are the blocks' sizes.
+"""
+
+# Triton has no type information, and its compiler wants kernels without annotations.
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dist_proxygml.head.bank import Bank, Pairs
+
+# Pairs of a row that one program sums up: long rows are spread over many programs, and a partial sum (D numbers) is
+# small beside its pairs.
+_SEGMENT = 1024
+
+
+def pairs_above(
+    embeddings_RD: Tensor,
+    proxies_pD: Tensor,
+    inverse_norm_p: Tensor,
+    floor_R: Tensor,
+    excluded_R2: Tensor,
+    *,
+    matmul_dtype: torch.dtype,
+    capacity: int,
+) -> Pairs | None:
+    """All pairs with S > floor of their row, ordered by row, then by proxy; None if there are more than `capacity`.
+
+    Waits for the device once, to learn how many there are.
+
+    Args:
+        embeddings_RD: rows, float32.
+        proxies_pD: unnormalised, float32, contiguous.
+        inverse_norm_p: one over their lengths.
+        floor_R: what S has to exceed.
+        excluded_R2: int64, first and one past the last proxy that a row must not be paired with; may lie outside.
+        matmul_dtype: float32, or bfloat16 to round the inputs of the products to it, the bank's tile by tile.
+        capacity: pairs to have room for, 12 bytes each.
+    """
+    assert embeddings_RD.dtype == proxies_pD.dtype == torch.float32
+    assert proxies_pD.is_contiguous()  # it is not to be copied
+    num_rows, dim = embeddings_RD.shape
+    num_proxies = len(proxies_pD)
+    key_n = torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device)
+    similarity_n = embeddings_RD.new_empty(capacity)
+    num_found = torch.zeros(1, dtype=torch.int64, device=embeddings_RD.device)
+    tile = _tile(num_rows, matmul_dtype)
+    num_tiles = triton.cdiv(num_rows, tile["BLOCK_R"]) * triton.cdiv(num_proxies, tile["BLOCK_P"])
+    if num_tiles > 0:
+        with torch.cuda.device_of(proxies_pD):
+            _pairs_above_kernel[(num_tiles,)](
+                embeddings_RD.to(matmul_dtype).contiguous(),
+                proxies_pD,
+                inverse_norm_p.contiguous(),
+                floor_R.contiguous(),
+                excluded_R2.clamp(0, num_proxies).int().contiguous(),
+                key_n,
+                similarity_n,
+                num_found,
+                num_rows,
+                num_proxies,
+                dim,
+                capacity,
+                **tile,
+            )
+    count = int(num_found)
+    if count > capacity:
+        return None
+    key_n, order_n = key_n[:count].sort()
+    return Pairs(key_n // num_proxies, key_n % num_proxies, similarity_n[order_n])
+
+
+def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: int) -> Tensor:
+    """Gradient [R, D] of sum_n weight_n * S[row_n, proxy_n] with respect to the embeddings."""
+    assert bank.proxies.is_contiguous()
+    dim, device = bank.proxies.shape[1], weight_n.device
+    if num_rows == 0:
+        return bank.proxies.new_zeros(0, dim)
+    # 1. Each row's segments. There is room for as many as there can be; what is left over is empty and counted as the
+    #    last row's, so that no number has to come from the device.
+    first_pair_r = torch.searchsorted(pairs.row, torch.arange(num_rows + 1, device=device))
+    num_segments_R = (first_pair_r.diff() + _SEGMENT - 1) // _SEGMENT
+    end_R = num_segments_R.cumsum(0)
+    first_segment_R = end_R - num_segments_R
+    segment_s = torch.arange(num_rows + len(weight_n) // _SEGMENT, device=device)
+    row_s = torch.searchsorted(end_R, segment_s, right=True).clamp_max(num_rows - 1)
+    start_s = first_pair_r[row_s] + (segment_s - first_segment_R[row_s]) * _SEGMENT
+    stop_s = torch.minimum(start_s + _SEGMENT, first_pair_r[row_s + 1])
+    # 2. Their sums. Every row's first segments before all second ones: what runs at the same time reads the same part
+    #    of the bank, a row's pairs being in the order of the proxies.
+    order_s = torch.argsort(segment_s - first_segment_R[row_s], stable=True)
+    partial_sD = bank.proxies.new_empty(len(segment_s), dim)
+    block = _columns(dim)
+    with torch.cuda.device_of(bank.proxies):
+        _segment_sums_kernel[(len(segment_s), triton.cdiv(dim, block))](
+            order_s,
+            start_s,
+            stop_s,
+            pairs.proxy.contiguous(),
+            weight_n.contiguous(),
+            bank.inverse_norm.contiguous(),
+            bank.proxies,
+            partial_sD,
+            dim,
+            BLOCK_N=32,
+            BLOCK_D=block,
+            num_warps=4,
+        )
+    # 3. Each row's sum of them.
+    return F.embedding_bag(segment_s, partial_sD, first_segment_R, mode="sum")
+
+
+def proxy_gradient(
+    pairs: Pairs, bank: Bank, embeddings_RD: Tensor, weight_n: Tensor, *, touched_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum_n weight_n * S[row_n, proxy_n] with respect to the unnormalised proxies.
+
+    d S_ij / d p_j = (x_i - S_ij p_j / |p_j|) / |p_j|
+
+    A proxy's pairs are one program's work: there are at most as many as rows.
+
+    Returns:
+        touched_only: the proxies with a pair, int64 [u] ascending, and their gradients [u, D]; all others have none.
+        Otherwise all proxies [p] and their gradients [p, D].
+    """
+    assert bank.proxies.is_contiguous()
+    dim = bank.proxies.shape[1]
+    proxy_n, order_n = torch.sort(pairs.proxy.int(), stable=True)
+    if touched_only:
+        proxy_u = torch.unique_consecutive(proxy_n)
+    else:
+        proxy_u = torch.arange(len(bank.proxies), dtype=torch.int32, device=proxy_n.device)
+    gradient_uD = embeddings_RD.new_empty(len(proxy_u), dim)
+    block = _columns(dim)
+    if len(proxy_u) > 0:
+        with torch.cuda.device_of(bank.proxies):
+            _proxy_gradient_kernel[(len(proxy_u) * triton.cdiv(dim, block),)](
+                proxy_u,
+                torch.searchsorted(proxy_n, proxy_u),
+                torch.searchsorted(proxy_n, proxy_u, right=True),
+                order_n,
+                pairs.row.contiguous(),
+                pairs.similarity.contiguous(),
+                weight_n.contiguous(),
+                bank.inverse_norm.contiguous(),
+                embeddings_RD.contiguous(),
+                bank.proxies,
+                gradient_uD,
+                dim,
+                BLOCK_N=8,
+                BLOCK_D=block,
+                num_warps=1,
+            )
+    return proxy_u.long(), gradient_uD
+
+
+def _tile(num_rows: int, matmul_dtype: torch.dtype) -> dict[str, int]:
+    """How a tile of S is computed. For Hopper: two or more programs run on a multiprocessor at once, so that one
+    multiplies while the other writes, and no register is spilled inside the loop of the product.
+    """
+    rows = max(16, triton.next_power_of_2(num_rows))
+    if matmul_dtype == torch.bfloat16:  # tensor cores: 82 KB of shared memory
+        return {
+            "BLOCK_P": 64,
+            "BLOCK_R": min(128, rows),
+            "BLOCK_D": 64,
+            "num_warps": 8,
+            "num_stages": 3,
+            "maxnreg": 128,
+        }
+    return {"BLOCK_P": 128, "BLOCK_R": min(64, rows), "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
+
+
+def _columns(dim: int) -> int:
+    """Elements of an embedding that one program sums up."""
+    return min(128, triton.next_power_of_2(dim))
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_proxies", "capacity"])
+def _pairs_above_kernel(
+    embeddings_ptr,
+    proxies_ptr,
+    inverse_norm_ptr,
+    floor_ptr,
+    excluded_ptr,
+    key_ptr,
+    similarity_ptr,
+    num_found_ptr,
+    num_rows,
+    num_proxies,
+    dim,
+    capacity,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Programs that run at the same time share a few blocks of proxies, which come from memory once, and all rows, which
+    # stay in the L2 cache.
+    num_row_blocks = tl.cdiv(num_rows, BLOCK_R)
+    first_proxy = tl.program_id(0) // num_row_blocks * BLOCK_P
+    first_row = tl.program_id(0) % num_row_blocks * BLOCK_R
+    proxy = first_proxy + tl.arange(0, BLOCK_P)
+    row = first_row + tl.arange(0, BLOCK_R)
+    is_proxy = proxy < num_proxies
+    is_row = row < num_rows
+
+    # 1. Similarities of the tile.
+    proxy_start = proxy.to(tl.int64) * dim  # a bank may have more elements than int32 counts
+    row_start = row.to(tl.int64) * dim
+    similarity = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+    for first in range(0, dim, BLOCK_D):
+        element = first + tl.arange(0, BLOCK_D)
+        is_element = element < dim
+        left = tl.load(
+            proxies_ptr + proxy_start[:, None] + element[None, :],
+            mask=is_proxy[:, None] & is_element[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            embeddings_ptr + row_start[None, :] + element[:, None],
+            mask=is_row[None, :] & is_element[:, None],
+            other=0.0,
+        )
+        similarity = tl.dot(left.to(right.dtype), right, similarity, input_precision="ieee")
+    similarity *= tl.load(inverse_norm_ptr + proxy, mask=is_proxy, other=0.0)[:, None]
+
+    # 2. Those above the floor.
+    floor = tl.load(floor_ptr + row, mask=is_row, other=float("inf"))
+    excluded_start = tl.load(excluded_ptr + 2 * row, mask=is_row, other=0)
+    excluded_stop = tl.load(excluded_ptr + 2 * row + 1, mask=is_row, other=0)
+    allowed = (proxy[:, None] < excluded_start[None, :]) | (proxy[:, None] >= excluded_stop[None, :])
+    hit = (similarity > floor[None, :]) & allowed & is_proxy[:, None]
+
+    # 3. Room for all of them at once, and each one's place in it. As vectors: a tile of pointers would be moved through
+    #    shared memory.
+    size: tl.constexpr = BLOCK_P * BLOCK_R
+    hit_i = tl.reshape(hit.to(tl.int32), [size])
+    num_hits = tl.sum(hit_i, axis=0)
+    if num_hits > 0:
+        start = tl.atomic_add(num_found_ptr, num_hits.to(tl.int64), sem="relaxed")
+        room = tl.maximum(tl.minimum(capacity - start, size), 0).to(tl.int32)
+        before_i = tl.cumsum(hit_i, axis=0) - hit_i
+        fits_i = (hit_i > 0) & (before_i < room)
+        index_i = tl.arange(0, size)
+        row_i = (first_row + index_i % BLOCK_R).to(tl.int64)
+        key_i = row_i * num_proxies + first_proxy + index_i // BLOCK_R
+        tl.store(key_ptr + start + before_i, key_i, mask=fits_i)
+        tl.store(similarity_ptr + start + before_i, tl.reshape(similarity, [size]), mask=fits_i)
+
+
+@triton.jit
+def _segment_sums_kernel(
+    order_ptr,
+    start_ptr,
+    stop_ptr,
+    proxy_ptr,
+    weight_ptr,
+    inverse_norm_ptr,
+    proxies_ptr,
+    sum_ptr,
+    dim,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    segment = tl.load(order_ptr + tl.program_id(0))
+    element = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_element = element < dim
+    start = tl.load(start_ptr + segment)
+    stop = tl.load(stop_ptr + segment)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for first in range(start, stop, BLOCK_N):
+        pair = first + tl.arange(0, BLOCK_N)
+        is_pair = pair < stop
+        proxy = tl.load(proxy_ptr + pair, mask=is_pair, other=0)
+        factor = tl.load(weight_ptr + pair, mask=is_pair, other=0.0) * tl.load(
+            inverse_norm_ptr + proxy, mask=is_pair, other=0.0
+        )
+        value = tl.load(
+            proxies_ptr + proxy[:, None] * dim + element[None, :],
+            mask=is_pair[:, None] & is_element[None, :],
+            other=0.0,
+        )
+        total += factor[:, None] * value
+    tl.store(sum_ptr + segment * dim + element, tl.sum(total, axis=0), mask=is_element)
+
+
+@triton.jit
+def _proxy_gradient_kernel(
+    wanted_ptr,
+    start_ptr,
+    stop_ptr,
+    order_ptr,
+    row_ptr,
+    pair_similarity_ptr,
+    weight_ptr,
+    inverse_norm_ptr,
+    embeddings_ptr,
+    proxies_ptr,
+    gradient_ptr,
+    dim,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    num_blocks = tl.cdiv(dim, BLOCK_D)
+    position = (tl.program_id(0) // num_blocks).to(tl.int64)
+    element = tl.program_id(0) % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_element = element < dim
+    start = tl.load(start_ptr + position)
+    stop = tl.load(stop_ptr + position)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    radial = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(start, stop, BLOCK_N):
+        sorted_pair = first + tl.arange(0, BLOCK_N)
+        is_pair = sorted_pair < stop
+        pair = tl.load(order_ptr + sorted_pair, mask=is_pair, other=0)
+        weight = tl.load(weight_ptr + pair, mask=is_pair, other=0.0)
+        radial += weight * tl.load(pair_similarity_ptr + pair, mask=is_pair, other=0.0)
+        row = tl.load(row_ptr + pair, mask=is_pair, other=0)
+        value = tl.load(
+            embeddings_ptr + row[:, None] * dim + element[None, :],
+            mask=is_pair[:, None] & is_element[None, :],
+            other=0.0,
+        )
+        total += weight[:, None] * value
+    proxy = tl.load(wanted_ptr + position).to(tl.int64)
+    inverse_norm = tl.load(inverse_norm_ptr + proxy)
+    # A proxy without a pair is not read: its gradient is 0.
+    value = tl.load(proxies_ptr + proxy * dim + element, mask=is_element & (start < stop), other=0.0)
+    gradient = inverse_norm * (tl.sum(total, axis=0) - tl.sum(radial, axis=0) * inverse_norm * value)
+    tl.store(gradient_ptr + position * dim + element, gradient, mask=is_element)

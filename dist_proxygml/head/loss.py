@@ -1,0 +1,527 @@
+"""ProxyGML over a class-partitioned proxy bank, exact for any number of ranks.
+
+    S = X P^T                    cosine similarities of images and proxies (both unit rows)
+    kept = top-k of each row     over ALL proxies, the row's own N proxies always in it (selection.py)
+    z_c = sum of kept S of class c                                  reverse label propagation
+    nll = log sum_{c with a kept proxy} exp(s*z_c) - s*z_label      masked softmax, mean over the GLOBAL batch
+    total = nll + lambda * regulariser;   the regulariser classifies every proxy against the class sums of all proxies
+
+Each rank owns whole classes, so z is local and only vectors of length B cross ranks. Two ways to the same numbers:
+gather the embeddings and agree on the selection, by exchanging "candidates" or by a "histogram"; or "gather" the bank
+and work on the rank's own images. Neither S [B, P] nor the logits [B, C] ever exist: from the selection on, all there
+is are the B * k kept pairs, and only proxies with one have a gradient. Declined: gathering the logits (B x C on every
+rank), a one-hot [P, C] matrix for the class sums (a class's N proxies are adjacent).
+
+Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
+2010.13636).
+
+Dimension key: R rows (images) at hand, b/B images of this rank / over the group, c/C classes, p/P proxies, N proxies
+per class, D embedding, n kept negative pairs, g kept negative classes of all rows, o rows whose class this rank owns;
+lower case is this rank's slice.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dist_proxygml.distributed.collectives import (
+    AgreedError,
+    NonFiniteError,
+    all_reduce_max,
+    all_reduce_sum,
+    gather_objects,
+    gather_rows,
+    rank_in,
+    world_size_of,
+)
+from dist_proxygml.head.bank import Bank, Pairs, build_bank
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.proxies import initial_proxies
+from dist_proxygml.head.regularizer import (
+    draw_anchors,
+    proxy_regularizer,
+    regularizer_anchors,
+    sampled_proxy_regularizer,
+)
+from dist_proxygml.head.selection import Exchange, num_kept_proxies, select_negatives
+from dist_proxygml.head.similarity import embedding_gradient, pair_similarities, proxy_gradient
+from dist_proxygml.head.traffic import cheapest_selection
+
+
+class LossTerms(NamedTuple):
+    """The loss of one global batch; scalars, the same numbers on every rank."""
+
+    total: Tensor
+    """classification + regularization_weight * regularization; the one to call backward on."""
+    classification: Tensor
+    """Mean masked-softmax loss over the global batch."""
+    regularization: Tensor
+    """Mean cross entropy of the proxies against the class sums; 0 when its weight is 0."""
+    kept_classes: Tensor
+    """Mean number of classes per image with a kept proxy; no gradient."""
+
+
+class KeptPairs(NamedTuple):
+    """What a forward pass kept of the proxies at hand."""
+
+    negatives: Pairs
+    positives: Pairs
+    """N adjacent ones for each image whose class is at hand."""
+    partition: ClassPartition
+    """Classes of the proxies at hand: this rank's, paired with the images of all ranks; or, where the bank was
+    gathered, all of them, paired with this rank's images."""
+
+
+class ProxyGMLLoss(nn.Module):
+    """The ProxyGML loss and this rank's proxies.
+
+    Without a group it is a loss like any other: call it with unit embeddings and labels, call backward, step an
+    optimizer on its parameters. With a group it is called on all ranks, each with its own images, and gives the loss of
+    them all.
+
+    Gradients: those of `proxies` are complete on their rank and must not be reduced or averaged over ranks; keep this
+    module outside of DistributedDataParallel or a DeepSpeed engine. Those of the embeddings depend on
+    `gradient_reduction`.
+
+    Args:
+        num_classes: C, over all ranks.
+        embedding_dim: D.
+        proxies_per_class: N.
+        ratio: r in (0, 1]; k = ceil(r*C*N) proxies are kept per image. Default 0.05, unless `topk` is given.
+        topk: k itself, instead of `ratio`.
+        regularization_weight: lambda, weight of the proxy regulariser.
+        regularization_anchors: proxies drawn in each forward pass to estimate the regulariser. Default: all of them
+            where the class sums fit the memory budget, else as many as the global batch has images.
+        scale: softmax scale s of the classification term; 1 in every published run.
+        group: ranks that the classes are partitioned over; None for one process.
+        gradient_reduction: what the data-parallel engine does with the backbone's gradients over ranks: "mean"
+            (DeepSpeed, DDP) or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which
+            the engine undoes.
+        selection: "gather" the bank, exchange "candidates", add up a "histogram", or "auto", the one that moves the
+            fewest bytes for the batch at hand.
+        memory_budget: bytes for similarities while they are searched; the kept pairs of image and proxy take about 120
+            bytes each besides.
+        matmul_dtype: torch.bfloat16 rounds the inputs of the similarity product; its result, the softmax and all
+            gradients stay in the precision of the proxies.
+        fused: on an NVIDIA GPU, in float32: kernels (fused.py, needs triton) instead of torch's operators for the
+            gradients, and, where k is at most a thirty-second of a rank's proxies, a search that never writes a
+            similarity.
+        sparse: `proxies.grad` becomes a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) has it: only
+            classes with a kept proxy are in it. Not with a regulariser, whose gradient touches every proxy.
+        initialization: "published", uniform in +-1/sqrt(C*N), or "unit", random unit vectors.
+        seed: of the initial proxies, which do not depend on the number of ranks, and of the anchors.
+
+    Raises:
+        ValueError: k <= N (no negative would be kept: loss and gradients would be 0), k > C*N, or a setting out of
+            range.
+    """
+
+    proxies: nn.Parameter
+    """[c, N, D], unnormalised: the proxies of this rank's classes."""
+    draw: int
+    """Number of the next draw of anchors; every forward pass adds one. A continued run sets it."""
+    observer: Callable[[KeptPairs], None] | None
+    """Shown what each forward pass keeps, on every rank; it changes nothing."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        proxies_per_class: int = 1,
+        ratio: float | None = None,
+        topk: int | None = None,
+        regularization_weight: float = 0.0,
+        regularization_anchors: int | None = None,
+        scale: float = 1.0,
+        group: dist.ProcessGroup | None = None,
+        gradient_reduction: Literal["mean", "sum"] = "mean",
+        selection: Literal["auto", "gather", "candidates", "histogram"] = "auto",
+        memory_budget: int = 1 << 28,
+        matmul_dtype: torch.dtype = torch.float32,
+        fused: bool = False,
+        sparse: bool = False,
+        initialization: Literal["published", "unit"] = "published",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if embedding_dim < 1 or proxies_per_class < 1:
+            raise ValueError(
+                f"embedding_dim and proxies_per_class must be at least 1, got {embedding_dim} and {proxies_per_class}"
+            )
+        if gradient_reduction not in ("mean", "sum"):
+            raise ValueError(f'gradient_reduction must be "mean" or "sum", got {gradient_reduction!r}')
+        if selection not in ("auto", "gather", "candidates", "histogram"):
+            raise ValueError(f'selection must be "auto", "gather", "candidates" or "histogram", got {selection!r}')
+        if matmul_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
+        if not memory_budget > 0:
+            raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
+        if sparse and selection == "gather":
+            raise ValueError(
+                'expected selection "auto", "candidates" or "histogram" with a sparse gradient, got "gather": the '
+                "gradient of a gathered bank is dense; use sparse=False"
+            )
+        if sparse and regularization_weight > 0:
+            raise ValueError(
+                f"expected regularization_weight 0 with a sparse gradient, got {regularization_weight}: the "
+                "regulariser's gradient touches every proxy; use sparse=False"
+            )
+        if not regularization_weight >= 0 or not scale > 0 or (regularization_anchors or 1) < 1:
+            raise ValueError(
+                "regularization_weight must be at least 0, scale above 0 and regularization_anchors at least 1, got "
+                f"{regularization_weight}, {scale} and {regularization_anchors}"
+            )
+        self.partition = ClassPartition(num_classes, world_size_of(group), rank_in(group))
+        self.proxies_per_class = proxies_per_class
+        self.topk = checked_topk(num_classes, proxies_per_class, ratio=ratio, topk=topk)
+        self.regularization_weight = regularization_weight
+        self.regularization_anchors = regularization_anchors
+        self.scale = scale
+        self.group = group
+        self.gradient_reduction = gradient_reduction
+        self.selection = selection
+        self.memory_budget = memory_budget
+        self.matmul_dtype = matmul_dtype
+        self.fused = fused
+        self.sparse = sparse
+        self.seed = seed
+        self.draw = 0
+        self.observer = None
+        self.proxies = nn.Parameter(
+            initial_proxies(self.partition, proxies_per_class, embedding_dim, seed=seed, initialization=initialization)
+        )
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> LossTerms:
+        """The loss of the global batch; called on all ranks, which may hold different numbers of images, none included.
+
+        Args:
+            embeddings: [b, D] unit rows, float32 or float64 like the proxies.
+            labels: [b] int64 global class ids.
+
+        Raises:
+            ValueError: wrong shape or type, a non-finite embedding (its rank and row are named), a label out of range,
+                a non-finite loss; the same error on every rank.
+        """
+        row_counts = self._agree_on_rows(embeddings, labels)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            classification, kept_classes = self._classification(embeddings, labels, row_counts)
+            total, regularization = classification, classification.new_zeros(())
+            if self.regularization_weight > 0:
+                regularization = self._regularization(sum(row_counts))
+                total = classification + self.regularization_weight * regularization
+        if not bool(total.isfinite()):  # the same number on every rank, so they raise together
+            raise NonFiniteError(
+                f"expected a finite loss, got {total.item()}; the embeddings are finite, so a proxy is NaN or infinite "
+                "(lower the learning rate of the proxies), or the embeddings are far from unit length (normalise them)"
+            )
+        self.draw += 1
+        return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
+
+    def selection_for(self, batch_size: int) -> str:
+        """The selection used for a global batch of this size: "gather", "candidates" or "histogram"."""
+        if self.selection != "auto":
+            return self.selection
+        return cheapest_selection(
+            batch_size=batch_size,
+            num_classes=self.partition.num_classes,
+            proxies_per_class=self.proxies_per_class,
+            embedding_dim=self.proxies.shape[2],
+            topk=self.topk,
+            world_size=self.partition.world_size,
+            may_gather=not self.sparse,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, for print(loss)."""
+        return (
+            f"num_classes={self.partition.num_classes}, proxies={tuple(self.proxies.shape)}, topk={self.topk}, "
+            f"scale={self.scale}, regularization_weight={self.regularization_weight}"
+        )
+
+    def _classification(self, embeddings_bD: Tensor, labels_b: Tensor, row_counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Mean loss and mean number of kept classes per image of the global batch."""
+        num_rows = sum(row_counts)
+        if self.gradient_reduction == "mean":
+            embeddings_bD = _ScaleGradient.apply(embeddings_bD, self.partition.world_size)
+        selection = self.selection_for(num_rows)
+        gathers_bank = selection == "gather"
+        if gathers_bank:  # own images against all proxies
+            embeddings_RD, labels_R, row_counts = embeddings_bD, labels_b, [len(labels_b)]
+            proxies_cND = gather_rows(self.proxies, row_counts=self.partition.counts(), group=self.group)
+            partition, group = ClassPartition(self.partition.num_classes), None
+        else:  # all images against own proxies
+            embeddings_RD = gather_rows(embeddings_bD, row_counts=row_counts, group=self.group)
+            labels_R = gather_rows(labels_b, row_counts=row_counts, group=self.group)
+            proxies_cND, partition, group = self.proxies, self.partition, self.group
+        settings = _Settings(
+            partition=partition,
+            num_negatives=self.topk - self.proxies_per_class,
+            scale=self.scale,
+            row_counts=row_counts,
+            group=group,
+            exchange="histogram" if selection == "histogram" else "candidates",
+            memory_budget=self.memory_budget,
+            matmul_dtype=self.matmul_dtype,
+            fused=self.fused,
+            sparse=self.sparse,
+            observer=self.observer,
+        )
+        nll_R, kept_R = _Classification.apply(embeddings_RD, proxies_cND, labels_R, settings)
+        sums_2 = torch.stack([nll_R.sum(), kept_R.sum()])
+        if gathers_bank:  # the rows were this rank's own
+            sums_2 = all_reduce_sum(sums_2, group=self.group)
+        classification, kept_classes = (sums_2 / num_rows).unbind()
+        return classification, kept_classes.detach()
+
+    def _regularization(self, batch_size: int) -> Tensor:
+        """Mean cross entropy of all proxies, or an estimate of it from the next draw of anchors."""
+        num_classes, num_per_class, dim = self.partition.num_classes, *self.proxies.shape[1:]
+        num_anchors = regularizer_anchors(
+            num_classes,
+            dim,
+            proxies_per_class=num_per_class,
+            wanted=self.regularization_anchors,
+            memory_budget=self.memory_budget,
+            batch_size=batch_size,
+        )
+        if num_anchors is None:
+            return proxy_regularizer(
+                self.proxies, partition=self.partition, group=self.group, memory_budget=self.memory_budget
+            )
+        anchors_A = draw_anchors(num_classes * num_per_class, num_anchors, seed=self.seed, draw=self.draw)
+        return sampled_proxy_regularizer(
+            self.proxies,
+            anchors_A,
+            partition=self.partition,
+            group=self.group,
+            memory_budget=self.memory_budget,
+        )
+
+    def _agree_on_rows(self, embeddings: Tensor, labels: Tensor) -> list[int]:
+        """Rows of every rank, after every rank's batch was found valid."""
+        valid = self._are_valid(embeddings, labels)
+        num_rows = labels.shape[0] if labels.ndim else 0
+        own_12 = torch.stack([valid.new_full((), num_rows, dtype=torch.int64), valid.long()])[None]
+        all_W2 = gather_rows(own_12, row_counts=[1] * self.partition.world_size, group=self.group).tolist()
+        if not all(valid for _, valid in all_W2):  # the same on every rank
+            problems = gather_objects(self._problem_with(embeddings, labels), group=self.group)
+            # What does not fit at all is told before what came out as NaN.
+            raise min((p for p in problems if p is not None), key=lambda problem: isinstance(problem, NonFiniteError))
+        row_counts = [count for count, _ in all_W2]
+        if sum(row_counts) == 0:
+            raise AgreedError("expected at least one image in the global batch, got none on any rank")
+        return row_counts
+
+    def _are_valid(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Whether this rank's batch can be used; bool on the device, so that ranks wait for each other once."""
+        if self._misshapen(embeddings, labels) is not None:
+            return torch.zeros((), dtype=torch.bool, device=self.proxies.device)
+        in_range = ((labels >= 0) & (labels < self.partition.num_classes)).all()
+        return embeddings.detach().isfinite().all() & in_range
+
+    def _misshapen(self, embeddings: Tensor, labels: Tensor) -> str | None:
+        where = f"on rank {self.partition.rank}"
+        dim, dtype = self.proxies.shape[2], self.proxies.dtype
+        if embeddings.ndim != 2 or embeddings.shape[1] != dim or labels.shape != embeddings.shape[:1]:
+            shapes = f"{list(embeddings.shape)} and {list(labels.shape)}"
+            return f"expected embeddings [b, {dim}] and labels [b], got {shapes} {where}"
+        if dtype not in (torch.float32, torch.float64):
+            return f"expected float32 or float64 proxies, got {dtype} {where}; bfloat16 products: matmul_dtype"
+        if embeddings.dtype != dtype or labels.dtype != torch.int64:
+            return (
+                f"expected {dtype} embeddings (like the proxies) and torch.int64 labels, got {embeddings.dtype} and "
+                f"{labels.dtype} {where}; convert them, or the loss with .to(dtype)"
+            )
+        if self.fused and dtype != torch.float32:
+            return f"expected float32 proxies and embeddings with fused=True, got {dtype} {where}; use fused=False"
+        return None
+
+    def _problem_with(self, embeddings: Tensor, labels: Tensor) -> AgreedError | None:
+        misshapen = self._misshapen(embeddings, labels)
+        if misshapen is not None:
+            return AgreedError(misshapen)
+        if bool(self._are_valid(embeddings, labels)):
+            return None
+        where, num_classes = f"on rank {self.partition.rank}", self.partition.num_classes
+        finite_b = embeddings.detach().isfinite().all(dim=1)
+        if not bool(finite_b.all()):
+            rows = (~finite_b).nonzero().flatten().tolist()
+            return NonFiniteError(
+                f"expected finite embeddings, got NaN or infinity in row {rows[0]} {where} "
+                f"({len(rows)} of {len(labels)} rows); lower the learning rate or look at that image"
+            )
+        row = int(((labels < 0) | (labels >= num_classes)).nonzero()[0])
+        return AgreedError(
+            f"expected labels from 0 to {num_classes - 1}, got {int(labels[row])} in row {row} {where}; "
+            "num_classes does not fit the data"
+        )
+
+
+def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | None, topk: int | None) -> int:
+    """k, from `topk` or `ratio` (default ratio 0.05), with N < k <= C*N.
+
+    Raises:
+        ValueError: both are given, a value is out of range, or k <= N.
+    """
+    if ratio is not None and topk is not None:
+        raise ValueError(f"expected ratio or topk, got both (ratio={ratio}, topk={topk})")
+    if topk is None:
+        ratio = 0.05 if ratio is None else ratio
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
+        topk = min(num_kept_proxies(num_classes, proxies_per_class, ratio), num_classes * proxies_per_class)
+    num_proxies = num_classes * proxies_per_class
+    if not proxies_per_class < topk <= num_proxies:
+        raise ValueError(
+            f"expected more than proxies_per_class = {proxies_per_class} and at most {num_proxies} kept proxies per "
+            f"image, got k = {topk}: an image always keeps its own {proxies_per_class} proxies, and without a negative "
+            "every loss and gradient is 0; raise the ratio"
+        )
+    if topk <= 2 * proxies_per_class:
+        warnings.warn(
+            f"k = {topk} keeps at most as many negatives as positives ({proxies_per_class} per class); published "
+            "results fall off there, consider a larger ratio",
+            stacklevel=3,
+        )
+    return topk
+
+
+class _Settings(NamedTuple):
+    """What the classification term needs besides tensors."""
+
+    partition: ClassPartition
+    """Classes of the proxies at hand."""
+    num_negatives: int
+    scale: float
+    row_counts: Sequence[int]
+    group: dist.ProcessGroup | None
+    exchange: Exchange
+    memory_budget: int
+    matmul_dtype: torch.dtype
+    fused: bool
+    sparse: bool
+    observer: Callable[[KeptPairs], None] | None
+
+
+class _Classification(torch.autograd.Function):
+    """Negative log-likelihood [R] of each row's label among its kept classes, and the number of those [R].
+
+    Called on all ranks of the group; every rank returns the same values. Besides the selection, three vectors cross
+    ranks: one MAX, then SUM of two and a count. Backward: each rank gives the gradient of its own proxies, whole, and
+    its part of the embeddings' gradient; no communication.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings_RD, proxies_cND, labels_R, settings):  # type: ignore[no-untyped-def]
+        num_rows, num_per_class = len(embeddings_RD), proxies_cND.shape[1]
+        partition, group = settings.partition, settings.group
+        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype, fused=settings.fused)
+
+        # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
+        first_proxy_R = (labels_R - partition.start) * num_per_class
+        negatives = select_negatives(
+            embeddings_RD,
+            bank,
+            excluded_R2=torch.stack([first_proxy_R, first_proxy_R + num_per_class], dim=1),
+            num_negatives=settings.num_negatives,
+            row_counts=settings.row_counts,
+            proxy_counts=[count * num_per_class for count in partition.counts()],
+            group=group,
+            exchange=settings.exchange,
+            memory_budget=settings.memory_budget,
+        )
+        owned_o = ((labels_R >= partition.start) & (labels_R < partition.stop)).nonzero().flatten()
+        own_proxy_oN = first_proxy_R[owned_o, None] + torch.arange(num_per_class, device=labels_R.device)
+        own_row_oN = owned_o[:, None].expand_as(own_proxy_oN)
+        own = Pairs(own_row_oN.flatten(), own_proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
+        own = own._replace(similarity=pair_similarities(embeddings_RD, bank, own.row, own.proxy))
+        if settings.observer is not None:
+            settings.observer(KeptPairs(negatives, own, partition))
+
+        # 2. Reverse label propagation: a class's kept pairs are adjacent, and no rank owns a part of a class.
+        class_n = negatives.proxy // num_per_class
+        _, group_n = torch.unique_consecutive(negatives.row * partition.num_local + class_n, return_inverse=True)
+        num_groups = int(group_n[-1]) + 1 if len(group_n) else 0
+        row_g = negatives.row.new_empty(num_groups).index_copy_(0, group_n, negatives.row)
+        logit_g = embeddings_RD.new_zeros(num_groups).index_add_(0, group_n, settings.scale * negatives.similarity)
+        own_logit_o = settings.scale * own.similarity.view(-1, num_per_class).sum(dim=1)
+        target_R = embeddings_RD.new_zeros(num_rows).index_copy_(0, owned_o, own_logit_o)
+
+        # 3. Masked softmax over all ranks' kept classes.
+        local_max_R = embeddings_RD.new_full((num_rows,), -math.inf)
+        local_max_R.index_copy_(0, owned_o, own_logit_o).scatter_reduce_(0, row_g, logit_g, "amax")
+        row_max_R = all_reduce_max(local_max_R, group=group)  # finite, for the label's class is kept
+        exp_sum_R = embeddings_RD.new_zeros(num_rows).index_add_(0, row_g, (logit_g - row_max_R[row_g]).exp())
+        exp_sum_R.index_add_(0, owned_o, (own_logit_o - row_max_R[owned_o]).exp())
+        num_kept_R = torch.bincount(torch.cat([row_g, owned_o]), minlength=num_rows).to(target_R.dtype)
+        # A proxy that is NaN or infinite is above no bound and would go unseen: it turns the sum into NaN, everywhere.
+        exp_sum_R += 0 * bank.inverse_norm.sum()
+        sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_kept_R]), group=group)
+        log_sum_R = sums_3R[0].log() + row_max_R
+
+        # 4. What backward needs: the probability of each kept pair's class.
+        ctx.settings, ctx.num_negatives = settings, len(negatives.row)
+        probability_g = (logit_g - log_sum_R[row_g]).exp()
+        own_probability_o = (own_logit_o - log_sum_R[owned_o]).exp()
+        pairs = Pairs(*(torch.cat(parts) for parts in zip(negatives, own, strict=True)))
+        weight_n = torch.cat([probability_g[group_n], (own_probability_o - 1).repeat_interleave(num_per_class)])
+        ctx.save_for_backward(embeddings_RD, proxies_cND, bank.inverse_norm, weight_n * settings.scale, *pairs)
+        kept_classes_R = sums_3R[2].clone()
+        ctx.mark_non_differentiable(kept_classes_R)
+        return log_sum_R - sums_3R[1], kept_classes_R
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_R, _):  # type: ignore[no-untyped-def]
+        embeddings_RD, proxies_cND, inverse_norm_p, weight_n, *pairs = ctx.saved_tensors
+        bank = Bank(proxies_cND.flatten(0, 1), inverse_norm_p, fused=ctx.settings.fused)
+        pairs = Pairs(*pairs)
+        weight_n = weight_n * gradient_R[pairs.row]
+        d_embeddings_RD = d_proxies_cND = None
+        if ctx.needs_input_grad[0]:
+            d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
+            for part in (slice(ctx.num_negatives), slice(ctx.num_negatives, None)):  # each of them ordered by row
+                ordered = Pairs(*(column[part] for column in pairs))
+                d_embeddings_RD += embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
+        if ctx.needs_input_grad[1]:
+            sparse = ctx.settings.sparse
+            proxy_u, d_proxies_uD = proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=sparse)
+            shape = proxies_cND.shape
+            d_proxies_cND = _by_class(proxy_u, d_proxies_uD, shape) if sparse else d_proxies_uD.view(shape)
+        return d_embeddings_RD, d_proxies_cND, None, None
+
+
+def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients of proxies u as a sparse gradient of shape [c, N, D] with the classes that have one of them."""
+    num_per_class, dim = shape[1:]
+    class_t, position_u = torch.unique_consecutive(proxy_u // num_per_class, return_inverse=True)
+    if num_per_class > 1:
+        gradient_pD = gradient_uD.new_zeros(len(class_t) * num_per_class, dim)
+        gradient_uD = gradient_pD.index_copy_(0, position_u * num_per_class + proxy_u % num_per_class, gradient_uD)
+    values_tND = gradient_uD.view(-1, num_per_class, dim)
+    return torch.sparse_coo_tensor(class_t[None], values_tND, shape, is_coalesced=True, check_invariants=False)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The same value, whose gradient is multiplied by a factor.
+
+    Why W: the loss L is already the mean over the global batch, and its gradient with respect to the backbone's weights
+    is the SUM over ranks of what each rank back-propagates. DeepSpeed and DDP take the mean, (1/W) * sum, so each rank
+    back-propagates W times its part.
+    """
+
+    @staticmethod
+    def forward(ctx, value, factor):  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient * ctx.factor, None

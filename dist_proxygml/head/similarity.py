@@ -1,0 +1,337 @@
+"""Cosine similarities of images and proxies, a chunk of proxies at a time; gradients through the pairs that are kept.
+
+    S[i, j] = x_i . p_j / |p_j|
+
+The whole matrix S never exists: a chunk of it lives in the processor's cache (in an eighth of the memory budget at
+most), and only the pairs above a bound on the row's wanted values leave it. Proxies are stored unnormalised and so is
+what is multiplied; the product is divided by their lengths, which saves a normalised copy of the bank.
+
+The bound is a guess that a strided sample of the proxies gives, made low enough that it fails for about one row in a
+million; a row for which it failed is found by counting and done again without one. Whenever more pairs were found than
+the budget holds, all but the best of each row are dropped, which bounds memory for any data, mass ties included.
+
+Declined: torch.topk over each chunk (three times the cost of the product), a normalised copy of the bank, sparse
+matrices (torch.nn.functional.embedding_bag computes the same two products in a quarter of the time on a CPU).
+
+Dimension key: R rows (images), p proxies, w proxies of a chunk, n pairs, m pairs wanted per row, u proxies with a kept
+pair, D embedding.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_proxygml.head.bank import Bank, Pairs
+from dist_proxygml.head.matmul import product
+
+# Similarities of a chunk on a CPU: 2 MiB in float32, which stay in the cache until they were compared.
+_CACHED_SIMILARITIES = 1 << 19
+# Proxies that are compared together before they are looked at one by one.
+_GROUP = 16
+# Proxies whose gradient is completed at once: what is gathered for it stays small.
+_ROWS_PER_UPDATE = 4096
+# Proxies that are rounded to another precision at once, so that no second bank appears.
+_PROXIES_ROUNDED = 1 << 14
+# Bytes of a pair while pairs are collected: row, proxy and value, and the copies that choosing and sorting them need.
+BYTES_PER_PAIR = 100
+
+
+def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
+    """S [R, p], whole."""
+    if bank.matmul_dtype == torch.float32:
+        return product(embeddings_RD, bank.proxies).mul_(bank.inverse_norm)
+    blocks = zip(bank.proxies.split(_PROXIES_ROUNDED), bank.inverse_norm.split(_PROXIES_ROUNDED), strict=True)
+    return torch.cat(
+        [_product(embeddings_RD, proxies_wD, bank.matmul_dtype).mul_(inverse_w) for proxies_wD, inverse_w in blocks],
+        dim=1,
+    )
+
+
+def pair_similarities(embeddings_RD: Tensor, bank: Bank, row_n: Tensor, proxy_n: Tensor) -> Tensor:
+    """S [n] of given pairs, the numbers of few of them at a time."""
+    dots = [
+        torch.linalg.vecdot(embeddings_RD[row_w], bank.proxies[proxy_w])
+        for row_w, proxy_w in zip(row_n.split(_ROWS_PER_UPDATE), proxy_n.split(_ROWS_PER_UPDATE), strict=True)
+    ]
+    return torch.cat(dots) * bank.inverse_norm[proxy_n]
+
+
+def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wanted: int, memory_budget: int) -> Pairs:
+    """Pairs that hold the `num_wanted` most similar proxies of each row, or all there are; and some more.
+
+    Of proxies with the same similarity the ones with the lowest index are among them.
+
+    Args:
+        embeddings_RD: rows.
+        bank: proxies, finite.
+        excluded_R2: int64, first and one past the last proxy that a row must not be paired with; may lie outside.
+        num_wanted: m.
+        memory_budget: bytes for similarities and pairs.
+    """
+    num_proxies = len(bank.proxies)
+    num_eligible_R = num_proxies - _overlap(excluded_R2, num_proxies)
+    needed_R = num_eligible_R.clamp_max(num_wanted)
+    floor_R = _guess_floor(embeddings_RD, bank, num_wanted, memory_budget)
+    while True:
+        pairs = _pairs_above(embeddings_RD, bank, floor_R, excluded_R2, num_wanted, memory_budget)
+        count_R = torch.bincount(pairs.row, minlength=len(embeddings_RD))
+        short_R = (count_R < needed_R) & (floor_R > -math.inf)  # beyond that only NaN is missing
+        if not bool(short_R.any()):  # a local matter: no collective depends on it
+            break
+        floor_R = floor_R.masked_fill(short_R, -math.inf)
+    if len(count_R) and int(count_R.max()) > 8 * num_wanted:  # one line that long would make `padded` wide
+        pairs, _ = _best_of(pairs, floor_R, num_wanted)
+    return pairs
+
+
+def padded(pairs: Pairs, *, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Similarities and proxies of the pairs, a line for each row: both [num_rows, longest], filled with -inf and -1."""
+    count_R = torch.bincount(pairs.row, minlength=num_rows)
+    first_R = count_R.cumsum(0) - count_R
+    column_n = torch.arange(len(pairs.row), device=pairs.row.device) - first_R[pairs.row]
+    shape = (num_rows, int(count_R.max()) if num_rows else 0)
+    similarity_Rn = pairs.similarity.new_full(shape, -math.inf)
+    similarity_Rn[pairs.row, column_n] = pairs.similarity
+    proxy_Rn = pairs.proxy.new_full(shape, -1)
+    proxy_Rn[pairs.row, column_n] = pairs.proxy
+    return similarity_Rn, proxy_Rn
+
+
+def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: int) -> Tensor:
+    """Gradient [R, D] of sum_n weight_n * S[row_n, proxy_n] with respect to the embeddings."""
+    if bank.fused:
+        from dist_proxygml.head import fused
+
+        return fused.embedding_gradient(pairs, bank, weight_n, num_rows=num_rows)
+    count_R = torch.bincount(pairs.row, minlength=num_rows)
+    return F.embedding_bag(
+        pairs.proxy,
+        bank.proxies,
+        count_R.cumsum(0) - count_R,
+        mode="sum",
+        per_sample_weights=weight_n * bank.inverse_norm[pairs.proxy],
+    )
+
+
+def proxy_gradient(
+    pairs: Pairs, bank: Bank, embeddings_RD: Tensor, weight_n: Tensor, *, touched_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum_n weight_n * S[row_n, proxy_n] with respect to the unnormalised proxies.
+
+    d S_ij / d p_j = (x_i - S_ij p_j / |p_j|) / |p_j|
+
+    Returns:
+        touched_only: the proxies with a pair, int64 [u] ascending, and their gradients [u, D]; all others have none.
+        Otherwise all proxies [p] and their gradients [p, D].
+    """
+    if bank.fused:
+        from dist_proxygml.head import fused
+
+        return fused.proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=touched_only)
+    proxy_n, order_n = torch.sort(pairs.proxy.int(), stable=True)
+    if touched_only:
+        proxy_u, count_u = torch.unique_consecutive(proxy_n, return_counts=True)
+        proxy_u = proxy_u.long()
+    else:
+        proxy_u = torch.arange(len(bank.proxies), device=proxy_n.device)
+        count_u = torch.bincount(proxy_n, minlength=len(bank.proxies))
+    weight_n = weight_n[order_n]
+    gradient_uD = F.embedding_bag(
+        pairs.row[order_n],
+        embeddings_RD,
+        count_u.cumsum(0) - count_u,
+        mode="sum",
+        per_sample_weights=weight_n * bank.inverse_norm[proxy_n],
+    )
+    segment_n = torch.repeat_interleave(count_u, output_size=len(proxy_n))
+    radial_u = weight_n.new_zeros(len(proxy_u)).index_add_(0, segment_n, weight_n * pairs.similarity[order_n])
+    radial_u *= -bank.inverse_norm[proxy_u].square()
+    for first in range(0, len(proxy_u), _ROWS_PER_UPDATE):
+        rows = slice(first, first + _ROWS_PER_UPDATE)
+        proxies_wD = bank.proxies.index_select(0, proxy_u[rows]) if touched_only else bank.proxies[rows]
+        gradient_uD[rows].addcmul_(proxies_wD, radial_u[rows, None])
+    return proxy_u, gradient_uD
+
+
+def expected_pairs(num_wanted: int, num_proxies: int) -> int:
+    """About how many pairs of a row `best_pairs` looks at."""
+    stride, rank = _sample_of(num_wanted, num_proxies)
+    return num_proxies if rank is None else rank * stride
+
+
+def _sample_of(num_wanted: int, num_proxies: int) -> tuple[int, int | None]:
+    """Stride of the sampled proxies, and the rank among their similarities of a value that more than `num_wanted` of
+    all similarities exceed, almost surely; None where a guess cannot help.
+
+    The number of sampled proxies among the row's best m is about Poisson distributed with mean s = m * sample / p. The
+    sampled value of rank s + 5 sqrt(s) + 3 is among them with a probability of about 1e-6.
+    """
+    stride = _prime_from(num_proxies // min(max(1024, num_proxies // 32), 1 << 16))
+    num_sampled = math.ceil(num_proxies / stride)
+    expected = num_wanted * num_sampled / max(1, num_proxies)
+    rank = math.ceil(expected + 5 * math.sqrt(expected) + 3)
+    return stride, rank if rank < num_sampled and stride > 1 else None
+
+
+def _guess_floor(embeddings_RD: Tensor, bank: Bank, num_wanted: int, memory_budget: int) -> Tensor:
+    """A bound [R] below the row's `num_wanted` largest similarities, almost surely; -inf where a guess cannot help."""
+    stride, rank = _sample_of(num_wanted, len(bank.proxies))
+    if rank is None:
+        return embeddings_RD.new_full((len(embeddings_RD),), -math.inf)
+    sample = Bank(bank.proxies[::stride], bank.inverse_norm[::stride], bank.matmul_dtype)
+    size = max(1, memory_budget // (4 * sampled_bytes_per_row(num_wanted, len(bank.proxies))))
+    floors = []
+    for rows_wD in embeddings_RD.split(size):
+        chunks = [similarity_wR for _, similarity_wR in _similarity_chunks(rows_wD, sample, memory_budget)]
+        floors.append(torch.cat(chunks).T.topk(rank, dim=1).values[:, -1])
+    return torch.cat(floors)
+
+
+def sampled_bytes_per_row(num_wanted: int, num_proxies: int) -> int:
+    """Bytes that guessing a row's bound takes."""
+    stride, rank = _sample_of(num_wanted, num_proxies)
+    return 12 * math.ceil(num_proxies / stride) if rank is not None else 4
+
+
+def _prime_from(number: int) -> int:
+    """The least prime from `number` on, or 1: a stride that meets every one of a class's proxies in turn."""
+    while any(number % divisor == 0 for divisor in range(2, math.isqrt(max(0, number)) + 1)):
+        number += 1
+    return max(1, number)
+
+
+class _Groups(NamedTuple):
+    """Groups of proxies of which one may be above the row's floor, by chunk, group, row."""
+
+    row: Tensor
+    first_proxy: Tensor
+    similarity: Tensor
+
+
+def _pairs_above(
+    embeddings_RD: Tensor, bank: Bank, floor_R: Tensor, excluded_R2: Tensor, num_wanted: int, memory_budget: int
+) -> Pairs:
+    """All pairs with S > floor, until the budget is full; from then on only the best `num_wanted` of each row."""
+    most = max(memory_budget // (2 * BYTES_PER_PAIR), 2 * num_wanted * len(embeddings_RD))
+    if bank.fused:
+        from dist_proxygml.head import fused  # triton is not there on every machine
+
+        pairs = fused.pairs_above(
+            embeddings_RD,
+            bank.proxies,
+            bank.inverse_norm,
+            floor_R,
+            excluded_R2,
+            matmul_dtype=bank.matmul_dtype,
+            capacity=most,
+        )
+        if pairs is not None:
+            return pairs
+    group = _GROUP if 4 * _GROUP * num_wanted <= len(bank.proxies) else 1  # where most groups hold none
+    # Groups wait in memory that is taken once: small tensors that stay would split what each chunk gives back.
+    width = chunk_width(len(embeddings_RD), memory_budget=memory_budget, device=embeddings_RD.device.type)
+    capacity = max(most, width * len(embeddings_RD)) // group
+    waiting = _Groups(
+        row=torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device),
+        first_proxy=torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device),
+        similarity=embeddings_RD.new_empty(capacity, group),
+    )
+    num_waiting = 0
+    pairs = Pairs(waiting.row[:0], waiting.row[:0], waiting.similarity[:0, 0])
+    for first, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):
+        groups = _groups_above(similarity_wR, floor_R, first, group)
+        if num_waiting + len(groups.row) > capacity:
+            pairs = _with_groups(pairs, _Groups(*(part[:num_waiting] for part in waiting)), floor_R, excluded_R2)
+            num_waiting = 0
+            if len(pairs.row) > most:
+                pairs, floor_R = _best_of(pairs, floor_R, num_wanted)
+        for part, new in zip(waiting, groups, strict=True):
+            part[num_waiting : num_waiting + len(new)] = new
+        num_waiting += len(groups.row)
+    return _with_groups(pairs, _Groups(*(part[:num_waiting] for part in waiting)), floor_R, excluded_R2)
+
+
+def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) -> Iterator[tuple[int, Tensor]]:
+    """First proxy and similarities [w, R] of each chunk, w a multiple of the group.
+
+    Proxies by rows: a product with few columns is faster than one with few rows, and whole groups are contiguous.
+    """
+    num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
+    width = chunk_width(num_rows, memory_budget=memory_budget, device=embeddings_RD.device.type)
+    for first in range(0, num_proxies, width):
+        chunk = slice(first, first + width)
+        proxies_wD = bank.proxies[chunk]
+        similarity_wR = _product(proxies_wD, embeddings_RD, bank.matmul_dtype).mul_(bank.inverse_norm[chunk, None])
+        if len(proxies_wD) % _GROUP:
+            similarity_wR = F.pad(similarity_wR, (0, 0, 0, -len(proxies_wD) % _GROUP), value=-math.inf)
+        yield first, similarity_wR
+
+
+def chunk_width(num_rows: int, *, memory_budget: int, device: str) -> int:
+    """Proxies of a chunk, a multiple of the group: as many as stay in a CPU's cache, or in a part of the budget."""
+    similarities = memory_budget // 32  # four bytes each, and the masks and indices made from them
+    if device == "cpu":
+        similarities = min(similarities, _CACHED_SIMILARITIES)
+    return max(_GROUP, similarities // max(1, num_rows) // _GROUP * _GROUP)
+
+
+def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
+    """left @ right.T, summed in the precision that the inputs came in."""
+    dtype = left.dtype
+    if matmul_dtype == torch.float32:  # that is, not less than what the inputs are
+        return product(left, right)
+    left, right = left.to(matmul_dtype), right.to(matmul_dtype)
+    if left.device.type == "cuda":
+        return torch.mm(left, right.T, out_dtype=dtype)
+    return product(left.to(dtype), right.to(dtype))  # the same rounding of the inputs, slowly
+
+
+def _groups_above(similarity_wR: Tensor, floor_R: Tensor, first: int, group: int) -> _Groups:
+    """Groups of a chunk whose largest similarity is above the row's floor: few remain to be looked at."""
+    similarity_vgR = similarity_wR.view(-1, group, similarity_wR.shape[1])
+    largest_vR = similarity_vgR.amax(dim=1) if group > 1 else similarity_wR
+    group_h, row_h = (largest_vR > floor_R).nonzero().unbind(1)
+    return _Groups(row_h, group_h * group + first, similarity_vgR[group_h, :, row_h])
+
+
+def _with_groups(pairs: Pairs, groups: _Groups, floor_R: Tensor, excluded_R2: Tensor) -> Pairs:
+    """The pairs, and those above the floor in the groups found after them, in order."""
+    row_h, first_proxy_h, similarity_hg = groups
+    if similarity_hg.shape[1] == 1:
+        row_n, proxy_n, similarity_n = row_h, first_proxy_h, similarity_hg[:, 0]
+    else:
+        hit_n, offset_n = (similarity_hg > floor_R[row_h, None]).nonzero().unbind(1)
+        row_n, proxy_n, similarity_n = row_h[hit_n], first_proxy_h[hit_n] + offset_n, similarity_hg[hit_n, offset_n]
+    start_n, stop_n = excluded_R2[row_n].unbind(1)
+    allowed_n = (proxy_n < start_n) | (proxy_n >= stop_n)
+    row_n, proxy_n, similarity_n = (
+        torch.cat([old, new[allowed_n]]) for old, new in zip(pairs, (row_n, proxy_n, similarity_n), strict=True)
+    )
+    # Chunks and groups came in ascending order, so a stable sort by row orders the proxies too.
+    row_n, order_n = torch.sort(row_n.int(), stable=True)  # int32 sorts several times faster
+    return Pairs(row_n.long(), proxy_n[order_n], similarity_n[order_n])
+
+
+def _best_of(pairs: Pairs, floor_R: Tensor, num_wanted: int) -> tuple[Pairs, Tensor]:
+    """The best `num_wanted` pairs of each row, lower proxies first among equals; and the floor for proxies above
+    them.
+    """
+    best_n = torch.argsort(pairs.similarity, descending=True, stable=True)
+    best_n = best_n[torch.argsort(pairs.row[best_n], stable=True)]  # by row, similarity descending, proxy
+    row_n = pairs.row  # the same rows in the same order
+    count_R = torch.bincount(row_n, minlength=len(floor_R))
+    rank_n = torch.arange(len(row_n), device=row_n.device) - (count_R.cumsum(0) - count_R)[row_n]
+    last_n = best_n[rank_n == num_wanted - 1]
+    floor_R = floor_R.index_put((pairs.row[last_n],), pairs.similarity[last_n])
+    kept_n = best_n[rank_n < num_wanted].sort().values
+    return Pairs(*(part[kept_n] for part in pairs)), floor_R
+
+
+def _overlap(range_R2: Tensor, stop: int) -> Tensor:
+    """How many of 0 .. stop-1 lie in each range."""
+    start_R, end_R = range_R2.clamp(0, stop).unbind(1)
+    return end_R - start_R

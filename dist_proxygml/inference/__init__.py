@@ -1,0 +1,1 @@
+"""A trained model in use: embeddings, indexes, search, exports."""

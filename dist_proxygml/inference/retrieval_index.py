@@ -1,0 +1,349 @@
+"""Search in a gallery of embeddings, exact or approximate: built once, kept in a folder, asked from anywhere.
+
+    flat   every score is computed; exact; takes n x D products a query
+    hnsw   a graph of neighbours (Malkov and Yashunin 2016); fast queries, slow to build, 256 bytes more per row
+    ivf    rows in lists around k-means centres, the nearest lists are scanned (faiss IVF-Flat); quick to build
+
+`kind="auto"` is flat below 50,000 rows, where a query takes milliseconds, hnsw below 500,000, ivf from there on, which
+is built several times faster. Rows stay float32 in all of them, so scores are exact inner products; only the choice
+of rows is approximate. How hard a search looks (lists probed, width of the walk) is doubled until the ten nearest of
+sampled rows are found as often as wanted, and what was reached is recorded. A search never gives fewer than k rows
+that are there: where an approximate one comes back short it is done again exhaustively.
+
+Scores are cosines of unit rows; equal scores go by row number. Why this is no part of evaluation/search.py: numbers of
+an evaluation are exact and go without a file; here an answer may be approximate and must outlive the process.
+Declined: compressed rows (PQ), which save memory at the price of wrong scores; GPUs, since a query is a few
+milliseconds on a CPU.
+
+Dimension key: n rows, q queries, k neighbours, D embedding.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dist_proxygml.data.sources import ImageRecord
+from dist_proxygml.evaluation.search import load_faiss
+from dist_proxygml.inference.embeddings import check_rows, read_records
+from dist_proxygml.storage.folder import SealedKind, check_is_free, open_sealed, seal
+from dist_proxygml.storage.published import make_empty, partial_path
+
+INDEX_FILE = "index.faiss"
+IDS_FILE = "ids.jsonl"
+KIND = SealedKind(
+    "dist-proxygml-search-index",
+    remedy="build it with `python -m dist_proxygml.index`, or copy it again",
+    files=(INDEX_FILE, IDS_FILE),
+    entries={
+        "index": dict,
+        "num_rows": int,
+        "embedding_dim": int,
+        "recall_at_10": float,
+        "model": (dict, type(None)),
+        "data": (dict, type(None)),
+    },
+)
+FLAT_BELOW = 50_000  # rows
+HNSW_BELOW = 500_000
+_HNSW_LINKS = 32  # M: neighbours of a node, twice as many at the bottom
+_HNSW_BUILD_WIDTH = 80  # efConstruction; the graphs of larger ones are hardly better
+_MIN_EFFORT = {"ivf": 8, "hnsw": 32}  # lists probed, width of the walk
+_POINTS_PER_LIST = 64  # of k-means' training
+_NUM_SAMPLED = 256  # queries that recall is measured with
+_ROWS_AT_A_TIME = 1 << 14
+
+IndexKind = Literal["flat", "ivf", "hnsw"]
+
+
+class SearchResult(NamedTuple):
+    """The nearest rows of each query, nearest first."""
+
+    scores: Float[np.ndarray, "q k"]  # cosines, float32
+    ids: list[list[str]]
+    rows: Int[np.ndarray, "q k"]  # int64, positions in the gallery
+
+
+class Index:
+    """A gallery that can be searched.
+
+    Attributes:
+        kind: flat, ivf or hnsw.
+        parameters: those of the kind, by name.
+        records: id of each row, with label and class where they are known.
+        recall_at_10: share of the ten nearest that a search finds, measured while it was built; 1 for flat.
+        model: which model made the embeddings, as `Embedder.about`; None if nobody said.
+        data: where the images are, as a folder of embeddings says it; None if nobody said.
+    """
+
+    def __init__(
+        self,
+        faiss_index: Any,
+        records: Sequence[ImageRecord],
+        *,
+        kind: IndexKind,
+        parameters: dict[str, int],
+        recall_at_10: float,
+        model: dict[str, Any] | None,
+        data: dict[str, Any] | None,
+    ) -> None:
+        self._index = faiss_index
+        self.records = records
+        self.kind = kind
+        self.parameters = parameters
+        self.recall_at_10 = recall_at_10
+        self.model = model
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return int(self._index.d)
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: Float[np.ndarray, "n D"],
+        ids: Sequence[str | ImageRecord],
+        *,
+        kind: Literal["auto", "flat", "ivf", "hnsw"] = "auto",
+        target_recall: float = 0.95,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> "Index":
+        """An index of unit rows, which may be mapped: they are read a part at a time.
+
+        Args:
+            embeddings: unit rows.
+            ids: what to call each row.
+            kind: how to search; "auto" goes by the number of rows.
+            target_recall: how much of the ten nearest an approximate search should find.
+            model, data: where the rows come from, for the manifest.
+            progress: called with the number of rows just added.
+
+        Raises:
+            ValueError: no rows, rows that are not of length 1, another number of ids, or faiss is missing.
+        """
+        rows_nD = np.asanyarray(embeddings)
+        records = [each if isinstance(each, ImageRecord) else ImageRecord(str(each)) for each in ids]
+        if rows_nD.ndim != 2 or not len(rows_nD) or len(rows_nD) != len(records):
+            raise ValueError(
+                f"expected embeddings [n, D] and n ids with n at least 1, got {list(rows_nD.shape)} and {len(records)} "
+                "ids; name every row"
+            )
+        if kind not in ("auto", "flat", "ivf", "hnsw"):
+            raise ValueError(f"expected a kind auto, flat, ivf or hnsw, got {kind!r}")
+        if not 0 < target_recall <= 1:
+            raise ValueError(f"expected a target_recall above 0 and at most 1, got {target_recall}")
+        check_rows(rows_nD, records)
+        chosen = choose_kind(len(rows_nD)) if kind == "auto" else kind
+        faiss_index, parameters = _empty_index(rows_nD, chosen)
+        for start in range(0, len(rows_nD), _ROWS_AT_A_TIME):
+            part = np.ascontiguousarray(rows_nD[start : start + _ROWS_AT_A_TIME], dtype=np.float32)
+            faiss_index.add(part)
+            if progress is not None:
+                progress(len(part))
+        index = cls(faiss_index, records, kind=chosen, parameters=parameters, recall_at_10=1.0, model=model, data=data)
+        if chosen != "flat":
+            index._look_hard_enough(rows_nD, target_recall)
+        return index
+
+    def search(self, queries: Float[np.ndarray, "q D"], k: int = 10) -> SearchResult:
+        """The k nearest rows of each query, all rows if there are fewer.
+
+        Raises:
+            ValueError: queries of another dimension or not of length 1, or k below 1.
+        """
+        queries_qD = np.ascontiguousarray(np.atleast_2d(queries), dtype=np.float32)
+        if queries_qD.ndim != 2 or queries_qD.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"expected queries [q, {self.embedding_dim}], as the index holds, got {list(np.shape(queries))}; embed "
+                "them with the model of the index"
+            )
+        if k < 1:
+            raise ValueError(f"expected k of at least 1, got {k}")
+        check_rows(queries_qD)
+        scores_qk, rows_qk = self._nearest(queries_qD, min(k, len(self)))
+        ids = [[self.records[row].id for row in rows] for rows in rows_qk.tolist()]
+        return SearchResult(scores_qk, ids, rows_qk)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+        """Write the index into a folder, whole or not at all; returns its manifest.
+
+        Raises:
+            ValueError: the place is in use.
+        """
+        out = Path(path).resolve()  # a link stays one
+        check_is_free(out, KIND, overwrite=overwrite)
+        partial = partial_path(out)
+        try:
+            make_empty(partial)
+            load_faiss().write_index(self._index, str(partial / INDEX_FILE))
+            with open(partial / IDS_FILE, "w", encoding="utf-8") as stream:
+                stream.writelines(f"{record.to_json()}\n" for record in self.records)
+            about = {
+                "index": {"kind": self.kind, **self.parameters},
+                "num_rows": len(self),
+                "embedding_dim": self.embedding_dim,
+                "recall_at_10": self.recall_at_10,
+                "model": self.model,
+                "data": self.data,
+            }
+            return seal(partial, out, KIND, about=about)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Index":
+        """Open what `save` wrote, every byte of which is verified.
+
+        Raises:
+            ValueError: it is no index, or it is damaged; faiss is missing.
+        """
+        path = Path(path)
+        manifest = open_sealed(path, KIND)
+        faiss = load_faiss()
+        try:
+            faiss_index = faiss.read_index(str(path / INDEX_FILE))
+            records = read_records(path / IDS_FILE)
+            parameters = dict(manifest["index"])
+            kind = parameters.pop("kind")
+            recall = float(manifest["recall_at_10"])
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
+        found, expected = (faiss_index.ntotal, faiss_index.d), (manifest["num_rows"], manifest["embedding_dim"])
+        if found != expected or found[0] != len(records):
+            raise ValueError(
+                f"{path} is damaged: rows {list(found)} for {len(records)} ids, expected {list(expected)}; "
+                f"{KIND.remedy}"
+            )
+        index = cls(
+            faiss_index,
+            records,
+            kind=kind,
+            parameters=parameters,
+            recall_at_10=recall,
+            model=manifest["model"],
+            data=manifest["data"],
+        )
+        if kind != "flat":
+            index._set_effort(index._effort)
+        return index
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _effort(self) -> int:
+        return self.parameters["num_probes" if self.kind == "ivf" else "search_width"]
+
+    def _set_effort(self, effort: int) -> None:
+        if self.kind == "ivf":
+            self._index.nprobe = self.parameters["num_probes"] = effort
+        else:
+            self._index.hnsw.efSearch = self.parameters["search_width"] = effort
+
+    @contextmanager
+    def _at_effort(self, effort: int) -> Iterator[None]:
+        """Search so hard for a while. faiss has parameters of a call for it, which its own `contrib.torch_utils`, once
+        some other package has imported that, does not hand on.
+        """
+        before = self._effort
+        self._set_effort(effort)
+        try:
+            yield
+        finally:
+            self._set_effort(before)
+
+    def _nearest(self, queries_qD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the k nearest, k at most n: by score descending, then row ascending."""
+        if self.kind == "hnsw" and k > self._effort:  # the walk must be as wide as what it brings
+            with self._at_effort(2 * k):
+                scores_qk, rows_qk = self._index.search(queries_qD, k)
+        else:
+            scores_qk, rows_qk = self._index.search(queries_qD, k)
+        short = np.flatnonzero((rows_qk < 0).any(axis=1))
+        if len(short):
+            scores_qk[short], rows_qk[short] = self._exhaustive(queries_qD[short], k)
+        order_qk = np.lexsort((rows_qk, -scores_qk), axis=1)
+        return np.take_along_axis(scores_qk, order_qk, 1), np.take_along_axis(rows_qk, order_qk, 1)
+
+    def _exhaustive(self, queries_qD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.kind == "hnsw":
+            storage = load_faiss().downcast_index(self._index.storage)
+            return storage.search(queries_qD, k)
+        with self._at_effort(self._index.nlist):
+            return self._index.search(queries_qD, k)
+
+    def _look_hard_enough(self, rows_nD: np.ndarray, target_recall: float) -> None:
+        """Double the effort until searches find enough of the ten nearest of sampled rows, themselves left out."""
+        most = self.parameters["num_lists"] if self.kind == "ivf" else max(64, min(len(self), 4096))
+        sampled = np.sort(np.random.default_rng(0).choice(len(rows_nD), min(_NUM_SAMPLED, len(rows_nD)), replace=False))
+        num_neighbours = min(10, len(rows_nD) - 1)
+        if num_neighbours == 0:
+            self._set_effort(1)
+            return
+        queries_qD = np.ascontiguousarray(rows_nD[sampled], dtype=np.float32)
+        exact_qk = _exact_scores(rows_nD, queries_qD, num_neighbours + 1)
+        effort = min(_MIN_EFFORT[self.kind], most)
+        while True:
+            self._set_effort(effort)
+            scores_qk, rows_qk = self._nearest(queries_qD, num_neighbours + 1)
+            own_qk = rows_qk == sampled[:, None]
+            # What is as near as the tenth counts, whichever row it is.
+            tenth_q1 = exact_qk[:, num_neighbours][:, None] - 1e-6
+            found_q = np.minimum(((scores_qk >= tenth_q1) & ~own_qk).sum(axis=1), num_neighbours)
+            self.recall_at_10 = float(found_q.mean() / num_neighbours)
+            if self.recall_at_10 >= target_recall or effort >= most:
+                return
+            effort = min(2 * effort, most)
+
+
+def choose_kind(num_rows: int) -> IndexKind:
+    """The kind that "auto" means for so many rows."""
+    if num_rows < FLAT_BELOW:
+        return "flat"
+    return "hnsw" if num_rows < HNSW_BELOW else "ivf"
+
+
+def count_lists(num_rows: int) -> int:
+    """Lists of an ivf index: four times the square root of n, and points enough for each."""
+    return max(1, min(round(4 * math.sqrt(num_rows)), num_rows // _POINTS_PER_LIST))
+
+
+def _empty_index(rows_nD: np.ndarray, kind: IndexKind) -> tuple[Any, dict[str, int]]:
+    """A faiss index that rows can be added to, and its parameters."""
+    faiss = load_faiss()
+    num_rows, dim = rows_nD.shape
+    if kind == "flat":
+        return faiss.IndexFlatIP(dim), {}
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = _HNSW_BUILD_WIDTH
+        return index, {"links": _HNSW_LINKS, "build_width": _HNSW_BUILD_WIDTH}
+    num_lists = count_lists(num_rows)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.spherical = True  # centres of unit rows are compared by inner product
+    index.cp.min_points_per_centroid = 1
+    chosen = np.random.default_rng(0).choice(num_rows, min(num_rows, num_lists * _POINTS_PER_LIST), replace=False)
+    index.train(np.ascontiguousarray(rows_nD[np.sort(chosen)], dtype=np.float32))
+    return index, {"num_lists": num_lists}
+
+
+def _exact_scores(rows_nD: np.ndarray, queries_qD: np.ndarray, k: int) -> np.ndarray:
+    """The k best scores of each query, descending; rows are read a part at a time."""
+    faiss = load_faiss()
+    best_qk = np.full((len(queries_qD), 0), -np.inf, dtype=np.float32)
+    for start in range(0, len(rows_nD), _ROWS_AT_A_TIME):
+        part = np.ascontiguousarray(rows_nD[start : start + _ROWS_AT_A_TIME], dtype=np.float32)
+        scores, _ = faiss.knn(queries_qD, part, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
+        best_qk = -np.sort(-np.concatenate([best_qk, scores], axis=1), axis=1)[:, :k]
+    return best_qk

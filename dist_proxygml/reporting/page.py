@@ -1,0 +1,463 @@
+"""What a run came to: a table for the terminal, and one HTML page for people.
+
+    numbers before and after training -> what the model retrieves -> where it fails -> hubs, copies -> proxies ->
+    curves -> protocol and configuration
+
+The page is one file: styles, curves (SVG) and thumbnails are inside, nothing is fetched and no script runs. It is
+written from the run's folder alone, plus the images that the embeddings came from; what a run does not have yet is a
+sentence on the page. Its size is bounded whatever the data set: see `report_pictures`, which makes the part with
+images.
+
+Run folder: config.json, metrics.jsonl, evaluation/{pixels,step-*}.json, embeddings/step-*.npz, proxies/step-*.json.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.evaluation.best import read_evaluations, selected_rows
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.evaluation.metric_names import name_metrics
+from dist_proxygml.reporting.charts import Series, line_chart
+from dist_proxygml.reporting.pictures import Section, picture_sections
+from dist_proxygml.reporting.proxies import proxy_section
+
+_MAX_CHARACTERS = 400_000  # of a text that is quoted whole
+_MAX_LISTED = 20  # entries of a list in the protocol
+_HEADLINE = ("map@r", "nmi")  # beside Recall@K
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that a run's folder says about it; parts that are not there are empty or None."""
+
+    name: str
+    config: dict[str, Any]
+    training: list[dict[str, Any]]  # logged steps in order
+    evaluations: dict[int, EvaluationResult]  # by step
+    validation: dict[int, EvaluationResult]  # of classes that were held out of training, by step
+    chosen: dict[str, Mapping[str, float]]  # metrics of the best evaluations, where there was a choice
+    pixels: EvaluationResult | None
+    table: EmbeddingTable | None  # the newest
+
+    @property
+    def rows(self) -> dict[str, EvaluationResult]:
+        """The rows of the results table that the run has."""
+        last = max(self.evaluations, default=0)
+        rows = {
+            "raw pixels": self.pixels,
+            "before training": self.evaluations.get(0),
+            "after training": self.evaluations[last] if last else None,
+        }
+        return {name: result for name, result in rows.items() if result is not None}
+
+
+def read_run(run_directory: Path) -> RunRecord:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: the folder does not exist, or a file in it is not what its name says.
+    """
+    if not run_directory.is_dir():
+        raise ValueError(
+            f"expected a run's folder, {run_directory} does not exist; train a run, or name another folder"
+        )
+    config_file, pixels_file = (
+        run_directory / "config.json",
+        run_directory / "evaluation" / "pixels.json",
+    )
+    try:
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON ({error}); copy the run again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} is not a configuration ({config!r}); copy the run again")
+    tables = sorted(
+        (run_directory / "embeddings").glob("step-*.npz"),
+        key=lambda path: int(path.stem.split("-")[1]),
+    )
+    return RunRecord(
+        name=config.get("name") or run_directory.resolve().name,
+        config=config,
+        training=_training_lines(run_directory / "metrics.jsonl"),
+        evaluations=read_evaluations(run_directory, "step-"),
+        validation=read_evaluations(run_directory, "validation-step-"),
+        chosen=selected_rows(run_directory),
+        pixels=EvaluationResult.from_json(pixels_file.read_text()) if pixels_file.is_file() else None,
+        table=load_table(tables[-1]) if tables else None,
+    )
+
+
+def format_table(run_directory: Path) -> str:
+    """The results of a run for the terminal: raw pixels, before training, after training, the best ones to choose; as
+    far as there are.
+    """
+    run = read_run(run_directory)
+    if not run.rows:
+        return f"{run_directory} has no evaluation yet"
+    return format_metrics({name: result.metrics for name, result in run.rows.items()} | run.chosen)
+
+
+def format_metrics(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics by row name as a text table in percent: Recall@K, MAP@R and NMI; "-" where a row
+    lacks one.
+    """
+    columns = _columns(rows.values())
+    width = max(len(name) for name in ["percent", *rows])
+    lines = ["  ".join([f"{'percent':<{width}}", *(f"{label:>9}" for label in columns.values())])]
+    for name, values in rows.items():
+        cells = [f"{100 * values[key]:9.2f}" if key in values else f"{'-':>9}" for key in columns]
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
+    """Write `report.html` into a run's folder.
+
+    Args:
+        run_directory: the run.
+        index: the split that it was evaluated on, to show its images; None leaves the galleries
+            out.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the folder is not a run's.
+    """
+    run = read_run(run_directory)
+    sections = [
+        *_every_number(run.rows),
+        *_picture_sections(run, index),
+        proxy_section(run_directory / "proxies"),
+        _curves(run),
+        _protocol(run),
+    ]
+    links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
+    style = resources.files("dist_proxygml.evaluation").joinpath("report.css").read_text()
+    page = "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+            "style-src 'unsafe-inline'\">",
+            f"<title>{escape(run.name)} - retrieval report</title>\n<style>\n{style}</style>\n</head>\n<body>",
+            _header(run, index),
+            f'<nav aria-label="Parts of this page">{links}</nav>\n<main>',
+            *(
+                f'<section id="{section.key}">\n<h2>{escape(section.title)}</h2>\n{section.html}\n</section>'
+                for section in sections
+            ),
+            f"</main>\n{_footer(index)}\n</body>\n</html>\n",
+        ]
+    )
+    path = run_directory / "report.html"
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+# ---- the numbers --------------------------------------------------------------------------------
+
+
+def _header(run: RunRecord, index: ShardIndex | None) -> str:
+    parts = [f'<header>\n<p class="eyebrow">Retrieval report</p>\n<h1>{escape(run.name)}</h1>']
+    rows = run.rows
+    if not rows:
+        parts.append(
+            '<p class="lead">This run has not been evaluated yet, so there are no numbers and no retrieved images.</p>'
+        )
+        return "\n".join([*parts, "</header>"])
+    result = list(rows.values())[-1]
+    parts.append(f'<p class="lead">{_lead(run, result, index)}</p>')
+    return "\n".join([*parts, _results_table(run), _reading_aid(run, result), "</header>"])
+
+
+def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) -> str:
+    """What was measured, in a sentence or two."""
+    last = max(run.evaluations, default=0)
+    start = f"After {last:,} training steps, every one" if last else "Every one"
+    unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
+    num_gallery = _num_gallery(result)
+    if num_gallery == result.num_images:
+        asked, searched = f"{result.num_images:,} images", "all the others"
+        lone = _count(result.num_lone, "image has", "images have") + " no other of their class and only distract"
+    else:
+        asked, searched = f"{result.num_queries:,} queries", f"{num_gallery:,} images of a gallery"
+        lone = _count(result.num_lone, "query", "queries") + " without a right answer there are left out"
+    lead = f"{start} of {asked} of {result.num_classes:,} classes{unseen}, looks for its own class among {searched}."
+    return f"{lead} {lone}." if result.num_lone else lead
+
+
+def _num_gallery(result: EvaluationResult) -> int:
+    """The images that were searched."""
+    return int(result.protocol.get("num", {}).get("gallery", result.num_images))
+
+
+def _results_table(run: RunRecord) -> str:
+    rows = {name: result.metrics for name, result in run.rows.items()} | run.chosen
+    columns = _columns(rows.values())
+    head = "".join(f'<th scope="col">{escape(label)}</th>' for label in columns.values())
+    body = []
+    for name, values in rows.items():
+        cells = []
+        for key in columns:
+            deviation = values.get(f"{key}_sd")
+            spread = f" <small>± {100 * deviation:.1f}</small>" if deviation else ""
+            cells.append(f"<td>{100 * values[key]:.1f}{spread}</td>" if key in values else "<td>-</td>")
+        kind = ' class="after"' if name == "after training" else ""
+        body.append(f'<tr{kind}><th scope="row">{escape(name[:1].upper() + name[1:])}</th>{"".join(cells)}</tr>')
+    return (
+        '<div class="scroll"><table class="results">'
+        f'<thead><tr><th scope="col">Percent</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _reading_aid(run: RunRecord, result: EvaluationResult) -> str:
+    low, high = (f"{100 * bound:.2f}" for bound in result.recall_at_1_bounds)
+    ties = (
+        "Ties do not touch Recall@1. "
+        if low == high
+        else f"With all ties gone wrong or right, Recall@1 is {low} or {high}. "
+    )
+    clustering = result.protocol.get("clustering")
+    seeds = len(clustering["seeds"]) if clustering else 0
+    over = f"mean and deviation of {seeds} runs" if seeds > 1 else "one run"
+    nmi = f"NMI compares the classes with k-means clusters: {over}." if seeds else ""
+    num_looks = len(run.evaluations) - (0 in run.evaluations)
+    chosen = f" The best on test is the best of {num_looks} looks at the test images themselves." if run.chosen else ""
+    return (
+        '<p class="quiet">Recall@K is the share of queries with a right answer among the first K. '
+        "MAP@R also counts how many of a query's right answers come first, and how early. "
+        f"{ties}{nmi}{chosen}</p>"
+    )
+
+
+def _every_number(rows: Mapping[str, EvaluationResult]) -> list[Section]:
+    """A row for each metric, with its meaning, its bounds where ties are known to move it, and its deviation."""
+    if not rows:
+        return []
+    names = name_metrics(key for result in rows.values() for key in result.metrics)
+    head = "".join(f'<th scope="col">{escape(row.capitalize())}</th>' for row in rows)
+    body = []
+    for name in names:
+        cells = "".join(f"<td>{_number(result, name.key)}</td>" for result in rows.values())
+        meaning = f"<small>{escape(name.meaning)}</small>" if name.meaning else ""
+        body.append(f'<tr><th scope="row">{escape(name.label)}{meaning}</th>{cells}</tr>')
+    html = (
+        "<p>In percent. In brackets, where ties matter: what it is if all go wrong, and if all go right. After ±: the "
+        "deviation over k-means seeds.</p>\n"
+        f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+    return [Section("numbers", "Every number", html)]
+
+
+def _number(result: EvaluationResult, key: str) -> str:
+    if key not in result.metrics:
+        return "-"
+    text = f"{100 * result.metrics[key]:.2f}"
+    if (bounds := result.bounds.get(key)) is not None:
+        low, high = (f"{100 * bound:.2f}" for bound in bounds)
+        text += f"<small>[{low}, {high}]</small>" if low != high else ""
+    if deviation := result.metrics.get(f"{key}_sd"):
+        text += f"<small>± {100 * deviation:.2f}</small>"
+    return text
+
+
+def _picture_sections(run: RunRecord, index: ShardIndex | None) -> list[Section]:
+    """The part with images, or one sentence on why it is not there."""
+    if run.table is None:
+        reason = "No embeddings are stored for this run yet; they are written with the next evaluation."
+    elif index is None:
+        reason = "The images of this run are not at hand; name their shards to see what it retrieves."
+    else:
+        try:
+            gallery = _gallery_split(run, index)
+            if _belongs_to(run.table, index, gallery):
+                training = _training_split(run, index)
+                return picture_sections(run.table, index, gallery=gallery, training=training)
+            reason = (
+                "These shards are not the ones that the run was evaluated on; name the right ones to see what it "
+                "retrieves."
+            )
+        except ValueError as error:  # a damaged image must not cost the rest of the page
+            reason = f"The images cannot be shown: {error}"
+    return [Section("retrieves", "What it retrieves", f'<p class="quiet">{escape(reason)}</p>')]
+
+
+def _belongs_to(table: EmbeddingTable, index: ShardIndex, gallery: ShardIndex | None) -> bool:
+    """Whether the embeddings can be those of the splits, some of whose images may have been left out."""
+    ids_n, labels_n = table.ids.numpy(), table.labels.numpy()
+    known = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
+    return bool(ids_n[-1] < len(known)) and np.array_equal(labels_n, known[ids_n])
+
+
+def _gallery_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
+    """The split that the last evaluation searched; None where that was the split of its queries. Raises ValueError as
+    `open_index`.
+    """
+    rows = list(run.rows.values())
+    split = rows[-1].protocol.get("data", {}).get("gallery_split") if rows else None
+    return None if split is None else index.open_sibling(split)
+
+
+def _training_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
+    """The split that the run was trained on; None where it cannot be opened."""
+    try:
+        return index.open_sibling(run.config["data"]["train_split"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+# ---- curves, protocol, configuration ------------------------------------------------------------
+
+
+def _curves(run: RunRecord) -> Section:
+    losses = {
+        "loss": "total",
+        "classification": "classification",
+        "regularization": "regularization",
+    }
+    if not any(line.get("regularization") for line in run.training):
+        losses = {"loss": "total"}  # the other two lines would be this one and zero
+    rates = {"lr_backbone": "backbone", "lr_embedding": "embedding layer", "lr_proxies": "proxies"}
+    norms = {"gradient_norm_backbone": "backbone", "gradient_norm_proxies": "proxies"}
+    charts = [
+        _evaluation_chart(run),
+        line_chart("Loss", _training_series(run, losses), x_label="steps"),
+        line_chart("Learning rate", _training_series(run, rates), x_label="steps", logarithmic=True),
+        line_chart("Gradient norm", _training_series(run, norms), x_label="steps", logarithmic=True),
+    ]
+    drawn = "".join(charts) or '<p class="quiet">No training steps have been logged yet.</p>'
+    return Section("curves", "How it got there", f'<div class="charts">{drawn}</div>')
+
+
+def _evaluation_chart(run: RunRecord) -> str:
+    """Recall@1, MAP@R and NMI over the steps, once there are two evaluations to connect."""
+    if len(run.evaluations) < 2:
+        return ""
+    columns = _columns(result.metrics for result in run.evaluations.values())
+    lines = []
+    for key in ("recall@1", "map@r", "nmi"):
+        points = [(step, 100 * r.metrics[key]) for step, r in run.evaluations.items() if key in r.metrics]
+        lines.append(Series(columns.get(key, key), points))
+    held_out = [(s, 100 * r.metrics["recall@1"]) for s, r in run.validation.items() if "recall@1" in r.metrics]
+    lines.append(Series("Recall@1 of validation classes", held_out))
+    if run.pixels is not None and "recall@1" in run.pixels.metrics:
+        level = 100 * run.pixels.metrics["recall@1"]
+        ends = (min(run.evaluations), max(run.evaluations))
+        lines.append(Series("Recall@1 of raw pixels", [(end, level) for end in ends], dashed=True))
+    return line_chart("Evaluation, percent", lines, x_label="steps", markers=True)
+
+
+def _training_series(run: RunRecord, names: Mapping[str, str]) -> list[Series]:
+    return [
+        Series(label, [(line["step"], line[key]) for line in run.training if line.get(key) is not None])
+        for key, label in names.items()
+    ]
+
+
+def _protocol(run: RunRecord) -> Section:
+    parts = []
+    if run.rows:
+        result = list(run.rows.values())[-1]
+        counted = (
+            f"{result.num_images:,} images of {result.num_classes:,} classes, {result.num_queries:,} of them queries, "
+            f"{_num_gallery(result):,} searched"
+        )
+        entries = {"counts": counted, **result.protocol, "fingerprint": result.fingerprint}
+        listed = "".join(
+            f"<dt>{escape(name.replace('_', ' ').capitalize())}</dt><dd>{escape(_readable(value))}</dd>"
+            for name, value in entries.items()
+            if value is not None and name not in ("format", "num")
+        )
+        parts.append(f"<dl>{listed}</dl>")
+    else:
+        parts.append('<p class="quiet">It has not been measured yet.</p>')
+    if run.config:
+        text = _quoted(json.dumps(run.config, indent=2))
+        parts.append(f"<details><summary>Configuration of the run</summary><pre>{text}</pre></details>")
+    return Section("protocol", "How it was measured", "\n".join(parts))
+
+
+def _footer(index: ShardIndex | None) -> str:
+    makers = "" if index is None else _attribution(index.root)
+    return f"<footer>{makers}<p>Written by dist_proxygml from the run's folder.</p></footer>"
+
+
+def _attribution(root: Path) -> str:
+    """The makers of the images, where the shards' folder names them: pictures must not travel without them."""
+    path = root / "ATTRIBUTION.md"
+    if not path.is_file():
+        return ""
+    text = _quoted(path.read_text())
+    return f"<details><summary>The makers of these images</summary><pre>{text}</pre></details>"
+
+
+# ---- small things -------------------------------------------------------------------------------
+
+
+def _training_lines(path: Path) -> list[dict[str, Any]]:
+    """The logged training steps in order; where a resumed run logged a step again, the last line counts."""
+    if not path.is_file():
+        return []
+    by_step = {}
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut short by a crash
+            continue
+        if line.get("kind") == "train":
+            by_step[line["step"]] = line
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
+    """The metrics of a table that people read first, by their key: Recall@K for all K that occur, MAP@R, NMI."""
+    names = name_metrics(key for row in rows for key in row)
+    return {name.key: name.label for name in names if name.key.startswith("recall@") or name.key in _HEADLINE}
+
+
+def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
+    """Whether no class of the split has the id of a training class. False when that cannot be found out."""
+    training = _training_split(run, index)
+    if training is None:
+        return False
+    return not {entry.source_id for entry in training.classes} & {entry.source_id for entry in index.classes}
+
+
+def _quoted(text: str) -> str:
+    """A text for the page, escaped; its beginning where it is very long."""
+    if len(text) <= _MAX_CHARACTERS:
+        return escape(text)
+    return f"{escape(text[:_MAX_CHARACTERS])}\n… {len(text) - _MAX_CHARACTERS:,} more characters"
+
+
+def _readable(value: object) -> str:
+    """A value of the protocol as one line of text."""
+    match value:
+        case Mapping():
+            shown = ((name.replace("_", " "), entry) for name, entry in value.items() if entry is not None)
+            return "; ".join(f"{name} {_readable(entry)}" for name, entry in shown)
+        case list() | tuple():
+            listed = ", ".join(_readable(entry) for entry in value[:_MAX_LISTED]) or "none"
+            return listed if len(value) <= _MAX_LISTED else f"{listed} and {len(value) - _MAX_LISTED:,} more"
+        case str() if re.fullmatch(r"[0-9a-f]{64}", value):
+            return f"{value[:16]}…"
+    return str(value)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

@@ -1,0 +1,184 @@
+"""What a run says while it works: metrics.jsonl, TensorBoard, a progress bar. Rank 0 writes, the others are silent.
+
+metrics.jsonl is the record (one JSON object a line, appended, readable after a crash); TensorBoard holds the same
+numbers for people, and what training/board.py adds: one folder, also of a run that is started several times. A run that
+continues takes back the lines and points of steps that it will do again. No measurement is made on steps that are not
+logged, so that nothing waits for a GPU in between.
+"""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from dist_proxygml.data.shards import publish
+from dist_proxygml.distributed.memory import peak_memory
+
+BOARD_FOLDER = "tensorboard"
+
+
+class Telemetry:
+    """The log of one run."""
+
+    def __init__(
+        self, run_directory: Path, *, enabled: bool, num_steps: int, start_step: int, progress_bar: bool
+    ) -> None:
+        self._enabled = enabled
+        self._images_since, self._time_since = 0, time.perf_counter()
+        if enabled:
+            path = run_directory / "metrics.jsonl"
+            _drop_later_lines(path, start_step)
+            self._lines = path.open("a", buffering=1)
+            self._board = SummaryWriter(
+                str(run_directory / BOARD_FOLDER), purge_step=start_step + 1 if start_step else None
+            )
+            # a file gets a line every 15 seconds, a terminal a moving bar
+            pace = (
+                {"mininterval": 0.5, "dynamic_ncols": True}
+                if sys.stderr.isatty()
+                else {"mininterval": 15.0, "ncols": 110}
+            )
+            self._bar = tqdm(
+                total=num_steps, initial=start_step, unit="step", disable=not progress_bar, delay=1e-3, **pace
+            )
+
+    def count(self, num_images: int) -> None:
+        """One more optimizer step, over `num_images` images of all ranks."""
+        self._images_since += num_images
+        if self._enabled:
+            self._bar.update()
+
+    def log_training(self, step: int, epoch: int, values: Mapping[str, float | None]) -> None:
+        """The scalars of a logged step; the rate is that since the last call."""
+        now = time.perf_counter()
+        rate = self._images_since / max(now - self._time_since, 1e-9)
+        self._images_since, self._time_since = 0, now
+        if not self._enabled:
+            return
+        # Left out where not measured, or infinite (the gradient of a step that fp16 skipped): JSON has no infinity.
+        numbers = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        numbers |= {"images_per_second": rate, **memory_gib()}
+        self._write({"kind": "train", "step": step, "epoch": epoch, **numbers})
+        for name, value in numbers.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        self._bar.set_description(f"epoch {epoch}", refresh=False)
+        self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:,.0f} images/s", refresh=False)
+
+    def log_evaluation(self, step: int, epoch: int, metrics: Mapping[str, float], *, kind: str = "evaluation") -> None:
+        """The metrics of an evaluation after `step` steps; of another `kind` if not on the test split. On disk when
+        this returns.
+        """
+        if self._enabled:
+            self._write({"kind": kind, "step": step, "epoch": epoch, **metrics})
+            for name, value in metrics.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self.pause()
+
+    def log_images(self, name: str, images: Tensor, step: int) -> None:
+        """A grid of uint8 images [n, 3, H, W]."""
+        if self._enabled:
+            self._board.add_images(name, images, step)
+
+    def log_number(self, name: str, value: float, step: int) -> None:
+        """One point of a curve that TensorBoard alone has."""
+        if self._enabled:
+            self._board.add_scalar(name, value, step)
+
+    def log_values(self, name: str, values: Tensor, step: int) -> None:
+        """A histogram of values; one without a finite value is left out."""
+        finite = values.detach().float()[values.isfinite()]
+        if self._enabled and finite.numel():
+            self._board.add_histogram(name, finite, step)
+
+    def log_counts(self, name: str, counts: Sequence[int], edges: Sequence[float], step: int) -> None:
+        """A histogram that is counted already; `edges` are one more than `counts`. An empty one is left out."""
+        filled = [bin for bin, count in enumerate(counts) if count]
+        if not self._enabled or not filled:
+            return
+        first, last = filled[0], filled[-1]
+        centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+        self._board.add_histogram_raw(
+            name,
+            min=edges[first],
+            max=edges[last + 1],
+            num=sum(counts),
+            sum=sum(count * centre for count, centre in zip(counts, centres, strict=True)),
+            sum_squares=sum(count * centre**2 for count, centre in zip(counts, centres, strict=True)),
+            # A bucket has its upper limit: an empty one in front says where the first one begins.
+            bucket_limits=list(edges[first : last + 2]),
+            bucket_counts=[0, *counts[first : last + 1]],
+            global_step=step,
+        )
+
+    def log_settings(self, settings: Mapping[str, object], metric_names: Sequence[str]) -> None:
+        """The run's settings and the metrics it is judged by, for TensorBoard's HParams. Once in the life of a run."""
+        if self._enabled:
+            known = {name: value if _is_plain(value) else json.dumps(value) for name, value in settings.items()}
+            experiment, session, _ = hparams(known, {f"hparam/{name}": 0.0 for name in metric_names})
+            for summary in (experiment, session):
+                self._board._get_file_writer().add_summary(summary, 0)
+
+    def log_results(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics at the end of the run, for TensorBoard's HParams."""
+        if self._enabled:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"hparam/{name}", value, step)
+            *_, end = hparams({}, {})
+            self._board._get_file_writer().add_summary(end, step)
+
+    def pause(self) -> None:
+        """Leave out of the images/s what happened since the last logged step: an evaluation or a checkpoint. What was
+        logged before it is on disk then, as a run that was killed goes on from there.
+        """
+        if self._enabled:
+            self._board.flush()
+        self._images_since, self._time_since = 0, time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Print for people, above the progress bar."""
+        if self._enabled:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def close(self) -> None:
+        """Flush and close all logs."""
+        if self._enabled:
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    """Keep the lines up to a step; one that a kill cut short goes as well."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        with publish(path) as stream:
+            stream.write("".join(kept).encode())
+
+
+def memory_gib() -> dict[str, float]:
+    """Peak memory of this process, and of its GPU if it has one, in GiB."""
+    peak = {"memory_gib": peak_memory() / 2**30}
+    if torch.cuda.is_available():
+        peak["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return peak

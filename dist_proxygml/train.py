@@ -1,0 +1,82 @@
+"""Train a model: `deepspeed launchers/train.py --config configs/demo_cpu.json`.
+
+The deepspeed launcher starts one process per rank; plain python is one rank. Exit status: 0 done, 2 a mistake in what
+was asked for, 65 the numbers stay NaN, 75 stopped by a signal or a step that hung (start it again and it goes on), 1
+anything else.
+"""
+
+import argparse
+
+from dist_proxygml.config import Config, load_config
+from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
+from dist_proxygml.distributed.preemption import StopSignals
+
+EXAMPLES = """examples:
+  deepspeed --num_gpus 2 launchers/train.py --config configs/demo_cpu.json
+  deepspeed launchers/train.py --config configs/sop_8gpu.json --set proxies.ratio=0.1 training.epochs=20
+  python launchers/train.py --config configs/sop_8gpu.json --dry-run 8
+"""
+
+
+def main() -> None:
+    """Parse, then show the plan or train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="JSON configuration, see configs/")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings: proxies.ratio=0.1 seed=1",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: continue the newest checkpoint if there is one (default); never: start anew; PATH: that checkpoint",
+    )
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="RANKS",
+        help="print the resolved configuration and the plan for so many ranks (default: those started)",
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    arguments = parse_arguments(parser)
+    config = load_config(arguments.config, arguments.set)
+    if arguments.dry_run is not None:
+        _print_plan(config, world_size=arguments.dry_run)
+        return
+    signals = StopSignals()
+    signals.listen()
+    context = join_world()
+    from dist_proxygml.training.run import train
+
+    train(config, context, resume=arguments.resume, signals=signals)
+
+
+def _print_plan(config: Config, *, world_size: int) -> None:
+    import os
+
+    import torch
+
+    from dist_proxygml.distributed.engine import engine_settings
+    from dist_proxygml.plan import describe_plans, plan_head
+    from dist_proxygml.training.data import count_classes
+
+    config = count_classes(config)
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_head(config, world_size=world_size, device="cuda" if torch.cuda.is_available() else "cpu")
+    settings = engine_settings(config, world_size)
+    if os.environ.get("RANK", "0") == "0":
+        print(config.model_copy(update={"deepspeed": settings}).model_dump_json(indent=2))
+        print(describe_plans(config, plan))
+
+
+if __name__ == "__main__":
+    run_launcher(main)

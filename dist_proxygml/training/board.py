@@ -1,0 +1,160 @@
+"""What TensorBoard shows of a run beside its curves, and the statistics of its proxies.
+
+    at the start        HParams: the settings; the final metrics join them after the last evaluation
+    on logged steps     histograms: similarities of kept positives and negatives, lengths of embeddings before they are
+                        normalised (rank 0's images)
+    at each evaluation  a picture of queries and their neighbours; proxies/step-NNNNNN.json; lengths of the proxies, how
+                        often they were kept as a negative, how many are dead
+    at the end          the projector
+
+Rank 0 writes, and none of it can end a run: an image that cannot be shown is named. Histograms are written at every
+logged step at first, then at fewer and fewer, 737 times in 100,000 logged steps: they are larger than curves,
+and TensorBoard shows 500 of them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_proxygml.checkpoint.folder import checkpoint_name
+from dist_proxygml.checkpoint.model import CLASSES_FILE
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.distributed.parallel import on_main
+from dist_proxygml.evaluation.embedding_pass import load_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.head.statistics import ProxyStatistics, bin_edges, write_proxy_use
+from dist_proxygml.reporting.gallery import retrieval_gallery
+from dist_proxygml.reporting.projector import MAX_POINTS, has_projection, write_projection
+from dist_proxygml.reporting.telemetry import BOARD_FOLDER, Telemetry
+from dist_proxygml.training.step import TrainState
+
+
+class Board:
+    """What is shown of one start of a run; its methods are called on all ranks, `show_projection` excepted.
+
+    Args:
+        state: what is trained; its loss gets an observer, its embedding layer a hook.
+        telemetry: the log.
+        settings: the configuration, flat.
+        test_index: the split that is evaluated.
+        gallery: the split that it is searched in, if that is another one.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        telemetry: Telemetry,
+        *,
+        settings: Mapping[str, object],
+        test_index: ShardIndex,
+        gallery: ShardIndex | None,
+    ) -> None:
+        self._state = state
+        self._telemetry = telemetry
+        self._test_index = test_index
+        self._gallery = gallery
+        self._is_logged = False
+        self._embeddings_bD: Tensor | None = None
+        loss = state.loss
+        self._statistics = ProxyStatistics(
+            loss.partition, loss.proxies_per_class, device=loss.proxies.device, group=loss.group
+        )
+        loss.observer = self._statistics.observe
+        if state.context.is_main:
+            state.engine.module.get_submodule("embedding").register_forward_hook(self._keep_embeddings)
+        if state.step == 0:  # a run that continues has said so
+            telemetry.log_settings(settings, state.config.evaluation.metrics)
+
+    def begin_step(self, *, is_logged: bool) -> None:
+        """A step begins."""
+        self._is_logged = is_logged
+        self._statistics.begin_step(is_logged=is_logged)
+
+    def show_step(self) -> None:
+        """Histograms of the logged step that was done last."""
+        step = self._state.step
+        if not _is_shown(step // self._state.config.telemetry.log_every_steps):
+            return
+        similarities, edges = self._statistics.take_similarities(), bin_edges()
+        self._telemetry.log_counts("train/kept_positive_similarity", similarities.positive, edges, step)
+        self._telemetry.log_counts("train/kept_negative_similarity", similarities.negative, edges, step)
+        if self._embeddings_bD is not None:
+            norm_b = torch.linalg.vector_norm(self._embeddings_bD.float(), dim=1)
+            self._telemetry.log_values("train/embedding_norm", norm_b, step)
+            self._embeddings_bD = None
+
+    def show_proxies(self) -> None:
+        """What became of the proxies since the last evaluation: written before each. Nothing after no step."""
+        if self._statistics.window_steps == 0:
+            return
+        step, run_directory = self._state.step, self._state.config.run_directory
+        sampled = self._statistics.sample(self._state.loss.proxies.detach())
+        use = self._statistics.close_window()
+        path = run_directory / "proxies" / f"{checkpoint_name(step)}.json"
+        on_main(
+            self._state.context,
+            lambda: write_proxy_use(
+                path, use, step=step, names_of=lambda labels: _names(run_directory / CLASSES_FILE, labels)
+            ),
+        )
+        self._telemetry.log_values("proxies/norm", sampled.norm, step)
+        self._telemetry.log_values("proxies/times_kept_as_negative", sampled.times_kept, step)
+        self._telemetry.log_number("proxies/dead_share", use.num_dead / (use.num_classes * use.per_class), step)
+
+    def show_evaluation(self, result: EvaluationResult) -> None:
+        """A picture of what is retrieved; after the last evaluation the metrics as HParams."""
+        if self._state.context.is_main and result.table is not None:
+            try:
+                picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
+            except ValueError as error:
+                self._telemetry.say(f"TensorBoard gets no picture of the retrieval: {error}")
+            else:
+                self._telemetry.log_images("evaluation/retrieval", picture[None], self._state.step)
+        if self._state.is_finished:
+            self._telemetry.log_results(self._state.step, result.metrics)
+
+    def show_projection(self) -> None:
+        """The projector of the finished run, if it is wanted and not there. On rank 0 only."""
+        config, name = self._state.config, checkpoint_name(self._state.step)
+        wanted, board = config.telemetry.projector, config.run_directory / BOARD_FOLDER
+        path = config.run_directory / "embeddings" / f"{name}.npz"
+        if wanted is False or not path.is_file() or has_projection(board, name):
+            return
+        try:
+            write_projection(
+                board,
+                name,
+                load_table(path),
+                self._test_index,
+                gallery=self._gallery,
+                num_points=MAX_POINTS if wanted is True else wanted,
+                progress_bar=config.telemetry.progress_bar,
+            )
+        except ValueError as error:
+            print(f"TensorBoard gets no projector: {error}", flush=True)
+
+    def _keep_embeddings(self, layer: nn.Module, inputs: object, output: Tensor) -> None:
+        if self._is_logged and layer.training:
+            self._embeddings_bD = output.detach()
+
+
+def _is_shown(number: int) -> bool:
+    """Whether the number-th logged step (from 1) has histograms: all to 127, then every second to 255, every fourth to
+    511, and so on. The same steps for a run that continues.
+    """
+    return number % (1 << max(0, number.bit_length() - 7)) == 0
+
+
+def _names(class_table: Path, labels: Sequence[int]) -> list[str]:
+    """Names of classes, labels ascending; their numbers where the run has no class table."""
+    if not labels or not class_table.is_file():
+        return [str(label) for label in labels]
+    with class_table.open(encoding="utf-8") as lines:
+        found = {
+            label: json.loads(line)[0] for label, line in enumerate(islice(lines, labels[-1] + 1)) if label in labels
+        }
+    return [found[label] for label in labels]

@@ -1,0 +1,231 @@
+"""What a run trains on, as its configuration says: a split of indexed shards, or a stream.
+
+Some classes of the split may be held out (data.validation_classes): which ones depends on the seed and their number
+alone. Those that are left are a split of their own with labels 0, 1, ..., so nothing that trains knows of the others.
+
+The position in it is an epoch and the number of images of that epoch's order that are done. It is advanced when an
+optimizer step is done, so prefetched batches do not count, and it means the same for any number of ranks, loading
+processes and, where every image comes once an epoch, for any batch size.
+"""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dist_proxygml.checkpoint.folder import read_state
+from dist_proxygml.config import Config
+from dist_proxygml.data.index import ShardIndex, open_index
+from dist_proxygml.data.order import count_steps, draw_validation_classes
+from dist_proxygml.data.pipeline import BatchLoader, ImageCache, build_order, build_train_loader
+from dist_proxygml.data.stream import StreamLoader, build_stream_loader
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.distributed.parallel import ParallelContext
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images that a run trains on."""
+
+    config: Config
+    index: ShardIndex | None  # the classes that are trained; None for a stream
+    validation: ShardIndex | None = None  # those that are held out, if any
+
+    @property
+    def epoch_size(self) -> int:
+        """Images that an epoch visits: all of the index, whole class-balanced batches, or what a stream says."""
+        batch_size = self.config.training.batch_size
+        if self.index is None:
+            assert self.config.data.stream is not None
+            return self.config.data.stream.samples_per_epoch // batch_size * batch_size
+        if self.config.data.images_per_class is not None:
+            return max(1, self.index.num_samples // batch_size) * batch_size
+        return self.index.num_samples
+
+    def count_steps(self, consumed: int = 0) -> int:
+        """Optimizer steps from there to the end of an epoch."""
+        return count_steps(
+            self.epoch_size - consumed,
+            batch_size=self.config.training.batch_size,
+            drop_last=self.config.data.drop_last,
+        )
+
+    def loader(
+        self, context: ParallelContext, *, epoch: int, start: int, cache: ImageCache | None = None
+    ) -> BatchLoader | StreamLoader:
+        """This rank's batches of an epoch after its first `start` images.
+
+        Raises:
+            ValueError: the images and the batch size do not divide into ranks and micro-batches.
+        """
+        data, training = self.config.data, self.config.training
+        transform = build_transform(data.train_transform)
+        if self.index is None:
+            assert data.stream is not None
+            return build_stream_loader(
+                data.stream.urls,
+                transform,
+                num_classes=self.config.num_classes,
+                batch_size=training.batch_size,
+                num_images=self.epoch_size - start,
+                accumulation=self.config.accumulation,
+                rank=context.rank,
+                world_size=context.world_size,
+                seed=self.config.seed,
+                epoch=epoch,
+                start=start,
+                num_workers=data.num_workers,
+                resampled=data.stream.resampled,
+                shuffle_buffer=data.stream.shuffle_buffer,
+                skip_damaged=data.damaged_images == "skip",
+            )
+        return build_train_loader(
+            self.index,
+            transform,
+            batch_size=training.batch_size,
+            accumulation=self.config.accumulation,
+            rank=context.rank,
+            world_size=context.world_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            start=start,
+            num_workers=data.num_workers,
+            shuffle_window=data.shuffle_window,
+            images_per_class=data.images_per_class,
+            drop_last=data.drop_last,
+            cache=cache,
+            pin_memory=context.device.type == "cuda",
+            skip_damaged=data.damaged_images == "skip",
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What a continued run must find again."""
+        if self.index is None:
+            return {}
+        return {"class table": self.index.class_table_sha256, "shards": self.index.sha256}
+
+    def __str__(self) -> str:
+        if self.index is None:
+            assert self.config.data.stream is not None
+            return f"a stream of {self.config.num_classes:,} classes, {self.epoch_size:,} images an epoch"
+        text = f"{self.index.num_samples:,} images of {self.index.num_classes:,} classes"
+        if self.validation is not None:
+            text += f" (without {self.validation.num_classes:,} validation classes)"
+        images_per_class = self.config.data.images_per_class
+        if images_per_class is None:
+            return text
+        batch_size = self.config.training.batch_size
+        order = build_order(self.index, batch_size=batch_size, seed=self.config.seed, images_per_class=images_per_class)
+        return (
+            f"{text}, in batches of {batch_size // images_per_class:,} classes x {images_per_class} images (the first "
+            f"epoch visits {len(np.unique(order)) / self.index.num_samples:.1%} of them)"
+        )
+
+
+def open_training_data(config: Config) -> TrainingData:
+    """Open the split that the configuration trains on, without the classes that it holds out; a stream has none.
+
+    Raises:
+        ValueError: as `open_index`, the shards have another number of classes than the configuration, no image is left
+            on one side, or the cache of remote shards holds less than what an epoch's order uses at a time.
+    """
+    if config.data.stream is not None:
+        return TrainingData(config, None)
+    index = open_split(config, config.data.train_split)
+    if index.num_classes != config.num_classes:
+        raise ValueError(
+            f"data.num_classes is {config.data.num_classes}, but the split {config.data.train_split!r} of "
+            f"{config.data.shards} has {index.num_classes} classes"
+            f"{'' if config.data.validation_classes is None else ', validation classes among them'}; edit the "
+            "configuration or point data.shards at the right shards"
+        )
+    _check_cache_holds_window(config, index)
+    if config.data.validation_classes is None:
+        return TrainingData(config, index)
+    trained, validation = _hold_out(config, index)
+    return TrainingData(config, trained, validation)
+
+
+def open_validation(config: Config, checkpoint: Path) -> ShardIndex:
+    """The classes that a run held out while it trained a checkpoint.
+
+    Raises:
+        ValueError: it held none out, or not those that these shards and settings give; or as `open_training_data`.
+    """
+    trained_with = read_state(checkpoint).settings
+    if trained_with.get("data.validation_classes") is None:
+        raise ValueError(
+            f"expected validation classes in run {config.name!r}, found none; train one with data.validation_classes, "
+            "or evaluate another split"
+        )
+    data = open_training_data(config)
+    found = {**data.identity(), "seed": config.seed, "data.validation_classes": config.data.validation_classes}
+    differing = [name for name, value in found.items() if trained_with.get(name) != value]
+    if differing or data.validation is None:
+        what = ", ".join(differing)
+        raise ValueError(
+            f"expected the validation classes that {checkpoint} was trained without, got others ({what} differ); point "
+            "data.shards at the shards it was trained with, and leave its settings as they were"
+        )
+    return data.validation
+
+
+def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex]:
+    """The training split without its validation classes, and these."""
+    held_out = draw_validation_classes(index.num_classes, num_drawn=config.num_validation_classes, seed=config.seed)
+    trained = np.setdiff1d(np.arange(index.num_classes), held_out)
+    parts = (
+        index.choose_classes(trained, name=index.split),
+        index.choose_classes(held_out, name=f"validation classes of {index.split}"),
+    )
+    empty = next((part for part in parts if part.num_samples == 0), None)
+    if empty is not None:
+        raise ValueError(
+            f"expected images of the {index.num_classes - len(held_out)} trained and of the {len(held_out)} validation "
+            f"classes, found none of the {empty.num_classes} of one side; change data.validation_classes or seed"
+        )
+    return parts
+
+
+def count_classes(config: Config) -> Config:
+    """The configuration with data.num_classes as the index of its shards says, where it says nothing itself.
+
+    Raises:
+        ValueError: as `open_index`.
+    """
+    if config.data.num_classes is not None:
+        return config
+    num_classes = open_split(config, config.data.train_split).num_classes
+    return config.model_copy(update={"data": config.data.model_copy(update={"num_classes": num_classes})})
+
+
+def open_split(config: Config, split: str, *, shards: str | None = None) -> ShardIndex:
+    """A split of the configured shards, or of others; the configured cache serves both.
+
+    Raises:
+        ValueError: as `open_index`.
+    """
+    directory, limit = config.data.cache_directory, config.data.cache_limit_bytes
+    return open_index(
+        shards or config.data.shards,
+        split,
+        cache_directory=None if directory is None else Path(directory),
+        cache_limit=limit,
+    )
+
+
+def _check_cache_holds_window(config: Config, index: ShardIndex) -> None:
+    """Refuse a cache that the shuffle would empty and fill again and again."""
+    limit, window = config.data.cache_limit_bytes, config.data.shuffle_window
+    if index.remote is None or limit is None:
+        return
+    sizes = sorted((shard.bytes for shard in index.shards), reverse=True)
+    in_use = sum(sizes if window is None or config.data.images_per_class else sizes[:window])
+    if in_use > limit:
+        fitting = sum(1 for total in itertools.accumulate(sizes) if total <= limit)
+        raise ValueError(
+            f"the order of an epoch keeps {in_use / 2**30:.2f} GiB of shards in use at a time, and data.cache_limit is "
+            f"{config.data.cache_limit}; raise it"
+            + ("" if config.data.images_per_class else f", or set data.shuffle_window to at most {max(1, fitting)}")
+        )

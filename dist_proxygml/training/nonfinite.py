@@ -1,0 +1,82 @@
+"""Steps that were left out because something was NaN or infinite: what is told of them, and how many are put up with.
+
+One such step costs one step. Several in a row, or more than one in a hundred, mean that the parameters themselves lead
+there: the run goes back to the parameters of its last checkpoint, and on to images that it has not seen yet. When that
+has not helped several times it ends, with status 65: to start it again would not help either.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_proxygml.distributed.collectives import NonFiniteError
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main
+
+NON_FINITE_FILE = "nonfinite.jsonl"
+_NUM_NAMED = 3
+_WINDOW = 1000  # steps, of which one in a hundred may be left out
+_MOST_IN_WINDOW = _WINDOW // 100
+
+
+class NonFiniteLog:
+    """The steps of this start of a run that were left out. Built, and every method is called, on all ranks.
+
+    Args:
+        path: where rank 0 writes a line for each.
+        max_in_row: steps in a row after which the run goes back.
+        max_rollbacks: how often it may.
+        context: this process among its peers.
+    """
+
+    def __init__(self, path: Path, *, max_in_row: int, max_rollbacks: int, context: ParallelContext) -> None:
+        self.path = path
+        self.num_in_row = 0
+        self.num_rollbacks = 0
+        self._recent: deque[int] = deque(maxlen=_MOST_IN_WINDOW + 1)  # steps that were left out
+        self._max_in_row, self._max_rollbacks = max_in_row, max_rollbacks
+        self._context = context
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many steps were left out, in a row or of the last thousand, that the run is to go back."""
+        return self.num_in_row >= self._max_in_row or self._are_too_many
+
+    @property
+    def _are_too_many(self) -> bool:
+        return len(self._recent) > _MOST_IN_WINDOW and self._recent[-1] - self._recent[0] < _WINDOW
+
+    def add(self, step: int, reason: str, images: Sequence[str]) -> str:
+        """Take in a step that was left out, with the images of this rank that are suspected; returns what to tell."""
+        self.num_in_row += 1
+        self._recent.append(step)
+        suspects = {rank: list(named) for rank, named in enumerate(everyone(self._context, images)) if named}
+        line = {"step": step, "reason": reason, "images": suspects}
+        on_main(self._context, self._write, line)
+        named = [f"{image} (rank {rank})" for rank, images in suspects.items() for image in images]
+        more = f" and {len(named) - _NUM_NAMED} more" if len(named) > _NUM_NAMED else ""
+        which = f"; images: {', '.join(named[:_NUM_NAMED])}{more}" if named else ""
+        return f"step {step} was left out on all ranks: {reason}{which}"
+
+    def roll_back(self, step: int, checkpoint: Path | None) -> str:
+        """Count that the run goes back to a checkpoint; returns what to tell.
+
+        Raises:
+            NonFiniteError: it has gone back often enough, or there is no checkpoint.
+        """
+        num_left_out = len(self._recent) if self._are_too_many else self.num_in_row
+        what = f"{num_left_out} steps up to step {step} came out as NaN or infinite, see {self.path}"
+        remedy = "lower the learning rates, warm up for longer, or clip gradients"
+        if checkpoint is None:
+            raise NonFiniteError(f"{what}; there is no checkpoint yet to go back to; {remedy}")
+        if self.num_rollbacks == self._max_rollbacks:
+            raise NonFiniteError(f"{what}; going back {self.num_rollbacks} times has not helped; {remedy}")
+        self.num_rollbacks += 1
+        self.num_in_row = 0
+        self._recent.clear()
+        on_main(self._context, self._write, {"step": step, "back_to": checkpoint.name})
+        return f"{what}: back to the parameters of {checkpoint}, and on with the images that follow"
+
+    def _write(self, line: dict[str, object]) -> None:
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,179 @@
+"""A few real training steps on this machine, timed: what a run will take, before it is started.
+
+The steps are those of step.py, through DeepSpeed, with images from the run's own loader; where there are no shards,
+with random ones that cost nothing to load. Two steps warm up. An evaluation is estimated from forward passes of a few
+of its batches and from a search of a block of queries; k-means from the same search, since its work is distances too.
+Nothing is written. Weights are random: loading pretrained ones would change no time.
+
+Declined: extrapolating to another number of ranks. Start it under deepspeed to measure several.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dist_proxygml.config import Config
+from dist_proxygml.data.pipeline import Batch, ImageCache
+from dist_proxygml.distributed.memory import format_bytes, peak_memory
+from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.evaluation.search import FlatIndex
+from dist_proxygml.training.data import TrainingData, open_training_data
+from dist_proxygml.training.run_plan import RunPlan, has_index
+from dist_proxygml.training.step import TrainState, build_train_state, train_step
+
+_NUM_WARM_UP = 2
+_NUM_EVALUATION_BATCHES = 3
+_NUM_QUERIES, _MAX_GALLERY = 256, 20_000
+_KMEANS_ITERATIONS = 25
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was measured, the slowest rank of each."""
+
+    world_size: int
+    device: str
+    is_synthetic: bool  # random images: loading is not in the times
+    num_steps: int
+    seconds_per_step: float
+    images_per_second: float
+    seconds_per_test_image: float  # of embedding, with all ranks
+    seconds_per_multiplication: float  # multiply-add of a search on one rank
+    peak_bytes: int
+
+    def evaluation_seconds(self, config: Config, *, num_images: int) -> float:
+        """Estimated time of an evaluation: embedding, search of all in all, k-means."""
+        dim = config.backbone.embedding_dim
+        search = num_images * num_images * dim / self.world_size
+        clusters = config.num_classes  # about as many as are tested, in every published split
+        seeds_of_a_rank = math.ceil(config.evaluation.kmeans_seeds / self.world_size)  # a seed is not divided
+        kmeans = seeds_of_a_rank * _KMEANS_ITERATIONS * num_images * clusters * dim
+        return num_images * self.seconds_per_test_image + (search + kmeans) * self.seconds_per_multiplication
+
+    def describe(self, config: Config, plan: RunPlan) -> str:
+        """A table for people: what was measured, and what the run comes to with the plan's counts."""
+        images = "random images, loading not included" if self.is_synthetic else "the run's images"
+        memory = "peak of GPU memory" if self.device == "cuda" else "peak of a process"
+        rows = [
+            ("one step", f"{1000 * self.seconds_per_step:,.1f} ms"),
+            ("images per second", f"{self.images_per_second:,.0f}"),
+            (memory, format_bytes(self.peak_bytes)),
+        ]
+        if plan.steps_per_epoch is not None:
+            rows.append(("an epoch", format_seconds(plan.steps_per_epoch * self.seconds_per_step)))
+        whole = None if plan.num_steps is None else plan.num_steps * self.seconds_per_step
+        if plan.num_test_images is not None:
+            evaluation = self.evaluation_seconds(config, num_images=plan.num_test_images)
+            rows.append(("an evaluation, about", format_seconds(evaluation)))
+            if whole is not None and plan.num_evaluations is not None:
+                whole += plan.num_evaluations * evaluation
+        if whole is not None:
+            rows.append(("the run, about", format_seconds(whole)))
+        table = "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
+        where = f"{self.num_steps} steps on {self.world_size} rank(s) on {self.device}, {images}"
+        return f"measured ({where}):\n{table}"
+
+
+def rehearse(config: Config, context: ParallelContext, *, num_steps: int = 10) -> Rehearsal:
+    """Train for a few steps and forget them. Called on all ranks.
+
+    Raises:
+        ValueError: on every rank: the configuration does not fit the ranks, or the shards are unusable.
+    """
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": None})})
+    is_there = config.data.stream is not None or has_index(config)
+    data = run_together(context, open_training_data, config) if is_there else None
+    state = build_train_state(config, context, steps_per_epoch=10**9 if data is None else data.count_steps())
+    state.engine.module.train()
+    batches = _random_batches(config, context) if data is None else _batches(data, context)
+
+    def step() -> None:
+        train_step(state, list(itertools.islice(batches, config.accumulation)), measure=False)
+        state.consumed = 0
+
+    for _ in range(_NUM_WARM_UP):
+        step()
+    _synchronise(context)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    _synchronise(context)
+    seconds = (time.perf_counter() - start) / num_steps
+
+    peak = torch.cuda.max_memory_allocated(context.device) if context.device.type == "cuda" else peak_memory()
+    measured = everyone(context, (seconds, _embedding_seconds(state), _multiplication_seconds(config), peak))
+    slowest = [max(values) for values in zip(*measured, strict=True)]
+    return Rehearsal(
+        world_size=context.world_size,
+        device=context.device.type,
+        is_synthetic=data is None,
+        num_steps=num_steps,
+        seconds_per_step=slowest[0],
+        images_per_second=config.training.batch_size / slowest[0],
+        seconds_per_test_image=slowest[1] / context.world_size,
+        seconds_per_multiplication=slowest[2],
+        peak_bytes=int(slowest[3]),
+    )
+
+
+def _batches(data: TrainingData, context: ParallelContext) -> Iterator[Batch]:
+    """This rank's batches, epoch after epoch."""
+    cache = ImageCache() if data.config.data.cache_images else None
+    for epoch in itertools.count():
+        yield from data.loader(context, epoch=epoch, start=0, cache=cache)
+
+
+def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]:
+    """The same random images again and again."""
+    micro, side = config.micro_batch_size(context.world_size), config.data.train_transform.size
+    generator = torch.Generator().manual_seed(context.rank)
+    images = torch.randint(256, (micro, 3, side, side), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(config.num_trained_classes, (micro,), generator=generator)
+    ids = torch.full((micro,), -1)
+    while True:
+        yield Batch(images, labels, ids, micro * context.world_size, config.training.batch_size)
+
+
+@torch.no_grad()
+def _embedding_seconds(state: TrainState) -> float:
+    """Seconds of a forward pass for each image. Called on all ranks, with batches of one size on each."""
+    config, context, module = state.config, state.context, state.engine.module
+    size, side = config.evaluation.batch_size, config.data.test_transform.size
+    images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8).to(context.device)
+    module.eval()
+    state.engine.module(images)
+    _synchronise(context)
+    start = time.perf_counter()
+    for _ in range(_NUM_EVALUATION_BATCHES):
+        state.engine.module(images)
+    _synchronise(context)
+    return (time.perf_counter() - start) / (_NUM_EVALUATION_BATCHES * size)
+
+
+def _multiplication_seconds(config: Config) -> float:
+    """Seconds of a multiply-add in an exhaustive search."""
+    dim, num_rows = config.backbone.embedding_dim, _MAX_GALLERY
+    rows = np.random.default_rng(0).standard_normal((num_rows, dim), dtype=np.float32)
+    index = FlatIndex(rows)
+    index.search(rows[:1], 10)
+    start = time.perf_counter()
+    index.search(rows[:_NUM_QUERIES], max(config.evaluation.recall_at) + 1)
+    return (time.perf_counter() - start) / (_NUM_QUERIES * num_rows * dim)
+
+
+def _synchronise(context: ParallelContext) -> None:
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration with two units at most: 3725 -> "1 h 2 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

@@ -1,0 +1,206 @@
+"""What a run will come to beside its head: steps, the backbone's memory, embeddings to search in, checkpoints on disk.
+
+Numbers of images come from the index of the shards; where that is not there yet, from the literature for the data sets
+that the published configurations name, and else they stay open. Activations are in no formula here: rehearsal.py
+measures them.
+
+The backbone by ZeRO stage, P numbers of which T are trained, over W ranks (Rajbhandari et al. 2020, section 3):
+
+    weights    P * w             divided by W from stage 3
+    gradients  T * w             divided by W from stage 2
+    optimizer  T * (8 + master)  divided by W from stage 1
+
+w is 4 bytes, or 2 with deepspeed.bf16 or fp16, which keep a float32 master copy of 4 bytes; Adam's two moments are
+float32. Buckets and fragmentation come on top.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.config import Config
+from dist_proxygml.data.datasets import PUBLISHED_COUNTS
+from dist_proxygml.data.index import INDEX_FILE
+from dist_proxygml.data.remote import is_remote
+from dist_proxygml.distributed.memory import format_bytes
+from dist_proxygml.training.data import TrainingData, open_split, open_training_data
+
+_MOMENTS = 8  # bytes of Adam's two moments of a number
+
+
+@dataclass(frozen=True)
+class BackboneMemory:
+    """Bytes of the backbone on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it, without activations."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Needs of a run, head excepted; None where the number of images is not known."""
+
+    source: str
+    """Where the numbers of images come from, or why there are none."""
+    steps_per_epoch: int | None
+    num_steps: int | None
+    num_evaluations: int | None
+    num_test_images: int | None
+    gallery_bytes: int | None
+    """Embeddings of the test images, float32."""
+    num_parameters: int
+    backbone: BackboneMemory
+    checkpoint_bytes: int
+    num_checkpoints: int
+    """Most that lie on the disk at a time, the one that is being written among them."""
+    runs_dir: str
+    free_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """Disk for checkpoints."""
+        return self.checkpoint_bytes * self.num_checkpoints
+
+    @property
+    def what_does_not_fit(self) -> str:
+        """What to tell where they take more than there is."""
+        return (
+            f"expected room for {self.num_checkpoints} checkpoints of {format_bytes(self.checkpoint_bytes)}, together "
+            f"{format_bytes(self.needed_bytes)}, got {format_bytes(self.free_bytes)} in {self.runs_dir}; lower "
+            "checkpoint.keep_last, raise checkpoint.keep_every, or set runs_dir to a folder on a larger disk"
+        )
+
+    def __str__(self) -> str:
+        """A table for people."""
+
+        def number(value: int | None) -> str:
+            return "unknown" if value is None else f"{value:,}"
+
+        size = "unknown" if self.gallery_bytes is None else format_bytes(self.gallery_bytes)
+        rows = [
+            ("steps per epoch", number(self.steps_per_epoch)),
+            ("steps", number(self.num_steps)),
+            ("evaluations", number(self.num_evaluations)),
+            ("test images", number(self.num_test_images)),
+            ("their embeddings", size),
+            ("backbone parameters", number(self.num_parameters)),
+            ("its weights, per rank", format_bytes(self.backbone.weights)),
+            ("its gradients", format_bytes(self.backbone.gradients)),
+            ("its optimizer state", format_bytes(self.backbone.optimizer)),
+            ("a checkpoint", format_bytes(self.checkpoint_bytes)),
+            ("checkpoints on disk", f"{self.num_checkpoints} at most"),
+            ("together", format_bytes(self.needed_bytes)),
+            ("disk that is left", format_bytes(self.free_bytes)),
+        ]
+        table = "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
+        return f"plan of the run ({self.source}):\n{table}"
+
+
+def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
+    """The needs of `config` on `world_size` ranks.
+
+    `bank_bytes` are the bytes of the proxy bank with its optimizer state over all ranks, as a checkpoint holds them.
+
+    Raises:
+        ValueError: the shards are there but unusable, or the backbone cannot be built.
+    """
+    source, steps_per_epoch, num_test = _counts(config)
+    training, evaluation, keep = config.training, config.evaluation, config.checkpoint
+    num_steps = training.max_steps if steps_per_epoch is None else steps_per_epoch * training.epochs
+    if num_steps is not None and training.max_steps is not None:
+        num_steps = min(num_steps, training.max_steps)
+    num_evaluations = None
+    if steps_per_epoch is not None and num_steps is not None:
+        between = (num_steps - 1) // steps_per_epoch // evaluation.every_epochs if evaluation.every_epochs else 0
+        num_evaluations = int(evaluation.at_start) + between + 1
+
+    num_parameters, num_trained = _count_parameters(config)
+    memory = plan_backbone(config, num_parameters=num_parameters, num_trained=num_trained, world_size=world_size)
+    whole = plan_backbone(config, num_parameters=num_parameters, num_trained=num_trained, world_size=1)
+    kept = keep.keep_last + (keep.keep_best is not None)
+    if keep.keep_every is not None and num_steps is not None:
+        kept += num_steps // keep.keep_every
+    return RunPlan(
+        source=source,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        num_evaluations=num_evaluations,
+        num_test_images=num_test,
+        gallery_bytes=None if num_test is None else num_test * config.backbone.embedding_dim * 4,
+        num_parameters=num_parameters,
+        backbone=memory,
+        # the engine's weights and optimizer, the bank with its own, the weights once more as safetensors
+        checkpoint_bytes=2 * whole.weights + whole.optimizer + bank_bytes,
+        num_checkpoints=kept + 1,
+        runs_dir=config.runs_dir,
+        free_bytes=shutil.disk_usage(_existing(config.run_directory)).free,
+    )
+
+
+def plan_backbone(config: Config, *, num_parameters: int, num_trained: int, world_size: int) -> BackboneMemory:
+    """Bytes of the backbone on one rank, by the formula above."""
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    is_half = any(config.deepspeed.get(section, {}).get("enabled", False) for section in ("bf16", "fp16"))
+    width, master = (2, 4) if is_half else (4, 0)
+
+    def share(num_bytes: int, first_stage: int) -> int:
+        return -(-num_bytes // world_size) if stage >= first_stage else num_bytes
+
+    return BackboneMemory(
+        weights=share(num_parameters * width, 3),
+        gradients=share(num_trained * width, 2),
+        optimizer=share(num_trained * (_MOMENTS + master), 1),
+    )
+
+
+def _count_parameters(config: Config) -> tuple[int, int]:
+    """Numbers of the backbone, and those that are trained; the random generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_backbone(config.backbone, load_pretrained=False)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+
+
+def has_index(config: Config) -> bool:
+    """Whether the shards are there, or lie elsewhere, where the index will be fetched from."""
+    return is_remote(config.data.shards) or (Path(config.data.shards) / INDEX_FILE).is_file()
+
+
+def _counts(config: Config) -> tuple[str, int | None, int | None]:
+    """Where the counts come from, steps of an epoch, images that an evaluation embeds."""
+    shards = config.data.shards
+    if has_index(config):
+        train = None if config.data.stream is not None else open_split(config, config.data.train_split)
+        if train is None or train.num_classes == config.num_classes:
+            data = open_training_data(config)
+        else:  # a plan may ask what more classes would take
+            data = TrainingData(config, train)
+        splits = [config.data.test_split, config.evaluation.gallery_split]
+        num_test = sum(open_split(config, split).num_samples for split in splits if split is not None)
+        num_test += 0 if data.validation is None else data.validation.num_samples
+        return f"counts of {shards}", data.count_steps(), num_test
+    missing = f"{shards}/{INDEX_FILE} is not there"
+    published = PUBLISHED_COUNTS.get(Path(shards).name, {})
+    num_train, num_classes = published.get("train", (0, 0))
+    if config.data.stream is not None:
+        return f"{missing}: no test images", TrainingData(config, None).count_steps(), None
+    if num_classes != config.data.num_classes or "test" not in published:
+        return f"{missing}: build the shards for numbers of steps and test images", None, None
+    batch_size = config.training.batch_size
+    is_dropped = config.data.drop_last or config.data.images_per_class is not None
+    steps = num_train // batch_size if is_dropped else -(-num_train // batch_size)
+    return f"{missing}: published counts of {Path(shards).name}", max(1, steps), published["test"][0]
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest around it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

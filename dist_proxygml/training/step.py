@@ -1,0 +1,265 @@
+"""One optimizer step, and what it works on.
+
+Embeddings through the engine -> loss over the partitioned bank -> gradients of the proxies (final, on their rank) and
+of the embeddings (handed to the engine) -> both optimizers step. What a step draws, and its learning rates, are
+functions of the position in the epochs.
+
+Where anything comes out as NaN or infinite on any rank, all ranks leave the step out together: neither backbone nor
+proxies nor a moment of theirs changes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
+from dist_proxygml.config import Config
+from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
+from dist_proxygml.distributed.engine import Engine, engine_settings
+from dist_proxygml.distributed.parallel import ParallelContext, run_together
+from dist_proxygml.faults import fault_point
+from dist_proxygml.head.loss import LossTerms, ProxyGMLLoss
+from dist_proxygml.head.optim import bring_to_unit_length_, coalesced, squared_norm
+from dist_proxygml.training.optim import (
+    build_backbone_optimizer,
+    build_bank_optimizer,
+    clip_norm_,
+    learning_rate_factor,
+    set_learning_rates,
+    wants_sparse_gradient,
+)
+from dist_proxygml.training.transfer import Transfer
+
+
+@dataclass
+class TrainState:
+    """What a training step reads and changes."""
+
+    context: ParallelContext
+    config: Config
+    engine: Engine
+    loss: ProxyGMLLoss
+    bank_optimizer: torch.optim.Optimizer
+    num_steps: int  # of the whole run, at this batch size
+    steps_per_epoch: int
+    step: int = 0  # optimizer steps done, at whatever batch sizes
+    schedule_step: int = 0  # the same position counted in steps of this batch size: what schedules go by
+    consumed: int = 0  # images of this epoch that are done
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's last step is done; a run that was made shorter may be beyond it."""
+        return self.schedule_step >= self.num_steps
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, that the next step belongs to."""
+        return self.schedule_step // self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a step changed nothing."""
+
+    reason: str  # the same on every rank
+    suspects: list[int]  # ids of this rank's images whose embedding or gradient is NaN or infinite
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step came to, over all ranks."""
+
+    terms: LossTerms | None  # means over the step's images, still on the device; None where the loss was not finite
+    backbone_norm: float | None  # of the gradient before clipping, where it was measured
+    proxies_norm: float
+    left_out: LeftOut | None
+    requests: tuple[bool, ...]  # whether any rank made the request of that place
+
+
+def build_train_state(
+    config: Config, context: ParallelContext, *, steps_per_epoch: int, transfer: Transfer | None = None
+) -> TrainState:
+    """Backbone, bank and optimizers at step 0, the same on any number of ranks; with `transfer` the backbone has the
+    weights that it brings. Called on all ranks.
+
+    The proxies are random: class means, which need the images, come from `training.start_from_class_means`. With
+    proxies.unit_norm they are brought to length 1 here already, whatever their initialisation.
+    """
+    settings = run_together(context, engine_settings, config, context.world_size)
+    torch.manual_seed(config.seed)
+
+    def build_model() -> EmbeddingModel:
+        model = build_backbone(config.backbone, load_pretrained=transfer is None, group=context.group)
+        if transfer is not None:  # before the engine, which copies weights
+            transfer.load_backbone_(model)
+        return model
+
+    model = run_together(context, build_model).to(context.device)
+    loss = ProxyGMLLoss(
+        config.num_trained_classes,
+        config.backbone.embedding_dim,
+        proxies_per_class=config.proxies.per_class,
+        ratio=config.proxies.ratio,
+        topk=config.proxies.topk,
+        regularization_weight=config.proxies.regularization_weight,
+        scale=config.proxies.scale,
+        group=context.group,
+        regularization_anchors=config.proxies.regularization_anchors,
+        selection=config.proxies.selection,
+        memory_budget=config.proxies.memory_budget_bytes,
+        fused=config.proxies.fused,
+        matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
+        sparse=wants_sparse_gradient(config),
+        initialization="published" if config.proxies.initialization == "published" else "unit",
+        seed=config.seed,
+    ).to(context.device)
+    trunk, embedding = model.parameter_groups()
+    engine = Engine(
+        model,
+        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding),
+        settings=settings,
+        context=context,
+        outside=loss.parameters(),
+    )
+    if config.proxies.unit_norm:
+        bring_to_unit_length_(loss.proxies)
+    num_steps = steps_per_epoch * config.training.epochs
+    torch.manual_seed(config.seed + context.rank)  # dropout: other images, other masks
+    return TrainState(
+        context=context,
+        config=config,
+        engine=engine,
+        loss=loss,
+        bank_optimizer=build_bank_optimizer(config.optimizer, loss.proxies),
+        num_steps=min(num_steps, config.training.max_steps or num_steps),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def train_step(
+    state: TrainState, micro_batches: Sequence[Batch], *, measure: bool, requests: Sequence[bool] = ()
+) -> StepReport:
+    """One optimizer step over the global batch that `micro_batches` are this rank's part of. Called on all ranks.
+
+    Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that the average over
+    micro-batches is the mean over the step's images. The engine divides the backbone's by their number itself; the
+    bank's are divided here. A sparse gradient of the bank is brought to one row a class first, since several
+    micro-batches give a class several, whose norm is not that of their sum.
+
+    Args:
+        state: what is trained.
+        micro_batches: as many as `config.accumulation`.
+        measure: whether the norm of the backbone's gradient is wanted.
+        requests: what this rank has to ask of all ranks; they learn of it without a collective of its own.
+    """
+    context, config = state.context, state.config
+    fault_point("step.begin")
+    rates = learning_rates(state)
+    set_learning_rates(state.engine.optimizer, rates[:2])
+    set_learning_rates(state.bank_optimizer, rates[2:])
+
+    # 1. Forward and backward, micro-batch by micro-batch. What the loss draws is numbered by the step, not by history.
+    state.loss.draw = state.step * config.accumulation
+    sums: list[Tensor] | None = None
+    handed_over: list[Tensor] = []
+    failure: str | None = None
+    for number, batch in enumerate(micro_batches, start=1):
+        embeddings = state.engine.embed(batch.images)
+        handed_over.append(embeddings.detach().requires_grad_())
+        if fault_point("step.loss"):
+            handed_over[-1].detach().fill_(torch.nan)
+        if failure is None:
+            weight = batch.loss_weight(len(micro_batches))
+            try:
+                terms = state.loss(handed_over[-1], batch.labels.to(context.device, non_blocking=True))
+                (terms.total * weight).backward()
+                weighted = [term.detach() * (weight / len(micro_batches)) for term in terms]
+                sums = weighted if sums is None else [total + part for total, part in zip(sums, weighted, strict=True)]
+            except NonFiniteError as error:  # on all ranks
+                failure = str(error)
+        gradient = handed_over[-1].grad
+        if gradient is not None and fault_point("step.gradient"):
+            gradient.fill_(torch.nan)
+        if number == len(micro_batches):
+            proxies_norm, kept_classes, answers = _finish_bank_gradient(state, len(micro_batches), requests)
+            if failure is None and not math.isfinite(proxies_norm):
+                failure = "the gradient of the proxies is NaN or infinite"
+        if gradient is None or failure is not None:  # the engine drops what is not finite, on all ranks
+            gradient = torch.full_like(embeddings, torch.nan)
+        state.engine.backward(embeddings, gradient)
+        backbone_norm = state.engine.step(measure_norm=measure)
+
+    # 2. The bank steps where the engine stepped.
+    fault_point("step.update")
+    if state.engine.step_was_applied():
+        state.bank_optimizer.step()
+        if config.proxies.unit_norm:
+            bring_to_unit_length_(state.loss.proxies, classes_u=kept_classes)
+    elif failure is None and not state.engine.scales_loss:
+        failure = "the gradient of the backbone is NaN or infinite"
+    state.bank_optimizer.zero_grad()
+    state.step += 1
+    state.schedule_step += 1
+    ends_epoch = state.schedule_step % state.steps_per_epoch == 0
+    state.consumed = 0 if ends_epoch else state.consumed + micro_batches[0].step_size
+    return StepReport(
+        terms=None if sums is None or failure else LossTerms(*sums),
+        backbone_norm=backbone_norm,
+        proxies_norm=proxies_norm,
+        left_out=LeftOut(failure, _suspects(micro_batches, handed_over)) if failure else None,
+        requests=answers,
+    )
+
+
+def _finish_bank_gradient(
+    state: TrainState, accumulation: int, requests: Sequence[bool]
+) -> tuple[float, Tensor | None, tuple[bool, ...]]:
+    """The bank's gradient as the optimizer takes it: one row a class, averaged over micro-batches, clipped.
+
+    Returns:
+        Its norm over all ranks before clipping, the classes [u] it is for (None: all), what any rank requests.
+    """
+    parameter = state.loss.proxies
+    values, kept_classes = parameter.new_zeros(0, 1), None
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        parameter.grad = coalesced(parameter.grad)
+        kept_classes, values = parameter.grad.indices()[0], parameter.grad.values()  # the gradient's own memory
+    elif parameter.grad is not None:
+        values = parameter.grad
+    values /= accumulation
+    # Partitions are disjoint: squares add up over ranks. NaN and infinity stay what they are.
+    asked = torch.tensor([float(request) for request in requests], dtype=torch.float64, device=values.device)
+    sums = all_reduce_sum(torch.cat([squared_norm(values).reshape(1), asked]), group=state.context.group).tolist()
+    norm = math.sqrt(sums[0])
+    clip = state.config.optimizer.proxies_clip_norm
+    if clip is not None:
+        clip_norm_(values, norm=torch.tensor(norm, dtype=torch.float64), max_norm=clip)
+    return norm, kept_classes, tuple(count > 0 for count in sums[1:])
+
+
+def _suspects(micro_batches: Sequence[Batch], handed_over: Sequence[Tensor]) -> list[int]:
+    found = []
+    for batch, embeddings_bD in zip(micro_batches, handed_over, strict=True):
+        finite_b = embeddings_bD.detach().isfinite().all(dim=1)
+        if embeddings_bD.grad is not None:
+            finite_b &= embeddings_bD.grad.isfinite().all(dim=1)
+        found += batch.ids[~finite_b.cpu()].tolist()
+    return found
+
+
+def learning_rates(state: TrainState) -> list[float]:
+    """Learning rates of trunk, embedding layer and proxies at the state's step."""
+    optimizer = state.config.optimizer
+    factor = learning_rate_factor(
+        state.config.schedule,
+        step=state.schedule_step,
+        steps_per_epoch=state.steps_per_epoch,
+        num_steps=state.num_steps,
+    )
+    frozen = state.epoch + 1 in state.config.training.frozen_trunk_epochs
+    embedding = optimizer.embedding_lr or optimizer.backbone_lr
+    return [0.0 if frozen else factor * optimizer.backbone_lr, factor * embedding, factor * optimizer.proxies_lr]

@@ -1,0 +1,210 @@
+"""A new run that starts from a trained model: its backbone, and the proxies of the classes that both have, by name.
+
+    rank 0      opens the model, verifies it, and finds each class's row in its bank by the class's name
+    all ranks   learn the rows of their own classes, load the backbone, and read those rows
+
+A class that only the new run has keeps its initial proxies, a class that only the model has is left behind. Optimizers
+start anew. A class is the same if its name is; where a table has a name twice, the source's id must be the same too.
+Classes without a name, which the index calls by their number, are the same in the same shards only: the numbers of
+another data set mean other classes.
+
+Chosen: one lookup by rank 0, and no exchange of rows: what a rank needs it reads itself. Declined: a mapping of classes
+given by the user, who can rename classes in the shards; to adapt another number of proxies per class, or dimension.
+
+Dimension key: C classes of the new run, c those of this rank.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_proxygml.checkpoint.model import StoredBank, TrainedModel, open_trained
+from dist_proxygml.checkpoint.writer import load_backbone
+from dist_proxygml.config import Config
+from dist_proxygml.data.index import ClassEntry, ShardIndex
+from dist_proxygml.distributed.collectives import all_reduce_sum
+from dist_proxygml.distributed.parallel import ParallelContext, on_main, run_together
+from dist_proxygml.head.optim import bring_to_unit_length_
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a new run takes over from a trained model."""
+
+    model: TrainedModel
+    rows_c: np.ndarray | None
+    """int64 [c]; the row of each class of this rank in the model's bank, -1 for a new class. None: no proxies."""
+    num_classes: int
+    num_kept: int
+    num_dropped: int
+
+    @property
+    def num_new(self) -> int:
+        """Classes whose proxies are initialised as the configuration says."""
+        return self.num_classes - self.num_kept
+
+    def load_backbone_(self, model: nn.Module) -> None:
+        """Set the weights of a backbone that no engine has yet; they take its precision. No collective.
+
+        Raises:
+            ValueError: another network.
+        """
+        types = {name: value.dtype for name, value in model.state_dict().items()}
+        load_backbone(self.model.path, model)  # as they were trained, and in the file's memory
+        weights = {name: value.to(types[name], copy=True) for name, value in model.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
+
+    def load_proxies_(self, proxies_cND: Tensor, context: ParallelContext, *, unit_norm: bool) -> None:
+        """Set the proxies of this rank's classes that the model knows, bit by bit; with `unit_norm` bring all to length
+        1. Called on all ranks.
+
+        Raises:
+            ValueError: on every rank: the bank cannot be read.
+        """
+        if self.rows_c is not None:
+            rows_c = self.rows_c
+            run_together(context, lambda: copy_rows_(proxies_cND, self.model.bank(), rows_c))
+        if unit_norm:
+            bring_to_unit_length_(proxies_cND)
+
+    def __str__(self) -> str:
+        start = f"from {self.model.path}, step {self.model.step}"
+        if self.rows_c is None:
+            return f"{start}: its backbone; the proxies of all {self.num_classes:,} classes are new"
+        return (
+            f"{start}: its backbone, and proxies of {self.num_kept:,} of {self.num_classes:,} classes "
+            f"({self.num_new:,} new, {self.num_dropped:,} dropped)"
+        )
+
+
+def copy_rows_(proxies_cND: Tensor, bank: StoredBank, rows_c: np.ndarray) -> None:
+    """Set the proxies of each class of this rank to a row of a stored bank, bit by bit. No collective.
+
+    Of each part only the range is read in which this rank's rows lie. Memory beyond the proxies: three such parts.
+
+    Args:
+        proxies_cND: float32; overwritten in place.
+        bank: of the same N and D.
+        rows_c: int64 [c]; the row of each class, -1 leaves its proxies as they are.
+
+    Raises:
+        ValueError: the bank cannot be read.
+    """
+    order = np.argsort(rows_c, kind="stable")
+    order = order[np.searchsorted(rows_c[order], 0) :]
+    wanted = rows_c[order]  # ascending
+    for part in bank.parts():
+        here = slice(*np.searchsorted(wanted, part))
+        if here.start == here.stop:
+            continue
+        first, last = int(wanted[here][0]), int(wanted[here][-1])
+        rows_xND = torch.empty(last + 1 - first, *bank.shape[1:])
+        bank.read_(rows_xND, first=first)
+        values = rows_xND[torch.from_numpy(wanted[here] - first)]
+        proxies_cND.index_copy_(0, torch.from_numpy(order[here]).to(proxies_cND.device), values.to(proxies_cND.device))
+
+
+def open_transfer(config: Config, index: ShardIndex | None, context: ParallelContext) -> Transfer | None:
+    """What `checkpoint.init_from` names, verified and compared with the configuration and the classes of `index`, the
+    training split; None where it names nothing. Called on all ranks, before anything is built.
+
+    Raises:
+        ValueError: on every rank: nothing whole is there, it does not fit, or no class has its name.
+    """
+    if config.checkpoint.init_from is None:
+        return None
+    path = Path(config.checkpoint.init_from)
+    model = on_main(context, _open, path, config)
+    num_classes = config.num_trained_classes
+    if not config.checkpoint.init_proxies:
+        return Transfer(model, None, num_classes, num_kept=0, num_dropped=0)
+    assert index is not None  # Config refuses a stream
+    num_stored = on_main(context, _check_shape, model, config)
+    no_rows = np.zeros(num_classes, np.int64)  # what the others add to those of rank 0
+    rows_C = run_together(context, lambda: _rows_by_name(model, index) if context.is_main else no_rows)
+    rows_C = all_reduce_sum(torch.from_numpy(rows_C).to(context.device), group=context.group).cpu().numpy()
+    partition = config.partition(context.world_size, context.rank)
+    rows_c = rows_C[partition.start : partition.stop].copy()
+    num_kept = int((rows_C >= 0).sum())
+    return Transfer(model, rows_c, num_classes, num_kept=num_kept, num_dropped=num_stored - num_kept)
+
+
+def match_classes(new: Sequence[ClassEntry], stored: Sequence[ClassEntry]) -> np.ndarray:
+    """The position in `stored` of each class of `new`, -1 where it is not there; int64 [len(new)]."""
+    ambiguous = _names_that_come_twice(new) | _names_that_come_twice(stored)
+
+    def key(entry: ClassEntry) -> Hashable:
+        return (entry.name, entry.source_id) if entry.name in ambiguous else entry.name
+
+    rows = {key(entry): row for row, entry in enumerate(stored) if not _is_unnamed(entry)}
+    found = (-1 if _is_unnamed(entry) else rows.get(key(entry), -1) for entry in new)
+    return np.fromiter(found, np.int64, len(new))
+
+
+def _open(path: Path, config: Config) -> TrainedModel:
+    if path.resolve().is_relative_to(config.run_directory.resolve()):
+        raise ValueError(
+            f"checkpoint.init_from {path} lies in the folder of this very run, which a new run of its name moves away; "
+            "give this run another name with --set name=NAME, or continue it with --resume auto"
+        )
+    return open_trained(path)
+
+
+def _check_shape(model: TrainedModel, config: Config) -> int:
+    """Refuse a bank of another N or D; the number of its classes."""
+    num_stored, per_class, embedding_dim = model.bank().shape
+    for name, here, there in (
+        ("backbone.embedding_dim", config.backbone.embedding_dim, embedding_dim),
+        ("proxies.per_class", config.proxies.per_class, per_class),
+    ):
+        if here != there:
+            raise ValueError(
+                f"{name} is {here}, but the proxies of {model.path} have {there}; set it to {there}, or "
+                "checkpoint.init_proxies to false to take over the backbone only"
+            )
+    return num_stored
+
+
+def _rows_by_name(model: TrainedModel, index: ShardIndex) -> np.ndarray:
+    same = {"class table": index.class_table_sha256, "shards": index.sha256}
+    if all(model.settings.get(name) == value for name, value in same.items()):
+        return np.arange(index.num_classes)
+    stored = model.classes()
+    new = index.classes
+    rows_C = match_classes(new, stored)
+    if (rows_C >= 0).any():
+        return rows_C
+    for where, table in ((model.path, stored), (index.location, new)):
+        if all(_is_unnamed(entry) for entry in table):
+            raise ValueError(
+                f"expected class names to find proxies by, but the classes of {where} have numbers only, which mean "
+                'other classes in other shards; give the samples\' JSON a "class_name" and index the shards again, or '
+                "set checkpoint.init_proxies to false to take over the backbone only"
+            )
+    raise ValueError(
+        f"expected classes that {model.path} and {index.location} have in common, found none: the {len(stored):,} of "
+        f"the one ({_some(stored)}) are not among the {len(new):,} of the other ({_some(new)}); correct "
+        "checkpoint.init_from, or set checkpoint.init_proxies to false to take over the backbone only"
+    )
+
+
+def _is_unnamed(entry: ClassEntry) -> bool:
+    """Whether the index has made up the name, as it does for shards that bring none."""
+    return entry.source_id == entry.label and entry.name == str(entry.label)
+
+
+def _names_that_come_twice(classes: Sequence[ClassEntry]) -> set[str]:
+    names = [entry.name for entry in classes]
+    if len(set(names)) == len(names):
+        return set()
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def _some(classes: Sequence[ClassEntry]) -> str:
+    return ", ".join(chain((entry.name for entry in classes[:2]), ["..."] if len(classes) > 2 else []))
