@@ -30,6 +30,8 @@ INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
 INDEX_KIND = "dist-proxygml-index"
 INDEX_VERSION = 2
+_MAX_HEADER_BYTES = 4096  # of a table that a server sends, before its rows
+_MAX_CLASS_BYTES = 4096  # of its class table, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,12 +321,12 @@ def _open_split(
 
     remedy = f"copy the folder again or run `python -m dist_proxygml.shard index {root}`"
     table = root / sample_table_name(split)
-    for path, expected in (
-        (table, entry["samples"]["sha256"]),
-        (root / class_table_name(split), entry["classes"]["sha256"]),
+    for path, expected, max_bytes in (
+        (table, entry["samples"]["sha256"], _MAX_HEADER_BYTES + entry["num_samples"] * SAMPLE_DTYPE.itemsize),
+        (root / class_table_name(split), entry["classes"]["sha256"], entry["num_classes"] * _MAX_CLASS_BYTES),
     ):
         if remote is not None:
-            remote.fetch_table(root, path.name, sha256=expected)
+            remote.fetch_table(root, path.name, max_bytes=max_bytes, sha256=expected)
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
         found = _file_sha256(path)

@@ -239,7 +239,7 @@ def test_a_module_states_things_and_does_nothing(module: str) -> None:
             "__name__ == '__main__'",
             "TYPE_CHECKING",
         )
-        states = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+        states = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign)
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         allowed = guard or docstring or isinstance(node, (*states, ast.AnnAssign))
         assert allowed, f"{SOURCES[module].relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
