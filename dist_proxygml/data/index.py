@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dist_proxygml.data.images import MAX_BYTES
-from dist_proxygml.data.remote import ShardCache, is_remote
+from dist_proxygml.data.remote import MAX_INDEX_BYTES, ShardCache, is_remote
 from dist_proxygml.data.shards import (
     LONGEST_HEADER,
     MAX_LABEL,
@@ -43,8 +43,9 @@ INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
 INDEX_KIND = "dist-proxygml-index"
 INDEX_VERSION = 2
-_MAX_INDEX_BYTES = 1 << 28  # of index.json: two million shards
 _NEAR = 16 << 10  # bytes next to an image in which its JSON is looked for
+_MAX_HEADER_BYTES = 4096  # of a table that a server sends, before its rows
+_MAX_CLASS_BYTES = 4096  # of its class table, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,9 +330,9 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
         else:
             remedy = build
         raise ValueError(f"shard folder {root} has {num_tars} tar files and no {INDEX_FILE}; {remedy}")
-    if path.stat().st_size > _MAX_INDEX_BYTES:
+    if path.stat().st_size > MAX_INDEX_BYTES:
         raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes, expected at most {_MAX_INDEX_BYTES:,}; copy it again"
+            f"{path} has {path.stat().st_size:,} bytes, expected at most {MAX_INDEX_BYTES:,}; copy it again"
         )
     content = path.read_bytes()
     try:
@@ -421,12 +422,12 @@ def _open_split(
 
     remedy = f"copy the folder again or run `python -m dist_proxygml.shard index {root}`"
     table = root / sample_table_name(split)
-    for path, expected in (
-        (table, entry["samples"]["sha256"]),
-        (root / class_table_name(split), entry["classes"]["sha256"]),
+    for path, expected, max_bytes in (
+        (table, entry["samples"]["sha256"], _MAX_HEADER_BYTES + entry["num_samples"] * SAMPLE_DTYPE.itemsize),
+        (root / class_table_name(split), entry["classes"]["sha256"], entry["num_classes"] * _MAX_CLASS_BYTES),
     ):
         if remote is not None:
-            remote.fetch_table(root, path.name, sha256=expected)
+            remote.fetch_table(root, path.name, max_bytes=max_bytes, sha256=expected)
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
         found = _file_sha256(path)

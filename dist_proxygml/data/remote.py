@@ -1,51 +1,56 @@
-"""Shards that lie elsewhere, fetched through webdataset's `gopen` into a verified cache on this node.
+"""Shards that lie elsewhere, fetched through fsspec into a verified cache on this node.
 
     DIRECTORY/shards/SHA256.tar   a whole shard, checked before it got this name; least recently opened go first
     DIRECTORY/indexes/SHA256/     index.json with this sha256, and the tables that it names
-    DIRECTORY/locks/KEY.lock      locked while that file is fetched; keeps what the fetching program wrote to stderr
+    DIRECTORY/locks/KEY.lock      locked while that file is fetched
 
-A location is `https://host/folder`, `s3://bucket/folder`, `gs://bucket/folder`, or `pipe:COMMAND` with `{}` for the
-file's name. Everything is named by its content, so a changed shard is never taken for the old one, and two locations
-with the same shards share them.
+A location is `https://host/folder`, `s3://bucket/folder`, `gs://bucket/folder`, `hf://datasets/user/name/folder`, or
+`pipe:COMMAND` with `{}` for the file's name. Everything is named by its content, so a changed shard is never taken for
+the old one, and two locations with the same shards share them.
 
-Chosen: `gopen`'s `pipe:` for all of them, with a command of our own (curl, aws, gsutil) under `bash -o pipefail` and in
-a process group of its own. So each failure has an exit status and a message, a failing `a` in `a | b` counts, a stalled
-transfer dies with its helpers, and all retries are ours. `gopen`'s own curl retries for a minute by itself and says
-nothing, and it knows no s3. Locks are `flock`: the kernel releases them when a process dies, so none is ever stale.
-A shard's hash is computed while it is written; later openings check its size, and each image its crc32.
-Declined: resuming a cut transfer in its middle, since not every command can and a shard is some 100 MB: it is fetched
-again. Lock files are never removed, since a lock on a removed file excludes nobody; they are empty or a line long.
+Chosen: fsspec for transfers, since it knows the stores, their credentials and proxies; limits, time-outs, retries and
+the cache are ours. Each transfer has an event loop and a session of its own: the thread that fsspec shares otherwise
+does not exist in a forked loading process, which would wait for it for ever. A `pipe:` command runs under `bash -o
+pipefail` as the leader of a session, so a failing `a` in `a | b` counts, and a stalled command dies with its helpers.
+Locks are `flock`: the kernel releases them when a process dies, so none is stale; their files stay, since a lock on a
+removed file excludes nobody. A shard is hashed when it has come; later openings check its size, and images their crc32.
+Declined: resuming in the middle of a file, which not every server can; huggingface_hub's own transfers, which know no
+limit: `hf://` is fetched by https.
 """
 
+import asyncio
 import errno
 import fcntl
 import hashlib
-import io
+import importlib.util
 import json
-import math
 import os
 import random
 import re
-import select
 import shlex
 import signal
-import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from dist_proxygml.storage.files import publish
 
 T = TypeVar("T")
 
-SCHEMES = ("http", "https", "s3", "gs", "pipe")
 LONGEST_WAIT_SECONDS = 60.0
-_CHUNK_BYTES = 1 << 20
+MAX_INDEX_BYTES = 1 << 28  # of index.json, which takes 150 bytes for each shard
+_OF_ITS_OWN = {"asynchronous": True, "skip_instance_cache": True}  # no thread, nothing from before a fork
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LIBRARIES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "pipe": None}
+_HF = re.compile(r"hf://(?:(dataset|space)s/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")  # kind, repository, revision, path
 _REMEDY_TRANSFER = "check the address, the network and your credentials, then run again"
+_REMEDY_PROGRAM = "install that program, or correct its name"
 _REMEDY_CONTENT = "the files there do not belong together: upload the shards and their index again"
 _ALLOWED_IN_URLS = "/%:@!$&'()*+,;=~-._?"
 
@@ -56,16 +61,16 @@ def is_remote(location: str) -> bool:
 
 
 def file_url(location: str, name: str) -> str:
-    """The URL of a file in a location, for `gopen`; `pipe:COMMAND` with every `{}` replaced by the name.
+    """The URL of a file in a location; `pipe:COMMAND` with every `{}` replaced by the name.
 
     In http(s) the name goes before a query, as in the URL of a signed folder, and spaces become %20. Raises ValueError
-    for a location that no program here can open, and for a name that is more than a plain file name: names come from a
+    for a location that cannot be fetched from, and for a name that is more than a plain file name: names come from a
     downloaded index, which must not be able to say what is run or where is written.
     """
     scheme = _scheme(location)
-    if scheme not in SCHEMES:
+    if scheme not in _LIBRARIES:
         raise ValueError(
-            f"cannot fetch from {_shown(location)}: expected one of {', '.join(SCHEMES)}, got "
+            f"cannot fetch from {_shown(location)}: expected one of {', '.join(_LIBRARIES)}, got "
             f"{scheme or 'a local path'}; copy the folder here, or give a command that writes a file to its standard "
             "output, as in 'pipe:ssh host cat folder/{}'"
         )
@@ -81,8 +86,11 @@ def file_url(location: str, name: str) -> str:
     parts = urlsplit(location)
     if not parts.netloc or (scheme in ("http", "https") and parts.fragment):
         raise ValueError(f"{_shown(location)}: expected {scheme}://host/folder, without '#'; correct the address")
-    if scheme in ("s3", "gs"):
-        return f"{location.rstrip('/')}/{name}"
+    if scheme in ("s3", "gs", "hf"):
+        url = f"{scheme}://{location.partition('://')[2].rstrip('/')}/{name}"
+        if scheme == "hf" and not _HF.fullmatch(url):
+            raise ValueError(f"{location}: expected hf://datasets/USER/NAME[@REVISION][/FOLDER]; correct the address")
+        return url
     path = quote(f"{parts.path.rstrip('/')}/{name}", safe=_ALLOWED_IN_URLS)
     return urlunsplit((scheme, parts.netloc, path, quote(parts.query, safe=_ALLOWED_IN_URLS), ""))
 
@@ -100,7 +108,7 @@ class ShardCache:
     directory: Path  # on a disk of this node
     limit_bytes: int | None = None  # of all shards together, None: no limit; the indexes do not count
     num_attempts: int = 5
-    stall_seconds: float = 60.0  # a transfer that gives no byte for so long is killed
+    stall_seconds: float = 60.0  # a transfer that gives no byte for so long is ended
     backoff_seconds: float = 1.0  # before the second attempt; doubles with each, and varies by half
     is_typed: bool = False  # the location, by the user; one that was read from a file must not run a `pipe:` command
 
@@ -110,6 +118,11 @@ class ShardCache:
             raise ValueError(
                 f"expected a location that runs no command, got {self.location!r} out of a file; if you trust it, type "
                 "it: --data LOCATION, or --set data.shards=LOCATION"
+            )
+        library = _LIBRARIES[str(_scheme(self.location))]
+        if library is not None and importlib.util.find_spec(library) is None:
+            raise ValueError(
+                f"fetching from {self.shown_location} needs {library}, which is not installed; `pip install {library}`"
             )
         for name in ("limit_bytes", "num_attempts", "stall_seconds"):
             value = getattr(self, name)
@@ -128,17 +141,16 @@ class ShardCache:
         wait for the one that fetches it. Raises ValueError.
         """
         url = file_url(self.location, file)
-        _check_sha256(url, sha256)
         if self.limit_bytes is not None and num_bytes > self.limit_bytes:
             raise ValueError(
                 f"{_shown(url)} has {num_bytes} bytes, but the shard cache {self.directory} is limited to "
                 f"{self.limit_bytes} bytes; raise the limit to several shards for each worker"
             )
         path = self.directory / "shards" / f"{sha256}.tar"
-        with self._locked(sha256) as messages:
+        with self._locked(sha256):
             descriptor = _open_whole(path, num_bytes)
             if descriptor is None:
-                self._retried(url, lambda: self._fetch_shard(url, path, messages, num_bytes=num_bytes, sha256=sha256))
+                self._retried(url, lambda: self._fetch_shard(url, path, num_bytes=num_bytes, sha256=sha256))
                 descriptor = os.open(path, os.O_RDONLY)  # nobody evicts it while it is locked
         return descriptor
 
@@ -158,56 +170,58 @@ class ShardCache:
         ValueError.
         """
         url = file_url(self.location, "index.json")
+        key = hashlib.sha256(url.encode()).hexdigest()
+        indexes = self.directory / "indexes"
 
-        def fetch() -> bytes:
-            content = io.BytesIO()
-            _transfer(url, content, messages, max_bytes=None, stall_seconds=self.stall_seconds)
+        def fetch() -> Path:
+            fetched = indexes / f"{key}.json"
+            self._receive(url, fetched, max_bytes=MAX_INDEX_BYTES)
+            content = fetched.read_bytes()
             try:
-                json.loads(content.getvalue())  # it has no hash yet, but one that was cut is no JSON
-            except ValueError as problem:
+                json.loads(content)  # it has no hash yet, but one that was cut is no JSON
+            except (ValueError, RecursionError) as problem:
+                fetched.unlink()
                 raise _TransferError(f"it is not JSON ({problem})", remedy=_REMEDY_CONTENT) from None
-            return content.getvalue()
+            folder = indexes / hashlib.sha256(content).hexdigest()
+            folder.mkdir(exist_ok=True)
+            fetched.replace(folder / "index.json")
+            return folder
 
-        with self._locked(hashlib.sha256(url.encode()).hexdigest()) as messages:
-            content = self._retried(url, fetch)
-            path = self.directory / "indexes" / hashlib.sha256(content).hexdigest() / "index.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with publish(path) as stream:
-                stream.write(content)
-        return path.parent
+        with self._locked(key):
+            return self._retried(url, fetch)
 
-    def fetch_table(self, folder: Path, name: str, *, sha256: str) -> Path:
+    def fetch_table(self, folder: Path, name: str, *, max_bytes: int, sha256: str) -> Path:
         """The table of this name and hash in a folder of `fetch_index`; fetches it unless it is there. Raises
         ValueError.
         """
         url = file_url(self.location, name)
-        _check_sha256(url, sha256)
         path = folder / name
-
-        def fetch() -> None:
-            with publish(path) as stream:
-                got = _transfer(url, stream, messages, max_bytes=None, stall_seconds=self.stall_seconds)
-                _check_content(got, num_bytes=None, sha256=sha256)
-
-        with self._locked(sha256) as messages:
+        with self._locked(sha256):
             if not path.is_file() or _file_sha256(path) != sha256:
-                _remove_leftovers(path)
-                self._retried(url, fetch)
+                self._retried(url, lambda: self._receive(url, path, max_bytes=max_bytes, sha256=sha256))
         return path
 
-    def _fetch_shard(self, url: str, path: Path, messages: Path, *, num_bytes: int, sha256: str) -> None:
+    def _receive(self, url: str, path: Path, *, max_bytes: int, sha256: str | None = None) -> None:
+        """One attempt to fetch a file of this hash. Only under its lock. Raises _TransferError, OSError of the disk."""
+        for leftover in path.parent.glob(f"{path.name}.tmp-*"):  # of killed processes, since nobody else writes it
+            leftover.unlink(missing_ok=True)
+        with publish(path) as stream:
+            received = Path(stream.name)
+            _transfer(url, received, max_bytes=max_bytes, stall_seconds=self.stall_seconds)
+            if sha256 is not None and (found := _file_sha256(received)) != sha256:
+                reason = f"its {received.stat().st_size} bytes have the sha256 {found[:12]}..., the index says "
+                raise _TransferError(f"{reason}{sha256[:12]}...", remedy=_REMEDY_CONTENT)
+
+    def _fetch_shard(self, url: str, path: Path, *, num_bytes: int, sha256: str) -> None:
         """One attempt. Only under the shard's lock."""
-        _remove_leftovers(path)
         if self.limit_bytes is not None:
             self._evict(self.limit_bytes - num_bytes)
         try:
-            with publish(path) as stream:
-                got = _transfer(url, stream, messages, max_bytes=num_bytes, stall_seconds=self.stall_seconds)
-                _check_content(got, num_bytes=num_bytes, sha256=sha256)
+            self._receive(url, path, max_bytes=num_bytes, sha256=sha256)
         except OSError as problem:
-            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if problem.errno not in _DISK_FULL:
                 raise
-            used = sum(file.num_bytes for file in _files(path.parent))
+            used = sum(size for _, _, size, _ in _files(path.parent))
             freed = self._evict(max(0, used - num_bytes))
             raise _TransferError(
                 f"the disk of {self.directory} is full ({num_bytes} bytes are needed; {freed} were freed by evicting)",
@@ -224,15 +238,14 @@ class ShardCache:
         removed = 0
         with self._locked("eviction"):  # two at once would each remove as much
             files = _files(self.directory / "shards")
-            used = sum(file.num_bytes for file in files)
-            for file in sorted(files):
-                if file.is_shard and used - removed <= allowed_bytes:
+            used = sum(size for _, _, size, _ in files)
+            for is_whole, _, size, path in files:
+                if is_whole and used - removed <= allowed_bytes:
                     break
-                sha256 = file.path.name.partition(".")[0]
-                with _flock(self.directory / "locks" / f"{sha256}.lock", wait=False) as held:
+                with _flock(self.directory / "locks" / f"{path.name.partition('.')[0]}.lock", wait=False) as held:
                     if held:
-                        file.path.unlink(missing_ok=True)
-                        removed += file.num_bytes
+                        path.unlink(missing_ok=True)
+                        removed += size
         return removed
 
     def _retried(self, url: str, once: Callable[[], T]) -> T:
@@ -253,14 +266,17 @@ class ShardCache:
         )
 
     @contextmanager
-    def _locked(self, key: str) -> Iterator[Path]:
-        """Hold the lock of this key; gives its file. A disk or folder that refuses is the user's to mend."""
+    def _locked(self, key: str) -> Iterator[None]:
+        """Hold the lock of this key. A disk or folder that refuses is the user's to mend."""
+        if not re.fullmatch("[0-9a-f]{64}|eviction", key):  # it comes from a downloaded index, and names files
+            raise ValueError(
+                f"{self.shown_location}: expected a sha256, 64 hex digits, got {key[:80]!r}; index it again"
+            )
         try:
-            for folder in ("locks", "shards"):
+            for folder in ("locks", "shards", "indexes"):
                 (self.directory / folder).mkdir(parents=True, exist_ok=True)
-            path = self.directory / "locks" / f"{key}.lock"
-            with _flock(path, wait=True):
-                yield path
+            with _flock(self.directory / "locks" / f"{key}.lock", wait=True):
+                yield
         except OSError as problem:
             raise ValueError(
                 f"the shard cache {self.directory} cannot be used: {problem}; name a folder that can be written and "
@@ -268,147 +284,138 @@ class ShardCache:
             ) from problem
 
 
+@dataclass
 class _TransferError(Exception):
     """An attempt that failed; `permanent` when another one would fail in the same way."""
 
-    def __init__(self, reason: str, *, remedy: str = _REMEDY_TRANSFER, permanent: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
-        self.permanent = permanent
+    reason: str
+    remedy: str = _REMEDY_TRANSFER
+    permanent: bool = False
 
 
-class _Received(NamedTuple):
-    num_bytes: int
-    sha256: str
+class _Progress:
+    """What a transfer reports to, as fsspec's callback: ends one that brings too much, and one that brings nothing."""
+
+    def __init__(self, max_bytes: int, stall_seconds: float, limit: asyncio.Timeout) -> None:
+        self.max_bytes, self.stall_seconds, self.limit = max_bytes, stall_seconds, limit
+        self.num_bytes = 0
+
+    def set_size(self, num_bytes: int | None) -> None:
+        if num_bytes is not None and num_bytes > self.max_bytes:
+            reason = f"it has more than the {self.max_bytes} bytes of the index"
+            raise _TransferError(reason, remedy=_REMEDY_CONTENT, permanent=True)
+
+    def relative_update(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.set_size(self.num_bytes)
+        self.limit.reschedule(asyncio.get_running_loop().time() + self.stall_seconds)
 
 
-def _transfer(url: str, sink: IO[bytes], messages: Path, *, max_bytes: int | None, stall_seconds: float) -> _Received:
-    """Copy what a URL gives into `sink`. Raises _TransferError unless its program ended well, with all it had."""
-    from webdataset.gopen import gopen  # here, because it imports torch
+def _transfer(url: str, path: Path, *, max_bytes: int, stall_seconds: float) -> None:
+    """Write what a URL gives to `path`. Raises _TransferError unless all of it came, OSError when the disk is full."""
 
-    # setsid: a process group that can be killed with all that the command started.
-    command = f"exec setsid bash -o pipefail -c {shlex.quote(_command(url, stall_seconds=stall_seconds))}"
+    async def transfer() -> None:
+        async with asyncio.timeout(stall_seconds) as limit:
+            progress = _Progress(max_bytes, stall_seconds, limit)
+            await (_run if _scheme(url) == "pipe" else _download)(url, path, progress)
+
     try:
-        pipe = gopen(f"pipe:{command} </dev/null 2>{shlex.quote(str(messages))}")
-    except ValueError as problem:
-        raise _TransferError(
-            f"webdataset refused ({problem})", remedy="unset WDS_SECURE: fetching runs a program", permanent=True
-        ) from None
-    try:
-        digest, num_bytes = hashlib.sha256(), 0
-        while chunk := _read_chunk(pipe.stream.fileno(), stall_seconds=stall_seconds):
-            sink.write(chunk)
-            digest.update(chunk)
-            num_bytes += len(chunk)
-            if max_bytes is not None and num_bytes > max_bytes:
-                raise _TransferError(f"it has more than the {max_bytes} bytes of the index", remedy=_REMEDY_CONTENT)
-        try:
-            status = pipe.proc.wait(timeout=stall_seconds)
-        except subprocess.TimeoutExpired:
-            raise _TransferError(f"the program did not end within {stall_seconds:g} s of its last byte") from None
-    finally:
-        _end(pipe)
-    if status != 0:
-        raise _program_error(url, status, messages)
-    return _Received(num_bytes, digest.hexdigest())
-
-
-def _command(url: str, *, stall_seconds: float) -> str:
-    """What writes a URL's content to its standard output."""
-    scheme = _scheme(url)
-    if scheme == "pipe":
-        return url.removeprefix("pipe:")
-    if scheme == "s3":
-        return f"aws s3 cp --only-show-errors {shlex.quote(url)} -"
-    if scheme == "gs":
-        return f"gsutil -q cat {shlex.quote(url)}"
-    # The URL has no brackets for curl to expand: `file_url` encodes them.
-    # The speed limit only ends a curl whose parent was killed: a living parent stops it earlier.
-    return (
-        "curl --fail --silent --show-error --location "
-        f"--speed-limit 1 --speed-time {math.ceil(2 * stall_seconds) + 1} --url {shlex.quote(url)}"
-    )
-
-
-def _read_chunk(descriptor: int, *, stall_seconds: float) -> bytes:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    if not poll.poll(math.ceil(1000 * stall_seconds)):
-        raise _TransferError(f"it stalled: no byte for {stall_seconds:g} s")
-    return os.read(descriptor, _CHUNK_BYTES)
-
-
-def _end(pipe: Any) -> None:
-    """Kill what still runs, helpers included, and reap it."""
-    if pipe.proc.returncode is None:
-        try:
-            os.killpg(pipe.proc.pid, signal.SIGKILL)
-        except ProcessLookupError:  # between its start and setsid
-            pipe.proc.kill()
-        pipe.proc.wait()
-    pipe.stream.close()
-
-
-def _program_error(url: str, status: int, messages: Path) -> _TransferError:
-    said = " ".join(messages.read_bytes()[-500:].decode("utf-8", "replace").split())
-    reason = f"its program ended with exit status {status} and said {said!r}"
-    if status in (126, 127):
-        return _TransferError(reason, remedy="install that program, or correct its name", permanent=True)
-    http = re.search(r"returned error: (4\d\d)", said) if _scheme(url) in ("http", "https") else None
-    # 4xx: the request itself is wrong, but for "time-out", "too early" and "too many requests".
-    return _TransferError(reason, permanent=http is not None and http[1] not in ("408", "425", "429"))
-
-
-def _check_content(got: _Received, *, num_bytes: int | None, sha256: str) -> None:
-    if num_bytes is not None and got.num_bytes != num_bytes:
-        raise _TransferError(f"it has {got.num_bytes} bytes, the index says {num_bytes}", remedy=_REMEDY_CONTENT)
-    if got.sha256 != sha256:
-        raise _TransferError(
-            f"its sha256 is {got.sha256[:12]}..., the index says {sha256[:12]}...", remedy=_REMEDY_CONTENT
+        if asyncio._get_running_loop() is None:
+            return asyncio.run(transfer())
+        with ThreadPoolExecutor(1) as thread:  # a notebook's loop runs in this one
+            return thread.submit(asyncio.run, transfer()).result()
+    except _TransferError:
+        raise
+    except TimeoutError:
+        raise _TransferError(f"it stalled: no byte for {stall_seconds:g} s") from None
+    except Exception as problem:  # each library has its own
+        if isinstance(problem, OSError) and problem.errno in _DISK_FULL:
+            raise
+        missing = 404 if isinstance(problem, FileNotFoundError) else None
+        status = missing or getattr(problem, "status", None) or getattr(problem, "code", None)
+        reason = f"the server answered with status {status}" if status else f"{type(problem).__name__}: {problem}"
+        permanent = (
+            isinstance(problem, (PermissionError, ValueError))  # also a certificate, an address
+            or re.search("Credentials|Forbidden|NonHttpUrl", reason)
+            or (isinstance(status, int) and 300 <= status < 500 and status not in (408, 425, 429))
         )
+        raise _TransferError(_shown(reason), permanent=bool(permanent)) from problem
 
 
-def _check_sha256(url: str, sha256: str) -> None:
-    """Because it becomes a file's name, and comes from a downloaded index."""
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise ValueError(f"{_shown(url)}: expected a sha256 of 64 hex digits, got {sha256[:80]!r}; index it again")
+async def _download(url: str, path: Path, progress: _Progress) -> None:
+    import fsspec  # here, because it and its libraries take a fifth of a second
+
+    scheme, request = url.partition(":")[0], {}
+    if scheme == "s3":
+        store = fsspec.filesystem("s3", max_concurrency=1, **_OF_ITS_OWN)  # loading processes fetch beside each other
+    elif scheme == "gs":
+        from gcsfs.core import GCSFileSystem  # without its extension for gRPC, which does not survive a fork
+
+        store, request = GCSFileSystem(session_kwargs={"trust_env": True}, **_OF_ITS_OWN), {"concurrency": 1}
+    else:
+        import aiohttp
+
+        headers = {"Accept-Encoding": "identity"}
+        if match := _HF.fullmatch(url):
+            from huggingface_hub import get_token, hf_hub_url
+
+            kind, repository, revision, file = match.groups()
+            url = hf_hub_url(repository, file, repo_type=kind, revision=revision and unquote(revision))
+            headers |= {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
+        client = {"trust_env": True, "timeout": aiohttp.ClientTimeout(total=None)}  # the environment names proxies
+        store = fsspec.filesystem("http", encoded=True, headers=headers, client_kwargs=client, **_OF_ITS_OWN)
+    session = await (store._set_session() if scheme == "gs" else store.set_session())
+    try:
+        await store._get_file(url, str(path), callback=progress, **request)
+    finally:
+        await session.close()
+
+
+async def _run(url: str, path: Path, progress: _Progress) -> None:
+    command = ("bash", "-o", "pipefail", "-c", url.removeprefix("pipe:"))
+    with open(path, "wb") as sink, open(os.devnull, "rb") as nothing, tempfile.TemporaryFile() as messages:
+        files: dict[str, Any] = {"stdin": nothing, "stdout": asyncio.subprocess.PIPE, "stderr": messages}
+        process = await asyncio.create_subprocess_exec(*command, **files, start_new_session=True)
+        assert process.stdout is not None
+        try:
+            while chunk := await process.stdout.read(1 << 20):
+                progress.relative_update(len(chunk))
+                sink.write(chunk)
+            status = await process.wait()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it started, also when it has ended itself
+            process._transport.close()  # type: ignore[attr-defined]  # its output is not read to the end
+            await process.wait()
+            raise
+        if status != 0:
+            messages.seek(-min(500, messages.seek(0, os.SEEK_END)), os.SEEK_END)
+            said = _shown(messages.read().decode("utf-8", "replace"))
+            reason = f"its program ended with exit status {status} and said {said!r}"
+            missing = status in (126, 127)
+            raise _TransferError(reason, _REMEDY_PROGRAM if missing else _REMEDY_TRANSFER, permanent=missing)
 
 
 def _open_whole(path: Path, num_bytes: int) -> int | None:
     """A descriptor of a cached shard, marked as just used; None when it is not there or was cut."""
-    try:
+    with suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    if os.fstat(descriptor).st_size != num_bytes:
+        if os.fstat(descriptor).st_size == num_bytes:
+            os.utime(descriptor)
+            return descriptor
         os.close(descriptor)
-        return None
-    os.utime(descriptor)
-    return descriptor
+    return None
 
 
-class _CachedFile(NamedTuple):
-    """Sorts as files are evicted: leftovers first, then the least recently opened."""
-
-    is_shard: bool
-    opened_ns: int
-    num_bytes: int
-    path: Path
-
-
-def _files(folder: Path) -> list[_CachedFile]:
-    """What of a folder is ours: a user's own shards may lie in it when the cache's folder was badly chosen."""
-    files = []
+def _files(folder: Path) -> list[tuple[bool, int, int, Path]]:
+    """(is whole, when opened, bytes, path) in the order of eviction: leftovers, then the least recently opened."""
+    files = []  # of ours alone: a user's own shards lie there when the folder was badly chosen
     for path in folder.iterdir():
-        if not re.fullmatch(r"[0-9a-f]{64}\.tar(\.tmp-\d+)?", path.name):
-            continue
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # another process evicts or publishes
-            continue
-        files.append(_CachedFile(path.suffix == ".tar", status.st_mtime_ns, status.st_size, path))
-    return files
+        with suppress(FileNotFoundError):  # another process evicts or publishes
+            if re.fullmatch(r"[0-9a-f]{64}\.tar(\.tmp-\d+)?", path.name):
+                status = path.stat()
+                files.append((path.suffix == ".tar", status.st_mtime_ns, status.st_size, path))
+    return sorted(files)
 
 
 @contextmanager
@@ -429,12 +436,6 @@ def _flock(path: Path, *, wait: bool) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Delete what killed processes left of a file. Only under its lock, so nobody is writing it."""
-    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
-        leftover.unlink(missing_ok=True)
-
-
 def _file_sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -445,8 +446,7 @@ def _scheme(location: str) -> str | None:
     return (match[1] or match[2]).lower() if match else None
 
 
-def _shown(url: str) -> str:
-    """A URL for messages, without what may be secret: user, password, query."""
-    if _scheme(url) in (None, "pipe"):
-        return url
-    return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
+def _shown(text: str) -> str:
+    """A text as a line for messages, without what may be secret in its URLs: user, password, query."""
+    text = "".join(c if c.isprintable() else "_" for c in " ".join(text.split()))[:500]
+    return text if _scheme(text) == "pipe" else re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/\s]*@", "//", text))

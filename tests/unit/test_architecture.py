@@ -202,7 +202,15 @@ def test_maths_never_sees_the_configuration() -> None:
 
 def test_modules_state_things_and_do_nothing() -> None:
     """At the top level: definitions, constants, imports; a bare call there would be an action."""
-    states = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    states = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
     actions = []
     for module, tree in TREES.items():
         for node in tree.body:

@@ -244,6 +244,15 @@ def test_shards_that_lie_elsewhere_are_fetched_once_and_read_like_local_ones(ind
     assert remote.describe(0).startswith(f"{location}/test-000000.tar, sample test-00000000 (label ")
 
 
+@pytest.mark.parametrize("table", ["index.samples.test.npy", "index.classes.test.jsonl"])
+def test_a_server_cannot_send_a_table_that_is_larger_than_its_index_says(
+    index: ShardIndex, tmp_path: Path, table: str
+) -> None:
+    location = f"pipe:cat {index.root}/{{}}; if [ {{}} = {table} ]; then yes; fi"
+    with pytest.raises(ValueError, match=r"attempt 1 of 5: it has more than the \d+ bytes of the index"):
+        open_index(location, "test", cache_directory=tmp_path / "cache")
+
+
 def test_ten_million_samples_open_within_a_second_and_cost_a_worker_nothing_of_their_own(tmp_path: Path) -> None:
     num_samples, num_classes, num_shards = 10_000_000, 1_000_000, 1000
     per_shard = num_samples // num_shards
