@@ -176,7 +176,10 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         ({"data__num_classes": "10"}, "data.num_classes: input should be a valid integer"),
         ({"training__epochs": True}, "training.epochs: input should be a valid integer"),
         ({"deepspeed__train_batch_size": 48}, "training.batch_size is 24 but deepspeed.train_batch_size is 48"),
-        ({"deepspeed__gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be an integer of at least 1"),
+        (
+            {"deepspeed__gradient_accumulation_steps": 0},
+            "gradient_accumulation_steps to be a whole number of at least 1",
+        ),
         ({"name": "../elsewhere"}, "name: string should match pattern"),
         ({"optimizer__backbone_lr": float("nan")}, "optimizer.backbone_lr"),
         ({"data__mode": "stream"}, 'got mode "stream" without it'),
@@ -235,7 +238,7 @@ def test_a_file_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> None
     (tmp_path / "real.json").write_text("{]")
     with pytest.raises(ValueError, match=r"found no such file; there are: .*real\.json"):
         load_config(tmp_path / "reel.json")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="expected valid JSON"):
         load_config(tmp_path / "real.json")
 
 
