@@ -448,7 +448,8 @@ class EvaluationConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _a_protocol_brings_its_k(cls, raw: Any) -> Any:
-        protocol = PROTOCOLS.get(raw.get("protocol", "custom")) if isinstance(raw, dict) else None
+        named = raw.get("protocol") if isinstance(raw, dict) else None
+        protocol = PROTOCOLS.get(named) if isinstance(named, str) else None
         if protocol is None:
             return raw
         own = list(protocol.recall_at)
@@ -730,9 +731,10 @@ class Config(_Section):
             allowed = [
                 w for w in range(1, 2 * world_size + 1) if self.training.batch_size % (w * self.accumulation) == 0
             ]
+            other = f"one of {allowed} ranks" if allowed else "another deepspeed.gradient_accumulation_steps"
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} does not divide over {world_size} ranks x "
-                f"{self.accumulation} micro-batches; use a multiple of {slots}, or one of {allowed} ranks"
+                f"{self.accumulation} micro-batches; use a multiple of {slots}, or {other}"
             )
         stated = self.deepspeed.get("train_micro_batch_size_per_gpu", micro)
         if stated != micro:
