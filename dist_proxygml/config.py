@@ -11,6 +11,7 @@ and options through the environment.
 import difflib
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -789,6 +790,12 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise ValueError(f"{path} must hold one JSON object, got {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not json.dumps(raw, ensure_ascii=False).isascii():
+        raise ValueError(
+            f"expected a locale with UTF-8 for the settings of {path}, which are not all ASCII, got {encoding}; set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        )
     return parse_config(raw, source=str(path))
 
 

@@ -425,12 +425,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         ValueError: in one line, whatever DeepSpeed raises.
     """
     _import_deepspeed()
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
     # DeepSpeed multiplies by the ranks that are there; those that are meant need not be.
     own = copy.deepcopy({name: value for name, value in settings.items() if name != "train_batch_size"})
     try:
-        DeepSpeedConfig(own)
+        dtype = DeepSpeedConfig(own).grad_accum_dtype
+        if dtype is not None:  # which is looked at when the engine is there
+            DtypeEnum(dtype)
     except Exception as error:  # of many types, for a value of a wrong one above all
         lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
         raise ValueError(

@@ -673,7 +673,7 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
             if step is not None and _step_evaluated(path) > step:
                 path.unlink()
         _keep_unfinished_embeddings(directory, aside, step)
-        (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n", encoding="utf-8")
         write_class_table(directory, index)
     except OSError as error:
         raise ValueError(

@@ -201,7 +201,7 @@ class Requeue:
     def leave_mark(self, status: int) -> None:
         """Note how this rank has ended: submitit does not keep it, and SLURM forgets it."""
         path = finished_mark(self._task.paths.folder, self._task.job_id, self._task.global_rank)
-        path.write_text(str(status))
+        path.write_text(str(status), encoding="utf-8")
 
     def _requeue(self) -> NoReturn:
         status = 0
@@ -538,7 +538,7 @@ def follow_local(job: Any, folder: Path, num_ranks: int) -> int:
     reader.copy()
     marks = [finished_mark(folder, job.job_id, rank) for rank in range(num_ranks)]
     if all(mark.exists() for mark in marks):
-        return max(int(mark.read_text()) for mark in marks)
+        return max(int(mark.read_text(encoding="utf-8")) for mark in marks)
     return report_mistakes(folder, job.job_id, num_ranks) or 1
 
 
@@ -551,7 +551,9 @@ def report_mistakes(folder: Path, job_id: str, num_ranks: int) -> int:
     logs = [path for rank in range(num_ranks) if (path := log_of(folder, job_id, rank)).exists()]
     messages = []
     for path in logs:
-        found = re.search(r"^error: .*(?:\n  .*)*", path.read_text(errors="replace"), flags=re.MULTILINE)
+        found = re.search(
+            r"^error: .*(?:\n  .*)*", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE
+        )
         if found:
             messages.append(f"{found[0]}\n  (in {path})")
     print("\n".join(messages) or f"the job has failed; see {folder}/{job_id}_*_log.out", file=sys.stderr)

@@ -242,6 +242,72 @@ def test_a_file_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> None
         load_config(tmp_path / "real.json")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "named"), [("utf-16", "UTF-16"), ("latin-1", "another encoding"), ("utf-8-sig", None)]
+)
+def test_a_file_is_read_in_utf_8_with_or_without_a_mark_and_another_encoding_is_named(
+    tmp_path: Path, encoding: str, named: str | None
+) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(changed(runs_dir="café"), ensure_ascii=False), encoding=encoding)
+    if named is None:
+        assert load_config(path).runs_dir == "café"
+    else:
+        with pytest.raises(ValueError, match=rf"odd\.json in UTF-8, got {named} .*; save it as UTF-8$"):
+            load_config(path)
+
+
+def test_what_a_plain_ascii_locale_cannot_say_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(changed(runs_dir="café")))
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(ValueError, match="got ascii; set LC_ALL=C.UTF-8"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 10**22),
+        ("seed", 10**400),
+        ("training__batch_size", 2**63),
+        ("deepspeed__gradient_clipping", float("nan")),
+        ("backbone__options", {"width": [float("inf")]}),
+    ],
+)
+def test_a_number_that_64_bits_do_not_hold_is_refused_by_its_key(key: str, value: Any) -> None:
+    message = message_of(changed(**{key: value}))
+    assert key.replace("__", ".") in message
+    assert "expected a finite number of at most 2^62" in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"gradient_clipping": "auto"}, 'a value for deepspeed.gradient_clipping, got "auto"'),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            'deepspeed.zero_optimization.reduce_bucket_size, got "a',
+        ),
+        ({"gradient_clipping": -1}, "deepspeed.gradient_clipping to be a number of at least 0, got -1"),
+        ({"bf16": True}, 'deepspeed.bf16 to be an object such as {"enabled": true}, got True'),
+        ({"fp16": {"enabled": 1}}, "deepspeed.fp16.enabled to be true or false, got 1"),
+        ({"zero_optimization": True}, "deepspeed.zero_optimization to be an object, got True"),
+        ({"zero_optimization": {"stage": 4}}, "deepspeed.zero_optimization.stage 0, 1, 2 or 3, got 4"),
+        ({"prescale_gradients": "yes"}, "deepspeed.prescale_gradients to be true or false, got 'yes'"),
+    ],
+)
+def test_a_value_that_deepspeed_would_stumble_over_is_refused(section: dict[str, Any], expected: str) -> None:
+    assert expected in message_of(changed(deepspeed=section))
+
+
+def test_no_number_of_ranks_is_proposed_where_none_divides() -> None:
+    config = parse_config(changed(training__batch_size=64, deepspeed__gradient_accumulation_steps=3), source="a test")
+    with pytest.raises(ValueError, match=r"multiple of 3, or another deepspeed\.gradient_accumulation_steps$"):
+        config.micro_batch_size(1)
+
+
 def test_the_batch_divides_over_ranks_and_micro_batches() -> None:
     config = parse_config(changed(deepspeed__gradient_accumulation_steps=2), source="the test")
     assert [config.micro_batch_size(ranks) for ranks in (1, 2, 3)] == [12, 6, 4]
