@@ -179,7 +179,7 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_submitted(
             "without nodes, which is decided here, got 'nodes=4'; use --no",
         ),
         (["--tasks-per-node", "1", "--sbatch", "ntasks_per_node=4"], "use --gpus-per-node or --tasks-per-node"),
-        (["--tasks-per-node", "1", "--sbatch", "--signal=USR1@10"], "got '--signal=USR1@10'; remove it"),
+        (["--tasks-per-node", "1", "--sbatch", "signal=USR1@10"], "got 'signal=USR1@10'; remove it"),
     ],
 )
 def test_a_mistake_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
