@@ -102,7 +102,7 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["version"] != _MANIFEST_VERSION:
             return [f"{MANIFEST_FILE} has version {manifest['version']!r}, expected {_MANIFEST_VERSION}"]
         return file_problems(checkpoint, manifest["files"], deep=deep)
@@ -210,7 +210,7 @@ def checkpoints_to_forget(steps: Sequence[int], retention: Retention, *, scores:
 
 def read_state(checkpoint: Path) -> RunState:
     """The RunState of a complete checkpoint."""
-    return RunState(**json.loads((checkpoint / "state.json").read_text()))
+    return RunState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -306,7 +306,7 @@ def _scores(checkpoints: list[Path], metric: str, *, by_validation: bool) -> tup
         if not path.exists():
             continue
         try:
-            score = float(json.loads(path.read_text())["metrics"][metric])
+            score = float(json.loads(path.read_text(encoding="utf-8"))["metrics"][metric])
         except (OSError, ValueError, LookupError, TypeError) as error:
             problems.append(f"{metric} of {checkpoint.name} cannot be read from {path}: {error!r}")
             continue

@@ -176,7 +176,7 @@ def last_evaluation(run_directory: Path) -> Evaluation | None:
     if not steps:
         return None
     try:
-        document = json.loads(steps[max(steps)].read_text())
+        document = json.loads(steps[max(steps)].read_text(encoding="utf-8"))
         return Evaluation(dict(document["metrics"]), str(document["fingerprint"]))
     except (ValueError, KeyError, TypeError, OSError):
         return None
@@ -188,7 +188,7 @@ def failure_in_logs(logs: Sequence[Path]) -> tuple[str, Path | None]:
     The last message `error: ...` counts, whichever rank reported it; without one the exception that ended a rank, and
     without that the last line of rank 0, which may be SLURM's. Continued lines are joined.
     """
-    texts = [(path, path.read_text(errors="replace")) for path in logs if path.is_file()]
+    texts = [(path, path.read_text(encoding="utf-8", errors="replace")) for path in logs if path.is_file()]
     for pattern in (r"^error: (.*(?:\n  .*)*)", r"^((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"):
         for path, text in texts:
             if found := re.findall(pattern, text, flags=re.MULTILINE):

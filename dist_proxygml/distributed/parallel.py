@@ -84,7 +84,17 @@ def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext
             local_world_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     if "RANK" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ.get("MASTER_PORT", "29500")
+            raise OneRankError(
+                f"expected port {port} of {os.environ.get('MASTER_ADDR')} to be free, where the ranks meet, got one "
+                "that another program, such as another run, holds; wait for its end, or take another port, by "
+                "--master_port of deepspeed or torchrun, else by the environment's MASTER_PORT"
+            ) from None
     else:  # no launcher: a world of one needs no address, and so cannot find its port taken
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     return ParallelContext(rank, world_size, local_rank, device, dist.group.WORLD)
@@ -157,7 +167,11 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line of a launcher; what is wrong with it, or its help, is printed by rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         return parser.parse_args()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(nowhere),
+    ):
         return parser.parse_args()
 
 

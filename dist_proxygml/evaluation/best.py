@@ -73,7 +73,7 @@ def read_evaluations(run_directory: Path, prefix: str) -> dict[int, EvaluationRe
     for path in (run_directory / "evaluation").glob(f"{prefix}*.json"):
         if step := re.fullmatch(rf"{prefix}(\d+)", path.stem):
             try:
-                found[int(step[1])] = EvaluationResult.from_json(path.read_text())
+                found[int(step[1])] = EvaluationResult.from_json(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
     return dict(sorted(found.items()))
@@ -82,7 +82,7 @@ def read_evaluations(run_directory: Path, prefix: str) -> dict[int, EvaluationRe
 def selection_metric(run_directory: Path) -> str | None:
     """The metric that the run's configuration chooses by; None: Recall@K of the smallest K that was measured."""
     try:
-        config: Any = json.loads((run_directory / "config.json").read_text())
+        config: Any = json.loads((run_directory / "config.json").read_text(encoding="utf-8"))
         metric = config["checkpoint"]["keep_best"]
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -76,7 +76,7 @@ def read_run(run_directory: Path) -> RunRecord:
         run_directory / "evaluation" / "pixels.json",
     )
     try:
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{config_file} is not valid JSON ({error}); copy the run again") from None
     if not isinstance(config, dict):
@@ -92,7 +92,7 @@ def read_run(run_directory: Path) -> RunRecord:
         evaluations=read_evaluations(run_directory, "step-"),
         validation=read_evaluations(run_directory, "validation-step-"),
         chosen=selected_rows(run_directory),
-        pixels=EvaluationResult.from_json(pixels_file.read_text()) if pixels_file.is_file() else None,
+        pixels=EvaluationResult.from_json(pixels_file.read_text(encoding="utf-8")) if pixels_file.is_file() else None,
         table=load_table(tables[-1]) if tables else None,
     )
 
@@ -143,7 +143,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         _protocol(run),
     ]
     links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
-    style = resources.files("dist_proxygml.evaluation").joinpath("report.css").read_text()
+    style = resources.files("dist_proxygml.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     page = "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -402,7 +402,7 @@ def _attribution(root: Path) -> str:
     path = root / "ATTRIBUTION.md"
     if not path.is_file():
         return ""
-    text = _quoted(path.read_text())
+    text = _quoted(path.read_text(encoding="utf-8"))
     return f"<details><summary>The makers of these images</summary><pre>{text}</pre></details>"
 
 
@@ -414,7 +414,7 @@ def _training_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     by_step = {}
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:  # cut short by a crash

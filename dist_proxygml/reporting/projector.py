@@ -43,7 +43,7 @@ def has_projection(board: Path, name: str) -> bool:
     path = board / _CONFIG_FILE
     if not path.is_file():
         return False
-    config = text_format.Parse(path.read_text(), ProjectorConfig())
+    config = text_format.Parse(path.read_text(encoding="utf-8"), ProjectorConfig())
     return [embedding.tensor_name for embedding in config.embeddings] == [name]
 
 

@@ -30,7 +30,7 @@ def proxy_section(folder: Path) -> Section:
     else:
         newest = by_step[max(by_step)]
         try:
-            html = _described(json.loads(newest.read_text()))
+            html = _described(json.loads(newest.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             problem = f"{newest.name} cannot be read ({type(error).__name__}: {error})"
             html = f'<p class="quiet">The statistics of its proxies in {escape(problem)}.</p>'

@@ -38,7 +38,7 @@ class Telemetry:
         if enabled:
             path = run_directory / "metrics.jsonl"
             _drop_later_lines(path, start_step)
-            self._lines = path.open("a", buffering=1)
+            self._lines = path.open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(
                 str(run_directory / BOARD_FOLDER), purge_step=start_step + 1 if start_step else None
             )
@@ -169,7 +169,7 @@ def _drop_later_lines(path: Path, step: int) -> None:
     """Keep the lines up to a step; one that a kill cut short goes as well."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     if kept != lines:
         with publish(path) as stream:

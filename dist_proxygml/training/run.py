@@ -36,6 +36,7 @@ from dist_proxygml.checkpoint.writer import (
     load_checkpoint,
 )
 from dist_proxygml.config import Config, flattened
+from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.damage import DAMAGE_FILE, Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
@@ -48,15 +49,15 @@ from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.blocks import BlockFolder
 from dist_proxygml.evaluation.embedding_pass import save_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, check_split, evaluate
+from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
 from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.head.proxies import replace_by_class_means_
-from dist_proxygml.plan import HeadPlan, check_fits, plan_head
+from dist_proxygml.plan import HeadPlan, check_fits, check_run
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
 from dist_proxygml.storage.lock import RunLock
 from dist_proxygml.training.board import Board
-from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
+from dist_proxygml.training.data import TrainingData
 from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
 from dist_proxygml.training.step import StepReport, TrainState, build_train_state, learning_rates, train_step
 from dist_proxygml.training.transfer import Transfer, match_classes, open_transfer
@@ -85,22 +86,20 @@ def train(
         StopRequested: on every rank: a rank was told to stop; what was trained is saved.
     """
     signals = signals or StopSignals()
-    config = run_together(context, count_classes, config)
     # 1. Refuse what cannot work before anything is built.
-    if config.proxies.fused and context.device.type != "cuda":
-        raise AgreedError(
-            f"expected an NVIDIA GPU with proxies.fused, got a device of type {context.device.type}; set it to false"
-        )
+    config, plan, _, data, test_index = run_together(
+        context,
+        lambda: check_run(config, world_size=context.world_size, device=context.device.type, is_start=True),
+    )
+    assert data is not None
+    assert test_index is not None
     run_directory = config.run_directory
     checkpoints = run_directory / "checkpoints"
-    plan = run_together(context, lambda: plan_head(config, world_size=context.world_size, device=context.device.type))
     _check_memory(config, plan, context)
-    data, test_index = run_together(context, _open_data, config)
     _check_same_data(data, test_index, context)
     locks: list[RunLock] = []
     run_together(context, _lock, context, run_directory, locks)
     found, passed_over = on_main(context, checkpoint_to_continue, checkpoints, resume)
-    run_together(context, lambda: data.loader(context, epoch=0, start=0))
     transfer = None if found else open_transfer(config, data.index, context)
 
     # 2. Build, and only then write.
@@ -624,22 +623,6 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
 
 
-def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
-    """What to train and what to evaluate on."""
-    data = open_training_data(config)
-    test_index = open_split(config, config.data.test_split)
-    for index, name in _splits_to_evaluate(data, test_index):
-        is_test = index is test_index
-        settings = Settings(
-            tuple(config.evaluation.recall_at), protocol=config.evaluation.protocol if is_test else "custom"
-        )
-        try:
-            check_split(index, _open_gallery(config, index), settings)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return data, test_index
-
-
 def _splits_to_evaluate(data: TrainingData, test_index: ShardIndex) -> list[tuple[ShardIndex, str]]:
     """Indices and names; the test split last."""
     return [(index, index.split) for index in (data.validation, test_index) if index is not None]
@@ -690,7 +673,7 @@ def _prepare_run_directory(config: Config, index: ShardIndex | None, step: int |
             if step is not None and _step_evaluated(path) > step:
                 path.unlink()
         _keep_unfinished_embeddings(directory, aside, step)
-        (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n", encoding="utf-8")
         write_class_table(directory, index)
     except OSError as error:
         raise ValueError(
@@ -768,9 +751,10 @@ def _greeting(
         start = f"continuing {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
+    kind = "" if data.index is None else "seen " if shared_classes(data.index, test_index) else "unseen "
     return (
         f"{config.name}: {data} to train on, "
-        f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on"
+        f"{test_index.num_samples:,} of {test_index.num_classes:,} {kind}classes to evaluate on"
         f"{'' if validation is None else f', {validation.num_samples:,} of the validation classes to choose by'}; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )

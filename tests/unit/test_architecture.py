@@ -231,6 +231,20 @@ def test_maths_never_sees_the_configuration(module: str) -> None:
     assert "config" not in {own_module(imported) for _, imported in imports(TREES[module])}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_a_text_file_is_opened_with_its_encoding(module: str) -> None:
+    """That of the locale may be ASCII."""
+    for node in ast.walk(TREES[module]):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        mode = next((a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)), "")
+        is_text = name in ("read_text", "write_text") or (name == "open" and re.fullmatch(r"[rwax]\+?t?", mode))
+        if is_text and not (name == "read_text" and node.args):
+            named = {keyword.arg for keyword in node.keywords}
+            assert "encoding" in named, f"{SOURCES[module].relative_to(ROOT)}:{node.lineno}"
+
+
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_a_module_states_things_and_does_nothing(module: str) -> None:
     """At the top level: definitions, constants, imports; a bare call there would be an action."""
