@@ -11,6 +11,7 @@ and options through the environment.
 import difflib
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,12 @@ _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
 SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
 
+_Count = Annotated[int, Field(ge=1)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+# No setting is larger, and whatever counts in 64 bits has room for it.
+_MAX_NUMBER = 1 << 62
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -40,7 +47,7 @@ class RandomResizedCropConfig(_Section):
     """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; published for training."""
 
     name: Literal["random_resized_crop"]
-    size: int = Field(224, ge=1, description="Side of the square result, in pixels.")
+    size: int = Field(224, ge=1, le=4096, description="Side of the square result, in pixels.")
     scale: tuple[float, float] = Field((0.08, 1.0), description="Range of the crop's share of the image area.")
     flip: bool = Field(True, description="Mirror left-right with probability 1/2.")
 
@@ -49,15 +56,15 @@ class CenterCropConfig(_Section):
     """Shorter side resized to `resize`, then the central `size` x `size` square; the published test transform."""
 
     name: Literal["center_crop"]
-    resize: int = Field(256, ge=1, description="Length of the shorter side after resizing, in pixels.")
-    size: int = Field(224, ge=1, description="Side of the square crop, in pixels.")
+    resize: int = Field(256, ge=1, le=4096, description="Length of the shorter side after resizing, in pixels.")
+    size: int = Field(224, ge=1, le=4096, description="Side of the square crop, in pixels.")
 
 
 class ResizeConfig(_Section):
     """The whole image resized to a square by area averaging."""
 
     name: Literal["resize"]
-    size: int = Field(ge=1, description="Side of the square result, in pixels.")
+    size: int = Field(ge=1, le=4096, description="Side of the square result, in pixels.")
 
 
 class AffineJitterConfig(_Section):
@@ -67,15 +74,15 @@ class AffineJitterConfig(_Section):
     """
 
     name: Literal["affine_jitter"]
-    size: int = Field(ge=1, description="Side of the square result, in pixels.")
-    degrees: float = Field(0.0, ge=0, description="Rotation, degrees.")
-    log_scale: float = Field(0.0, ge=0, description="Natural logarithm of the zoom factor.")
-    shift: float = Field(0.0, ge=0, description="Translation along each axis, as a share of half the side.")
-    shear: float = Field(0.0, ge=0, description="Shear, and logarithm of the change of aspect ratio.")
+    size: int = Field(ge=1, le=4096, description="Side of the square result, in pixels.")
+    degrees: float = Field(0.0, ge=0, le=360, description="Rotation, degrees.")
+    log_scale: float = Field(0.0, ge=0, le=10, description="Natural logarithm of the zoom factor.")
+    shift: float = Field(0.0, ge=0, le=10, description="Translation along each axis, as a share of half the side.")
+    shear: float = Field(0.0, ge=0, le=10, description="Shear, and logarithm of the change of aspect ratio.")
     brightness: float = Field(0.0, ge=0, le=1, description="Factor 1 +- brightness on all values.")
     contrast: float = Field(0.0, ge=0, le=1, description="Factor 1 +- contrast about the image's mean colour.")
     saturation: float = Field(0.0, ge=0, le=1, description="Factor 1 +- saturation about grey.")
-    hue: float = Field(0.0, ge=0, description="Rotation of the colours about the grey axis, radians.")
+    hue: float = Field(0.0, ge=0, le=10, description="Rotation of the colours about the grey axis, radians.")
     flip: bool = Field(False, description="Mirror left-right with probability 1/2.")
     fill: int = Field(255, ge=0, le=255, description="Grey level outside the image.")
 
@@ -114,6 +121,7 @@ class DataConfig(_Section):
     num_classes: int | None = Field(
         None,
         ge=1,
+        le=1 << 40,
         description="Number of classes of the training split, checked against the shards; null: as their index says.",
     )
     validation_classes: float | int | None = Field(
@@ -121,7 +129,9 @@ class DataConfig(_Section):
         description="Classes of the training split that are held out of training and evaluated beside the test split, "
         "to choose by: a share between 0 and 1, or a number; drawn by the seed. null trains on all.",
     )
-    num_workers: int = Field(4, ge=0, description="Data loading processes per rank; 0 loads in the training process.")
+    num_workers: int = Field(
+        4, ge=0, le=1024, description="Data loading processes per rank; 0 loads in the training process."
+    )
     shuffle_window: int | None = Field(
         None, ge=1, description="Shards read at a time while shuffling; null shuffles over all."
     )
@@ -158,6 +168,15 @@ class DataConfig(_Section):
     def is_typed(self) -> bool:
         """Whether the user said where the shards are, and not the folder of a run, which may be somebody else's."""
         return self._is_typed
+
+    @model_validator(mode="after")
+    def _one_process_keeps_images(self) -> "DataConfig":
+        if self.cache_images and self.num_workers:
+            raise ValueError(
+                f"expected num_workers 0 with cache_images, got {self.num_workers}: each process would fill a cache of "
+                "its own, and lose it after an epoch; set num_workers to 0 or cache_images to false"
+            )
+        return self
 
     @property
     def cache_limit_bytes(self) -> int | None:
@@ -203,12 +222,12 @@ class BackboneConfig(_Section):
     """The network from images to unit-length embeddings."""
 
     name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
-    embedding_dim: int = Field(512, ge=1, description="Dimension D of the embedding.")
+    embedding_dim: int = Field(512, ge=1, le=1 << 20, description="Dimension D of the embedding.")
     pretrained: str | None = Field(
         None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
     )
     pool: int = Field(
-        1, ge=1, description="Side of the grid that the feature map is averaged to; 1 is global average pooling."
+        1, ge=1, le=64, description="Side of the grid that the feature map is averaged to; 1 is global average pooling."
     )
     batch_norm: Literal["train", "frozen"] = Field(
         "train",
@@ -221,7 +240,7 @@ class BackboneConfig(_Section):
 class ProxiesConfig(_Section):
     """The proxy bank and the ProxyGML loss."""
 
-    per_class: int = Field(1, ge=1, description="Proxies per class N.")
+    per_class: int = Field(1, ge=1, le=1 << 16, description="Proxies per class N.")
     ratio: float | None = Field(None, gt=0, le=1, description="Share r of all proxies kept per image: k = ceil(r*C*N).")
     topk: int | None = Field(None, ge=1, description="Number k of proxies kept per image, instead of ratio.")
     regularization_weight: float = Field(0.0, ge=0, description="Weight lambda of the proxy regulariser.")
@@ -312,7 +331,7 @@ class OptimizerConfig(_Section):
         gt=0,
         description="eps of every rule; 0.01 in the published runs with Adam, where it sets the effective step.",
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates.")
+    betas: tuple[_Share, _Share] = Field((0.9, 0.999), description="Adam's decay rates.")
     proxies_clip_norm: float | None = Field(
         None,
         gt=0,
@@ -343,7 +362,7 @@ class ScheduleConfig(_Section):
     """Factor on all learning rates as a function of training progress."""
 
     name: Literal["constant", "step", "cosine"] = Field("constant", description="Shape of the schedule.")
-    milestones: list[int] = Field(
+    milestones: list[_Count] = Field(
         default_factory=list, description="step: epochs (1-based) at whose start gamma is applied."
     )
     gamma: float = Field(0.1, gt=0, description="step: factor at each milestone.")
@@ -363,7 +382,7 @@ class TrainingConfig(_Section):
 
     epochs: int = Field(ge=1, description="Number of passes over the training split.")
     batch_size: int = Field(
-        ge=1, description="Images of one optimizer step, over all ranks and accumulated micro-batches."
+        ge=1, le=1 << 24, description="Images of one optimizer step, over all ranks and accumulated micro-batches."
     )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null trains all epochs.")
     frozen_trunk_epochs: list[int] = Field(
@@ -378,7 +397,10 @@ class TrainingConfig(_Section):
         300.0, gt=0, description="Seconds that a rank waits for the others at a time while the run starts."
     )
     step_timeout: float | None = Field(
-        1200.0, gt=0, description="Seconds after which a step that does not end ends the process; null waits for ever."
+        1200.0,
+        gt=0,
+        le=1e8,
+        description="Seconds after which a step that does not end ends the process; null waits for ever.",
     )
 
 
@@ -395,12 +417,17 @@ class EvaluationConfig(_Section):
         "custom",
         description="A published protocol: its K of Recall@K, and its numbers of classes and images, or an error.",
     )
-    recall_at: list[int] = Field(
-        default_factory=lambda: [1, 2, 4, 8], description="K of Recall@K; a published protocol brings its own."
+    recall_at: list[_Count] = Field(
+        default_factory=lambda: [1, 2, 4, 8],
+        min_length=1,
+        description="K of Recall@K; a published protocol brings its own.",
     )
     gallery_split: SplitName | None = Field(
         None,
         description="Split that the images of data.test_split are searched in; null searches each among all others.",
+    )
+    allow_seen_classes: bool = Field(
+        False, description="Evaluate on classes that are trained, too, instead of refusing a test split that has them."
     )
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs behind NMI, AMI and F1; 0 leaves them out.")
     legacy_proxygml: bool = Field(
@@ -437,7 +464,8 @@ class EvaluationConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _a_protocol_brings_its_k(cls, raw: Any) -> Any:
-        protocol = PROTOCOLS.get(raw.get("protocol", "custom")) if isinstance(raw, dict) else None
+        named = raw.get("protocol") if isinstance(raw, dict) else None
+        protocol = PROTOCOLS.get(named) if isinstance(named, str) else None
         if protocol is None:
             return raw
         own = list(protocol.recall_at)
@@ -520,32 +548,20 @@ class TelemetryConfig(_Section):
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
-# Top-level keys of DeepSpeed that work with this project. DeepSpeed itself ignores a key that it does not know.
-_DEEPSPEED_KEYS = (
-    "activation_checkpointing",
-    "bf16",
-    "checkpoint",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "data_types",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "torch_autocast",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)
+# Top-level keys of DeepSpeed that work with this project, and what their values are. DeepSpeed itself ignores a key
+# that it does not know, and looks at many a value for the first time when it trains.
+_DEEPSPEED_KEYS: dict[str, str] = {
+    **dict.fromkeys(("activation_checkpointing", "bf16", "checkpoint", "comms_logger", "compile"), "an object"),
+    **dict.fromkeys(("data_types", "flops_profiler", "fp16", "torch_autocast", "zero_optimization"), "an object"),
+    **dict.fromkeys(("dump_state", "memory_breakdown", "prescale_gradients"), "true or false"),
+    **dict.fromkeys(("wall_clock_breakdown", "zero_allow_untested_optimizer"), "true or false"),
+    "zero_force_ds_cpu_optimizer": "true or false",
+    **dict.fromkeys(("gradient_accumulation_steps", "steps_per_print"), "a whole number of at least 1"),
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "a whole number of at least 1"),
+    "gradient_clipping": "a number of at least 0",
+    "gradient_predivide_factor": "a number above 0",
+    "communication_data_type": "a string",
+}
 # Keys that DeepSpeed knows and that have one owner here, or undo what the loss relies on: what to use instead.
 _OWNED_DEEPSPEED_KEYS = {
     "optimizer": "the section optimizer",
@@ -635,11 +651,7 @@ class Config(_Section):
             if key not in _DEEPSPEED_KEYS:
                 nearest = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=0.0)[0]
                 raise ValueError(f"deepspeed.{key}: unknown or unsupported key; did you mean {nearest!r}?")
-        accumulation = self.deepspeed.get("gradient_accumulation_steps", 1)
-        if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
-            raise ValueError(
-                f"deepspeed.gradient_accumulation_steps must be an integer of at least 1, got {accumulation!r}"
-            )
+        _check_deepspeed_values(self.deepspeed)
         stated = self.deepspeed.get("train_batch_size", self.training.batch_size)
         if stated != self.training.batch_size:
             raise ValueError(
@@ -735,9 +747,10 @@ class Config(_Section):
             allowed = [
                 w for w in range(1, 2 * world_size + 1) if self.training.batch_size % (w * self.accumulation) == 0
             ]
+            other = f"one of {allowed} ranks" if allowed else "another deepspeed.gradient_accumulation_steps"
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} does not divide over {world_size} ranks x "
-                f"{self.accumulation} micro-batches; use a multiple of {slots}, or one of {allowed} ranks"
+                f"{self.accumulation} micro-batches; use a multiple of {slots}, or {other}"
             )
         stated = self.deepspeed.get("train_micro_batch_size_per_gpu", micro)
         if stated != micro:
@@ -781,13 +794,24 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
         raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        found = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}.get(path.read_bytes()[:2], "another encoding")
+        raise ValueError(
+            f"expected {path} in UTF-8, got {found} (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected valid JSON in {path}, got: {error}; edit it") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold one JSON object, got {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not json.dumps(raw, ensure_ascii=False).isascii():
+        raise ValueError(
+            f"expected a locale with UTF-8 for the settings of {path}, which are not all ASCII, got {encoding}; set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        )
     return parse_config(raw, source=str(path))
 
 
@@ -826,10 +850,57 @@ def flattened(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:
     """Validate a configuration that is already a dictionary; `source` names it in errors."""
     try:
+        _refuse_odd_numbers(raw)
         return Config.model_validate_json(json.dumps(raw))  # strict types as JSON has them: a list may be a tuple
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors(include_url=False))
         raise ValueError(f"{source} is not a valid configuration:\n{problems}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not a valid configuration: {error}") from None
+
+
+def _refuse_odd_numbers(value: Any, where: str = "") -> None:
+    """Refuse numbers that JSON of other programs cannot hold, and those that 64 bits cannot."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            _refuse_odd_numbers(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, int | float) and not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # NaN is neither
+        shown = str(value) if isinstance(value, float) or value.bit_length() < 200 else "one of very many digits"
+        raise ValueError(f"{where}: expected a finite number of at most 2^62, got {shown}; change it")
+
+
+def _check_deepspeed_values(section: Mapping[str, Any]) -> None:
+    """Refuse what does not fit its key, before DeepSpeed stumbles over it.
+
+    Raises:
+        ValueError: with the key.
+    """
+    for name, value in flattened(section, "deepspeed."):
+        if value == "auto":
+            raise ValueError(
+                f'expected a value for {name}, got "auto", which the Trainer of transformers fills in and nothing here '
+                "does; say the value, or remove the key for DeepSpeed's default"
+            )
+        if name.endswith(".enabled") and not isinstance(value, bool):
+            raise ValueError(f"expected {name} to be true or false, got {value!r}; change it")
+    for key, value in section.items():
+        expected, is_number = _DEEPSPEED_KEYS[key], isinstance(value, int | float) and not isinstance(value, bool)
+        fits = {
+            "an object": isinstance(value, dict),
+            "true or false": isinstance(value, bool),
+            "a string": isinstance(value, str),
+            "a whole number of at least 1": is_number and isinstance(value, int) and value >= 1,
+            "a number of at least 0": is_number and value >= 0,
+            "a number above 0": is_number and value > 0,
+        }
+        if not fits[expected]:
+            example = ' such as {"enabled": true}' if key in ("bf16", "fp16", "torch_autocast") else ""
+            raise ValueError(f"expected deepspeed.{key} to be {expected}{example}, got {value!r}; change or remove it")
+    zero = section.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"expected deepspeed.zero_optimization.stage 0, 1, 2 or 3, got {stage!r}; change it")
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -840,6 +911,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a value in --set {key}=, got one that cannot be read: {error}; change it") from None
     *parents, last = key.split(".")
     section = raw
     for depth, parent in enumerate(parents):

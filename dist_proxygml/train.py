@@ -65,14 +65,12 @@ def _print_plan(config: Config, *, world_size: int) -> None:
 
     import torch
 
-    from dist_proxygml.distributed.engine import engine_settings
-    from dist_proxygml.plan import describe_plans, plan_head
-    from dist_proxygml.training.data import count_classes
+    from dist_proxygml.training.checks import check_run
+    from dist_proxygml.training.run_plan import describe_plans
 
-    config = count_classes(config)
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_head(config, world_size=world_size, device="cuda" if torch.cuda.is_available() else "cpu")
-    settings = engine_settings(config, world_size)
+    device = "cuda" if torch.cuda.is_available() else None
+    config, plan, settings, *_ = check_run(config, world_size=world_size, device=device)
     if os.environ.get("RANK", "0") == "0":
         print(config.model_copy(update={"deepspeed": settings}).model_dump_json(indent=2))
         print(describe_plans(config, plan))

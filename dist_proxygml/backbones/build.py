@@ -463,6 +463,33 @@ def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
     return _flat_features(features, config.pool).shape[1]
 
 
+def check_images(model: EmbeddingModel, config: BackboneConfig, batch_size: int, *, size: int, setting: str) -> None:
+    """Run the model in its mode on meta tensors, which have shapes only, of images of a side that `setting` says.
+
+    Raises:
+        ValueError: it does not take such images.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    images = torch.empty(batch_size, 3, size, size, dtype=torch.uint8, device="meta")
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, shapes_only, (images,))
+    except NotImplementedError:  # a kernel without shapes of its own: the first step will tell
+        return
+    except Exception as error:  # of any type: asserts of libraries, shapes that come out as nothing
+        remedies = {
+            "timm": f"backbone.options.img_size to {size}",
+            "torchvision": f"backbone.options.image_size to {size}",
+        }
+        remedy = remedies.get(config.name.partition("/")[0], "")
+        raise ValueError(
+            f"expected images that {config.name} takes, got {batch_size} of {size} x {size} pixels by {setting}: "
+            f"{' '.join(str(error).split()) or type(error).__name__}; change {setting}"
+            + (f", or, where the network fixes its images' size, set {remedy}" if remedy else "")
+        ) from None
+
+
 def _dtype_of(module: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 

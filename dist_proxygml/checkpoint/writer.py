@@ -401,7 +401,7 @@ def _write_own(snapshot: _Snapshot, partial: Path, context: ParallelContext) -> 
     if context.is_main:
         own += [partial / "backbone.safetensors", partial / "state.json"]
         save_file({name: value.contiguous() for name, value in snapshot.weights.items()}, own[1])
-        own[2].write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
+        own[2].write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n", encoding="utf-8")
     fault_point("save.files")
 
 

@@ -189,7 +189,7 @@ def failure_in_logs(logs: Sequence[Path]) -> tuple[str, Path | None]:
     The last message `error: ...` counts, whichever rank reported it; without one the exception that ended a rank, and
     without that the last line of rank 0, which may be SLURM's. Continued lines are joined.
     """
-    texts = [(path, path.read_text(errors="replace")) for path in logs if path.is_file()]
+    texts = [(path, path.read_text(encoding="utf-8", errors="replace")) for path in logs if path.is_file()]
     for pattern in (r"^error: (.*(?:\n  .*)*)", r"^((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"):
         for path, text in texts:
             if found := re.findall(pattern, text, flags=re.MULTILINE):

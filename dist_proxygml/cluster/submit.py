@@ -6,8 +6,9 @@ anything waits in a queue; the settings travel with the job as they were validat
 changes nothing. Before the time limit and at preemption all ranks stop between two steps and save, then the job puts
 itself back into the queue and continues there.
 
---cluster local starts the same tasks on this machine, --cluster debug one rank in this process. torch is imported in
-tasks only, so that a login node answers at once. docs/slurm.md says what to expect of each.
+--cluster local starts the same tasks on this machine, --cluster debug one rank in this process. torch is imported
+when the settings alone are right, so that a login node answers mistakes at once, and what else a start would refuse in
+seconds. docs/slurm.md says what to expect of each.
 """
 
 import argparse
@@ -56,6 +57,14 @@ _HOPELESS_REASONS = {
     "PartitionTimeLimit",
     "QOSNotAllowed",
     "launch_failed_requeued_held",
+}
+# Options of sbatch that are decided here, and what to use instead where the user has a say.
+_RANKS = "--gpus-per-node or --tasks-per-node"
+_OWNED_OPTIONS = {
+    **{name: f"--{name}" for name in ("nodes", "time", "partition", "constraint", "gpus-per-node", "cpus-per-task")},
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu", "gpus", "gpus-per-task"), _RANKS),
+    **dict.fromkeys(("array", "error", "no-requeue", "open-mode", "output", "requeue", "signal", "wrap"), ""),
+    **{"job-name": "--set name=", "wait": "--wait"},
 }
 _FINISHED_STATES = {
     "BOOT_FAIL",
@@ -193,7 +202,7 @@ class Requeue:
     def leave_mark(self, status: int) -> None:
         """Note how this rank has ended: submitit does not keep it, and SLURM forgets it."""
         path = finished_mark(self._task.paths.folder, self._task.job_id, self._task.global_rank)
-        path.write_text(str(status))
+        path.write_text(str(status), encoding="utf-8")
 
     def _requeue(self) -> NoReturn:
         status = 0
@@ -255,15 +264,11 @@ def build_job(arguments: argparse.Namespace) -> TrainingJob:
         problems.append(f"expected --resume auto, never or a checkpoint, found nothing at {arguments.resume}")
     if arguments.dry_run and arguments.cluster != "slurm":
         problems.append("--dry-run prints a batch script, which only --cluster slurm has; remove one of them")
-    problems += [
-        f"--sbatch expects NAME=VALUE such as mem=64G, got {o!r}"
-        for o in arguments.sbatch
-        if not re.match(r"[\w-]+=", o)
-    ]
-    try:
-        parse_minutes(arguments.time)
-    except ValueError as error:
-        problems.append(str(error))
+    for check, given in ((sbatch_options, arguments.sbatch), (parse_minutes, arguments.time)):
+        try:
+            check(given)
+        except ValueError as error:
+            problems.append(str(error))
     if problems or config is None:
         raise ValueError("\n".join(problems))
     return TrainingJob(
@@ -274,6 +279,32 @@ def build_job(arguments: argparse.Namespace) -> TrainingJob:
         cpus_per_task=arguments.cpus_per_task,
         grace=grace_of(signal_delay(parse_minutes(arguments.time))),
     )
+
+
+def sbatch_options(given: Sequence[str]) -> dict[str, str | bool]:
+    """Options of --sbatch as submitit takes them: "mem=64G" -> {"mem": "64G"}, "exclusive" -> {"exclusive": True}.
+
+    Raises:
+        ValueError: with all that are no options, or are decided here.
+    """
+    options: dict[str, str | bool] = {}
+    problems = []
+    for text in given:
+        name, separator, value = text.partition("=")
+        name = name.removeprefix("--").replace("_", "-")
+        if re.fullmatch(r"[a-z][a-z0-9-]+", name) is None or (separator and not value):
+            problems.append(f"--sbatch expects NAME=VALUE such as mem=64G, or NAME such as exclusive, got {text!r}")
+        elif name in _OWNED_OPTIONS:
+            instead = _OWNED_OPTIONS[name]
+            problems.append(
+                f"expected --sbatch without {name}, which is decided here, got {text!r}; "
+                + (f"use {instead}" if instead else "remove it")
+            )
+        else:
+            options[name] = value if separator else True
+    if problems:
+        raise ValueError("\n".join(problems))
+    return options
 
 
 def signal_delay(minutes: int) -> int:
@@ -335,7 +366,7 @@ def slurm_executor(arguments: argparse.Namespace, folder: Path, name: str) -> su
         "signal_delay_s": signal_delay(minutes),
         "stderr_to_stdout": True,
         "srun_args": srun_arguments,
-        "additional_parameters": {"requeue": True} | dict(option.split("=", 1) for option in arguments.sbatch),
+        "additional_parameters": {"requeue": True} | sbatch_options(arguments.sbatch),
     }
     executor = Executor(folder, max_num_timeout=_MAX_TIME_LIMITS)
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
@@ -508,7 +539,7 @@ def follow_local(job: Any, folder: Path, num_ranks: int) -> int:
     reader.copy()
     marks = [finished_mark(folder, job.job_id, rank) for rank in range(num_ranks)]
     if all(mark.exists() for mark in marks):
-        return max(int(mark.read_text()) for mark in marks)
+        return max(int(mark.read_text(encoding="utf-8")) for mark in marks)
     return report_mistakes(folder, job.job_id, num_ranks) or 1
 
 
@@ -521,7 +552,9 @@ def report_mistakes(folder: Path, job_id: str, num_ranks: int) -> int:
     logs = [path for rank in range(num_ranks) if (path := log_of(folder, job_id, rank)).exists()]
     messages = []
     for path in logs:
-        found = re.search(r"^error: .*(?:\n  .*)*", path.read_text(errors="replace"), flags=re.MULTILINE)
+        found = re.search(
+            r"^error: .*(?:\n  .*)*", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE
+        )
         if found:
             messages.append(f"{found[0]}\n  (in {path})")
     print("\n".join(messages) or f"the job has failed; see {folder}/{job_id}_*_log.out", file=sys.stderr)
@@ -572,8 +605,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        metavar="NAME=VALUE",
-        help="further options of sbatch: account=vision mem=64G",
+        metavar="NAME[=VALUE]",
+        help="further options of sbatch: account=vision mem=64G exclusive",
     )
 
 
@@ -597,6 +630,8 @@ def _submit(arguments: argparse.Namespace, job: TrainingJob) -> int:
     if arguments.cluster == "debug":
         job.run()
     config = parse_config(job.settings, source=arguments.config)
+    num_ranks = arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node)
+    check_start(config, num_ranks=num_ranks, uses_gpus=job.uses_gpus)
     folder = jobs_directory(config)
     if arguments.cluster == "local":
         return _start_here(arguments, job, folder)
@@ -604,7 +639,6 @@ def _submit(arguments: argparse.Namespace, job: TrainingJob) -> int:
     if arguments.dry_run:
         print(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"), end="")
         return 0
-    num_ranks = arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node)
     (job_id,) = submit_to_slurm(executor, job)
     print(f"job {job_id} of {num_ranks} ranks\n  log:    tail -F {log_of(folder, job_id, 0)}")
     print(f"  state:  squeue --job {job_id}\n  end it: scancel {job_id}", flush=True)
@@ -615,6 +649,17 @@ def _submit(arguments: argparse.Namespace, job: TrainingJob) -> int:
         print(f"error: {hopeless_message(job_id, state)}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_start(config: Config, *, num_ranks: int, uses_gpus: bool) -> None:
+    """Find what the job's start would find, before it waits in a queue.
+
+    Raises:
+        ValueError: as `check_run`.
+    """
+    from dist_proxygml.training.checks import check_run  # torch comes with it: only now, when the settings alone are right
+
+    check_run(config, world_size=num_ranks, device="cuda" if uses_gpus else "cpu")
 
 
 def _start_here(arguments: argparse.Namespace, job: TrainingJob, folder: Path) -> int:

@@ -184,7 +184,9 @@ class StartedJobs:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._path = sweep.folder / "jobs.json"
-        self._jobs: dict[str, dict[str, str]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._jobs: dict[str, dict[str, str]] = (
+            json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        )
         self._queue: Collection[str] | None = None
 
     def add(self, cluster: str, job_ids: dict[str, str]) -> None:
@@ -216,7 +218,7 @@ class StartedJobs:
         if self.is_alive(run.point):
             return Result(run.point, "running", log=self._seen_from_sweep(log))
         mark = submit.finished_mark(folder, job["job"], 0)
-        status = int(mark.read_text() or 1) if mark.exists() else None
+        status = int(mark.read_text(encoding="utf-8") or 1) if mark.exists() else None
         if status == 0:
             directory = self._sweep.folder / run.point.name
             evaluation, trained = last_evaluation(directory), trained_settings(directory)

@@ -121,9 +121,8 @@ def check_counts(index: ShardIndex) -> Iterator[Finding]:
 
 def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
     """No class of the training split is in the other one: retrieval is measured on classes that were never trained."""
-    train_names, other_names = _class_names(train), _class_names(other)
-    shared = sorted(train_names & other_names)
-    if not train_names or not other_names:
+    shared = shared_classes(train, other)
+    if shared is None:
         yield Finding(
             "warning",
             "classes",
@@ -140,6 +139,16 @@ def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "classes", f"{train.split} and {other.split} share none")
+
+
+def shared_classes(train: ShardIndex, other: ShardIndex) -> list[str] | None:
+    """Names of the classes that are in both splits, sorted; None where a split has numbers for names, which say nothing
+    of the other's.
+    """
+    if (train.location, train.split) == (other.location, other.split):
+        return sorted(entry.name for entry in other.classes)
+    train_names, other_names = _class_names(train), _class_names(other)
+    return sorted(train_names & other_names) if train_names and other_names else None
 
 
 def _class_names(index: ShardIndex) -> set[str]:

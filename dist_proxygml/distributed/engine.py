@@ -13,6 +13,7 @@ DeepSpeed would not, or would forget the scale, are refused.
 """
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -60,15 +61,11 @@ class Engine:
         outside: Iterable[nn.Parameter] = (),
     ) -> None:
         _refuse_partitioned_parameters(model, optimizer, outside=outside)
-        _refuse_fp16_on_cpu(settings, context.device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of DeepSpeed's own imports
-            import deepspeed
-
+        refuse_fp16_on_cpu(settings, context.device.type)
+        deepspeed = _import_deepspeed()
         os.environ.setdefault(
             "LOCAL_RANK", str(context.local_rank)
         )  # DeepSpeed insists on it, also when a launcher is not used
-        deepspeed.utils.logger.setLevel(logging.WARNING)
         fault_point("start.engine")
         with _no_first_step(optimizer):
             self._engine, *_ = deepspeed.initialize(
@@ -400,6 +397,12 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
             "deepspeed.fp16 is enabled with deepspeed.zero_optimization.stage 0, where DeepSpeed's gradients come out "
             "too small by the loss scale; use stage 1, 2 or 3, or deepspeed.bf16"
         )
+    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none" and config.deepspeed.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            "expected deepspeed.zero_force_ds_cpu_optimizer false with zero_optimization.offload_optimizer, since the "
+            "section optimizer brings torch's own optimizer, got none; set it to false, or remove offload_optimizer"
+        )
     autocast_dtype = config.deepspeed.get("torch_autocast", {}).get("dtype")
     if _is_enabled(config.deepspeed, "torch_autocast") and autocast_dtype not in _BFLOAT16:
         # float16: stage 0 calls skipped steps applied, 1 to 3 never lower the scale; null is float16 without a scale
@@ -414,6 +417,42 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.micro_batch_size(world_size),
         "gradient_accumulation_steps": config.accumulation,
     }
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Find what DeepSpeed refuses in the result of `engine_settings`, without a process group.
+
+    Raises:
+        ValueError: in one line, whatever DeepSpeed raises.
+    """
+    _import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+
+    # DeepSpeed multiplies by the ranks that are there; those that are meant need not be.
+    own = copy.deepcopy({name: value for name, value in settings.items() if name != "train_batch_size"})
+    try:
+        dtype = DeepSpeedConfig(own).grad_accum_dtype
+        if dtype is not None:  # which is looked at when the engine is there
+            DtypeEnum(dtype)
+    except Exception as error:  # of many types, for a value of a wrong one above all
+        lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
+        raise ValueError(
+            f"expected a section deepspeed that DeepSpeed takes, got: {' '.join(lines)} ({type(error).__name__}); "
+            "change or remove that setting"
+        ) from None
+
+
+def _import_deepspeed() -> Any:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what DeepSpeed's imports say of a machine without GPUs
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+    finally:
+        logging.disable(before)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
 
 
 @contextlib.contextmanager
@@ -448,8 +487,9 @@ def _is_enabled(settings: Mapping[str, Any], section: str) -> bool:
     return bool(settings.get(section, {}).get("enabled", False))
 
 
-def _refuse_fp16_on_cpu(settings: Mapping[str, Any], device: torch.device) -> None:
-    if _is_enabled(settings, "fp16") and device.type == "cpu":
+def refuse_fp16_on_cpu(settings: Mapping[str, Any], device: str) -> None:
+    """Raise the same error on every rank where fp16 is on and `device` is "cpu"."""
+    if _is_enabled(settings, "fp16") and device == "cpu":
         raise AgreedError(
             "deepspeed.fp16 is enabled, which needs a GPU, but this run is on CPUs; use deepspeed.bf16, or neither"
         )

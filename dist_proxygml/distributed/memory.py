@@ -27,7 +27,7 @@ def peak_memory() -> int:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -46,7 +46,7 @@ def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Pat
     """What each control group around this process still allows; nothing where there are none or they set no limit."""
     left = []
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     for line in lines:
@@ -56,9 +56,11 @@ def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Pat
         folder = root / path.lstrip("/")
         for group in (folder, *folder.parents):
             try:
-                limit = (group / "memory.max").read_text().strip()
-                used = int((group / "memory.current").read_text())
-                statistics = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+                used = int((group / "memory.current").read_text(encoding="utf-8"))
+                statistics = dict(
+                    entry.split() for entry in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+                )
             except OSError:
                 continue
             if limit != "max":

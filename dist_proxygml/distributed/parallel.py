@@ -96,7 +96,17 @@ def join_world(*, start_timeout: float = 300.0) -> ParallelContext:
     timeout = timedelta(seconds=start_timeout)
     _wait_at_most(timeout)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ.get("MASTER_PORT", "29500")
+            raise OneRankError(
+                f"expected port {port} of {os.environ.get('MASTER_ADDR')} to be free, where the ranks meet, got one "
+                "that another program, such as another run, holds; wait for its end, or take another port, by "
+                "--master_port of deepspeed or torchrun, else by the environment's MASTER_PORT"
+            ) from None
     else:  # no launcher: a world of one needs no address, and so cannot find its port taken
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     return ParallelContext(rank, world_size, local_rank, device, dist.group.WORLD)
@@ -217,7 +227,11 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line of a launcher; what is wrong with it, or its help, is printed by rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         return parser.parse_args()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(nowhere),
+    ):
         return parser.parse_args()
 
 

@@ -87,7 +87,7 @@ class Watchdog:
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr)
         try:
-            with self._report.open("w") as file:
+            with self._report.open("w", encoding="utf-8") as file:
                 file.write(message)
                 file.flush()
                 faulthandler.dump_traceback(file)

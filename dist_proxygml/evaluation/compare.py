@@ -58,7 +58,7 @@ def open_result(path: Path) -> NamedResult:
         step, result = list(evaluations.items())[-1]
         return NamedResult(f"{path}, step {step}", result)
     try:
-        return NamedResult(str(path), EvaluationResult.from_json(path.read_text()))
+        return NamedResult(str(path), EvaluationResult.from_json(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(
             f"expected the folder of a run or the file of an evaluation at {path}: {error.strerror}; correct the path"

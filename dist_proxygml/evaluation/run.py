@@ -154,6 +154,6 @@ def what_numbers_depend_on(config: Config) -> dict[str, Any]:
     of_data |= {"damaged_images", "max_damaged"}
     wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
     settings = config.model_dump(mode="json", include=wanted)
-    for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels"):
+    for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
     return dict(settings)

@@ -368,11 +368,19 @@ def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | Non
             raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
         topk = min(num_kept_proxies(num_classes, proxies_per_class, ratio), num_classes * proxies_per_class)
     num_proxies = num_classes * proxies_per_class
+    if num_classes == 1:
+        raise ValueError(
+            "expected at least two classes, got 1: without another class there is nothing to tell an image's own from, "
+            "and every loss and gradient is 0; add classes"
+        )
     if not proxies_per_class < topk <= num_proxies:
+        remedy = f"lower topk to at most {num_proxies}"
+        if topk <= proxies_per_class:
+            remedy = "raise the ratio" if ratio is not None else f"raise topk to at least {proxies_per_class + 1}"
         raise ValueError(
             f"expected more than proxies_per_class = {proxies_per_class} and at most {num_proxies} kept proxies per "
             f"image, got k = {topk}: an image always keeps its own {proxies_per_class} proxies, and without a negative "
-            "every loss and gradient is 0; raise the ratio"
+            f"every loss and gradient is 0; {remedy}"
         )
     if topk <= 2 * proxies_per_class:
         warnings.warn(

@@ -133,7 +133,7 @@ class EmbeddingWriter:
             (self._partial / ROWS_FILE).write_bytes(_header(0, embedding_dim))
             (self._partial / IDS_FILE).touch()
             (self._partial / _JOURNAL_FILE).touch()
-            (self._partial / _PLAN_FILE).write_text(text)
+            (self._partial / _PLAN_FILE).write_text(text, encoding="utf-8")
         self._rows: IO[bytes] = open(self._partial / ROWS_FILE, "ab")
         self._ids: IO[bytes] = open(self._partial / IDS_FILE, "ab")
         self._journal: IO[bytes] = open(self._partial / _JOURNAL_FILE, "ab")
@@ -194,7 +194,7 @@ class EmbeddingWriter:
         """Whether an interrupted folder of the same plan is there; it is cut after its last whole batch."""
         rows, ids, journal = (self._partial / name for name in (ROWS_FILE, IDS_FILE, _JOURNAL_FILE))
         try:
-            if (self._partial / _PLAN_FILE).read_text() != plan:
+            if (self._partial / _PLAN_FILE).read_text(encoding="utf-8") != plan:
                 return False
             header, num_bytes = len(_header(0, self._dim)), (rows.stat().st_size, ids.stat().st_size)
             whole, ids_end = [], 0

@@ -142,7 +142,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         _protocol(run),
     ]
     links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
-    style = resources.files("dist_proxygml.reporting").joinpath("report.css").read_text()
+    style = resources.files("dist_proxygml.reporting").joinpath("report.css").read_text(encoding="utf-8")
     page = "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -401,7 +401,7 @@ def _attribution(root: Path) -> str:
     path = root / "ATTRIBUTION.md"
     if not path.is_file():
         return ""
-    text = _quoted(path.read_text())
+    text = _quoted(path.read_text(encoding="utf-8"))
     return f"<details><summary>The makers of these images</summary><pre>{text}</pre></details>"
 
 

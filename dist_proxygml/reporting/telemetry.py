@@ -47,7 +47,7 @@ class Telemetry:
         if enabled:
             path = run_directory / METRICS_FILE
             self.problems = mend_log(path, {"step": int}, keep=lambda line: line["step"] <= start_step)
-            self._lines = path.open("a", buffering=1)
+            self._lines = path.open("a", buffering=1, encoding="utf-8")
             _order_by_name(run_directory / BOARD_FOLDER)
             self._board = SummaryWriter(
                 str(run_directory / BOARD_FOLDER), purge_step=start_step + 1 if start_step else None

@@ -24,7 +24,7 @@ class RunLock:
         path = run_directory.with_name(f".{run_directory.name}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = path.open("a+")
+            self._file: TextIO = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise ValueError(
                 f"expected to write into {path.parent.resolve()}: {in_words(error, path.parent)}; set runs_dir to "

@@ -14,6 +14,7 @@ from dist_proxygml.checkpoint.writer import (
     Retention,
 )
 from dist_proxygml.config import Config, flattened
+from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.damage import DAMAGE_FILE
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache
@@ -30,16 +31,16 @@ from dist_proxygml.distributed.parallel import (
 )
 from dist_proxygml.distributed.preemption import StopSignals
 from dist_proxygml.distributed.watchdog import Watchdog
-from dist_proxygml.evaluation.evaluator import Settings, check_split
 from dist_proxygml.evaluation.run import build_damage_log, open_gallery
-from dist_proxygml.plan import HeadPlan, check_fits, plan_head
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
 from dist_proxygml.storage.lock import RunLock
 from dist_proxygml.training.board import Board
+from dist_proxygml.training.checks import check_run
 from dist_proxygml.training.class_means import start_from_class_means
-from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
+from dist_proxygml.training.data import TrainingData
 from dist_proxygml.training.evaluate import EvaluatedSplit
+from dist_proxygml.training.head_plan import HeadPlan, check_fits
 from dist_proxygml.training.loop import Loop, continue_at, load_state
 from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
 from dist_proxygml.training.run_folder import comparable_settings, lock_run, prepare_run_directory, where_to_continue
@@ -68,17 +69,16 @@ def train(
         StopRequested: on every rank: a rank was told to stop; what was trained is saved.
     """
     signals = signals or StopSignals()
-    config = run_long(context, count_classes, config)
     # 1. Refuse what cannot work before anything is built.
-    if config.proxies.fused and context.device.type != "cuda":
-        raise AgreedError(
-            f"expected an NVIDIA GPU with proxies.fused, got a device of type {context.device.type}; set it to false"
-        )
+    config, plan, _, data, test_index = run_long(
+        context,
+        lambda: check_run(config, world_size=context.world_size, device=context.device.type, is_start=True),
+    )
+    assert data is not None
+    assert test_index is not None
     run_directory = config.run_directory
     checkpoints = run_directory / "checkpoints"
-    plan = run_together(context, lambda: plan_head(config, world_size=context.world_size, device=context.device.type))
     _check_memory(config, plan, context)
-    data, test_index = run_long(context, _open_data, config)
     _check_same_data(data, test_index, context)
     locks: list[RunLock] = []
     run_together(context, lock_run, context, run_directory, locks)
@@ -181,22 +181,6 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
 
 
-def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
-    """What to train and what to evaluate on."""
-    data = open_training_data(config)
-    test_index = open_split(config, config.data.test_split)
-    for index, name in _splits_to_evaluate(data, test_index):
-        is_test = index is test_index
-        settings = Settings(
-            tuple(config.evaluation.recall_at), protocol=config.evaluation.protocol if is_test else "custom"
-        )
-        try:
-            check_split(index, open_gallery(config, index), settings)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return data, test_index
-
-
 def _splits_to_evaluate(data: TrainingData, test_index: ShardIndex) -> list[tuple[ShardIndex, str]]:
     """Indices and names; the test split last."""
     return [(index, index.split) for index in (data.validation, test_index) if index is not None]
@@ -243,9 +227,10 @@ def _greeting(
         start = f"continuing {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
+    kind = "" if data.index is None else "seen " if shared_classes(data.index, test_index) else "unseen "
     return (
         f"{config.name}: {data} to train on, "
-        f"{test_index.num_samples:,} of {test_index.num_classes:,} unseen classes to evaluate on"
+        f"{test_index.num_samples:,} of {test_index.num_classes:,} {kind}classes to evaluate on"
         f"{'' if validation is None else f', {validation.num_samples:,} of the validation classes to choose by'}; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )

@@ -27,6 +27,7 @@ from dist_proxygml.data.index import INDEX_FILE
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.distributed.memory import format_bytes
 from dist_proxygml.training.data import TrainingData, open_split, open_training_data
+from dist_proxygml.training.head_plan import HeadPlan
 
 _MOMENTS = 8  # bytes of Adam's two moments of a number
 
@@ -204,3 +205,18 @@ def _counts(config: Config) -> tuple[str, int | None, int | None]:
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest around it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def describe_plans(config: Config, plan: HeadPlan) -> str:
+    """The tables of the head and of the rest of the run.
+
+    Raises:
+        ValueError: the shards are there but unusable, or the backbone cannot be built.
+    """
+    return f"{plan}\n{plan_rest(config, plan)}"
+
+
+def plan_rest(config: Config, plan: HeadPlan) -> RunPlan:
+    """All but the head: as `plan_run`, for the bank of a head's plan."""
+    whole_bank = plan.num_proxies * (plan.bank_bytes + plan.optimizer_bytes) // plan.num_own_proxies
+    return plan_run(config, world_size=plan.world_size, bank_bytes=whole_bank)

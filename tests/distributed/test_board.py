@@ -41,7 +41,7 @@ def configure(root: Path) -> Config:
         },
         proxies={"per_class": 2, "topk": 4},
         training={"epochs": 2, "batch_size": 6},
-        evaluation={"kmeans_seeds": 0, "recall_at": [1, 2]},
+        evaluation={"kmeans_seeds": 0, "recall_at": [1, 2], "allow_seen_classes": True},
         checkpoint={"every_steps": 2},
         telemetry={"progress_bar": False, "log_every_steps": 1, "projector": 12},
     )

@@ -140,7 +140,13 @@ def configuration(root: Path, **changes: Any) -> Config:
         "proxies": {"per_class": 2, "topk": 5, "initialization": "class_mean"},
         "optimizer": {"backbone_lr": 1e-3, "proxies_lr": 0.05, "proxies_name": "rowwise_adagrad"},
         "training": {"epochs": 1, "batch_size": 6, "max_steps": 1},
-        "evaluation": {"batch_size": 2, "recall_at": [1], "kmeans_seeds": 0, "at_start": False},
+        "evaluation": {
+            "batch_size": 2,
+            "recall_at": [1],
+            "kmeans_seeds": 0,
+            "at_start": False,
+            "allow_seen_classes": True,
+        },
         "telemetry": {"progress_bar": False},
     }
     return parse_config(raw | changes, source="the test")

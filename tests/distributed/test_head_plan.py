@@ -11,7 +11,7 @@ from dist_proxygml.config import load_config
 from dist_proxygml.distributed.collectives import count_bytes
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.head.loss import ProxyGMLLoss
-from dist_proxygml.plan import plan_head
+from dist_proxygml.training.head_plan import plan_head
 from tests.harness import run_ranks
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo_cpu.json"

@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -159,6 +160,20 @@ def test_a_launcher_leaves_with_a_sure_status_before_the_interpreter_ends(
     assert done.stdout == "last words exit handlers ran\n"
     assert done.stderr.endswith(message)
     assert ("Traceback" in done.stderr) == (status == 1)
+
+
+def test_a_port_that_another_program_holds_is_refused_with_the_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            parallel.OneRankError, match=rf"port {port} of 127\.0\.0\.1 to be free.*--master_port of deepspeed"
+        ):
+            parallel.join_world()
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])

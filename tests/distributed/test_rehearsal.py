@@ -11,7 +11,7 @@ import pytest
 from dist_proxygml.checkpoint.writer import Retention, RunState, save_checkpoint
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import ParallelContext
-from dist_proxygml.plan import plan_head
+from dist_proxygml.training.head_plan import plan_head
 from dist_proxygml.training.rehearsal import Rehearsal, format_seconds, rehearse
 from dist_proxygml.training.run_plan import plan_run
 from dist_proxygml.training.step import build_train_state, train_step

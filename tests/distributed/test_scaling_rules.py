@@ -159,7 +159,7 @@ def fp16_on_rank(context: ParallelContext, zero_stages: list[int], loss_scales: 
     from dist_proxygml.training.step import build_train_state, train_step
 
     get_accelerator().is_fp16_supported = lambda: True
-    engine._refuse_fp16_on_cpu = lambda settings, device: None
+    engine.refuse_fp16_on_cpu = lambda settings, device: None
 
     def run(zero_stage: int, loss_scale: float) -> Fp16Run:
         config = linear_configuration(

@@ -351,7 +351,7 @@ def start_and_start_again(context: ParallelContext, root: Path) -> list[dict[str
             backbone={"name": "small_cnn", "embedding_dim": 4, "batch_norm": "frozen", "options": {"width": 4}},
             optimizer={"backbone_lr": 1e-30, "proxies_lr": 1e-30},
             training={"epochs": epochs, "batch_size": 6},
-            evaluation={"at_start": False, "every_epochs": 0, "kmeans_seeds": 0},
+            evaluation={"at_start": False, "every_epochs": 0, "kmeans_seeds": 0, "allow_seen_classes": True},
             telemetry={"progress_bar": False},
             **changes,
         )

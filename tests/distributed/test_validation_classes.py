@@ -44,7 +44,7 @@ def configuration(root: Path, *, data: dict[str, Any] | None = None, epochs: int
         "proxies": {"per_class": 2, "topk": 5, "initialization": "class_mean"},
         "optimizer": {"backbone_lr": 1e-3, "proxies_lr": 0.05},
         "training": {"epochs": epochs, "batch_size": 6},
-        "evaluation": {"batch_size": 2, "recall_at": [1, 2], "kmeans_seeds": 0},
+        "evaluation": {"batch_size": 2, "recall_at": [1, 2], "kmeans_seeds": 0, "allow_seen_classes": True},
         "checkpoint": {"keep_best": "map@r", "keep_last": 1},
         "telemetry": {"progress_bar": False, "log_every_steps": 1},
     }
@@ -76,6 +76,7 @@ def train_all(context: ParallelContext, root: Path) -> dict[str, list[tuple[int,
     loop.train_step = recorded
     trained = {}
     quick = {"at_start": False, "every_epochs": 0, "recall_at": [1], "kmeans_seeds": 0, "batch_size": 2}
+    quick["allow_seen_classes"] = True
     start = {"init_from": str(root / "runs" / "held-out")}
     for what, config in {
         "two epochs": configuration(root),

@@ -200,6 +200,20 @@ def test_maths_never_sees_the_configuration() -> None:
     assert seeing == set()
 
 
+def test_text_files_are_opened_with_their_encoding() -> None:
+    """That of the locale may be ASCII."""
+    nameless = []
+    for module, tree in TREES.items():
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            mode = next((a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)), "")
+            is_text = name in ("read_text", "write_text") or (name == "open" and re.fullmatch(r"[rwax]\+?t?", mode))
+            is_named = "encoding" in {keyword.arg for keyword in node.keywords} or (name == "read_text" and node.args)
+            if is_text and not is_named:
+                nameless.append(f"{SOURCES[module].relative_to(ROOT)}:{node.lineno}")
+    assert nameless == []
+
+
 def test_modules_state_things_and_do_nothing() -> None:
     """At the top level: definitions, constants, imports; a bare call there would be an action."""
     states = (

@@ -176,7 +176,10 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         ({"data__num_classes": "10"}, "data.num_classes: input should be a valid integer"),
         ({"training__epochs": True}, "training.epochs: input should be a valid integer"),
         ({"deepspeed__train_batch_size": 48}, "training.batch_size is 24 but deepspeed.train_batch_size is 48"),
-        ({"deepspeed__gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be an integer of at least 1"),
+        (
+            {"deepspeed__gradient_accumulation_steps": 0},
+            "gradient_accumulation_steps to be a whole number of at least 1",
+        ),
         ({"name": "../elsewhere"}, "name: string should match pattern"),
         ({"optimizer__backbone_lr": float("nan")}, "optimizer.backbone_lr"),
         ({"data__mode": "stream"}, 'got mode "stream" without it'),
@@ -235,8 +238,74 @@ def test_a_file_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> None
     (tmp_path / "real.json").write_text("{]")
     with pytest.raises(ValueError, match=r"found no such file; there are: .*real\.json"):
         load_config(tmp_path / "reel.json")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="expected valid JSON"):
         load_config(tmp_path / "real.json")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"), [("utf-16", "UTF-16"), ("latin-1", "another encoding"), ("utf-8-sig", None)]
+)
+def test_a_file_is_read_in_utf_8_with_or_without_a_mark_and_another_encoding_is_named(
+    tmp_path: Path, encoding: str, named: str | None
+) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(changed(runs_dir="café"), ensure_ascii=False), encoding=encoding)
+    if named is None:
+        assert load_config(path).runs_dir == "café"
+    else:
+        with pytest.raises(ValueError, match=rf"odd\.json in UTF-8, got {named} .*; save it as UTF-8$"):
+            load_config(path)
+
+
+def test_what_a_plain_ascii_locale_cannot_say_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(changed(runs_dir="café")))
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(ValueError, match="got ascii; set LC_ALL"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 10**22),
+        ("seed", 10**400),
+        ("training__batch_size", 2**63),
+        ("deepspeed__gradient_clipping", float("nan")),
+        ("backbone__options", {"width": [float("inf")]}),
+    ],
+)
+def test_a_number_that_64_bits_do_not_hold_is_refused_by_its_key(key: str, value: Any) -> None:
+    message = message_of(changed(**{key: value}))
+    assert key.replace("__", ".") in message
+    assert "expected a finite number of at most 2^62" in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"gradient_clipping": "auto"}, 'a value for deepspeed.gradient_clipping, got "auto"'),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            'deepspeed.zero_optimization.reduce_bucket_size, got "a',
+        ),
+        ({"gradient_clipping": -1}, "deepspeed.gradient_clipping to be a number of at least 0, got -1"),
+        ({"bf16": True}, 'deepspeed.bf16 to be an object such as {"enabled": true}, got True'),
+        ({"fp16": {"enabled": 1}}, "deepspeed.fp16.enabled to be true or false, got 1"),
+        ({"zero_optimization": True}, "deepspeed.zero_optimization to be an object, got True"),
+        ({"zero_optimization": {"stage": 4}}, "deepspeed.zero_optimization.stage 0, 1, 2 or 3, got 4"),
+        ({"prescale_gradients": "yes"}, "deepspeed.prescale_gradients to be true or false, got 'yes'"),
+    ],
+)
+def test_a_value_that_deepspeed_would_stumble_over_is_refused(section: dict[str, Any], expected: str) -> None:
+    assert expected in message_of(changed(deepspeed=section))
+
+
+def test_no_number_of_ranks_is_proposed_where_none_divides() -> None:
+    config = parse_config(changed(training__batch_size=64, deepspeed__gradient_accumulation_steps=3), source="a test")
+    with pytest.raises(ValueError, match=r"multiple of 3, or another deepspeed\.gradient_accumulation_steps$"):
+        config.micro_batch_size(1)
 
 
 def test_the_batch_divides_over_ranks_and_micro_batches() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.plan import check_fits, format_bytes, main, plan_head
+from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.plan import format_bytes, main
+from dist_proxygml.training.checks import check_run
 from dist_proxygml.training.data import count_classes
+from dist_proxygml.training.head_plan import check_fits, plan_head
+from dist_proxygml.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,6 +152,64 @@ def test_the_command_explains_a_mistake(
     assert capsys.readouterr().err.startswith("error: expected")
 
 
+CONTRADICTIONS = [
+    ("data.test_split=train", r"got 549 of 549 that are in 'train' too, such as '1st-place-medal'.*allow_seen_classes"),
+    ('deepspeed={"zero_optimization": {"stag": 2}}', "that DeepSpeed takes, got: .*stag"),
+    ('deepspeed={"data_types": {"grad_accum_dtype": "x"}}', "that DeepSpeed takes, got: 'x'"),
+    ('deepspeed={"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}', "cpu_optimizer false"),
+    (
+        'backbone={"name": "timm/vit_tiny_patch16_224"}',
+        r"by data\.train_transform\.size.*set backbone\.options\.img_size to 32",
+    ),
+    ('backbone={"name": "torchvision/vit_b_16"}', r"set backbone\.options\.image_size to 32"),
+    ('backbone.options={"width": 1000000000}', "a section backbone that can be built, got RuntimeError"),
+    ('data.test_transform={"name": "center_crop", "resize": 1, "size": 8}', r"a section data\.test_transform that can"),
+    ("data.train_transform.size=9999", "less than or equal to 4096"),
+    ("data.num_workers=2", "expected num_workers 0 with cache_images"),
+    ("optimizer.betas=[0.9,1.0]", r"optimizer\.betas\.1: input should be less than 1"),
+    ("evaluation.recall_at=[]", "at least 1 item"),
+    ("evaluation.protocol=[1]", "evaluation.protocol: input should be"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CONTRADICTIONS)
+def test_what_only_building_reveals_is_found_before_the_folder_of_an_earlier_run_is_touched(
+    tmp_path: Path, change: str, message: str
+) -> None:
+    (tmp_path / "demo_cpu").mkdir()
+    shards = f"data.shards={ROOT / 'shards' / 'demo'}"
+    with pytest.raises(ValueError, match=message) as refused:
+        train(demo(f"runs_dir={tmp_path}", shards, change), single_process(), resume="never")
+    assert len(str(refused.value).splitlines()) <= 2  # a configuration says its file first
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["demo_cpu"]
+
+
+def test_asking_finds_what_the_start_would_find(capsys: pytest.CaptureFixture[str]) -> None:
+    for change, message in CONTRADICTIONS[:3]:
+        with pytest.raises(ValueError, match=message):
+            check_run(demo(f"data.shards={ROOT / 'shards' / 'demo'}", change), world_size=8)
+        given = [f"data.shards={ROOT / 'shards' / 'demo'}", change]
+        assert main(["--config", str(ROOT / "configs" / "demo_cpu.json"), "--set", *given]) == 2
+        assert re.match(f"error: .*{message}", capsys.readouterr().err)
+
+
+def test_an_epoch_without_a_step_is_refused() -> None:
+    change = ["training.batch_size=4096", "data.drop_last=true", f"data.shards={ROOT / 'shards' / 'demo'}"]
+    with pytest.raises(ValueError, match=r"drop_last|step"):
+        check_run(demo(*change), world_size=1)
+
+
+def test_classes_that_are_trained_are_evaluated_on_where_that_is_wanted() -> None:
+    change = ["data.test_split=train", "evaluation.allow_seen_classes=true"]
+    checked = check_run(demo(f"data.shards={ROOT / 'shards' / 'demo'}", *change), world_size=2)
+    assert checked.test_index is not None
+    assert checked.test_index.num_classes == 549
+
+
+def demo(*overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "demo_cpu.json", overrides)
+
+
 def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     config = ["--config", str(ROOT / "configs" / "sop_8gpu.json"), "--ranks", "8", "--device", "cpu"]
     assert main([*config, "--memory", "1 GiB"]) == 0
@@ -166,7 +229,7 @@ from dist_proxygml.config import parse_config
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.distributed.memory import peak_memory
 from dist_proxygml.training.optim import build_bank_optimizer, wants_sparse_gradient
-from dist_proxygml.plan import plan_head
+from dist_proxygml.training.head_plan import plan_head
 
 def train(config):
     proxies, dim = config.proxies, config.backbone.embedding_dim

@@ -147,11 +147,19 @@ def test_k_comes_from_the_global_numbers_rounded_up_in_the_published_order(
     assert loss.topk == expected
 
 
-@pytest.mark.parametrize("topk", [1, 3, 19])
-def test_k_of_at_most_n_or_beyond_all_proxies_is_refused_with_the_numbers(topk: int) -> None:
-    with pytest.raises(ValueError, match=rf"3 .*at most 18 .*k = {topk}") as raised:
+@pytest.mark.parametrize(
+    ("topk", "remedy"), [(1, "raise topk to at least 4"), (3, "raise"), (19, "lower topk to at m")]
+)
+def test_k_of_at_most_n_or_beyond_all_proxies_is_refused_with_the_numbers_and_the_right_way(
+    topk: int, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"3 .*at most 18 .*k = {topk}.*; {remedy}"):
         ProxyGMLLoss(6, 4, proxies_per_class=3, topk=topk)
-    assert "ratio" in str(raised.value)  # the remedy
+
+
+def test_one_class_has_nothing_to_be_told_from() -> None:
+    with pytest.raises(ValueError, match="expected at least two classes, got 1"):
+        ProxyGMLLoss(1, 4, ratio=0.5)
 
 
 def test_a_ratio_that_keeps_no_negative_is_refused() -> None:

@@ -116,10 +116,11 @@ def test_the_batch_script_has_a_task_for_each_gpu_and_all_that_was_asked_for(
         "--time",
         "1-12",
     ]
-    arguments += ["--constraint", "a100&nvlink", "--sbatch", "mem=64G", "account=vision"]
+    arguments += ["--constraint", "a100&nvlink", "--sbatch", "mem=64G", "account=vision", "exclusive"]
     options, command = dry_run(capsys, *arguments, "--set", f"runs_dir={tmp_path / 'runs'}", "name=wide")
     assert {"--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=6"} <= options
     assert {"--partition=long", "--time=2160", "--constraint='a100&nvlink'", "--mem=64G", "--account=vision"} <= options
+    assert "--exclusive" in options
     assert {"--requeue", "--signal=USR2@120", "--open-mode=append", "--job-name=wide"} <= options
     jobs = tmp_path / "runs" / "wide.jobs"
     assert f"--output={jobs}/%j_0_log.out" in options
@@ -143,7 +144,7 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_submitted(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = ["--config", CONFIG, "--nodes", "3", "--gpus-per-node", "1", "--cpus-per-task", "0", "--time", "soon"]
-    arguments += ["--sbatch", "mem", "--resume", "nowhere/step-7", "--set", f"runs_dir={tmp_path / 'runs'}"]
+    arguments += ["--sbatch", "=64G", "--resume", "nowhere/step-7", "--set", f"runs_dir={tmp_path / 'runs'}"]
     assert submit.run([*arguments, "training.epochs=many", "proxies.rato=0.1"]) == 2
     errors = capsys.readouterr().err
     assert errors.count("error: ") == 1
@@ -172,6 +173,13 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_submitted(
         (["--cluster", "debug", "--tasks-per-node", "2"], "use --cluster local for several"),
         (["--cluster", "local", "--tasks-per-node", "2", "--dry-run"], "only --cluster slurm has"),
         (["--tasks-per-node", "1", "--time", "0"], "at least one minute"),
+        (["--tasks-per-node", "1", "--sbatch", "exclusive="], "or NAME such as exclusive, got 'exclusive='"),
+        (
+            ["--tasks-per-node", "1", "--sbatch", "nodes=4"],
+            "without nodes, which is decided here, got 'nodes=4'; use --no",
+        ),
+        (["--tasks-per-node", "1", "--sbatch", "ntasks_per_node=4"], "use --gpus-per-node or --tasks-per-node"),
+        (["--tasks-per-node", "1", "--sbatch", "signal=USR1@10"], "got 'signal=USR1@10'; remove it"),
     ],
 )
 def test_a_mistake_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,14 +214,14 @@ def test_time_limits_are_read_as_slurm_writes_them(limit: str, minutes: int) -> 
     assert submit.parse_minutes(limit) == minutes
 
 
-def test_a_login_node_needs_no_torch() -> None:
+def test_a_mistake_is_told_before_torch_is_there() -> None:
     program = """
 import runpy, sys
-sys.argv = ["launchers/submit.py", "--config", "configs/demo_cpu.json", "--gpus-per-node", "8", "--dry-run"]
+sys.argv = ["launchers/submit.py", "--config", "configs/demo_cpu.json", "--gpus-per-node", "7", "--dry-run"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as ending:
-    assert ending.code == 0
+    assert ending.code == 2
 assert not {"torch", "deepspeed", "faiss", "webdataset"} & sys.modules.keys()
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -227,7 +235,19 @@ assert not {"torch", "deepspeed", "faiss", "webdataset"} & sys.modules.keys()
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "--ntasks-per-node=8" in done.stdout
+    assert "does not divide over 7 ranks" in done.stderr
+
+
+@pytest.mark.parametrize("change", ["data.test_split=train", 'deepspeed={"zero_optimization": {"stag": 2}}'])
+def test_what_the_start_would_refuse_never_waits_in_a_queue(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, change: str
+) -> None:
+    given = ["--config", CONFIG, "--tasks-per-node", "2", "--set", f"runs_dir={tmp_path}", change]
+    given.append(f"data.shards={ROOT / 'shards' / 'demo'}")
+    for how in (["--dry-run"], [], ["--cluster", "local"]):
+        assert submit.run([*given, *how]) == 2
+        assert capsys.readouterr().err.startswith("error: expected")
+    assert not any(tmp_path.iterdir())
 
 
 # ---- the job ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""Refuse what cannot work before anything is written or moved: for train, its --dry-run, plan and submit alike."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dist_proxygml.backbones.build import build_backbone, check_images
+from dist_proxygml.config import Config
+from dist_proxygml.data.audit import shared_classes
+from dist_proxygml.data.index import ShardIndex
+from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.distributed.engine import check_settings, engine_settings, refuse_fp16_on_cpu
+from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.evaluation.evaluator import Settings, check_split
+from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
+from dist_proxygml.training.head_plan import HeadPlan, plan_head
+from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer
+from dist_proxygml.training.run_plan import has_index
+from dist_proxygml.training.transfer import open_transfer
+
+
+class CheckedRun(NamedTuple):
+    """What a run starts with, as far as can be told without starting it."""
+
+    config: Config
+    """With the number of classes."""
+    plan: HeadPlan
+    engine_settings: dict[str, Any]
+    data: TrainingData | None
+    """None: there are no shards to look at."""
+    test_index: ShardIndex | None
+
+
+def check_run(
+    config: Config,
+    *,
+    world_size: int,
+    device: str | None = None,
+    is_start: bool = False,
+    is_what_if: bool = False,
+) -> CheckedRun:
+    """Build, small or for shapes only, whatever a run is built of, so that what does not go together is found before
+    anything is written or waits in a queue. Uses no collectives, and leaves random generators as they were.
+
+    Args:
+        config: the run.
+        world_size: ranks that it is meant for.
+        device: type of their devices, "cpu" or "cuda"; None where that is not known.
+        is_start: the run is about to start: its shards must be there, and weights are loaded by whoever builds it. Else
+            those are looked at that this machine sees.
+        is_what_if: shards with another number of classes are not looked at either.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    # 1. Settings among each other.
+    config = count_classes(config)
+    if config.proxies.fused and device == "cpu":
+        raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")
+    settings = engine_settings(config, world_size)
+    check_settings(settings)
+    if device is not None:
+        refuse_fp16_on_cpu(settings, device)
+    plan = plan_head(config, world_size=world_size, device=device or "cpu")
+
+    # 2. Images.
+    data, test_index = None, None
+    if is_start or has_index(config):
+        is_other = is_what_if and config.data.stream is None
+        if not is_other or open_split(config, config.data.train_split).num_classes == config.num_classes:
+            data, test_index = _open_data(config)
+            data.loader(replace(single_process(), world_size=world_size), epoch=0, start=0)
+            if data.count_steps() == 0:
+                raise ValueError(
+                    f"expected at least one step an epoch, got {data.epoch_size:,} images for a training.batch_size of "
+                    f"{config.training.batch_size} with data.drop_last; lower it, or set drop_last to false"
+                )
+    image = torch.zeros(3, 97, 80, dtype=torch.uint8)
+    for name in ("train_transform", "test_transform"):
+        with _refused(f"data.{name}"):
+            build_transform(getattr(config.data, name))([image], [np.random.default_rng(0)])
+
+    # 3. Network and optimizers.
+    weights, init_from = config.backbone.pretrained, config.checkpoint.init_from
+    with torch.random.fork_rng(devices=[]), _refused("backbone"):
+        model = build_backbone(
+            config.backbone, load_pretrained=not is_start and weights is not None and Path(weights).is_file()
+        )
+    batch_size = config.micro_batch_size(world_size) * world_size  # of all ranks, as BatchNorm sees it
+    check_images(
+        model, config.backbone, batch_size, size=config.data.train_transform.size, setting="data.train_transform.size"
+    )
+    check_images(
+        model.eval(), config.backbone, 1, size=config.data.test_transform.size, setting="data.test_transform.size"
+    )
+    trunk, embedding = model.parameter_groups()
+    with _refused("optimizer"):
+        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
+        build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
+    is_new = not is_start and not (config.run_directory / "checkpoints").exists()
+    if data is not None and is_new and init_from is not None and Path(init_from).exists():
+        open_transfer(config, data.index, single_process())
+    return CheckedRun(config, plan, settings, data, test_index)
+
+
+@contextlib.contextmanager
+def _refused(section: str) -> Iterator[None]:
+    """Say which section it was that a library raised an error of its own for."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"expected a section {section} that can be built, got {type(error).__name__}: {reason}; change its settings"
+        ) from error
+
+
+def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
+    """What to train and what to evaluate on."""
+    data = open_training_data(config)
+    test_index = open_split(config, config.data.test_split)
+    shared = None if data.index is None else shared_classes(data.index, test_index)
+    if shared and not config.evaluation.allow_seen_classes:
+        raise ValueError(
+            f"expected classes in data.test_split {test_index.split!r} that are not trained, got {len(shared):,} of "
+            f"{test_index.num_classes:,} that are in {data.index.split!r} too, such as "  # type: ignore[union-attr]
+            f"{', '.join(map(repr, shared[:3]))}; build shards with splits by class, or set "
+            "evaluation.allow_seen_classes to true"
+        )
+    for index in (data.validation, test_index):
+        if index is None:
+            continue
+        is_test = index is test_index
+        settings = Settings(
+            tuple(config.evaluation.recall_at), protocol=config.evaluation.protocol if is_test else "custom"
+        )
+        gallery = config.evaluation.gallery_split if is_test else None
+        try:
+            check_split(index, None if gallery is None else index.open_sibling(gallery), settings)
+        except ValueError as error:
+            raise ValueError(f"{index.split}: {error}") from None
+    return data, test_index

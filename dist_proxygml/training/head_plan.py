@@ -1,0 +1,248 @@
+"""What the head of a run will need, before anything is allocated: bytes per rank, bytes and messages per step.
+
+The head is the proxy bank, its gradient and optimizer state, and the working memory of one micro-batch; the backbone is
+DeepSpeed's. Training plans too, prints the table and refuses at once what does not fit, with what would. Integers and
+the configuration only: nothing here touches a process group.
+
+The working memory is a model of head/selection.py and head/similarity.py, held to 10 % of what is measured by a test.
+Of a sparse gradient the plan takes the most there can be, as if no two images kept the same proxy.
+"""
+
+import json
+from dataclasses import dataclass
+
+from dist_proxygml.config import Config, parse_config
+from dist_proxygml.distributed.memory import format_bytes
+from dist_proxygml.head.loss import checked_topk
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.regularizer import regularizer_anchors
+from dist_proxygml.head.selection import candidate_bytes_per_row, rows_per_block
+from dist_proxygml.head.similarity import chunk_width, sampled_bytes_per_row
+from dist_proxygml.head.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
+from dist_proxygml.training.optim import wants_sparse_gradient
+
+_FLOAT = 4  # the bank and the similarities are float32
+# Optimizer state, in numbers per element and per proxy.
+_STATE = {
+    "adam": (2, 0),
+    "adamw": (2, 0),
+    "sparse_adam": (2, 0),
+    "sgd": (0, 0),
+    "rowwise_adagrad": (0, 1),
+}
+# Bytes of a kept pair, at most, until the end of backward: row, proxy, similarity, class, weight, and copies in another
+# order. They add to what the search took, for a C library keeps much of what was freed in between.
+_BYTES_PER_KEPT_PAIR = 120
+
+
+class DoesNotFitError(ValueError):
+    """What a run needs is more than there is."""
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Needs of the head on the rank that owns the most classes."""
+
+    world_size: int
+    num_proxies: int
+    num_own_proxies: int
+    topk: int
+    selection: str
+    anchors: int | None
+    """Anchors of the regulariser in each micro-batch; None: none, or all proxies."""
+    bank_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    working_bytes: int
+    """Similarities, kept pairs, gathered embeddings and whatever else a micro-batch needs for a while."""
+    received_bytes_per_step: int
+    messages_per_step: int
+    copy_bytes: int = 0
+    """Of what a save in the background copies to the host, on CPUs; on GPUs the copy is beside the head's memory."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Most memory of the head on one rank."""
+        return self.bank_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes + self.copy_bytes
+
+    def __str__(self) -> str:
+        """A table for people."""
+        rows = [
+            ("ranks", f"{self.world_size}"),
+            ("proxies over all ranks", f"{self.num_proxies:,}"),
+            ("kept per image k", f"{self.topk:,}"),
+            ("selection", self.selection),
+            ("bank", format_bytes(self.bank_bytes)),
+            ("bank gradient", format_bytes(self.gradient_bytes)),
+            ("bank optimizer state", format_bytes(self.optimizer_bytes)),
+            ("working memory", format_bytes(self.working_bytes)),
+            ("together", format_bytes(self.total_bytes)),
+            ("received per step", format_bytes(self.received_bytes_per_step)),
+            ("messages per step", f"{self.messages_per_step}"),
+        ]
+        if self.copy_bytes:
+            rows.insert(8, ("copy for saves", format_bytes(self.copy_bytes)))
+        if self.anchors is not None:
+            rows.insert(4, ("regulariser anchors", f"{self.anchors:,}"))
+        return "plan of the head, per rank:\n" + "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
+
+
+def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPlan:
+    """The needs of `config` on `world_size` ranks with devices of type `device`.
+
+    Raises:
+        ValueError: k <= N, or the batch does not divide over the ranks.
+    """
+    proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.num_trained_classes
+    num_proxies = num_classes * proxies.per_class
+    topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk)
+    num_negatives = topk - proxies.per_class
+    micro = config.micro_batch_size(world_size)
+    batch, budget = micro * world_size, proxies.memory_budget_bytes
+    sparse = wants_sparse_gradient(config)
+    sizes = {
+        "batch_size": batch,
+        "num_classes": num_classes,
+        "proxies_per_class": proxies.per_class,
+        "embedding_dim": dim,
+        "topk": topk,
+        "world_size": world_size,
+    }
+    selection: str = proxies.selection
+    if selection == "auto":
+        selection = cheapest_selection(**sizes, may_gather=not sparse)
+
+    # 1. What stays: the bank of the rank with the most classes, its gradient, its optimizer's state.
+    own_proxies = ClassPartition(num_classes, world_size).num_local * proxies.per_class
+    bank = own_proxies * dim * _FLOAT
+    per_element, per_proxy = _STATE[config.optimizer.proxies_rule]
+    per_element += config.optimizer.proxies_momentum > 0
+    optimizer = own_proxies * (per_element * dim + per_proxy) * _FLOAT
+    gathers_bank = selection == "gather"
+    rows, proxies_at_hand = (micro, num_proxies) if gathers_bank else (batch, own_proxies)
+    num_kept = rows * min(topk, proxies_at_hand)
+    is_accumulated = config.accumulation > 1
+    gradient = bank * (1 + is_accumulated)  # the next micro-batch's, before the two are added
+    if sparse:  # of classes, with all their proxies; accumulated ones are appended, then added up in a copy
+        touched = min(own_proxies // proxies.per_class, num_kept) * proxies.per_class * dim * _FLOAT
+        gradient = touched * (config.accumulation + is_accumulated + (proxies.per_class > 1))
+
+    # 2. What comes and goes with a micro-batch: the search for its pairs, then what is computed from them.
+    choice = {"num_negatives": num_negatives, "num_proxies": proxies_at_hand}
+    num_choosing = 1 if gathers_bank else world_size
+    block = rows_per_block(rows, **choice, budget=budget, world_size=num_choosing)
+    width = min(chunk_width(block, memory_budget=budget, device=device), proxies_at_hand)
+    guessing = min(budget // 4, block * sampled_bytes_per_row(num_negatives, proxies_at_hand))
+    choosing = block * candidate_bytes_per_row(**choice, world_size=num_choosing)
+    working = (
+        max(guessing, choosing)
+        + num_kept * _BYTES_PER_KEPT_PAIR
+        + 2 * width * block * _FLOAT
+        + 3 * rows * dim * _FLOAT
+        + proxies_at_hand * _FLOAT  # inverse lengths
+    )
+    if gathers_bank and world_size > 1:  # the bank of all ranks, padded and joined, and its gradient
+        working += 3 * num_proxies * dim * _FLOAT
+    anchors = None
+    regularizer = 0
+    if proxies.regularization_weight > 0:
+        anchors = regularizer_anchors(
+            num_classes,
+            dim,
+            proxies_per_class=proxies.per_class,
+            wanted=proxies.regularization_anchors,
+            memory_budget=budget,
+            batch_size=batch,
+        )
+        regularizer = regularizer_bytes(anchors, num_classes=num_classes, embedding_dim=dim, world_size=world_size)
+        working += bank  # its own gradient, before the two are added
+        # class sums, transposed too, their gradient and its sum; or anchors likewise, and a chunk of class sums
+        working += 4 * num_classes * dim * _FLOAT if anchors is None else 5 * anchors * dim * _FLOAT + (8 << 20)
+
+    if proxies.initialization == "class_mean":  # before there is a gradient: the sums are float64
+        working = max(working, 2 * bank - gradient - optimizer)
+
+    # 3. Messages. Sizes; then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back,
+    # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. The regulariser: class
+    # sums, their gradient and a number, or anchors, MAX, SUM and their gradient.
+    num_blocks = -(-rows // block)
+    exchange = {"gather": 0, "candidates": 2, "histogram": 5}[selection] * num_blocks
+    messages = 1 + (3 if gathers_bank else 5 + exchange)
+    if proxies.regularization_weight > 0:
+        messages += 3 if anchors is None else 4
+    return HeadPlan(
+        world_size=world_size,
+        num_proxies=num_proxies,
+        num_own_proxies=own_proxies,
+        topk=topk,
+        selection=selection,
+        anchors=anchors,
+        bank_bytes=bank,
+        gradient_bytes=gradient,
+        optimizer_bytes=optimizer,
+        working_bytes=working,
+        received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer),
+        messages_per_step=0 if world_size == 1 else config.accumulation * messages,
+        copy_bytes=bank + optimizer if config.checkpoint.asynchronous and device == "cpu" else 0,
+    )
+
+
+def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cpu") -> None:
+    """Refuse a head that does not fit into `memory` bytes of one rank.
+
+    Raises:
+        ValueError: with what it needs, what there is, and what would fit.
+    """
+    if plan.total_bytes <= memory:
+        return
+    bank, gradient, optimizer, working, total = map(
+        format_bytes,
+        (plan.bank_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.working_bytes, plan.total_bytes),
+    )
+    copy = f", copy for saves in the background {format_bytes(plan.copy_bytes)}" if plan.copy_bytes else ""
+    raise DoesNotFitError(
+        f"expected a head of at most {format_bytes(memory)} per rank, the memory that is left there, got {total} on "
+        f"{plan.world_size} rank(s): bank {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
+        f"{working}{copy}; {_what_would_fit(config, plan, memory, device)}"
+    )
+
+
+def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) -> str:
+    """Changes, each alone, with which the head fits."""
+
+    def fits(changes: dict[str, object], world_size: int) -> bool:
+        raw = config.model_dump(mode="json")
+        for key, value in changes.items():
+            section, field = key.split(".")
+            raw[section][field] = value
+        try:
+            changed = parse_config(raw, source="the changed configuration")
+            return plan_head(changed, world_size=world_size, device=device).total_bytes <= memory
+        except ValueError:  # what cannot run is no remedy
+            return False
+
+    row_wise: dict[str, object] = {"optimizer.proxies_name": "rowwise_adagrad"}
+    row_wise |= {
+        f"optimizer.{name}": 0.0
+        for name in ("proxies_weight_decay", "proxies_momentum")
+        if getattr(config.optimizer, name) > 0
+    }
+    remedies = []
+    alone: list[dict[str, object]] = [
+        row_wise,
+        {"proxies.selection": "candidates"},
+        {"proxies.memory_budget": "64 MiB"},
+        {"checkpoint.asynchronous": False},
+    ]
+    for changes in alone:
+        if fits(changes, plan.world_size):
+            settings = [f"{k}={value if isinstance(value, str) else json.dumps(value)}" for k, value in changes.items()]
+            remedies.append("--set " + " ".join(json.dumps(text) if " " in text else text for text in settings))
+    slots = config.training.batch_size // config.accumulation
+    more = (ranks for ranks in range(plan.world_size + 1, slots + 1) if slots % ranks == 0)
+    ranks = next((ranks for ranks in more if fits({}, ranks)), None)
+    if ranks is not None:
+        remedies.append(f"{ranks} ranks")
+    if not remedies:
+        return "no single change of optimizer, selection, budget or number of ranks would fit; use fewer proxies"
+    return "what would fit: " + ", or ".join(remedies)
