@@ -113,7 +113,15 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path: Path) -> N
             read_document(path)
 
 
-ODD = [b"\xff{}", b'{"step": 3}{"step": 4}', b'{"loss": 1}', b"[" * 200_000, b"[3]", b'{"step": "3"}', b'{"step": true}']
+ODD = [
+    b"\xff{}",
+    b'{"step": 3}{"step": 4}',
+    b'{"loss": 1}',
+    b"[" * 200_000,
+    b"[3]",
+    b'{"step": "3"}',
+    b'{"step": true}',
+]
 
 
 def test_odd_lines_of_a_log_are_set_aside_and_told_once(tmp_path: Path) -> None:
