@@ -554,7 +554,7 @@ def test_a_checkpoint_that_lost_bytes_does_not_count_among_those_that_are_kept(t
 # ---- oddities --------------------------------------------------------------------------------------------------------
 
 
-def refuse(*_: Any, **__: Any) -> None:
+def deny(*_: Any, **__: Any) -> None:
     raise PermissionError(errno.EACCES, "Permission denied")
 
 
@@ -566,14 +566,14 @@ def test_what_cannot_be_looked_at_is_refused_and_nothing_is_moved(
     path = Saver(single_process(), tmp_path)(1).path
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, function, refuse)
+        patch.setattr(os, function, deny)
         for look in (
             lambda: checkpoint_to_continue(tmp_path, "auto"),
             lambda: checkpoint_to_continue(tmp_path, str(path)),
             lambda: find_checkpoint(tmp_path, "auto"),
             lambda: published_checkpoints(tmp_path),
         ):
-            with pytest.raises(ValueError, match="expected to read .*, got: Permission denied"):
+            with pytest.raises(ValueError, match=r"expected to read .*, got: Permission denied"):
                 look()
     assert contents(tmp_path) == before
 

@@ -1,4 +1,4 @@
-"""The folder of a run that is started again: what is closed or odd in it is refused or passed over, never started over."""
+"""The folder of a run that is started again: what is closed or odd in it is refused, or named and passed over."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def test_what_is_closed_to_this_user_is_named_before_anything_is_moved(folder: P
     for shut in (closed, read_only):
         with (
             shut(folder / "run" / name),
-            pytest.raises(ValueError, match=r"expected to read.* may not; give it to this"),
+            pytest.raises(ValueError, match=r"expected to read.* may not; give it"),
         ):
             _where_to_continue(folder / "run", "auto")
     assert _where_to_continue(folder / "run", "auto") == (None, [])
@@ -95,7 +95,7 @@ def test_damaged_results_and_logs_are_set_aside_and_the_others_stay(tmp_path: Pa
         "step-000002.json.damaged",
         "validation-step-000001.json.damaged",
         "step-000001.json.damaged",
-        "damaged.jsonl.odd",
+        "in damaged.jsonl.odd",
     ]
     assert _prepare_run_directory(config, None, 5) == (None, [])
 
@@ -105,6 +105,6 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     make_run(config.run_directory)
     path = config.run_directory / "evaluation" / "step-000001.json"
     path.write_text(RESULT.to_json())
-    with closed(path), pytest.raises(ValueError, match="expected to read .*step-000001.json, got: Permission denied"):
+    with closed(path), pytest.raises(ValueError, match=r"expected to read .*step-000001.json, got: Permission denied"):
         _prepare_run_directory(config, None, 5)
     assert path.exists()
