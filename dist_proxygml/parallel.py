@@ -127,7 +127,7 @@ def _wait_at_most(timeout: timedelta) -> None:
             dist.set_timeout(timeout, group)
 
 
-def _missing_peer(error: RuntimeError) -> str | None:
+def _missing_peer(error: Exception) -> str | None:
     """What to say of an error while a run starts, if it is about ranks that are not there."""
     text = str(error).strip().partition("\n")[0]
     if "EADDRINUSE" in str(error):
