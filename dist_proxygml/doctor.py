@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_proxygml.finding import Finding, run_check
-from dist_proxygml.options import refuse, run_command
+from dist_proxygml.cli import refuse, run_command
+from dist_proxygml.data.finding import Finding, run_check
 
 if TYPE_CHECKING:
     from dist_proxygml.config import Config

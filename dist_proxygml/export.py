@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_proxygml.options import refuse, run_command
+from dist_proxygml.cli import refuse, run_command
 
 FORMATS = ("safetensors", "onnx", "torchscript")
 EXAMPLES = """examples:

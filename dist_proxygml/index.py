@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_proxygml.options import refuse, run_command, share
+from dist_proxygml.cli import refuse, run_command, share
 
 EXAMPLES = """examples:
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_proxygml.distributed.faults import fault_point
+from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import (
     in_words,
     is_folder,

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import submitit
 
+from dist_proxygml.cli import refuse, run_command
 from dist_proxygml.config import Config, load_config, parse_config
 from dist_proxygml.distributed.slurm import rendezvous_port
-from dist_proxygml.options import refuse, run_command
 
 EXAMPLES = """examples:
   python launchers/submit.py --config configs/sop_8gpu.json --gpus-per-node 8 --partition gpu --time 12:00:00

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from dist_proxygml.cli import refuse, run_command
 from dist_proxygml.cluster import submit
 from dist_proxygml.cluster.grid import (
     Grid,
@@ -50,7 +51,6 @@ from dist_proxygml.cluster.grid import (
 )
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config, parse_config
-from dist_proxygml.options import refuse, run_command
 from dist_proxygml.storage.lock import RunLock
 
 EXAMPLES = """examples:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from dist_proxygml.config import Config
 from dist_proxygml.distributed.collectives import AgreedError
-from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, cut_again, equal_fragments
+from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # as DeepSpeed spells it
