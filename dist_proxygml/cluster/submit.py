@@ -657,7 +657,9 @@ def check_start(config: Config, *, num_ranks: int, uses_gpus: bool) -> None:
     Raises:
         ValueError: as `check_run`.
     """
-    from dist_proxygml.training.checks import check_run  # torch comes with it: only now, when the settings alone are right
+    from dist_proxygml.training.checks import (
+        check_run,  # torch comes with it: only now, when the settings alone are right
+    )
 
     check_run(config, world_size=num_ranks, device="cuda" if uses_gpus else "cpu")
 

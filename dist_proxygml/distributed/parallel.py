@@ -137,7 +137,7 @@ def _wait_at_most(timeout: timedelta) -> None:
             dist.set_timeout(timeout, group)
 
 
-def _missing_peer(error: RuntimeError) -> str | None:
+def _missing_peer(error: Exception) -> str | None:
     """What to say of an error while a run starts, if it is about ranks that are not there."""
     text = str(error).strip().partition("\n")[0]
     if "EADDRINUSE" in str(error):
@@ -145,7 +145,8 @@ def _missing_peer(error: RuntimeError) -> str | None:
             f"error: expected port {os.environ.get('MASTER_PORT')} to be free, another process listens there; name "
             "another one, such as deepspeed --master_port 29600"
         )
-    if not isinstance(error, dist.DistError) and "gloo" not in text:
+    is_of_a_store = isinstance(error, dist.DistError) or "timeout" in text.lower()
+    if not is_of_a_store and "gloo" not in text:
         return None
     rank, waits = os.environ.get("RANK", "0"), dist.distributed_c10d.default_pg_timeout.total_seconds()
     return (

@@ -251,7 +251,7 @@ def which_is_full(error: BaseException, *paths: Path) -> str:
     named = [name for name in (getattr(error, "filename", None), *paths) if name is not None]
     if "shared memory" in str(error) or "</torch_" in str(error):
         named = [_SHARED_MEMORY]
-    told = {}
+    told: dict[Path, tuple[bool, str]] = {}
     for place in map(Path, map(os.fsdecode, named or [*_open_files(), tempfile.gettempdir(), _SHARED_MEMORY, "."])):
         with contextlib.suppress(OSError):
             there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())

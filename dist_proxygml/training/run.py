@@ -107,8 +107,8 @@ def train(
             progress_bar=config.telemetry.progress_bar,
         ),
     )
-    for told in [*passed_over, *odd, *telemetry.problems]:
-        telemetry.say(told)
+    for oddity in [*passed_over, *odd, *telemetry.problems]:
+        telemetry.say(oddity)
     telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
     telemetry.say(str(plan))
 

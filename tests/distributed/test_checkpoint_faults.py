@@ -549,3 +549,64 @@ def test_a_checkpoint_that_lost_bytes_does_not_count_among_those_that_are_kept(t
     (problem,) = save(3).problems
     assert "step-000002 is damaged: backbone.safetensors has" in problem
     assert names_in(tmp_path) == ["latest", "step-000001", "step-000002", "step-000003"]
+
+
+# ---- oddities --------------------------------------------------------------------------------------------------------
+
+
+def deny(*_: Any, **__: Any) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("function", ["listdir", "stat"])
+def test_what_cannot_be_looked_at_is_refused_and_nothing_is_moved(
+    tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test runs as root where modes hold nobody back; that of the whole start is in tests/unit/test_run_folder.py."""
+    path = Saver(single_process(), tmp_path)(1).path
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, deny)
+        for look in (
+            lambda: checkpoint_to_continue(tmp_path, "auto"),
+            lambda: checkpoint_to_continue(tmp_path, str(path)),
+            lambda: find_checkpoint(tmp_path, "auto"),
+            lambda: published_checkpoints(tmp_path),
+        ):
+            with pytest.raises(ValueError, match=r"expected to read .*, got: Permission denied"):
+                look()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.timeout(60)
+def test_oddities_in_the_folder_do_not_hide_the_older_checkpoint(tmp_path: Path) -> None:
+    save = Saver(single_process(), tmp_path)
+    older, newer = save(1).path, save(2).path
+    (newer / "MANIFEST.json").write_text("[" * 200_000)
+    for name in (".step-000040.partial", ".step-000003.deleted", "step-000002.damaged", "step-000050", "step-x"):
+        (tmp_path / name).touch()
+    (tmp_path / ".step-000007.replaced").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    found, (told,) = checkpoint_to_continue(tmp_path, "auto")
+    assert found == older
+    assert "RecursionError" in told
+    assert told.endswith("passed over, now step-000002.damaged")
+    (problem,) = save(50).problems
+    assert "latest could not be written: " in problem
+    assert checkpoint_to_continue(tmp_path, "auto") == (tmp_path / "step-000050", [])
+    assert names_in(tmp_path) == ["latest", "step-000001", "step-000002.damaged", "step-000050", "step-x"]
+
+
+@pytest.mark.parametrize("changes", [{"step": "2"}, {"step": 1e30}, {"epoch": 10**30}, {"settings": []}, {"more": 1}])
+def test_a_state_that_says_something_else_is_damage(tmp_path: Path, changes: dict[str, Any]) -> None:
+    save = Saver(single_process(), tmp_path)
+    older, newer = save(1).path, save(2).path
+    state, manifest = (json.loads((newer / name).read_text()) for name in ("state.json", "MANIFEST.json"))
+    content = json.dumps(state | changes).encode()
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (newer / "state.json").write_bytes(content)
+    (newer / "MANIFEST.json").write_text(json.dumps(manifest))
+    found, (told,) = checkpoint_to_continue(tmp_path, "auto")
+    assert found == older
+    assert "state.json says something else than step" in told

@@ -1,14 +1,18 @@
 """Ranks fail together, and only then; none waits for another longer than a collective may."""
 
 import argparse
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from dist_proxygml.distributed import parallel
 from dist_proxygml.distributed.parallel import (
@@ -186,3 +190,80 @@ def test_a_mistake_in_the_command_line_is_printed_once_and_ends_every_rank(
         parse_arguments(argparse.ArgumentParser())
     assert ending.value.code == 2
     assert ("--nothing" in capsys.readouterr().err) == said
+
+
+def wait_for_a_rank_that_does_not_come(context: ParallelContext) -> tuple[str, float, float]:
+    """What is said of it, seconds until then, and how long ranks wait once a run has started."""
+    parallel._wait_at_most(timedelta(seconds=1))
+    told, started = "", time.monotonic()
+    if context.rank == 0:
+        try:
+            dist.new_group([0, 1])  # as DeepSpeed does, without a time-out of its own
+        except RuntimeError as error:
+            told = parallel._missing_peer(error) or ""
+    seconds = time.monotonic() - started
+    parallel.has_started()
+    return told, seconds, dist.distributed_c10d.default_pg_timeout.total_seconds()
+
+
+def test_a_wait_at_the_start_ends_soon_in_groups_of_libraries_too() -> None:
+    (told, seconds, later), _ = run_ranks(wait_for_a_rank_that_does_not_come, 2)
+    assert told.startswith("error: another rank has not come, has gone or does not answer, says rank 0, which")
+    assert "waits 1 s at most while a run starts (training.start_timeout)" in told
+    assert "\n" not in told
+    assert seconds < 20
+    assert later == 1800
+
+
+ALONE = """
+from dist_proxygml.distributed.parallel import join_world, run_launcher
+run_launcher(lambda: join_world(start_timeout=1))
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("taken", "status"), [(False, 75), (True, 2)])
+def test_a_rank_that_nobody_joins_says_so_in_one_line(taken: bool, status: int) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        if taken:
+            listener.listen()
+        else:
+            listener.close()
+        world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE],
+            env=os.environ | world,
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("--master_port" if taken else "training.start_timeout") in done.stderr.splitlines()[-1]
+
+
+FULL_BOARD = """
+import threading
+from dist_proxygml.distributed.parallel import run_launcher
+
+def main():
+    def write():
+        raise OSError(28, "No space left on device")
+    thread = threading.Thread(target=write)  # as TensorBoard's, which hands its error to the main thread
+    thread.start()
+    thread.join()
+    write()
+
+run_launcher(main)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_that_finds_the_disk_full_adds_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_BOARD], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: [Errno 28] No space left on device; ")
+    assert done.stderr.count("\n") == 1

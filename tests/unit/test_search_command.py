@@ -1,5 +1,6 @@
 """The command that searches: what it prints and draws, and whom it refuses."""
 
+import builtins
 import hashlib
 import json
 import os
@@ -342,3 +343,14 @@ def test_a_damaged_index_is_refused(place: Place, capsys: pytest.CaptureFixture[
     assert f"{place.index} is damaged: index.faiss has" in told(capsys, place, place.path(0))
     shutil.rmtree(place.index)
     assert "found no such folder; build it with" in told(capsys, place, place.path(0))
+
+
+def test_the_page_is_there_before_anything_is_printed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "found.html"
+    monkeypatch.setattr(builtins, "print", lambda *_, **__: order.append(page.exists()))
+    order: list[bool] = []
+    assert searched(place, place.path(0), "--html", page) == 0
+    assert order
+    assert all(order)

@@ -1,9 +1,11 @@
 """The record of a run that continues: each step stands there once, in metrics.jsonl and in TensorBoard."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -113,3 +115,26 @@ def test_hparams_hold_the_settings_as_they_are_and_the_metrics_of_the_end(tmp_pa
     assert [info.name.tag for info in experiment.metric_infos] == ["hparam/recall@1", "hparam/nmi"]
     assert any(part.HasField("session_end_info") for part in told)
     assert [np.round(event.value, 6) for event in board.Scalars("hparam/nmi")] == [0.5]
+
+
+def test_odd_lines_stop_nobody_and_are_told_by_the_next_start_alone(tmp_path: Path) -> None:
+    write(tmp_path, [1, 2], start=0)
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'\xff\n{"step": 1}{"step": 2}\n{"kind": "train"}\n')
+    for told in (1, 0):
+        telemetry = Telemetry(tmp_path, enabled=True, num_steps=9, start_step=2, progress_bar=False)
+        telemetry.close()
+        assert len(telemetry.problems) == told
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert len((tmp_path / "metrics.jsonl.odd").read_bytes().splitlines()) == 3
+
+
+def test_steps_done_again_replace_the_earlier_ones_also_when_the_clock_went_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    for start, hours in ((0, 5), (2, 3), (3, 0)):
+        monkeypatch.setattr(time, "time", lambda hours=hours: clock() + 3600 * hours)
+        write(tmp_path, list(range(start + 1, 6)), start=start)
+    points = read_board(tmp_path).Scalars("train/loss")
+    assert [(event.step, event.value) for event in points] == [(1, 1), (2, 2), (3, 23), (4, 34), (5, 35)]

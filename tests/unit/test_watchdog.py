@@ -84,3 +84,27 @@ def test_none_waits_for_ever(tmp_path: Path) -> None:
         pass
     watchdog.stop()
     assert threading.active_count() == before
+
+
+STOPPED_CHILD = """
+import multiprocessing, os, signal, sys
+child = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+child.start()
+os.kill(child.pid, signal.SIGSTOP)
+os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+print(child.pid, flush=True)
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [(HANGING, 75), ("from dist_proxygml.distributed.parallel import run_launcher; run_launcher(lambda: 0)", 0)],
+)
+def test_data_loading_processes_that_are_stopped_are_not_left_behind(tmp_path: Path, ending: str, status: int) -> None:
+    command = [sys.executable, "-c", STOPPED_CHILD + ending, str(tmp_path / "hang.txt")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40, check=False)
+    assert done.returncode == status, done.stderr  # the pipe of its output has ended, which the child had open
+    child = Path("/proc", done.stdout.strip(), "stat")
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -94,3 +94,28 @@ def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     assert len(list(WorkerLoader(range(6), num_workers=0, batch_size=4))) == 2
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class TooLarge(torch.utils.data.Dataset[object]):
+    """A sample for which there is no room in shared memory."""
+
+    def __getitem__(self, number: int) -> object:
+        images = torch.zeros(3)
+        images.share_memory_ = no_room  # type: ignore[method-assign]
+        try:
+            return workers.ready_to_leave(images)
+        except ValueError as problem:
+            return str(problem)
+
+    def __len__(self) -> int:
+        return 1
+
+
+def no_room() -> None:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+
+def test_a_batch_without_room_in_shared_memory_is_an_error_and_no_wait() -> None:
+    (told,) = WorkerLoader(TooLarge(), num_workers=1, batch_size=None)
+    assert "/dev/shm is on the file system" in told
+    assert torch.equal(workers.ready_to_leave(torch.zeros(3)), torch.zeros(3)), "outside there is nothing to leave"
