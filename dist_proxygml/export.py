@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_proxygml.options import printable, refuse
+from dist_proxygml.cli import printable, refuse
 
 FORMATS = ("safetensors", "onnx", "torchscript")
 EXAMPLES = """examples:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_proxygml.options import printable, refuse
+from dist_proxygml.cli import printable, refuse
 
 EXAMPLES = """examples:
   python -m dist_proxygml.report --run runs/demo_cpu

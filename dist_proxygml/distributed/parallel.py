@@ -21,9 +21,9 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from dist_proxygml.cli import printable
 from dist_proxygml.distributed.collectives import AgreedError, gather_objects
 from dist_proxygml.distributed.slurm import process_variables
-from dist_proxygml.options import printable
 
 T = TypeVar("T")
 

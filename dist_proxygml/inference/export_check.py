@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
 from dist_proxygml.checkpoint.writer import load_backbone
+from dist_proxygml.cli import printable
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.order import MicroBatch
@@ -35,7 +36,6 @@ from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.evaluation import metrics
 from dist_proxygml.inference.graph import Embed
-from dist_proxygml.options import printable
 from dist_proxygml.training.data import open_split
 
 LIMIT = 1e-4
