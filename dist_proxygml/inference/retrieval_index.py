@@ -317,7 +317,10 @@ def _check_manifest(kind: Any, parameters: dict[str, Any], manifest: dict[str, A
     needed = {"flat": (), "ivf": ("num_probes",), "hnsw": ("search_width",)}.get(kind)
     if needed is None or any(type(parameters.get(name)) is not int or parameters[name] < 1 for name in needed):
         raise ValueError(f"index is {manifest['index']!r}")
-    said = {"model": {"path": str, "run": str, "step": int}, "data": {"location": str, "split": str, "kind": str}}
+    said: dict[str, dict[str, type]] = {
+        "model": {"path": str, "run": str, "step": int},
+        "data": {"location": str, "split": str, "kind": str},
+    }
     for entry, types in said.items():
         for name, wanted in types.items():
             found = (manifest[entry] or {}).get(name)
