@@ -96,7 +96,9 @@ def read_image_file(path: Path) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("the file cannot be read: it is no regular file")
             if status.st_size > MAX_BYTES:
-                raise ValueError(f"the file has {status.st_size:,} bytes, expected an image file of at most {MAX_BYTES:,}")
+                raise ValueError(
+                    f"the file has {status.st_size:,} bytes, expected an image file of at most {MAX_BYTES:,}"
+                )
             return stream.read()
     except OSError as problem:
         raise ValueError(f"the file cannot be read: {problem.strerror}") from problem
