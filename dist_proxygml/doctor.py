@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_proxygml.finding import Finding, run_check
+from dist_proxygml.data.finding import Finding, run_check
 
 if TYPE_CHECKING:
     from dist_proxygml.config import Config

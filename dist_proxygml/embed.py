@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_proxygml.options import at_least
+from dist_proxygml.cli import at_least
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageSource, OnBad

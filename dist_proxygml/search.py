@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dist_proxygml.cli import at_least, cosine
 from dist_proxygml.embed import add_model_options
-from dist_proxygml.options import at_least, cosine
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageRecord, ImageSource

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dist_proxygml.cli import at_least
 from dist_proxygml.data.builder import (
     UnusableImage,
     build_settings,
@@ -48,7 +49,6 @@ from dist_proxygml.data.index import (
     write_index,
 )
 from dist_proxygml.data.shards import ListedShard, list_shard, publish, split_of_shard
-from dist_proxygml.options import at_least
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _DATASETS = (*_READERS, "imagefolder", "demo")

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from dist_proxygml.distributed.faults import POINTS, VARIABLE
+from dist_proxygml.faults import POINTS, VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo_cpu.json"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_proxygml.data.shards import publish
-from dist_proxygml.distributed.faults import fault_point
+from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.published import file_problems, flush
 
 MANIFEST_FILE = "MANIFEST.json"

@@ -69,8 +69,8 @@ from dist_proxygml.checkpoint.folder import (
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
-from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main, run_together
+from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage.published import files_below, hash_files, make_empty, partial_path, publish_folder
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dist_proxygml.data.datasets import PUBLISHED_COUNTS
+from dist_proxygml.data.finding import Finding, run_check
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, default_cache, open_index, read_index
 from dist_proxygml.data.remote import ShardCache, is_remote
 from dist_proxygml.data.shards import ShardReader
-from dist_proxygml.finding import Finding, run_check
 
 _NUM_SAMPLED = 200  # images of each split whose bytes are read
 

@@ -28,10 +28,10 @@ from dist_proxygml.data.order import evaluation_batches
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.distributed.collectives import AgreedError, gather_rows
-from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_together
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, pass_key
+from dist_proxygml.faults import fault_point
 
 
 class EmbeddingTable(NamedTuple):

@@ -34,7 +34,6 @@ from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache
 from dist_proxygml.data.transforms import Transform
-from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_long, run_together
 from dist_proxygml.distributed.preemption import StopSignals
 from dist_proxygml.evaluation import metrics
@@ -43,6 +42,7 @@ from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, embed_split
 from dist_proxygml.evaluation.exact import round_rows
 from dist_proxygml.evaluation.retrieval import Depth, Images, Retrieval, SearchOptions, retrieve
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
+from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, check_counts
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dist_proxygml.distributed.faults import fault_point
+from dist_proxygml.faults import fault_point
 
 
 def partial_path(final: Path) -> Path:

@@ -20,8 +20,8 @@ from dist_proxygml.config import Config
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
 from dist_proxygml.distributed.engine import Engine, engine_settings
-from dist_proxygml.distributed.faults import fault_point
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
+from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import LossTerms, ProxyGMLLoss
 from dist_proxygml.head.optim import bring_to_unit_length_, coalesced, squared_norm
 from dist_proxygml.training.optim import (

@@ -56,7 +56,7 @@ def train_with_faults(
     context: ParallelContext, point: str, accumulation: int, zero_stage: int, bf16: bool
 ) -> dict[str, Any]:
     """Run NUM_STEPS steps, with NaN injected on the last rank in BAD_STEPS; and again without these steps."""
-    from dist_proxygml.distributed import faults
+    from dist_proxygml import faults
     from dist_proxygml.training.step import build_train_state, train_step
 
     config = configuration(

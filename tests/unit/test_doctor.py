@@ -13,9 +13,9 @@ import torch
 from dist_proxygml import doctor
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.data.audit import audit_shards, check_num_classes
+from dist_proxygml.data.finding import Finding, run_check
 from dist_proxygml.data.index import open_index, write_index
 from dist_proxygml.data.shards import ShardSample, list_shard, write_shard
-from dist_proxygml.finding import Finding, run_check
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "shards" / "demo"

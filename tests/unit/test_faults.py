@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_proxygml.distributed.faults import POINTS, VARIABLE, Fault, parse_faults
+from dist_proxygml.faults import POINTS, VARIABLE, Fault, parse_faults
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dist_proxygml"
@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dist_proxygml"
 def passing(points: list[str], fault: str, *, rank: int = 0) -> subprocess.CompletedProcess[str]:
     """Pass the points in a process of its own; prints what each said."""
     code = f"""
-from dist_proxygml.distributed.faults import fault_point
+from dist_proxygml.faults import fault_point
 for point in {points!r}:
     try:
         print(point, fault_point(point), flush=True)
@@ -65,7 +65,7 @@ def test_a_fault_happens_at_its_passage_of_its_point_on_its_rank() -> None:
 
 
 def test_every_point_is_passed_somewhere_and_no_other() -> None:
-    source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "distributed/faults.py")
+    source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "faults.py")
     for point in POINTS:
         assert f'fault_point("{point}")' in source, point
     assert source.count('fault_point("') == len(POINTS)
