@@ -184,7 +184,7 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     """The pixels of a picture, uint8 RGB [height, width, 3]; transparent parts become white."""
     pixels_hw3 = np.empty((image.height, image.width, 3), np.uint8)
     for top, strip in _rgb_strips(image):
-        pixels_hw3[top : top + strip.height] = strip
+        pixels_hw3[top : top + strip.height] = np.asarray(strip)
     return pixels_hw3
 
 
@@ -196,7 +196,7 @@ def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """The first row and the RGB picture of some rows at a time: the conversions take several copies."""
     image.load()
     # Numbers without a range of their own: to 255, or to 65,535 where any is greater.
-    is_wide = image.mode != "F" or image.getextrema()[1] > 255
+    is_wide = image.mode != "F" or np.max(image.getextrema()) > 255
     num_rows = max(1, _STRIP_PIXELS // max(1, image.width))
     for top in range(0, image.height, num_rows):
         strip = image
