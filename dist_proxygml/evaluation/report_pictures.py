@@ -172,7 +172,7 @@ def _hubs(album: _Album) -> dict[str, Any]:
 
 def _copies(here: Thumbnails, training: ShardIndex | None) -> dict[str, Any]:
     """Test images that are training images as well."""
-    found: dict[str, Any] = {"num_test": here.index.num_samples}
+    found: dict[str, Any] = {"num_test": here.index.num_samples, "num_copies": 0}
     if training is None:
         return found | {"training": "missing"}
     found["num_training"] = training.num_samples
@@ -194,7 +194,7 @@ def _copies(here: Thumbnails, training: ShardIndex | None) -> dict[str, Any]:
         for pair in copies.pairs[:NUM_COPIES]
     ]
     numbers = {"num_copies": copies.num_expected, "num_found": copies.num_found, "num_compared": copies.num_compared}
-    return found | numbers | {"training": "compared", "num_same": len(copies.pairs), "copies": shown}
+    return {**found, **numbers, "training": "compared", "num_same": len(copies.pairs), "copies": shown}
 
 
 def _copies_within(index: ShardIndex) -> dict[str, int]:
