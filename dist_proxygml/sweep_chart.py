@@ -77,7 +77,8 @@ def _paint_maps(figure: "Figure", grid: Grid, cells: Sequence[Cell], metric: str
     (row_key, rows), (column_key, columns), *others = grid.items()
     of_values = {json.dumps(cell.values): cell for cell in cells}
     means = [100 * cell.spreads[metric].mean for cell in cells if metric in cell.spreads] or [0.0]
-    scale = ScalarMappable(Normalize(min(means), max(means)), LinearSegmentedColormap.from_list("", _COLOURS, N=40))
+    low, high = min(means), max(means)
+    colours = LinearSegmentedColormap.from_list("", _COLOURS, N=40)
     combinations = list(itertools.product(*(values for _, values in others)))
     across = min(len(combinations), _PANELS_PER_ROW)
     panels = list(figure.subplots(-(-len(combinations) // across), across, squeeze=False).flat)
@@ -97,23 +98,24 @@ def _paint_maps(figure: "Figure", grid: Grid, cells: Sequence[Cell], metric: str
         for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
             cell = of_values[json.dumps((row, column, *rest))]
             spread = cell.spreads.get(metric)
-            colour: Any = LINE if spread is None else scale.to_rgba(100 * spread.mean)
+            share = 0.5 if spread is None or low == high else (100 * spread.mean - low) / (high - low)
+            colour = LINE if spread is None else colours(share)
             box = "round,pad=0,rounding_size=0.03"
             axes.add_patch(FancyBboxPatch((j - 0.49, i - 0.48), 0.98, 0.96, box, facecolor=colour, linewidth=0))
             if spread is None:
                 _word(axes, j, i, cell)
                 continue
-            ink = _INK if scale.norm(100 * spread.mean) <= 0.5 else "#ffffff"
+            ink = _INK if share <= 0.5 else "#ffffff"
             missing = f", {cell.num_finished} of {len(cell.statuses)}" if cell.word else ""
             mean, _, deviation = format_spread(spread).partition(" ")
             axes.text(j, i - 0.02, mean, color=ink, ha="center", va="bottom", fontsize=14, fontweight="bold")
             axes.text(j, i + 0.1, deviation + missing, color=ink, ha="center", va="top", fontsize=11)
-    if min(means) < max(means):
-        bar = figure.colorbar(
-            scale, ax=panels, ticks=[min(means), max(means)], format="%.1f", aspect=6 * figure.get_figheight()
-        )
-        bar.solids.set(edgecolor="face", linewidth=0.5)
+    if low < high:
+        scale = ScalarMappable(Normalize(low, high), colours)
+        bar = figure.colorbar(scale, ax=panels, ticks=[low, high], format="%.1f", aspect=6 * figure.get_figheight())
         bar.outline.set_visible(False)
+        if bar.solids is not None:
+            bar.solids.set(edgecolor="face", linewidth=1)  # no seams between the steps
         bar.ax.tick_params(right=False, labelsize=11, labelcolor=QUIET)
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -72,7 +72,7 @@ def draw(paint: Callable[["Figure"], None], *, name: str, width: float, height: 
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": TEXT}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": TEXT}
     style |= {"axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0}
     stream = io.StringIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
@@ -101,10 +101,12 @@ def line_chart(
     thinned = [line._replace(points=_thinned(line.points)) for line in series]
     highest = max((y for line in thinned for _, y in line.points if math.isfinite(y)), default=0.0)
     floor = max(highest / DECADES, sys.float_info.min) if logarithmic else -math.inf
-    shown = [
-        line._replace(points=[(x, y) for x, y in line.points if math.isfinite(y) and y >= floor]) for line in thinned
-    ]
-    shown = _merged([line for line in shown if line.points])
+    names: dict[tuple[tuple[tuple[float, float], ...], bool], list[str]] = {}
+    for line in thinned:
+        points = tuple((x, y) for x, y in line.points if math.isfinite(y) and y >= floor)
+        if points:
+            names.setdefault((points, line.dashed), []).append(line.name)
+    shown = [Series(", ".join(equal), points, dashed) for (points, dashed), equal in names.items()]
     if not shown:
         return None
     xs, ys = ([point[axis] for line in shown for point in line.points] for axis in (0, 1))
@@ -185,18 +187,6 @@ def _axes(figure: "Figure", *, logarithmic: bool = False) -> "Axes":
     axes = figure.add_axes(place)
     style_axes(axes, logarithmic=logarithmic)
     return axes
-
-
-def _merged(series: Sequence[Series]) -> list[Series]:
-    """Lines with equal points drawn once, under all their names."""
-    merged: list[Series] = []
-    for line in series:
-        twin = next((i for i, other in enumerate(merged) if other.points == line.points), None)
-        if twin is None:
-            merged.append(line)
-        else:
-            merged[twin] = merged[twin]._replace(name=f"{merged[twin].name}, {line.name}")
-    return merged
 
 
 def _thinned(points: Sequence[tuple[float, float]], *, most: int = 300) -> list[tuple[float, float]]:
