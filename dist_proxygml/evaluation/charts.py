@@ -75,7 +75,9 @@ def draw(paint: Callable[["Figure"], None], *, name: str, width: float, height: 
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": TEXT}
     style |= {"axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0}
     stream = io.StringIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever a matplotlibrc says
+        matplotlib.rcParams.update(style)
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # the browser has other fonts
         figure = Figure((width / 72, height / 72))
         paint(figure)

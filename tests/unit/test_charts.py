@@ -2,6 +2,7 @@
 
 import re
 
+import matplotlib
 import pytest
 
 from dist_proxygml.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Histogram, Series
@@ -57,6 +58,9 @@ def test_the_same_numbers_are_the_same_text_and_ids_are_of_one_chart() -> None:
     series = [Series("total", [(0, 1.0), (1, 2.0)])]
     first, again, other = (line_chart(title, series, markers=True).drawing for title in ("Loss", "Loss", "Rate"))
     assert first == again
+    with matplotlib.rc_context({"axes.facecolor": "red", "axes.grid": True, "font.size": 20, "lines.linewidth": 9}):
+        assert line_chart("Loss", series, markers=True).drawing == first
+        assert matplotlib.rcParams["font.size"] == 20, "settings of whoever draws beside it stay"
     ids, others = (set(re.findall(r'id="(\w+)"', drawing)) for drawing in (first, other))
     assert ids
     assert not ids & others
