@@ -1,7 +1,7 @@
 """The model card of an export, README.md as Hugging Face reads it: what the model is, how to load it, what it is worth.
 
-A YAML head for programs (its lists and strings are JSON, which YAML contains), then prose and tables. Every number in
-it comes from a file: metrics from the evaluation of the exported checkpoint, the rest from what the export itself says.
+A YAML head for programs, by huggingface_hub, then prose and tables: templates/model_card.md. Every number in it
+comes from a file: metrics from the evaluation of the exported checkpoint, the rest from what the export itself says.
 What is not known is said to be unknown; a licence is left to whoever publishes the folder, as nobody has told us one.
 
 Names of runs, data sets and splits are a user's text: what cannot be printed becomes a space, and every sign that
@@ -18,17 +18,9 @@ from dist_proxygml.checkpoint.folder import checkpoint_name
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.metric_names import name_metrics
 from dist_proxygml.inference.export_check import LIMIT, FileCheck
+from dist_proxygml.reporting.render import render
 from dist_proxygml.storage.files import paths_in, publish, read_file
 from dist_proxygml.storage.published import files_below
-
-_ABOUT_FILES = {
-    "backbone.safetensors": "the backbone's weights",
-    "bank.safetensors": "the proxies, float32 [classes, proxies per class, D], not brought to length 1",
-    "classes.jsonl": "a line for each row of the proxies: name, source id, number of training images",
-    "backbone.onnx": "the backbone as one graph",
-    "backbone.onnx.data": "its weights",
-    "backbone.torchscript": "the backbone as one graph; a program, so load it only from those whom you trust",
-}
 
 
 class TrainingFacts(NamedTuple):
@@ -83,284 +75,57 @@ def write_card(
         evaluation: of the exported step or, for want of one, another.
         checks: what --verify found; none without it.
     """
-    sections = [
-        _head(about, evaluation),
-        _summary(about),
-        _files(path.parent),
-        _use(about),
-        _data(about, facts, evaluation),
-        _evaluation(about, evaluation),
-        _verification(about, checks),
-        _limits(about),
-        _versions(about),
-    ]
+    measured = None if evaluation is None else evaluation.result
+    data = {
+        **about,
+        "backbone": {**about["backbone"], "pretrained": _file_name(about["backbone"]["pretrained"])},
+        "files": {name: _size((path.parent / name).stat().st_size) for name in sorted(files_below(path.parent))},
+        "facts": facts,
+        "result": measured,
+        "evaluated_step": None if evaluation is None else evaluation.step,
+        "evaluated_checkpoint": None if evaluation is None else checkpoint_name(evaluation.step),
+        "names": [] if measured is None else name_metrics(measured.metrics),
+        "checks": checks,
+        "limit": LIMIT,
+    }
+    filters = {"printable": printable, "as_json": _json}
+    body = render("model_card.md", escape=escape, filters=filters, **data)
     with publish(path) as stream:
-        stream.write(("\n\n".join(sections) + "\n").encode("utf-8"))
-
-
-# ---- parts -----------------------------------------------------------------------------------------------------------
+        stream.write(f"---\n{_head(about, evaluation)}\n---\n\n{body}".encode())
 
 
 def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:
-    name = printable(about["run"])
-    entries: dict[str, Any] = {
-        "library_name": "dist_proxygml",
-        "pipeline_tag": "image-feature-extraction",
-        "tags": [
-            "image-retrieval",
-            "metric-learning",
-            "proxygml",
-            printable(about["backbone"]["name"]),
-            *about["formats"],
-        ],
-    }
+    """What programs read: YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
     if evaluation is not None and evaluation.step == about["step"]:
         result = evaluation.result
         data = result.protocol.get("data", {})
         dataset = printable(data.get("dataset") or "unknown")
-        names = name_metrics(result.metrics)
-        measured = [
-            {"type": key, "name": f"{label}, percent", "value": round(100 * result.metrics[key], 3)}
-            for key, label, _ in names
+        results = [
+            EvalResult(
+                task_type="image-retrieval",
+                task_name="Image retrieval",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=printable(data.get("split") or "unknown"),
+                metric_type=key,
+                metric_name=f"{label}, percent",
+                metric_value=round(100 * result.metrics[key], 3),
+            )
+            for key, label, _ in name_metrics(result.metrics)
         ]
-        task = {"type": "image-retrieval", "name": "Image retrieval"}
-        where = {"type": dataset, "name": dataset, "split": printable(data.get("split") or "unknown")}
-        entries["metrics"] = [key for key, _, _ in names]
-        entries["model-index"] = [{"name": name, "results": [{"task": task, "dataset": where, "metrics": measured}]}]
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
-    return "\n".join(["---", *lines, "---"])
-
-
-def _summary(about: Mapping[str, Any]) -> str:
-    backbone, size, width = about["backbone"], about["preprocessing"]["size"], about["embedding_dim"]
-    return f"""# {escape(about["run"])}
-
-An image retrieval model: an image becomes {width:,} numbers, a vector of length 1, and images of one class lie close to
-each other. {escape(backbone["name"])} with a linear embedding layer, trained with the ProxyGML loss
-([arXiv 2010.13636](https://arxiv.org/abs/2010.13636)) by dist_proxygml, step {about["step"]:,}, weights in
-{about["precision"]}.
-
-| | |
-| --- | --- |
-| input | uint8 RGB [b, 3, {size}, {size}], pixels as they are: scaling, mean and order of colours are in the network |
-| output | float32 [b, {width}], rows of length 1; two images are as similar as their inner product is large |
-| licence | not stated; whoever publishes this folder adds `license:` to the head of this file |
-
-The backbone's settings:
-
-```json
-{_json({**backbone, "pretrained": _file_name(backbone["pretrained"])})}
-```"""
-
-
-def _files(folder: Path) -> str:
-    rows = [
-        f"| `{name}` | {_size((folder / name).stat().st_size)} | {_ABOUT_FILES.get(name, '')} |"
-        for name in sorted(files_below(folder))
-    ]
-    rows.append("| `export.json` | | all settings and versions; bytes and sha256 of every other file |")
-    return "\n".join(["## Files", "", "| file | size | |", "| --- | --- | --- |", *rows])
-
-
-def _use(about: Mapping[str, Any]) -> str:
-    parts = ["## Use", "", "The code below runs in this folder.", "", _preparation(about["preprocessing"])]
-    if "onnx" in about["formats"]:
-        parts += [
-            "",
-            f"With ONNX Runtime (operator set {about['opset']}); the size of the images is fixed, their number is not:",
-            "",
-            """```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("backbone.onnx", providers=["CPUExecutionProvider"])
-embeddings = session.run(["embeddings"], {"images": images})[0]
-similarities = embeddings @ embeddings.T
-```""",
-        ]
-    if "torchscript" in about["formats"]:
-        parts += [
-            "",
-            "With torch alone (torch.jit is deprecated in torch itself). Images of another size may be taken, and then "
-            "give embeddings that nobody has checked:",
-            "",
-            """```python
-import torch
-
-model = torch.jit.load("backbone.torchscript")
-with torch.inference_mode():
-    embeddings = model(torch.from_numpy(images)).numpy()
-similarities = embeddings @ embeddings.T
-```""",
-        ]
-    if "safetensors" in about["formats"]:
-        parts += [
-            "",
-            "With dist_proxygml, from the weights; `checkpoint.init_from` of a new run takes this folder as well:",
-            "",
-            """```python
-import json
-from pathlib import Path
-
-import torch
-from dist_proxygml.backbones.build import build_backbone
-from dist_proxygml.checkpoint.writer import load_backbone
-from dist_proxygml.config import BackboneConfig
-
-about = json.loads(Path("export.json").read_text(encoding="utf-8"))
-model = build_backbone(BackboneConfig.model_validate(about["backbone"]), load_pretrained=False).eval()
-load_backbone(Path("."), model)
-with torch.inference_mode():
-    embeddings = model(torch.from_numpy(images)).numpy()
-similarities = embeddings @ embeddings.T
-```""",
-        ]
-    return "\n".join(parts)
-
-
-def _preparation(preprocessing: Mapping[str, Any]) -> str:
-    size = preprocessing["size"]
-    settings = f"```json\n{_json(preprocessing)}\n```"
-    match preprocessing["name"]:
-        case "resize":
-            words = f"The whole image, resized to {size} x {size} pixels by averaging areas"
-            steps = f"""    is_whole = image.width == image.height and image.width % {size} == 0
-    image = image.resize(({size}, {size}), Image.Resampling.BOX if is_whole else Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)"""
-        case "center_crop":
-            shorter = preprocessing["resize"]
-            words = f"The shorter side resized to {shorter} pixels, then the central {size} x {size} square"
-            steps = f"""    shorter = min(image.size)
-    image = image.resize([{shorter} * side // shorter for side in image.size], Image.Resampling.BILINEAR)
-    left, top = round((image.width - {size}) / 2), round((image.height - {size}) / 2)
-    image = image.crop((left, top, left + {size}, top + {size}))  # black where it is too small
-    return np.asarray(image).transpose(2, 0, 1)"""
-        case _:
-            words = "The run tested on images changed at random; the code below only resizes the whole image"
-            steps = f"""    image = image.resize(({size}, {size}), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)"""
-    return f"""{words}. In dist_proxygml it is this transform:
-
-{settings}
-
-With Pillow, to within a grey level or two:
-
-```python
-import numpy as np
-from PIL import Image
-
-
-def prepare(path):
-    image = Image.open(path).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-{steps}
-
-
-images = np.stack([prepare(path) for path in ["first.png", "second.png"]])
-```"""
-
-
-def _data(about: Mapping[str, Any], facts: TrainingFacts, evaluation: StoredEvaluation | None) -> str:
-    tested = {} if evaluation is None else evaluation.result.protocol.get("data", {})
-    is_same_index = facts.index_sha256 is not None and facts.index_sha256 == tested.get("index_sha256")
-    rows = [
-        ("data set", escape(tested.get("dataset") or "not recorded") if is_same_index else "not recorded"),
-        ("classes", f"{about['num_classes']:,}"),
-        ("images", "a stream, not counted" if facts.num_images is None else f"{facts.num_images:,}"),
-        ("sha256 of the shards' index", _code(facts.index_sha256)),
-        ("sha256 of the class table", _code(facts.class_table_sha256)),
-    ]
-    return "\n".join(
-        ["## Training data", "", "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
+    backbone = printable(about["backbone"]["name"])
+    head = ModelCardData(
+        library_name="dist_proxygml",
+        pipeline_tag="image-feature-extraction",
+        tags=["image-retrieval", "metric-learning", "proxygml", backbone, *about["formats"]],
+        metrics=[result.metric_type for result in results] or None,
+        model_name=printable(about["run"]) if results else None,
+        eval_results=results or None,
     )
-
-
-def _evaluation(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:
-    if evaluation is None:
-        return "## Evaluation\n\nThis model was not evaluated."
-    step, result = evaluation
-    data = result.protocol.get("data", {})
-    parts = ["## Evaluation", ""]
-    if step != about["step"]:
-        parts += [
-            f"**This model, step {about['step']:,}, was not evaluated.** The numbers are of {checkpoint_name(step)} of "
-            "the same run, the newest that was.",
-            "",
-        ]
-    parts += ["| | percent | if every tie goes wrong, or right |", "| --- | --- | --- |"]
-    for key, label, _ in name_metrics(result.metrics):
-        spread = f" ± {100 * result.metrics[f'{key}_sd']:.2f} over seeds" if f"{key}_sd" in result.metrics else ""
-        bounds = " to ".join(f"{100 * bound:.2f}" for bound in result.bounds.get(key, ()))
-        parts.append(
-            f"| {escape(label) if label == key else label} | {100 * result.metrics[key]:.2f}{spread} | {bounds} |"
-        )
-    gallery = data.get("gallery_split")
-    searched = "all others of the split" if gallery is None else f"the images of the split {escape(gallery)}"
-    parts += [
-        "",
-        f"Each image of the split is a query against {searched}: {result.num_queries:,} queries, {result.num_images:,} "
-        f"images, {result.num_classes:,} classes. "
-        f"{result.num_lone:,} images without another of their class to find are "
-        f"no queries, {result.num_damaged:,} damaged ones are left out.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| data set | {escape(data.get('dataset') or 'not recorded')} |",
-        f"| split | {escape(data.get('split') or 'not recorded')} |",
-        f"| sha256 of the shards' index | {_code(data.get('index_sha256'))} |",
-        f"| sha256 of the class table | {_code(data.get('class_table_sha256'))} |",
-        f"| fingerprint of the protocol | {_code(result.fingerprint)} |",
-        "",
-        "Results of one fingerprint measure the same; of others `report compare` says what differs. The protocol:",
-        "",
-        f"```json\n{_json(result.protocol)}\n```",
-    ]
-    return "\n".join(parts)
-
-
-def _verification(about: Mapping[str, Any], checks: Sequence[FileCheck]) -> str:
-    if not checks:
-        return "## Verification\n\nThe files were not compared with the checkpoint (`--verify`)."
-    rows = []
-    for check in checks:
-        recalls = [
-            "" if value is None else f"{100 * value:.2f}"
-            for value in (check.recall_at_1, check.recall_at_1_exported, check.recall_difference)
-        ]
-        rows.append(f"| `{check.file}` | {check.precision} | {check.largest_difference:.1e} | {' | '.join(recalls)} |")
-    return "\n".join(
-        [
-            "## Verification",
-            "",
-            f"The checkpoint in PyTorch and each file embedded {escape(about['verification']['images'])}. Neither an "
-            f"embedding nor Recall@1 of these images (ties counted as right) differs by more than {LIMIT:g}:",
-            "",
-            "| file | precision | embeddings differ by | Recall@1 before, percent | exported | difference |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *rows,
-        ]
-    )
-
-
-def _limits(about: Mapping[str, Any]) -> str:
-    size = about["preprocessing"]["size"]
-    low_precision = about["precision"] != "float32" and set(about["formats"]) - {"safetensors"}
-    precision = (
-        f"\n- Training and evaluation ran in {about['precision']}, the graphs compute with the same weights in "
-        "float32: their embeddings differ from those that were evaluated."
-        if low_precision
-        else ""
-    )
-    return f"""## Intended use and limits
-
-- For finding images like a given one, also of classes that were not in training, among images like the training data.
-- Similarities rank; they are no probabilities, and a threshold on them has to be chosen on data of your own.
-- It has not been evaluated on other kinds of images or other preprocessing, nor for fairness between groups of people.
-- Images of another size than {size} x {size} have to be resized first.{precision}"""
-
-
-def _versions(about: Mapping[str, Any]) -> str:
-    written = ", ".join(f"{name} {escape(found)}" for name, found in about["written_with"].items())
-    return f"## Versions\n\nWritten with {written}."
+    return head.to_yaml()
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -374,10 +139,6 @@ def printable(text: object) -> str:
 def escape(text: object) -> str:
     """A user's text for Markdown: every ASCII sign that could mean something has a backslash."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@:-])", r"\\\1", printable(text))
-
-
-def _code(value: object) -> str:
-    return "not recorded" if value is None else f"`{printable(value).replace('`', ' ')}`"
 
 
 def _json(value: Any) -> str:

@@ -1,19 +1,35 @@
-"""Line charts and histograms as inline SVG: no script, no picture file, colours from the page's style sheet.
+"""Line charts and histograms as SVG for a page: text stays text, colours are those of templates/colours.css.
 
-A chart scales with its column and follows light and dark through CSS classes (`series-0`,
-`series-1`, ...). Long series are averaged into a few hundred points first, so that a page stays
-small whatever the length of the run.
+matplotlib draws, through its objects and without pyplot. What it writes is the same for the same numbers: no date, ids
+from the chart's title. A drawing in the colours below follows light and dark, since they become the style sheet's.
+Long series are averaged into a few hundred points first, so that a page stays small whatever the length of the run.
+
+matplotlib is imported when something is drawn: a training process of another rank never does.
 """
 
+import io
 import math
-from collections.abc import Sequence
-from html import escape
-from typing import NamedTuple
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26  # room for the axes' numbers
 
 DECADES = 1e4  # of a logarithmic axis: what falls to zero would otherwise take all of it
+TEXT, QUIET, LINE, WRONG = "#1c1e21", "#62676e", "#e3e4e6", "#c93434"
+SERIES = ("#2563c9", "#c2610c", "#1a7f6b", "#8a4fbf", "#6b7280", "#a8883a")
+_IN_PAGES = {TEXT: "currentColor", QUIET: "var(--quiet)", LINE: "var(--line)", WRONG: "var(--wrong)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)
+}
 
 
 class Series(NamedTuple):
@@ -24,59 +40,6 @@ class Series(NamedTuple):
     dashed: bool = False
 
 
-def line_chart(
-    title: str,
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    logarithmic: bool = False,
-    markers: bool = False,
-) -> str:
-    """A figure with a title, a legend and the lines; an empty string when there is nothing to draw.
-
-    Args:
-        title: what the lines show, with the unit.
-        series: the lines; equal ones become one. Points that are not finite are left out, and so is
-            what a logarithmic axis cannot show.
-        x_label: what x counts.
-        logarithmic: the scale of y.
-        markers: whether each point gets a dot.
-    """
-    shown = [
-        Series(
-            line.name,
-            [(x, y) for x, y in _thinned(line.points) if math.isfinite(y) and (y > 0 or not logarithmic)],
-            line.dashed,
-        )
-        for line in series
-    ]
-    shown = _merged([line for line in shown if line.points])
-    if not shown:
-        return ""
-    if logarithmic:
-        floor = max(y for line in shown for _, y in line.points) / DECADES
-        shown = [line._replace(points=[(x, y) for x, y in line.points if y >= floor]) for line in shown]
-        shown = [line for line in shown if line.points]
-    xs = [x for line in shown for x, _ in line.points]
-    ys = [y for line in shown for _, y in line.points]
-    y_ticks = _powers_of_ten(min(ys), max(ys)) if logarithmic else ticks(min(ys), max(ys), count=5)
-    frame = _Frame(
-        (min(xs), max(max(xs), min(xs) + 1)),
-        (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))),
-        logarithmic,
-    )
-    parts = frame.axes(ticks(min(xs), max(xs), count=5), y_ticks)
-    for number, line in enumerate(shown):
-        placed = [frame.place(x, y) for x, y in line.points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        dashed = " dashed" if line.dashed else ""
-        parts.append(f'<polyline class="series-{number}{dashed}" points="{path}"/>')
-        if markers and not line.dashed:
-            parts += [f'<circle class="series-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in placed]
-    spoken = "; ".join(f"{line.name} ends at {_number(line.points[-1][1])}" for line in shown)
-    return _figure(title, f"over {x_label}", _legend(shown), parts, spoken)
-
-
 class Histogram(NamedTuple):
     """How many values fell between neighbouring edges."""
 
@@ -85,8 +48,90 @@ class Histogram(NamedTuple):
     counts: Sequence[int]
 
 
-def histogram_chart(title: str, histograms: Sequence[Histogram], *, x_label: str) -> str:
-    """A figure with the outlines of histograms, each in percent of its own values; empty when none has any.
+class Chart(NamedTuple):
+    """A figure of a page."""
+
+    title: str
+    subtitle: str
+    legend: list[tuple[str, bool]]  # names, and whether they are dashed, in the order of SERIES
+    spoken: str  # for those who do not see it
+    drawing: Markup  # what is inside of the <svg>
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def draw(paint: Callable[["Figure"], None], *, name: str, width: float, height: float) -> Markup:
+    """The inside of the <svg> of a figure of so many pixels, painted in the colours of this module.
+
+    Args:
+        paint: adds to the empty figure, in which a point is a pixel.
+        name: tells its ids from those of other figures of the page.
+        width: of the figure.
+        height: of the figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": TEXT}
+    style |= {"axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0}
+    stream = io.StringIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever a matplotlibrc says
+        matplotlib.rcParams.update(style)
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # the browser has other fonts
+        figure = Figure((width / 72, height / 72))
+        paint(figure)
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    inside = re.sub(r"^.*?</metadata>|</svg>\s*$|<style.*?</style>", "", stream.getvalue(), flags=re.DOTALL)
+    inside = re.sub(r' font-family: [^;"]+;?|(?<=<g) id="[^"]*"| transform="rotate\(-0 [^"]*"', "", inside)
+    return Markup(re.sub("#[0-9a-f]{6}", lambda found: _IN_PAGES.get(found[0], found[0]), inside))
+
+
+def line_chart(
+    title: str, series: Sequence[Series], *, x_label: str, logarithmic: bool = False, markers: bool = False
+) -> Chart | None:
+    """Lines over steps; None when there is nothing to draw.
+
+    Args:
+        title: what the lines show, with the unit.
+        series: at most six lines; equal ones become one. Points that are not finite are left out, and so is what a
+            logarithmic axis cannot show.
+        x_label: what x counts.
+        logarithmic: the scale of y.
+        markers: whether each point gets a dot.
+    """
+    thinned = [line._replace(points=_thinned(line.points)) for line in series]
+    highest = max((y for line in thinned for _, y in line.points if math.isfinite(y)), default=0.0)
+    floor = max(highest / DECADES, sys.float_info.min) if logarithmic else -math.inf
+    names: dict[tuple[tuple[tuple[float, float], ...], bool], list[str]] = {}
+    for line in thinned:
+        points = tuple((x, y) for x, y in line.points if math.isfinite(y) and y >= floor)
+        if points:
+            names.setdefault((points, line.dashed), []).append(line.name)
+    shown = [Series(", ".join(equal), points, dashed) for (points, dashed), equal in names.items()]
+    if not shown:
+        return None
+    xs, ys = ([point[axis] for line in shown for point in line.points] for axis in (0, 1))
+
+    def paint(figure: "Figure") -> None:
+        axes = _axes(figure, logarithmic=logarithmic)
+        for colour, line in zip(SERIES, shown, strict=False):
+            look = {"dashes": (3.5, 3.5), "linewidth": 1.5} if line.dashed else {"linewidth": 2}
+            if markers and not line.dashed:
+                look |= {"marker": "o", "markersize": 6, "markeredgewidth": 0}
+            axes.plot(*zip(*line.points, strict=True), color=colour, clip_on=False, solid_capstyle="round", **look)
+        axes.set_xlim(min(xs), max(*xs, min(xs) + 1))
+        low, high = axes.get_ylim()
+        if not logarithmic and low < max(ys) < high:
+            axes.set_ylim(low, max(ys))  # a line at the top may be missing, a gap not
+
+    spoken = "; ".join(f"{line.name} ends at {_number(line.points[-1][1])}" for line in shown)
+    drawing = draw(paint, name=title, width=WIDTH, height=HEIGHT)
+    return Chart(title, f"over {x_label}", [(line.name, line.dashed) for line in shown], spoken, drawing)
+
+
+def histogram_chart(title: str, histograms: Sequence[Histogram], *, x_label: str) -> Chart | None:
+    """The outlines of histograms, each in percent of its own values; None when none has any.
 
     Args:
         title: what was counted.
@@ -97,115 +142,60 @@ def histogram_chart(title: str, histograms: Sequence[Histogram], *, x_label: str
         ValueError: a histogram has another number of edges than of counts and one.
     """
     lines = []
-    for histogram in histograms:
-        total = math.fsum(histogram.counts)
-        points = [
-            (float(edge), 100 * count / total)
-            for left, right, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True)
-            for edge in (left, right)
-            if total
-        ]
-        filled = [number for number, (_, share) in enumerate(points) if share > 0]
+    for name, edges, counts in histograms:
+        if len(edges) != len(counts) + 1:
+            raise ValueError(f"expected {len(counts) + 1} edges of {len(counts)} counts, got {len(edges)}")
+        filled = [place for place, count in enumerate(counts) if count > 0]
         if filled:
-            inside = points[filled[0] : filled[-1] + 1]
-            lines.append((histogram.name, [(inside[0][0], 0.0), *inside, (inside[-1][0], 0.0)]))
+            kept = slice(filled[0], filled[-1] + 1)
+            shares = [100 * count / math.fsum(counts) for count in counts[kept]]
+            lines.append((name, [*edges[kept], edges[filled[-1] + 1]], shares))
     if not lines:
-        return ""
-    xs, ys = ([point[axis] for _, points in lines for point in points] for axis in (0, 1))
-    y_ticks = ticks(0.0, max(ys), count=5)
-    frame = _Frame((min(xs), max(xs)), (0.0, max(y_ticks[-1], max(ys))))
-    parts = frame.axes(ticks(min(xs), max(xs), count=5), y_ticks)
-    for number, (_, points) in enumerate(lines):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.place(*point) for point in points))
-        parts.append(f'<polygon class="series-{number}" points="{path}"/>')
-    spoken = "; ".join(
-        f"{name}, most at {_number(max(points, key=lambda point: point[1])[0])}" for name, points in lines
-    )
-    return _figure(title, x_label, _legend([Series(name, points) for name, points in lines]), parts, spoken)
+        return None
+
+    def paint(figure: "Figure") -> None:
+        axes = _axes(figure)
+        for colour, (_, edges, shares) in zip(SERIES, lines, strict=False):
+            axes.stairs(
+                shares, edges, fill=True, facecolor=(colour, 0.28), edgecolor=colour, linewidth=1.5, clip_on=False
+            )
+        axes.set_xlim(min(edges[0] for _, edges, _ in lines), max(edges[-1] for _, edges, _ in lines))
+        axes.set_ylim(0, max(max(shares) for _, _, shares in lines))
+
+    spoken = "; ".join(f"{name}, most at {_number(edges[shares.index(max(shares))])}" for name, edges, shares in lines)
+    drawing = draw(paint, name=title, width=WIDTH, height=HEIGHT)
+    return Chart(title, x_label, [(name, False) for name, _, _ in lines], spoken, drawing)
 
 
-class _Frame(NamedTuple):
-    """The part of the picture that lines are drawn in."""
+def style_axes(axes: "Axes", *, logarithmic: bool = False) -> None:
+    """Lines across at round numbers of y, quiet numbers, no frame."""
+    from matplotlib.ticker import MaxNLocator
 
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    logarithmic: bool = False
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies in the picture."""
-        x_share = (x - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
-        low, high, value = (math.log10(v) if self.logarithmic else v for v in (*self.y_range, y))
-        return (
-            LEFT + x_share * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM),
-        )
-
-    def axes(self, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
-        """Lines across for y, and the numbers of both axes, those of x that lie within it."""
-        parts = []
-        for tick in y_ticks:
-            _, y = self.place(self.x_range[0], tick)
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick end" x="{LEFT - 7}" y="{y + 3.5:.1f}">{_number(tick)}</text>')
-        for tick in x_ticks:
-            if self.x_range[0] <= tick <= self.x_range[1]:
-                x, _ = self.place(tick, self.y_range[0])
-                parts.append(f'<text class="tick middle" x="{x:.1f}" y="{HEIGHT - 8}">{_number(tick)}</text>')
-        return parts
+    if logarithmic:
+        axes.set_yscale("log")
+    for axis in (axes.xaxis,) if logarithmic else (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: _number(value))
+    axes.set_frame_on(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=LINE, linewidth=1)
+    axes.tick_params(left=False, bottom=False, labelsize=11.5, labelcolor=QUIET, pad=7)
+    axes.tick_params(which="minor", left=False, bottom=False, labelleft=False)
 
 
-def _legend(shown: Sequence[Series]) -> str:
-    return "".join(
-        f'<span><i class="swatch series-{number}{" dashed" if line.dashed else ""}"></i>{escape(line.name)}</span>'
-        for number, line in enumerate(shown)
-    )
-
-
-def _figure(title: str, subtitle: str, legend: str, parts: Sequence[str], spoken: str) -> str:
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}<small>{escape(subtitle)}</small></figcaption>'
-        f'<div class="legend">{legend}</div>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(f"{title}: {spoken}", quote=True)}">'
-        f"{''.join(parts)}</svg></figure>"
-    )
-
-
-def _merged(series: Sequence[Series]) -> list[Series]:
-    """Lines with equal points drawn once, under all their names."""
-    merged: list[Series] = []
-    for line in series:
-        twin = next((i for i, other in enumerate(merged) if other.points == line.points), None)
-        if twin is None:
-            merged.append(line)
-        else:
-            merged[twin] = merged[twin]._replace(name=f"{merged[twin].name}, {line.name}")
-    return merged
+def _axes(figure: "Figure", *, logarithmic: bool = False) -> "Axes":
+    place = (LEFT / WIDTH, BOTTOM / HEIGHT, (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
+    axes = figure.add_axes(place)
+    style_axes(axes, logarithmic=logarithmic)
+    return axes
 
 
 def _thinned(points: Sequence[tuple[float, float]], *, most: int = 300) -> list[tuple[float, float]]:
     """Neighbouring points averaged until at most `most` are left."""
-    size = -(-len(points) // most)
-    if size <= 1:
-        return list(points)
+    size = max(1, -(-len(points) // most))
     blocks = [points[start : start + size] for start in range(0, len(points), size)]
     return [(block[-1][0], math.fsum(y for _, y in block) / len(block)) for block in blocks]
-
-
-def ticks(low: float, high: float, *, count: int) -> list[float]:
-    """About `count` round numbers that enclose or fill the range."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    rough = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = unit * next(factor for factor in (1, 2, 5, 10) if factor * unit >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
-
-
-def _powers_of_ten(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    return [10.0**power for power in range(first, max(last, first + 1) + 1)]
 
 
 def _number(value: float) -> str:

@@ -5,8 +5,8 @@
 
 The page is one file: styles, curves (SVG) and thumbnails are inside, nothing is fetched and no script runs. It is
 written from the run's folder alone, plus the images that the embeddings came from; what a run does not have yet is a
-sentence on the page. Its size is bounded whatever the data set: see `report_pictures`, which makes the part with
-images.
+sentence on the page. Its size is bounded whatever the data set: see `report_pictures`, which prepares the part with
+images. Its words and markup are in templates/report.html; here is the data that they need.
 
 Run folder: config.json, metrics.jsonl, evaluation/{pixels,step-*}.json, embeddings/step-*.npz, proxies/step-*.json.
 """
@@ -16,8 +16,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,10 @@ from dist_proxygml.evaluation.best import read_evaluations, selected_rows
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.metric_names import name_metrics
-from dist_proxygml.reporting.charts import Series, line_chart
-from dist_proxygml.reporting.pictures import Section, picture_sections
-from dist_proxygml.reporting.proxies import proxy_section
+from dist_proxygml.reporting.charts import Chart, Series, line_chart
+from dist_proxygml.reporting.pictures import picture_parts
+from dist_proxygml.reporting.proxies import proxy_statistics
+from dist_proxygml.reporting.render import render
 from dist_proxygml.storage.files import is_folder, mode_of, paths_in, read_document, read_file, read_log
 
 _MAX_CHARACTERS = 400_000  # of a text that is quoted whole
@@ -134,166 +133,74 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         ValueError: the folder is not a run's.
     """
     run = read_run(run_directory)
-    sections = [
-        *_every_number(run.rows),
-        *_picture_sections(run, index),
-        proxy_section(run_directory / "proxies"),
-        _curves(run),
-        _protocol(run),
-    ]
-    links = "".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections)
-    style = resources.files("dist_proxygml.reporting").joinpath("report.css").read_text(encoding="utf-8")
-    page = "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-            "style-src 'unsafe-inline'\">",
-            f"<title>{escape(run.name)} - retrieval report</title>\n<style>\n{style}</style>\n</head>\n<body>",
-            _header(run, index),
-            f'<nav aria-label="Parts of this page">{links}</nav>\n<main>',
-            *(
-                f'<section id="{section.key}">\n<h2>{escape(section.title)}</h2>\n{section.html}\n</section>'
-                for section in sections
-            ),
-            f"</main>\n{_footer(index)}\n</body>\n</html>\n",
-        ]
+    rows = run.rows
+    results = {name: result.metrics for name, result in rows.items()} | run.chosen
+    pictures, reason = _pictures(run, index)
+    page = render(
+        "report.html",
+        name=run.name,
+        rows=rows,
+        results=results,
+        columns=_columns(results.values()),
+        names=name_metrics(key for result in rows.values() for key in result.metrics),
+        last_step=max(run.evaluations, default=0),
+        is_unseen=index is not None and _classes_are_unseen(run, index),
+        has_choice=bool(run.chosen),
+        num_looks=len(run.evaluations) - (0 in run.evaluations),
+        pictures=pictures,
+        reason=reason,
+        proxies=proxy_statistics(run_directory / "proxies"),
+        charts=_charts(run),
+        configuration=_quoted(json.dumps(run.config, indent=2)) if run.config else None,
+        makers=None if index is None else _makers(index.root),
+        **(_measured(list(rows.values())[-1]) if rows else {}),
     )
     path = run_directory / "report.html"
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    with publish(path) as stream:
+        stream.write(page.encode())
     return path
 
 
-# ---- the numbers --------------------------------------------------------------------------------
-
-
-def _header(run: RunRecord, index: ShardIndex | None) -> str:
-    parts = [f'<header>\n<p class="eyebrow">Retrieval report</p>\n<h1>{escape(run.name)}</h1>']
-    rows = run.rows
-    if not rows:
-        parts.append(
-            '<p class="lead">This run has not been evaluated yet, so there are no numbers and no retrieved images.</p>'
-        )
-        return "\n".join([*parts, "</header>"])
-    result = list(rows.values())[-1]
-    parts.append(f'<p class="lead">{_lead(run, result, index)}</p>')
-    return "\n".join([*parts, _results_table(run), _reading_aid(run, result), "</header>"])
-
-
-def _lead(run: RunRecord, result: EvaluationResult, index: ShardIndex | None) -> str:
-    """What was measured, in a sentence or two."""
-    last = max(run.evaluations, default=0)
-    start = f"After {last:,} training steps, every one" if last else "Every one"
-    unseen = ", none of them seen in training" if index is not None and _classes_are_unseen(run, index) else ""
-    num_gallery = _num_gallery(result)
-    if num_gallery == result.num_images:
-        asked, searched = f"{result.num_images:,} images", "all the others"
-        lone = _count(result.num_lone, "image has", "images have") + " no other of their class and only distract"
-    else:
-        asked, searched = f"{result.num_queries:,} queries", f"{num_gallery:,} images of a gallery"
-        lone = _count(result.num_lone, "query", "queries") + " without a right answer there are left out"
-    lead = f"{start} of {asked} of {result.num_classes:,} classes{unseen}, looks for its own class among {searched}."
-    return f"{lead} {lone}." if result.num_lone else lead
-
-
-def _num_gallery(result: EvaluationResult) -> int:
-    """The images that were searched."""
-    return int(result.protocol.get("num", {}).get("gallery", result.num_images))
-
-
-def _results_table(run: RunRecord) -> str:
-    rows = {name: result.metrics for name, result in run.rows.items()} | run.chosen
-    columns = _columns(rows.values())
-    head = "".join(f'<th scope="col">{escape(label)}</th>' for label in columns.values())
-    body = []
-    for name, values in rows.items():
-        cells = []
-        for key in columns:
-            deviation = values.get(f"{key}_sd")
-            spread = f" <small>± {100 * deviation:.1f}</small>" if deviation else ""
-            cells.append(f"<td>{100 * values[key]:.1f}{spread}</td>" if key in values else "<td>-</td>")
-        kind = ' class="after"' if name == "after training" else ""
-        body.append(f'<tr{kind}><th scope="row">{escape(name[:1].upper() + name[1:])}</th>{"".join(cells)}</tr>')
-    return (
-        '<div class="scroll"><table class="results">'
-        f'<thead><tr><th scope="col">Percent</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _reading_aid(run: RunRecord, result: EvaluationResult) -> str:
-    low, high = (f"{100 * bound:.2f}" for bound in result.recall_at_1_bounds)
-    ties = (
-        "Ties do not touch Recall@1. "
-        if low == high
-        else f"With all ties gone wrong or right, Recall@1 is {low} or {high}. "
-    )
+def _measured(result: EvaluationResult) -> dict[str, Any]:
+    """What the page says of the evaluation that counts, and of how it was made."""
+    num_gallery = int(result.protocol.get("num", {}).get("gallery", result.num_images))  # images that were searched
     clustering = result.protocol.get("clustering")
-    seeds = len(clustering["seeds"]) if clustering else 0
-    over = f"mean and deviation of {seeds} runs" if seeds > 1 else "one run"
-    nmi = f"NMI compares the classes with k-means clusters: {over}." if seeds else ""
-    num_looks = len(run.evaluations) - (0 in run.evaluations)
-    chosen = f" The best on test is the best of {num_looks} looks at the test images themselves." if run.chosen else ""
-    return (
-        '<p class="quiet">Recall@K is the share of queries with a right answer among the first K. '
-        "MAP@R also counts how many of a query's right answers come first, and how early. "
-        f"{ties}{nmi}{chosen}</p>"
+    counted = (
+        f"{result.num_images:,} images of {result.num_classes:,} classes, {result.num_queries:,} of them queries, "
+        f"{num_gallery:,} searched"
     )
+    entries = {"counts": counted, **result.protocol, "fingerprint": result.fingerprint}
+    return {
+        "result": result,
+        "num_gallery": num_gallery,
+        "num_seeds": len(clustering["seeds"]) if clustering else 0,
+        "protocol": {
+            name: _readable(value)
+            for name, value in entries.items()
+            if value is not None and name not in ("format", "num")
+        },
+    }
 
 
-def _every_number(rows: Mapping[str, EvaluationResult]) -> list[Section]:
-    """A row for each metric, with its meaning, its bounds where ties are known to move it, and its deviation."""
-    if not rows:
-        return []
-    names = name_metrics(key for result in rows.values() for key in result.metrics)
-    head = "".join(f'<th scope="col">{escape(row.capitalize())}</th>' for row in rows)
-    body = []
-    for name in names:
-        cells = "".join(f"<td>{_number(result, name.key)}</td>" for result in rows.values())
-        meaning = f"<small>{escape(name.meaning)}</small>" if name.meaning else ""
-        body.append(f'<tr><th scope="row">{escape(name.label)}{meaning}</th>{cells}</tr>')
-    html = (
-        "<p>In percent. In brackets, where ties matter: what it is if all go wrong, and if all go right. After ±: the "
-        "deviation over k-means seeds.</p>\n"
-        f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-    return [Section("numbers", "Every number", html)]
+# ---- images -------------------------------------------------------------------------------------
 
 
-def _number(result: EvaluationResult, key: str) -> str:
-    if key not in result.metrics:
-        return "-"
-    text = f"{100 * result.metrics[key]:.2f}"
-    if (bounds := result.bounds.get(key)) is not None:
-        low, high = (f"{100 * bound:.2f}" for bound in bounds)
-        text += f"<small>[{low}, {high}]</small>" if low != high else ""
-    if deviation := result.metrics.get(f"{key}_sd"):
-        text += f"<small>± {100 * deviation:.2f}</small>"
-    return text
-
-
-def _picture_sections(run: RunRecord, index: ShardIndex | None) -> list[Section]:
-    """The part with images, or one sentence on why it is not there."""
+def _pictures(run: RunRecord, index: ShardIndex | None) -> tuple[dict[str, Any] | None, str]:
+    """What the page shows of images, or None and a sentence on why there are none."""
     if run.table is None:
-        reason = "No embeddings are stored for this run yet; they are written with the next evaluation."
-    elif index is None:
-        reason = "The images of this run are not at hand; name their shards to see what it retrieves."
-    else:
-        try:
-            gallery = _gallery_split(run, index)
-            if _belongs_to(run.table, index, gallery):
-                training = _training_split(run, index)
-                return picture_sections(run.table, index, gallery=gallery, training=training)
-            reason = (
-                "These shards are not the ones that the run was evaluated on; name the right ones to see what it "
-                "retrieves."
-            )
-        except ValueError as error:  # a damaged image must not cost the rest of the page
-            reason = f"The images cannot be shown: {error}"
-    return [Section("retrieves", "What it retrieves", f'<p class="quiet">{escape(reason)}</p>')]
+        return None, "No embeddings are stored for this run yet; they are written with the next evaluation."
+    if index is None:
+        return None, "The images of this run are not at hand; name their shards to see what it retrieves."
+    try:
+        gallery = _gallery_split(run, index)
+        if _belongs_to(run.table, index, gallery):
+            training = _training_split(run, index)
+            return picture_parts(run.table, index, gallery=gallery, training=training), ""
+    except ValueError as error:  # a damaged image must not cost the rest of the page
+        return None, f"The images cannot be shown: {error}"
+    return None, (
+        "These shards are not the ones that the run was evaluated on; name the right ones to see what it retrieves."
+    )
 
 
 def _belongs_to(table: EmbeddingTable, index: ShardIndex, gallery: ShardIndex | None) -> bool:
@@ -320,10 +227,11 @@ def _training_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
         return None
 
 
-# ---- curves, protocol, configuration ------------------------------------------------------------
+# ---- curves -------------------------------------------------------------------------------------
 
 
-def _curves(run: RunRecord) -> Section:
+def _charts(run: RunRecord) -> list[Chart]:
+    """The curves of the run, as far as there are."""
     losses = {
         "loss": "total",
         "classification": "classification",
@@ -339,14 +247,13 @@ def _curves(run: RunRecord) -> Section:
         line_chart("Learning rate", _training_series(run, rates), x_label="steps", logarithmic=True),
         line_chart("Gradient norm", _training_series(run, norms), x_label="steps", logarithmic=True),
     ]
-    drawn = "".join(charts) or '<p class="quiet">No training steps have been logged yet.</p>'
-    return Section("curves", "How it got there", f'<div class="charts">{drawn}</div>')
+    return [chart for chart in charts if chart is not None]
 
 
-def _evaluation_chart(run: RunRecord) -> str:
+def _evaluation_chart(run: RunRecord) -> Chart | None:
     """Recall@1, MAP@R and NMI over the steps, once there are two evaluations to connect."""
     if len(run.evaluations) < 2:
-        return ""
+        return None
     columns = _columns(result.metrics for result in run.evaluations.values())
     lines = []
     for key in ("recall@1", "map@r", "nmi"):
@@ -366,43 +273,6 @@ def _training_series(run: RunRecord, names: Mapping[str, str]) -> list[Series]:
         Series(label, [(line["step"], line[key]) for line in run.training if isinstance(line.get(key), int | float)])
         for key, label in names.items()
     ]
-
-
-def _protocol(run: RunRecord) -> Section:
-    parts = []
-    if run.rows:
-        result = list(run.rows.values())[-1]
-        counted = (
-            f"{result.num_images:,} images of {result.num_classes:,} classes, {result.num_queries:,} of them queries, "
-            f"{_num_gallery(result):,} searched"
-        )
-        entries = {"counts": counted, **result.protocol, "fingerprint": result.fingerprint}
-        listed = "".join(
-            f"<dt>{escape(name.replace('_', ' ').capitalize())}</dt><dd>{escape(_readable(value))}</dd>"
-            for name, value in entries.items()
-            if value is not None and name not in ("format", "num")
-        )
-        parts.append(f"<dl>{listed}</dl>")
-    else:
-        parts.append('<p class="quiet">It has not been measured yet.</p>')
-    if run.config:
-        text = _quoted(json.dumps(run.config, indent=2))
-        parts.append(f"<details><summary>Configuration of the run</summary><pre>{text}</pre></details>")
-    return Section("protocol", "How it was measured", "\n".join(parts))
-
-
-def _footer(index: ShardIndex | None) -> str:
-    makers = "" if index is None else _attribution(index.root)
-    return f"<footer>{makers}<p>Written by dist_proxygml from the run's folder.</p></footer>"
-
-
-def _attribution(root: Path) -> str:
-    """The makers of the images, where the shards' folder names them: pictures must not travel without them."""
-    path = root / "ATTRIBUTION.md"
-    if not path.is_file():
-        return ""
-    text = _quoted(path.read_text(encoding="utf-8"))
-    return f"<details><summary>The makers of these images</summary><pre>{text}</pre></details>"
 
 
 # ---- small things -------------------------------------------------------------------------------
@@ -427,6 +297,12 @@ def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
         return None
 
 
+def _makers(root: Path) -> str | None:
+    """The makers of the images, where the shards' folder names them: pictures must not travel without them."""
+    path = root / "ATTRIBUTION.md"
+    return _quoted(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
     """The metrics of a table that people read first, by their key: Recall@K for all K that occur, MAP@R, NMI."""
     names = name_metrics(key for row in rows for key in row)
@@ -442,10 +318,10 @@ def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
 
 
 def _quoted(text: str) -> str:
-    """A text for the page, escaped; its beginning where it is very long."""
+    """A text that is quoted whole; its beginning where it is very long."""
     if len(text) <= _MAX_CHARACTERS:
-        return escape(text)
-    return f"{escape(text[:_MAX_CHARACTERS])}\n… {len(text) - _MAX_CHARACTERS:,} more characters"
+        return text
+    return f"{text[:_MAX_CHARACTERS]}\n… {len(text) - _MAX_CHARACTERS:,} more characters"
 
 
 def _readable(value: object) -> str:
@@ -460,7 +336,3 @@ def _readable(value: object) -> str:
         case str() if re.fullmatch(r"[0-9a-f]{64}", value):
             return f"{value[:16]}…"
     return str(value)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"

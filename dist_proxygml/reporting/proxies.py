@@ -1,23 +1,22 @@
-"""The part of a run's page about its proxies: the share that does nothing, and how similar what images keep is.
+"""What a run's page says of its proxies: the share that does nothing, and how similar what images keep is.
 
 Read from the newest proxies/step-*.json of the run's folder, which training writes at evaluations.
 """
 
 import re
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from dist_proxygml.reporting.charts import Histogram, histogram_chart
-from dist_proxygml.reporting.pictures import MAX_LETTERS, Section
+from dist_proxygml.reporting.pictures import MAX_LETTERS
 from dist_proxygml.storage.files import paths_in, read_document
 
 _MAX_EXAMPLES = 20
 
 
-def proxy_section(folder: Path) -> Section:
-    """The section, or a sentence on why there is nothing to see.
+def proxy_statistics(folder: Path) -> dict[str, Any]:
+    """What the page shows, or as its "problem" a sentence on why there is nothing to see.
 
     Args:
         folder: "proxies" of a run's folder; may be missing.
@@ -26,41 +25,33 @@ def proxy_section(folder: Path) -> Section:
         int(match[1]): path for path in paths_in(folder, "step-*.json") if (match := re.search(r"-(\d+)$", path.stem))
     }
     if not by_step:
-        html = '<p class="quiet">No statistics of its proxies are stored for this run.</p>'
-    else:
-        newest = by_step[max(by_step)]
-        try:
-            html = _described(read_document(newest))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
-            problem = f"{newest.name} cannot be read ({type(error).__name__}: {error})"
-            html = f'<p class="quiet">The statistics of its proxies in {escape(problem)}.</p>'
-    return Section("proxies", "What its proxies do", html)
+        return {"problem": "No statistics of its proxies are stored for this run."}
+    newest = by_step[max(by_step)]
+    try:
+        return _shown(read_document(newest))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
+        problem = f"{newest.name} cannot be read ({type(error).__name__}: {error})"
+        return {"problem": f"The statistics of its proxies in {problem}."}
 
 
-def _described(statistics: Mapping[str, Any]) -> str:
-    num_classes, per_class = int(statistics["num_classes"]), int(statistics["per_class"])
-    num_proxies, num_dead = num_classes * per_class, int(statistics["num_dead"])
-    window, num_images = int(statistics["window_steps"]), int(statistics["num_images"])
-    parts = [
-        f"<p><b>{num_dead:,} of {num_proxies:,}</b> proxies ({100 * num_dead / num_proxies:.1f}%; {num_classes:,} "
-        f"classes with {per_class:,} each) are dead: {escape(str(statistics['dead_definition']))}. Counted over the "
-        f"{window:,} steps before step {int(statistics['step']):,}, with {num_images:,} images.</p>"
-    ]
-    examples = statistics.get("dead_examples") or []
-    if examples:
-        names = ", ".join(_example(example, per_class) for example in examples[:_MAX_EXAMPLES])
-        parts.append(f'<p class="quiet">The first of them: {names}.</p>')
+def _shown(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    counts = ("num_classes", "per_class", "num_dead", "window_steps", "num_images", "step")
+    shown: dict[str, Any] = {"problem": None} | {name: int(statistics[name]) for name in counts}
+    shown["num_proxies"] = shown["num_classes"] * shown["per_class"]
+    if shown["num_proxies"] <= 0:
+        raise ValueError("it has no proxies")
     histograms = []
     for key, what in (("kept_positive", "of its class"), ("kept_negative", "of other classes")):
-        counts = statistics[key]["counts"]
-        histograms.append(Histogram(f"{what}, {sum(counts):,} pairs", statistics[key]["edges"], counts))
+        counted = statistics[key]["counts"]
+        histograms.append(Histogram(f"{what}, {sum(counted):,} pairs", statistics[key]["edges"], counted))
     chart = histogram_chart(
         "Similarity of images and the proxies they keep", histograms, x_label="cosine, percent of the pairs in each bin"
     )
-    parts.append(f'<div class="charts">{chart}</div>' if chart else '<p class="quiet">No kept pairs were counted.</p>')
-    return "\n".join(parts)
+    examples = (statistics.get("dead_examples") or [])[:_MAX_EXAMPLES]
+    names = [_example(example, shown["per_class"]) for example in examples]
+    return shown | {"chart": chart, "dead_names": names, "dead_definition": statistics["dead_definition"]}
 
 
 def _example(example: Mapping[str, Any], per_class: int) -> str:
     name = str(example.get("name") or f"class {example['class']}")[:MAX_LETTERS]
-    return escape(name if per_class == 1 else f"{name} (proxy {int(example['proxy']) + 1})")
+    return name if per_class == 1 else f"{name} (proxy {int(example['proxy']) + 1})"

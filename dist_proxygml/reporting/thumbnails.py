@@ -31,12 +31,8 @@ class Thumbnails:
     def url(self, sample_id: int) -> str:
         """A picture as a data URL."""
         if sample_id not in self._urls:
-            self._urls[sample_id] = data_url(self.picture(sample_id, side=SIDE))
+            self._urls[sample_id] = data_url(self._images.read(sample_id, partial(decode_small, side=SIDE)))
         return self._urls[sample_id]
-
-    def picture(self, sample_id: int, *, side: int) -> Image.Image:
-        """A picture of at most this many pixels a side."""
-        return self._images.read(sample_id, partial(decode_small, side=side))
 
     def file(self, sample_id: int) -> bytes:
         """The bytes of an image file."""

@@ -44,6 +44,9 @@ OWNERS: dict[str, set[str]] = {
     "pydantic": {"config"},
     "timm": {"backbones.build"},
     "triton": {"head.fused"},
+    "jinja2": {"reporting.render"},
+    "huggingface_hub": {"inference.model_card"},
+    "matplotlib": {"reporting.charts", "cluster.sweep_chart"},
     "tensorboard": {"reporting.projector"},
     "torch.utils.tensorboard": {"reporting.telemetry"},
 }
@@ -250,6 +253,7 @@ for name in sys.argv[1:]:
 after = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
 assert not dist.is_initialized(), "a process group was started"
 assert not torch.cuda.is_initialized(), "a device was touched"
+assert "matplotlib" not in sys.modules, "what only draws was imported"
 assert torch.equal(before[0], after[0]) and before[1:] == after[1:], "seed or threads changed"
 """
     # DeepSpeed prints while it is imported, and its owner may not be asked to prevent that.

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dist_proxygml import Embedder, Index
 from dist_proxygml.data.sources import FolderSource
 from dist_proxygml.embed import main as embed_main
 from dist_proxygml.index import main as index_main
+from dist_proxygml.inference.search_page import Row, Tile, write_page
 from dist_proxygml.search import main
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
@@ -107,6 +109,19 @@ def test_json_has_what_the_table_has(place: Place, capsys: pytest.CaptureFixture
         assert (first["rank"], first["id"], second["rank"]) == (1, f"{number:02d}.png", 2)
         assert first["score"] == pytest.approx(1, abs=1e-6)
         assert second["score"] < first["score"]
+
+
+def test_what_a_user_named_is_text_on_the_page(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script> \"'&amp;"
+    pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    found = [Tile(hostile, pixels, 0.5, hostile), Tile("gone.png", None, 0.25)]
+    rows = [Row(Tile(hostile, pixels), found, ""), Row(Tile("other", pixels), [], hostile)]
+    write_page(tmp_path / "page.html", rows, title=hostile, lead=hostile, makers=hostile)
+    page = Page(tmp_path / "page.html")
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(hostile) == 2 + 3 + 1 + 2  # title and heading, names, nothing found, lead and makers
+    assert [image["alt"] for image in page.images()] == [hostile, f"{hostile}: {hostile}", "other"]
+    assert "not at hand" in page.text
 
 
 def test_nothing_found_is_said_with_the_nearest(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

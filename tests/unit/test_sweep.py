@@ -615,22 +615,33 @@ def texts(picture: str) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(picture).iter(f"{SVG}text")]
 
 
+def paths(picture: str, style: str) -> list[list[tuple[float, float]]]:
+    """The corners of all drawn paths with some text in their style; y grows downwards."""
+    drawn = ElementTree.fromstring(picture).iter(f"{SVG}path")
+    found = [(path.get("d", ""), path.get("style", "")) for path in drawn]
+    return [
+        [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)]
+        for path, styled in found
+        if style in styled
+    ]
+
+
 def test_one_key_is_a_curve_with_error_bars_and_the_seeds_and_no_line_over_a_gap() -> None:
     results = [*RESULTS[6:9], *RESULTS[:3], *RESULTS[3:6]]
     picture = draw_sweep("demo", {"proxies.ratio": [0.3, 0.1, 0.2]}, summarize(results), "recall@1")
-    root = ElementTree.fromstring(picture)
-    series = [line.attrib for line in root.iter(f"{SVG}line") if line.attrib["stroke"] == "#2563c9"]
-    curve = [line for line in series if line["stroke-width"] == "1.8"]
-    assert len(curve) == 1, "between the two that have numbers, which are neighbours"
-    assert len(series) - len(curve) == 3, "one error bar with its ends: the other point has one seed"
-    assert len(list(root.iter(f"{SVG}circle"))) == 2 + 3 + 1  # means, seeds
-    assert float(curve[0]["y1"]) < float(curve[0]["y2"]), "55 stands above 40"
+    (curve,) = paths(picture, "stroke-width: 1.8")
+    assert len(curve) == 2, "between the two that have numbers, which are neighbours"
+    assert curve[0][1] < curve[1][1], "55 stands above 40"
+    (bar,) = filter(None, paths(picture, "stroke-width: 1.4"))
+    assert bar[0][0] == curve[0][0], "one error bar: the other point has one seed"
+    assert picture.count("<use ") == 2 + 3 + 1 + 2  # means, seeds, the ends of the bar
     shown = texts(picture)
     assert shown[:2] == ["recall@1, percent", "demo: mean ± standard deviation of 3 seeds"]
     assert {"0.1", "0.2", "0.3", "proxies.ratio", "failed", "1 of 3, failed"} <= set(shown)
     apart = summarize([*RESULTS[:3], *RESULTS[6:9], *RESULTS[3:6]])
-    gap = ElementTree.fromstring(draw_sweep("demo", {"proxies.ratio": [0.1, 0.3, 0.2]}, apart, "recall@1"))
-    assert not [line for line in gap.iter(f"{SVG}line") if line.attrib.get("stroke-width") == "1.8"]
+    gap = draw_sweep("demo", {"proxies.ratio": [0.1, 0.3, 0.2]}, apart, "recall@1")
+    assert re.findall(r'd="([^"]+)"[^>]*stroke-width: 1.8', gap)
+    assert not re.search(r'd="[^"]*L[^"]*"[^>]*stroke-width: 1.8', gap), "moved to both places, drawn to neither"
 
 
 def grid_of(num_panels: int) -> tuple[dict[str, list[Any]], list[Cell]]:
@@ -647,22 +658,38 @@ def grid_of(num_panels: int) -> tuple[dict[str, list[Any]], list[Cell]]:
 
 def test_two_keys_are_a_heat_map_with_its_numbers_where_they_belong() -> None:
     grid, cells = grid_of(1)
-    root = ElementTree.fromstring(draw_sweep("demo", grid, cells, "recall@1"))
-    boxes = [box.attrib for box in root.iter(f"{SVG}rect") if box.attrib.get("rx") and "url" not in box.attrib["fill"]]
-    assert len(boxes) == 6
-    place = {(box["x"], box["y"]): box for box in boxes}
-    columns, rows = sorted({float(x) for x, _ in place}), sorted({float(y) for _, y in place})
-    assert (len(columns), len(rows)) == (3, 2)
-    least, most = boxes[0], boxes[5]
-    assert (float(most["x"]), float(most["y"])) == (columns[2], rows[1])
-    assert (least["fill"], most["fill"]) == ("#e9f1fb", "#104287")
-    inside = {element.text: element.attrib for element in root.iter(f"{SVG}text")}
-    number = inside["55.00"]  # of the last point: row 2, last column
-    assert columns[2] < float(number["x"]) < columns[2] + float(most["width"])
-    assert rows[1] < float(number["y"]) < rows[1] + float(most["height"])
-    assert number["fill"] == "#ffffff"
-    assert columns[1] < float(inside["failed"]["x"]) < columns[2]
+    picture = draw_sweep("demo", grid, cells, "recall@1")
+    inside = {element.text: element.attrib for element in ElementTree.fromstring(picture).iter(f"{SVG}text")}
+
+    def place(text: str) -> tuple[float, float]:
+        return float(inside[text]["x"]), float(inside[text]["y"])
+
+    # The scale beside it has narrower boxes of these colours.
+    least, most = (
+        max(paths(picture, f"fill: {colour}"), key=lambda box: max(box)[0] - min(box)[0])
+        for colour in ("#e9f1fb", "#104287")
+    )
+    for text, box in (("50.00", least), ("55.00", most)):
+        x, y = place(text)
+        assert min(box)[0] < x < max(box)[0]
+        assert min(y for _, y in box) < y < max(y for _, y in box)
+    assert place("0.1")[0] < place("0.2")[0] < place("a<b")[0] == place("55.00")[0]
+    assert place("1")[1] < place("2")[1]
+    assert "fill: #ffffff" in inside["55.00"]["style"]
+    assert place("0.2")[0] == place("failed")[0]
     assert {"a<b", "a.rows", "b.columns", "55.0", "50.0"} <= inside.keys()
+
+
+def test_its_words_follow_the_light_and_dark_of_whoever_looks_and_are_text_whatever_they_say() -> None:
+    grid, _ = grid_of(1)
+    grid["b.columns"] = ["</text><script>", "$x$ & $y$", "漢"]
+    points = make_points(grid, 1)
+    cells = summarize([Result(point, "finished", Evaluation({"recall@1": 0.5}, "f")) for point in points])
+    picture = draw_sweep("<sweep> $a$ $b$", grid, cells, "recall@1")
+    assert {*grid["b.columns"], "<sweep> $a$ $b$: one seed"} <= set(texts(picture))
+    assert "currentColor" in picture
+    assert "prefers-color-scheme: dark" in picture
+    assert draw_sweep("<sweep> $a$ $b$", grid, cells, "recall@1") == picture
 
 
 def test_more_keys_are_a_heat_map_for_each_of_their_values() -> None:
@@ -676,6 +703,6 @@ def test_more_keys_are_a_heat_map_for_each_of_their_values() -> None:
 
 def test_no_key_at_all_is_a_point_and_a_metric_nobody_has_is_no_number() -> None:
     cells = summarize([result_of((), seed, recall_at_1=0.5 + 0.01 * seed) for seed in range(2)])
-    assert len(list(ElementTree.fromstring(draw_sweep("demo", {}, cells, "recall@1")).iter(f"{SVG}circle"))) == 3
+    assert draw_sweep("demo", {}, cells, "recall@1").count("<use ") == 3 + 2  # and the ends of the bar
     grid, cells = grid_of(1)
     assert "nan" not in draw_sweep("demo", grid, cells, "map@r")

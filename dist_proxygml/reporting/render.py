@@ -1,0 +1,46 @@
+"""Templates filled in: markup and styles lie in templates/, for whoever designs them; Python passes plain data.
+
+Whatever a template inserts is escaped for HTML, or by the `escape` of another language, unless it is `Markup`; a name
+that is not passed is an error. Chosen: jinja2, which huggingface_hub and torch bring anyway.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+
+def render(
+    template: str,
+    *,
+    escape: Callable[[object], str] | None = None,
+    filters: Mapping[str, Callable[..., object]] | None = None,
+    **data: object,
+) -> str:
+    """A template of templates/, filled in.
+
+    Args:
+        template: its file's name.
+        escape: makes a text harmless; None: for HTML and SVG.
+        filters: besides "count", a number with commas, and "percent", a share in percent with two digits.
+        data: by the names that the template uses.
+    """
+
+    def finalize(value: Any) -> Any:
+        return value if escape is None or isinstance(value, Markup) else Markup(escape(value))
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["count"] = lambda number: Markup(f"{number:,}")
+    environment.filters["percent"] = lambda share, digits=2: Markup(f"{100 * share:.{digits}f}")
+    environment.filters |= filters or {}
+    return environment.get_template(template).render(data)
