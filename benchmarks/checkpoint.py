@@ -51,7 +51,7 @@ from dist_proxygml.checkpoint.writer import (
 )
 from dist_proxygml.config import load_config
 from dist_proxygml.data.pipeline import Batch, ImageCache
-from dist_proxygml.distributed.parallel import ParallelContext, everyone
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object
 from dist_proxygml.training.data import open_training_data
 from dist_proxygml.training.step import TrainState, build_train_state, train_step
 
@@ -170,7 +170,7 @@ def measure_bank(context: ParallelContext, case: Case) -> list[Row]:
     adam |= {"step": torch.tensor(1.0)}
     adam |= {"exp_avg": torch.randn_like(loss.proxies), "exp_avg_sq": torch.rand_like(loss.proxies)}
     own = [loss.proxies.detach(), adam["exp_avg"], adam["exp_avg_sq"]]
-    num_bytes = sum(everyone(context, sum(tensor.nbytes for tensor in own)))
+    num_bytes = sum(all_gather_object(context, sum(tensor.nbytes for tensor in own)))
     times: dict[str, list[float]] = {way: [] for way in ("write", "save", "read", "load", "verify")}
     checkpoints, file = case.folder / "checkpoints", case.folder / "file"
     writer = CheckpointWriter(checkpoints, context, Retention(1))
@@ -181,11 +181,11 @@ def measure_bank(context: ParallelContext, case: Case) -> list[Row]:
     for turn in range(case.repeats + 1):
         order = 1 if turn % 2 else -1
         for way, function in (("write", write), ("save", save))[::order]:
-            times[way].append(timed(context, function, on_main=way == "write"))
+            times[way].append(timed(context, function, run_on_rank_zero=way == "write"))
         if context.is_main:
             leave_page_cache(case.folder)
         for way, function in (("read", read), ("verify", verify))[::order]:
-            times[way].append(timed(context, function, on_main=True))
+            times[way].append(timed(context, function, run_on_rank_zero=True))
         new_loss.proxies.data.zero_()
         new_optimizer = torch.optim.Adam(new_loss.parameters(), fused=True)
         load = partial(load_checkpoint, engine=NoBackbone(), loss=new_loss, bank_optimizer=new_optimizer)
@@ -219,11 +219,11 @@ def bank(context: ParallelContext, case: Case) -> ProxyGMLLoss:
     return ProxyGMLLoss(case.num_classes, case.embedding_dim, topk=8, group=context.group, seed=0)
 
 
-def timed(context: ParallelContext, way: Callable[[], object], *, on_main: bool = False) -> float:
+def timed(context: ParallelContext, way: Callable[[], object], *, run_on_rank_zero: bool = False) -> float:
     """Seconds until all ranks are done with it, or until rank 0 is that does it alone."""
     dist.barrier(context.group)
     start = time.perf_counter()
-    if context.is_main or not on_main:
+    if context.is_main or not run_on_rank_zero:
         way()
     dist.barrier(context.group)
     return time.perf_counter() - start

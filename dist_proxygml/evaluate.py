@@ -14,9 +14,9 @@ from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import (
     has_started,
     join_world,
-    on_main,
     parse_arguments,
     run_launcher,
+    run_on_rank_zero,
     run_together,
 )
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
@@ -86,9 +86,9 @@ def main() -> None:
 
     checkpoints = arguments.run / "checkpoints"
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
-    checkpoint = on_main(context, find_checkpoint, checkpoints, wanted)
+    checkpoint = run_on_rank_zero(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:
-        instead = on_main(context, found_instead, checkpoints)
+        instead = run_on_rank_zero(context, found_instead, checkpoints)
         raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
     if arguments.validation:
         index = run_together(context, open_validation, config, checkpoint)
@@ -109,7 +109,7 @@ def main() -> None:
     result = evaluate_model(
         config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
     )
-    path = on_main(context, lambda: store_evaluation(arguments.run, name, result, with_embeddings=False))
+    path = run_on_rank_zero(context, lambda: store_evaluation(arguments.run, name, result, with_embeddings=False))
     if context.is_main:
         print(format_metrics({checkpoint.name: result.metrics}))
         for line in legacy_lines(result.metrics):

@@ -16,7 +16,7 @@ from dist_proxygml.checkpoint.model import BACKBONE_FILE, write_class_table
 from dist_proxygml.checkpoint.writer import Retention, RunState, save_checkpoint
 from dist_proxygml.config import Config, flattened, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
-from dist_proxygml.distributed.parallel import ParallelContext, on_main
+from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero
 from dist_proxygml.storage.published import files_below, hash_files
 from dist_proxygml.training.step import build_train_state
 
@@ -83,7 +83,7 @@ def write_run(context: ParallelContext, config: Config, shards: Path | None) -> 
         (config.run_directory / "config.json").write_text(json.dumps(config.model_dump()))
         write_class_table(config.run_directory, index)
 
-    on_main(context, prepare)
+    run_on_rank_zero(context, prepare)
     save_checkpoint(
         config.run_directory / "checkpoints",
         state=RunState(STEP, 0, 0, context.world_size, settings),

@@ -68,7 +68,7 @@ from dist_proxygml.checkpoint.folder import (
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage.files import in_words, remove
@@ -200,7 +200,7 @@ class CheckpointWriter:
         error = self._pending.exception()
         published = self.poll()
         self._pending = None
-        failures = everyone(self._context, None if error is None else self._told(error))
+        failures = all_gather_object(self._context, None if error is None else self._told(error))
         # What all know says what was at the bottom of it; a rank's own error may be that another one is gone.
         first = min(filter(None, failures), default=None)
         if first is not None:
@@ -326,7 +326,7 @@ def _take_snapshot(
     """What a checkpoint holds, if it is finite; with `copy` copies in the memory of the host. Called on all ranks."""
     weights = engine.full_state_dict()
     bank = bank_optimizer.state[loss.proxies]
-    bad = everyone(context, _together(context, "numbers", _non_finite, engine, weights, loss.proxies, bank))
+    bad = all_gather_object(context, _together(context, "numbers", _non_finite, engine, weights, loss.proxies, bank))
     for rank, names in enumerate(bad):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -366,22 +366,22 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
     with _nothing_was_written(final):
         try:
             # 1. every rank writes its part and brings it to disk; torch.distributed.checkpoint fails on all ranks alike
-            on_main(context, make_empty, partial)
+            run_on_rank_zero(context, make_empty, partial)
             _together(context, "engine", _write_engine, snapshot, partial)
             _together(context, "bank", _write_bank, snapshot, partial / "bank", context)
             _together(context, "files", _write_own, snapshot, partial, context)
             # 2. what it must look like; then publish
-            names = on_main(context, files_below, partial)
+            names = run_on_rank_zero(context, files_below, partial)
             entries = _together(context, "hashes", _hash_own, partial, names, context)
-            files = {name: entry for part in everyone(context, entries) for name, entry in part.items()}
-            on_main(context, _write_manifest, snapshot, partial, files)
-            on_main(context, publish_folder, partial, final)
+            files = {name: entry for part in all_gather_object(context, entries) for name, entry in part.items()}
+            run_on_rank_zero(context, _write_manifest, snapshot, partial, files)
+            run_on_rank_zero(context, publish_folder, partial, final)
         except AgreedError as error:
             told = in_words(error, directory)  # while what is there still takes its room
-            on_main(context, remove, partial)
+            run_on_rank_zero(context, remove, partial)
             raise type(error)(told) from error
     # 3. the pointer, and forget
-    return SavedCheckpoint(final, on_main(context, tidy_up, final, retention))
+    return SavedCheckpoint(final, run_on_rank_zero(context, tidy_up, final, retention))
 
 
 def _write_engine(snapshot: _Snapshot, partial: Path) -> None:
@@ -492,7 +492,7 @@ def _together(context: ParallelContext, what: str, function: Callable[..., T], *
         failure, cause = "; ".join(parts), error
     except Exception as error:
         failure, cause = f"{_described(error)} (on rank {context.rank})", error
-    failures = [message for message in everyone(context, failure) if message is not None]
+    failures = [message for message in all_gather_object(context, failure) if message is not None]
     if failures:
         raise AgreedError(f"{what}: {failures[0]}") from cause
     return result  # type: ignore[return-value]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_proxygml.distributed.collectives import AgreedError
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero
 from dist_proxygml.storage.files import read_log
 
 DAMAGE_FILE = "damaged.jsonl"
@@ -46,7 +46,7 @@ class DamageLog:
         self.max_damaged = num_allowed(max_share, num_images)
         self.num_images = num_images
         self.context = context
-        self._known: dict[str, str] = on_main(context, self._read)
+        self._known: dict[str, str] = run_on_rank_zero(context, self._read)
         self._check()
 
     def __len__(self) -> int:
@@ -58,12 +58,12 @@ class DamageLog:
         Raises:
             ValueError: on every rank: there are now more damaged images than `max_share` of the split, rounded up.
         """
-        gathered = [damage for part in everyone(self.context, list(found)) for damage in part]
+        gathered = [damage for part in all_gather_object(self.context, list(found)) for damage in part]
         new = list({damage.image: damage for damage in gathered if damage.image not in self._known}.values())
         if not new:
             return []
         self._known.update(new)
-        on_main(self.context, self._write, new)
+        run_on_rank_zero(self.context, self._write, new)
         self._check()
         return new
 

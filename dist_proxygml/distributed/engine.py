@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dist_proxygml.config import Config
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
-from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, cut_again, equal_fragments
+from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, equal_fragments, reshard
 from dist_proxygml.faults import fault_point
 
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # as DeepSpeed spells it
@@ -206,7 +206,7 @@ class Engine:
             }
             layout = _fragments(own["param_slice_mappings"], offsets)
             sizes = [group["params"][0].numel() for group in optimizer.optimizer.param_groups]
-        state = cut_again(
+        state = reshard(
             [
                 Part(fragments, [{WEIGHTS: flat, **part[base]["state"][g]} for g, flat in enumerate(part[weights])])
                 for fragments, part in zip(layouts, saved, strict=True)

@@ -175,7 +175,7 @@ def run_together(context: ParallelContext, function: Callable[..., T], *args: ob
         result = function(*args)
     except (ValueError, OSError) as error:
         failure = in_words(error) if context.world_size == 1 else f"{in_words(error)} (on rank {context.rank})"
-    failures = everyone(context, failure)
+    failures = all_gather_object(context, failure)
     first = next((message for message in failures if message is not None), None)
     if first is not None:
         raise AgreedError(first)
@@ -198,30 +198,30 @@ def run_long(
             future.set_exception(error)
 
     threading.Thread(target=work, name="work", daemon=True).start()  # left behind when a peer has gone
-    while not all(everyone(context, bool(wait([future], timeout=_SECONDS_BETWEEN_SIGNS).done))):
+    while not all(all_gather_object(context, bool(wait([future], timeout=_SECONDS_BETWEEN_SIGNS).done))):
         if meanwhile is not None:
             meanwhile()
     return run_together(context, future.result)
 
 
-def everyone(context: ParallelContext, value: T) -> list[T]:
+def all_gather_object(context: ParallelContext, value: T) -> list[T]:
     """The picklable `value` of every rank, in rank order. Called on all ranks."""
     return gather_objects(value, group=context.group)
 
 
-def on_main_for_long(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
-    """As `on_main`, for what may take rank 0 longer than the others may wait at a time."""
+def run_on_rank_zero_for_long(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
+    """As `run_on_rank_zero`, for what may take rank 0 longer than the others may wait at a time."""
     result = run_long(context, lambda: function(*args) if context.is_main else None)
-    return everyone(context, result)[0]  # type: ignore[return-value]
+    return all_gather_object(context, result)[0]  # type: ignore[return-value]
 
 
-def on_main(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
+def run_on_rank_zero(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
     """Run `function(*args)` on rank 0 and give every rank its result, or its error. Called on all ranks.
 
     For what one rank must decide or write; the result must be picklable.
     """
     result = run_together(context, lambda: function(*args) if context.is_main else None)
-    return everyone(context, result)[0]  # type: ignore[return-value]
+    return all_gather_object(context, result)[0]  # type: ignore[return-value]
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

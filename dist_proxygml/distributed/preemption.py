@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dist_proxygml.distributed.parallel import STOPPED_STATUS, ParallelContext, end_loading_processes, everyone
+from dist_proxygml.distributed.parallel import STOPPED_STATUS, ParallelContext, all_gather_object, end_loading_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _KILLED_BY_SIGTERM = 128 + signal.SIGTERM
@@ -66,7 +66,7 @@ class StopSignals:
         Raises:
             StopRequested: a rank was told to stop.
         """
-        received = {rank: number for rank, number in enumerate(everyone(context, self.received)) if number}
+        received = {rank: number for rank, number in enumerate(all_gather_object(context, self.received)) if number}
         if received:
             raise StopRequested(received)
 

@@ -53,7 +53,7 @@ def equal_fragments(shapes: Sequence[Mapping[str, torch.Size]], *, rank: int, nu
     return groups
 
 
-def cut_again(
+def reshard(
     parts: Sequence[Part],
     *,
     names: Sequence[Sequence[str]],

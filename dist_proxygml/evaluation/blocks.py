@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.pipeline import Batch
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.storage.files import paths_in, publish
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -60,7 +60,7 @@ class BlockFolder:
         """Remove all blocks, when the result is stored. Called on all ranks."""
         for writer in self.last_writers:
             writer.join()
-        everyone(context, None)
+        all_gather_object(context, None)
         if context.is_main:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -160,7 +160,7 @@ class EmbeddingBlocks:
 
     def tell_problems(self) -> None:
         """Say what could not be written. Called on all ranks."""
-        problem = next(filter(None, everyone(self._context, self._problem)), None)
+        problem = next(filter(None, all_gather_object(self._context, self._problem)), None)
         if problem is not None:
             self._tell(f"embeddings could not be kept in {self._folder}: {problem}; a stop would cost the whole pass")
 
@@ -182,12 +182,12 @@ class EmbeddingBlocks:
 
     def _open(self) -> tuple[list[Block], frozenset[int]]:
         """Read what an earlier pass left, each file on one rank, and remove what is of no use. Called on all ranks."""
-        names = on_main(self._context, self._list)
+        names = run_on_rank_zero(self._context, self._list)
         if not names:
             return [], frozenset()
         own = names[self._context.rank :: self._context.world_size]
         read = run_together(self._context, lambda: {name: self._read(name) for name in own})
-        parts = everyone(self._context, {name: found for name, (found, _) in read.items()})
+        parts = all_gather_object(self._context, {name: found for name, (found, _) in read.items()})
         found_in = {name: found for part in parts for name, found in part.items()}
 
         # In an order that all ranks share: two files may hold the same batch if two passes ran at once.
@@ -203,7 +203,7 @@ class EmbeddingBlocks:
         num_others = sum(found.is_other for found in found_in.values())
         if num_others:
             self._tell(f"{num_others} blocks in {self._folder} are of other weights, images or settings: removed")
-        on_main(self._context, self._remove, [name for name in names if name not in taken])
+        run_on_rank_zero(self._context, self._remove, [name for name in names if name not in taken])
         return [block for name, (_, block) in read.items() if name in taken and block is not None], frozenset(done)
 
     def _list(self) -> list[str]:

@@ -28,7 +28,7 @@ from dist_proxygml.data.order import evaluation_batches
 from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.distributed.collectives import AgreedError, gather_rows
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, pass_key
 from dist_proxygml.faults import fault_point
@@ -169,10 +169,10 @@ def embed(
     num_left_out = 0
     if damage is not None:
         damage.add(left_out)
-        num_left_out = sum(everyone(context, len(left_out)))
+        num_left_out = sum(all_gather_object(context, len(left_out)))
 
     # 2. A rank without a batch does not know D; it still takes part in every collective.
-    shapes = everyone(context, tuple(local.embeddings.shape))
+    shapes = all_gather_object(context, tuple(local.embeddings.shape))
     row_counts = [rows for rows, _ in shapes]
     width = max(columns for _, columns in shapes)
     if row_counts[context.rank] == 0:

@@ -34,7 +34,7 @@ from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache
 from dist_proxygml.data.transforms import Transform
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_long, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_long, run_together
 from dist_proxygml.distributed.preemption import StopSignals
 from dist_proxygml.evaluation import metrics
 from dist_proxygml.evaluation.blocks import BlockFolder
@@ -394,7 +394,7 @@ def _clusterings(
         return of_own_seeds
 
     local = run_long(context, measure, meanwhile=meanwhile)
-    of_seed = {seed: numbers for part in everyone(context, local) for seed, numbers in part.items()}
+    of_seed = {seed: numbers for part in all_gather_object(context, local) for seed, numbers in part.items()}
     return tuple(list(values) for values in zip(*(of_seed[seed] for seed in settings.kmeans_seeds), strict=True))
 
 
@@ -414,7 +414,7 @@ def _legacy_metrics(
     if settings.kmeans_seeds:
         is_last = context.rank == context.world_size - 1  # it has the fewest seeds
         nmi = run_long(context, lambda: _legacy_nmi(table, settings) if is_last else None, meanwhile=meanwhile)
-        measured["legacy_nmi"] = next(value for value in everyone(context, nmi) if value is not None)
+        measured["legacy_nmi"] = next(value for value in all_gather_object(context, nmi) if value is not None)
     return measured
 
 

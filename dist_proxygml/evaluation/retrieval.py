@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows
 from dist_proxygml.distributed.memory import available_memory
-from dist_proxygml.distributed.parallel import ParallelContext, everyone
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object
 from dist_proxygml.evaluation.metrics import QueryScores, rank_without_first_column, score_queries
 from dist_proxygml.evaluation.rank_counts import (
     BEST,
@@ -175,7 +175,7 @@ def _is_sharded(
     if context.device.type == "cuda":
         copies = 1 + (options.search == "faiss" and searches_on_gpu(context.device))  # for the sweep, and faiss's own
         needed = copies * rows_GD.nbytes
-        available = min(everyone(context, available_memory(context.device)))
+        available = min(all_gather_object(context, available_memory(context.device)))
         choice = choose_placement(needed + options.memory_budget, available=available, world_size=context.world_size)
         size += f" takes {_mib(needed)} of the {_mib(available)} that are free on the GPU of a rank"
     else:
@@ -283,7 +283,7 @@ def _index_within(query_p: np.ndarray) -> np.ndarray:
 
 
 def _gathered(scores_QM: np.ndarray, context: ParallelContext) -> np.ndarray:
-    row_counts = everyone(context, len(scores_QM))
+    row_counts = all_gather_object(context, len(scores_QM))
     local = torch.from_numpy(scores_QM).to(context.device)
     return np.asarray(gather_rows(local, row_counts=row_counts, group=context.group).cpu().numpy())
 

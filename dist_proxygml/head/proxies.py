@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_proxygml.distributed.collectives import AgreedError, gather_rows
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.head.partition import ClassPartition
 
 _CLASSES_PER_BLOCK = 1024
@@ -104,9 +104,9 @@ def replace_by_class_means_(
     # 1. Sums of this rank's classes over the images of all ranks.
     sums_cD = torch.zeros(num_classes, embedding_dim, dtype=torch.float64, device=device)
     iterator = iter(batches)
-    for _ in range(max(everyone(context, num_batches))):
+    for _ in range(max(all_gather_object(context, num_batches))):
         embeddings_bD, labels_b = run_together(context, next, iterator, nothing)
-        row_counts = everyone(context, len(labels_b))
+        row_counts = all_gather_object(context, len(labels_b))
         embeddings_BD = gather_rows(embeddings_bD, row_counts=row_counts, group=context.group)
         labels_B = gather_rows(labels_b, row_counts=row_counts, group=context.group)
         if not bool(embeddings_BD.isfinite().all()):  # the same rows on every rank, so they raise together

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dist_proxygml.checkpoint.folder import checkpoint_name
 from dist_proxygml.checkpoint.model import CLASSES_FILE
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.distributed.parallel import on_main
+from dist_proxygml.distributed.parallel import run_on_rank_zero
 from dist_proxygml.evaluation.embedding_pass import load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.head.statistics import ProxyStatistics, bin_edges, write_proxy_use
@@ -95,7 +95,7 @@ class Board:
         sampled = self._statistics.sample(self._state.loss.proxies.detach())
         use = self._statistics.close_window()
         path = run_directory / "proxies" / f"{checkpoint_name(step)}.json"
-        on_main(
+        run_on_rank_zero(
             self._state.context,
             lambda: write_proxy_use(
                 path, use, step=step, names_of=lambda labels: _names(run_directory / CLASSES_FILE, labels)

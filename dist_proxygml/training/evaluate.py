@@ -11,7 +11,7 @@ from dist_proxygml.checkpoint.writer import (
 from dist_proxygml.data.damage import DAMAGE_FILE, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import (
-    on_main,
+    run_on_rank_zero,
 )
 from dist_proxygml.distributed.preemption import StopSignals
 from dist_proxygml.evaluation.evaluator import EvaluationResult
@@ -61,7 +61,9 @@ def evaluate_run(
     kind = "validation" if split.is_validation else "evaluation"
     telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
     # Only the embeddings of the test split are looked at later.
-    on_main(context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation))
+    run_on_rank_zero(
+        context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation)
+    )
     blocks.remove(context)
     numbers = ", ".join(f"{key} {100 * value:.2f}" for key, value in result.metrics.items() if not key.endswith("_sd"))
     of_what = "validation classes: " if split.is_validation else ""

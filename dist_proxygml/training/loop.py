@@ -25,8 +25,8 @@ from dist_proxygml.data.pipeline import Batch, ImageCache
 from dist_proxygml.distributed.parallel import (
     OneRankError,
     ParallelContext,
-    everyone,
-    on_main,
+    all_gather_object,
+    run_on_rank_zero,
     run_together,
 )
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
@@ -63,7 +63,7 @@ class Loop:
     writer: CheckpointWriter
     signals: StopSignals
     watchdog: Watchdog
-    left_out: NonFiniteLog
+    skipped_steps: NonFiniteLog
     damage: DamageLog | None
     cache: ImageCache | None
     saved_step: int | None
@@ -132,10 +132,10 @@ class Loop:
             wishes = [self.signals.received is not None, self.writer.has_failed]
             report = train_step(state, micro_batches, measure=measure, requests=wishes)
             self.telemetry.count(micro_batches[0].step_size)
-            if report.left_out:
-                self._leave_out(report)
+            if report.skipped:
+                self._skip(report)
             else:
-                self.left_out.num_in_row = 0
+                self.skipped_steps.num_in_row = 0
                 if measure:
                     self._log(report, rates, epoch)
                     self.board.show_step()
@@ -176,19 +176,19 @@ class Loop:
             for new in self.damage.add([damaged for batch in micro_batches for damaged in batch.damaged]):
                 self.telemetry.say(f"damaged, replaced by another image: {new.image}: {new.reason}")
 
-    def _leave_out(self, report: StepReport) -> None:
+    def _skip(self, report: StepReport) -> None:
         """Tell that a step changed nothing; go back if that happens again and again."""
-        assert report.left_out is not None
+        assert report.skipped is not None
         state, index = self.state, self.data.index
-        images = [str(i) if index is None else index.describe(i) for i in report.left_out.suspects]
-        self.telemetry.say(self.left_out.add(state.step, report.left_out.reason, images))
-        is_spoiled = any(everyone(self.context, not state.engine.has_finite_buffers()))
-        if not self.left_out.is_full and not is_spoiled:
+        images = [str(i) if index is None else index.describe(i) for i in report.skipped.suspects]
+        self.telemetry.say(self.skipped_steps.add(state.step, report.skipped.reason, images))
+        is_spoiled = any(all_gather_object(self.context, not state.engine.has_finite_buffers()))
+        if not self.skipped_steps.is_full and not is_spoiled:
             return
         with self.watchdog.paused():
             self._tell(self.writer.wait())
-            checkpoint = on_main(self.context, find_checkpoint, self.run_directory / "checkpoints", "auto")
-            told = self.left_out.roll_back(state.step, checkpoint)
+            checkpoint = run_on_rank_zero(self.context, find_checkpoint, self.run_directory / "checkpoints", "auto")
+            told = self.skipped_steps.roll_back(state.step, checkpoint)
             assert checkpoint is not None
             load_state(checkpoint, state, self.settings)
         self.telemetry.say(told)
@@ -226,7 +226,9 @@ class Loop:
             return []
         folder = self.run_directory / "evaluation"
         names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
-        are_stored = on_main(self.context, lambda: [mode_of(folder / f"{name}.json") is not None for name in names])
+        are_stored = run_on_rank_zero(
+            self.context, lambda: [mode_of(folder / f"{name}.json") is not None for name in names]
+        )
         return [split for split, is_stored in zip(self.evaluated, are_stored, strict=True) if not is_stored]
 
     def _evaluate_raw_pixels(self) -> None:
@@ -242,7 +244,9 @@ class Loop:
             signals=self.signals,
             blocks=blocks,
         )
-        on_main(self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False))
+        run_on_rank_zero(
+            self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False)
+        )
         blocks.remove(self.context)
 
 

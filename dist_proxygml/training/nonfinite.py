@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_proxygml.distributed.collectives import NonFiniteError
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, on_main
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero
 
 NON_FINITE_FILE = "nonfinite.jsonl"
 NON_FINITE_FIELDS = {"step": int}
@@ -51,9 +51,9 @@ class NonFiniteLog:
         """Take in a step that was left out, with the images of this rank that are suspected; returns what to tell."""
         self.num_in_row += 1
         self._recent.append(step)
-        suspects = {rank: list(named) for rank, named in enumerate(everyone(self._context, images)) if named}
+        suspects = {rank: list(named) for rank, named in enumerate(all_gather_object(self._context, images)) if named}
         line = {"step": step, "reason": reason, "images": suspects}
-        on_main(self._context, self._write, line)
+        run_on_rank_zero(self._context, self._write, line)
         named = [f"{image} (rank {rank})" for rank, images in suspects.items() for image in images]
         more = f" and {len(named) - _NUM_NAMED} more" if len(named) > _NUM_NAMED else ""
         which = f"; images: {', '.join(named[:_NUM_NAMED])}{more}" if named else ""
@@ -75,7 +75,7 @@ class NonFiniteLog:
         self.num_rollbacks += 1
         self.num_in_row = 0
         self._recent.clear()
-        on_main(self._context, self._write, {"step": step, "back_to": checkpoint.name})
+        run_on_rank_zero(self._context, self._write, {"step": step, "back_to": checkpoint.name})
         return f"{what}: back to the parameters of {checkpoint}, and on with the images that follow"
 
     def _write(self, line: dict[str, object]) -> None:

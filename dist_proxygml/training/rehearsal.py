@@ -20,7 +20,7 @@ import torch
 from dist_proxygml.config import Config
 from dist_proxygml.data.pipeline import Batch, ImageCache
 from dist_proxygml.distributed.memory import format_bytes, peak_memory
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.evaluation.search import FlatIndex
 from dist_proxygml.training.data import TrainingData, open_training_data
 from dist_proxygml.training.run_plan import RunPlan, has_index
@@ -106,7 +106,7 @@ def rehearse(config: Config, context: ParallelContext, *, num_steps: int = 10) -
     seconds = (time.perf_counter() - start) / num_steps
 
     peak = torch.cuda.max_memory_allocated(context.device) if context.device.type == "cuda" else peak_memory()
-    measured = everyone(context, (seconds, _embedding_seconds(state), _multiplication_seconds(config), peak))
+    measured = all_gather_object(context, (seconds, _embedding_seconds(state), _multiplication_seconds(config), peak))
     slowest = [max(values) for values in zip(*measured, strict=True)]
     return Rehearsal(
         world_size=context.world_size,

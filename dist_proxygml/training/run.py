@@ -22,11 +22,11 @@ from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.memory import available_memory
 from dist_proxygml.distributed.parallel import (
     ParallelContext,
-    everyone,
+    all_gather_object,
     has_started,
-    on_main,
-    on_main_for_long,
     run_long,
+    run_on_rank_zero,
+    run_on_rank_zero_for_long,
     run_together,
 )
 from dist_proxygml.distributed.preemption import StopSignals
@@ -82,7 +82,7 @@ def train(
     _check_same_data(data, test_index, context)
     locks: list[RunLock] = []
     run_together(context, lock_run, context, run_directory, locks)
-    found, passed_over = on_main_for_long(context, where_to_continue, run_directory, resume)
+    found, passed_over = run_on_rank_zero_for_long(context, where_to_continue, run_directory, resume)
     run_together(context, data.check, context)
     transfer = None if found else open_transfer(config, data.index, context)
 
@@ -96,7 +96,7 @@ def train(
         # Here, not in the middle of things: another batch size or number of ranks may not divide the rest.
         run_together(context, lambda: data.loader(context, epoch=state.epoch, start=state.consumed))
     run_together(context, lambda: lock_run(context, run_directory, locks, make_folder=True))
-    moved, odd = on_main(context, prepare_run_directory, config, data.index, state.step if found else None)
+    moved, odd = run_on_rank_zero(context, prepare_run_directory, config, data.index, state.step if found else None)
     telemetry = run_together(
         context,
         lambda: Telemetry(
@@ -128,7 +128,7 @@ def train(
         assert data.index is not None
         start_from_class_means(state, data.index, telemetry, damage)
     if transfer is not None:
-        told = on_main(context, _trained_before, transfer, data)
+        told = run_on_rank_zero(context, _trained_before, transfer, data)
         if told:
             telemetry.say(told)
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
@@ -153,7 +153,7 @@ def train(
         writer=CheckpointWriter(checkpoints, context, keep, asynchronous=config.checkpoint.asynchronous),
         signals=signals,
         watchdog=Watchdog(config.training.step_timeout, report=run_directory / f"hang-rank-{context.rank:03d}.txt"),
-        left_out=NonFiniteLog(
+        skipped_steps=NonFiniteLog(
             run_directory / NON_FINITE_FILE,
             max_in_row=config.training.max_left_out,
             max_rollbacks=config.training.max_rollbacks,
@@ -167,15 +167,15 @@ def train(
 
     # 4. Show.
     telemetry.close()
-    on_main(context, board.show_projection)
-    on_main(context, _show, run_directory, test_index)
+    run_on_rank_zero(context, board.show_projection)
+    run_on_rank_zero(context, _show, run_directory, test_index)
     locks.clear()
     return run_directory
 
 
 def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> None:
     """Refuse a head that does not fit into what is left on this rank's device; ranks share the memory of a host."""
-    hosts = everyone(context, socket.gethostname())
+    hosts = all_gather_object(context, socket.gethostname())
     num_sharing = hosts.count(socket.gethostname()) if context.device.type == "cpu" else 1
     memory = available_memory(context.device) // num_sharing
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
@@ -188,7 +188,7 @@ def _splits_to_evaluate(data: TrainingData, test_index: ShardIndex) -> list[tupl
 
 def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
     """Refuse ranks that see other shards under the same name: their batches would not belong together."""
-    seen = everyone(context, {**data.identity(), "test shards": test_index.sha256})
+    seen = all_gather_object(context, {**data.identity(), "test shards": test_index.sha256})
     other = next((rank for rank, identity in enumerate(seen) if identity != seen[0]), None)
     if other is not None:
         raise AgreedError(

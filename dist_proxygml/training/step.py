@@ -63,7 +63,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedStep:
     """Why a step changed nothing."""
 
     reason: str  # the same on every rank
@@ -77,7 +77,7 @@ class StepReport:
     terms: LossTerms | None  # means over the step's images, still on the device; None where the loss was not finite
     backbone_norm: float | None  # of the gradient before clipping, where it was measured
     proxies_norm: float
-    left_out: LeftOut | None
+    skipped: SkippedStep | None
     requests: tuple[bool, ...]  # whether any rank made the request of that place
 
 
@@ -166,23 +166,23 @@ def train_step(
     # 1. Forward and backward, micro-batch by micro-batch. What the loss draws is numbered by the step, not by history.
     state.loss.draw = state.step * config.accumulation
     sums: list[Tensor] | None = None
-    handed_over: list[Tensor] = []
+    detached_embeddings: list[Tensor] = []
     failure: str | None = None
     for number, batch in enumerate(micro_batches, start=1):
         embeddings = state.engine.embed(batch.images)
-        handed_over.append(embeddings.detach().requires_grad_())
+        detached_embeddings.append(embeddings.detach().requires_grad_())
         if fault_point("step.loss"):
-            handed_over[-1].detach().fill_(torch.nan)
+            detached_embeddings[-1].detach().fill_(torch.nan)
         if failure is None:
             weight = batch.loss_weight(len(micro_batches))
             try:
-                terms = state.loss(handed_over[-1], batch.labels.to(context.device, non_blocking=True))
+                terms = state.loss(detached_embeddings[-1], batch.labels.to(context.device, non_blocking=True))
                 (terms.total * weight).backward()
                 weighted = [term.detach() * (weight / len(micro_batches)) for term in terms]
                 sums = weighted if sums is None else [total + part for total, part in zip(sums, weighted, strict=True)]
             except NonFiniteError as error:  # on all ranks
                 failure = str(error)
-        gradient = handed_over[-1].grad
+        gradient = detached_embeddings[-1].grad
         if gradient is not None and fault_point("step.gradient"):
             gradient.fill_(torch.nan)
         if number == len(micro_batches):
@@ -211,7 +211,7 @@ def train_step(
         terms=None if sums is None or failure else LossTerms(*sums),
         backbone_norm=backbone_norm,
         proxies_norm=proxies_norm,
-        left_out=LeftOut(failure, _suspects(micro_batches, handed_over)) if failure else None,
+        skipped=SkippedStep(failure, _suspects(micro_batches, detached_embeddings)) if failure else None,
         requests=answers,
     )
 
@@ -242,9 +242,9 @@ def _finish_bank_gradient(
     return norm, kept_classes, tuple(count > 0 for count in sums[1:])
 
 
-def _suspects(micro_batches: Sequence[Batch], handed_over: Sequence[Tensor]) -> list[int]:
+def _suspects(micro_batches: Sequence[Batch], detached_embeddings: Sequence[Tensor]) -> list[int]:
     found = []
-    for batch, embeddings_bD in zip(micro_batches, handed_over, strict=True):
+    for batch, embeddings_bD in zip(micro_batches, detached_embeddings, strict=True):
         finite_b = embeddings_bD.detach().isfinite().all(dim=1)
         if embeddings_bD.grad is not None:
             finite_b &= embeddings_bD.grad.isfinite().all(dim=1)

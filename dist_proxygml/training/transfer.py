@@ -29,7 +29,7 @@ from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import Config
 from dist_proxygml.data.index import ClassEntry, ShardIndex
 from dist_proxygml.distributed.collectives import all_reduce_sum
-from dist_proxygml.distributed.parallel import ParallelContext, on_main, run_together
+from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero, run_together
 from dist_proxygml.head.optim import bring_to_unit_length_
 from dist_proxygml.head.partition import ClassPartition
 
@@ -121,12 +121,12 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
     if config.checkpoint.init_from is None:
         return None
     path = Path(config.checkpoint.init_from)
-    model = on_main(context, _open, path, config)
+    model = run_on_rank_zero(context, _open, path, config)
     num_classes = config.num_trained_classes
     if not config.checkpoint.init_proxies:
         return Transfer(model, None, num_classes, num_kept=0, num_dropped=0)
     assert index is not None  # Config refuses a stream
-    num_stored = on_main(context, _check_shape, model, config)
+    num_stored = run_on_rank_zero(context, _check_shape, model, config)
     no_rows = np.zeros(num_classes, np.int64)  # what the others add to those of rank 0
     rows_C = run_together(context, lambda: _rows_by_name(model, index) if context.is_main else no_rows)
     rows_C = all_reduce_sum(torch.from_numpy(rows_C).to(context.device), group=context.group).cpu().numpy()

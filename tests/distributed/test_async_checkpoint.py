@@ -24,7 +24,7 @@ from dist_proxygml.checkpoint.writer import (
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, single_process
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, single_process
 from tests.distributed.test_checkpoint import SETTINGS, parts, step
 from tests.distributed.test_checkpoint_faults import KEEP_TWO, Saver, contents, names_in
 from tests.harness import run_ranks
@@ -203,7 +203,7 @@ def fail_at_every_point(context: ParallelContext, directory: Path, asynchronous:
         with pytest.raises(AgreedError) as failure:
             save_and_wait(save, number)
         messages.append(str(failure.value))
-        everyone(context, None)
+        all_gather_object(context, None)
         assert contents(directory) == before
     told += save(number + 1) + save.writer.close()
     assert numbers_of(told) == [1, number + 1]

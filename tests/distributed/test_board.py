@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from dist_proxygml.config import Config
-from dist_proxygml.distributed.parallel import ParallelContext, on_main
+from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero
 from dist_proxygml.training.board import _is_shown, _names
 from dist_proxygml.training.run import train
 from tests.harness import run_ranks
@@ -57,8 +57,8 @@ def train_and_go_on(context: ParallelContext, root: Path) -> list[dict[str, Any]
     run, found = config.run_directory, []
     for number in range(3):
         if number == 1:
-            on_main(context, shutil.rmtree, run / "checkpoints" / "step-000006")
-            on_main(context, (run / "proxies" / "step-000005.json").touch)  # of a step that is lost as well
+            run_on_rank_zero(context, shutil.rmtree, run / "checkpoints" / "step-000006")
+            run_on_rank_zero(context, (run / "proxies" / "step-000005.json").touch)  # of a step that is lost as well
         train(config, context)
         written = os.stat(run / "tensorboard" / "projector_config.pbtxt").st_mtime_ns
         found.append({"proxies": files_of(run, "proxies"), "projector written": written})

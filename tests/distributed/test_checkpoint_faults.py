@@ -34,7 +34,7 @@ from dist_proxygml.checkpoint.writer import (
     verify_checkpoint,
 )
 from dist_proxygml.distributed.collectives import AgreedError
-from dist_proxygml.distributed.parallel import ParallelContext, everyone, single_process
+from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, single_process
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage import published as published_folder
 from tests.distributed.test_checkpoint import NUM_CLASSES, SETTINGS, parts, step
@@ -266,7 +266,7 @@ def save_until_killed(context: ParallelContext, directory: Path, moment: str, ki
     save = Saver(context, directory)
     save(1)
     save(2)
-    everyone(context, None)
+    all_gather_object(context, None)
     if context.rank == killed_rank:
         MOMENTS[moment]()
     save(last)
@@ -397,7 +397,7 @@ def error_of(save: Saver, number: int) -> str:
     """What a save that fails raises on this rank, when the others are done with it as well."""
     with pytest.raises(AgreedError) as failure:
         save.save(number)
-    everyone(save.context, None)
+    all_gather_object(save.context, None)
     return str(failure.value)
 
 
@@ -445,7 +445,7 @@ def save_with_little_space(context: ParallelContext, directory: Path) -> list[st
         with pytest.raises(AgreedError) as failure:
             save()
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        everyone(context, None)
+        all_gather_object(context, None)
         messages.append(str(failure.value))
         assert names_in(directory) == []
     save()

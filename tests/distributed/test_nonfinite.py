@@ -95,10 +95,10 @@ def train_with_faults(
             assert state.step == step + 1
             assert report.requests == (step == 4,)
             assert same(everything(state), before) == (step in BAD_STEPS)
-            assert (report.left_out is None) == (step not in BAD_STEPS)
-            if report.left_out:
-                suspects = report.left_out.suspects
-                reason = report.left_out.reason
+            assert (report.skipped is None) == (step not in BAD_STEPS)
+            if report.skipped:
+                suspects = report.skipped.suspects
+                reason = report.skipped.reason
                 assert report.terms is None
             else:
                 assert report.terms is not None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dist_proxygml.distributed import parallel
 from dist_proxygml.distributed.parallel import (
     ParallelContext,
-    everyone,
+    all_gather_object,
     parse_arguments,
     run_long,
     run_together,
@@ -112,7 +112,7 @@ def test_ranks_may_stop_while_the_work_goes_on() -> None:
 
 
 def ranks_seen(context: ParallelContext) -> list[int]:
-    return everyone(context, context.rank)
+    return all_gather_object(context, context.rank)
 
 
 def test_everyone_is_in_rank_order() -> None:

@@ -16,7 +16,7 @@ from dist_proxygml.checkpoint.writer import find_checkpoint
 from dist_proxygml.config import parse_config
 from dist_proxygml.data.index import ClassEntry
 from dist_proxygml.distributed.collectives import AgreedError
-from dist_proxygml.distributed.parallel import ParallelContext, on_main, run_together, single_process
+from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero, run_together, single_process
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies
 from dist_proxygml.training.run import train
@@ -370,7 +370,7 @@ def start_and_start_again(context: ParallelContext, root: Path) -> list[dict[str
     }
     run("first", 3, 1, seed=0, proxies={"per_class": 2, "ratio": 0.9})
     run("second", 5, 1, **start)
-    on_main(context, shutil.rmtree, root / "runs" / "first")
+    run_on_rank_zero(context, shutil.rmtree, root / "runs" / "first")
     run("second", 5, 2, **start)
     return found
 
