@@ -82,7 +82,7 @@ def main() -> None:
 def runs_of(
     config: str, settings: Sequence[str], *, seed: int, ranks: Sequence[int], stops: Sequence[int]
 ) -> dict[str, Run]:
-    """The four runs of one seed, by name."""
+    """The runs of one seed, by name."""
     same, runs = [ranks[0]] * len(ranks), {}
     for name, numbers, cuts in (
         ("left alone", same[:1], ()),
