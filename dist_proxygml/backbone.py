@@ -101,7 +101,7 @@ class EmbeddingModel(nn.Module):
         self.train(self.training)
 
     def forward(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b D"]:
-        """Unit rows in float32.
+        """Unit rows in float32; in float64 where the embedding layer is.
 
         Raises:
             ValueError: images that are not uint8 [b, 3, H, W].
