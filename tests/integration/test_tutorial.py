@@ -117,7 +117,5 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert nearest.max() < 1e-5
 
     monkeypatch.chdir(tmp_path)
-    examples = [example for document in ("docs/retrieval.md", "README.md") for example in python_examples(document)]
-    assert len(examples) == 2
-    for example in examples:
-        exec(compile(example.replace("runs/wide", "runs/photos"), "example", "exec"), {})  # the run of the tutorial
+    (example,) = python_examples("docs/retrieval.md")
+    exec(compile(example.replace("runs/wide", "runs/photos"), "example", "exec"), {})  # the run of the tutorial
