@@ -15,8 +15,8 @@ from dist_proxygml.checkpoint.writer import CheckpointWriter, Retention, RunStat
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.head.loss import ProxyGMLLoss
-from tests.distributed.test_checkpoint import SETTINGS, step
 from tests.harness import run_ranks
+from tests.small_checkpoints import SETTINGS, step
 
 
 class Case(NamedTuple):

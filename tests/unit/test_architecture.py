@@ -286,6 +286,17 @@ def test_make_test_runs_every_folder_of_tests_and_ci_every_test() -> None:
     assert re.search(r"^make ci\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
 
+def test_no_test_imports_from_another_file_of_tests() -> None:
+    """What several need stands in a file of its own in tests/."""
+    importing = {
+        f"{path.relative_to(ROOT)} imports {imported}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for _, imported in imports(ast.parse(path.read_text()))
+        if ".test_" in imported
+    }
+    assert importing == set()
+
+
 def importers_of(library: str) -> set[str]:
     """Modules that import `library`, directly or through others of this project."""
     found = {module for module in TREES if any(belongs(imported, library) for _, imported in IMPORTS[module])}
