@@ -101,7 +101,7 @@ class EmbeddingModel(nn.Module):
         self.train(self.training)
 
     def forward(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b D"]:
-        """Unit rows in float32.
+        """Unit rows in float32; in float64 where the embedding layer is.
 
         Raises:
             ValueError: images that are not uint8 [b, 3, H, W].
@@ -114,7 +114,8 @@ class EmbeddingModel(nn.Module):
         pixels = self.preprocessing.apply(images, channels_last=self.channels_last)
         features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool)
         embeddings_bD = self.embedding(features.to(_dtype_of(self.embedding)))
-        return F.normalize(embeddings_bD.float(), dim=1)
+        wide = torch.promote_types(embeddings_bD.dtype, torch.float32)  # float64 stays what it is
+        return F.normalize(embeddings_bD.to(wide), dim=1)
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode, BatchNorm excepted where it is frozen."""

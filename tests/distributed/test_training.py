@@ -16,16 +16,31 @@ NUM_IMAGES, NUM_STEPS = 43, 20
 
 
 def trained_parameters(
-    context: ParallelContext, accumulation: int, zero_stage: int, batch_norm: str, bf16: bool = False
+    context: ParallelContext,
+    accumulation: int,
+    zero_stage: int,
+    batch_norm: str,
+    bf16: bool = False,
+    float64: bool = False,
 ) -> dict[str, np.ndarray]:
     """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last one of 7 images."""
+    from deepspeed.accelerator import get_accelerator
+
+    from dist_proxygml.training import step as step_module
     from dist_proxygml.training.step import build_train_state, train_step
 
+    if float64:  # in this rank's process alone, where DeepSpeed is told to take float64 and not to round it
+        accelerator = get_accelerator()
+        dtypes = [*accelerator.supported_dtypes(), torch.float64]
+        accelerator.supported_dtypes = lambda: dtypes
+        for name in ("build_backbone", "ProxyGMLLoss"):
+            build = getattr(step_module, name)
+            setattr(step_module, name, lambda *args, build=build, **options: build(*args, **options).double())
     config = configuration(
         backbone={"name": "small_cnn", "embedding_dim": 8, "batch_norm": batch_norm, "options": {"width": 4}},
         deepspeed={
             "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 0.5,
+            "gradient_clipping": 0.0 if float64 else 0.5,  # DeepSpeed's norm is a float32
             "zero_optimization": {"stage": zero_stage},
             "bf16": {"enabled": bf16},
         },
@@ -33,6 +48,8 @@ def trained_parameters(
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 3, 16, 16), dtype=np.uint8))
     labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
     state = build_train_state(config, context, steps_per_epoch=4)
+    if float64:
+        state.engine._engine.communication_data_type = torch.float64
     state.engine.module.train()
     for epoch in range(NUM_STEPS // 4):
         order = np.random.default_rng(epoch).permutation(NUM_IMAGES)
@@ -57,9 +74,11 @@ def trained_parameters(
         # the second epoch is the published warm-up: it trains the embedding layer and the proxies alone
         assert moved == ({"embedding"} if epoch == 1 else {"trunk", "embedding"})
     weights = state.engine.full_state_dict()
-    assert {w.dtype for n, w in weights.items() if "running" in n} == {torch.float32}
-    assert {p.dtype for p in state.engine.module.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
-    return {name: value.float().numpy() for name, value in weights.items()} | {
+    assert {w.dtype for n, w in weights.items() if "running" in n} == {torch.float64 if float64 else torch.float32}
+    assert {p.dtype for p in state.engine.module.parameters()} == {
+        torch.bfloat16 if bf16 else torch.float64 if float64 else torch.float32
+    }
+    return {name: (value if float64 else value.float()).numpy() for name, value in weights.items()} | {
         "proxies": state.loss.proxies.detach().numpy(),
         "loss": report.terms.total.numpy(),
         "backbone_norm": np.array(report.backbone_norm),
@@ -100,6 +119,18 @@ def test_twenty_steps_give_the_same_parameters(
     for name, values in expected.items():
         # float32 sums in another order; measured differences are below 1e-6 after 20 steps
         np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.timeout(300)
+def test_in_float64_other_numbers_of_ranks_differ_by_its_rounding_alone() -> None:
+    expected, *others = (
+        whole(run_ranks(trained_parameters, world_size, 1, 0, "train", False, True, timeout=120))
+        for world_size in (1, 2, 3)
+    )
+    for got in others:
+        for name, values in expected.items():
+            # whatever the ranks did not share out exactly would be as large here as in float32, where it hides
+            np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-13, err_msg=name)
 
 
 @pytest.mark.timeout(300)

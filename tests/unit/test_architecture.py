@@ -45,7 +45,7 @@ OWNERS: dict[str, set[str]] = {
     "timm": {"backbones.build"},
     "triton": {"head.fused"},
     "jinja2": {"reporting.render"},
-    "huggingface_hub": {"inference.model_card"},
+    "huggingface_hub": {"inference.model_card", "data.remote"},
     "matplotlib": {"reporting.charts", "cluster.sweep_chart"},
     "tensorboard": {"reporting.projector"},
     "torch.utils.tensorboard": {"reporting.telemetry"},
