@@ -29,8 +29,9 @@ SHORT = (
 )
 
 
-def train(*arguments: str, num_ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    return run_command("launchers/train.py", "--config", CONFIG, *arguments, num_ranks=num_ranks, timeout=240)
+def train(*arguments: str, num_ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ("launchers/train.py", "--config", CONFIG, *arguments)
+    return run_command(*command, num_ranks=num_ranks, timeout=240, **variables)
 
 
 def evaluate(*arguments: str, num_ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -128,8 +129,7 @@ def test_a_stopped_run_resumes_with_the_same_losses(trained: Path, tmp_path: Pat
 def test_a_run_that_resumes_on_one_rank_goes_apart_as_slowly_as_rounding_does(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "demo_cpu")
     shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
-    arguments = ["--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT]
-    done = deepspeed(1, "launchers/train.py", *arguments, threads=1)
+    done = train("--set", f"runs_dir={tmp_path}", *SHORT, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 rank(s) on cpu; continuing" in done.stdout
     first, again = lines(trained, "train"), lines(tmp_path / "demo_cpu", "train")
