@@ -19,6 +19,8 @@ from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
 from tests.harness import free_port
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 16
 SHORT = (

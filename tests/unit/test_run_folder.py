@@ -10,10 +10,9 @@ import pytest
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.training.run_folder import prepare_run_directory, where_to_continue
+from tests.closed_folders import closed
 from tests.trained_runs import configuration
-from tests.unit.test_files import closed, folder
 
-__all__ = ["folder"]
 FOLDERS = ("checkpoints", "evaluation", "embeddings", "proxies", "tensorboard")
 LOGS = ("metrics.jsonl", "damaged.jsonl", "nonfinite.jsonl")
 RESULT = EvaluationResult({"recall@1": 0.5}, {}, 3, 2, 3, 0, 0, {})
