@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_proxygml.cli import outlive_readers, printable
+from dist_proxygml.cli import interrupted, outlive_readers, refuse
 from dist_proxygml.distributed.collectives import AgreedError, gather_objects
 from dist_proxygml.distributed.slurm import process_variables
 from dist_proxygml.faults import fault_point
@@ -219,21 +219,22 @@ def run_on_rank_zero(context: ParallelContext, function: Callable[..., T], *args
     return all_gather_object(context, result)[0]  # type: ignore[return-value]
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of a launcher; what is wrong with it, or its help, is printed by rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
-        return parser.parse_args()
+        return parser.parse_args(arguments)
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stderr(nowhere),
         contextlib.redirect_stdout(nowhere),
     ):
-        return parser.parse_args()
+        return parser.parse_args(arguments)
 
 
-def run_launcher(main: Callable[[], None]) -> NoReturn:
-    """Run a launcher's body and end the process: status 0, 2 after a user's mistake, 1 after any other error, and
-    that of an exception that brings its own (`status`): 65 where numbers stay NaN, 75 where the run was told to stop.
+def run_launcher(main: Callable[[], object]) -> NoReturn:
+    """Run a launcher's body and end the process: status 0, 2 after a user's mistake, 130 after Ctrl-C, 1 after any
+    other error, and that of an exception that brings its own (`status`): 65 where numbers stay NaN, 75 where the run
+    was told to stop.
 
     What all ranks know is printed by rank 0: agreed errors, and whatever is wrong before the world is joined, where all
     ranks read the same. What one rank knows it prints itself. A launcher such as deepspeed then ends the other ranks.
@@ -243,23 +244,27 @@ def run_launcher(main: Callable[[], None]) -> NoReturn:
     outlive_readers()
     threading.excepthook = _thread_ended
     try:
-        status = _run(main)
+        status = status_of(main)
     except Exception:
         traceback.print_exc()
         status = 1
     _leave(status)
 
 
-def _run(main: Callable[[], None]) -> int:
+def status_of(main: Callable[[], object]) -> int:
+    """The exit status of a launcher's body, when what is to be said of it is said. Our own errors are raised."""
+    speaks = os.environ.get("RANK", "0") == "0"
     status = 0
     try:
         main()
+    except KeyboardInterrupt:
+        return interrupted("stopped") if speaks else 130
     except ValueError as error:
         is_shared = isinstance(error, AgreedError) or not dist.is_initialized()
         if not is_shared and not isinstance(error, OneRankError):
             raise
-        if isinstance(error, OneRankError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, OneRankError) or speaks:
+            refuse(error)
         return int(getattr(error, "status", 2))
     except Exception as ending:
         if is_about_space(str(ending)):

@@ -38,6 +38,8 @@ _BYTES_PER_KEPT_PAIR = 120
 class DoesNotFitError(ValueError):
     """What a run needs is more than there is."""
 
+    status = 1  # of a command that was asked whether it fits
+
 
 @dataclass(frozen=True)
 class HeadPlan:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dist_proxygml.cluster import submit
+from dist_proxygml.cluster.status import JobState, ask_job
 from tests.slurm_jobs import Slurm, start_launcher, training_losses, wait_for
 
 pytestmark = pytest.mark.ci
@@ -252,13 +252,13 @@ def test_what_can_never_start_is_reported_and_what_slurm_refuses_is_passed_on(sl
 def test_accounting_knows_how_a_job_has_ended_that_the_controller_has_forgotten(
     slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end_of(*options: str, cancel: bool = False) -> submit.JobState | None:
+    def end_of(*options: str, cancel: bool = False) -> JobState | None:
         job_id = slurm.ask("sbatch", "--parsable", "--output=/dev/null", *options).strip()
         if cancel:
             slurm.ask("scancel", job_id)
         accounting = ("sacct", "--noheader", "--allocations", "--format=End", f"--jobs={job_id}")
         wait_for(lambda: slurm.ask(*accounting).strip() not in ("", "Unknown"), seconds=30, what="accounting")
-        return submit.ask_job(job_id)
+        return ask_job(job_id)
 
     monkeypatch.setenv("SLURM_CONF", str(slurm.configuration))
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n")
@@ -268,7 +268,7 @@ def test_accounting_knows_how_a_job_has_ended_that_the_controller_has_forgotten(
     assert end_of("--wrap=kill -KILL $$") == ("FAILED", "None", 137, False)
     assert end_of("--wrap=true") == ("COMPLETED", "None", 0, False)
     assert end_of("--hold", "--wrap=true", cancel=True) == ("CANCELLED", "None", 0, False)
-    assert submit.ask_job("999999") is None
+    assert ask_job("999999") is None
 
 
 # ---- without SLURM ---------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ OWNERS: dict[str, set[str]] = {
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
     "webdataset": {"data"},
-    "submitit": {"cluster.submit"},
+    "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
     "pydantic": {"config"},
     "timm": {"backbones.build"},

@@ -13,10 +13,10 @@ from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.shards import ShardSample, write_shard
+from dist_proxygml.data.verify import index_shards
 from dist_proxygml.embed import main
 from dist_proxygml.inference.embedder import Embedder
 from dist_proxygml.inference.embeddings import EmbeddingWriter, check_rows, open_embeddings
-from dist_proxygml.shard import index_shards
 from dist_proxygml.storage import folder as sealed_folder
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
