@@ -187,7 +187,7 @@ class ProxyGMLLoss(nn.Module):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> LossTerms:
-        """Compute the loss of the global batch. Called on all ranks, which may hold different numbers of images, or none.
+        """Compute the loss of the global batch. Called on all ranks, each with any number of images, even none.
 
         Args:
             embeddings: [b, D] unit rows, float32 or float64 like the proxies.
