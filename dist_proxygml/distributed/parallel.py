@@ -133,11 +133,6 @@ def _wait_at_most(timeout: timedelta) -> None:
 def _missing_peer(error: Exception) -> str | None:
     """Return a message for an error during the start of a run, if it is about missing ranks."""
     text = str(error).strip().partition("\n")[0]
-    if "EADDRINUSE" in str(error):
-        return (
-            f"error: expected port {os.environ.get('MASTER_PORT')} to be free, another process listens there; name "
-            "another one, such as deepspeed --master_port 29600"
-        )
     is_of_a_store = isinstance(error, dist.DistError) or "timeout" in text.lower()
     if not is_of_a_store and "gloo" not in text:
         return None
@@ -266,7 +261,7 @@ def _run(main: Callable[[], None]) -> int:
         is_early = isinstance(ending, RuntimeError) and (_is_starting() or not dist.is_initialized())
         if is_early and (told := _missing_peer(ending)):
             print(told, file=sys.stderr, flush=True)
-            return 2 if "EADDRINUSE" in str(ending) else STOPPED_STATUS
+            return STOPPED_STATUS
         if not hasattr(ending, "status"):
             raise
         status = int(ending.status)  # whoever raised it has printed the reason
