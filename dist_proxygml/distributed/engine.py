@@ -222,9 +222,7 @@ class Engine:
         """Make DeepSpeed's loader read this rank's part of the optimizer, as if this number of ranks had saved it."""
         engine, context = self._engine, self._context
         reader = engine.checkpoint_engine
-        (model, *_) = sorted(
-            (directory / "engine").glob("*_model_states.pt")
-        )  # the same on all ranks, even under stage 3
+        (model, *_) = sorted((directory / "engine").glob("*_model_states.pt"))  # one for all ranks, even under stage 3
 
         class Reader:
             def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
