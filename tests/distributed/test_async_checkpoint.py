@@ -217,7 +217,7 @@ def test_a_rank_that_cannot_write_fails_all_ranks_alike_and_the_next_save_works(
     first, second = run_ranks(fail_at_every_point, 2, tmp_path, asynchronous, timeout=60)
     assert first == second
     for number, ((point, rank), message) in enumerate(zip(POINTS_OF_A_RANK.items(), first, strict=True), start=2):
-        assert message.startswith(f"{tmp_path}/step-{number:06d} was not written, earlier checkpoints are as they were")
+        assert message.startswith(f"{tmp_path}/step-{number:06d} was not written, ")
         assert message.endswith(f"[Errno 28] injected at save.{point} (on rank {rank})")
     assert [path.name[-1] for path in published_checkpoints(tmp_path)] == ["1", str(len(first) + 2)]
 

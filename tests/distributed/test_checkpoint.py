@@ -211,7 +211,7 @@ def load_elsewhere(context: ParallelContext, directory: Path, settings: dict[str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seed": 1, "class table": "abc"}, "other settings: seed was 0, is 1. Continue with the same ones"),
+        ({"seed": 1, "class table": "abc"}, "seed was 0, is 1"),
         ({"seed": 0}, "class table was abc, is None"),
     ],
 )

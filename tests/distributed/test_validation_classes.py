@@ -335,5 +335,5 @@ def test_a_start_from_a_model_that_has_seen_the_validation_classes_is_told(root:
 
     assert told(data.index.classes) is None
     assert told((*data.index.classes, data.validation.classes[1])) == (
-        "1 of the 3 validation classes have been trained by runs/first: their numbers flatter"
+        "1 of the 3 validation classes have been trained by runs/first: their metrics are optimistic"
     )

@@ -112,7 +112,7 @@ def test_a_stopped_run_resumes_with_the_same_losses(trained: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
     done = train("--set", f"runs_dir={tmp_path}", *SHORT, num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing" in done.stdout
+    assert "resuming" in done.stdout
     first, again = lines(trained, "train"), lines(tmp_path / "demo_cpu", "train")
     assert [line["step"] for line in again] == list(range(1, 21))  # steps that were done again stand there once
     assert [line["images_per_second"] for line in again[10:]] != [line["images_per_second"] for line in first[10:]]
@@ -131,7 +131,7 @@ def test_a_run_that_resumes_on_one_rank_goes_apart_as_slowly_as_rounding_does(tr
     shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
     done = train("--set", f"runs_dir={tmp_path}", *SHORT, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 rank(s) on cpu; continuing" in done.stdout
+    assert "1 rank(s) on cpu; resuming" in done.stdout
     first, again = lines(trained, "train"), lines(tmp_path / "demo_cpu", "train")
     expected, got = [[line["loss"] for line in run] for run in (first, again)]
     assert got[:10] == expected[:10]

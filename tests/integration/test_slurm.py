@@ -86,7 +86,7 @@ class Job:
     def interruptions(self) -> tuple[list[int], list[int]]:
         """The steps after which the run has saved because it was told to stop, and those that it has gone on from."""
         saved = re.findall(r"^stopped by SIG.*: saved after step (\d+);", self.log, flags=re.MULTILINE)
-        continued = re.findall(r"; continuing \S+/step-(\d+) ", self.log)
+        continued = re.findall(r"; resuming \S+/step-(\d+) ", self.log)
         return [int(step) for step in saved], [int(step) for step in continued]
 
 
