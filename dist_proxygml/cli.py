@@ -22,8 +22,11 @@ def build_parser(
     """The parser of `python -m dist_proxygml.NAME`, with `options` that several commands have; or that of a command
     `within` the subparsers of another. Without a name the program is called as it was started.
     """
+    called: dict[str, Any] = {"prog": name and f"python -m dist_proxygml.{name}"}
+    if within:
+        called = {"name": name, "help": description}
     parser: argparse.ArgumentParser = (within.add_parser if within else argparse.ArgumentParser)(
-        **({"name": name, "help": description} if within else {"prog": name and f"python -m dist_proxygml.{name}"}),
+        **called,
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
