@@ -291,7 +291,10 @@ def load_backbone(checkpoint: Path, model: nn.Module) -> None:
     if not path.is_file():
         raise ValueError(f"expected backbone weights at {path}, found none")
     try:
-        model.load_state_dict(load_file(path), strict=True, assign=True)  # in the precision they were trained in
+        # Copied, since a file's tensors lie at any address, and products of unaligned ones may round otherwise.
+        # Assigned, for the precision they were trained in.
+        weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
 

@@ -25,9 +25,8 @@ from dist_proxygml.checkpoint.writer import (
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, single_process
-from tests.distributed.test_checkpoint import SETTINGS, parts, step
-from tests.distributed.test_checkpoint_faults import KEEP_TWO, Saver, contents, names_in
 from tests.harness import run_ranks
+from tests.small_checkpoints import KEEP_TWO, SETTINGS, Saver, contents, names_in, parts, step
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:

@@ -16,8 +16,8 @@ from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from dist_proxygml.training.nonfinite import NonFiniteLog
-from tests.distributed.test_training import NUM_CLASSES, configuration
 from tests.harness import run_ranks
+from tests.small_training import NUM_CLASSES, configuration
 
 NUM_STEPS, BAD_STEPS = 6, (2, 3)
 

@@ -253,7 +253,7 @@ def train_with_blocks(context: ParallelContext, root: Path) -> list[str]:
     return said
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.timeout(240)
 def test_a_run_that_is_killed_in_evaluations_goes_on_in_the_middle_of_them(root: Path, trained: Trained) -> None:
     num_held_out = sum(CLASS_SIZES[label] for label in HELD_OUT)

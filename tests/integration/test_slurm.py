@@ -21,6 +21,8 @@ import pytest
 from dist_proxygml.cluster.status import JobState, ask_job
 from tests.slurm_jobs import Slurm, start_launcher, training_losses, wait_for
 
+pytestmark = pytest.mark.ci
+
 SUBMIT = ("launchers/submit.py", "--config", "configs/demo_cpu.json")
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
 SETTINGS = (
@@ -143,7 +145,6 @@ def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job
         slurm.ask("scancel", "--full", "--user=root")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_is_preempted_saves_once_and_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.preempted
@@ -157,7 +158,6 @@ def test_a_run_that_is_preempted_saves_once_and_continues_exactly(slurm: Slurm, 
     check_run(job, jobs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_comes_to_its_time_limit_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.limited
@@ -172,7 +172,6 @@ def test_a_run_that_comes_to_its_time_limit_continues_exactly(slurm: Slurm, jobs
     check_run(job, jobs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_is_requeued_by_its_signal_and_by_scontrol_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.requeued
@@ -187,7 +186,6 @@ def test_a_run_that_is_requeued_by_its_signal_and_by_scontrol_continues_exactly(
     check_run(job, jobs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_whose_node_fails_goes_on_from_its_newest_checkpoint(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.deprived
@@ -215,7 +213,6 @@ def evaluation_lines(run_directory: Path) -> list[str]:
     return [line for line in lines if json.loads(line)["kind"] == "evaluation"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_rank_that_is_killed_ends_one_that_does_not_notice_within_seconds(slurm: Slurm, jobs: Jobs) -> None:
     output, errors = jobs.killed.communicate(timeout=120)
@@ -229,7 +226,6 @@ def test_a_rank_that_is_killed_ends_one_that_does_not_notice_within_seconds(slur
     assert ended_at - (jobs.runs / "killed" / "metrics.jsonl").stat().st_mtime < 20
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_mistake_that_only_a_job_in_slurm_can_find_gives_its_message_and_status_two(jobs: Jobs) -> None:
     output, errors = jobs.mistaken.communicate(timeout=120)

@@ -120,7 +120,7 @@ def test_a_pipe_among_the_images_is_named_and_not_waited_for(
 ) -> None:
     os.mkfifo(photos / "a.png")
     assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 2
-    assert f"{photos / 'a.png'}: no plain file" in capsys.readouterr().err
+    assert f"{photos / 'a.png'}: the file cannot be read: it is no regular file" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(

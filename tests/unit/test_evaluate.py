@@ -4,8 +4,6 @@ order a result is stored.
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +19,7 @@ from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.run import what_is_other, what_numbers_depend_on
 from dist_proxygml.training import evaluate as training
+from tests.harness import run_command
 from tests.trained_runs import write_finished_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +30,7 @@ def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path) -> None:
     stored = json.loads((run / "config.json").read_text())
     stored["data"]["shards"] = f"pipe:touch {tmp_path}/pwned\x1b[2J #{{}}"
     (run / "config.json").write_text(json.dumps(stored))
-    command = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), "--run", str(run)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    ended = run_command("launchers/evaluate.py", "--run", str(run))
     assert ended.returncode == 2
     assert "error: expected a location that runs no command" in ended.stderr
     assert "\x1b" not in ended.stderr

@@ -264,10 +264,10 @@ print(json.dumps([peak_memory() - before, plan_head(large, world_size=1).total_b
     ("num_classes", "dim", "topk", "batch", "rule", "others"),
     [
         (400_000, 128, 500, 64, "adam", {}),
-        (1_000_000, 64, 500, 64, "rowwise_adagrad", {}),
-        (600_000, 64, 500, 64, "sparse_adam", {}),
-        (300_000, 64, 15_000, 64, "adam", {}),  # most of it kept pairs
-        (300_000, 64, 15_000, 64, "adam", {"memory_budget": "32 MiB"}),
+        pytest.param(1_000_000, 64, 500, 64, "rowwise_adagrad", {}, marks=pytest.mark.ci),
+        pytest.param(600_000, 64, 500, 64, "sparse_adam", {}, marks=pytest.mark.ci),
+        pytest.param(300_000, 64, 15_000, 64, "adam", {}, marks=pytest.mark.ci),  # most of it kept pairs
+        pytest.param(300_000, 64, 15_000, 64, "adam", {"memory_budget": "32 MiB"}, marks=pytest.mark.ci),
         (100_000, 256, 1000, 64, "adam", {"memory_budget": "64 MiB", "regularization_weight": 0.3}),  # sampled
     ],
 )
