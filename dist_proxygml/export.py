@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_proxygml.cli import printable, refuse, run_command
 
-FORMATS = ("safetensors", "onnx", "torchscript")
+FORMATS = ("safetensors", "onnx")
 EXAMPLES = """examples:
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu --format safetensors,onnx --verify
@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         type=_formats,
         metavar="NAME[,NAME]",
-        help="safetensors (default): weights, proxies and class names, from which training can start again; onnx and "
-        "torchscript: the backbone as one graph, from bytes to unit embeddings, for images of the size it was "
-        "evaluated at in batches of any size. torch.jit is deprecated in torch itself: prefer onnx",
+        help="safetensors (default): weights, proxies and class names, from which training can start again; onnx: "
+        "the backbone as one graph, from bytes to unit embeddings, for images of the size it was evaluated at in "
+        "batches of any size",
     )
     parser.add_argument(
         "--verify",
@@ -59,8 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     from dist_proxygml.inference.export_check import ExportDiffersError
     from dist_proxygml.inference.export_folder import export
 
-    if "torchscript" in formats:
-        print("note: torch.jit, which TorchScript comes from, is deprecated in torch; ONNX will last", file=sys.stderr)
     try:
         told = export(
             given.run,
