@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from dist_proxygml.checkpoint import writer as checkpoint_module
-from dist_proxygml.checkpoint.writer import (
+from dist_proxygml.checkpoint.folder import (
     Retention,
     RunState,
     SavedCheckpoint,
@@ -30,9 +30,9 @@ from dist_proxygml.checkpoint.writer import (
     checkpoints_to_forget,
     find_checkpoint,
     published_checkpoints,
-    save_checkpoint,
     verify_checkpoint,
 )
+from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, single_process
 from dist_proxygml.head.loss import ProxyGMLLoss

@@ -11,7 +11,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from dist_proxygml.checkpoint.writer import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.checkpoint.folder import MANIFEST_FILE, checkpoint_name
 from dist_proxygml.cluster import submit
 from dist_proxygml.config import Config, load_config, parse_config
 from dist_proxygml.distributed.slurm import expand_counts, first_host, process_variables, rendezvous_port
