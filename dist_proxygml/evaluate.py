@@ -54,9 +54,10 @@ def main() -> None:
     config = load_run_config(arguments.run, [*overrides(arguments), *arguments.set])
     context = join_world(start_timeout=config.training.start_timeout)
 
-    from dist_proxygml.checkpoint.folder import found_instead
-    from dist_proxygml.checkpoint.writer import find_checkpoint, load_backbone
+    from dist_proxygml.checkpoint.folder import find_checkpoint, found_instead
+    from dist_proxygml.checkpoint.writer import load_backbone
     from dist_proxygml.data.damage import DAMAGE_FILE
+    from dist_proxygml.evaluation.embedding_pass import PassHooks, Split
     from dist_proxygml.evaluation.run import (
         block_folder,
         build_damage_log,
@@ -91,7 +92,12 @@ def main() -> None:
         name = f"validation-{name}"
     blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
     result = evaluate_model(
-        config, context, model, index, damage=damage, blocks=blocks, verify=arguments.verify, say=say
+        config,
+        context,
+        model,
+        Split(index, damage),
+        verify=arguments.verify,
+        hooks=PassHooks(blocks=blocks, say=say),
     )
     path = run_on_rank_zero(context, lambda: store_evaluation(arguments.run, name, result, with_embeddings=False))
     if context.is_main:

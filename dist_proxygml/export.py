@@ -8,7 +8,7 @@ import sys
 
 from dist_proxygml.cli import build_parser, command, printable, run_command
 
-FORMATS = ("safetensors", "onnx", "torchscript")
+FORMATS = ("safetensors", "onnx")
 EXAMPLES = """\
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu --format safetensors,onnx --verify
@@ -28,9 +28,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         type=_formats,
         metavar="NAME[,NAME]",
-        help="safetensors (default): weights, proxies and class names, from which training can start again; onnx and "
-        "torchscript: the backbone as one graph, from bytes to unit embeddings, for images of the size it was "
-        "evaluated at in batches of any size. torch.jit is deprecated in torch itself: prefer onnx",
+        help="safetensors (default): weights, proxies and class names, from which training can start again; onnx: "
+        "the backbone as one graph, from bytes to unit embeddings, for images of the size it was evaluated at in "
+        "batches of any size",
     )
     parser.add_argument(
         "--verify",
@@ -55,8 +55,6 @@ def main(given: argparse.Namespace) -> int:
     from dist_proxygml.inference.export_check import ExportDiffersError
     from dist_proxygml.inference.export_folder import export
 
-    if "torchscript" in formats:
-        print("note: torch.jit, which TorchScript comes from, is deprecated in torch; ONNX will last", file=sys.stderr)
     try:
         told = export(
             given.run,

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_proxygml.backbones.build import build_backbone
-from dist_proxygml.checkpoint.folder import checkpoint_name, write_manifest
+from dist_proxygml.checkpoint.folder import Retention, RunState, checkpoint_name, write_manifest
 from dist_proxygml.checkpoint.model import BACKBONE_FILE, write_class_table
-from dist_proxygml.checkpoint.writer import Retention, RunState, save_checkpoint
+from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.config import Config, flattened, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero

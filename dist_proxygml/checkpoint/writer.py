@@ -48,22 +48,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
 from dist_proxygml.checkpoint.folder import (
-    LATEST_FILE,
-    MANIFEST_FILE,
-    Continuation,
     Retention,
     RunState,
     SavedCheckpoint,
     checkpoint_name,
-    checkpoint_to_continue,
-    checkpoints_to_forget,
-    clear_leftovers,
-    evaluation_name,
-    find_checkpoint,
-    published_checkpoints,
     read_state,
     tidy_up,
-    verify_checkpoint,
     write_manifest,
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
@@ -73,28 +63,6 @@ from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage.files import in_words, remove
 from dist_proxygml.storage.published import files_below, hash_files, make_empty, partial_path, publish_folder
-
-__all__ = [
-    "LATEST_FILE",
-    "MANIFEST_FILE",
-    "CheckpointWriter",
-    "Continuation",
-    "Retention",
-    "RunState",
-    "SavedCheckpoint",
-    "checkpoint_name",
-    "checkpoint_to_continue",
-    "checkpoints_to_forget",
-    "clear_leftovers",
-    "evaluation_name",
-    "find_checkpoint",
-    "load_backbone",
-    "load_checkpoint",
-    "published_checkpoints",
-    "read_state",
-    "save_checkpoint",
-    "verify_checkpoint",
-]
 
 T = TypeVar("T")
 

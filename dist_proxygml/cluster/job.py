@@ -91,14 +91,14 @@ class TrainingJob:
 
     def has_started(self, config: Config) -> bool:
         """Whether the run has a checkpoint of this job: then a restart continues there, whatever --resume said."""
-        from dist_proxygml.checkpoint.writer import MANIFEST_FILE, published_checkpoints
+        from dist_proxygml.checkpoint.folder import MANIFEST_FILE, published_checkpoints
 
         found = published_checkpoints(config.run_directory / "checkpoints")
         return any((path / MANIFEST_FILE).stat().st_mtime > self.submitted_at for path in found)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
         """The job to put into the queue again, or None to give up. Called by submitit's handler, on rank 0."""
-        from dist_proxygml.checkpoint.writer import published_checkpoints
+        from dist_proxygml.checkpoint.folder import published_checkpoints
 
         config = parse_config(self.settings, source=self.source)
         found = published_checkpoints(config.run_directory / "checkpoints")

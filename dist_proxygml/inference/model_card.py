@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dist_proxygml.checkpoint.folder import checkpoint_name
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.evaluation.metric_names import name_metrics
+from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.inference.export_check import LIMIT, FileCheck
 from dist_proxygml.reporting.render import render
 from dist_proxygml.storage.files import paths_in, publish, read_file

@@ -16,7 +16,8 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.engine import check_settings, engine_settings, refuse_fp16_on_cpu
 from dist_proxygml.distributed.parallel import single_process
-from dist_proxygml.evaluation.evaluator import Settings, check_split
+from dist_proxygml.evaluation.evaluator import check_split
+from dist_proxygml.evaluation.run import measured, open_gallery
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
 from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer
@@ -137,13 +138,8 @@ def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
     for index in (data.validation, test_index):
         if index is None:
             continue
-        is_test = index is test_index
-        settings = Settings(
-            tuple(config.evaluation.recall_at), protocol=config.evaluation.protocol if is_test else "custom"
-        )
-        gallery = config.evaluation.gallery_split if is_test else None
         try:
-            check_split(index, None if gallery is None else index.open_sibling(gallery), settings)
+            check_split(index, open_gallery(config, index), measured(config, index))
         except ValueError as error:
             raise ValueError(f"{index.split}: {error}") from None
     return data, test_index

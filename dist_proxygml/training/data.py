@@ -19,7 +19,7 @@ from dist_proxygml.config import Config
 from dist_proxygml.data.damage import num_allowed
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.order import count_steps, draw_validation_classes
-from dist_proxygml.data.pipeline import BatchLoader, ImageCache, build_order, build_train_loader
+from dist_proxygml.data.pipeline import BatchLoader, EpochOrder, ImageCache, Loading, RankShare, build_train_loader
 from dist_proxygml.data.stream import StreamLoader, build_stream_loader
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import ParallelContext
@@ -81,24 +81,11 @@ class TrainingData:
                 shuffle_buffer=data.stream.shuffle_buffer,
                 max_damaged=num_allowed(data.max_damaged, self.epoch_size) if data.damaged_images == "skip" else None,
             )
-        return build_train_loader(
-            self.index,
-            transform,
-            batch_size=training.batch_size,
-            accumulation=self.config.accumulation,
-            rank=context.rank,
-            world_size=context.world_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            start=start,
-            num_workers=data.num_workers,
-            shuffle_window=data.shuffle_window,
-            images_per_class=data.images_per_class,
-            drop_last=data.drop_last,
-            cache=cache,
-            pin_memory=context.device.type == "cuda",
-            skip_damaged=data.damaged_images == "skip",
-        )
+        order = EpochOrder(training.batch_size, self.config.seed, epoch, data.shuffle_window, data.images_per_class)
+        share = RankShare(context.rank, context.world_size, self.config.accumulation, start, data.drop_last)
+        on_gpu, skip_damaged = context.device.type == "cuda", data.damaged_images == "skip"
+        loading = Loading(data.num_workers, cache, pin_memory=on_gpu, skip_damaged=skip_damaged)
+        return build_train_loader(self.index, transform, order, share, loading)
 
     def check(self, context: ParallelContext) -> None:
         """Check, as far as possible in advance, that this rank's first batches can be read.
@@ -127,7 +114,7 @@ class TrainingData:
         if images_per_class is None:
             return text
         batch_size = self.config.training.batch_size
-        order = build_order(self.index, batch_size=batch_size, seed=self.config.seed, images_per_class=images_per_class)
+        order = EpochOrder(batch_size, self.config.seed, images_per_class=images_per_class).of(self.index)
         return (
             f"{text}, in batches of {batch_size // images_per_class:,} classes x {images_per_class} images (the first "
             f"epoch visits {len(np.unique(order)) / self.index.num_samples:.1%} of them)"

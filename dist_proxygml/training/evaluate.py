@@ -5,15 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from dist_proxygml.checkpoint.writer import (
-    evaluation_name,
-)
-from dist_proxygml.data.damage import DAMAGE_FILE, DamageLog
-from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.distributed.parallel import (
-    run_on_rank_zero,
-)
+from dist_proxygml.checkpoint.folder import evaluation_name
+from dist_proxygml.data.damage import DAMAGE_FILE
+from dist_proxygml.distributed.parallel import run_on_rank_zero
 from dist_proxygml.distributed.preemption import StopSignals
+from dist_proxygml.evaluation.embedding_pass import PassHooks, Split
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.run import block_folder, build_evaluation_model, evaluate_model, store_evaluation
 from dist_proxygml.reporting.telemetry import Telemetry
@@ -21,12 +17,11 @@ from dist_proxygml.training.step import TrainState
 
 
 @dataclass(frozen=True)
-class EvaluatedSplit:
+class EvaluatedSplit(Split):
     """A split to evaluate on."""
 
-    index: ShardIndex
-    damage: DamageLog | None  # counts its damaged images; None: none are tolerated
-    is_validation: bool  # held-out classes, for model selection; otherwise the test split
+    is_validation: bool = False
+    """Held-out classes, for model selection; otherwise the test split."""
 
 
 def evaluate_run(
@@ -49,11 +44,8 @@ def evaluate_run(
         config,
         context,
         backbone_of_one_rank(state),
-        split.index,
-        damage=split.damage,
-        signals=signals,
-        blocks=blocks,
-        say=telemetry.say,
+        split,
+        hooks=PassHooks(signals, blocks, telemetry.say),
     )
     if result.num_damaged:
         telemetry.say(f"skipped {result.num_damaged} damaged images, see {run_directory / DAMAGE_FILE}")

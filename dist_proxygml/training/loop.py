@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_proxygml.backbones.build import RawPixels
-from dist_proxygml.checkpoint.writer import (
-    CheckpointWriter,
-    RunState,
-    SavedCheckpoint,
-    evaluation_name,
-    find_checkpoint,
-    load_checkpoint,
-)
+from dist_proxygml.checkpoint.folder import RunState, SavedCheckpoint, evaluation_name, find_checkpoint
+from dist_proxygml.checkpoint.writer import CheckpointWriter, load_checkpoint
 from dist_proxygml.config import Config
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.pipeline import Batch, ImageCache
@@ -31,6 +25,7 @@ from dist_proxygml.distributed.parallel import (
 )
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.distributed.watchdog import Watchdog
+from dist_proxygml.evaluation.embedding_pass import PassHooks
 from dist_proxygml.evaluation.run import (
     block_folder,
     evaluate_model,
@@ -238,11 +233,9 @@ class Loop:
             self.config,
             self.context,
             RawPixels().to(self.context.device),
-            test_split.index,
-            damage=test_split.damage,
+            test_split,
             kmeans_seeds=min(1, self.config.evaluation.kmeans_seeds),
-            signals=self.signals,
-            blocks=blocks,
+            hooks=PassHooks(self.signals, blocks),
         )
         run_on_rank_zero(
             self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False)

@@ -9,10 +9,8 @@ receives a request to stop (distributed/preemption.py), when it cannot continue 
 import socket
 from pathlib import Path
 
-from dist_proxygml.checkpoint.writer import (
-    CheckpointWriter,
-    Retention,
-)
+from dist_proxygml.checkpoint.folder import Retention
+from dist_proxygml.checkpoint.writer import CheckpointWriter
 from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.damage import DAMAGE_FILE

@@ -9,11 +9,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from dist_proxygml.checkpoint.folder import Continuation, checkpoint_to_continue
 from dist_proxygml.checkpoint.model import write_class_table
-from dist_proxygml.checkpoint.writer import (
-    Continuation,
-    checkpoint_to_continue,
-)
 from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.damage import DAMAGE_FIELDS, DAMAGE_FILE
 from dist_proxygml.data.index import ShardIndex

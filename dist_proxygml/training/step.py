@@ -183,8 +183,6 @@ def train_step(
             except NonFiniteError as error:  # on all ranks
                 failure = str(error)
         gradient = detached_embeddings[-1].grad
-        if gradient is not None and fault_point("step.gradient"):
-            gradient.fill_(torch.nan)
         if number == len(micro_batches):
             proxies_norm, kept_classes, answers = _finish_bank_gradient(state, len(micro_batches), requests)
             if failure is None and not math.isfinite(proxies_norm):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_proxygml.checkpoint import writer as checkpoint_module
-from dist_proxygml.checkpoint.writer import (
+from dist_proxygml.checkpoint.folder import (
     MANIFEST_FILE,
-    CheckpointWriter,
     Retention,
     RunState,
     SavedCheckpoint,
@@ -22,6 +21,7 @@ from dist_proxygml.checkpoint.writer import (
     published_checkpoints,
     verify_checkpoint,
 )
+from dist_proxygml.checkpoint.writer import CheckpointWriter
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, single_process

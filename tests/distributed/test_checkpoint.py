@@ -10,17 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from dist_proxygml.checkpoint.writer import (
+from dist_proxygml.checkpoint.folder import (
     Retention,
     RunState,
     checkpoint_to_continue,
     find_checkpoint,
-    load_backbone,
-    load_checkpoint,
     published_checkpoints,
     read_state,
-    save_checkpoint,
 )
+from dist_proxygml.checkpoint.writer import load_backbone, load_checkpoint, save_checkpoint
 from dist_proxygml.config import OptimizerConfig
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.head.loss import ProxyGMLLoss

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from dist_proxygml.checkpoint import writer as checkpoint_module
-from dist_proxygml.checkpoint.writer import (
+from dist_proxygml.checkpoint.folder import (
     Retention,
     RunState,
     SavedCheckpoint,
@@ -28,9 +28,9 @@ from dist_proxygml.checkpoint.writer import (
     checkpoints_to_forget,
     find_checkpoint,
     published_checkpoints,
-    save_checkpoint,
     verify_checkpoint,
 )
+from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, single_process
 from dist_proxygml.storage import published as published_folder

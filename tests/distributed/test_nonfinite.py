@@ -4,7 +4,9 @@ The engine is DeepSpeed's own at every ZeRO stage, since each leaves a step out 
 """
 
 import copy
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +85,24 @@ def train_with_faults(
                             state.engine.embed(batch.images)
                     state.step, state.schedule_step = state.step + 1, state.schedule_step + 1
                     continue
-                if context.rank == rank:
+                if context.rank == rank and point == "step.loss":
                     injected_now = (faults.Fault(point, rank, accumulation, "nan"),)
             faults.own_faults = lambda injected_now=injected_now: injected_now
-            hook = state.loss.proxies.register_hook(lambda gradient: gradient * torch.nan)
-            if not (injected_now and point == "bank"):
-                hook.remove()
+            hooks = []
+            if step in BAD_STEPS and context.rank == rank and point == "bank":
+                hooks = [state.loss.proxies.register_hook(lambda gradient: gradient * torch.nan)]
+            elif step in BAD_STEPS and context.rank == rank and point == "embeddings":
+                calls = itertools.count(1)
+
+                def spoil(_: object, arguments: tuple[torch.Tensor, ...], calls: Iterator[int] = calls) -> None:
+                    if next(calls) == accumulation:  # the last micro-batch
+                        arguments[0].register_hook(lambda gradient: gradient * torch.nan)
+
+                hooks = [state.loss.register_forward_pre_hook(spoil)]
             before = everything(state)
             report = train_step(state, batches(context, step, accumulation), measure=True, requests=[step == 4])
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             assert state.step == step + 1
             assert report.requests == (step == 4,)
             assert same(everything(state), before) == (step in BAD_STEPS)
@@ -114,9 +125,9 @@ def train_with_faults(
         ("step.loss", 1, 0, False),
         ("step.loss", 2, 0, True),
         ("step.loss", 2, 2, False),
-        ("step.gradient", 2, 0, False),
-        ("step.gradient", 1, 1, True),
-        ("step.gradient", 1, 3, False),
+        ("embeddings", 2, 0, False),
+        ("embeddings", 1, 1, True),
+        ("embeddings", 1, 3, False),
         ("bank", 2, 0, False),
         ("bank", 1, 1, False),
     ],

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml.checkpoint.writer import CheckpointWriter, Retention, RunState, load_checkpoint
+from dist_proxygml.checkpoint.folder import Retention, RunState
+from dist_proxygml.checkpoint.writer import CheckpointWriter, load_checkpoint
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.head.loss import ProxyGMLLoss

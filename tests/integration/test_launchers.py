@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.data.index import open_index
-from dist_proxygml.data.pipeline import build_order
+from dist_proxygml.data.pipeline import EpochOrder
 from tests.harness import free_port, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,7 @@ def test_damaged_images_are_skipped_named_and_counted_in_class_balanced_training
     shards = tmp_path / "shards"
     shutil.copytree(ROOT / "shards" / "demo", shards)
     train, test = open_index(shards, "train"), open_index(shards, "test")
-    first_step = build_order(train, batch_size=32, images_per_class=4, seed=0)[:32]
+    first_step = EpochOrder(batch_size=32, images_per_class=4).of(train)[:32]
     damaged = [(train, int(first_step[0])), (train, int(first_step[31])), (test, 5)]
     for index, sample_id in damaged:
         row = index.samples[sample_id]

@@ -11,7 +11,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from dist_proxygml.checkpoint.writer import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.checkpoint.folder import MANIFEST_FILE, checkpoint_name
 from dist_proxygml.cluster import submit
 from dist_proxygml.cluster.job import TrainingJob
 from dist_proxygml.cluster.status import JobState, ask_job, follow_slurm, is_preempted, log_of
