@@ -1,10 +1,10 @@
 """Train every point of a grid with several seeds: `python launchers/sweep.py --config C --grid key=a,b,c --seeds 3`.
 
 Each point is an ordinary run in the sweep's folder, RUNS_DIR/NAME.sweep, started as launchers/submit.py starts one: on
-SLURM as an element of one job array, on this machine so many at a time (--cluster local). All settings are checked
-before the first run starts. Called again with the same words it goes on: what is finished or still in the queue is left
-alone, what was interrupted continues from its newest checkpoint, what failed is tried again. --report writes what there
-is so far: results.csv, summary.csv, summary.md and the picture sweep.svg. docs/sweeps.md has an example.
+SLURM as an element of one job array, on this machine so many at a time (--cluster local). What a start would refuse is
+refused before the first one starts. Called again with the same words it goes on: what is finished or still in the queue
+is left alone, what was interrupted continues from its newest checkpoint, what failed is tried again. --report writes
+what there is so far: results.csv, summary.csv, summary.md and the picture sweep.svg. docs/sweeps.md has an example.
 
 Which runs are finished is read from their folders and from the mark that every job leaves (submit.finished_mark); the
 one thing that is kept besides is jobs.json, the newest job of each point.
@@ -173,6 +173,24 @@ def build_sweep(arguments: argparse.Namespace) -> Sweep:
     if arguments.metric and arguments.metric not in measured:
         raise ValueError(f"expected --metric of {', '.join(sorted(measured))}, got {arguments.metric!r}")
     return Sweep(name, folder, grid, [Run(*run) for run in zip(points, configs, jobs, strict=True)])
+
+
+def check_starts(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
+    """Find what the start of each run would find, before any of them starts; seeds make no difference.
+
+    Raises:
+        ValueError: with everything that is wrong with any of them.
+    """
+    num_ranks = arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node)
+    distinct = {run.config.model_dump_json(exclude={"name", "seed"}): run for run in reversed(runs)}
+    problems = {}
+    for run in reversed(distinct.values()):
+        try:
+            submit.check_start(run.config, num_ranks=num_ranks, uses_gpus=run.job.uses_gpus)
+        except ValueError as error:
+            problems[run.point.name] = str(error)
+    if problems:
+        raise ValueError(merge_problems(problems, len(distinct)))
 
 
 # ---- what has become of it -------------------------------------------------------------------------------------------
@@ -474,6 +492,7 @@ def run(command_line: list[str]) -> int:
         if arguments.report:
             return report(sweep, jobs, arguments.metric)
         to_do = [run for run in sweep.runs if jobs.result(run).status in ("open", "failed")]
+        check_starts(to_do, arguments)
         if arguments.dry_run:
             return show_plan(sweep, jobs, to_do, arguments)
         return train(sweep, jobs, to_do, arguments)
