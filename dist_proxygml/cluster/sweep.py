@@ -130,6 +130,24 @@ def build_sweep(arguments: argparse.Namespace) -> Sweep:
     return Sweep(name, folder, grid, [Run(*run) for run in zip(points, configs, jobs, strict=True)])
 
 
+def check_starts(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
+    """Find what the start of each run would find, before any of them starts; seeds make no difference.
+
+    Raises:
+        ValueError: with everything that is wrong with any of them.
+    """
+    num_ranks = arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node)
+    distinct = {run.config.model_dump_json(exclude={"name", "seed"}): run for run in reversed(runs)}
+    problems = {}
+    for run in reversed(distinct.values()):
+        try:
+            submit.check_start(run.config, num_ranks=num_ranks, uses_gpus=run.job.uses_gpus)
+        except ValueError as error:
+            problems[run.point.name] = str(error)
+    if problems:
+        raise ValueError(merge_problems(problems, len(distinct)))
+
+
 # ---- what has become of it -------------------------------------------------------------------------------------------
 
 
@@ -427,6 +445,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     if arguments.report:
         return report(planned, jobs, arguments.metric)
     to_do = [run for run in planned.runs if jobs.result(run).status in ("open", "failed")]
+    check_starts(to_do, arguments)
     if arguments.dry_run:
         return show_plan(planned, jobs, to_do, arguments)
     return train(planned, jobs, to_do, arguments)

@@ -165,22 +165,36 @@ def test_the_batch_script_is_an_array_with_a_limit_and_a_dry_run_writes_nothing(
     assert not runs.exists()
 
 
-def test_a_login_node_needs_no_torch() -> None:
+def test_a_mistake_is_told_before_torch_is_there() -> None:
     program = """
 import runpy, sys
 sys.argv = ["launchers/sweep.py", "--config", "configs/demo_cpu.json", "--gpus-per-node", "8", "--dry-run",
-            "--grid", "proxies.ratio=0.1,0.2"]
+            "--grid", "proxies.ratio=0.1,2"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as ending:
-    assert ending.code == 0
+    assert ending.code == 2
 assert not {"torch", "deepspeed", "faiss", "webdataset", "numpy"} & sys.modules.keys()
 """
     command = [sys.executable, "-c", program]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--array=0-1%2" in done.stdout
+    assert "got 2 (in ratio-2_seed-0)" in done.stderr
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], [], ["--cluster", "local"]])
+def test_what_the_start_of_a_point_would_refuse_is_told_once_before_any_point_starts(
+    how: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    grid = ["--tasks-per-node", "1", "--grid", "data.test_split=test,train"]
+    shards = f"data.shards={ROOT / 'shards' / 'demo'}"
+    assert sweep.run(arguments_of(tmp_path / "runs", shards, *grid, *how, seeds=2)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: expected classes in data.test_split 'train' that are not trained")
+    assert told.endswith("(in test_split-train_seed-0)\n")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
