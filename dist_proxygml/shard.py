@@ -50,7 +50,7 @@ from dist_proxygml.data.index import (
     write_index,
 )
 from dist_proxygml.data.shards import ListedShard, list_shard, split_of_shard
-from dist_proxygml.storage.files import in_words, paths_in, publish
+from dist_proxygml.storage.files import in_words, paths_in, publish_text
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _DATASETS = (*_READERS, "imagefolder", "demo")
@@ -290,8 +290,7 @@ def _build(options: argparse.Namespace) -> int:
     if options.dataset == "demo":
         head = "# The makers of these images\n\nEach sample's JSON names its set and licence."
         text = f"{head}\n\n{attribution()}\n"
-        with publish(options.out / "ATTRIBUTION.md") as stream:
-            stream.write(text.encode("utf-8"))
+        publish_text(options.out / "ATTRIBUTION.md", text)
     if result.already_there:
         print(f"nothing to do: {options.out} holds this build; --overwrite builds it again, should files have changed")
     if result.num_kept:

@@ -30,7 +30,7 @@ from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
 from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.storage.files import (
     paths_in,
-    publish,
+    publish_text,
 )
 
 
@@ -108,8 +108,7 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
             old.unlink()
     path = run_directory / "evaluation" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:
-        stream.write(result.to_json().encode("utf-8"))
+    publish_text(path, result.to_json())
     return path
 
 
