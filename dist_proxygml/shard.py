@@ -31,7 +31,9 @@ from dist_proxygml.data.datasets import (
     read_inshop,
     read_sop,
 )
-from dist_proxygml.data.index import INDEX_FILE
+from dist_proxygml.data.index import (
+    INDEX_FILE,
+)
 from dist_proxygml.data.verify import describe_shards, index_shards, verify_shards
 from dist_proxygml.storage.files import in_words
 

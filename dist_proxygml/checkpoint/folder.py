@@ -11,7 +11,6 @@ being read. It is written aside, in `.step-000800.partial`, and published by one
 or uses collectives: what is said of ranks stands in writer.py.
 """
 
-import json
 import math
 import os
 import re
@@ -29,17 +28,16 @@ from dist_proxygml.storage.files import (
     is_folder,
     mode_of,
     paths_in,
-    publish,
+    publish_text,
     read_document,
     remove,
-    unreadable,
 )
-from dist_proxygml.storage.published import file_problems, flush, put_back
+from dist_proxygml.storage.folder import SealedKind, look_into, put_back, shortened, write_manifest
 
 MANIFEST_FILE = "MANIFEST.json"
 LATEST_FILE = "latest"
 STATE_FILE = "state.json"
-_MANIFEST_VERSION = 1
+_KIND = SealedKind("checkpoint", remedy="", manifest_file=MANIFEST_FILE, is_named=False)
 _NAME = re.compile(r"step-[0-9]+")
 
 
@@ -119,21 +117,7 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
     Raises:
         ValueError: the manifest or a file that it lists is there and cannot be read.
     """
-    path = checkpoint / MANIFEST_FILE
-    try:
-        manifest = read_document(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return [f"{MANIFEST_FILE} is missing: it was never finished, or an older version of this package wrote it"]
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except ValueError as error:
-        return [f"{MANIFEST_FILE} cannot be used: {error}"]
-    try:
-        if manifest["version"] != _MANIFEST_VERSION:
-            return [f"{MANIFEST_FILE} has version {manifest['version']!r}, expected {_MANIFEST_VERSION}"]
-        problems = file_problems(checkpoint, manifest["files"], deep=deep)
-    except (LookupError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST_FILE} cannot be used: {error!r}"]
+    _, problems = look_into(checkpoint, _KIND, deep=deep)
     if deep and not problems:
         try:
             read_state(checkpoint)
@@ -271,8 +255,7 @@ def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
 
 
 def _told(checkpoint: Path, problems: list[str]) -> str:
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return f"checkpoint {checkpoint} is damaged: {'; '.join(problems[:3])}{more}"
+    return f"checkpoint {checkpoint} is damaged: {shortened(problems)}"
 
 
 def _set_aside(checkpoint: Path, problems: list[str]) -> str:
@@ -286,19 +269,12 @@ def _set_aside(checkpoint: Path, problems: list[str]) -> str:
     return f"{_told(checkpoint, problems)}: passed over, now {aside.name}"
 
 
-def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str) -> None:
+def write_checkpoint_manifest(
+    partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str
+) -> None:
     """Write the list of files, whose contents are on disk, and bring the names of all to disk."""
-    manifest = {
-        "version": _MANIFEST_VERSION,
-        "step": state.step,
-        "world_size": state.world_size,
-        "written_with": versions,
-        "files": dict(sorted(files.items())),
-    }
-    with publish(partial / MANIFEST_FILE) as stream:
-        stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
-    for folder in (path for path in partial.rglob("*") if path.is_dir()):
-        flush(folder)
+    about = {"step": state.step, "world_size": state.world_size, "written_with": versions}
+    write_manifest(partial, _KIND, about, dict(sorted(files.items())))
     fault_point("save.manifest")
 
 
@@ -307,8 +283,7 @@ def tidy_up(final: Path, retention: Retention) -> list[str]:
     problems = []
     try:
         fault_point("save.published")
-        with publish(final.with_name(LATEST_FILE)) as stream:
-            stream.write(f"{final.name}\n".encode())
+        publish_text(final.with_name(LATEST_FILE), f"{final.name}\n")
         fault_point("save.latest")
     except OSError as error:
         problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {in_words(error, final)}")

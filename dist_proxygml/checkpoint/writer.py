@@ -54,7 +54,7 @@ from dist_proxygml.checkpoint.folder import (
     checkpoint_name,
     read_state,
     tidy_up,
-    write_manifest,
+    write_checkpoint_manifest,
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
@@ -62,7 +62,7 @@ from dist_proxygml.distributed.parallel import ParallelContext, all_gather_objec
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage.files import in_words, remove
-from dist_proxygml.storage.published import files_below, hash_files, make_empty, partial_path, publish_folder
+from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
 
 T = TypeVar("T")
 
@@ -383,7 +383,7 @@ def _hash_own(partial: Path, names: list[str], context: ParallelContext) -> dict
 
 
 def _write_manifest(snapshot: _Snapshot, partial: Path, files: Mapping[str, dict[str, Any]]) -> None:
-    write_manifest(partial, snapshot.state, files, torch=torch.__version__, deepspeed=version("deepspeed"))
+    write_checkpoint_manifest(partial, snapshot.state, files, torch=torch.__version__, deepspeed=version("deepspeed"))
 
 
 def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext) -> None:

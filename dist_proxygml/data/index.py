@@ -37,7 +37,7 @@ from dist_proxygml.data.shards import (
     shown_key,
     split_name,
 )
-from dist_proxygml.storage.files import paths_in, publish
+from dist_proxygml.storage.files import paths_in, publish, publish_text, sha256_of
 
 INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
@@ -430,7 +430,7 @@ def _open_split(
             remote.fetch_table(root, path.name, max_bytes=max_bytes, sha256=expected)
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
-        found = _file_sha256(path)
+        found = sha256_of(path)
         if found != expected:
             raise ValueError(
                 f"{path} does not belong to {root / INDEX_FILE}: sha256 {found[:12]}..., expected "
@@ -481,11 +481,6 @@ def _check_places(table: Path, samples: np.ndarray, shards: Sequence[ShardEntry]
     last_end = np.maximum.reduceat(samples["offset"] + samples["nbytes"], starts)  # wraps for a huge offset
     if (last_offset > sizes).any() or (last_end > sizes).any() or samples["nbytes"].max() > MAX_BYTES:
         raise ValueError(f"{table} has samples that lie outside their shards, or above {MAX_BYTES:,} bytes; {remedy}")
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def shard_size_problems(root: Path, shards: Sequence[ShardEntry]) -> list[str]:
@@ -541,8 +536,8 @@ def write_index(
             "num_samples": len(samples),
             "num_classes": len(entries),
             "class_table_sha256": class_table_sha256(entries),
-            "samples": {"file": sample_table_name(split), "sha256": _file_sha256(root / sample_table_name(split))},
-            "classes": {"file": class_table_name(split), "sha256": _file_sha256(root / class_table_name(split))},
+            "samples": {"file": sample_table_name(split), "sha256": sha256_of(root / sample_table_name(split))},
+            "classes": {"file": class_table_name(split), "sha256": sha256_of(root / class_table_name(split))},
             "shards": [
                 ShardEntry(file, len(listed.rows), listed.num_bytes, listed.sha256)._asdict() for file, listed in files
             ],
@@ -556,8 +551,7 @@ def write_index(
         "build": dict(build),
         "splits": splits,
     }
-    with publish(root / INDEX_FILE) as stream:
-        stream.write(_one_record_per_line(document).encode("utf-8"))
+    publish_text(root / INDEX_FILE, _one_record_per_line(document))
 
 
 def _json_line(record: Sequence[Any]) -> bytes:

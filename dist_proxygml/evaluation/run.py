@@ -24,7 +24,7 @@ from dist_proxygml.evaluation.blocks import BlockFolder
 from dist_proxygml.evaluation.embedding_pass import PassHooks, PassSettings, Split, save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate
 from dist_proxygml.evaluation.retrieval import SearchOptions
-from dist_proxygml.storage.files import paths_in, publish
+from dist_proxygml.storage.files import paths_in, publish_text
 
 
 def build_evaluation_model(config: Config) -> nn.Module:
@@ -103,8 +103,7 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
             old.unlink()
     path = run_directory / "evaluation" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:
-        stream.write(result.to_json().encode("utf-8"))
+    publish_text(path, result.to_json())
     return path
 
 

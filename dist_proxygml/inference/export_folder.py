@@ -55,8 +55,7 @@ from dist_proxygml.inference.export_check import (
 )
 from dist_proxygml.inference.graph import Embed, check_onnx, open_onnx, write_onnx
 from dist_proxygml.inference.model_card import TrainingFacts, find_evaluation, write_card
-from dist_proxygml.storage.folder import check_is_free, seal
-from dist_proxygml.storage.published import make_empty, partial_path
+from dist_proxygml.storage.folder import check_is_free, make_empty, partial_path, seal
 
 ONNX_FILE = "backbone.onnx"
 _PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}

@@ -19,8 +19,8 @@ from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.inference.export_check import LIMIT, FileCheck
 from dist_proxygml.reporting.render import render
-from dist_proxygml.storage.files import paths_in, publish, read_file
-from dist_proxygml.storage.published import files_below
+from dist_proxygml.storage.files import paths_in, publish_text, read_file
+from dist_proxygml.storage.folder import files_below
 
 
 class TrainingFacts(NamedTuple):
@@ -90,8 +90,7 @@ def write_card(
     }
     filters = {"printable": printable, "as_json": _json}
     body = render("model_card.md", escape=escape, filters=filters, **data)
-    with publish(path) as stream:
-        stream.write(f"---\n{_head(about, evaluation)}\n---\n\n{body}".encode())
+    publish_text(path, f"---\n{_head(about, evaluation)}\n---\n\n{body}")
 
 
 def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:

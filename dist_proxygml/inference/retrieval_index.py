@@ -33,8 +33,7 @@ from jaxtyping import Float, Int
 from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.evaluation.search import load_faiss
 from dist_proxygml.inference.embeddings import check_rows, read_records
-from dist_proxygml.storage.folder import SealedKind, check_is_free, open_sealed, seal
-from dist_proxygml.storage.published import make_empty, partial_path
+from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
 
 INDEX_FILE = "index.faiss"
 IDS_FILE = "ids.jsonl"

@@ -30,7 +30,7 @@ from dist_proxygml.reporting.charts import Chart, Series, line_chart
 from dist_proxygml.reporting.pictures import picture_parts
 from dist_proxygml.reporting.proxies import proxy_statistics
 from dist_proxygml.reporting.render import render
-from dist_proxygml.storage.files import is_folder, mode_of, paths_in, publish, read_document, read_file, read_log
+from dist_proxygml.storage.files import is_folder, mode_of, paths_in, publish_text, read_document, read_file, read_log
 
 _MAX_CHARACTERS = 400_000  # of a text that is quoted whole
 _MAX_LISTED = 20  # entries of a list in the protocol
@@ -156,8 +156,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         **(_measured(list(rows.values())[-1]) if rows else {}),
     )
     path = run_directory / "report.html"
-    with publish(path) as stream:
-        stream.write(page.encode())
+    publish_text(path, page)
     return path
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
 from dist_proxygml.reporting.gallery import TableImages, stratified_sample
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import publish_text
 
 MAX_POINTS = 10_000
 MAX_SPRITE_SIDE = 8192
@@ -109,5 +109,4 @@ def write_projection(
         setattr(embedding, field, f"projector/{name}/{file}")
     embedding.sprite.image_path = f"projector/{name}/sprite.png"
     embedding.sprite.single_image_dim.extend([side, side])
-    with publish(board / _CONFIG_FILE) as stream:
-        stream.write(text_format.MessageToString(config).encode())
+    publish_text(board / _CONFIG_FILE, text_format.MessageToString(config))

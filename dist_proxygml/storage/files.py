@@ -8,6 +8,7 @@ to do.
 import contextlib
 import errno
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
@@ -129,13 +130,29 @@ def publish(path: Path, *, flush_folder: bool = True) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if not flush_folder:
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
+    if flush_folder:
+        flush(path.parent)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write a text file, as `publish` does."""
+    with publish(path) as stream:
+        stream.write(text.encode())
+
+
+def flush(path: Path) -> None:
+    """Bring a file or a folder's names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

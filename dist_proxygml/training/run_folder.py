@@ -25,18 +25,20 @@ from dist_proxygml.storage.files import (
     mend_log,
     mode_of,
     paths_in,
-    publish,
+    publish_text,
     read_document,
     unreadable,
 )
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.lock import FolderLock
 from dist_proxygml.training.nonfinite import NON_FINITE_FIELDS, NON_FINITE_FILE
 
 
-def lock_run(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
+def lock_run(
+    context: ParallelContext, run_directory: Path, locks: list[FolderLock], *, make_folder: bool = False
+) -> None:
     """Append the run's lock to `locks` on rank 0, if missing; without `make_folder` only if the runs folder exists."""
     if context.is_main and not locks and (make_folder or is_folder(run_directory.parent)):
-        locks.append(RunLock(run_directory))
+        locks.append(FolderLock(run_directory))
 
 
 def where_to_continue(run_directory: Path, resume: str) -> Continuation:
@@ -95,8 +97,7 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
         for name, fields in ((DAMAGE_FILE, DAMAGE_FIELDS), (NON_FINITE_FILE, NON_FINITE_FIELDS)):
             odd += mend_log(directory / name, fields)
         _keep_unfinished_embeddings(directory, aside, step)
-        with publish(directory / "config.json") as stream:
-            stream.write(json.dumps(config.model_dump(), indent=2).encode() + b"\n")
+        publish_text(directory / "config.json", json.dumps(config.model_dump(), indent=2) + "\n")
         write_class_table(directory, index)
     except OSError as error:
         raise ValueError(

@@ -13,8 +13,7 @@ from dist_proxygml.data.sources import FolderSource
 from dist_proxygml.evaluation.best import read_evaluations
 from dist_proxygml.storage import files
 from dist_proxygml.storage.files import in_words, mend_log, mode_of, paths_in, read_document, read_log, remove
-from dist_proxygml.storage.folder import SealedKind, check_is_free, open_sealed
-from dist_proxygml.storage.published import files_below
+from dist_proxygml.storage.folder import SealedKind, check_is_free, files_below, open_sealed
 from tests.closed_folders import closed
 
 ROOT = Path(__file__).parents[2]
