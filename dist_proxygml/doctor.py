@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_proxygml.cli import refuse, run_command
+from dist_proxygml.cli import printable, refuse, run_command
 from dist_proxygml.data.finding import Finding, run_check
 
 if TYPE_CHECKING:
@@ -424,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return refuse(error)
     except ImportError as error:  # the check of the packages says which
-        print(f"warning: {given.config} cannot be read yet ({error})", file=sys.stderr)
+        print(f"warning: {given.config} cannot be read yet ({printable(error)})", file=sys.stderr)
 
     findings: list[Finding] = []
 
@@ -446,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _shown(finding: Finding) -> str:
-    line = str(finding)
+    line = printable(finding)
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return line
     return f"{_COLOURS[finding.status]}{finding.status}\033[0m{line[len(finding.status) :]}"

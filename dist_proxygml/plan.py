@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dist_proxygml.cli import printable
 from dist_proxygml.config import load_config, parse_bytes
 from dist_proxygml.distributed.memory import available_memory, format_bytes
 from dist_proxygml.distributed.parallel import join_world, run_launcher
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(measured.describe(config, rest))
     except ValueError as error:
         if is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
         return 1 if isinstance(error, DoesNotFitError) else 2
     return 0
 

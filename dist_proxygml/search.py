@@ -116,7 +116,7 @@ def open_model(index: "Index", path: Path, *, run: Path | None = None, device: s
     from dist_proxygml.inference.embedder import Embedder, model_difference
 
     model = index.model
-    if model is None or not {"path", "run", "step"} <= model.keys():
+    if model is None or any(model.get(name) is None for name in ("path", "run", "step")):
         if run is None:
             raise ValueError(f"{path} does not say which model it was made with; name it with --run")
         embedder = Embedder.from_run(run, device=device)
@@ -221,6 +221,7 @@ def _as_json(index: "Index", path: Path, answers: Sequence[Answer]) -> dict[str,
 def _write_page(given: argparse.Namespace, index: "Index", answers: Sequence[Answer]) -> None:
     from dist_proxygml.data.sources import read_image
     from dist_proxygml.inference.search_page import Row, Tile, write_page
+    from dist_proxygml.reporting.render import read_makers
 
     gallery = _gallery(given, index)
 
@@ -247,7 +248,7 @@ def _write_page(given: argparse.Namespace, index: "Index", answers: Sequence[Ans
         rows,
         title=f"Nearest images in {given.index.name}",
         lead=f"Searched among {len(index):,} images, embedded{model}. Numbers are cosines: 1 is the same embedding.",
-        makers=_makers(given.data or (index.data or {}).get("location")),
+        makers=read_makers(given.data or (index.data or {}).get("location")),
     )
     print(f"page: {given.html.resolve()}", file=sys.stderr)
 
@@ -268,12 +269,6 @@ def _gallery(given: argparse.Namespace, index: "Index") -> "ImageSource | None":
         told = f"the page will lack the images that were found: {printable(error)}; --data says where they are"
         print(told, file=sys.stderr)
         return None
-
-
-def _makers(location: str | None) -> str | None:
-    """The makers of the images, where their folder names them: pictures must not travel without them."""
-    path = Path(location or "", "ATTRIBUTION.md")
-    return path.read_text(encoding="utf-8") if location and path.is_file() else None
 
 
 if __name__ == "__main__":

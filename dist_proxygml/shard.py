@@ -11,7 +11,6 @@ done, 1 verify found damage, 2 the command cannot be carried out, 130 stopped by
 import argparse
 import errno
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dist_proxygml.cli import at_least, refuse, run_command
+from dist_proxygml.cli import at_least, printable, refuse, run_command
 from dist_proxygml.data.builder import (
     UnusableImage,
     build_settings,
@@ -50,7 +49,7 @@ from dist_proxygml.data.index import (
     write_index,
 )
 from dist_proxygml.data.shards import ListedShard, list_shard, split_of_shard
-from dist_proxygml.storage.files import in_words, paths_in, publish
+from dist_proxygml.storage.files import in_words, parse_json, paths_in, publish
 
 _READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _DATASETS = (*_READERS, "imagefolder", "demo")
@@ -137,8 +136,8 @@ def _previous_index(root: Path) -> Mapping[str, Any]:
     if not (root / INDEX_FILE).is_file():  # a pipe would be waited for
         return {}
     try:
-        document = json.loads((root / INDEX_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = parse_json((root / INDEX_FILE).read_bytes())
+    except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) and document.get("kind") == INDEX_KIND else {}
 
@@ -158,8 +157,8 @@ def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> li
             return [(str(entry["name"]), entry["source_id"]) for entry in previous["splits"][split]["classes"]]
         table = root / class_table_name(split)
         lines = table.read_text(encoding="utf-8").split("\n") if table.is_file() else []
-        return [(str(name), source_id) for name, source_id, _ in map(json.loads, filter(None, lines))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [(str(name), source_id) for name, source_id, _ in map(parse_json, filter(None, lines))]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
@@ -267,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> int:
     dataset = _read_dataset(options)
     for note in dataset.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     workers = default_workers(len(dataset.images)) if options.workers is None else options.workers
     try:
         result = build_shards(
@@ -297,7 +296,7 @@ def _build(options: argparse.Namespace) -> int:
     if result.num_kept:
         print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
     if result.skipped:
-        print(_told(result.skipped), file=sys.stderr)
+        print(printable(_told(result.skipped)), file=sys.stderr)
     if result.lost_classes:
         shown = ", ".join(map(repr, result.lost_classes[:20]))
         print(f"{len(result.lost_classes)} classes have no image left and are left out: {shown}", file=sys.stderr)
@@ -307,7 +306,7 @@ def _build(options: argparse.Namespace) -> int:
             "them as they are stored; to change that turn the files, as `mogrify -auto-orient` does, and build again",
             file=sys.stderr,
         )
-    print(describe_shards(options.out))
+    print(printable(describe_shards(options.out)))
     return 0
 
 
@@ -347,7 +346,7 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
 def _verify(options: argparse.Namespace) -> int:
     problems = verify_shards(options.directory, deep=options.deep)
     for problem in problems:
-        print(f"damaged: {problem}", file=sys.stderr)
+        print(printable(f"damaged: {problem}"), file=sys.stderr)
     depth = (
         "index, sizes, hashes, checksums, labels and images"
         if options.deep
@@ -365,16 +364,17 @@ def _index(options: argparse.Namespace) -> int:
     changed = index_shards(options.directory)
     if changed:
         print(
-            f"warning: {len(changed)} shards are not what the earlier index says (sha256): {', '.join(changed[:20])}"
+            f"warning: {len(changed)} shards are not what the earlier index says (sha256): "
+            f"{printable(', '.join(changed[:20]))}"
             f"{f' and {len(changed) - 20} more' if len(changed) > 20 else ''}; if nobody changed them they are damaged",
             file=sys.stderr,
         )
-    print(describe_shards(options.directory))
+    print(printable(describe_shards(options.directory)))
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    print(describe_shards(options.directory))
+    print(printable(describe_shards(options.directory)))
     return 0
 
 

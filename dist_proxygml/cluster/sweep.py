@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dist_proxygml.cli import refuse, run_command
+from dist_proxygml.cli import printable, refuse, run_command
 from dist_proxygml.cluster import submit
 from dist_proxygml.cluster.grid import (
     Grid,
@@ -311,7 +311,7 @@ class Progress:
         self._results[result.point.name] = result
         if result.status == before.status:
             return
-        told = ": " + result.reason if result.status == "failed" else ""
+        told = f": {printable(result.reason)}" if result.status == "failed" else ""
         if result.evaluation:
             metric, value = next(iter(result.evaluation.metrics.items()))
             told = f": {metric} {100 * value:.2f}"
@@ -339,7 +339,8 @@ def report(sweep: Sweep, jobs: StartedJobs, metric: str | None) -> int:
         write(sweep.folder / "sweep.svg", draw_sweep(sweep.name, sweep.grid, cells, shown))
     else:
         (sweep.folder / "sweep.svg").unlink(missing_ok=True)  # of an earlier grid
-    print(f"\n{text}\nwritten to {sweep.folder}: results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}")
+    names = f"results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}"
+    print(f"\n{printable(text)}\nwritten to {sweep.folder}: {names}")
     num_failed = sum(result.status == "failed" for result in results)
     if num_failed:
         message = (
