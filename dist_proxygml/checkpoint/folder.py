@@ -40,7 +40,7 @@ MANIFEST_FILE = "MANIFEST.json"
 LATEST_FILE = "latest"
 STATE_FILE = "state.json"
 _MANIFEST_VERSION = 1
-_NAME = re.compile(r"step-[0-9]+")
+_NAME = re.compile(r"step-[0-9]{1,18}")
 
 
 @dataclass(frozen=True)

@@ -111,9 +111,11 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, of a file that may be anybody's: brackets a hundred thousand deep are a ValueError, too."""
+    """As `json.loads`, of a file that may be anybody's: brackets a hundred thousand deep are a ValueError, too, and a
+    whole number that no int64 holds is a float, which no count, step or label is.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
     except RecursionError:
         raise ValueError("expected JSON, got brackets thousands deep; make or copy the file again") from None
 
