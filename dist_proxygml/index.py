@@ -5,27 +5,20 @@ The kind of index goes by the number of rows unless it is named; inference/retri
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from dist_proxygml.cli import refuse, run_command, share
+from dist_proxygml.cli import add_options, build_parser, command, run_command, share
 
-EXAMPLES = """examples:
+EXAMPLES = """\
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
   python -m dist_proxygml.index --embeddings embeddings/sop --out indexes/sop --kind ivf --target-recall 0.99
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, build, say what there is; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_proxygml.index",
-        description="Build a search index from a folder of embeddings.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser("index", "Build a search index from a folder of embeddings.", EXAMPLES)
     parser.add_argument("--embeddings", required=True, type=Path, help="folder that dist_proxygml.embed wrote")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    add_options(parser, "--out", "--overwrite")
     parser.add_argument(
         "--kind",
         choices=("auto", "flat", "ivf", "hnsw"),
@@ -39,16 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SHARE",
         help="of the ten nearest, how much hnsw and ivf should find (default: 0.95)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an index that is there already")
-    given = parser.parse_args(arguments)
-    try:
-        print(_index(given))
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    return 0
+    return parser
 
 
-def _index(given: argparse.Namespace) -> str:
+@command(_parser)
+def main(given: argparse.Namespace) -> None:
+    """Build, and say what there is."""
     from tqdm import tqdm
 
     from dist_proxygml.inference.embeddings import open_embeddings
@@ -75,7 +64,7 @@ def _index(given: argparse.Namespace) -> str:
     )
     if index.recall_at_10 < given.target_recall:
         text += f", below the {given.target_recall} asked for; --kind flat is exact"
-    return text
+    print(text)
 
 
 if __name__ == "__main__":

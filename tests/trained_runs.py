@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.checkpoint.folder import checkpoint_name, write_manifest
@@ -117,3 +118,9 @@ def write_finished_run(runs_dir: Path, name: str = "small", *, seed: int = 0, **
     names = files_below(checkpoint)
     write_manifest(checkpoint, state, hash_files(checkpoint, names, num_threads=1))
     return config.run_directory
+
+
+def read_board(directory: Path) -> EventAccumulator:
+    """Everything that TensorBoard reads of the run."""
+    everything = {"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(directory / "tensorboard"), size_guidance=everything).Reload()

@@ -135,7 +135,8 @@ def _header_pattern() -> bytes:
 
 def _tar_header(name: str, num_bytes: int, pattern: bytes) -> bytes:
     """The 512 bytes before a member: the pattern with name (bytes 0-99), size (124-135) and checksum (148-155), which
-    is the sum of all bytes with blanks in its own place (POSIX.1-1988, ustar). A library's takes as long as the sha256.
+    is the sum of all bytes with blanks in its own place (POSIX.1-1988, ustar). tarfile's, the same to the byte, takes a
+    fifth of a build's time more, its writer a third to a half, webdataset's more than a half.
     """
     text = name.encode("utf-8")
     if len(text) > 100:
