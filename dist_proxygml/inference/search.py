@@ -215,7 +215,7 @@ def _gallery(index: Index, typed: str | None) -> ImageSource | None:
         if typed is None and data.get("kind") == "folder" and Path(location).is_dir():
             return FolderSource(Path(location), ())  # no walk through whatever folder an index names
         return open_source(location, split=data.get("split", "test"), is_typed=typed is not None)
-    except ValueError as error:
-        told = f"the page will lack the images that were found: {printable(error)}; --data says where they are"
+    except (ValueError, OSError) as error:  # a location that is too long for a path
+        told = f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
         print(told, file=sys.stderr)
         return None
