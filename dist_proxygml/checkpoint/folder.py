@@ -38,7 +38,7 @@ MANIFEST_FILE = "MANIFEST.json"
 LATEST_FILE = "latest"
 STATE_FILE = "state.json"
 _KIND = SealedKind("checkpoint", remedy="", manifest_file=MANIFEST_FILE, is_named=False)
-_NAME = re.compile(r"step-[0-9]+")
+_NAME = re.compile(r"step-[0-9]{1,18}")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ from dist_proxygml.data.images import (
 )
 from dist_proxygml.data.index import INDEX_FILE, JOURNAL_FILE, open_index, read_index, write_index
 from dist_proxygml.data.shards import ListedShard, ShardSample, list_shard, sample_key, shard_name, write_shard
+from dist_proxygml.storage.files import parse_json
 
 _FORMAT = 2  # of the shards' bytes; a higher number keeps no shard of an earlier program
 _IMAGES_PER_WORKER = 1000  # starting a process takes about as long as storing these
@@ -286,7 +287,7 @@ class _Journal:
         self.lines: dict[str, Mapping[str, Any]] = {}
         for line in whole.splitlines():
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 self.lines[record["file"]] = record
             except (ValueError, KeyError, TypeError):
                 continue  # its shard is written again

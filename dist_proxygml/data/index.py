@@ -37,7 +37,7 @@ from dist_proxygml.data.shards import (
     shown_key,
     split_name,
 )
-from dist_proxygml.storage.files import paths_in, publish, publish_text, sha256_of
+from dist_proxygml.storage.files import parse_json, paths_in, publish, publish_text, sha256_of
 
 INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
@@ -106,8 +106,8 @@ class ShardIndex:
         entries = []
         for label, line in enumerate(self._class_lines()):
             try:
-                name, source_id, count = json.loads(line)
-            except (ValueError, TypeError, RecursionError):
+                name, source_id, count = parse_json(line)
+            except (ValueError, TypeError):
                 name = source_id = count = None
             if not (isinstance(name, str) and isinstance(source_id, int | str) and isinstance(count, int)):
                 table = self.root / class_table_name(self.split if self.chosen is None else self.chosen.split)
@@ -231,9 +231,9 @@ class ShardIndex:
                 at = near.find(f"{key}.json\0".encode())
                 if at >= 0:
                     member = tarfile.TarInfo.frombuf(near[at : at + tarfile.BLOCKSIZE], "utf-8", "replace")
-                    info = json.loads(self._bytes_of_shard(sample_id, min(member.size, _NEAR), first + at + 512))
+                    info = parse_json(self._bytes_of_shard(sample_id, min(member.size, _NEAR), first + at + 512))
                     return str(info["source"])
-        except (ValueError, OSError, tarfile.TarError, KeyError, TypeError, RecursionError):
+        except (ValueError, OSError, tarfile.TarError, KeyError, TypeError):
             pass
         return None
 
@@ -336,8 +336,8 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
         )
     content = path.read_bytes()
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as problem:
+        document = parse_json(content)
+    except ValueError as problem:
         raise ValueError(
             f"{path} is not JSON ({problem}); copy it again or run `python -m dist_proxygml.shard index {root}`"
         ) from None

@@ -22,7 +22,6 @@ import asyncio
 import errno
 import hashlib
 import importlib.util
-import json
 import os
 import random
 import re
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from dist_proxygml.storage.files import publish, sha256_of
+from dist_proxygml.storage.files import parse_json, publish, sha256_of
 from dist_proxygml.storage.lock import locked_file
 
 T = TypeVar("T")
@@ -178,8 +177,8 @@ class ShardCache:
             self._receive(url, fetched, max_bytes=MAX_INDEX_BYTES)
             content = fetched.read_bytes()
             try:
-                json.loads(content)  # it has no hash yet, but one that was cut is no JSON
-            except (ValueError, RecursionError) as problem:
+                parse_json(content)  # it has no hash yet, but one that was cut is no JSON
+            except ValueError as problem:
                 fetched.unlink()
                 raise _TransferError(f"it is not JSON ({problem})", remedy=_REMEDY_CONTENT) from None
             folder = indexes / hashlib.sha256(content).hexdigest()

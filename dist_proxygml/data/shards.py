@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import parse_json, publish
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 MAX_LABEL = 2**31 - 1  # what SAMPLE_DTYPE has room for
@@ -291,8 +291,8 @@ def _sample_fields(
             f"expected a non-negative integer in ASCII, at most {MAX_LABEL}"
         )
     try:
-        info = json.loads(payload("json")) if "json" in members else {}
-    except (ValueError, RecursionError) as problem:
+        info = parse_json(payload("json")) if "json" in members else {}
+    except ValueError as problem:
         raise ValueError(f"{path}: the JSON of sample {shown_key(key)} is damaged ({problem})") from problem
     return label, members[extensions[0]], info if isinstance(info, dict) else {}
 

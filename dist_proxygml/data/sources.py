@@ -27,7 +27,7 @@ from dist_proxygml.data.order import MicroBatch, evaluation_batches
 from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.data.transforms import Resize, Transform
-from dist_proxygml.storage.files import paths_in, refuse_unreadable
+from dist_proxygml.storage.files import parse_json, paths_in, refuse_unreadable
 
 OnBad = Literal["fail", "skip"]
 
@@ -47,7 +47,7 @@ class ImageRecord(NamedTuple):
     @classmethod
     def from_json(cls, line: str | bytes) -> "ImageRecord":
         """Read what `to_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
-        record = cls(**json.loads(line))
+        record = cls(**parse_json(line))
         numbers = [number for number in (record.label, record.sample) if number is not None]
         if not isinstance(record.id, str) or not isinstance(record.class_name, str | None):
             raise TypeError(f"expected names, got {record.id!r} and {record.class_name!r}")

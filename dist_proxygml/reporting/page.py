@@ -29,10 +29,17 @@ from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.reporting.charts import Chart, Series, line_chart
 from dist_proxygml.reporting.pictures import picture_parts
 from dist_proxygml.reporting.proxies import proxy_statistics
-from dist_proxygml.reporting.render import render
-from dist_proxygml.storage.files import is_folder, mode_of, paths_in, publish_text, read_document, read_file, read_log
+from dist_proxygml.reporting.render import quoted, read_makers, render
+from dist_proxygml.storage.files import (
+    is_folder,
+    mode_of,
+    paths_in,
+    publish_text,
+    read_document,
+    read_file,
+    read_log,
+)
 
-_MAX_CHARACTERS = 400_000  # of a text that is quoted whole
 _MAX_LISTED = 20  # entries of a list in the protocol
 _HEADLINE = ("map@r", "nmi")  # beside Recall@K
 
@@ -151,8 +158,8 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         reason=reason,
         proxies=proxy_statistics(run_directory / "proxies"),
         charts=_charts(run),
-        configuration=_quoted(json.dumps(run.config, indent=2)) if run.config else None,
-        makers=None if index is None else _makers(index.root),
+        configuration=quoted(json.dumps(run.config, indent=2)) if run.config else None,
+        makers=None if index is None else read_makers(index.root),
         **(_measured(list(rows.values())[-1]) if rows else {}),
     )
     path = run_directory / "report.html"
@@ -296,12 +303,6 @@ def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
         return None
 
 
-def _makers(root: Path) -> str | None:
-    """The makers of the images, where the shards' folder names them: pictures must not travel without them."""
-    path = root / "ATTRIBUTION.md"
-    return _quoted(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
     """The metrics of a table that people read first, by their key: Recall@K for all K that occur, MAP@R, NMI."""
     names = name_metrics(key for row in rows for key in row)
@@ -314,13 +315,6 @@ def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
     if training is None:
         return False
     return not {entry.source_id for entry in training.classes} & {entry.source_id for entry in index.classes}
-
-
-def _quoted(text: str) -> str:
-    """A text that is quoted whole; its beginning where it is very long."""
-    if len(text) <= _MAX_CHARACTERS:
-        return text
-    return f"{text[:_MAX_CHARACTERS]}\n… {len(text) - _MAX_CHARACTERS:,} more characters"
 
 
 def _readable(value: object) -> str:
