@@ -46,6 +46,7 @@ from dist_proxygml.cluster.job import TrainingJob
 from dist_proxygml.cluster.status import JobState, ask_job, finished_mark, first_verdict, hopeless_message, log_of
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config, parse_config
+from dist_proxygml.storage.files import publish
 from dist_proxygml.storage.lock import RunLock
 
 _STOPPED_STATUS = 75  # of distributed/preemption.py, which needs torch
@@ -261,9 +262,8 @@ def is_local_job(job_id: str, folder: Path) -> bool:
 def write(path: Path, text: str) -> None:
     """Replace a file at once, so that nobody reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with publish(path) as stream:
+        stream.write(text.encode())
 
 
 class Progress:
