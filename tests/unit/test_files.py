@@ -3,8 +3,6 @@
 import errno
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,33 +164,3 @@ def test_shared_memory_that_is_full_is_told_from_the_disk(monkeypatch: pytest.Mo
         assert told.count("is on the file system") == 1
         assert "/dev/shm is on the file system /dev/shm, which has 5 of" in told
         assert "docker run --shm-size=8g" in told
-
-
-READ_BY_NOBODY = """
-import os, sys
-from dist_proxygml.cli import run_command
-
-def main():
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 1)
-    for number in range(20_000):
-        print("a line that nobody reads", number)
-    print("done", file=sys.stderr)
-    return 3
-
-run_command(main)
-"""
-
-
-@pytest.mark.timeout(60)
-def test_a_command_whose_reader_has_gone_comes_to_its_end_with_its_status() -> None:
-    command = [sys.executable, "-c", READ_BY_NOBODY]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
-    assert (done.returncode, done.stderr) == (3, "done\n")
-
-
-def test_every_command_ends_through_one_place() -> None:
-    for path in sorted([*(ROOT / "dist_proxygml").glob("*.py"), *(ROOT / "launchers").glob("*.py")]):
-        _, is_command, ending = path.read_text().rpartition('if __name__ == "__main__":\n')
-        assert not is_command or ending.lstrip().startswith(("run_command(", "run_launcher(")), path
