@@ -1,4 +1,4 @@
-"""What a check of the doctor found, and how checks are run: one that crashes says so and stops no other."""
+"""Findings of the doctor's checks, and how checks run: one that crashes is reported and does not stop the others."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class Finding:
     name: str
     text: str
     remedy: str = ""
-    """What to do; empty where nothing is to be done."""
+    """Suggested fix; empty if none is needed."""
 
     def __str__(self) -> str:
         return f"{self.status:<8} {self.name:<14} {self.text}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 def run_check(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What a check finds, and a warning instead of the rest where it raises."""
+    """Run a check and collect its findings; a warning replaces the rest if it raises."""
     findings: list[Finding] = []
     try:
         findings.extend(check())
