@@ -1,7 +1,7 @@
-"""Templates filled in: markup and styles lie in templates/, for whoever designs them; Python passes plain data.
+"""Template rendering: markup and styles are in templates/, where a designer can edit them; Python passes plain data.
 
-Whatever a template inserts is escaped for HTML, or by the `escape` of another language, unless it is `Markup`; a name
-that is not passed is an error. Chosen: jinja2, which huggingface_hub and torch bring anyway.
+Inserted values are escaped for HTML, or by a given `escape`, unless they are `Markup`; an undefined name is an error.
+Chosen: jinja2, which huggingface_hub and torch depend on anyway.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ def render(
     filters: Mapping[str, Callable[..., object]] | None = None,
     **data: object,
 ) -> str:
-    """A template of templates/, filled in.
+    """Render a template of templates/.
 
     Args:
-        template: its file's name.
-        escape: makes a text harmless; None: for HTML and SVG.
-        filters: besides "count", a number with commas, and "percent", a share in percent with two digits.
-        data: by the names that the template uses.
+        template: its file name.
+        escape: escapes a text; None: for HTML and SVG.
+        filters: in addition to "count", a number with commas, and "percent", a share in percent with two digits.
+        data: the template's variables.
     """
 
     def finalize(value: Any) -> Any:
