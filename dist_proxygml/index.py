@@ -13,6 +13,7 @@ from dist_proxygml.cli import refuse, run_command, share
 EXAMPLES = """examples:
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
   python -m dist_proxygml.index --embeddings embeddings/sop --out indexes/sop --kind ivf --target-recall 0.99
+  python -m dist_proxygml.index --verify --out indexes/sop
 """
 
 
@@ -24,8 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--embeddings", required=True, type=Path, help="folder that dist_proxygml.embed wrote")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--embeddings", type=Path, help="folder that dist_proxygml.embed wrote")
+    what.add_argument(
+        "--verify",
+        action="store_true",
+        help="build nothing: compare every byte of the index in --out",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder to write, or to verify")
     parser.add_argument(
         "--kind",
         choices=("auto", "flat", "ivf", "hnsw"),
@@ -42,10 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an index that is there already")
     given = parser.parse_args(arguments)
     try:
-        print(_index(given))
+        print(_verify(given.out) if given.verify else _index(given))
     except (ValueError, OSError) as error:
         return refuse(error)
     return 0
+
+
+def _verify(path: Path) -> str:
+    from dist_proxygml.inference.retrieval_index import Index
+
+    index = Index.load(path, verify=True)
+    return f"{path}: {index.kind} index of {len(index):,} rows, every byte as it was written"
 
 
 def _index(given: argparse.Namespace) -> str:

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="fail",
         help="a query that cannot be read: fail and name it (default), or go on without it",
     )
+    parser.add_argument("--verify", action="store_true", help="compare every byte of the index with its manifest first")
     add_model_options(parser)
     given = parser.parse_args(arguments)
     try:
@@ -78,7 +79,7 @@ def _search(given: argparse.Namespace) -> int:
     queries = _query_paths(given.images)
     from dist_proxygml.inference.retrieval_index import Index
 
-    index = Index.load(given.index)
+    index = Index.load(given.index, verify=given.verify)
     embedder = open_model(index, given.index, run=given.run, device=given.device)
     answers = _answers(index, embedder, queries, given)
     if given.html is not None:
@@ -112,8 +113,8 @@ def open_model(index: "Index", path: Path, *, run: Path | None = None, device: s
     Raises:
         ValueError: it is not there, or it is another one.
     """
-    from dist_proxygml.checkpoint.folder import checkpoint_name
     from dist_proxygml.inference.embedder import Embedder, model_difference
+    from dist_proxygml.storage.run_folder import RunFolder, step_name
 
     model = index.model
     if model is None or not {"path", "run", "step"} <= model.keys():
@@ -128,8 +129,8 @@ def open_model(index: "Index", path: Path, *, run: Path | None = None, device: s
         return embedder
     called = f"{model.get('run')}, step {model.get('step')}"
     checkpoint = None
-    if run is not None and (run / "checkpoints" / checkpoint_name(model["step"])).is_dir():
-        checkpoint = checkpoint_name(model["step"])
+    if run is not None and (RunFolder(run).checkpoints / step_name(model["step"])).is_dir():
+        checkpoint = step_name(model["step"])
     try:
         embedder = Embedder.from_run(run or model["path"], device=device, checkpoint=checkpoint)
     except ValueError as error:

@@ -54,11 +54,9 @@ from dist_proxygml.checkpoint.folder import (
     Retention,
     RunState,
     SavedCheckpoint,
-    checkpoint_name,
     checkpoint_to_continue,
     checkpoints_to_forget,
     clear_leftovers,
-    evaluation_name,
     find_checkpoint,
     published_checkpoints,
     read_state,
@@ -73,6 +71,7 @@ from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage.files import in_words, remove
 from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
+from dist_proxygml.storage.run_folder import step_name
 
 __all__ = [
     "LATEST_FILE",
@@ -82,11 +81,9 @@ __all__ = [
     "Retention",
     "RunState",
     "SavedCheckpoint",
-    "checkpoint_name",
     "checkpoint_to_continue",
     "checkpoints_to_forget",
     "clear_leftovers",
-    "evaluation_name",
     "find_checkpoint",
     "load_backbone",
     "load_checkpoint",
@@ -180,7 +177,7 @@ class CheckpointWriter:
             )
             return [saved]
         self._untold = self.wait()
-        with _nothing_was_written(self._directory / checkpoint_name(state.step)):
+        with _nothing_was_written(self._directory / step_name(state.step)):
             snapshot = _take_snapshot(state, engine, loss, bank_optimizer, self._context, copy=True)
         told = self.poll()
         self._start(snapshot, self._aside)
@@ -254,7 +251,7 @@ def save_checkpoint(
         ValueError: on every rank: a rank could not write its part. Nothing is left of this checkpoint, and earlier ones
             are as they were.
     """
-    with _nothing_was_written(directory / checkpoint_name(state.step)):
+    with _nothing_was_written(directory / step_name(state.step)):
         snapshot = _take_snapshot(state, engine, loss, bank_optimizer, context, copy=False)
     return _write(snapshot, directory, context, retention)
 
@@ -361,7 +358,7 @@ def _random_state(context: ParallelContext) -> dict[str, Tensor]:
 
 def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, retention: Retention) -> SavedCheckpoint:
     """Write, publish, forget. Called on all ranks, in any thread in which the group of `context` is not in use."""
-    final = directory / checkpoint_name(snapshot.state.step)
+    final = directory / step_name(snapshot.state.step)
     partial = partial_path(final)
     with _nothing_was_written(final):
         try:

@@ -17,6 +17,7 @@ from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.engine import check_settings, engine_settings, refuse_fp16_on_cpu
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.evaluator import Settings, check_split
+from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
 from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer
@@ -102,7 +103,7 @@ def check_run(
     with _refused("optimizer"):
         build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
         build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
-    is_new = not is_start and not (config.run_directory / "checkpoints").exists()
+    is_new = not is_start and not RunFolder(config.run_directory).checkpoints.exists()
     if data is not None and is_new and init_from is not None and Path(init_from).exists():
         open_transfer(config, data.index, single_process())
     return CheckedRun(config, plan, settings, data, test_index)

@@ -5,9 +5,6 @@ from pathlib import Path
 
 from torch import nn
 
-from dist_proxygml.checkpoint.writer import (
-    evaluation_name,
-)
 from dist_proxygml.data.damage import DAMAGE_FILE, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import (
@@ -17,6 +14,7 @@ from dist_proxygml.distributed.preemption import StopSignals
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.run import block_folder, build_evaluation_model, evaluate_model, store_evaluation
 from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.storage.run_folder import step_name
 from dist_proxygml.training.step import TrainState
 
 
@@ -43,7 +41,7 @@ def evaluate_run(
         ValueError, StopRequested: as `evaluate`.
     """
     config, context = state.config, state.context
-    name = evaluation_name(state.step, of_validation=split.is_validation)
+    name = step_name(state.step, of_validation=split.is_validation)
     blocks = block_folder(run_directory, name, say=telemetry.say)
     result = evaluate_model(
         config,

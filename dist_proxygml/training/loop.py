@@ -15,7 +15,6 @@ from dist_proxygml.checkpoint.writer import (
     CheckpointWriter,
     RunState,
     SavedCheckpoint,
-    evaluation_name,
     find_checkpoint,
     load_checkpoint,
 )
@@ -40,6 +39,7 @@ from dist_proxygml.reporting.telemetry import Telemetry
 from dist_proxygml.storage.files import (
     mode_of,
 )
+from dist_proxygml.storage.run_folder import RunFolder, step_name
 from dist_proxygml.training.board import Board
 from dist_proxygml.training.data import TrainingData
 from dist_proxygml.training.evaluate import EvaluatedSplit, evaluate_run
@@ -187,7 +187,9 @@ class Loop:
             return
         with self.watchdog.paused():
             self._tell(self.writer.wait())
-            checkpoint = run_on_rank_zero(self.context, find_checkpoint, self.run_directory / "checkpoints", "auto")
+            checkpoint = run_on_rank_zero(
+                self.context, find_checkpoint, RunFolder(self.run_directory).checkpoints, "auto"
+            )
             told = self.skipped_steps.roll_back(state.step, checkpoint)
             assert checkpoint is not None
             load_state(checkpoint, state, self.settings)
@@ -224,10 +226,10 @@ class Loop:
         state = self.state
         if not self._is_evaluation_due():
             return []
-        folder = self.run_directory / "evaluation"
-        names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
+        folder = RunFolder(self.run_directory)
+        names = [step_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
         are_stored = run_on_rank_zero(
-            self.context, lambda: [mode_of(folder / f"{name}.json") is not None for name in names]
+            self.context, lambda: [mode_of(folder.evaluation(name)) is not None for name in names]
         )
         return [split for split, is_stored in zip(self.evaluated, are_stored, strict=True) if not is_stored]
 
