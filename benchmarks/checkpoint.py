@@ -42,13 +42,8 @@ from torch import Tensor, nn
 
 from benchmarks.head import Row, Settings, fork_server, machine, number, rounded
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.checkpoint.writer import (
-    CheckpointWriter,
-    Retention,
-    RunState,
-    checkpoint_to_continue,
-    load_checkpoint,
-)
+from dist_proxygml.checkpoint.folder import Retention, RunState, checkpoint_to_continue
+from dist_proxygml.checkpoint.writer import CheckpointWriter, load_checkpoint
 from dist_proxygml.config import load_config
 from dist_proxygml.data.pipeline import Batch, ImageCache
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object

@@ -60,7 +60,7 @@ from benchmarks.head import MIB, Row, Settings, machine, number, rounded
 from dist_proxygml.config import RandomResizedCropConfig, TransformConfig, load_config
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import ShardIndex, open_index, write_index
-from dist_proxygml.data.pipeline import build_train_loader
+from dist_proxygml.data.pipeline import EpochOrder, Loading, RankShare, build_train_loader
 from dist_proxygml.data.shards import ListedShard, ShardSample, sample_key, shard_name, write_shard
 from dist_proxygml.data.transforms import build_transform
 
@@ -290,9 +290,8 @@ def from_memory_in_loader(images: Images, num_workers: int) -> Iterable[Tensor]:
 def from_ours(images: Images, num_workers: int) -> Iterable[Tensor]:
     """The training loader."""
     index = open_index(images.shards, "train")
-    loader = build_train_loader(
-        index, build_transform(images.transform), batch_size=BATCH_SIZE, num_workers=num_workers
-    )
+    transform = build_transform(images.transform)
+    loader = build_train_loader(index, transform, EpochOrder(BATCH_SIZE), loading=Loading(num_workers))
     return (batch.images for batch in loader)
 
 
@@ -425,7 +424,7 @@ def first_batch(root: Path, start: int, num_workers: int) -> FirstBatch:
     clock.append(time.perf_counter())
     transform = build_transform(RandomResizedCropConfig(name="random_resized_crop", size=32))
     loader = build_train_loader(
-        index, transform, batch_size=BATCH_SIZE, start=min(start, index.num_samples), num_workers=num_workers
+        index, transform, EpochOrder(BATCH_SIZE), RankShare(start=min(start, index.num_samples)), Loading(num_workers)
     )
     batches = iter(loader)
     next(batches)

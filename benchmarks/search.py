@@ -10,7 +10,6 @@ worst right answers lie thousands of places behind. Each row of the table is one
     bare faiss   the flat search that Recall@K needs: K + 1 neighbours of every query, nothing counted
     faiss        all retrieval metrics with their bounds for ties: MAP and MRR from the rank of every right answer
     counter      the same by sweeps alone
-    short        faiss, for the metrics of the next row: those that need the first R ranks
     pytorch-metric-learning   its AccuracyCalculator with faiss: precision@1, R-Precision, MAP@R
 
 One run each: a shared machine's speed varies from minute to minute, so compare the ratios. `memory` is the peak beyond
@@ -59,11 +58,11 @@ class Size(NamedTuple):
     share: int = 1  # every so many images is a query
 
 
-ALL_WAYS = ("bare faiss", "faiss", "counter", "short", "pytorch-metric-learning")
+ALL_WAYS = ("bare faiss", "faiss", "counter", "pytorch-metric-learning")
 SIZES = {
     "tiny": Size(600, 110, 16, (1, 10, 100), ALL_WAYS, (0.4, 1.2)),
     "sop": Size(60_502, 11_316, 512, (1, 10, 100, 1000), ALL_WAYS, (1.2, 3.4)),
-    "1m": Size(1_000_000, 100_000, 128, (1,), ("bare faiss", "short"), (0.8, 2.0), share=500),
+    "1m": Size(1_000_000, 100_000, 128, (1,), ("bare faiss", "faiss"), (0.8, 2.0), share=500),
 }
 
 
@@ -175,15 +174,12 @@ def run_bare_faiss(rows_nD: np.ndarray, labels_n: np.ndarray, size: Size) -> dic
     return {"recall@1": hits / len(queries)}
 
 
-def run_evaluation(
-    rows_nD: np.ndarray, labels_n: np.ndarray, size: Size, *, search: str, whole_ranking: bool
-) -> dict[str, float]:
+def run_evaluation(rows_nD: np.ndarray, labels_n: np.ndarray, size: Size, *, search: str) -> dict[str, float]:
     """This project's, without clustering."""
     table = EmbeddingTable(torch.from_numpy(rows_nD), torch.from_numpy(labels_n), torch.arange(len(labels_n)))
     is_query = torch.zeros(len(labels_n), dtype=torch.bool)
     is_query[:: size.share] = True
-    recall_at = size.recall_at if whole_ranking else (1,)
-    settings = Settings(recall_at=recall_at, kmeans_seeds=(), whole_ranking=whole_ranking)
+    settings = Settings(recall_at=size.recall_at, kmeans_seeds=())
     result = evaluate_table(
         table,
         context=single_process(),
@@ -213,16 +209,15 @@ def run_metric_learning(rows_nD: np.ndarray, labels_n: np.ndarray, size: Size) -
 
 WAYS: dict[str, Callable[[np.ndarray, np.ndarray, Size], dict[str, float]]] = {
     "bare faiss": run_bare_faiss,
-    "faiss": lambda *problem: run_evaluation(*problem, search="faiss", whole_ranking=True),
-    "counter": lambda *problem: run_evaluation(*problem, search="counter", whole_ranking=True),
-    "short": lambda *problem: run_evaluation(*problem, search="faiss", whole_ranking=False),
+    "faiss": lambda *problem: run_evaluation(*problem, search="faiss"),
+    "counter": lambda *problem: run_evaluation(*problem, search="counter"),
     "pytorch-metric-learning": run_metric_learning,
 }
 
 
 def check_agreement(rows: list[Row]) -> None:
     """Raise where two ways do not give the same numbers: exactly for ours, to 1e-4 for those without exact ties."""
-    ours = [row["metrics"] for row in rows if row["way"] in ("faiss", "counter", "short")]
+    ours = [row["metrics"] for row in rows if row["way"] in ("faiss", "counter")]
     for row in rows:
         for metrics in ours:
             is_exact = row["metrics"] in ours
@@ -242,11 +237,11 @@ def bars(rows: list[Row]) -> list[str]:
             lines.append(
                 f"all metrics by {way} at most 1.2 times a bare faiss search: {verdict(ratio <= 1.2)} ({ratio:.2f})"
             )
-    if ("sop", "short") in seconds and ("sop", "pytorch-metric-learning") in seconds:
-        ratio = seconds["sop", "short"] / seconds["sop", "pytorch-metric-learning"]
+    if ("sop", "faiss") in seconds and ("sop", "pytorch-metric-learning") in seconds:
+        ratio = seconds["sop", "faiss"] / seconds["sop", "pytorch-metric-learning"]
         lines.append(f"faster than pytorch-metric-learning for its metrics: {verdict(ratio < 1)} ({ratio:.2f})")
     for row in rows:
-        if row["size"] == "1m" and row["way"] == "short":
+        if row["size"] == "1m" and row["way"] == "faiss":
             memory = row["memory"] / 1e9
             lines.append(
                 f"a million rows in less than 2 GB beyond the embeddings: {verdict(memory < 2)} ({memory:.2f} GB)"

@@ -794,7 +794,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
         raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_with_each_key_once)
     except UnicodeDecodeError as error:
         found = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}.get(path.read_bytes()[:2], "another encoding")
         raise ValueError(
@@ -857,6 +857,16 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
         raise ValueError(f"{source} is not a valid configuration:\n{problems}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not a valid configuration: {error}") from None
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; `json` alone would take the last value of a key that is there twice."""
+    section = dict(pairs)
+    if len(section) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"{', '.join(map(repr, twice))} twice in one section")
+    return section
 
 
 def _refuse_odd_numbers(value: Any, where: str = "") -> None:

@@ -38,7 +38,6 @@ POINTS = (
     "save.forget",
     "step.begin",
     "step.loss",
-    "step.gradient",
     "step.update",
     "evaluate.batch",
     "evaluate.search",

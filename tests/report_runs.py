@@ -12,8 +12,8 @@ from dist_proxygml.data.index import ShardIndex, open_index, write_index
 from dist_proxygml.data.shards import ShardSample, list_shard, sample_key, shard_name, write_shard
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import single_process
-from dist_proxygml.evaluation.embedding_pass import save_table
-from dist_proxygml.evaluation.evaluator import evaluate
+from dist_proxygml.evaluation.embedding_pass import PassSettings, Split, save_table
+from dist_proxygml.evaluation.evaluator import Settings, evaluate
 from tests.shards_of_noise import SIDE, Projection
 
 # An image file and its label.
@@ -49,11 +49,10 @@ def write_run(directory: Path, index: ShardIndex, *, name: str, recall_at: Seque
     for stem, width in (("pixels", 2), ("step-000000", 3), ("step-000020", 8)):
         result = evaluate(
             Projection(width),
-            index,
-            transform,
+            Split(index),
+            PassSettings(transform),
             context=single_process(),
-            recall_at=recall_at,
-            kmeans_seeds=2,
+            settings=Settings(recall_at=tuple(recall_at), kmeans_seeds=(0, 1)),
         )
         (directory / "evaluation" / f"{stem}.json").write_text(result.to_json())
     assert result.table is not None

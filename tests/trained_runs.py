@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_proxygml.backbones.build import build_backbone
-from dist_proxygml.checkpoint.folder import write_checkpoint_manifest
+from dist_proxygml.checkpoint.folder import Retention, RunState, write_checkpoint_manifest
 from dist_proxygml.checkpoint.model import BACKBONE_FILE, write_class_table
-from dist_proxygml.checkpoint.writer import Retention, RunState, save_checkpoint
+from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.config import Config, flattened, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero
@@ -118,3 +119,9 @@ def write_finished_run(runs_dir: Path, name: str = "small", *, seed: int = 0, **
     names = files_below(checkpoint)
     write_checkpoint_manifest(checkpoint, state, hash_files(checkpoint, names, num_threads=1))
     return config.run_directory
+
+
+def read_board(directory: Path) -> EventAccumulator:
+    """Everything that TensorBoard reads of the run."""
+    everything = {"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(directory / "tensorboard"), size_guidance=everything).Reload()

@@ -4,8 +4,8 @@
                           BatchNorm, ReLU, then that stage's number of residual blocks
 
 Chosen: strided convolutions and no pooling inside. Small centred images lose too much to pooling
-and to global averaging; this trunk is meant for a pooled grid of 4x4 (`pool` of the configuration).
-Declined: dropout and other regularisers, which the few minutes it trains for give no use for.
+and global averaging; this trunk is meant for a pooled grid of 4x4 (`pool` of the configuration).
+Declined: dropout and other regularisers, which are of no use in a few minutes of training.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class SmallCnn(nn.Sequential):
     `residual_blocks` how many residual blocks follow its first convolution.
 
     Raises:
-        ValueError: the two lists differ in length, or a number is of a wrong type or too small.
+        ValueError: the two lists differ in length, or a number has a wrong type or is too small.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
         self.second = _convolution(num_channels, num_channels, activation=False)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The block's output, of the input's shape."""
+        """Return the block's output, of the input's shape."""
         return F.relu(x + self.second(self.first(x)))
 
 

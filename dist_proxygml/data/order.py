@@ -149,8 +149,7 @@ class EpochPlan:
     has no image. The cut depends on the number of images and `batch_size` alone.
 
     Raises:
-        ValueError: `batch_size` does not divide into the slots, `start` lies beyond the order, or a step has fewer
-            images than slots.
+        ValueError: `start` lies beyond the order, or a step has fewer images than slots.
     """
 
     order: np.ndarray  # int64 [n]
@@ -162,15 +161,7 @@ class EpochPlan:
 
     def __post_init__(self) -> None:
         slots = self.accumulation * self.world_size
-        if self.batch_size < 1 or self.batch_size % slots:
-            lower = self.batch_size // slots * slots
-            allowed = f"{lower} or {lower + slots}" if lower else f"{slots}"
-            worlds = [w for w in range(1, self.batch_size + 1) if self.batch_size % (w * self.accumulation) == 0]
-            raise ValueError(
-                f"batch_size {self.batch_size} does not divide into {self.world_size} ranks x "
-                f"{self.accumulation} micro-batches; "
-                f"use batch_size {allowed}, or one of {worlds[:12]} ranks"
-            )
+        assert self.batch_size % slots == 0, "Config.micro_batch_size refuses such a batch"
         if not 0 <= self.start <= len(self.order):
             raise ValueError(f"start must lie in [0, {len(self.order)}], got {self.start}")
         smallest = min(np.diff(self._bounds), default=0)

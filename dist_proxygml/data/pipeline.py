@@ -14,6 +14,7 @@ workers) and persistent workers (they keep a transform's old epoch).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -248,12 +249,7 @@ class BatchLoader:
         num_steps: int,
         pin_memory: bool,
     ) -> None:
-        if num_workers and dataset.cache is not None:
-            raise ValueError(
-                f"an image cache needs num_workers 0, got {num_workers}: each worker would fill "
-                "its own and lose it at the end of the "
-                f"epoch; set num_workers to 0 or cache_images to false"
-            )
+        assert num_workers == 0 or dataset.cache is None, "the configuration refuses a cache with workers"
         self.dataset = dataset
         self.num_steps = num_steps
         self._micro_batches = micro_batches
@@ -280,80 +276,98 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def build_order(
-    index: ShardIndex,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle_window: int | None = None,
-    images_per_class: int | None = None,
-) -> np.ndarray:
-    """The ids of one training epoch, in order: every image once, or class-balanced batches of `batch_size` images with
-    `images_per_class` of each class. The same on every rank. See `plan`.
+@dataclass(frozen=True)
+class EpochOrder:
+    """Which images one training epoch visits, and in which order; the same on every rank.
 
-    Raises ValueError when batch_size is no multiple of images_per_class, or the split has too few classes.
+    Attributes:
+        batch_size: images of one optimizer step over all ranks and micro-batches.
+        seed, epoch: of the shuffle, and of what augmentation does.
+        shuffle_window: shards that mix at a time; None: all.
+        images_per_class: class-balanced batches with so many images of each class; None: every image once.
     """
-    if images_per_class is None:
-        return epoch_order(index.samples["shard"], seed=seed, epoch=epoch, shuffle_window=shuffle_window)
-    if batch_size % images_per_class:
-        raise ValueError(
-            f"class-balanced batches: expected a batch_size that is a multiple of images_per_class, got {batch_size} "
-            f"and {images_per_class}; change one of them"
+
+    batch_size: int
+    seed: int = 0
+    epoch: int = 0
+    shuffle_window: int | None = None
+    images_per_class: int | None = None
+
+    def of(self, index: ShardIndex) -> np.ndarray:
+        """The ids, int64. Raises ValueError when the split has too few classes for a balanced batch."""
+        if self.images_per_class is None:
+            shards = index.samples["shard"]
+            return epoch_order(shards, seed=self.seed, epoch=self.epoch, shuffle_window=self.shuffle_window)
+        assert self.batch_size % self.images_per_class == 0, "the configuration refuses such a batch"
+        return class_balanced_order(
+            index.samples["label"],
+            classes_per_batch=self.batch_size // self.images_per_class,
+            images_per_class=self.images_per_class,
+            seed=self.seed,
+            epoch=self.epoch,
         )
-    return class_balanced_order(
-        index.samples["label"],
-        classes_per_batch=batch_size // images_per_class,
-        images_per_class=images_per_class,
-        seed=seed,
-        epoch=epoch,
-    )
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Whose part of it is loaded, and from where on.
+
+    Attributes:
+        rank, world_size: this rank among those that share each batch.
+        accumulation: micro-batches of a step.
+        start: images of the epoch's order that are done.
+        drop_last: leave out the short last step.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+    start: int = 0
+    drop_last: bool = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images get into memory; no image depends on it, damaged ones excepted.
+
+    Attributes:
+        num_workers: loading processes; 0 loads in this one.
+        cache: keeps decoded images; with `num_workers` 0 only.
+        pin_memory: into memory that a GPU copies from.
+        skip_damaged: in training another image takes a damaged one's place, in evaluation it is left out; else it is an
+            error.
+    """
+
+    num_workers: int = 0
+    cache: ImageCache | None = None
+    pin_memory: bool = False
+    skip_damaged: bool = False
 
 
 def build_train_loader(
     index: ShardIndex,
     transform: Transform,
-    *,
-    batch_size: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    start: int = 0,
-    num_workers: int = 0,
-    shuffle_window: int | None = None,
-    images_per_class: int | None = None,
-    drop_last: bool = False,
-    cache: ImageCache | None = None,
-    pin_memory: bool = False,
-    skip_damaged: bool = False,
+    order: EpochOrder,
+    share: RankShare = RankShare(),
+    loading: Loading = Loading(),
 ) -> BatchLoader:
-    """One epoch of training batches of a rank, after the first `start` images of its order (`build_order`).
+    """One epoch of training batches of a rank: `share.accumulation` batches a step. `num_steps` of the result is the
+    number of steps from `share.start` on, the same on every rank.
 
-    There are `accumulation` batches a step. `batch_size` counts the images of one optimizer step over all ranks and
-    micro-batches. `num_steps` of the result is the number of steps from there on, the same on every rank. With
-    `skip_damaged` another image takes a damaged one's place.
-
-    Raises ValueError when the images and batch_size do not divide into ranks x micro-batches, or start lies beyond the
-    epoch; see `EpochPlan`.
+    Raises ValueError when the images and the batch size do not divide into ranks x micro-batches, or start lies beyond
+    the epoch; see `EpochPlan`.
     """
-    order = build_order(
-        index,
-        batch_size=batch_size,
-        seed=seed,
-        epoch=epoch,
-        shuffle_window=shuffle_window,
-        images_per_class=images_per_class,
+    plan = EpochPlan(
+        order.of(index), order.batch_size, share.accumulation, share.world_size, share.drop_last, share.start
     )
-    plan = EpochPlan(order, batch_size, accumulation, world_size, drop_last, start)
-    damaged: Literal["fail", "replace"] = "replace" if skip_damaged else "fail"
+    damaged: Literal["fail", "replace"] = "replace" if loading.skip_damaged else "fail"
+    images = ShardImages(index, transform, seed=order.seed, epoch=order.epoch, cache=loading.cache, damaged=damaged)
     return BatchLoader(
-        ShardImages(index, transform, seed=seed, epoch=epoch, cache=cache, damaged=damaged),
-        _RankBatches(plan, rank),
-        num_workers=num_workers,
+        images,
+        _RankBatches(plan, share.rank),
+        num_workers=loading.num_workers,
         num_steps=plan.num_steps,
-        pin_memory=pin_memory,
+        pin_memory=loading.pin_memory,
     )
 
 
@@ -365,7 +379,6 @@ def build_evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-    cache: ImageCache | None = None,
     pin_memory: bool = False,
     skip_damaged: bool = False,
     done: Collection[int] = (),
@@ -378,7 +391,7 @@ def build_evaluation_loader(
     """
     own = evaluation_batches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, done=done)
     batches = [MicroBatch(ids, len(ids), len(ids)) for ids in own]
-    dataset = ShardImages(index, transform, cache=cache, damaged="leave_out" if skip_damaged else "fail")
+    dataset = ShardImages(index, transform, damaged="leave_out" if skip_damaged else "fail")
     return BatchLoader(dataset, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=pin_memory)
 
 

@@ -101,15 +101,11 @@ def build_stream_loader(
     between two batches of a loading process.
 
     Raises:
-        ValueError: a shard is missing, batch_size does not divide into ranks x micro-batches, or, unless `resampled`,
-            there are fewer shards than loading processes over all ranks.
+        ValueError: a shard is missing, or, unless `resampled`, there are fewer shards than loading processes over all
+            ranks.
     """
     slots = world_size * accumulation
-    if batch_size % slots:
-        raise ValueError(
-            f"batch_size {batch_size} does not divide into {world_size} ranks x {accumulation} micro-batches; use "
-            f"{max(slots, batch_size // slots * slots)}"
-        )
+    assert batch_size % slots == 0, "Config.micro_batch_size refuses such a batch"
     shards = stream_shards(urls)
     num_readers = world_size * max(1, num_workers)
     if not resampled and len(shards) < num_readers:

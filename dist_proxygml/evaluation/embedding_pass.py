@@ -13,6 +13,7 @@ Dimension key: b images of a batch, n images of the split, D embedding.
 import contextlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from dist_proxygml.data.damage import Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.order import evaluation_batches
-from dist_proxygml.data.pipeline import Batch, ImageCache, build_evaluation_loader
+from dist_proxygml.data.pipeline import Batch, build_evaluation_loader
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.distributed.collectives import AgreedError, gather_rows
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
@@ -43,62 +44,81 @@ class EmbeddingTable(NamedTuple):
     ids: Tensor  # int64 [n], ascending: 0 .. n - 1 unless damaged images were left out
 
 
-def embed_split(
-    model: nn.Module,
-    index: ShardIndex,
-    transform: Transform,
-    *,
-    context: ParallelContext,
-    batch_size: int,
-    num_workers: int = 0,
-    cache: ImageCache | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
-    progress: Callable[[int], object] | None = None,
-    damage: DamageLog | None = None,
-    signals: StopSignals | None = None,
-    blocks: BlockFolder | None = None,
-) -> EmbeddingTable:
-    """Embed the images of a split; with `blocks` those that an earlier pass did not come to. Called on all ranks.
+@dataclass(frozen=True)
+class Split:
+    """Images that are embedded, and where damaged ones are counted and left out; else they are an error."""
 
-    Args:
-        model, context, progress, damage, signals: as in `embed`.
-        index: the split.
+    index: ShardIndex
+    damage: DamageLog | None = None
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """How images become rows.
+
+    Attributes:
         transform: how an image becomes a row of a batch.
         batch_size: images of one forward pass of one rank.
         num_workers: loader processes of each rank.
-        cache: where decoded images are kept between evaluations; needs `num_workers` 0.
-        preprocessing: the transform's settings: rows of other ones are not those of this pass. Needed with `blocks`.
-        blocks: where what is done is kept. It is the caller's to remove, when the result is stored.
+        preprocessing: the transform's settings, for the record: rows of other ones are not those of this pass. Needed
+            where blocks are kept.
+    """
+
+    transform: Transform
+    batch_size: int = 64
+    num_workers: int = 0
+    preprocessing: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PassHooks:
+    """What a pass is stopped by, and who hears of it.
+
+    Attributes:
+        signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
+        blocks: where what is embedded is kept until the caller, who has stored the result, removes it.
+        say: takes lines for people; give it on one rank.
+    """
+
+    signals: StopSignals | None = None
+    blocks: BlockFolder | None = None
+    say: Callable[[str], object] = lambda _: None
+
+
+def embed_split(
+    model: nn.Module, split: Split, settings: PassSettings, *, context: ParallelContext, hooks: PassHooks
+) -> EmbeddingTable:
+    """Embed the images of a split; with blocks those that an earlier pass did not come to. Called on all ranks.
 
     Raises:
         ValueError, StopRequested: as `embed`.
     """
+    index, batch_size, skip_damaged = split.index, settings.batch_size, split.damage is not None
     kept = None
-    if blocks is not None:
-        assert preprocessing is not None, "blocks without the settings of the transform"
-        settings = {
+    if hooks.blocks is not None:
+        assert settings.preprocessing is not None, "blocks without the settings of the transform"
+        depends_on = {
             "index_sha256": index.sha256,
             "class_table_sha256": index.class_table_sha256,
             "split": index.split,
-            "preprocessing": dict(preprocessing),
+            "preprocessing": dict(settings.preprocessing),
             "batch_size": batch_size,
-            "skip_damaged": damage is not None,
+            "skip_damaged": skip_damaged,
             "device": context.device.type,
         }
-        kept = EmbeddingBlocks(blocks, index.split, key=lambda: pass_key(model, settings), context=context)
+        kept = EmbeddingBlocks(hooks.blocks, index.split, key=lambda: pass_key(model, depends_on), context=context)
         if kept.done and context.is_main:
             num_done = sum(min(batch_size, index.num_samples - number * batch_size) for number in kept.done)
-            blocks.say(f"{num_done:,} of {index.num_samples:,} images of {index.split} are embedded already")
+            hooks.blocks.say(f"{num_done:,} of {index.num_samples:,} images of {index.split} are embedded already")
     shares = {"batch_size": batch_size, "rank": context.rank, "world_size": context.world_size}
     done = frozenset() if kept is None else kept.done
     loader = build_evaluation_loader(
         index,
-        transform,
+        settings.transform,
         **shares,
-        num_workers=num_workers,
-        cache=cache,
+        num_workers=settings.num_workers,
         pin_memory=context.device.type == "cuda",
-        skip_damaged=damage is not None,
+        skip_damaged=skip_damaged,
         done=done,
     )
     hidden = None if context.is_main else True  # None: hidden unless a person looks at it
@@ -109,9 +129,8 @@ def embed_split(
             context=context,
             num_samples=index.num_samples,
             describe=index.describe,
-            progress=progress,
-            damage=damage,
-            signals=signals,
+            damage=split.damage,
+            signals=hooks.signals,
             blocks=kept,
             numbers=[int(ids[0]) // batch_size for ids in evaluation_batches(index.num_samples, **shares, done=done)],
         )
@@ -124,40 +143,33 @@ def embed(
     context: ParallelContext,
     num_samples: int,
     describe: Callable[[int], str] | None = None,
-    progress: Callable[[int], object] | None = None,
     damage: DamageLog | None = None,
     signals: StopSignals | None = None,
     blocks: EmbeddingBlocks | None = None,
     numbers: Sequence[int] = (),
 ) -> EmbeddingTable:
-    """Embed a split: this rank's batches here, the other ranks' batches there, one table
-    everywhere.
+    """Embed a split: this rank's batches here, the other ranks' batches there, one table everywhere.
 
-    Called on all ranks. The model runs in evaluation mode without gradients; the mode of each of
-    its modules is restored.
+    Called on all ranks. The model runs in evaluation mode without gradients; the mode of each of its modules is
+    restored.
 
     Args:
         model: images uint8 [b, 3, H, W] -> embeddings [b, D], on `context.device`.
-        loader: this rank's batches; together the ranks' batches hold each id 0 .. num_samples - 1
-            once. May be empty.
+        loader: this rank's batches; together the ranks' batches hold each id 0 .. num_samples - 1 once. May be empty.
         context: this process among its peers.
         num_samples: number of images n of the split.
         describe: what to call a sample in a message besides its id, such as `ShardIndex.describe`.
-        progress: called after each batch with the number of images just embedded on this rank.
-        damage: takes in the damaged images that the loader left out; without it every image is expected.
-        signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
+        damage, signals: as in `Split` and `PassHooks`.
         blocks: what an earlier pass did, so that it is not in `loader`, and where this one keeps what it does.
         numbers: with `blocks`, the number of each batch of `loader`.
 
     Raises:
         StopRequested: on every rank, when one was told to stop.
-        ValueError: on every rank, when an id is missing, repeated or out of range, when an
-            embedding is zero or not finite, or when more images are damaged than `damage` allows.
+        ValueError: on every rank, when an id is missing, repeated or out of range, when an embedding is zero or not
+            finite, or when more images are damaged than `damage` allows.
     """
     # 1. This rank's part. No collectives in here: a damaged image stops one rank only.
-    local, left_out = run_together(
-        context, _embed_batches, model, loader, context.device, progress, signals, blocks, numbers
-    )
+    local, left_out = run_together(context, _embed_batches, model, loader, context.device, signals, blocks, numbers)
     if blocks is not None:
         blocks.tell_problems()
     if signals is not None:
@@ -259,7 +271,6 @@ def _embed_batches(
     model: nn.Module,
     loader: Iterable[Batch],
     device: torch.device,
-    progress: Callable[[int], object] | None,
     signals: StopSignals | None,
     blocks: EmbeddingBlocks | None,
     numbers: Sequence[int],
@@ -273,8 +284,6 @@ def _embed_batches(
         rows.append(block.embeddings.to(device))
         labels.append(block.labels)
         ids.append(block.ids)
-        if progress is not None:
-            progress(len(block.ids))
     keeping = contextlib.nullcontext() if blocks is None else blocks
     with torch.inference_mode(), _evaluation_mode(model), keeping:
         for place, batch in enumerate(loader):
@@ -288,8 +297,6 @@ def _embed_batches(
                     rows.append(F.normalize(output_bD.float(), dim=1))
                 labels.append(batch.labels)
                 ids.append(batch.ids)
-                if progress is not None:
-                    progress(len(batch.ids))
             if blocks is not None:
                 blocks.add(numbers[place], batch, rows[-1] if len(batch.ids) else None)
     # Copies made outside inference mode are ordinary tensors, which collectives may write to.

@@ -21,7 +21,7 @@ import hashlib
 import importlib.metadata
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,20 +30,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.pipeline import ImageCache
-from dist_proxygml.data.transforms import Transform
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_long, run_together
-from dist_proxygml.distributed.preemption import StopSignals
 from dist_proxygml.evaluation import metrics
-from dist_proxygml.evaluation.blocks import BlockFolder
-from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, embed_split
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassHooks, PassSettings, Split, embed_split
 from dist_proxygml.evaluation.exact import round_rows
-from dist_proxygml.evaluation.retrieval import Depth, Images, Retrieval, SearchOptions, retrieve
+from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions, retrieve
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
-from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, check_counts
+from dist_proxygml.protocols import check_counts
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")
 LEGACY_SEED = 1234  # faiss's own, which the published run on Stanford Online Products did not change
@@ -58,7 +53,6 @@ class Settings(NamedTuple):
     tie_tolerance: float = 1e-6  # inner products of unit rows differ by less than this between machines
     protocol: str = "custom"
     legacy_proxygml: bool = False
-    whole_ranking: bool = True  # false leaves out MAP and MRR, which need the rank of every right answer
 
 
 class Roles(NamedTuple):
@@ -154,112 +148,62 @@ class EvaluationResult:
 
 def evaluate(
     model: nn.Module,
-    index: ShardIndex,
-    transform: Transform,
+    split: Split,
+    embedding: PassSettings,
     *,
     context: ParallelContext,
-    gallery: ShardIndex | None = None,
-    recall_at: Sequence[int] = (1, 2, 4, 8),
-    batch_size: int = 64,
-    num_workers: int = 0,
-    kmeans_seeds: int = 5,
-    protocol: str = "custom",
-    legacy_proxygml: bool = False,
-    options: SearchOptions | None = None,
-    cache: ImageCache | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
-    progress: Callable[[int], object] | None = None,
-    damage: DamageLog | None = None,
-    gallery_damage: DamageLog | None = None,
-    signals: StopSignals | None = None,
-    blocks: BlockFolder | None = None,
-    say: Callable[[str], object] = lambda _: None,
+    gallery: Split | None = None,
+    settings: Settings = Settings(),  # noqa: B008 - it cannot be changed
+    options: SearchOptions = SearchOptions(),  # noqa: B008
+    hooks: PassHooks = PassHooks(),  # noqa: B008
 ) -> EvaluationResult:
     """Evaluate a model on a split, every image querying all the others, or all images of another split.
 
     Called on all ranks; returns the same result on all of them, `table` included.
 
     Args:
-        model: images uint8 [b, 3, H, W] -> embeddings [b, D], on `context.device`. Its modules keep
-            their modes.
-        index: the split; that of the queries, if there is a `gallery`.
-        transform: how an image becomes a row of a batch.
+        model: images uint8 [b, 3, H, W] -> embeddings [b, D], on `context.device`. Its modules keep their modes.
+        split: the images; the queries, if there is a `gallery`.
+        embedding: how they become rows.
         context: this process among its peers.
         gallery: the split that is searched, with the same classes; None: the split itself. Its images follow those of
-            `index` in the table, with ids that go on from theirs.
-        recall_at: the K of Recall@K.
-        batch_size: images of one forward pass of one rank.
-        num_workers: loader processes of each rank.
-        kmeans_seeds: number of k-means runs behind NMI (seeds 0, 1, ...); 0 leaves NMI out.
-        protocol: "custom", or the name of a published protocol, whose numbers of images and classes are insisted on.
-        legacy_proxygml: also compute what the authors' evaluation gives.
-        options: how to search.
-        cache: where decoded images of `index` are kept between evaluations; needs `num_workers` 0.
-        preprocessing: the transform's settings, for the record.
-        progress: called with the number of images after each batch of this rank.
-        damage: where given, damaged images are left out, counted and recorded there; else they are an error.
-        gallery_damage: the same for the gallery.
-        signals: requests to stop that this process receives.
-        blocks: where embeddings are kept until the pass is done, so that an evaluation that is cut short goes on.
-        say: takes lines for people; give it on one rank.
+            `split` in the table, with ids that go on from theirs.
+        settings: what to measure; the numbers of images and classes of a published protocol are insisted on.
+        options: how to search; no number depends on it.
+        hooks: what it is stopped by, and who hears of it. With blocks an evaluation that is cut short goes on.
 
     Raises:
         StopRequested: on every rank: a rank was told to stop while images were embedded or clustered.
         ValueError: on every rank: a damaged image or too many, no usable faiss, embeddings that are zero or not
             finite, a `recall_at` the split cannot give, no query with a right answer, or not the protocol's images.
     """
-    settings = Settings(
-        recall_at=tuple(recall_at),
-        kmeans_seeds=tuple(range(kmeans_seeds)),
-        protocol=protocol,
-        legacy_proxygml=legacy_proxygml,
-    )
-    run_together(context, check_split, index, gallery, settings)
+    index = split.index
+    run_together(context, check_split, index, None if gallery is None else gallery.index, settings)
     tables, left_out = [], []
-    for split, of_split, kept in ((index, damage, cache), (gallery, gallery_damage, None)):
-        if split is None:
+    for part in (split, gallery):
+        if part is None:
             continue
-        table = embed_split(
-            model,
-            split,
-            transform,
-            context=context,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            cache=kept,
-            preprocessing=preprocessing,
-            progress=progress,
-            damage=of_split,
-            signals=signals,
-            blocks=blocks,
-        )
-        offset = index.num_samples if split is gallery else 0
-        missing = sorted(set(range(split.num_samples)) - set(table.ids.tolist()))
+        table = embed_split(model, part, embedding, context=context, hooks=hooks)
+        offset = index.num_samples if part is gallery else 0
+        missing = sorted(set(range(part.index.num_samples)) - set(table.ids.tolist()))
         left_out += [offset + missing_id for missing_id in missing]
         tables.append(table._replace(ids=table.ids + offset))
     table = EmbeddingTable(*(torch.cat(parts) for parts in zip(*tables, strict=True))) if gallery else tables[0]
     data = {
         "dataset": index.dataset,
         "split": index.split,
-        "gallery_split": None if gallery is None else gallery.split,
+        "gallery_split": None if gallery is None else gallery.index.split,
         "index_sha256": index.sha256,
         "class_table_sha256": index.class_table_sha256,
         "images_built_with": run_together(context, index.build_record),
-        "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "preprocessing": None if embedding.preprocessing is None else dict(embedding.preprocessing),
         "left_out": left_out,
-        "forward_batch_size": batch_size,
+        "forward_batch_size": embedding.batch_size,
         "weights": sorted({str(parameter.dtype) for parameter in model.parameters()}),
     }
     roles = None if gallery is None else Roles(table.ids < index.num_samples, table.ids >= index.num_samples)
     result = evaluate_table(
-        table,
-        context=context,
-        settings=settings,
-        options=options,
-        roles=roles,
-        data=data,
-        signals=signals,
-        say=say,
+        table, context=context, settings=settings, options=options, roles=roles, data=data, hooks=hooks
     )
     return dataclasses.replace(result, num_damaged=len(left_out))
 
@@ -269,24 +213,18 @@ def evaluate_table(
     *,
     context: ParallelContext,
     settings: Settings,
-    options: SearchOptions | None = None,
+    options: SearchOptions = SearchOptions(),  # noqa: B008
     roles: Roles | None = None,
     data: Mapping[str, Any] | None = None,
-    signals: StopSignals | None = None,
-    say: Callable[[str], object] = lambda _: None,
+    hooks: PassHooks = PassHooks(),  # noqa: B008
 ) -> EvaluationResult:
-    """The metrics of embeddings that every rank holds. Called on all ranks; returns the same result
-    on all of them.
+    """The metrics of embeddings that every rank holds. Called on all ranks; returns the same result on all of them.
 
     Args:
         table: the same on every rank, as `embed` returns it: rows of unit length, ids ascending and unique.
-        context: this process among its peers.
-        settings: how to count and cluster.
-        options: how to search; no number depends on it.
         roles: which images ask and which are searched; None: all do both.
         data: where the embeddings come from, for the record.
-        signals: requests to stop that this process receives.
-        say: takes lines for people; give it on one rank.
+        context, settings, options, hooks: as in `evaluate`.
 
     Raises:
         StopRequested: on every rank: a rank was told to stop while points were clustered.
@@ -307,17 +245,17 @@ def evaluate_table(
     rows_nD = run_together(context, round_rows, table.embeddings.numpy())
     found = retrieve(
         Images(rows_nD, class_n, is_query_n, is_gallery_n),
-        depth=Depth(settings.whole_ranking, max(settings.recall_at), with_self=_drops_first_column(settings)),
+        with_self=_drops_first_column(settings),
         tolerance=settings.tie_tolerance,
         context=context,
-        options=options or SearchOptions(),
-        say=say,
+        options=options,
+        say=hooks.say,
     )
     measured, bounds = _retrieval_metrics(found, labels_n, settings)
 
     def agree() -> None:
-        if signals is not None:
-            signals.agree(context)
+        if hooks.signals is not None:
+            hooks.signals.agree(context)
 
     # 2. Clustering: each seed on one rank, its numbers on all of them.
     if settings.kmeans_seeds:
@@ -359,9 +297,7 @@ def _retrieval_metrics(
     """The metrics in the exact order, and with ties at their worst and at their best."""
     recall_at = dict.fromkeys((*settings.recall_at, 1))
     exact, worst, best = (
-        metrics.retrieval_metrics(
-            scores, labels_n[found.position], recall_at=tuple(recall_at), whole_ranking=settings.whole_ranking
-        )
+        metrics.retrieval_metrics(scores, labels_n[found.position], recall_at=tuple(recall_at))
         for scores in (found.exact, found.worst, found.best)
     )
     bounds = {name: (worst[name], best[name]) for name in exact}
@@ -452,11 +388,6 @@ def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Setting
             "other classes, so no query has a right answer; name two splits that belong together"
         )
     if settings.protocol != "custom":
-        if (PROTOCOLS[settings.protocol].num_gallery is None) != (gallery is None):
-            raise ValueError(
-                f"protocol {settings.protocol!r} expects {'a' if gallery is None else 'no'} gallery split, got "
-                f"{'none' if gallery is None else repr(gallery.split)}; change evaluation.gallery_split"
-            )
         check_counts(
             settings.protocol,
             num_classes=len(np.unique(labels_n)),
@@ -492,11 +423,6 @@ def check_settings(
             f"recall_at is {list(settings.recall_at)}: expected at least one K, each from 1 to {most}, "
             f"because a query has {'the other ' if has_itself else ''}{most} images as neighbours; change "
             "evaluation.recall_at"
-        )
-    if settings.legacy_proxygml and settings.protocol not in LEGACY_PROTOCOLS:
-        raise ValueError(
-            f"legacy_proxygml repeats the published evaluation of {', '.join(LEGACY_PROTOCOLS)}, got protocol "
-            f"{settings.protocol!r}; name one of them, or leave it out"
         )
     _, class_n = np.unique(labels_n, return_inverse=True)
     in_gallery_C = np.bincount(class_n if is_gallery_n is None else class_n[is_gallery_n], minlength=class_n.max() + 1)

@@ -15,11 +15,15 @@
 
 Recall in the sense of information retrieval (hits over R) is another number and is not offered under this name.
 
+A result names its metrics by key ("recall@1", "map@r"), and `name_metrics` says what people read; `KEY_sd` is the
+deviation of KEY over seeds, not a metric of its own.
+
 Dimension key: q queries, p right answers of all queries, n images.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,18 +74,15 @@ def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"],
 
 
 def retrieval_metrics(
-    scores: QueryScores, labels_q: Int[np.ndarray, " q"], *, recall_at: Sequence[int], whole_ranking: bool = True
+    scores: QueryScores, labels_q: Int[np.ndarray, " q"], *, recall_at: Sequence[int]
 ) -> dict[str, float]:
-    """The metrics over all queries, by name. Without `whole_ranking` those that need every rank (MAP, MRR) are left
-    out.
-    """
+    """The metrics over all queries, by name."""
     hit_q = scores.first_rank == 1
     _, class_q = np.unique(labels_q, return_inverse=True)
     class_means = np.bincount(class_q, weights=hit_q) / np.bincount(class_q)
     found = {f"recall@{k}": exact_mean(scores.first_rank <= k) for k in recall_at}
     found |= {"r_precision": exact_mean(scores.r_precision), "map@r": exact_mean(scores.map_at_r)}
-    if whole_ranking:
-        found |= {"map": exact_mean(scores.map), "mrr": exact_mean(1 / scores.first_rank)}
+    found |= {"map": exact_mean(scores.map), "mrr": exact_mean(1 / scores.first_rank)}
     return found | {"precision@1_macro": exact_mean(class_means)}
 
 
@@ -181,3 +182,46 @@ def _expected_mutual_information(class_sizes: Int[np.ndarray, " u"], cluster_siz
 def exact_mean(values_q: Float[np.ndarray, " q"]) -> float:
     """The mean with one rounding: independent of the order and the grouping of the values."""
     return math.fsum(values_q.tolist()) / len(values_q)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+_CLUSTERS = "k-means clusters, as many as classes, against the classes"
+
+
+class MetricName(NamedTuple):
+    """A metric for people."""
+
+    key: str
+    label: str
+    meaning: str
+
+
+_NAMES = (
+    MetricName("recall@", "Recall@{}", "queries with a right answer among the first {}"),
+    MetricName("precision@1_macro", "Precision@1, classes", "Recall@1 with every class counting the same"),
+    MetricName("r_precision", "R-Precision", "right answers among the first R, where a query has R of them"),
+    MetricName("map@r", "MAP@R", "as R-Precision, earlier right answers counting more"),
+    MetricName("map", "MAP", "precision at each right answer, wherever it comes, averaged"),
+    MetricName("mrr", "MRR", "1 over the position of the first right answer"),
+    MetricName("nmi", "NMI", f"mutual information of {_CLUSTERS}"),
+    MetricName("ami", "AMI", f"as NMI, less what chance gives: {_CLUSTERS}"),
+    MetricName("f1", "F1", f"pairs of images that are together in both: {_CLUSTERS}"),
+    MetricName("legacy_recall@", "Recall@{} as published", "what the authors' evaluation gives for Recall@{}"),
+    MetricName("legacy_nmi", "NMI as published", "what the authors' evaluation gives for NMI"),
+)
+
+
+def name_metrics(keys: Iterable[str]) -> list[MetricName]:
+    """The metrics among these keys, each once, in reading order."""
+    found = set(keys)
+    named = []
+    for name in _NAMES:
+        if name.key.endswith("@"):
+            cuts = sorted(int(match[1]) for key in found if (match := re.fullmatch(rf"{name.key}(\d+)", key)))
+            named += [MetricName(f"{name.key}{k}", name.label.format(k), name.meaning.format(k)) for k in cuts]
+        elif name.key in found:
+            named.append(name)
+    known = {name.key for name in named}
+    others = [key for key in sorted(found - known) if not (key.endswith("_sd") and key.removesuffix("_sd") in found)]
+    return named + [MetricName(key, key, "") for key in others]

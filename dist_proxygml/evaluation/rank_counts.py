@@ -145,7 +145,6 @@ def count_wrong_before(
     part: Part,
     *,
     list_length: int,
-    sweep: bool,
     tolerance: float,
     limits: Limits,
 ) -> tuple[Int[np.ndarray, "p 3"], int]:
@@ -158,8 +157,6 @@ def count_wrong_before(
         wanted_p: which of them to count for; the others get 0.
         part: where to count.
         list_length: F; 0 sweeps everything.
-        sweep: whether right answers behind their list are counted for; if not they get the number of wrong answers in
-            the list, which is at most the true count.
         tolerance: scores that differ by no more than this are tied, for the second and third count.
         limits: of memory.
 
@@ -170,7 +167,7 @@ def count_wrong_before(
     left_p = wanted_p & (len(part.labels) > 0)
     bounds = _Bounds.of(right.score, tolerance=tolerance, embedding_dim=queries.rows.shape[1])
     if part.searcher is not None and list_length and left_p.any():
-        left_p &= ~_count_in_lists(queries, right, left_p, part, bounds, counts_p3, list_length, sweep, limits)
+        left_p &= ~_count_in_lists(queries, right, left_p, part, bounds, counts_p3, list_length, limits)
     if left_p.any():
         _count_by_sweep(queries, right, left_p, part, bounds, counts_p3, limits)
     return counts_p3, len(np.unique(right.query[left_p]))
@@ -204,7 +201,6 @@ def _count_in_lists(
     bounds: _Bounds,
     counts_p3: np.ndarray,
     list_length: int,
-    sweep: bool,
     limits: Limits,
 ) -> Bool[np.ndarray, " p"]:
     """Count what the lists decide, into `counts_p3`; which right answers that were."""
@@ -226,10 +222,6 @@ def _count_in_lists(
             query_p = right.query[of_tile] - start
             # An image behind the list scores at most the list's end, but for the error.
             end_p = np.where(is_whole, -np.inf, scores_qF[query_p, -1])
-            behind_p = wanted_p[of_tile] & (bounds.high[of_tile] < end_p)
-            if not sweep:
-                counts_p3[of_tile[behind_p]] = num_wrong_q1[query_p[behind_p], -1][:, None]
-                counted_p[of_tile[behind_p]] = True
             sure_p = wanted_p[of_tile] & (bounds.low[of_tile] > end_p)
             of_tile, query_p = of_tile[sure_p], query_p[sure_p]
             above_p = (scores_qF[query_p] > bounds.high[of_tile, None]).sum(axis=1)

@@ -69,14 +69,6 @@ class SearchOptions(NamedTuple):
     list_length: int = LIST_LENGTH
 
 
-class Depth(NamedTuple):
-    """How much of the order is needed."""
-
-    whole_ranking: bool  # every rank, for MAP and MRR
-    first_ranks: int  # else: the first right answer up to here, the others up to their number
-    with_self: bool  # the place of the query itself, and queries without a right answer
-
-
 class Retrieval(NamedTuple):
     """What was found, in the order of the ids of the queries with a right answer."""
 
@@ -90,7 +82,7 @@ class Retrieval(NamedTuple):
 def retrieve(
     images: Images,
     *,
-    depth: Depth,
+    with_self: bool,
     tolerance: float,
     context: ParallelContext,
     options: SearchOptions,
@@ -100,7 +92,7 @@ def retrieve(
 
     Args:
         images: the same on every rank.
-        depth: how much of the order is needed.
+        with_self: also find where the query itself stands, and rank queries without a right answer.
         tolerance: scores that differ by no more are tied, for `worst` and `best`.
         context: this process among its peers.
         options: how to search.
@@ -117,22 +109,17 @@ def retrieve(
     own_n[gallery_G] = np.arange(len(gallery_G))
     # Queries by label, then id; those without a right answer only where they count.
     num_right_n = np.diff(gallery.starts)[images.labels] - images.is_gallery
-    asked_Q = np.flatnonzero(images.is_query & (depth.with_self | (num_right_n > 0)))
+    asked_Q = np.flatnonzero(images.is_query & (with_self | (num_right_n > 0)))
     asked_Q = asked_Q[np.argsort(images.labels[asked_Q], kind="stable")]
-    most_right = int(num_right_n[asked_Q].max(initial=0))
-    if not depth.whole_ranking:  # the list must hold so many wrong answers that what lies behind it does not matter
-        length = max(depth.first_ranks, most_right) + most_right + 2
-        options = options._replace(list_length=length)
     is_sharded = _is_sharded(rows_GD, context=context, options=options, say=say)
 
     searches = (options.search, {"faiss": "counter", "counter": "faiss"}[options.search])
     found = []
     for search in searches[: 1 + options.verify]:
         part = _part_of_rank(images, gallery, gallery_G, is_sharded, context, options._replace(search=search))
-        job = _Job(gallery, part, is_sharded, depth, tolerance, context, options, say)
+        job = _Job(gallery, part, is_sharded, with_self, tolerance, context, options, say)
         shared = asked_Q if is_sharded else _share(asked_Q, context)
-        first_queries = FIRST_QUERIES if depth.whole_ranking else MOST_QUERIES
-        tiles = _tiles(shared, num_right_n, width=rows_GD.shape[1], first_queries=first_queries, options=options)
+        tiles = _tiles(shared, num_right_n, width=rows_GD.shape[1], options=options)
         rows = [np.zeros((0, NUM_COLUMNS))]
         hidden = None if context.is_main else True  # None: hidden unless a person looks at it
         with tqdm(total=len(shared), desc="searching", unit=" queries", delay=5.0, disable=hidden) as bar:
@@ -151,7 +138,7 @@ def retrieve(
     if options.verify:
         _check_same(*found, names=searches)
         say(f"evaluation: {searches[0]} and {searches[1]} agree on the ranks of all {len(asked_Q):,} queries")
-    return _unpacked(found[0], with_self=depth.with_self)
+    return _unpacked(found[0], with_self=with_self)
 
 
 class _Job(NamedTuple):
@@ -160,7 +147,7 @@ class _Job(NamedTuple):
     gallery: Gallery
     part: Part
     is_sharded: bool
-    depth: Depth
+    with_self: bool
     tolerance: float
     context: ParallelContext
     options: SearchOptions
@@ -226,9 +213,7 @@ def _share(asked_Q: np.ndarray, context: ParallelContext) -> np.ndarray:
     return asked_Q[cuts[0] : cuts[1]]
 
 
-def _tiles(
-    asked: np.ndarray, num_right_n: np.ndarray, *, width: int, first_queries: int, options: SearchOptions
-) -> Iterator[np.ndarray]:
+def _tiles(asked: np.ndarray, num_right_n: np.ndarray, *, width: int, options: SearchOptions) -> Iterator[np.ndarray]:
     """Consecutive queries whose rows, lists and right answers fit half of the budget; at least one."""
     bytes_q = 8 * width + 40 * options.list_length + 200 * (num_right_n[asked] + 1)
     total_q = np.cumsum(bytes_q)
@@ -236,7 +221,7 @@ def _tiles(
     while start < len(asked):
         before = total_q[start - 1] if start else 0
         stop = int(np.searchsorted(total_q, before + options.memory_budget // 2, side="right"))
-        stop = min(max(stop, start + 1), start + (MOST_QUERIES if start else first_queries))
+        stop = min(max(stop, start + 1), start + (MOST_QUERIES if start else FIRST_QUERIES))
         yield asked[start:stop]
         start = stop
 
@@ -249,10 +234,9 @@ def _score_tile(queries: Queries, position_q: np.ndarray, job: _Job) -> tuple[np
     counts_p3, num_swept = count_wrong_before(
         queries,
         right,
-        ~right.is_self | job.depth.with_self,
+        ~right.is_self | job.with_self,
         job.part,
         list_length=job.options.list_length,
-        sweep=job.depth.whole_ranking,
         tolerance=job.tolerance,
         limits=Limits(job.options.memory_budget // 2, job.say),
     )
@@ -269,7 +253,7 @@ def _score_tile(queries: Queries, position_q: np.ndarray, job: _Job) -> tuple[np
         rank_p = _index_within(query_p) + counts_p3[others_p, order]
         scores = score_queries(query_p, rank_p, num_queries=len(answered))
         scores_qM[answered, first_column : first_column + len(scores)] = np.stack(scores, axis=1)
-    if job.depth.with_self:
+    if job.with_self:
         place_p = _index_within(right.query) + counts_p3[:, EXACT]
         scores_qM[:, -1] = rank_without_first_column(right.query, place_p, num_queries=len(position_q))
     return scores_qM, num_swept

@@ -18,19 +18,12 @@ from dist_proxygml.config import Config
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.transforms import build_transform
-from dist_proxygml.distributed.parallel import (
-    ParallelContext,
-    run_together,
-)
-from dist_proxygml.distributed.preemption import StopSignals
+from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.evaluation.blocks import BlockFolder
-from dist_proxygml.evaluation.embedding_pass import save_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
+from dist_proxygml.evaluation.embedding_pass import PassHooks, PassSettings, Split, save_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate
 from dist_proxygml.evaluation.retrieval import SearchOptions
-from dist_proxygml.storage.files import (
-    paths_in,
-    publish_text,
-)
+from dist_proxygml.storage.files import paths_in, publish_text
 from dist_proxygml.storage.run_folder import RunFolder
 
 
@@ -44,46 +37,48 @@ def evaluate_model(
     config: Config,
     context: ParallelContext,
     model: nn.Module,
-    index: ShardIndex,
+    split: Split,
     *,
-    damage: DamageLog | None,
     kmeans_seeds: int | None = None,
-    signals: StopSignals | None = None,
-    blocks: BlockFolder | None = None,
     verify: bool = False,
-    say: Callable[[str], object] = lambda _: None,
+    hooks: PassHooks,
 ) -> EvaluationResult:
     """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks.
 
     The protocol and the gallery are those of the test split; another split is searched in itself. With `verify` ranks
-    are found in two ways, which must agree. `say` takes lines for people; give it on one rank.
+    are found in two ways, which must agree.
     """
-    wanted, is_test = config.evaluation, index.split == config.data.test_split
-    gallery = run_together(context, open_gallery, config, index)
-    gallery_damage = None
-    if gallery is not None and damage is not None:
-        gallery_damage = build_damage_log(
-            config, context, damage.path, split=gallery.split, num_images=gallery.num_samples
-        )
+    wanted, index, gallery = config.evaluation, run_together(context, open_gallery, config, split.index), None
+    if index is not None:
+        log = split.damage  # whoever counts damaged images counts those of the gallery too, in the same file
+        if log is not None:
+            log = build_damage_log(config, context, log.path, split=index.split, num_images=index.num_samples)
+        gallery = Split(index, log)
     return evaluate(
         model,
-        index,
-        build_transform(config.data.test_transform),
+        split,
+        PassSettings(
+            build_transform(config.data.test_transform),
+            wanted.batch_size,
+            config.data.num_workers,
+            config.data.test_transform.model_dump(),
+        ),
         context=context,
         gallery=gallery,
-        recall_at=wanted.recall_at,
-        batch_size=wanted.batch_size,
-        num_workers=config.data.num_workers,
-        kmeans_seeds=wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds,
+        settings=measured(config, split.index, kmeans_seeds=kmeans_seeds),
+        options=SearchOptions(wanted.search, wanted.gallery, wanted.memory_budget_bytes, verify),
+        hooks=hooks,
+    )
+
+
+def measured(config: Config, index: ShardIndex, *, kmeans_seeds: int | None = None) -> Settings:
+    """What the configuration measures on a split: the published protocol is that of the test split alone."""
+    wanted, is_test = config.evaluation, index.split == config.data.test_split
+    return Settings(
+        recall_at=tuple(wanted.recall_at),
+        kmeans_seeds=tuple(range(wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds)),
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
-        options=SearchOptions(wanted.search, wanted.gallery, wanted.memory_budget_bytes, verify),
-        preprocessing=config.data.test_transform.model_dump(),
-        damage=damage,
-        gallery_damage=gallery_damage,
-        signals=signals,
-        blocks=blocks,
-        say=say,
     )
 
 

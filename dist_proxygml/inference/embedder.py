@@ -8,6 +8,7 @@ with the same number of threads; in other batches matrix products may round diff
 Dimension key: b images of a batch, n images, D embedding.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -179,6 +180,13 @@ def choose_device(wanted: str) -> torch.device:
             f"expected a GPU for the device {wanted!r}, found {torch.cuda.device_count()}; take auto or cpu"
         )
     return device
+
+
+def loading_processes(num_images: int, wanted: int | None) -> int:
+    """How many processes read images, where nobody said: none for so few that starting them takes longer."""
+    if wanted is not None:
+        return wanted
+    return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
 
 
 def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:

@@ -4,7 +4,6 @@
                   bank.safetensors       "proxies", float32 [classes, proxies per class, D], unnormalised
                   classes.jsonl          a line per row of the bank: name, source id, number of training images
     onnx          backbone.onnx          the backbone as one graph in float32, see graph.py
-    torchscript   backbone.torchscript   the same, traced
     always        README.md              the model card
                   export.json            what it is: backbone, sizes, preprocessing, step, settings, versions, what the
                                          check found, bytes and sha256 of every other file
@@ -54,13 +53,12 @@ from dist_proxygml.inference.export_check import (
     format_checks,
     original_backbone,
 )
-from dist_proxygml.inference.graph import Embed, check_onnx, open_onnx, open_torchscript, write_onnx, write_torchscript
+from dist_proxygml.inference.graph import Embed, check_onnx, open_onnx, write_onnx
 from dist_proxygml.inference.model_card import TrainingFacts, find_evaluation, write_card
 from dist_proxygml.storage.folder import check_is_free, make_empty, partial_path, seal
 from dist_proxygml.storage.run_folder import RunFolder
 
 ONNX_FILE = "backbone.onnx"
-TORCHSCRIPT_FILE = "backbone.torchscript"
 _PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -82,7 +80,7 @@ def export(
         out: the folder to write.
         checkpoint: name of the checkpoint; None for the newest whole one.
         overwrite: replace an export that is there.
-        formats: of safetensors, onnx and torchscript.
+        formats: of safetensors and onnx.
         verify: hold what every file gives against what the checkpoint gives.
         data: shards to do that with; None for the run's own.
         opset: ONNX's operator set; None for torch's own.
@@ -120,7 +118,11 @@ def export(
             shutil.copyfile(model.path / BACKBONE_FILE, partial / BACKBONE_FILE)
             if model.has_class_names:
                 shutil.copyfile(model.class_table(), partial / CLASSES_FILE)
-        found_opset = _write_graphs(config, model.path, partial, formats=formats, opset=opset)
+        found_opset = None
+        if "onnx" in formats:
+            print(f"writing {ONNX_FILE}", file=sys.stderr, flush=True)
+            backbone, side = original_backbone(config, model.path).float(), config.data.test_transform.size
+            found_opset = write_onnx(backbone, partial / ONNX_FILE, side=side, opset=opset)
         precision = _precision(model.path / BACKBONE_FILE)
         checks: list[FileCheck] = []
         if images is not None:
@@ -156,22 +158,6 @@ def _precision(weights: Path) -> str:
     return " and ".join(sorted(types)) or "float32"
 
 
-def _write_graphs(
-    config: Config, checkpoint: Path, partial: Path, *, formats: Sequence[str], opset: int | None
-) -> int | None:
-    """Write the backbone as graphs; the operator set of the ONNX one."""
-    if not {"onnx", "torchscript"} & set(formats):
-        return None
-    backbone, side, found_opset = original_backbone(config, checkpoint).float(), config.data.test_transform.size, None
-    if "onnx" in formats:
-        print(f"writing {ONNX_FILE}", file=sys.stderr, flush=True)
-        found_opset = write_onnx(backbone, partial / ONNX_FILE, side=side, opset=opset)
-    if "torchscript" in formats:
-        print(f"writing {TORCHSCRIPT_FILE}", file=sys.stderr, flush=True)
-        write_torchscript(backbone, partial / TORCHSCRIPT_FILE, side=side)
-    return found_opset
-
-
 def _check_files(
     config: Config, checkpoint: Path, partial: Path, images: CheckImages, *, formats: Sequence[str], precision: str
 ) -> list[FileCheck]:
@@ -183,7 +169,6 @@ def _check_files(
     openers: dict[str, tuple[str, Callable[[], Embed], str]] = {
         "safetensors": (BACKBONE_FILE, lambda: original_backbone(config, partial), precision),
         "onnx": (ONNX_FILE, lambda: open_onnx(partial / ONNX_FILE), "float32"),
-        "torchscript": (TORCHSCRIPT_FILE, lambda: open_torchscript(partial / TORCHSCRIPT_FILE), "float32"),
     }
     original = original_backbone(config, checkpoint)
     originals: dict[str, Tensor] = {}
@@ -254,8 +239,6 @@ def _told(
         )
     if "onnx" in about["formats"]:
         contents.append(f"{ONNX_FILE} in operator set {about['opset']}")
-    if "torchscript" in about["formats"]:
-        contents.append(TORCHSCRIPT_FILE)
     text = f"exported {model.path} to {out}: {about['backbone']['name']}, {', '.join(contents)}"
     if images is not None:
         text += f"\nverified with {images.source}\n{format_checks(checks)}"

@@ -1,20 +1,18 @@
-"""A backbone as one graph that runs without this package, ONNX or TorchScript; the only file that knows onnxruntime.
+"""A backbone as one ONNX graph, which runs without this package; the only file that knows onnxruntime.
 
     images: uint8 RGB [b, 3, S, S], any b from 1 on  ->  embeddings: float32 [b, D], unit rows
 
 Mean, deviation and order of colours are inside, since they are the backbone's first layer. The side S is fixed to the
 one that the network was evaluated at: grids of pooling and places of transformers are worked out for it while the graph
-is recorded. An ONNX graph refuses images of another side; a trace does not, and may give them other embeddings than the
-backbone would. Arithmetic is float32, whatever precision the weights were trained in: few runtimes have bfloat16.
+is recorded, and it refuses images of another one. Arithmetic is float32, whatever precision the weights were trained
+in: few runtimes have bfloat16.
 
-ONNX comes from torch.export (dynamo=True), whose record of our source files is left out. torch.jit.trace records
-TorchScript and checks it by a second recording; torch.jit is deprecated in torch itself, so ONNX is what will last.
+The graph comes from torch.export (dynamo=True), whose record of our source files is left out. TorchScript was declined:
+torch.jit is deprecated in torch itself.
 """
 
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +79,8 @@ def write_onnx(model: nn.Module, path: Path, *, side: int, opset: int | None = N
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ValueError(
-            f"torch cannot write this backbone as ONNX ({_first_line(error)}); take --format torchscript"
-        ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"torch cannot write this backbone as ONNX ({reason}); take --format safetensors") from error
     found: int = program.model.opset_imports[""]
     if opset not in (None, found):
         raise ValueError(
@@ -97,19 +94,6 @@ def write_onnx(model: nn.Module, path: Path, *, side: int, opset: int | None = N
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     program.save(path, external_data=num_bytes > _BYTES_IN_ONE_FILE)
     return found
-
-
-def write_torchscript(model: nn.Module, path: Path, *, side: int) -> None:
-    """Write a backbone as TorchScript; arguments as in `write_onnx`.
-
-    Raises:
-        ValueError: torch cannot trace this network, or a second trace differs.
-    """
-    try:
-        with torch.no_grad(), _known_warnings():
-            torch.jit.save(torch.jit.trace(model, (_example(side),), check_trace=True), path)
-    except (RuntimeError, torch.jit.TracingCheckError) as error:
-        raise ValueError(f"torch cannot trace this backbone ({_first_line(error)}); take --format onnx") from error
 
 
 def open_onnx(path: Path) -> Embed:
@@ -126,36 +110,6 @@ def open_onnx(path: Path) -> Embed:
     return embed
 
 
-def open_torchscript(path: Path) -> Embed:
-    """A written trace, on the CPU."""
-    with _known_warnings():
-        traced = torch.jit.load(path, map_location="cpu")
-
-    def embed(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return traced(images)
-
-    return embed
-
-
 def _example(side: int) -> Tensor:
     """Two images, as one is a size that torch.export would take for a constant."""
     return torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def _known_warnings() -> Iterator[None]:
-    """Without what is said elsewhere or is not so; other warnings of the tracer are shown.
-
-    That torch.jit is deprecated comes once for every function; export.py says it once. The tracer warns of the
-    backbone's check of its input's shape, which is the same for every batch.
-    """
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r".*dist_proxygml\W+backbone")
-        yield
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

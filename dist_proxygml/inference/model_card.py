@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.evaluation.metric_names import name_metrics
+from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.inference.export_check import LIMIT, FileCheck
 from dist_proxygml.reporting.render import render
 from dist_proxygml.storage.files import publish_text, read_file

@@ -25,7 +25,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.evaluation.best import read_evaluations, selected_rows
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.evaluation.metric_names import name_metrics
+from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.reporting.charts import Chart, Series, line_chart
 from dist_proxygml.reporting.pictures import picture_parts
 from dist_proxygml.reporting.proxies import proxy_statistics

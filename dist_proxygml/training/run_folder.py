@@ -1,4 +1,4 @@
-"""The folder of a run before its first step: who writes there, where it continues, what of an earlier start stays."""
+"""The folder of a run before its first step: its lock, the checkpoint to resume from, files of an earlier start."""
 
 import itertools
 import json
@@ -8,11 +8,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from dist_proxygml.checkpoint.folder import Continuation, checkpoint_to_continue
 from dist_proxygml.checkpoint.model import write_class_table
-from dist_proxygml.checkpoint.writer import (
-    Continuation,
-    checkpoint_to_continue,
-)
 from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.damage import DAMAGE_FIELDS, DAMAGE_FILE
 from dist_proxygml.data.index import ShardIndex
@@ -38,16 +35,16 @@ from dist_proxygml.training.nonfinite import NON_FINITE_FIELDS, NON_FINITE_FILE
 def lock_run(
     context: ParallelContext, run_directory: Path, locks: list[FolderLock], *, make_folder: bool = False
 ) -> None:
-    """Put the run's lock into `locks` on rank 0, if it is not there; without `make_folder` only beside other runs."""
+    """Append the run's lock to `locks` on rank 0, if missing; without `make_folder` only if the runs folder exists."""
     if context.is_main and not locks and (make_folder or is_folder(run_directory.parent)):
         locks.append(FolderLock(run_directory))
 
 
 def where_to_continue(run_directory: Path, resume: str) -> Continuation:
-    """As `checkpoint_to_continue`, if the run's folder can be gone on with.
+    """Check the run's folder, then find where to resume as `checkpoint_to_continue` does.
 
     Raises:
-        ValueError: something in it is not what it has to be, or closed to this user; nothing was changed.
+        ValueError: something in it has the wrong type or denies access to this user; nothing was changed.
     """
     folders = ("", "checkpoints", "evaluation", "embeddings", "proxies", RunFolder(run_directory).board.name)
     logs = (RunFolder(run_directory).metrics.name, DAMAGE_FILE, NON_FINITE_FILE)
@@ -67,17 +64,17 @@ def where_to_continue(run_directory: Path, resume: str) -> Continuation:
 
 
 def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | None) -> tuple[Path | None, list[str]]:
-    """Make the run's folder, write the resolved configuration and the class table. What a new run finds there is moved
-    aside, not lost.
+    """Create the run's folder, write the resolved configuration and the class table. A new run moves what it finds
+    there aside.
 
     Args:
         config: the run.
-        index: what it trains on; None for a stream.
-        step: where the run continues; evaluations and proxy statistics of later steps, which a checkpoint was lost of,
-            are removed: their steps will be done again. None starts anew.
+        index: the training split; None for a stream.
+        step: the step to resume from; evaluations and proxy statistics of later steps, whose checkpoints were lost, are
+            removed, because those steps will be repeated. None starts anew.
 
     Returns:
-        Where the earlier run went, if there was one; what was odd and is set aside, for people.
+        The new path of the earlier run, if there was one; messages about damaged files that were set aside.
     """
     directory, aside = config.run_directory, None
     odd: list[str] = []
@@ -92,7 +89,7 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
             if (step_in(path.name) or 0) > (step or 0):
                 path.unlink()
             elif path.name != "pixels.json" and step_in(path.name) is None:
-                continue  # somebody's own
+                continue  # not ours
             elif problem := _what_is_odd(path):
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
                 odd.append(f"{problem}: passed over, now {path.name}.damaged")
@@ -110,7 +107,7 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
 
 
 def _what_is_odd(path: Path) -> str | None:
-    """What is wrong with a stored evaluation, or statistics of proxies.
+    """Describe what is wrong with a stored evaluation or proxy statistics, if anything.
 
     Raises:
         ValueError: it cannot be read.
@@ -127,8 +124,8 @@ def _what_is_odd(path: Path) -> str | None:
 
 
 def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int | None) -> None:
-    """Carry over what a run that was cut short before its first checkpoint had embedded; remove what belongs to
-    evaluations that are stored, or that lie before the step where the run continues.
+    """Keep the unfinished embeddings of a run interrupted before its first checkpoint; remove those of evaluations that
+    are stored, or before the step to resume from.
     """
     if step is None and aside is not None:
         for folder in paths_in(aside / "embeddings", "*.partial"):
@@ -143,16 +140,16 @@ def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int |
 
 
 def comparable_settings(config: Config) -> dict[str, Any]:
-    """What the numbers of a run depend on, flat: a run continues only under the same."""
+    """Return the settings that the numbers of a run depend on, flat: a run resumes only if they are unchanged."""
     whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
     free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
     free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
     free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
-    free |= {"proxies.selection", "proxies.fused"}  # the same numbers by other ways
+    free |= {"proxies.selection", "proxies.fused"}  # the same numbers by another route
     if config.data.images_per_class is None:  # the position in the data is a number of images
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
     if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
-        free.add("proxies.memory_budget")  # else it decides what the regulariser is computed from
-    if config.schedule.name != "cosine":  # the other schedules do not look ahead: such a run may be made longer
+        free.add("proxies.memory_budget")  # otherwise it decides how the regulariser is computed
+    if config.schedule.name != "cosine":  # other schedules ignore the length, so such a run may be extended
         free |= {"training.epochs", "training.max_steps"}
     return {name: value for name, value in flattened(whole) if name not in free}

@@ -19,7 +19,8 @@ from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.evaluation.blocks import Block, BlockFolder, EmbeddingBlocks
-from dist_proxygml.evaluation.evaluator import EvaluationResult, evaluate
+from dist_proxygml.evaluation.embedding_pass import PassHooks, PassSettings, Split
+from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate
 from tests.harness import run_ranks
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards
 
@@ -56,15 +57,15 @@ def evaluated(
     log = DamageLog(root / "damaged.jsonl", split="test", num_images=80, max_share=0.1, context=context)
     return evaluate(
         model,
-        index,
-        build_transform(ResizeConfig(name="resize", size=SIDE)),
+        Split(index, log),
+        PassSettings(
+            build_transform(ResizeConfig(name="resize", size=SIDE)),
+            batch_size=2,
+            preprocessing={"name": "resize", "size": SIDE},
+        ),
         context=context,
-        batch_size=2,
-        kmeans_seeds=1,
-        preprocessing={"name": "resize", "size": SIDE},
-        damage=log,
-        signals=model.signals,
-        blocks=BlockFolder(root / kept, [].append if said is None else said.append, seconds),
+        settings=Settings(kmeans_seeds=(0,)),
+        hooks=PassHooks(model.signals, BlockFolder(root / kept, [].append if said is None else said.append, seconds)),
     )
 
 

@@ -18,7 +18,7 @@ from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
-from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassSettings, Split
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
 from dist_proxygml.evaluation.retrieval import SearchOptions
 from tests.harness import run_ranks
@@ -75,12 +75,10 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
     uneven, idle = (
         evaluate(
             Projection(),
-            index,
-            resize,
+            Split(index),
+            PassSettings(resize, batch_size=size),
             context=context,
-            recall_at=(1, 2, 4),
-            batch_size=size,
-            kmeans_seeds=4,
+            settings=Settings(recall_at=(1, 2, 4), kmeans_seeds=(0, 1, 2, 3)),
         )
         for size in (16, 100)
     )
@@ -89,9 +87,9 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
     options = SearchOptions(memory_budget=64_000, placement=("replicated", "sharded")[context.world_size % 2])
     close = evaluate_table(close_neighbours(), context=context, settings=settings, options=options)
     with pytest.raises(ValueError, match="not finite") as not_finite:
-        evaluate(Spoiling(spoil=last), index, resize, context=context, batch_size=16)
+        evaluate(Spoiling(spoil=last), Split(index), PassSettings(resize, batch_size=16), context=context)
     with pytest.raises(ValueError, match="damaged") as damaged:
-        evaluate(Projection(), index, failing, context=context, batch_size=16)
+        evaluate(Projection(), Split(index), PassSettings(failing, batch_size=16), context=context)
 
     # Every image of one batch is damaged, and one of the last.
     spoilt = open_index(directory / "spoilt", "test")
@@ -99,7 +97,9 @@ def go_through_all_scenes(context: ParallelContext, directory: Path) -> Outcome:
     def evaluate_spoilt(max_share: float) -> EvaluationResult:
         path = directory / f"damaged-{context.world_size}-{max_share}.jsonl"
         log = DamageLog(path, split="test", num_images=37, max_share=max_share, context=context)
-        return evaluate(Projection(), spoilt, resize, context=context, recall_at=(1, 2, 4), batch_size=4, damage=log)
+        settings = Settings(recall_at=(1, 2, 4))
+        how = PassSettings(resize, batch_size=4)
+        return evaluate(Projection(), Split(spoilt, log), how, context=context, settings=settings)
 
     left_out = evaluate_spoilt(0.2)
     with pytest.raises(ValueError, match="damaged") as too_many:

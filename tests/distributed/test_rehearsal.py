@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.checkpoint.writer import Retention, RunState, save_checkpoint
+from dist_proxygml.checkpoint.folder import Retention, RunState
+from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.training.head_plan import plan_head

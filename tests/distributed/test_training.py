@@ -6,39 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dist_proxygml.config import Config, parse_config
 from dist_proxygml.data.order import EpochPlan
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
+from tests.small_training import NUM_CLASSES, configuration
 
-NUM_CLASSES, NUM_IMAGES, NUM_STEPS = 7, 43, 20
-
-
-def configuration(**changes: object) -> Config:
-    raw = {
-        "name": "parity",
-        "data": {
-            "shards": "unused",
-            "num_classes": NUM_CLASSES,
-            "train_transform": {"name": "resize", "size": 16},
-            "test_transform": {"name": "resize", "size": 16},
-        },
-        "backbone": {"name": "small_cnn", "embedding_dim": 8, "options": {"width": 4}},
-        "proxies": {"per_class": 2, "ratio": 0.5, "regularization_weight": 0.3, "scale": 4.0},
-        # a large eps keeps Adam from blowing up rounding where a gradient is almost 0, as the published 0.01 does
-        "optimizer": {
-            "name": "adam",
-            "backbone_lr": 1e-3,
-            "embedding_lr": 3e-3,
-            "proxies_lr": 1e-2,
-            "eps": 0.01,
-            "weight_decay": 1e-4,
-        },
-        "schedule": {"name": "step", "milestones": [3], "gamma": 0.1},
-        "training": {"epochs": 6, "batch_size": 12, "frozen_trunk_epochs": [2]},
-    }
-    return parse_config(raw | changes, source="the test")
+NUM_IMAGES, NUM_STEPS = 43, 20
 
 
 def trained_parameters(

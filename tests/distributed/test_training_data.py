@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.checkpoint.writer import RunState
+from dist_proxygml.checkpoint.folder import RunState
 from dist_proxygml.config import Config, parse_config
-from dist_proxygml.data.pipeline import build_order
+from dist_proxygml.data.pipeline import EpochOrder
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, run_together, single_process
 from dist_proxygml.training.data import open_split, open_training_data
@@ -59,7 +59,7 @@ def test_an_epoch_is_as_long_as_its_loader(
     assert (data.epoch_size, data.count_steps()) == (epoch_size, num_steps)
     assert data.loader(single_process(), epoch=1, start=0).num_steps == num_steps
     assert data.index is not None
-    order = build_order(data.index, batch_size=batch_size, images_per_class=settings.get("images_per_class"))
+    order = EpochOrder(batch_size, images_per_class=settings.get("images_per_class")).of(data.index)
     assert len(order) == epoch_size
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import load_file
 
 from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.checkpoint.folder import find_checkpoint
 from dist_proxygml.checkpoint.model import open_trained
-from dist_proxygml.checkpoint.writer import find_checkpoint
 from dist_proxygml.config import parse_config
 from dist_proxygml.data.index import ClassEntry
 from dist_proxygml.distributed.collectives import AgreedError

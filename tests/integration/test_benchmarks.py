@@ -32,6 +32,8 @@ from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -14,7 +14,7 @@ import webdataset
 
 from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.index import ShardIndex, open_index
-from dist_proxygml.data.pipeline import ShardImages, build_train_loader
+from dist_proxygml.data.pipeline import EpochOrder, ShardImages, build_train_loader
 from dist_proxygml.data.transforms import build_transform
 from tests.shards_of_noise import SIDE, write_noise_shards
 
@@ -101,7 +101,7 @@ def test_damage_is_found_before_a_wrong_sample_is_used(sound: ShardIndex, tmp_pa
         found, message = "opening", str(error)
     else:
         try:
-            for batch in build_train_loader(index, RESIZE, batch_size=1):
+            for batch in build_train_loader(index, RESIZE, EpochOrder(batch_size=1)):
                 (sample_id,) = batch.ids.tolist()
                 assert torch.equal(batch.images[0], originals.image(sample_id))
                 assert batch.labels.tolist() == [sound.labels[sample_id]]

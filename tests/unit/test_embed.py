@@ -13,10 +13,10 @@ from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.shards import ShardSample, write_shard
+from dist_proxygml.data.verify import index_shards
 from dist_proxygml.embed import main
 from dist_proxygml.inference.embedder import Embedder
 from dist_proxygml.inference.embeddings import EmbeddingWriter, check_rows, open_embeddings
-from dist_proxygml.shard import index_shards
 from dist_proxygml.storage import folder as sealed_folder
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
@@ -120,7 +120,7 @@ def test_a_pipe_among_the_images_is_named_and_not_waited_for(
 ) -> None:
     os.mkfifo(photos / "a.png")
     assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 2
-    assert f"{photos / 'a.png'}: no plain file" in capsys.readouterr().err
+    assert f"{photos / 'a.png'}: the file cannot be read: it is no regular file" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(

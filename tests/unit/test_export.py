@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
 from dist_proxygml.checkpoint import model as trained_module
-from dist_proxygml.checkpoint.model import open_trained
+from dist_proxygml.checkpoint.model import EXPORT, open_trained
 from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import BackboneConfig, load_config
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
@@ -27,6 +27,7 @@ from dist_proxygml.export import main
 from dist_proxygml.inference import export_folder
 from dist_proxygml.inference.export_check import original_backbone
 from dist_proxygml.inference.export_folder import export
+from dist_proxygml.storage.folder import seal
 from dist_proxygml.training.transfer import open_transfer
 from tests.harness import run_ranks
 from tests.trained_runs import configuration, read_class_names, write_class_names, write_run
@@ -159,19 +160,18 @@ def test_every_format_gives_what_the_checkpoint_gives_by_the_code_of_its_card(
 ) -> None:
     run, _ = trained
     out = tmp_path / "birds"
-    arguments = ["--run", run, "--out", out, "--format", "onnx,safetensors", "--format", "torchscript,onnx"]
+    arguments = ["--run", run, "--out", out, "--format", "onnx,safetensors", "--format", "onnx"]
     arguments += ["--verify", "--data", DEMO, "--opset", "21"]
     assert main([str(argument) for argument in arguments]) == 0
-    graphs = ["backbone.onnx", "backbone.safetensors", "backbone.torchscript"]
+    graphs = ["backbone.onnx", "backbone.safetensors"]
     assert names_below(out) == ["README.md", *graphs, "bank.safetensors", "classes.jsonl", "export.json"]
 
     # 1. What is told and recorded.
     captured = capsys.readouterr()
-    assert "torch.jit, which TorchScript comes from, is deprecated" in captured.err
-    assert "backbone.onnx in operator set 21, backbone.torchscript\n" in captured.out
+    assert "backbone.onnx in operator set 21\n" in captured.out
     assert re.search(r"verified with 512 images of \d+ classes of demo, split test\n", captured.out)
     about = json.loads((out / "export.json").read_text())
-    assert about["formats"] == ["onnx", "safetensors", "torchscript"]
+    assert about["formats"] == ["onnx", "safetensors"]
     assert about["files"].keys() == {*names_below(out)} - {"export.json"}
     found = {check["file"]: check for check in about["verification"]["files"]}
     assert sorted(found) == graphs
@@ -187,7 +187,7 @@ def test_every_format_gives_what_the_checkpoint_gives_by_the_code_of_its_card(
     for name, colour in (("first.png", (200, 30, 90)), ("second.png", (10, 160, 240))):
         Image.new("RGB", (40, 30), colour).save(out / name)
     blocks = re.findall(r"^```python\n(.*?)^```$", (out / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 1 + 3
+    assert len(blocks) == 1 + 2
     monkeypatch.chdir(out)
     prepared: dict[str, Any] = {}
     exec(compile(blocks[0], "preparation", "exec"), prepared)
@@ -195,7 +195,7 @@ def test_every_format_gives_what_the_checkpoint_gives_by_the_code_of_its_card(
     with torch.no_grad():
         expected = model(torch.from_numpy(prepared["images"])).numpy()
     assert abs(expected[0] - expected[1]).max() > 1e-3
-    for block, sign in zip(blocks[1:], ("onnxruntime", "torch.jit", "build_backbone"), strict=True):
+    for block, sign in zip(blocks[1:], ("onnxruntime", "build_backbone"), strict=True):
         assert sign in block
         names = {"images": prepared["images"]}
         exec(compile(block, sign, "exec"), names)
@@ -203,7 +203,7 @@ def test_every_format_gives_what_the_checkpoint_gives_by_the_code_of_its_card(
         assert names["similarities"].shape == (2, 2)
 
 
-@pytest.mark.parametrize("file", ["backbone.safetensors", "backbone.torchscript", "backbone.onnx"])
+@pytest.mark.parametrize("file", ["backbone.safetensors", "backbone.onnx"])
 def test_a_file_that_differs_from_the_checkpoint_is_not_published(
     trained: tuple[Path, dict[str, np.ndarray]],
     tmp_path: Path,
@@ -253,27 +253,39 @@ def test_a_file_that_differs_from_the_checkpoint_is_not_published(
     assert main(arguments) == 0  # it is --verify that finds it
 
 
+@needs_onnx
 def test_weights_in_bfloat16_stay_so_and_their_graph_is_float32(
     trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
-    told = export(trained[0].with_name("half"), tmp_path / "half", formats=["torchscript", "safetensors"], verify=True)
+    told = export(trained[0].with_name("half"), tmp_path / "half", formats=["onnx", "safetensors"], verify=True)
     assert re.search(r"^backbone.safetensors +bfloat16 +0.0e\+00", told, flags=re.MULTILINE)
-    assert re.search(r"^backbone.torchscript +float32 ", told, flags=re.MULTILINE)
+    assert re.search(r"^backbone.onnx +float32 ", told, flags=re.MULTILINE)
     about = json.loads((tmp_path / "half" / "export.json").read_text())
     assert about["precision"] == "bfloat16"
     assert {check["recall_at_1"] for check in about["verification"]["files"]} == {None}
     assert about["verification"]["images"].startswith("64 random images")
     assert load_file(tmp_path / "half" / "backbone.safetensors")["embedding.weight"].dtype == torch.bfloat16
-    traced = torch.jit.load(tmp_path / "half" / "backbone.torchscript")
-    assert {parameter.dtype for parameter in traced.parameters()} == {torch.float32}
 
 
+@needs_onnx
 def test_a_graph_alone_is_nothing_to_train_from(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
-    told = export(trained[0], tmp_path / "birds", formats=["torchscript"])
-    assert told.endswith(f"to {tmp_path / 'birds'}: small_cnn, backbone.torchscript")
-    assert names_below(tmp_path / "birds") == ["README.md", "backbone.torchscript", "export.json"]
-    with pytest.raises(ValueError, match=r"found a graph only \(torchscript\); export it again with --format safetens"):
+    told = export(trained[0], tmp_path / "birds", formats=["onnx"])
+    assert re.search(r"birds: small_cnn, backbone.onnx in operator set \d+$", told)
+    assert names_below(tmp_path / "birds") == ["README.md", "backbone.onnx", "export.json"]
+    with pytest.raises(ValueError, match=r"found a graph only \(onnx\); export it again with --format safetens"):
         open_trained(tmp_path / "birds")
+
+
+def test_an_export_of_before_that_holds_a_torchscript_graph_still_opens(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    export(trained[0], tmp_path / "new")
+    about = json.loads((tmp_path / "new" / "export.json").read_text())
+    (tmp_path / "new" / "backbone.torchscript").write_bytes(b"a program")
+    about["formats"].append("torchscript")
+    del about["files"]
+    seal(tmp_path / "new", tmp_path / "old", EXPORT, about=about)
+    assert open_trained(tmp_path / "old").bank().shape == open_trained(trained[0]).bank().shape
 
 
 def test_a_card_may_be_edited(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
@@ -291,14 +303,15 @@ def test_a_wrong_command_line_ends_before_any_work(
 ) -> None:
     run, _ = trained
     given = ["--run", str(run), "--out", str(tmp_path / "new")]
+    for name in ("pickle", "torchscript"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, "--format", f"onnx,{name}"])
+        assert f"expected one or several of safetensors, onnx, got {name!r}" in capsys.readouterr().err
     for more, message in (
-        (["--format", "onnx,pickle"], "expected one or several of safetensors, onnx, torchscript, got 'pickle'"),
-        (["--data", "shards/demo"], "--data names the images for --verify"),
-        (["--opset", "20"], "--opset is of ONNX"),
+        (["--data", "shards/demo"], "--verify with --data"),
+        (["--opset", "20"], "onnx with --opset"),
     ):
-        with pytest.raises(SystemExit) as ending:
-            main([*given, *more])
-        assert ending.value.code == 2
+        assert main([*given, *more]) == 2
         assert message in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert main([*given, "--format", "onnx"]) == 2

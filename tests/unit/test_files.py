@@ -1,13 +1,9 @@
 """Absent and unreadable are told apart, logs are read whatever is in them, full disks and pipes are named."""
 
-import contextlib
 import errno
 import os
-import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,35 +14,9 @@ from dist_proxygml.evaluation.best import read_evaluations
 from dist_proxygml.storage import files
 from dist_proxygml.storage.files import in_words, mend_log, mode_of, paths_in, read_document, read_log, remove
 from dist_proxygml.storage.folder import SealedKind, check_is_free, files_below, open_sealed
+from tests.closed_folders import closed
 
 ROOT = Path(__file__).parents[2]
-NOBODY = 65534
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder of a user for whom modes hold, as they do not for root, and the rights of that user."""
-    with tempfile.TemporaryDirectory() as name:
-        is_root = os.geteuid() == 0
-        if is_root:
-            os.chown(name, NOBODY, NOBODY)
-            os.seteuid(NOBODY)
-        try:
-            yield Path(name)
-        finally:
-            if is_root:
-                os.seteuid(0)
-
-
-@contextlib.contextmanager
-def closed(path: Path) -> Iterator[None]:
-    """Nobody may read it in here."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    path.chmod(0)
-    try:
-        yield
-    finally:
-        path.chmod(mode)
 
 
 def test_a_closed_folder_is_not_an_empty_one(folder: Path) -> None:
@@ -193,8 +163,7 @@ def test_a_command_whose_reader_has_gone_comes_to_its_end_with_its_status() -> N
     assert (done.returncode, done.stderr) == (3, "done\n")
 
 
-@pytest.mark.parametrize("path", sorted([*(ROOT / "dist_proxygml").glob("*.py"), *(ROOT / "launchers").glob("*.py")]))
-def test_every_command_ends_through_one_place(path: Path) -> None:
-    _, is_command, ending = path.read_text().rpartition('if __name__ == "__main__":\n')
-    if is_command:
-        assert ending.lstrip().startswith(("run_command(", "run_launcher("))
+def test_every_command_ends_through_one_place() -> None:
+    for path in sorted([*(ROOT / "dist_proxygml").glob("*.py"), *(ROOT / "launchers").glob("*.py")]):
+        _, is_command, ending = path.read_text().rpartition('if __name__ == "__main__":\n')
+        assert not is_command or ending.lstrip().startswith(("run_command(", "run_launcher(")), path

@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from dist_proxygml.backbones.build import EmbeddingModel, Preprocessing, build_backbone
 from dist_proxygml.config import BackboneConfig
 from dist_proxygml.inference import graph
-from dist_proxygml.inference.graph import check_onnx, open_onnx, open_torchscript, write_onnx, write_torchscript
+from dist_proxygml.inference.graph import check_onnx, open_onnx, write_onnx
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -48,6 +47,7 @@ BACKBONES = [
     ("small_cnn", {"pool": 2, "channels_last": True, "options": {"width": 4}}),
     ("torchvision/resnet18", {"options": {"return_node": "layer2"}, "pool": 3}),  # 4 x 4 to 3 x 3: cells overlap
     ("timm/vit_tiny_patch16_224", {"options": {"img_size": 32, "depth": 2}}),
+    ("bn_inception", {}),
 ]
 
 
@@ -71,23 +71,6 @@ def test_an_onnx_graph_gives_what_the_backbone_gives_for_any_number_of_images(
     assert not [text for text in (b"stack_trace", b".py", b"site-packages") if text in content]
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [*BACKBONES, ("bn_inception", {})],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_a_trace_gives_what_the_backbone_gives_for_any_number_of_images(
-    name: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    model = build(name, **settings)
-    write_torchscript(model, tmp_path / "a.pt", side=32)
-    embed = open_torchscript(tmp_path / "a.pt")
-    for count in (1, 5):
-        images = random_images(count, 32)
-        with torch.no_grad():
-            torch.testing.assert_close(embed(images), model(images), **TOLERANCE)
-
-
 @needs_onnx
 def test_mean_deviation_and_order_of_colours_are_in_the_graph(tmp_path: Path) -> None:
     model = EmbeddingModel(
@@ -96,12 +79,10 @@ def test_mean_deviation_and_order_of_colours_are_in_the_graph(tmp_path: Path) ->
         preprocessing=Preprocessing((10.0, 20.0, 40.0), (1.0, 2.0, 4.0), value_range=255.0, order="BGR"),
     ).eval()
     write_onnx(model, tmp_path / "a.onnx", side=2)
-    write_torchscript(model, tmp_path / "a.pt", side=2)
     red, green, blue = 240, 120, 60
     images = torch.tensor([red, green, blue], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 2, 2).contiguous()
     expected = torch.tensor([[(blue - 10) / 1, (green - 20) / 2, (red - 40) / 4]])  # 50, 50, 50
-    for embed in (open_onnx(tmp_path / "a.onnx"), open_torchscript(tmp_path / "a.pt")):
-        torch.testing.assert_close(embed(images), expected / expected.norm())
+    torch.testing.assert_close(open_onnx(tmp_path / "a.onnx")(images), expected / expected.norm())
 
 
 @needs_onnx
@@ -152,16 +133,11 @@ class Decides(nn.Module):
         return pixels.mean(dim=(2, 3)) if pixels.sum() > 0 else pixels.amax(dim=(2, 3))
 
 
-def test_a_network_that_decides_by_its_input_is_no_onnx_and_warned_of_in_a_trace(tmp_path: Path) -> None:
+@needs_onnx
+def test_a_network_that_decides_by_its_input_is_no_onnx(tmp_path: Path) -> None:
     model = EmbeddingModel(
         Decides(), embedding=nn.Identity(), preprocessing=Preprocessing((0.0,) * 3, (1.0,) * 3)
     ).eval()
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        write_torchscript(model, tmp_path / "a.pt", side=4)
-    found = {(warning.category, Path(warning.filename).name) for warning in shown}
-    assert found == {(torch.jit.TracerWarning, Path(__file__).name)}  # ours, and torch's own deprecation, are not
-    if importlib.util.find_spec("onnxscript") is not None:
-        with pytest.raises(ValueError, match=r"torch cannot write this backbone as ONNX .*; take --format torchscript"):
-            write_onnx(model, tmp_path / "a.onnx", side=4)
+    with pytest.raises(ValueError, match=r"torch cannot write this backbone as ONNX .*; take --format safetensors"):
+        write_onnx(model, tmp_path / "a.onnx", side=4)
     assert not (tmp_path / "a.onnx").exists()

@@ -47,11 +47,6 @@ def test_macro_precision_weighs_classes_and_not_images_alike() -> None:
     assert found["precision@1_macro"] == (2 / 3 + 0) / 2
 
 
-def test_without_the_whole_ranking_what_needs_it_is_left_out() -> None:
-    found = metrics.retrieval_metrics(SCORES, np.array([0, 1]), recall_at=(1,), whole_ranking=False)
-    assert set(found) == {"recall@1", "r_precision", "map@r", "precision@1_macro"}
-
-
 def test_r_counts_the_others_of_the_class() -> None:
     assert metrics.count_positives(np.array([7, 3, 7, 9, 7, 3])).tolist() == [2, 1, 2, 0, 2, 1]
 
@@ -130,3 +125,25 @@ def test_metrics_are_those_of_pytorch_metric_learning_where_nothing_ties() -> No
         # theirs sums in float32
         assert ours.metrics[our_name] == pytest.approx(expected[their_name], abs=1e-6), our_name
         assert ours.bounds[our_name] == pytest.approx((ours.metrics[our_name],) * 2, abs=1e-4), our_name
+
+
+def test_metrics_come_in_reading_order_and_deviations_with_what_they_belong_to() -> None:
+    keys = [
+        "nmi",
+        "nmi_sd",
+        "map@r",
+        "recall@10",
+        "recall@2",
+        "recall@1",
+        "mrr",
+        "odd_sd",
+        "ir_recall@5",
+        "legacy_recall@1",
+    ]
+    names = metrics.name_metrics(keys)
+    assert [name.label for name in names] == [
+        *("Recall@1", "Recall@2", "Recall@10", "MAP@R", "MRR", "NMI", "Recall@1 as published"),
+        *("ir_recall@5", "odd_sd"),
+    ]
+    assert names[2].meaning == "queries with a right answer among the first 10"
+    assert names[-2].meaning == ""

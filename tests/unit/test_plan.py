@@ -243,13 +243,6 @@ def test_validation_classes_are_drawn_by_seed_and_number_and_more_of_them_hold_t
     assert few != draw_validation_classes(50, num_drawn=5, seed=4).tolist()
 
 
-def test_a_batch_size_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ValueError, match=r"batch_size 64 .* 3 ranks x 2 .* batch_size 60 or 66"):
-        EpochPlan(np.arange(100), 64, accumulation=2, world_size=3)
-    with pytest.raises(ValueError, match=r"use batch_size 6, or one of \[1, 2\] ranks"):
-        EpochPlan(np.arange(100), 4, accumulation=2, world_size=3)
-
-
 def test_a_shuffle_window_of_no_shards_is_refused() -> None:
     with pytest.raises(ValueError, match="shuffle_window must be at least 1"):
         epoch_order(shards_of(4, 2), seed=0, epoch=0, shuffle_window=0)

@@ -15,9 +15,8 @@ from dist_proxygml.evaluation import rank_counts, retrieval
 from dist_proxygml.evaluation.exact import error_bound, float32_products, round_rows, scores_of_block, scores_of_pairs
 from dist_proxygml.evaluation.metrics import NEVER
 from dist_proxygml.evaluation.rank_counts import in_tiles
-from dist_proxygml.evaluation.retrieval import Depth, Images, Retrieval, SearchOptions, retrieve
+from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions, retrieve
 
-WHOLE = Depth(whole_ranking=True, first_ranks=1, with_self=True)
 TOLERANCE = 1e-6
 UNIT = 1 << 26
 
@@ -109,9 +108,8 @@ def _in_order(values: list[float]) -> float:
 
 
 def retrieved(images: Images, **options: Any) -> Retrieval:
-    depth = options.pop("depth", WHOLE)
     return retrieve(
-        images, depth=depth, tolerance=TOLERANCE, context=single_process(), options=SearchOptions(**options)
+        images, with_self=True, tolerance=TOLERANCE, context=single_process(), options=SearchOptions(**options)
     )
 
 
@@ -168,21 +166,6 @@ def test_the_count_for_gpus_is_the_count_for_cpus(monkeypatch: pytest.MonkeyPatc
         for ours, theirs in zip(found[1:4], expected[1:4], strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_array_equal(a, b)
-
-
-def test_without_the_whole_ranking_nothing_is_swept_and_what_it_needs_is_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    images = Images(*problem(0, num_images=400)[:2], *np.ones((2, 400), bool))
-    expected = retrieved(images)
-    swept: list[int] = []
-    sweep = rank_counts._count_by_sweep
-    monkeypatch.setattr(rank_counts, "_count_by_sweep", lambda *a: (swept.append(int(a[2].sum())), sweep(*a)))
-    found = retrieved(images, depth=Depth(whole_ranking=False, first_ranks=3, with_self=False))
-    assert sum(swept) < 40  # only what is too close to the end of its list
-    np.testing.assert_array_equal(found.exact.first_rank <= 3, expected.exact.first_rank <= 3)
-    np.testing.assert_array_equal(found.exact.r_precision, expected.exact.r_precision)
-    np.testing.assert_array_equal(found.worst.map_at_r, expected.worst.map_at_r)
 
 
 def test_scores_are_exact_in_any_order() -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dist_proxygml import Embedder, Index
+from dist_proxygml.data import remote
 from dist_proxygml.data.sources import FolderSource
 from dist_proxygml.embed import main as embed_main
 from dist_proxygml.index import main as index_main
@@ -230,8 +231,13 @@ def replace_ids(folder: Path, ids: list[str]) -> None:
 
 @pytest.mark.parametrize("is_embeddings", [False, True])
 def test_no_command_runs_that_an_index_or_embeddings_name(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_embeddings: bool
+    place: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    is_embeddings: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.0)
     command = f"pipe:touch {tmp_path}/pwned #{{}}"
     if is_embeddings:
         rewrite_manifest(tmp_path / "e", data={"location": command})
