@@ -86,6 +86,7 @@ def _write(run_directory: Path, data: str | None) -> None:
     from dist_proxygml.config import parse_bytes
     from dist_proxygml.data.index import open_index
     from dist_proxygml.reporting.page import format_table, read_run, write_report
+    from dist_proxygml.storage.run_folder import RunFolder
 
     config = read_run(run_directory).config
     if not config:
@@ -104,7 +105,7 @@ def _write(run_directory: Path, data: str | None) -> None:
     except (ValueError, TypeError, AttributeError) as error:  # of a configuration that may be anybody's
         if data is not None:
             raise ValueError(str(error)) from None
-        earlier = run_directory / "report.html"
+        earlier = RunFolder(run_directory).report
         if earlier.is_file() and "data:image/" in earlier.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
                 f"the images of {earlier} would be lost: {error}; --data says where the shards are, or move that page "

@@ -13,7 +13,6 @@ or uses collectives: what is said of ranks stands in writer.py.
 
 import math
 import os
-import re
 import stat
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,12 +32,12 @@ from dist_proxygml.storage.files import (
     remove,
 )
 from dist_proxygml.storage.folder import SealedKind, look_into, put_back, shortened, write_manifest
+from dist_proxygml.storage.run_folder import RunFolder, by_step, step_in, step_name
 
 MANIFEST_FILE = "MANIFEST.json"
 LATEST_FILE = "latest"
 STATE_FILE = "state.json"
 _KIND = SealedKind("checkpoint", remedy="", manifest_file=MANIFEST_FILE, is_named=False)
-_NAME = re.compile(r"step-[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -85,16 +84,6 @@ class Continuation(NamedTuple):
     """A checkpoint that verifies; None starts anew."""
     passed_over: list[str]
     """Newer checkpoints that do not verify: which, why, and where they are now."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step-{step:06d}"
-
-
-def evaluation_name(step: int, *, of_validation: bool) -> str:
-    """Name of an evaluation after `step` steps; stored as evaluation/NAME.json, beside the folder of checkpoints."""
-    return f"{'validation-' if of_validation else ''}{checkpoint_name(step)}"
 
 
 def published_checkpoints(directory: Path) -> list[Path]:
@@ -235,12 +224,14 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    step = step_in(checkpoint.name)
+    assert step is not None
+    return step
 
 
 def _step_folders(directory: Path) -> list[Path]:
     """Folders that are named as checkpoints are, oldest first."""
-    return sorted((p for p in paths_in(directory, "step-*") if _NAME.fullmatch(p.name) and is_folder(p)), key=_step_of)
+    return [path for path in by_step(directory).values() if is_folder(path)]
 
 
 def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
@@ -316,8 +307,8 @@ def _scores(checkpoints: list[Path], metric: str, *, by_validation: bool) -> tup
     scores: dict[int, float] = {}
     problems = []
     for checkpoint in checkpoints:
-        name = evaluation_name(_step_of(checkpoint), of_validation=by_validation)
-        path = checkpoint.parent.parent / "evaluation" / f"{name}.json"
+        name = step_name(_step_of(checkpoint), of_validation=by_validation)
+        path = RunFolder(checkpoint.parent.parent).evaluation(name)
         try:
             score = float(read_document(path)["metrics"][metric])
         except FileNotFoundError:

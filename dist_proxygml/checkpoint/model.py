@@ -33,6 +33,7 @@ from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.storage.files import parse_json, publish
 from dist_proxygml.storage.folder import SealedKind, open_sealed
+from dist_proxygml.storage.run_folder import RunFolder, step_in
 
 CLASSES_FILE = "classes.jsonl"
 EXPORT_FILE = "export.json"
@@ -151,12 +152,12 @@ def open_trained(path: Path) -> TrainedModel:
     """
     if (path / EXPORT_FILE).is_file():
         return _open_export(path)
-    if (path / "checkpoints").is_dir():
-        checkpoint = find_checkpoint(path / "checkpoints", "auto")
+    checkpoints = RunFolder(path).checkpoints
+    if checkpoints.is_dir():
+        checkpoint = find_checkpoint(checkpoints, "auto")
         if checkpoint is None:
-            instead = found_instead(path / "checkpoints")
-            raise ValueError(f"expected a whole checkpoint in {path / 'checkpoints'}, {instead}")
-    elif (path / MANIFEST_FILE).is_file() or path.name.startswith("step-"):
+            raise ValueError(f"expected a whole checkpoint in {checkpoints}, {found_instead(checkpoints)}")
+    elif (path / MANIFEST_FILE).is_file() or step_in(path.name) is not None:
         checkpoint = find_checkpoint(path.parent, str(path))
         assert checkpoint is not None
     else:

@@ -52,7 +52,6 @@ from dist_proxygml.checkpoint.folder import (
     Retention,
     RunState,
     SavedCheckpoint,
-    checkpoint_name,
     read_state,
     tidy_up,
     write_checkpoint_manifest,
@@ -64,6 +63,7 @@ from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage.files import in_words, remove
 from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
+from dist_proxygml.storage.run_folder import step_name
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class CheckpointWriter:
             )
             return [saved]
         self._unreported = self.wait()
-        with _nothing_was_written(self._directory / checkpoint_name(state.step)):
+        with _nothing_was_written(self._directory / step_name(state.step)):
             snapshot = _take_snapshot(state, engine, loss, bank_optimizer, self._context, copy=True)
         published = self.poll()
         self._start(snapshot, self._aside)
@@ -223,7 +223,7 @@ def save_checkpoint(
         ValueError: on every rank, if a rank could not write its part. Nothing is left of this checkpoint, and earlier
             ones are intact.
     """
-    with _nothing_was_written(directory / checkpoint_name(state.step)):
+    with _nothing_was_written(directory / step_name(state.step)):
         snapshot = _take_snapshot(state, engine, loss, bank_optimizer, context, copy=False)
     return _write(snapshot, directory, context, retention)
 
@@ -338,7 +338,7 @@ def _random_state(context: ParallelContext) -> dict[str, Tensor]:
 
 def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, retention: Retention) -> SavedCheckpoint:
     """Write, publish, prune. Called on all ranks, in any thread, while nothing else uses the group of `context`."""
-    final = directory / checkpoint_name(snapshot.state.step)
+    final = directory / step_name(snapshot.state.step)
     partial = partial_path(final)
     with _nothing_was_written(final):
         try:

@@ -30,6 +30,7 @@ from dist_proxygml.data.pipeline import sample_generators
 from dist_proxygml.data.sources import read_image
 from dist_proxygml.data.transforms import Transform, build_transform
 from dist_proxygml.storage.files import sha256_of
+from dist_proxygml.storage.run_folder import RunFolder
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -76,9 +77,9 @@ class Embedder:
         """
         path = Path(path)
         where = choose_device(device)
-        if checkpoint is not None and not (path / "checkpoints").is_dir():
+        if checkpoint is not None and not RunFolder(path).checkpoints.is_dir():
             raise ValueError(f"expected the folder of a run with a checkpoint name, got {path}; leave the name out")
-        trained = open_trained(path / "checkpoints" / checkpoint if checkpoint else path)
+        trained = open_trained(RunFolder(path).checkpoints / checkpoint if checkpoint else path)
         batch_size, test_split = 64, "test"
         if trained.export is not None:
             name = trained.export["run"]
@@ -88,7 +89,7 @@ class Embedder:
         else:
             run = trained.path.parent.parent
             config = load_run_config(run)
-            trained.check_config(config, source=run / "config.json")
+            trained.check_config(config, source=RunFolder(run).config)
             name, backbone, transform = config.name, config.backbone, config.data.test_transform
             batch_size, test_split = config.evaluation.batch_size, config.data.test_split
         with torch.random.fork_rng(devices=[]):  # its first weights are thrown away

@@ -204,14 +204,15 @@ class Index:
             shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Index":
-        """Open what `save` wrote, every byte of which is verified.
+    def load(cls, path: str | Path, *, verify: bool = False) -> "Index":
+        """Open what `save` wrote, which is read once: the sizes of its files and the structure of the index are
+        checked, and with `verify` every byte first.
 
         Raises:
             ValueError: it is no index, or it is damaged; faiss is missing.
         """
         path = Path(path)
-        manifest = open_sealed(path, KIND)
+        manifest = open_sealed(path, KIND, deep=verify)
         faiss = load_faiss()
         try:
             parameters = dict(manifest["index"])

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from dist_proxygml.checkpoint.folder import checkpoint_name
 from dist_proxygml.cli import printable
 from dist_proxygml.data.sources import FolderSource, ImageRecord, ImageSource, OnBad, open_source, read_image
 from dist_proxygml.inference.embedder import Embedder, loading_processes, model_difference
 from dist_proxygml.inference.retrieval_index import Index
 from dist_proxygml.inference.search_page import Row, Tile, write_page
 from dist_proxygml.reporting.render import read_makers
+from dist_proxygml.storage.run_folder import RunFolder, step_name
 
 
 class Match(NamedTuple):
@@ -67,8 +67,8 @@ def open_model(index: Index, path: Path, *, run: Path | None = None, device: str
         return embedder
     called = f"{model.get('run')}, step {model.get('step')}"
     checkpoint = None
-    if run is not None and (run / "checkpoints" / checkpoint_name(model["step"])).is_dir():
-        checkpoint = checkpoint_name(model["step"])
+    if run is not None and (RunFolder(run).checkpoints / step_name(model["step"])).is_dir():
+        checkpoint = step_name(model["step"])
     try:
         embedder = Embedder.from_run(run or model["path"], device=device, checkpoint=checkpoint)
     except ValueError as error:

@@ -30,15 +30,8 @@ from dist_proxygml.reporting.charts import Chart, Series, line_chart
 from dist_proxygml.reporting.pictures import picture_parts
 from dist_proxygml.reporting.proxies import proxy_statistics
 from dist_proxygml.reporting.render import quoted, read_makers, render
-from dist_proxygml.storage.files import (
-    is_folder,
-    mode_of,
-    paths_in,
-    publish_text,
-    read_document,
-    read_file,
-    read_log,
-)
+from dist_proxygml.storage.files import is_folder, mode_of, publish_text, read_document, read_file, read_log
+from dist_proxygml.storage.run_folder import RunFolder, by_step
 
 _MAX_LISTED = 20  # entries of a list in the protocol
 _HEADLINE = ("map@r", "nmi")  # beside Recall@K
@@ -79,26 +72,23 @@ def read_run(run_directory: Path) -> RunRecord:
         raise ValueError(
             f"expected a run's folder, {run_directory} does not exist; train a run, or name another folder"
         )
-    config_file, pixels_file = (
-        run_directory / "config.json",
-        run_directory / "evaluation" / "pixels.json",
-    )
+    folder = RunFolder(run_directory)
+    pixels_file = folder.evaluation("pixels")
     try:
-        config = read_document(config_file)
+        config = read_document(folder.config)
     except FileNotFoundError:
         config = {}
     except ValueError as error:
         raise ValueError(f"{error}; copy the run again") from None
-    tables = [path for path in paths_in(run_directory / "embeddings") if re.fullmatch(r"step-\d+\.npz", path.name)]
     return RunRecord(
         name=config.get("name") or run_directory.resolve().name,
         config=config,
-        training=_training_lines(run_directory / "metrics.jsonl"),
-        evaluations=read_evaluations(run_directory, "step-"),
-        validation=read_evaluations(run_directory, "validation-step-"),
+        training=_training_lines(folder.metrics),
+        evaluations=read_evaluations(run_directory),
+        validation=read_evaluations(run_directory, of_validation=True),
         chosen=selected_rows(run_directory),
         pixels=EvaluationResult.from_json(read_file(pixels_file)) if mode_of(pixels_file) else None,
-        table=_newest_table(tables),
+        table=_newest_table(list(by_step(folder.path / "embeddings", ".npz").values())),
     )
 
 
@@ -157,7 +147,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         makers=None if index is None else read_makers(index.root),
         **(_measured(list(rows.values())[-1]) if rows else {}),
     )
-    path = run_directory / "report.html"
+    path = RunFolder(run_directory).report
     publish_text(path, page)
     return path
 
@@ -292,7 +282,7 @@ def _training_lines(path: Path) -> list[dict[str, Any]]:
 def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
     """Read the embeddings of the newest evaluation; None if missing or damaged."""
     try:
-        return load_table(max(paths, key=lambda path: int(path.stem[5:]))) if paths else None
+        return load_table(paths[-1]) if paths else None
     except ValueError as error:
         warnings.warn(str(error), stacklevel=2)
         return None

@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from dist_proxygml.distributed.memory import peak_memory
 from dist_proxygml.storage.files import mend_log, paths_in
+from dist_proxygml.storage.run_folder import RunFolder
 
-BOARD_FOLDER = "tensorboard"
-METRICS_FILE = "metrics.jsonl"
 _EVENTS = "events.out.tfevents."  # TensorBoard's file prefix, followed by seconds since 1970 and more
 
 
@@ -46,13 +45,11 @@ class Telemetry:
         """Messages about damaged lines in the earlier log."""
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
-            path = run_directory / METRICS_FILE
-            self.problems = mend_log(path, {"step": int}, keep=lambda line: line["step"] <= start_step)
-            self._lines = path.open("a", buffering=1, encoding="utf-8")
-            _order_by_name(run_directory / BOARD_FOLDER)
-            self._board = SummaryWriter(
-                str(run_directory / BOARD_FOLDER), purge_step=start_step + 1 if start_step else None
-            )
+            folder = RunFolder(run_directory)
+            self.problems = mend_log(folder.metrics, {"step": int}, keep=lambda line: line["step"] <= start_step)
+            self._lines = folder.metrics.open("a", buffering=1, encoding="utf-8")
+            _order_by_name(folder.board)
+            self._board = SummaryWriter(str(folder.board), purge_step=start_step + 1 if start_step else None)
             # a line every 15 seconds in a file, a bar in a terminal
             pace = (
                 {"mininterval": 0.5, "dynamic_ncols": True}

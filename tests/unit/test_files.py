@@ -40,7 +40,7 @@ def test_a_closed_folder_is_not_an_empty_one(folder: Path) -> None:
     with closed(inner):
         for look in (
             lambda: paths_in(inner, "step-*.json"),
-            lambda: read_evaluations(folder, "step-"),
+            lambda: read_evaluations(folder),
             lambda: mode_of(inner / "step-000001.json"),
             lambda: files_below(folder),
             lambda: FolderSource.of_folder(folder),

@@ -381,7 +381,12 @@ def test_queries_that_cannot_be_read_are_named(place: Place, capsys: pytest.Capt
 
 def test_a_damaged_index_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     path = place.index / "index.faiss"
-    path.write_bytes(path.read_bytes()[:-1])
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert searched(place, place.path(0)) == 0  # every byte is compared only if that is wanted
+    capsys.readouterr()
+    assert f"{place.index} is damaged: index.faiss has sha256" in told(capsys, place, place.path(0), "--verify")
+    path.write_bytes(content[:-1])
     assert f"{place.index} is damaged: index.faiss has" in told(capsys, place, place.path(0))
     shutil.rmtree(place.index)
     assert "found no such folder; build it with" in told(capsys, place, place.path(0))
