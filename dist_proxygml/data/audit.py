@@ -72,9 +72,9 @@ def audit_shards(
     return findings, indices
 
 
-def check_images(index: ShardIndex, *, num_sampled: int = _NUM_SAMPLED) -> Iterator[Finding]:
+def check_images(index: ShardIndex) -> Iterator[Finding]:
     """The bytes of images drawn over the whole split, against their crc32."""
-    drawn = np.random.default_rng(0).permutation(index.num_samples)[:num_sampled]
+    drawn = np.random.default_rng(0).permutation(index.num_samples)[:_NUM_SAMPLED]
     reader = ShardReader(index.open_shard)
     damaged = []
     for sample_id in sorted(drawn.tolist()):

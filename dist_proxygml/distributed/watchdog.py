@@ -28,11 +28,10 @@ class Watchdog:
     Args:
         timeout: seconds; None never ends anything.
         report: file that the threads' stacks are written to, besides stderr.
-        what: what takes too long, for the message.
     """
 
-    def __init__(self, timeout: float | None, *, report: Path, what: str = "a step") -> None:
-        self._timeout, self._report, self._what = timeout, report, what
+    def __init__(self, timeout: float | None, *, report: Path) -> None:
+        self._timeout, self._report = timeout, report
         self._deadline: float | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -75,7 +74,7 @@ class Watchdog:
     def _bite(self) -> None:
         rank = os.environ.get("RANK", "0")
         message = (
-            f"error: {self._what} has taken longer than {self._timeout:g} s on rank {rank}; what its threads were "
+            f"error: a step has taken longer than {self._timeout:g} s on rank {rank}; what its threads were "
             f"doing follows and stands in {self._report}; start the run again to go on from its newest checkpoint, or "
             "raise training.step_timeout\n"
         )
