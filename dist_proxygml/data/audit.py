@@ -99,9 +99,9 @@ def audit_shards(
     return findings, indices
 
 
-def check_images(index: ShardIndex, *, num_sampled: int = _NUM_SAMPLED) -> Iterator[Finding]:
+def check_images(index: ShardIndex) -> Iterator[Finding]:
     """Check the crc32 of images sampled from the whole split."""
-    drawn = np.random.default_rng(0).permutation(index.num_samples)[:num_sampled]
+    drawn = np.random.default_rng(0).permutation(index.num_samples)[:_NUM_SAMPLED]
     reader = ShardReader(index.open_shard)
     damaged = []
     for sample_id in sorted(drawn.tolist()):

@@ -14,7 +14,7 @@ workers) and persistent workers (they keep a transform's old epoch).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -103,6 +103,7 @@ def sent(make: Callable[[MicroBatch], Batch], micro_batch: MicroBatch) -> tuple[
     return (images, labels.numpy(), ids.numpy(), *rest)
 
 
+@dataclass(eq=False)
 class ShardImages(Dataset[Batch]):
     """Images of one split by id, indexed by whole micro-batches.
 
@@ -110,23 +111,15 @@ class ShardImages(Dataset[Batch]):
     class (of any class if it has no other), "leave_out" gives a smaller batch.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        transform: Transform,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        cache: ImageCache | None = None,
-        damaged: Literal["fail", "replace", "leave_out"] = "fail",
-    ) -> None:
-        self.index = index
-        self.transform = transform
-        self.seed = seed
-        self.epoch = epoch
-        self.cache = cache
-        self.damaged = damaged
-        self.reader = ShardReader(index.open_shard)
+    index: ShardIndex
+    transform: Transform
+    seed: int = field(default=0, kw_only=True)
+    epoch: int = field(default=0, kw_only=True)
+    cache: ImageCache | None = field(default=None, kw_only=True)
+    damaged: Literal["fail", "replace", "leave_out"] = field(default="fail", kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.reader = ShardReader(self.index.open_shard)
 
     def __len__(self) -> int:
         return self.index.num_samples

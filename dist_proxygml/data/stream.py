@@ -25,6 +25,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import urlparse
 
@@ -37,7 +38,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
-from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.data.pipeline import Batch, EpochOrder, RankShare
 from dist_proxygml.data.shards import (
     IMAGE_EXTENSIONS,
     ShardUnavailableError,
@@ -80,16 +81,11 @@ class StreamLoader:
 def build_stream_loader(
     urls: str,
     transform: Transform,
+    order: EpochOrder,
+    share: RankShare = RankShare(),  # noqa: B008 - it cannot be changed
     *,
     num_classes: int,
-    batch_size: int,
     num_images: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    start: int = 0,
     num_workers: int = 0,
     resampled: bool = True,
     shuffle_buffer: int = 1000,
@@ -97,71 +93,41 @@ def build_stream_loader(
 ) -> StreamLoader:
     """Build full steps over about `num_images` images of all ranks, from shards in webdataset's brace notation.
 
-    `batch_size` counts the images of one optimizer step over all ranks and micro-batches. `start` only selects another
-    random stream than that of the epoch's beginning. A damaged sample ends the stream; with `max_damaged`, more than
-    that many between two batches of a loading process.
+    Only the batch size and the seeds of `order` count. `share.start` only selects another random stream than that of
+    the epoch's beginning. A damaged sample ends the stream; with `max_damaged`, more than that many between two batches
+    of a loading process.
 
     Raises:
         ValueError: a shard is missing, or, unless `resampled`, there are fewer shards than loading processes over all
             ranks.
     """
-    slots = world_size * accumulation
-    assert batch_size % slots == 0, "Config.micro_batch_size refuses such a batch"
+    assert order.batch_size % (share.world_size * share.accumulation) == 0, "Config.micro_batch_size refuses it"
     shards = stream_shards(urls)
-    num_readers = world_size * max(1, num_workers)
+    num_readers = share.world_size * max(1, num_workers)
     if not resampled and len(shards) < num_readers:
         raise ValueError(
-            f"a stream of {len(shards)} shards for {num_readers} loading processes ({world_size} ranks x "
+            f"a stream of {len(shards)} shards for {num_readers} loading processes ({share.world_size} ranks x "
             f"{max(1, num_workers)}) leaves some without any; use fewer, or data.stream.resampled"
         )
-    images = _StreamImages(
-        shards,
-        transform,
-        num_classes=num_classes,
-        batch_size=batch_size // slots,
-        global_size=batch_size // accumulation,
-        step_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        seeds=(seed, epoch, start),
-        resampled=resampled,
-        shuffle_buffer=shuffle_buffer,
-        max_damaged=max_damaged,
-    )
-    return StreamLoader(images, num_steps=num_images // batch_size, accumulation=accumulation, num_workers=num_workers)
+    images = _StreamImages(shards, transform, order, share, num_classes, resampled, shuffle_buffer, max_damaged)
+    num_steps = num_images // order.batch_size
+    return StreamLoader(images, num_steps=num_steps, accumulation=share.accumulation, num_workers=num_workers)
 
 
+@dataclass(eq=False)
 class _StreamImages(IterableDataset[Batch | str]):
     """Endless micro-batches, a stream for each loading process."""
 
-    def __init__(
-        self,
-        shards: list[str],
-        transform: Transform,
-        *,
-        num_classes: int,
-        batch_size: int,
-        global_size: int,
-        step_size: int,
-        rank: int,
-        world_size: int,
-        seeds: tuple[int, ...],
-        resampled: bool,
-        shuffle_buffer: int,
-        max_damaged: int | None,
-    ) -> None:
-        self.shards = shards
-        self.transform = transform
-        self.num_classes = num_classes
-        self.batch_size = batch_size
-        self.global_size = global_size
-        self.step_size = step_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seeds = seeds
-        self.resampled = resampled
-        self.shuffle_buffer = shuffle_buffer
-        self.max_damaged = max_damaged
+    shards: list[str]
+    transform: Transform
+    order: EpochOrder
+    share: RankShare
+    num_classes: int
+    resampled: bool
+    shuffle_buffer: int
+    max_damaged: int | None
+
+    def __post_init__(self) -> None:
         self._unusable: dict[str, _UnusableError] = {}  # since the last batch
         self._has_usable = False  # this pass over the shards
 
@@ -175,7 +141,8 @@ class _StreamImages(IterableDataset[Batch | str]):
 
     def check(self, process: int, num_processes: int) -> None:
         """Read what a loading process of this rank reads, up to the first usable sample."""
-        reader, num_readers = self.rank * num_processes + process, self.world_size * num_processes
+        reader = self.share.rank * num_processes + process
+        num_readers = self.share.world_size * num_processes
         for _ in self._samples(self._own(reader, num_readers), random.Random(0)):
             if self._has_usable:
                 break
@@ -186,8 +153,9 @@ class _StreamImages(IterableDataset[Batch | str]):
     def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader, num_readers = self.rank * num_workers + number, self.world_size * num_workers
-        randomness = np.random.SeedSequence([*self.seeds, reader])
+        reader, num_readers = self.share.rank * num_workers + number, self.share.world_size * num_workers
+        step_size, global_size = self.order.batch_size, self.order.batch_size // self.share.accumulation
+        randomness = np.random.SeedSequence([self.order.seed, self.order.epoch, self.share.start, reader])
         generators = (np.random.Generator(np.random.Philox(child)) for child in _children(randomness))
         generator = random.Random(int(randomness.generate_state(1)[0]))
         own = self._own(reader, num_readers)
@@ -204,12 +172,12 @@ class _StreamImages(IterableDataset[Batch | str]):
                 continue
             images.append(image)
             labels.append(label)
-            if len(images) == self.batch_size:
+            if len(images) == global_size // self.share.world_size:
                 transformed = self.transform(images, list(itertools.islice(generators, len(images))))
                 ids = torch.full((len(images),), -1)
                 damaged = tuple(problem.damage for problem in self._unusable.values())
                 leaving = ready_to_leave(transformed)
-                yield Batch(leaving, torch.tensor(labels), ids, self.global_size, self.step_size, damaged)
+                yield Batch(leaving, torch.tensor(labels), ids, global_size, step_size, damaged)
                 images, labels, self._unusable = [], [], {}
 
     def _samples(self, own: list[str], generator: random.Random) -> Iterator[dict[str, Any]]:

@@ -117,10 +117,11 @@ def train(
     evaluated = [
         EvaluatedSplit(
             index,
-            build_damage_log(config, context, path, split=name, num_images=index.num_samples),
+            build_damage_log(config, context, path, split=index.split, num_images=index.num_samples),
             is_validation=index is data.validation,
         )
-        for index, name in _splits_to_evaluate(data, test_index)
+        for index in (data.validation, test_index)  # the test split last
+        if index is not None
     ]
     are_all_known = transfer is not None and transfer.num_new == 0
     if found is None and config.proxies.initialization == "class_mean" and not are_all_known:
@@ -178,11 +179,6 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
     num_sharing = hosts.count(socket.gethostname()) if context.device.type == "cpu" else 1
     memory = available_memory(context.device) // num_sharing
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
-
-
-def _splits_to_evaluate(data: TrainingData, test_index: ShardIndex) -> list[tuple[ShardIndex, str]]:
-    """Return the splits to evaluate, the test split last."""
-    return [(index, index.split) for index in (data.validation, test_index) if index is not None]
 
 
 def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
