@@ -515,6 +515,7 @@ def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path, capsys: 
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*1 lines are left out, the first is 1. no .step. in it")
 @pytest.mark.parametrize("data", [[], {"shards": None}, {"shards": -1}, {"test_split": []}, {"cache_directory": 1}])
 def test_a_configuration_of_other_types_costs_the_images_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], data: object
