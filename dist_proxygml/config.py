@@ -18,7 +18,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
@@ -26,6 +35,12 @@ from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
 
 
+def _checked_bytes(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+_ByteCount = Annotated[str, Field(pattern=f"^{_BYTES}$"), AfterValidator(_checked_bytes)]
 # A part of the names of files.
 SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
@@ -153,9 +168,7 @@ class DataConfig(_Section):
     cache_directory: str | None = Field(
         None, description="Where remote shards are kept; null is ~/.cache/dist_proxygml/shards."
     )
-    cache_limit: str | None = Field(
-        None, pattern=f"^{_BYTES}$", description="Most bytes of remote shards kept there; null keeps all."
-    )
+    cache_limit: _ByteCount | None = Field(None, description="Most bytes of remote shards kept there; null keeps all.")
     cache_images: bool = Field(
         False, description="Keep decoded images in memory: small data sets only, with num_workers 0."
     )
@@ -256,9 +269,8 @@ class ProxiesConfig(_Section):
         description="How ranks find the global top-k: gather the bank, exchange candidates, add up histograms, or the "
         "one that moves the fewest bytes.",
     )
-    memory_budget: str = Field(
+    memory_budget: _ByteCount = Field(
         "256 MiB",
-        pattern=f"^{_BYTES}$",
         description="Memory of one rank for similarities that are searched; the kept pairs of image and proxy take "
         "about 120 bytes each besides.",
     )
@@ -441,9 +453,8 @@ class EvaluationConfig(_Section):
         description="Every rank searches the whole gallery for a share of the queries, or its part of the gallery for "
         "all queries; auto divides what does not fit half of a GPU's free memory. The numbers are the same.",
     )
-    memory_budget: str = Field(
+    memory_budget: _ByteCount = Field(
         "256 MiB",
-        pattern=f"^{_BYTES}$",
         description="Memory of one rank for lists and scores while it searches; more is faster on a GPU.",
     )
 
@@ -766,12 +777,15 @@ def parse_bytes(text: str) -> int:
     """A byte count with a binary unit as a number: "1.5 KiB" -> 1536.
 
     Raises:
-        ValueError: no such number and unit.
+        ValueError: no such number and unit, or none from 1 to 2^62.
     """
     match = re.fullmatch(_BYTES, text)
     if match is None:
         raise ValueError(f'expected a number of B, KiB, MiB, GiB or TiB such as "256 MiB", got {text!r}')
-    return int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2]))
+    number = float(match[1]) * 1024.0 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2])
+    if not 1 <= number <= _MAX_NUMBER:
+        raise ValueError(f"expected from 1 B to 2^62 bytes, got {text[:40]}; change it")
+    return int(number)
 
 
 _CONFIGS = Path(__file__).parent / "configs"  # those of the repository, in a wheel as well
