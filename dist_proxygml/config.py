@@ -18,7 +18,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
@@ -26,6 +35,12 @@ from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
 
 
+def _checked_bytes(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+_ByteCount = Annotated[str, Field(pattern=f"^{_BYTES}$"), AfterValidator(_checked_bytes)]
 # A part of a file name.
 SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
@@ -151,9 +166,7 @@ class DataConfig(_Section):
     cache_directory: str | None = Field(
         None, description="Cache folder of remote shards; null is ~/.cache/dist_proxygml/shards."
     )
-    cache_limit: str | None = Field(
-        None, pattern=f"^{_BYTES}$", description="Maximum size of that cache; null keeps all."
-    )
+    cache_limit: _ByteCount | None = Field(None, description="Maximum size of that cache; null keeps all.")
     cache_images: bool = Field(
         False, description="Keep decoded images in memory: small data sets only, with num_workers 0."
     )
@@ -220,7 +233,7 @@ class BackboneConfig(_Section):
     """Network from images to unit-length embeddings."""
 
     name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
-    embedding_dim: int = Field(512, ge=1, le=1 << 20, description="Dimension D of the embedding.")
+    embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
     pretrained: str | None = Field(
         None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
     )
@@ -254,9 +267,8 @@ class ProxiesConfig(_Section):
         description="How ranks find the global top-k: gather the bank, exchange candidates, sum histograms; auto: the "
         "one that moves the fewest bytes.",
     )
-    memory_budget: str = Field(
+    memory_budget: _ByteCount = Field(
         "256 MiB",
-        pattern=f"^{_BYTES}$",
         description="Memory per rank for similarities during the search; each kept pair of image and proxy takes "
         "about 120 bytes in addition.",
     )
@@ -437,9 +449,8 @@ class EvaluationConfig(_Section):
         description="Every rank searches the full gallery for a share of the queries, or its part of the gallery for "
         "all queries; auto divides a gallery over half of a GPU's free memory. The numbers are the same.",
     )
-    memory_budget: str = Field(
+    memory_budget: _ByteCount = Field(
         "256 MiB",
-        pattern=f"^{_BYTES}$",
         description="Memory per rank for lists and scores during the search; more is faster on a GPU.",
     )
 
@@ -762,12 +773,15 @@ def parse_bytes(text: str) -> int:
     """Parse a byte count with a binary unit: "1.5 KiB" -> 1536.
 
     Raises:
-        ValueError: it is not a number with a unit.
+        ValueError: it is not a number with a unit, or not from 1 to 2^62.
     """
     match = re.fullmatch(_BYTES, text)
     if match is None:
         raise ValueError(f'expected a number of B, KiB, MiB, GiB or TiB such as "256 MiB", got {text!r}')
-    return int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2]))
+    number = float(match[1]) * 1024.0 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2])
+    if not 1 <= number <= _MAX_NUMBER:
+        raise ValueError(f"expected from 1 B to 2^62 bytes, got {text[:40]}; change it")
+    return int(number)
 
 
 _CONFIGS = Path(__file__).parent / "configs"  # those of the repository, also in a wheel

@@ -35,6 +35,15 @@ _LEAVE_AFTER = 4 << 20  # buffered bytes of a shard being written
 _END_MARK = 2 * tarfile.BLOCKSIZE  # zero bytes after the last member
 _NAMES = {"encoding": "utf-8", "errors": "backslashreplace"}  # of members: any bytes, shown
 LONGEST_HEADER = 32 * tarfile.BLOCKSIZE  # of a member with a name of any length that a file system allows
+_PACKED = {
+    b"\x1f\x8b": ("a gzip file", "unpack it with `gunzip`"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it with `unzstd`"),
+    b"BZh": ("a bzip2 file", "unpack it with `bunzip2`"),
+    b"\xfd7zXZ": ("an xz file", "unpack it with `unxz`"),
+    b"PK\x03\x04": ("a zip archive", "unpack it, and write its files into a tar"),
+    b"version https://git-lfs": ("a pointer of Git LFS", "fetch the file with `git lfs pull`"),
+    b"<": ("a web page", "download the shard again"),
+}
 
 # A sample: its shard's number, its label, the place of the image's bytes in the shard, and their crc32.
 SAMPLE_DTYPE = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("nbytes", "<u4"), ("crc32", "<u4")])
@@ -183,6 +192,14 @@ def list_shard(
         return ListedShard(size, hashlib.sha256(content).hexdigest(), list(samples), rows, classes, num_turned)
 
 
+def _no_tar(content: mmap.mmap, problem: Exception) -> str:
+    """What to say of a file that tarfile cannot read."""
+    for mark, (kind, remedy) in _PACKED.items():
+        if content[: len(mark)] == mark:
+            return f"expected a plain tar, got {kind}; {remedy}"
+    return f"not a readable tar ({problem}); copy or build the shard again"
+
+
 def _note_class(path: Path, classes: dict[int, tuple[str, int | str]], label: int, info: Mapping[str, Any]) -> None:
     """Record the class name that the sample's JSON gives its label. Raises ValueError if there are two."""
     if "class_name" in info:
@@ -242,8 +259,13 @@ def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dic
                         f"{path}: {shown_key(key)}.{extension} is a link, expected a file; write the shard again with "
                         "`tar --dereference --hard-dereference`"
                     )
-                if not member.isfile():
-                    continue
+                if not member.isfile() or not extension or not key.rpartition("/")[2]:
+                    continue  # as every reader of WebDataset does: a file without a suffix or with a dot in front
+                if member.issparse():
+                    raise ValueError(
+                        f"{path}: {shown_key(key)}.{extension} is stored without its zeros (tar -S), expected the "
+                        "whole file; write the shard again without that option"
+                    )
                 if key in samples and key != last_key:
                     raise ValueError(
                         f"{path}: the members of sample {shown_key(key)} are not adjacent; write the shard again, as "
@@ -263,7 +285,7 @@ def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dic
                 members[extension] = (member.offset_data, member.size)
             end = tar.offset
     except (tarfile.TarError, RecursionError, OverflowError) as problem:  # a thousand consecutive headers of long names
-        raise ValueError(f"{path}: not a readable tar ({problem}); copy or build the shard again") from problem
+        raise ValueError(f"{path}: {_no_tar(content, problem)}") from problem
     # tarfile treats a damaged header as the end of the tar.
     if content[end:].strip(b"\0"):
         raise ValueError(f"{path}: a damaged header at byte {end}; copy or build the shard again")
@@ -288,7 +310,8 @@ def _sample_fields(
     if not isinstance(label, int):
         raise ValueError(
             f"{path}: sample {shown_key(key)} has the label {label!r}; "
-            f"expected a non-negative integer in ASCII, at most {MAX_LABEL}"
+            f"expected a non-negative integer in ASCII, at most {MAX_LABEL}; write the shards again with labels that "
+            "count the classes from 0, and their names as class_name in <key>.json"
         )
     try:
         info = parse_json(payload("json")) if "json" in members else {}
@@ -305,8 +328,8 @@ def wrong_members(extensions: Iterable[str]) -> str:
         f"has members {[name[:40] for name in names[:5]]}{more}; expected one of {', '.join(IMAGE_EXTENSIONS)}, and cls"
     )
     if any(name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls") for name in names if "." in name):
-        text += "; keys end at the first dot of a file name: rename the members so that their keys have none"
-    return text
+        return f"{text}; keys end at the first dot of a file name: rename the members so that their keys have none"
+    return f"{text}; write the shards again with these members"
 
 
 def shown_key(key: str) -> str:

@@ -1,6 +1,7 @@
 """Folders of shards: compared with their index, described, and given an index where others wrote the tars."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
         )
     tars = paths_in(root, "*.tar")
     if not tars:
-        raise ValueError(f"{root} has no .tar files; name a folder of WebDataset shards")
+        packed = [path.name for path in paths_in(root, "*.t*") if re.search(r"\.(tar\.\w+|tgz)$", path.name)]
+        remedy = f"unpack {packed[0]} and its like" if packed else "name a folder of WebDataset shards"
+        raise ValueError(f"{root} has no .tar files; {remedy}")
     previous = _previous_index(root)
     shards: dict[str, list[tuple[str, ListedShard]]] = {}
     names: dict[str, dict[int, tuple[str, int | str]]] = {}
@@ -71,7 +74,12 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
         space = ("query", "gallery") if split in ("query", "gallery") else (split,)
         rows = [listed.rows for one in space for _, listed in shards.get(one, [])]
         num_samples = sum(map(len, rows))
-        num_classes = max((int(part["label"].max(initial=-1)) for part in rows), default=-1) + 1
+        if not any(len(listed.rows) for _, listed in shards[split]):
+            raise ValueError(
+                f"{root / shards[split][0][0]}: expected samples in the split {split!r}, got none; remove its shards, "
+                "or write them again"
+            )
+        num_classes = max(int(part["label"].max(initial=-1)) for part in rows) + 1
         if num_classes - 1 > max(_MANY_LABELS, 100 * num_samples):
             raise ValueError(
                 f"{root}: the {num_samples} samples of {split!r} have labels up to {num_classes - 1}, expected labels "

@@ -222,7 +222,8 @@ def _greeting(
         start = f"resuming {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
-    kind = "" if data.index is None else "seen " if shared_classes(data.index, test_index) else "unseen "
+    shared = None if data.index is None else shared_classes(data.index, test_index)
+    kind = "" if shared is None else "seen " if shared else "unseen "  # numbers for names do not tell
     return (
         f"{config.name}: {data} to train on, "
         f"{test_index.num_samples:,} of {test_index.num_classes:,} {kind}classes to evaluate on"
