@@ -186,6 +186,7 @@ def test_a_finished_run_is_shown_again_and_never_continued_under_other_settings(
     assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_path: Path) -> None:
     changes = ["deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=true", "evaluation.at_start=false"]
@@ -201,6 +202,7 @@ def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_pat
     assert json.loads(stored.read_text()) == expected
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "demo_cpu")
@@ -264,6 +266,7 @@ def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(t
     assert "train-00000" in done.stderr + done.stdout
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_damaged_images_are_skipped_named_and_counted_in_class_balanced_training_on_two_ranks(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
@@ -337,6 +340,7 @@ def test_a_rest_that_does_not_divide_is_refused_before_anything_is_written(train
     assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_a_stream_of_plain_shards_trains(tmp_path: Path) -> None:
     changes = [f"runs_dir={tmp_path}", *SHORT, "training.max_steps=3", "evaluation.at_start=false"]
