@@ -14,6 +14,7 @@ import pytest
 
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.pipeline import build_order
+from dist_proxygml.faults import VARIABLE
 from tests.harness import free_port, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +201,17 @@ def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_pat
     done = evaluate("--run", str(tmp_path / "demo_cpu"), num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(stored.read_text()) == expected
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_to_one_rank_ends_all_ranks_and_what_was_trained_is_saved(tmp_path: Path) -> None:
+    changes = [f"runs_dir={tmp_path}", *SHORT, "evaluation.at_start=false", "evaluation.raw_pixels=false"]
+    done = train("--set", *changes, num_ranks=2, **{VARIABLE: "step.update@1:3:signal=TERM"})
+    assert done.returncode == 75, done.stdout + done.stderr
+    steps = [line["step"] for line in lines(tmp_path / "demo_cpu", "train")]
+    assert steps in ([1, 2, 3], [1, 2, 3, 4])  # the signal is looked at before a step
+    names = [path.name for path in sorted((tmp_path / "demo_cpu" / "checkpoints").iterdir())]
+    assert names == ["latest", f"step-{steps[-1]:06d}"]
 
 
 @pytest.mark.ci
