@@ -34,7 +34,7 @@ from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.distributed.preemption import STOPPED_STATUS, StopRequested, StopSignals
 from dist_proxygml.faults import VARIABLE
-from dist_proxygml.storage.published import files_below, hash_files
+from dist_proxygml.storage.folder import files_below, hash_files
 
 SHORT = [
     "training.max_steps=60",

@@ -67,9 +67,10 @@ def main(given: Sequence[str] | None = None) -> None:
         what_is_other,
     )
     from dist_proxygml.reporting.page import format_metrics
+    from dist_proxygml.storage.run_folder import RunFolder
     from dist_proxygml.training.data import open_split, open_validation
 
-    checkpoints = arguments.run / "checkpoints"
+    checkpoints = RunFolder(arguments.run).checkpoints
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
     checkpoint = run_on_rank_zero(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:

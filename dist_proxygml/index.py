@@ -12,12 +12,15 @@ from dist_proxygml.cli import add_options, build_parser, command, run_command, s
 EXAMPLES = """\
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
   python -m dist_proxygml.index --embeddings embeddings/sop --out indexes/sop --kind ivf --target-recall 0.99
+  python -m dist_proxygml.index --verify --out indexes/sop
 """
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser("index", "Build a search index from a folder of embeddings.", EXAMPLES)
-    parser.add_argument("--embeddings", required=True, type=Path, help="folder that dist_proxygml.embed wrote")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--embeddings", type=Path, help="folder that dist_proxygml.embed wrote")
+    what.add_argument("--verify", action="store_true", help="build nothing: compare every byte of the index in --out")
     add_options(parser, "--out", "--overwrite")
     parser.add_argument(
         "--kind",
@@ -37,13 +40,17 @@ def _parser() -> argparse.ArgumentParser:
 
 @command(_parser)
 def main(given: argparse.Namespace) -> None:
-    """Build, and say what there is."""
+    """Build or verify, and say what there is."""
     from tqdm import tqdm
 
     from dist_proxygml.inference.embeddings import open_embeddings
     from dist_proxygml.inference.retrieval_index import KIND, Index
     from dist_proxygml.storage.folder import check_is_free
 
+    if given.verify:
+        index = Index.load(given.out, verify=True)
+        print(f"{given.out}: {index.kind} index of {len(index):,} rows, every byte as it was written")
+        return
     check_is_free(Path(os.path.realpath(given.out)), KIND, overwrite=given.overwrite)
     embeddings = open_embeddings(given.embeddings)
     with tqdm(total=len(embeddings.records), desc="indexing", unit=" rows", unit_scale=True, mininterval=0.5) as bar:

@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-bad",
         help="a query that cannot be read: fail and name it (default), or go on without it",
     )
+    parser.add_argument("--verify", action="store_true", help="compare every byte of the index with its manifest first")
     add_model_options(parser)
     return parser
 
@@ -48,7 +49,7 @@ def main(given: argparse.Namespace) -> None:
 
     queries = query_paths(given.images)
 
-    index = Index.load(given.index)
+    index = Index.load(given.index, verify=given.verify)
     embedder = open_model(index, given.index, run=given.run, device=given.device)
     answers = find(
         index,

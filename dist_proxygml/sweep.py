@@ -1,9 +1,9 @@
 """Train every point of a grid with several seeds: `python launchers/sweep.py --config C --grid key=a,b,c --seeds 3`.
 
 Each point is an ordinary run in the sweep's folder, RUNS_DIR/NAME.sweep, started as launchers/submit.py starts one: on
-SLURM as an element of one job array, on this machine so many at a time (--cluster local). What a start would refuse is
-refused before the first run starts. Called again with the same words it goes on: what is finished or still in the queue
-is left alone, what was interrupted continues from its newest checkpoint, what failed is tried again. --report writes
+SLURM as an element of one job array, on this machine so many at a time (--cluster local). What a start would refuse
+is refused before the first run starts. The same command resumes a sweep: runs that are finished or still in the queue
+are left alone, interrupted ones continue from their newest checkpoint, failed ones are tried again. --report writes
 what there is so far: results.csv, summary.csv, summary.md and the picture sweep.svg. docs/sweeps.md has an example.
 """
 

@@ -17,6 +17,7 @@ import submitit
 from dist_proxygml.cluster.status import finished_mark, is_preempted
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.distributed.slurm import rendezvous_port
+from dist_proxygml.storage.run_folder import RunFolder
 
 # Restarts without a newer checkpoint, after which a job does not requeue itself again.
 _MAX_FRUITLESS = 3
@@ -93,7 +94,7 @@ class TrainingJob:
         """Whether the run has a checkpoint of this job: then a restart continues there, whatever --resume said."""
         from dist_proxygml.checkpoint.folder import MANIFEST_FILE, published_checkpoints
 
-        found = published_checkpoints(config.run_directory / "checkpoints")
+        found = published_checkpoints(RunFolder(config.run_directory).checkpoints)
         return any((path / MANIFEST_FILE).stat().st_mtime > self.submitted_at for path in found)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
@@ -101,7 +102,7 @@ class TrainingJob:
         from dist_proxygml.checkpoint.folder import published_checkpoints
 
         config = parse_config(self.settings, source=self.source)
-        found = published_checkpoints(config.run_directory / "checkpoints")
+        found = published_checkpoints(RunFolder(config.run_directory).checkpoints)
         newest = found[-1] if found else None
         self.num_fruitless = self.num_fruitless + 1 if newest == self.newest_checkpoint else 0
         self.newest_checkpoint = newest

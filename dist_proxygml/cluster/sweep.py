@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from dist_proxygml.cli import printable
 from dist_proxygml.cluster import submit
 from dist_proxygml.cluster.grid import (
     Grid,
@@ -46,8 +47,8 @@ from dist_proxygml.cluster.job import TrainingJob
 from dist_proxygml.cluster.status import JobState, ask_job, finished_mark, first_verdict, hopeless_message, log_of
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config, parse_config
-from dist_proxygml.storage.files import publish
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.files import publish_text, read_document
+from dist_proxygml.storage.lock import FolderLock
 
 _STOPPED_STATUS = 75  # of distributed/preemption.py, which needs torch
 
@@ -158,20 +159,22 @@ class StartedJobs:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._path = sweep.folder / "jobs.json"
-        self._jobs: dict[str, dict[str, str]] = (
-            json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-        )
+        self._jobs: dict[str, dict[str, str]] = read_document(self._path) if self._path.exists() else {}
         self._queue: Collection[str] | None = None
 
     def add(self, cluster: str, job_ids: dict[str, str]) -> None:
         """Keep the numbers of new jobs, by point."""
         self._jobs |= {name: {"cluster": cluster, "job": job_id} for name, job_id in job_ids.items()}
-        write(self._path, json.dumps(self._jobs, indent=1) + "\n")
+        self._store()
 
     def forget(self, point: Point) -> None:
         """Take the point as not started."""
         del self._jobs[point.name]
-        write(self._path, json.dumps(self._jobs, indent=1) + "\n")
+        self._store()
+
+    def _store(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        publish_text(self._path, json.dumps(self._jobs, indent=1) + "\n")
 
     def look(self) -> None:
         """Ask SLURM what of it is queued or running, if it has any.
@@ -259,13 +262,6 @@ def is_local_job(job_id: str, folder: Path) -> bool:
     return str(folder).encode() in words
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file at once, so that nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:
-        stream.write(text.encode())
-
-
 class Progress:
     """A line for every run that changes: what it came to, and how many of all are where."""
 
@@ -284,7 +280,7 @@ class Progress:
         self._results[result.point.name] = result
         if result.status == before.status:
             return
-        told = ": " + result.reason if result.status == "failed" else ""
+        told = f": {printable(result.reason)}" if result.status == "failed" else ""
         if result.evaluation:
             metric, value = next(iter(result.evaluation.metrics.items()))
             told = f": {metric} {100 * value:.2f}"
@@ -303,16 +299,18 @@ def report(sweep: Sweep, jobs: StartedJobs, metric: str | None) -> int:
     results = [jobs.result(run) for run in sweep.runs]
     cells = summarize(results)
     known = metrics_of(cells)
-    write(sweep.folder / "results.csv", results_csv(sweep.grid, results))
-    write(sweep.folder / "summary.csv", summary_csv(sweep.grid, cells))
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    publish_text(sweep.folder / "results.csv", results_csv(sweep.grid, results))
+    publish_text(sweep.folder / "summary.csv", summary_csv(sweep.grid, cells))
     text = summary_markdown(sweep.name, sweep.grid, results)
-    write(sweep.folder / "summary.md", text)
+    publish_text(sweep.folder / "summary.md", text)
     shown = metric if metric in known else next(iter(known), None)
     if shown:
-        write(sweep.folder / "sweep.svg", draw_sweep(sweep.name, sweep.grid, cells, shown))
+        publish_text(sweep.folder / "sweep.svg", draw_sweep(sweep.name, sweep.grid, cells, shown))
     else:
         (sweep.folder / "sweep.svg").unlink(missing_ok=True)  # of an earlier grid
-    print(f"\n{text}\nwritten to {sweep.folder}: results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}")
+    names = f"results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}"
+    print(f"\n{printable(text)}\nwritten to {sweep.folder}: {names}")
     num_failed = sum(result.status == "failed" for result in results)
     if num_failed:
         message = (
@@ -466,7 +464,7 @@ def show_plan(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: 
 
 def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argparse.Namespace) -> int:
     """Start what is to do and report when it is done, or say how to ask for that."""
-    lock = RunLock(sweep.folder)
+    lock = FolderLock(sweep.folder)
     if arguments.cluster == "local":
         alive = [jobs.how_to_end(run.point) for run in sweep.runs if jobs.is_alive(run.point)]
         if alive:

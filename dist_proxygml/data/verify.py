@@ -1,7 +1,6 @@
 """Folders of shards: compared with their index, described, and given an index where others wrote the tars."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from dist_proxygml.data.index import (
     write_index,
 )
 from dist_proxygml.data.shards import ListedShard, list_shard, split_of_shard
-from dist_proxygml.storage.files import paths_in
+from dist_proxygml.storage.files import parse_json, paths_in
 
 _MANY_LABELS = 1_000_000  # a class table up to here is harmless, however few samples there are
 
@@ -105,8 +104,8 @@ def _previous_index(root: Path) -> Mapping[str, Any]:
     if not (root / INDEX_FILE).is_file():  # a pipe would be waited for
         return {}
     try:
-        document = json.loads((root / INDEX_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = parse_json((root / INDEX_FILE).read_bytes())
+    except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) and document.get("kind") == INDEX_KIND else {}
 
@@ -126,8 +125,8 @@ def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> li
             return [(str(entry["name"]), entry["source_id"]) for entry in previous["splits"][split]["classes"]]
         table = root / class_table_name(split)
         lines = table.read_text(encoding="utf-8").split("\n") if table.is_file() else []
-        return [(str(name), source_id) for name, source_id, _ in map(json.loads, filter(None, lines))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [(str(name), source_id) for name, source_id, _ in map(parse_json, filter(None, lines))]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 

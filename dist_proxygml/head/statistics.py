@@ -31,7 +31,7 @@ from torch import Tensor
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_objects, gather_rows
 from dist_proxygml.head.loss import KeptPairs
 from dist_proxygml.head.partition import ClassPartition
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import publish_text
 
 NUM_BINS = 100
 NUM_EXAMPLES = 20
@@ -240,8 +240,7 @@ def write_proxy_use(path: Path, use: ProxyUse, *, step: int, names_of: Callable[
         "kept_negative": {"edges": edges, "counts": use.similarities.negative},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:
-        stream.write((json.dumps(document, indent=2) + "\n").encode())
+    publish_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def _first_true(is_true_p: Tensor, most: int) -> list[int]:

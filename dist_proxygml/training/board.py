@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml.checkpoint.folder import checkpoint_name
 from dist_proxygml.checkpoint.model import CLASSES_FILE
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import run_on_rank_zero
@@ -29,7 +28,8 @@ from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.head.statistics import ProxyStatistics, bin_edges, write_proxy_use
 from dist_proxygml.reporting.gallery import retrieval_gallery
 from dist_proxygml.reporting.projector import MAX_POINTS, has_projection, write_projection
-from dist_proxygml.reporting.telemetry import BOARD_FOLDER, Telemetry
+from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.storage.run_folder import RunFolder, step_name
 from dist_proxygml.training.step import TrainState
 
 
@@ -94,7 +94,7 @@ class Board:
         step, run_directory = self._state.step, self._state.config.run_directory
         sampled = self._statistics.sample(self._state.loss.proxies.detach())
         use = self._statistics.close_window()
-        path = run_directory / "proxies" / f"{checkpoint_name(step)}.json"
+        path = RunFolder(run_directory).proxies(step)
         run_on_rank_zero(
             self._state.context,
             lambda: write_proxy_use(
@@ -119,9 +119,9 @@ class Board:
 
     def show_projection(self) -> None:
         """Write the projector of the finished run, if it is wanted and missing. On rank 0 only."""
-        config, name = self._state.config, checkpoint_name(self._state.step)
-        wanted, board = config.telemetry.projector, config.run_directory / BOARD_FOLDER
-        path = config.run_directory / "embeddings" / f"{name}.npz"
+        config, name = self._state.config, step_name(self._state.step)
+        folder = RunFolder(config.run_directory)
+        wanted, board, path = config.telemetry.projector, folder.board, folder.embeddings(name)
         if wanted is False or not path.is_file() or has_projection(board, name):
             return
         try:

@@ -18,6 +18,7 @@ from dist_proxygml.distributed.engine import check_settings, engine_settings, re
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.evaluator import check_split
 from dist_proxygml.evaluation.run import measured, open_gallery
+from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
 from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer
@@ -103,7 +104,7 @@ def check_run(
     with _refused("optimizer"):
         build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
         build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
-    is_new = not is_start and not (config.run_directory / "checkpoints").exists()
+    is_new = not is_start and not RunFolder(config.run_directory).checkpoints.exists()
     if data is not None and is_new and init_from is not None and Path(init_from).exists():
         open_transfer(config, data.index, single_process())
     return CheckedRun(config, plan, settings, data, test_index)

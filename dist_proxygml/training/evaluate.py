@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import nn
 
-from dist_proxygml.checkpoint.folder import evaluation_name
 from dist_proxygml.data.damage import DAMAGE_FILE
 from dist_proxygml.distributed.parallel import run_on_rank_zero
 from dist_proxygml.distributed.preemption import StopSignals
@@ -13,6 +12,7 @@ from dist_proxygml.evaluation.embedding_pass import PassHooks, Split
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.run import block_folder, build_evaluation_model, evaluate_model, store_evaluation
 from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.storage.run_folder import step_name
 from dist_proxygml.training.step import TrainState
 
 
@@ -38,7 +38,7 @@ def evaluate_run(
         ValueError, StopRequested: as `evaluate`.
     """
     config, context = state.config, state.context
-    name = evaluation_name(state.step, of_validation=split.is_validation)
+    name = step_name(state.step, of_validation=split.is_validation)
     blocks = block_folder(run_directory, name, say=telemetry.say)
     result = evaluate_model(
         config,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_proxygml.backbones.build import RawPixels
-from dist_proxygml.checkpoint.folder import RunState, SavedCheckpoint, evaluation_name, find_checkpoint
+from dist_proxygml.checkpoint.folder import RunState, SavedCheckpoint, find_checkpoint
 from dist_proxygml.checkpoint.writer import CheckpointWriter, load_checkpoint
 from dist_proxygml.config import Config
 from dist_proxygml.data.damage import DamageLog
@@ -35,6 +35,7 @@ from dist_proxygml.reporting.telemetry import Telemetry
 from dist_proxygml.storage.files import (
     mode_of,
 )
+from dist_proxygml.storage.run_folder import RunFolder, step_name
 from dist_proxygml.training.board import Board
 from dist_proxygml.training.data import TrainingData
 from dist_proxygml.training.evaluate import EvaluatedSplit, evaluate_run
@@ -182,7 +183,9 @@ class Loop:
             return
         with self.watchdog.paused():
             self._report_saved(self.writer.wait())
-            checkpoint = run_on_rank_zero(self.context, find_checkpoint, self.run_directory / "checkpoints", "auto")
+            checkpoint = run_on_rank_zero(
+                self.context, find_checkpoint, RunFolder(self.run_directory).checkpoints, "auto"
+            )
             message = self.skipped_steps.roll_back(state.step, checkpoint)
             assert checkpoint is not None
             load_state(checkpoint, state, self.settings)
@@ -219,10 +222,10 @@ class Loop:
         state = self.state
         if not self._is_evaluation_due():
             return []
-        folder = self.run_directory / "evaluation"
-        names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
+        folder = RunFolder(self.run_directory)
+        names = [step_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
         are_stored = run_on_rank_zero(
-            self.context, lambda: [mode_of(folder / f"{name}.json") is not None for name in names]
+            self.context, lambda: [mode_of(folder.evaluation(name)) is not None for name in names]
         )
         return [split for split, is_stored in zip(self.evaluated, are_stored, strict=True) if not is_stored]
 

@@ -32,7 +32,8 @@ from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.run import build_damage_log, open_gallery
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.lock import FolderLock
+from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.board import Board
 from dist_proxygml.training.checks import check_run
 from dist_proxygml.training.class_means import start_from_class_means
@@ -75,10 +76,10 @@ def train(
     assert data is not None
     assert test_index is not None
     run_directory = config.run_directory
-    checkpoints = run_directory / "checkpoints"
+    checkpoints = RunFolder(run_directory).checkpoints
     _check_memory(config, plan, context)
     _check_same_data(data, test_index, context)
-    locks: list[RunLock] = []
+    locks: list[FolderLock] = []
     run_together(context, lock_run, context, run_directory, locks)
     found, passed_over = run_on_rank_zero_for_long(context, where_to_continue, run_directory, resume)
     run_together(context, data.check, context)

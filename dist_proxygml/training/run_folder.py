@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import shutil
 import stat
 from pathlib import Path
@@ -18,25 +17,27 @@ from dist_proxygml.distributed.parallel import (
     ParallelContext,
 )
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.reporting.telemetry import BOARD_FOLDER, METRICS_FILE
 from dist_proxygml.storage.files import (
     in_words,
     is_folder,
     mend_log,
     mode_of,
     paths_in,
-    publish,
+    publish_text,
     read_document,
     unreadable,
 )
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.lock import FolderLock
+from dist_proxygml.storage.run_folder import RunFolder, by_step, step_in, step_name
 from dist_proxygml.training.nonfinite import NON_FINITE_FIELDS, NON_FINITE_FILE
 
 
-def lock_run(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
+def lock_run(
+    context: ParallelContext, run_directory: Path, locks: list[FolderLock], *, make_folder: bool = False
+) -> None:
     """Append the run's lock to `locks` on rank 0, if missing; without `make_folder` only if the runs folder exists."""
     if context.is_main and not locks and (make_folder or is_folder(run_directory.parent)):
-        locks.append(RunLock(run_directory))
+        locks.append(FolderLock(run_directory))
 
 
 def where_to_continue(run_directory: Path, resume: str) -> Continuation:
@@ -45,8 +46,8 @@ def where_to_continue(run_directory: Path, resume: str) -> Continuation:
     Raises:
         ValueError: something in it has the wrong type or denies access to this user; nothing was changed.
     """
-    folders = ("", "checkpoints", "evaluation", "embeddings", "proxies", BOARD_FOLDER)
-    logs = (METRICS_FILE, DAMAGE_FILE, NON_FINITE_FILE)
+    folders = ("", "checkpoints", "evaluation", "embeddings", "proxies", RunFolder(run_directory).board.name)
+    logs = (RunFolder(run_directory).metrics.name, DAMAGE_FILE, NON_FINITE_FILE)
     for name in (*folders, *logs) if resume != "never" else ():
         path, kind = run_directory / name, "a file" if name in logs else "a folder"
         mode = mode_of(path)
@@ -59,7 +60,7 @@ def where_to_continue(run_directory: Path, resume: str) -> Continuation:
                 f"expected to read and write {path}, which this user (id {os.geteuid()}) may not; give it to "
                 "this user, or train under another name with --set name=NAME"
             )
-    return checkpoint_to_continue(run_directory / "checkpoints", resume)
+    return checkpoint_to_continue(RunFolder(run_directory).checkpoints, resume)
 
 
 def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | None) -> tuple[Path | None, list[str]]:
@@ -85,9 +86,9 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
         directory.mkdir(parents=True, exist_ok=True)
         written = [path for kind in ("evaluation", "proxies") for path in paths_in(directory / kind, "*.json")]
         for path in written:
-            if (_step_evaluated(path) or 0) > (step or 0):
+            if (step_in(path.name) or 0) > (step or 0):
                 path.unlink()
-            elif path.name != "pixels.json" and _step_evaluated(path) is None:
+            elif path.name != "pixels.json" and step_in(path.name) is None:
                 continue  # not ours
             elif problem := _what_is_odd(path):
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
@@ -95,8 +96,7 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
         for name, fields in ((DAMAGE_FILE, DAMAGE_FIELDS), (NON_FINITE_FILE, NON_FINITE_FIELDS)):
             odd += mend_log(directory / name, fields)
         _keep_unfinished_embeddings(directory, aside, step)
-        with publish(directory / "config.json") as stream:
-            stream.write(json.dumps(config.model_dump(), indent=2).encode() + b"\n")
+        publish_text(RunFolder(directory).config, json.dumps(config.model_dump(), indent=2) + "\n")
         write_class_table(directory, index)
     except OSError as error:
         raise ValueError(
@@ -123,25 +123,19 @@ def _what_is_odd(path: Path) -> str | None:
     return None
 
 
-def _step_evaluated(path: Path) -> int | None:
-    """Parse the step from the name of an evaluation: step-000800-on-shards-test, validation-step-000800."""
-    found = re.search(r"step-([0-9]+)", path.name)
-    return None if found is None else int(found[1])
-
-
 def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int | None) -> None:
     """Keep the unfinished embeddings of a run interrupted before its first checkpoint; remove those of evaluations that
     are stored, or before the step to resume from.
     """
     if step is None and aside is not None:
         for folder in paths_in(aside / "embeddings", "*.partial"):
-            if folder.name.startswith(("pixels.", "step-000000.", "validation-step-000000.")):
+            if folder.stem in ("pixels", step_name(0), step_name(0, of_validation=True)):
                 (directory / "embeddings").mkdir(exist_ok=True)
                 os.rename(folder, directory / "embeddings" / folder.name)
-    for pattern in ("step-*.partial", "validation-step-*.partial"):
-        for folder in paths_in(directory / "embeddings", pattern):
-            is_stored = mode_of(directory / "evaluation" / f"{folder.stem}.json") is not None
-            if is_folder(folder) and (is_stored or (_step_evaluated(folder) or 0) < (step or 0)):
+    for of_validation in (False, True):
+        for reached, folder in by_step(directory / "embeddings", ".partial", of_validation=of_validation).items():
+            is_stored = mode_of(RunFolder(directory).evaluation(folder.stem)) is not None
+            if is_folder(folder) and (is_stored or reached < (step or 0)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -360,6 +361,19 @@ def test_info_tells_counts_and_class_sizes(tmp_path: Path, capsys: pytest.Captur
     assert "train: 13 images, 5 classes, 3 shards" in output
     assert "images a class: 2 to 3, median 3" in output
     assert output.count("#") > 0
+
+
+def test_nothing_that_an_index_says_steers_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(shutil.copytree(Path(__file__).parents[2] / "shards" / "demo", tmp_path / "demo"))
+    document = json.loads((root / "index.json").read_text())
+    document["dataset"] = "\x1b[2J"
+    for command, status in (("info", 0), ("verify", 1)):
+        (root / "index.json").write_text(json.dumps(document))
+        document["splits"]["test"]["classes"]["sha256"] = "\x1b]0;owned\x07"
+        assert main([command, str(root)]) == status
+        told = capsys.readouterr()
+        assert "\\x1b" in told.out + told.err
+        assert "\x1b" not in told.out + told.err
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "index", "info"])

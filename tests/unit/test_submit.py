@@ -11,12 +11,13 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from dist_proxygml.checkpoint.folder import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.checkpoint.folder import MANIFEST_FILE
 from dist_proxygml.cluster import submit
 from dist_proxygml.cluster.job import TrainingJob
 from dist_proxygml.cluster.status import JobState, ask_job, follow_slurm, is_preempted, log_of
 from dist_proxygml.config import Config, load_config, parse_config
 from dist_proxygml.distributed.slurm import expand_counts, first_host, process_variables, rendezvous_port
+from dist_proxygml.storage.run_folder import step_name
 from dist_proxygml.submit import main
 
 ROOT = Path(__file__).parents[2]
@@ -262,7 +263,7 @@ def make_job(tmp_path: Path, *, resume: str = "auto") -> tuple[TrainingJob, Conf
 
 
 def publish(config: Config, step: int, *, at: float) -> None:
-    manifest = config.run_directory / "checkpoints" / checkpoint_name(step) / MANIFEST_FILE
+    manifest = config.run_directory / "checkpoints" / step_name(step) / MANIFEST_FILE
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}")
     os.utime(manifest, (at, at))
