@@ -289,7 +289,7 @@ def file_problems(directory: Path, files: Mapping[str, Mapping[str, Any]], *, de
 
 def _file_problem(directory: Path, name: str, size: int, sha256: str, *, deep: bool) -> str | None:
     if name.startswith("/") or ".." in name.split("/"):  # the manifest may be a stranger's
-        return f"{name} is no file of the folder"
+        return f"{name} lies elsewhere"
     try:
         found = (directory / name).stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for

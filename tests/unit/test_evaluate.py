@@ -157,6 +157,16 @@ def test_a_result_counts_as_stored_when_its_embeddings_are_there(
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["step-000004.json"]
 
 
+def test_embeddings_replace_earlier_ones_and_what_a_killed_writer_left(tmp_path: Path) -> None:
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    for name in ("step-000004.npz", "step-000004.npz.tmp-1", "step-000002.npz.partial"):
+        (folder / name).touch()
+    (folder / "validation-step-000004.partial").mkdir()
+    evaluation_run.store_evaluation(tmp_path, "step-000008", result_of_two_images(), with_embeddings=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000008.npz", "validation-step-000004.partial"]
+
+
 def test_a_result_is_logged_before_it_counts_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int, str]] = []
     telemetry: Any = SimpleNamespace(
