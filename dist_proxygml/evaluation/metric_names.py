@@ -1,4 +1,4 @@
-"""What metrics are called and mean, in the order in which people read them.
+"""Names and meanings of metrics, in display order.
 
 A result names its metrics by key ("recall@1", "map@r"); a key that is not known here is shown as it is, at the end.
 `KEY_sd` is the deviation of KEY over seeds, not a metric of its own.
