@@ -10,7 +10,7 @@ the old one, and two locations with the same shards share them.
 
 Chosen: fsspec for transfers, since it knows the stores, their credentials and proxies; limits, time-outs, retries and
 the cache are ours. Each transfer has an event loop and a session of its own: the thread that fsspec shares otherwise
-does not exist in a forked loading process, which would wait for it for ever. A `pipe:` command runs under `bash -o
+does not exist in a forked loading process, which would wait for it forever. A `pipe:` command runs under `bash -o
 pipefail` as the leader of a session, so a failing `a` in `a | b` counts, and a stalled command dies with its helpers.
 Locks are `flock`: the kernel releases them when a process dies, so none is stale; their files stay, since a lock on a
 removed file excludes nobody. A shard is hashed when it has come; later openings check its size, and images their crc32.
@@ -293,7 +293,7 @@ class _TransferError(Exception):
 
 
 class _Progress:
-    """What a transfer reports to, as fsspec's callback: ends one that brings too much, and one that brings nothing."""
+    """An fsspec callback that ends a transfer which exceeds its size limit or stalls."""
 
     def __init__(self, max_bytes: int, stall_seconds: float, limit: asyncio.Timeout) -> None:
         self.max_bytes, self.stall_seconds, self.limit = max_bytes, stall_seconds, limit
