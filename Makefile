@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test soak lint format docs bench clean distclean
+.PHONY: help setup demo test ci soak lint format docs bench clean distclean
 
 help: ## show this list
 	@echo "dist_proxygml: make TARGET"
@@ -41,12 +41,16 @@ demo: $(STAMP) ## train on the embedded images with DeepSpeed workers, evaluate,
 # Files are spread over processes, those that take longest first; what times signals and steps has the machine for itself.
 TESTS := tests/integration tests/distributed tests/parity tests/unit
 TESTS_ALONE := $(addprefix tests/integration/test_,kills.py slurm.py sweep.py)
-test: $(STAMP) ## run all tests
+test: PYTEST := $(BIN)/python -m pytest -m 'not ci'
+test: ## run all tests but the longest (8 minutes on two cores)
+ci: PYTEST := $(BIN)/python -m pytest -m ci
+ci: ## run the longest tests, which make test leaves out (8 minutes on two cores)
+test ci: $(STAMP)
 	@status=0; \
-	$(BIN)/python -m pytest -n $(NUM_TESTERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(TESTS_ALONE:%=--ignore=%) || status=$$?; \
+	$(PYTEST) -n $(NUM_TESTERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(TESTS_ALONE:%=--ignore=%) || status=$$?; \
 	if [ $$status -eq 2 ]; then exit 2; fi; \
-	$(BIN)/python -m pytest $(TESTS_ALONE) tests/gpu || status=$$?; \
-	if [ $$status -ne 0 ]; then echo "make test: tests failed, see above"; fi; \
+	$(PYTEST) $(TESTS_ALONE) tests/gpu || status=$$?; \
+	if [ $$status -ne 0 ]; then echo "make $@: tests failed, see above"; fi; \
 	exit $$status
 
 soak: $(STAMP) ## kill a training run at every point and 60 times at random, and compare (5 minutes)

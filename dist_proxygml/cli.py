@@ -1,13 +1,71 @@
-"""Types of command line options that several commands share."""
+"""What the commands share: parsers, the options that several have, and how a command ends.
+
+A command is a parser and a function of what it parsed, called `main`; `run_command(main)` ends its process. What ranks
+do together ends by `distributed.parallel.run_launcher` instead, which knows who of them talks.
+"""
 
 import argparse
+import functools
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_proxygml.storage.files import in_words
+
+
+def build_parser(
+    name: str | None, description: str | None, examples: str, *options: str, within: Any = None
+) -> argparse.ArgumentParser:
+    """The parser of `python -m dist_proxygml.NAME`, with `options` that several commands have; or that of a command
+    `within` the subparsers of another. Without a name the program is called as it was started.
+    """
+    called: dict[str, Any] = {"prog": name and f"python -m dist_proxygml.{name}"}
+    if within:
+        called = {"name": name, "help": description}
+    parser: argparse.ArgumentParser = (within.add_parser if within else argparse.ArgumentParser)(
+        **called,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, *options)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, *options: str, **changes: Any) -> None:
+    """Add options that several commands have, where these say otherwise with `changes`."""
+    for option in options:
+        parser.add_argument(option, **_OPTIONS[option] | changes)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of whatever sends images through a model."""
+    add_options(parser, "--device", "--batch-size", "--num-workers")
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to train and on which machines."""
+    add_options(parser, "--config", "--set")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs of each machine; one rank each")
+    parser.add_argument("--tasks-per-node", type=int, help="ranks of each machine on CPUs, instead of GPUs")
+    parser.add_argument("--cpus-per-task", type=int, help="CPU cores of each rank, data workers included")
+    parser.add_argument("--partition", help="SLURM partition (default: the cluster's)")
+    parser.add_argument(
+        "--time", default="1-00:00:00", help="limit of one start: minutes, HH:MM:SS or D-HH:MM:SS (default: a day)"
+    )
+    parser.add_argument("--constraint", help="features that nodes must have, for instance a100")
+    parser.add_argument(
+        "--sbatch",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="further options of sbatch: account=vision mem=64G exclusive",
+    )
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -49,6 +107,29 @@ def _number(text: str) -> float:
         return float("nan")
 
 
+def command(
+    build_parser: Callable[[], argparse.ArgumentParser], *, stopped: str = "stopped"
+) -> Callable[[Callable[[argparse.Namespace], int | None]], Callable[..., int]]:
+    """Turn a function of what was parsed into one of the command line, which returns the exit status: 2 after a user's
+    mistake, told in one line, 130 after Ctrl-C, and then `stopped` is said.
+    """
+
+    def decorate(carry_out: Callable[[argparse.Namespace], int | None]) -> Callable[..., int]:
+        @functools.wraps(carry_out)
+        def main(arguments: Sequence[str] | None = None) -> int:
+            given = build_parser().parse_args(arguments)
+            try:
+                return carry_out(given) or 0
+            except KeyboardInterrupt:
+                return interrupted(stopped)
+            except (ValueError, OSError) as error:
+                return refuse(error)
+
+        return main
+
+    return decorate
+
+
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run a command line and end the process with its status."""
     outlive_readers()
@@ -62,8 +143,14 @@ def printable(text: object) -> str:
 
 def refuse(error: Exception) -> int:
     """Print a user's mistake; returns the exit status for it."""
-    print(f"error: {printable(in_words(error))}", file=sys.stderr)
+    print(f"error: {printable(in_words(error))}", file=sys.stderr, flush=True)
     return 2
+
+
+def interrupted(told: str) -> int:
+    """Print what Ctrl-C has stopped; returns the exit status for it."""
+    print(told, file=sys.stderr, flush=True)
+    return 130
 
 
 def outlive_readers() -> None:
@@ -91,3 +178,30 @@ class _UnreadOutput(io.FileIO):
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             return len(data)
+
+
+# The options that several commands have.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--config": dict(required=True, help="JSON configuration, see configs/"),
+    "--set": dict(nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings: seed=1"),
+    "--resume": dict(
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: continue the newest checkpoint if there is one (default); never: start anew; PATH: that checkpoint",
+    ),
+    "--run": dict(required=True, type=Path, help="folder of a training run"),
+    "--checkpoint": dict(help="name of a checkpoint of that run, such as step-000800 (default: the newest)"),
+    "--data": dict(help="folder of shards, or where they lie: https://, s3://, gs:// (default: the run's own)"),
+    "--split": dict(help="split of the shards (default: the run's test split)"),
+    "--out": dict(required=True, type=Path, help="folder to write"),
+    "--overwrite": dict(action="store_true", help="replace what is there already"),
+    "--on-bad": dict(choices=("fail", "skip"), default="fail"),
+    "--device": dict(default="auto", metavar="auto|cpu|cuda", help="where to compute (default: auto)"),
+    "--batch-size": dict(type=at_least(1), metavar="N", help="images at a time (default: as the run's evaluation)"),
+    "--num-workers": dict(
+        type=at_least(0),
+        metavar="N",
+        help="processes that read images (default: the usable cores, at most 8; none for few images)",
+    ),
+    "--local_rank": dict(help=argparse.SUPPRESS),  # given by the deepspeed launcher
+}

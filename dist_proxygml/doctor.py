@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_proxygml.cli import refuse, run_command
-from dist_proxygml.data.finding import Finding, run_check
+from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
+from dist_proxygml.data.audit import Finding, run_check
 
 if TYPE_CHECKING:
     from dist_proxygml.config import Config
@@ -35,7 +35,7 @@ _PACKAGE = "dist_proxygml"
 _MIB, _GIB = 1 << 20, 1 << 30
 _PREFETCHED = 2  # batches that each loading process holds in shared memory, torch's default
 _COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "problem": "\033[31m"}
-_EXAMPLES = """examples:
+_EXAMPLES = """\
   python -m dist_proxygml.doctor
   python -m dist_proxygml.doctor --data shards/demo
   python -m dist_proxygml.doctor --config configs/sop_8gpu.json --set data.shards=/data/sop
@@ -399,32 +399,31 @@ def _data_findings(shards: str, config: "Config | None", source: str) -> list[Fi
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 no problem, 1 problems, 2 a mistake in what was asked for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_proxygml.doctor",
-        description="Check this machine, the installation and, if named, the shards of a run. Changes nothing.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser(
+        "doctor", "Check this machine, the installation and, if named, the shards of a run. Changes nothing.", _EXAMPLES
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--data", metavar="SHARDS", help="folder of shards, or where they lie: https://, s3://, gs://")
     what.add_argument("--config", help="configuration of a run: checks its shards, folders and weights")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
+    add_options(parser, "--set")
     parser.add_argument("--json", action="store_true", help="print a list of objects for programs")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+@command(_parser)
+def main(given: argparse.Namespace) -> int:
+    """Check all; returns the exit status: 0 no problem, 1 problems, 2 a mistake in what was asked for."""
+    if given.set and not given.config:
+        raise ValueError("expected --config with --set, got none; name the configuration that --set changes")
+    config = None
     try:
-        if given.set and not given.config:
-            raise ValueError("expected --config with --set, got none; name the configuration that --set changes")
-        config = None
         if given.config:
             from dist_proxygml.config import load_config
 
             config = load_config(given.config, given.set)
-    except ValueError as error:
-        return refuse(error)
     except ImportError as error:  # the check of the packages says which
-        print(f"warning: {given.config} cannot be read yet ({error})", file=sys.stderr)
+        print(f"warning: {given.config} cannot be read yet ({printable(error)})", file=sys.stderr)
 
     findings: list[Finding] = []
 
@@ -446,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _shown(finding: Finding) -> str:
-    line = str(finding)
+    line = printable(finding)
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return line
     return f"{_COLOURS[finding.status]}{finding.status}\033[0m{line[len(finding.status) :]}"

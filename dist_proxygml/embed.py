@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_proxygml.cli import at_least, printable, refuse, run_command
+from dist_proxygml.cli import add_model_options, printable, refuse, run_command
 
 if TYPE_CHECKING:
     from dist_proxygml.data.sources import ImageSource, OnBad
@@ -54,20 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse(error)
     return 0
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of whatever sends images through a model."""
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: auto)")
-    parser.add_argument(
-        "--batch-size", type=at_least(1), metavar="N", help="images at a time (default: as the run's evaluation)"
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=at_least(0),
-        metavar="N",
-        help="processes that read images (default: the usable cores, at most 8; none for few images)",
-    )
 
 
 def _embed(given: argparse.Namespace) -> str:
@@ -125,6 +111,7 @@ def embed_to_folder(
     """
     from tqdm import tqdm
 
+    from dist_proxygml.inference.embedder import loading_processes
     from dist_proxygml.inference.embeddings import EmbeddingWriter
 
     batch_size = batch_size or embedder.batch_size
@@ -152,15 +139,6 @@ def embed_to_folder(
             writer.add(rows_bD, records, batch.damaged)
             bar.update(len(records) + len(batch.damaged))
         return writer.finish({"model": embedder.about, "data": data, "batch_size": batch_size})
-
-
-def loading_processes(num_images: int, wanted: int | None) -> int:
-    """How many processes read images, where nobody said: none for so few that starting them takes longer."""
-    import os
-
-    if wanted is not None:
-        return wanted
-    return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
 
 
 if __name__ == "__main__":

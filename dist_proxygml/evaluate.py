@@ -6,9 +6,9 @@ was killed goes on with the images that it had not embedded yet.
 
 import argparse
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
+from dist_proxygml.cli import build_parser
 from dist_proxygml.config import load_run_config
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import (
@@ -21,7 +21,7 @@ from dist_proxygml.distributed.parallel import (
 )
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
-EXAMPLES = """examples:
+EXAMPLES = """\
   deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --checkpoint step-000800 --data shards/other
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
@@ -30,17 +30,9 @@ EXAMPLES = """examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
-    parser.add_argument(
-        "--checkpoint", help="name of a checkpoint of that run, such as step-000800 (default: the newest)"
-    )
-    parser.add_argument("--data", help="folder of other shards (default: the run's own)")
-    parser.add_argument("--split", help="split of the shards (default: the run's test split)")
+def _parser() -> argparse.ArgumentParser:
+    options = ("--run", "--checkpoint", "--data", "--split", "--set", "--local_rank")
+    parser = build_parser(None, __doc__, EXAMPLES, *options)
     parser.add_argument("--gallery-split", help="split that is searched (default: every image among all others)")
     parser.add_argument(
         "--protocol",
@@ -52,20 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--legacy-proxygml", action="store_true", help="also what the published evaluation gives")
     parser.add_argument("--verify", action="store_true", help="find ranks in two ways, which must agree")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override settings, such as evaluation.gallery=sharded",
-    )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Parse, evaluate, print the table and store the result in the run's folder."""
-    arguments = parse_arguments(build_parser())
+    arguments = parse_arguments(_parser(), given)
     check_arguments(arguments)
     config = load_run_config(arguments.run, [*overrides(arguments), *arguments.set])
     context = join_world(start_timeout=config.training.start_timeout)
@@ -83,9 +67,10 @@ def main() -> None:
         what_is_other,
     )
     from dist_proxygml.reporting.page import format_metrics
+    from dist_proxygml.storage.run_folder import RunFolder
     from dist_proxygml.training.data import open_split, open_validation
 
-    checkpoints = arguments.run / "checkpoints"
+    checkpoints = RunFolder(arguments.run).checkpoints
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
     checkpoint = run_on_rank_zero(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:

@@ -5,32 +5,24 @@ The command line; inference/export_folder.py does it, and says what is in the fo
 
 import argparse
 import sys
-from pathlib import Path
 
-from dist_proxygml.cli import printable, refuse, run_command
+from dist_proxygml.cli import build_parser, command, printable, run_command
 
 FORMATS = ("safetensors", "onnx")
-EXAMPLES = """examples:
+EXAMPLES = """\
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu --format safetensors,onnx --verify
   python -m dist_proxygml.export --run runs/sop_8gpu --checkpoint step-000800 --out exports/sop --format onnx --opset 21
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, export, print where it is; the exit code: 1 where what was written differs from what was trained."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_proxygml.export",
-        description="Write the backbone, the proxies and the class names of a run into a folder of their own, with a "
-        "model card.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser(
+        "export",
+        "Write the backbone, the proxies and the class names of a run into a folder of their own, with a model card.",
+        EXAMPLES,
+        *("--run", "--checkpoint", "--out", "--overwrite"),
     )
-    parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
-    parser.add_argument(
-        "--checkpoint", help="name of a checkpoint of that run, such as step-000800 (default: the newest)"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument(
         "--format",
         action="append",
@@ -48,13 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--data", help="shards for --verify (default: the run's own; random images without them)")
     parser.add_argument("--opset", type=int, help="ONNX operator set, 18 or later (default: torch's own choice)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+@command(_parser)
+def main(given: argparse.Namespace) -> int:
+    """Export and print where it is; the exit code: 1 where what was written differs from what was trained."""
     formats = list(dict.fromkeys(name for names in given.format or [["safetensors"]] for name in names))
     if given.data is not None and not given.verify:
-        parser.error("--data names the images for --verify; add --verify, or leave it out")
+        raise ValueError("expected --verify with --data, which names its images; add it, or leave --data out")
     if given.opset is not None and "onnx" not in formats:
-        parser.error("--opset is of ONNX; add --format onnx, or leave it out")
+        raise ValueError("expected --format onnx with --opset, which is of ONNX; add it, or leave --opset out")
 
     from dist_proxygml.inference.export_check import ExportDiffersError
     from dist_proxygml.inference.export_folder import export
@@ -70,8 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
             data=given.data,
             opset=given.opset,
         )
-    except (ValueError, OSError) as error:
-        return refuse(error)
     except ExportDiffersError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1

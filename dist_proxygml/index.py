@@ -5,27 +5,23 @@ The kind of index goes by the number of rows unless it is named; inference/retri
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from dist_proxygml.cli import refuse, run_command, share
+from dist_proxygml.cli import add_options, build_parser, command, run_command, share
 
-EXAMPLES = """examples:
+EXAMPLES = """\
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
   python -m dist_proxygml.index --embeddings embeddings/sop --out indexes/sop --kind ivf --target-recall 0.99
+  python -m dist_proxygml.index --verify --out indexes/sop
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, build, say what there is; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_proxygml.index",
-        description="Build a search index from a folder of embeddings.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--embeddings", required=True, type=Path, help="folder that dist_proxygml.embed wrote")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser("index", "Build a search index from a folder of embeddings.", EXAMPLES)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--embeddings", type=Path, help="folder that dist_proxygml.embed wrote")
+    what.add_argument("--verify", action="store_true", help="build nothing: compare every byte of the index in --out")
+    add_options(parser, "--out", "--overwrite")
     parser.add_argument(
         "--kind",
         choices=("auto", "flat", "ivf", "hnsw"),
@@ -39,22 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SHARE",
         help="of the ten nearest, how much hnsw and ivf should find (default: 0.95)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an index that is there already")
-    given = parser.parse_args(arguments)
-    try:
-        print(_index(given))
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    return 0
+    return parser
 
 
-def _index(given: argparse.Namespace) -> str:
+@command(_parser)
+def main(given: argparse.Namespace) -> None:
+    """Build or verify, and say what there is."""
     from tqdm import tqdm
 
     from dist_proxygml.inference.embeddings import open_embeddings
     from dist_proxygml.inference.retrieval_index import KIND, Index
     from dist_proxygml.storage.folder import check_is_free
 
+    if given.verify:
+        index = Index.load(given.out, verify=True)
+        print(f"{given.out}: {index.kind} index of {len(index):,} rows, every byte as it was written")
+        return
     check_is_free(Path(os.path.realpath(given.out)), KIND, overwrite=given.overwrite)
     embeddings = open_embeddings(given.embeddings)
     with tqdm(total=len(embeddings.records), desc="indexing", unit=" rows", unit_scale=True, mininterval=0.5) as bar:
@@ -75,7 +71,7 @@ def _index(given: argparse.Namespace) -> str:
     )
     if index.recall_at_10 < given.target_recall:
         text += f", below the {given.target_recall} asked for; --kind flat is exact"
-    return text
+    print(text)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,21 @@ Memory, bytes and messages of the head (training/head_plan.py), steps, backbone 
 and, with --measure, times (training/rehearsal.py).
 """
 
-import argparse
 import os
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
+from dist_proxygml.cli import build_parser
 from dist_proxygml.config import load_config, parse_bytes
 from dist_proxygml.distributed.memory import available_memory, format_bytes
-from dist_proxygml.distributed.parallel import join_world, run_launcher
+from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
 from dist_proxygml.training.checks import check_run
 from dist_proxygml.training.head_plan import DoesNotFitError, check_fits
 from dist_proxygml.training.rehearsal import rehearse
 from dist_proxygml.training.run_plan import plan_rest
 
-_EXAMPLES = """examples:
+_EXAMPLES = """\
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 8
   python -m dist_proxygml.plan --config configs/sop_8gpu.json --ranks 64 --memory "80 GiB" \\
       --set data.num_classes=10000000 proxies.topk=1000 proxies.ratio=null training.batch_size=8192
@@ -28,17 +27,20 @@ _EXAMPLES = """examples:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 the run fits, 1 it does not, 2 a mistake in what was asked for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_proxygml.plan",
-        description="Predict what a run needs: memory, bytes and messages of the head, steps, memory of the backbone, "
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Predict, say whether it fits, and measure where that is asked for.
+
+    Raises:
+        DoesNotFitError: with status 1.
+        ValueError: a mistake in what was asked for.
+    """
+    parser = build_parser(
+        "plan",
+        "Predict what a run needs: memory, bytes and messages of the head, steps, memory of the backbone, "
         "checkpoints. Starts nothing, unless it is to measure.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
+        *("--config", "--set", "--local_rank"),
     )
-    parser.add_argument("--config", required=True, type=Path, help="configuration of the run")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--ranks", type=int, help="number of ranks (default: those started, or 1)")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the ranks"
@@ -51,35 +53,22 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="train for twelve steps on this machine and estimate the times of the run",
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    given = parser.parse_args(arguments)
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        ranks = int(os.environ.get("WORLD_SIZE", "1")) if given.ranks is None else given.ranks
-        if ranks < 1:
-            raise ValueError(f"expected at least one rank, got --ranks {ranks}")
-        device = given.device if torch.cuda.is_available() or given.device == "cuda" else None
-        config, plan, *_ = check_run(
-            load_config(given.config, given.set), world_size=ranks, device=device, is_what_if=True
-        )
-        memory = parse_bytes(given.memory) if given.memory else _memory_here(given.device)
-        rest = plan_rest(config, plan)
-        if is_main:
-            print(f"{plan}\n{rest}", flush=True)
-        check_fits(config, plan, memory=memory, device=given.device)
-        if rest.needed_bytes > rest.free_bytes:
-            raise DoesNotFitError(rest.what_does_not_fit)
-        if is_main:
-            print(f"the head fits into {format_bytes(memory)}", flush=True)
-        if given.measure:
-            measured = rehearse(config, join_world())
-            if is_main:
-                print(measured.describe(config, rest))
-    except ValueError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DoesNotFitError) else 2
-    return 0
+    given = parse_arguments(parser, arguments)
+    say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if given.ranks is None else given.ranks
+    if ranks < 1:
+        raise ValueError(f"expected at least one rank, got --ranks {ranks}")
+    device = given.device if torch.cuda.is_available() or given.device == "cuda" else None
+    config, plan, *_ = check_run(load_config(given.config, given.set), world_size=ranks, device=device, is_what_if=True)
+    memory = parse_bytes(given.memory) if given.memory else _memory_here(given.device)
+    rest = plan_rest(config, plan)
+    say(f"{plan}\n{rest}", flush=True)
+    check_fits(config, plan, memory=memory, device=given.device)
+    if rest.needed_bytes > rest.free_bytes:
+        raise DoesNotFitError(rest.what_does_not_fit)
+    say(f"the head fits into {format_bytes(memory)}", flush=True)
+    if given.measure:
+        say(rehearse(config, join_world()).describe(config, rest))
 
 
 def _memory_here(device: str) -> int:
@@ -96,17 +85,5 @@ def _memory_here(device: str) -> int:
     return available_memory(torch.device(device))
 
 
-class _StatusError(Exception):
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
-def _launched() -> None:
-    status = main()
-    if status:
-        raise _StatusError(status)
-
-
 if __name__ == "__main__":
-    run_launcher(_launched)
+    run_launcher(main)

@@ -9,14 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_proxygml.cli import printable, refuse, run_command
+from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
 
-EXAMPLES = """examples:
+EXAMPLES = """\
   python -m dist_proxygml.report --run runs/demo_cpu
   python -m dist_proxygml.report --run runs/sop_8gpu --data /data/shards/sop
   python -m dist_proxygml.report compare runs/demo_cpu runs/wide
 """
-COMPARE_EXAMPLES = """examples:
+COMPARE_EXAMPLES = """\
   python -m dist_proxygml.report compare runs/demo_cpu runs/wide
   python -m dist_proxygml.report compare runs/wide/evaluation/step-000200.json runs/wide --force
 
@@ -26,41 +26,41 @@ weights and the number of images in a forward pass are only told of.
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse and do what is asked for; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_proxygml.report",
-        description="Write report.html, one self-contained page, into the folder of a run; or compare two evaluations.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser(
+        "report",
+        "Write report.html, one self-contained page, into the folder of a run; or compare two evaluations.",
+        EXAMPLES,
     )
-    parser.add_argument("--run", type=Path, help="folder of a training run")
-    parser.add_argument("--data", help="folder of its shards, or where they lie (default: those it was trained with)")
+    add_options(parser, "--run", required=False)
+    add_options(parser, "--data")
     commands = parser.add_subparsers(dest="command", metavar="{compare}")
-    compare = commands.add_parser(
+    compare = build_parser(
         "compare",
-        help="put two evaluations side by side",
-        description="Print the metrics of two evaluations and their differences in points.",
-        epilog=COMPARE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "put two evaluations side by side: their metrics, and the differences in points",
+        COMPARE_EXAMPLES,
+        within=commands,
     )
     compare.add_argument("first", metavar="A", type=Path, help="folder of a run, or the JSON file of an evaluation")
     compare.add_argument("second", metavar="B", type=Path, help="what to compare with it")
     compare.add_argument("--force", action="store_true", help="show results of different protocols all the same")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+@command(_parser)
+def main(given: argparse.Namespace) -> None:
+    """Do what is asked for."""
     if given.command is None and given.run is None:
-        parser.error("expected --run RUN or compare A B")
+        raise ValueError("expected --run RUN or compare A B, got neither; name a run")
     if given.command is not None and (given.run or given.data):
-        parser.error("--run and --data are not of compare; name two runs or evaluations, and leave them out")
-    try:
-        if given.command == "compare":
-            return _compare(given.first, given.second, force=given.force)
-        return _write(given.run, given.data)
-    except (ValueError, OSError) as error:
-        return refuse(error)
+        raise ValueError("expected compare without --run and --data; name two runs or evaluations, and leave them out")
+    if given.command == "compare":
+        _compare(given.first, given.second, force=given.force)
+    else:
+        _write(given.run, given.data)
 
 
-def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
+def _compare(first_path: Path, second_path: Path, *, force: bool) -> None:
     from dist_proxygml.evaluation.compare import format_comparison, open_result, protocol_differences
 
     first, second = open_result(first_path), open_result(second_path)
@@ -80,20 +80,20 @@ def _compare(first_path: Path, second_path: Path, *, force: bool) -> int:
         listed = "; ".join(str(difference).removeprefix("versions.") for difference in small)
         print(f"note: also different, A | B: {printable(listed)}", file=sys.stderr)
     print(printable(format_comparison(first, second)))
-    return 0
 
 
-def _write(run_directory: Path, data: str | None) -> int:
+def _write(run_directory: Path, data: str | None) -> None:
     from dist_proxygml.config import parse_bytes
     from dist_proxygml.data.index import open_index
     from dist_proxygml.reporting.page import format_table, read_run, write_report
+    from dist_proxygml.storage.run_folder import RunFolder
 
     config = read_run(run_directory).config
     if not config:
         raise ValueError(f"expected a run's folder, {run_directory} has no config.json; name the folder of a run")
-    settings = config.get("data", {})
     index = None
     try:
+        settings = config.get("data", {})
         cache, limit = settings.get("cache_directory"), settings.get("cache_limit")
         index = open_index(
             data or settings.get("shards", "shards"),
@@ -102,10 +102,10 @@ def _write(run_directory: Path, data: str | None) -> int:
             cache_limit=None if limit is None else parse_bytes(limit),
             is_typed=data is not None,
         )
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # of a configuration that may be anybody's
         if data is not None:
-            raise
-        earlier = run_directory / "report.html"
+            raise ValueError(str(error)) from None
+        earlier = RunFolder(run_directory).report
         if earlier.is_file() and "data:image/" in earlier.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
                 f"the images of {earlier} would be lost: {error}; --data says where the shards are, or move that page "
@@ -115,7 +115,6 @@ def _write(run_directory: Path, data: str | None) -> int:
     page = write_report(run_directory, index)
     print(printable(format_table(run_directory)))
     print(f"report: {page.resolve()}")
-    return 0
 
 
 if __name__ == "__main__":

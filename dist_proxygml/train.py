@@ -5,39 +5,23 @@ was asked for, 65 the numbers stay NaN, 75 stopped by a signal or a step that hu
 anything else.
 """
 
-import argparse
+from collections.abc import Sequence
 
+from dist_proxygml.cli import build_parser
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
 from dist_proxygml.distributed.preemption import StopSignals
 
-EXAMPLES = """examples:
+EXAMPLES = """\
   deepspeed --num_gpus 2 launchers/train.py --config configs/demo_cpu.json
   deepspeed launchers/train.py --config configs/sop_8gpu.json --set proxies.ratio=0.1 training.epochs=20
   python launchers/train.py --config configs/sop_8gpu.json --dry-run 8
 """
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Parse, then show the plan or train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="JSON configuration, see configs/")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override settings: proxies.ratio=0.1 seed=1",
-    )
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="auto: continue the newest checkpoint if there is one (default); never: start anew; PATH: that checkpoint",
-    )
+    parser = build_parser(None, __doc__, EXAMPLES, "--config", "--set", "--resume", "--local_rank")
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -46,8 +30,7 @@ def main() -> None:
         metavar="RANKS",
         help="print the resolved configuration and the plan for so many ranks (default: those started)",
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    arguments = parse_arguments(parser)
+    arguments = parse_arguments(parser, given)
     config = load_config(arguments.config, arguments.set)
     if arguments.dry_run is not None:
         _print_plan(config, world_size=arguments.dry_run)

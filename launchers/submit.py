@@ -1,8 +1,7 @@
 """Submit a training run to SLURM, as `python -m dist_proxygml.submit`."""
 
-import sys
-
-from dist_proxygml.cluster.submit import run
+from dist_proxygml.cli import run_command
+from dist_proxygml.submit import main
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    run_command(main)

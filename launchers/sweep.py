@@ -1,8 +1,7 @@
 """Train every point of a grid with several seeds, as `python -m dist_proxygml.sweep`."""
 
-import sys
-
-from dist_proxygml.cluster.sweep import run
+from dist_proxygml.cli import run_command
+from dist_proxygml.sweep import main
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    run_command(main)

@@ -1,16 +1,36 @@
 """What every test gets: one thread of arithmetic, as on the ranks that the harness starts. And how a session ends."""
 
 import faulthandler
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 SECONDS_TO_LEAVE = 120
+NOBODY = 65534
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of a user for whom modes hold, as they do not for root, and the rights of that user."""
+    with tempfile.TemporaryDirectory() as name:
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.chown(name, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        try:
+            yield Path(name)
+        finally:
+            if is_root:
+                os.seteuid(0)
 
 
 @pytest.hookimpl(trylast=True)

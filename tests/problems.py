@@ -6,16 +6,20 @@ or with the oracle in `tests.reference`.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.head import regularizer
 from tests.harness import run_ranks
 from tests.reference import ReferenceResult, reference_gradients
 
@@ -248,3 +252,37 @@ def assert_agrees_with_the_oracle(
     assert relative_difference(grad_embeddings, expected_embeddings, floor=FLOOR) < tolerance
     grad_proxies = torch.cat([result.grad_proxies for result in results])
     assert relative_difference(grad_proxies, expected.grad_proxies, floor=FLOOR) < tolerance
+
+
+ROUNDING = 1e-12
+
+
+def random_proxies(num_classes: int, proxies_per_class: int, embedding_dim: int, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_classes, proxies_per_class, embedding_dim)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def dense(proxies_CND: Tensor, anchors_A: Tensor | None = None) -> Tensor:
+    """The same from torch's own functions, everything at once."""
+    num_classes, proxies_per_class, _ = proxies_CND.shape
+    unit_CND = F.normalize(proxies_CND, dim=2)
+    logits_PC = unit_CND.flatten(0, 1) @ unit_CND.sum(dim=1).T
+    class_P = torch.arange(num_classes).repeat_interleave(proxies_per_class)
+    anchors_A = torch.arange(len(class_P)) if anchors_A is None else anchors_A
+    return F.cross_entropy(logits_PC[anchors_A], class_P[anchors_A])
+
+
+def value_and_gradient(function: Callable[..., Tensor], proxies_CND: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    proxies_CND = proxies_CND.clone().requires_grad_()
+    value = function(proxies_CND, *args)
+    (gradient_CND,) = torch.autograd.grad(2.5 * value, proxies_CND)  # a factor, as the weight lambda is one
+    return value.detach(), gradient_CND / 2.5
+
+
+@contextmanager
+def chunks_of(numbers: int) -> Iterator[None]:
+    """Chunks of so many numbers at most, so that small problems take several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regularizer, "_CACHED_NUMBERS", numbers)
+        yield

@@ -1,7 +1,7 @@
 """Kill a training run again and again, and compare what it comes to with a run that nobody disturbed.
 
     python -m tests.soak                  kills at random moments: 60 of them, of one rank or of all (`make soak`)
-    python -m tests.soak --sweep          one kill at every point of a save, a step and an evaluation
+    python -m tests.soak --sweep          one kill at every point of a save, a step and an evaluation, or at those named
     python -m tests.soak --signals        signals to stop, a rank that hangs, numbers that are NaN
 
 Two ranks train on the demo images through launchers/train.py and the DeepSpeed engine, saving after every step; a
@@ -273,7 +273,7 @@ def not_a_number(runs: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="kills at every point instead of random moments")
+    parser.add_argument("--sweep", nargs="*", metavar="FAULT", help="kills at every point, or at these")
     parser.add_argument("--signals", action="store_true", help="signals to stop, a rank that hangs, NaN")
     parser.add_argument("--kills", type=int, default=60, help="random kills (default 60)")
     parser.add_argument("--steps", type=int, help="steps of the run (default: 80, or 8 a kill)")
@@ -286,8 +286,8 @@ def main() -> None:
         hang(runs)
         missing_at_start(runs)
         not_a_number(runs)
-    elif arguments.sweep:
-        sweep(runs, list(sweep_of_kills()), num_steps=arguments.steps or 80)
+    elif arguments.sweep is not None:
+        sweep(runs, arguments.sweep or list(sweep_of_kills()), num_steps=arguments.steps or 80)
     else:
         steps = arguments.steps or 8 * arguments.kills
         soak(runs, num_kills=arguments.kills, num_steps=steps, seed=arguments.seed)

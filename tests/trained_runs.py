@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_proxygml.backbones.build import build_backbone
-from dist_proxygml.checkpoint.folder import Retention, RunState, checkpoint_name, write_manifest
+from dist_proxygml.checkpoint.folder import Retention, RunState, write_checkpoint_manifest
 from dist_proxygml.checkpoint.model import BACKBONE_FILE, write_class_table
 from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.config import Config, flattened, parse_config
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero
-from dist_proxygml.storage.published import files_below, hash_files
+from dist_proxygml.storage.folder import files_below, hash_files
+from dist_proxygml.storage.run_folder import step_name
 from dist_proxygml.training.step import build_train_state
 
 STEP = 30
@@ -105,7 +107,7 @@ def write_finished_run(runs_dir: Path, name: str = "small", *, seed: int = 0, **
     training reads; without DeepSpeed, in no time.
     """
     config = configuration(name, runs_dir, 3, **changes)
-    checkpoint = config.run_directory / "checkpoints" / checkpoint_name(STEP)
+    checkpoint = config.run_directory / "checkpoints" / step_name(STEP)
     checkpoint.mkdir(parents=True)
     (config.run_directory / "config.json").write_text(json.dumps(config.model_dump()))
     with torch.random.fork_rng():
@@ -115,5 +117,11 @@ def write_finished_run(runs_dir: Path, name: str = "small", *, seed: int = 0, **
     state = RunState(STEP, 0, 0, 1, settings)
     (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
     names = files_below(checkpoint)
-    write_manifest(checkpoint, state, hash_files(checkpoint, names, num_threads=1))
+    write_checkpoint_manifest(checkpoint, state, hash_files(checkpoint, names, num_threads=1))
     return config.run_directory
+
+
+def read_board(directory: Path) -> EventAccumulator:
+    """Everything that TensorBoard reads of the run."""
+    everything = {"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(directory / "tensorboard"), size_guidance=everything).Reload()

@@ -1,1 +1,1 @@
-"""Networks: images to unit embeddings."""
+"""Networks that map images to unit embeddings."""

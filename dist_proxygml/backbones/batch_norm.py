@@ -2,10 +2,10 @@
 
     y = (x - mean) / sqrt(var + eps) * weight + bias       mean and var per channel, over the micro-batch of ALL ranks
 
-With the statistics of its own images, as DistributedDataParallel and DeepSpeed leave it, every rank would train
-another network, keep other running statistics, and 4 images a rank would not normalise as 32 on one do. Here any
-number of ranks gives the same outputs, gradients and running statistics. Arithmetic is float32 also under a bf16
-engine, which casts weights but not running statistics.
+With per-rank statistics, as under DistributedDataParallel and DeepSpeed, every rank would train a different network
+with different running statistics, and 8 ranks of 4 images would not normalise as one rank of 32. Here the outputs,
+gradients and running statistics are the same for any number of ranks. Arithmetic is float32 even under a bf16 engine,
+which casts weights but not running statistics.
 
 torch.nn.SyncBatchNorm was declined: it does not run on CPUs, and does not mix bf16 weights with float32 statistics.
 Each rank sends count, mean and sum of squared deviations (joined by the parallel formula of Chan, Golub and LeVeque,
@@ -26,9 +26,9 @@ from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows, w
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Takes the place, the parameters and the buffers of a torch or timm BatchNorm layer.
+    """Replace a torch or timm BatchNorm layer, taking over its parameters and buffers.
 
-    In training mode it is called on all ranks of the group. timm's layers carry an activation, which is kept.
+    In training mode, called on all ranks of the group. timm's layers include an activation, which is kept.
     """
 
     def __init__(self, original: _BatchNorm, group: dist.ProcessGroup | None) -> None:
@@ -44,7 +44,7 @@ class GlobalBatchNorm(_BatchNorm):
         self.train(original.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised x [b, C, ...], in the type of x."""
+        """Return the normalised x [b, C, ...], in the dtype of x."""
         assert self.running_mean is not None
         assert self.running_var is not None
         wide = torch.promote_types(x.dtype, torch.float32)  # float64 stays what it is
@@ -71,11 +71,11 @@ class GlobalBatchNorm(_BatchNorm):
         return self.after(y.to(x.dtype))
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any number of dimensions from 2 on."""
+        """Accept two or more dimensions."""
 
 
 def convert_batch_norm(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Replace every BatchNorm layer inside `model`; names and values of parameters and buffers stay."""
+    """Replace every BatchNorm layer inside `model`, keeping names and values of parameters and buffers."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, _BatchNorm) and child.affine and child.track_running_stats:
@@ -83,11 +83,11 @@ def convert_batch_norm(model: nn.Module, group: dist.ProcessGroup | None) -> Non
 
 
 class _NormalizeOverRanks(torch.autograd.Function):
-    """(normalised x, mean [C], biased variance [C], number of values per channel over all ranks)."""
+    """Return normalised x, mean [C], biased variance [C], number of values per channel over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup) -> Any:
-        """Called on all ranks; one all-gather."""
+        """Normalise x. Called on all ranks; one all-gather."""
         count = x.numel() // x.shape[1]
         mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)  # 20 times as fast as var_mean over NHWC maps
         own_1S = torch.cat([mean_C.new_tensor([count]), mean_C, var_C * count])[None]
@@ -104,7 +104,7 @@ class _NormalizeOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        """Called on all ranks; one all-reduce SUM. The gradients of weight and bias are this rank's part."""
+        """Called on all ranks; one all-reduce SUM. Weight and bias get this rank's part of their gradients."""
         x, weight, mean_C, inverse_std_C, total = ctx.saved_tensors
         _, d_weight_C, d_bias_C = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, None, None, mean_C, inverse_std_C, True, ctx.eps, [False, True, True]

@@ -5,7 +5,7 @@
 Source of the architecture: Ioffe and Szegedy 2015, "Batch Normalization", appendix. Channel counts,
 biases of the convolutions, max pools that round up, and names are those of the weight file that the
 metric learning literature starts from (`bn_inception-52deb4733.pth`), so that it loads by strict
-names once its `last_linear` (1000 ImageNet classes) is left out.
+names once its `last_linear` (1000 ImageNet classes) is dropped.
 
 Chosen: one table of channels and one forward function for all ten blocks; layers are registered
 under the flat names of the weight file. Declined: a nested module per block, which reads a little
@@ -32,7 +32,7 @@ class Block(NamedTuple):
     pool: Literal["average", "max"] = "average"
 
     def num_outputs(self, num_inputs: int) -> int:
-        """Channels of the four branches side by side."""
+        """Output channels of the concatenated branches."""
         passed = num_inputs if self.projected is None else self.projected
         return (self.direct or 0) + self.single[1] + self.double[1] + passed
 
@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 def inception_blocks() -> dict[str, Block]:
-    """The ten blocks by the name that prefixes their layers, in order."""
+    """Return the ten blocks in order, by the prefix of their layers' names."""
     return {
         "inception_3a": Block(64, (64, 64), (64, 96), 32),
         "inception_3b": Block(64, (64, 96), (64, 96), 64),
@@ -86,7 +86,7 @@ class BNInception(nn.Module):
         assert num_channels == self.num_features
 
     def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1024 h w"]:
-        """Feature map of normalised BGR images of any size."""
+        """Compute the feature map of normalised BGR images of any size."""
         x = self._convolve("conv1_7x7_s2", pixels)
         x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
         x = self._convolve("conv2_3x3", self._convolve("conv2_3x3_reduce", x))
@@ -103,8 +103,8 @@ class BNInception(nn.Module):
         if block.pool == "average":
             pooled = F.avg_pool2d(x, 3, stride=1, padding=1)  # the padding's zeros count
         elif block.stride == 2:
-            # Beside an odd map the convolutions give one row more than the pool; the zeros, never
-            # above what a ReLU gave, make them meet. The published 224 pixels have even maps here.
+            # For an odd map the convolutions give one row more than the pool; zero padding, which never
+            # exceeds a ReLU's output, aligns them. The published 224 pixels give even maps here.
             x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
             pooled = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
         else:

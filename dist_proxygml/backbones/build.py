@@ -5,8 +5,8 @@
 `build_backbone` knows timm and torchvision models by name, BN-Inception (the published one), a
 small CNN for small images, and raw pixels as a baseline without parameters.
 
-Chosen: preprocessing belongs to the model, so that weights cannot come apart from the mean, range
-and colour order that they were trained with, and images travel as bytes. Its constants are Python
+Chosen: preprocessing belongs to the model, so that weights cannot be separated from the mean, range
+and colour order they were trained with, and images are transferred as bytes. Its constants are Python
 numbers and its arithmetic is float32 whatever the trunk's type: as buffers they would be rounded
 when the model is cast to bfloat16 (0.485 to 0.4844). The trunk computes in the type of its
 parameters.
@@ -43,7 +43,7 @@ from dist_proxygml.config import BackboneConfig
 
 
 class Preprocessing(NamedTuple):
-    """What a network expects of its input: (pixel * value_range / 255 - mean) / std per channel."""
+    """Input normalisation of a network: (pixel * value_range / 255 - mean) / std per channel."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -51,7 +51,7 @@ class Preprocessing(NamedTuple):
     order: str = "RGB"  # of the channels, and so of mean and std
 
     def apply(self, images: UInt8[Tensor, "b 3 H W"], *, channels_last: bool = False) -> Float[Tensor, "b 3 H W"]:
-        """Network input in float32, stored as NHWC if `channels_last`."""
+        """Return the network's input in float32, stored as NHWC if `channels_last`."""
         channels = [
             (images[:, "RGB".index(colour)].float() / (255.0 / self.value_range) - mean) / std
             for colour, mean, std in zip(self.order, self.mean, self.std, strict=True)
@@ -96,15 +96,15 @@ class EmbeddingModel(nn.Module):
         self.pool = pool
         self.embedding = embedding
         self.frozen_batch_norm = frozen_batch_norm
-        # Of the images only: DeepSpeed broadcasts weights as bytes, which must be contiguous.
+        # For images only: DeepSpeed broadcasts weights as bytes, which must be contiguous.
         self.channels_last = channels_last
         self.train(self.training)
 
     def forward(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b D"]:
-        """Unit rows in float32.
+        """Compute embeddings, unit rows in float32, or in float64 if the embedding layer is.
 
         Raises:
-            ValueError: images that are not uint8 [b, 3, H, W].
+            ValueError: the images are not uint8 [b, 3, H, W].
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
@@ -114,10 +114,11 @@ class EmbeddingModel(nn.Module):
         pixels = self.preprocessing.apply(images, channels_last=self.channels_last)
         features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool)
         embeddings_bD = self.embedding(features.to(_dtype_of(self.embedding)))
-        return F.normalize(embeddings_bD.float(), dim=1)
+        wide = torch.promote_types(embeddings_bD.dtype, torch.float32)  # float64 stays what it is
+        return F.normalize(embeddings_bD.to(wide), dim=1)
 
     def train(self, mode: bool = True) -> Self:
-        """Training or evaluation mode, BatchNorm excepted where it is frozen."""
+        """Set training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
         if self.frozen_batch_norm:
             for module in self.modules():
@@ -126,7 +127,7 @@ class EmbeddingModel(nn.Module):
         return self
 
     def parameter_groups(self) -> ParameterGroups:
-        """All parameters, split for separate learning rates and for the warm-up epoch."""
+        """Return all parameters, split for separate learning rates and for the warm-up epoch."""
         return ParameterGroups(list(self.trunk.parameters()), list(self.embedding.parameters()))
 
 
@@ -148,7 +149,7 @@ class RawPixelsTrunk(nn.Module):
     num_features = 3 * side * side
 
     def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3072"]:
-        """Centred pixels; cosine between them is the images' correlation."""
+        """Return centred pixels; the cosine between them is the correlation of the images."""
         small = F.interpolate(pixels, size=(self.side, self.side), mode="area").flatten(1)
         return small - small.mean(dim=1, keepdim=True)
 
@@ -157,17 +158,17 @@ class RawPixelsTrunk(nn.Module):
 
 
 class Trunk(NamedTuple):
-    """A trunk with what must be known to use it."""
+    """A trunk and the facts needed to use it."""
 
     module: nn.Module
     preprocessing: Preprocessing
-    image_size: int  # a side that the trunk accepts; any, where the architecture does not fix one
+    image_size: int  # an image side that the trunk accepts; arbitrary where the architecture does not fix one
 
 
 def build_backbone(
     config: BackboneConfig, *, load_pretrained: bool = True, group: dist.ProcessGroup | None = None
 ) -> EmbeddingModel:
-    """The embedding model that `config` names, in training mode.
+    """Build the embedding model that `config` names, in training mode.
 
     Names: `bn_inception`, `small_cnn`, `raw_pixels`, `timm/NAME` and `torchvision/NAME`
     (classification models). Options:
@@ -179,7 +180,7 @@ def build_backbone(
       cut there, say "layer3" of a resnet; the node must give a map [b, F, h, w].
 
     `pretrained`: path of a weight file, loaded by strict names except for its classifier, of
-    whatever size, which the embedding layer replaces; "package" for the ImageNet weights that a
+    any size, which the embedding layer replaces; "package" for the ImageNet weights that a
     Python package ships (timm/tf_efficientnet_lite0 only); "timm" or "torchvision" for the
     library's own download.
 
@@ -188,8 +189,8 @@ def build_backbone(
     original weights are not at hand.
 
     Raises:
-        ValueError: unknown name (the nearest are named), unknown option, weights that are missing
-            or do not fit, or settings that contradict each other.
+        ValueError: the name (with the nearest suggested) or an option is unknown, weights are missing
+            or do not fit, or settings contradict each other.
     """
     if config.name == "raw_pixels":
         return _build_raw_pixels(config)
@@ -235,7 +236,7 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
         _refuse_unknown_options(config, known=inspect.signature(SmallCnn).parameters)
         trunk = Trunk(
             SmallCnn(**config.options),
-            # Roughly the pixels of drawings on white ground; BatchNorm makes up for what differs.
+            # Roughly the statistics of drawings on white; BatchNorm corrects the rest.
             Preprocessing((0.7, 0.7, 0.7), (0.3, 0.3, 0.3)),
             image_size=64,
         )
@@ -267,7 +268,7 @@ def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
 
 
 class TimmFeatureMap(nn.Module):
-    """One intermediate feature map [b, F, h, w] of a timm model, whose later layers are removed."""
+    """An intermediate feature map [b, F, h, w] of a timm model, without the later layers."""
 
     def __init__(self, model: Any, index: int) -> None:
         super().__init__()
@@ -284,7 +285,7 @@ class TimmFeatureMap(nn.Module):
 
 
 class ChannelsFirst(nn.Module):
-    """A trunk that gives maps as [b, h, w, F], turned to [b, F, h, w]."""
+    """Permute the maps of a trunk from [b, h, w, F] to [b, F, h, w]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -313,16 +314,16 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
     }
     if config.pool > 1 and index is None:
         owned["global_pool"] = f"backbone.pool {config.pool} says how to pool"
-        pooling = {"global_pool": ""}  # none: the map as it is
+        pooling = {"global_pool": ""}  # no pooling: the map itself
     for key, why in owned.items():
         if key in options:
             raise ValueError(f"backbone.options.{key} is not for {config.name}: remove it, {why}")
     download = config.pretrained == "timm" and load_pretrained
     try:
         model: Any = timm.create_model(name, pretrained=download, num_classes=0, **pooling, **options)
-    except TypeError as error:  # the model's constructor, a plain function, knows its options
+    except TypeError as error:  # the model's constructor, a plain function, defines its options
         raise ValueError(f"timm does not accept backbone.options {options} for {name}: {error}") from None
-    except Exception as error:  # networks, hubs and caches fail in many types
+    except Exception as error:  # networks, hubs and caches raise many types
         if not download:
             raise
         raise ValueError(_offline_remedy("timm", name, error)) from error
@@ -366,7 +367,7 @@ def _single_index(value: Any) -> int:
 
 
 class TorchvisionFeatureMap(nn.Module):
-    """The output [b, F, h, w] of one node of a torchvision model; later layers are removed."""
+    """The output [b, F, h, w] of one node of a torchvision model, without the later layers."""
 
     def __init__(self, model: nn.Module, node: str) -> None:
         super().__init__()
@@ -402,7 +403,7 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
             'add "aux_logits": false to backbone.options'
         )
 
-    # 2. Its classifier, the last linear layer, is replaced by nothing.
+    # 2. Remove its classifier, the last linear layer.
     linear_layers = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     if not linear_layers:
         raise ValueError(f"{config.name} does not end in a linear classifier; choose another model")
@@ -423,7 +424,7 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
                 f"{config.name} has no node {node!r} (backbone.options.return_node); did you mean "
                 f"{_nearest(str(node), nodes)}?"
             ) from None
-    # Mean and deviation of ImageNet, with which torchvision trained its classification models.
+    # ImageNet's mean and standard deviation, with which torchvision trained its classification models.
     imagenet = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return Trunk(trunk, imagenet, image_size=options.get("image_size", 224))
 
@@ -437,14 +438,14 @@ def _torchvision_names() -> list[str]:
 
 
 def _flat_features(features: Tensor, pool: int) -> Tensor:
-    """[b, F, h, w] averaged to pool x pool cells and flattened, or [b, F] as it is."""
+    """Average [b, F, h, w] to pool x pool cells and flatten; return [b, F] unchanged."""
     if features.ndim == 4:
         features = F.adaptive_avg_pool2d(features, pool)
     return features.flatten(1)
 
 
 def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
-    """Length of the trunk's pooled features, from a run on meta tensors, which have shapes only."""
+    """Return the length of the trunk's pooled features, from a forward pass on meta tensors."""
     trunk.module.eval()
     features = _on_meta(trunk.module, torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta"))
     trunk.module.train()
@@ -468,16 +469,16 @@ def _on_meta(module: nn.Module, images: Tensor) -> Any:
 
 
 def check_images(model: EmbeddingModel, config: BackboneConfig, batch_size: int, *, size: int, setting: str) -> None:
-    """Run the model in its mode on meta tensors, which have shapes only, of images of a side that `setting` says.
+    """Check, by a forward pass on meta tensors, that the model accepts images of the size given by `setting`.
 
     Raises:
-        ValueError: it does not take such images.
+        ValueError: it does not.
     """
     try:
         _on_meta(model, torch.empty(batch_size, 3, size, size, dtype=torch.uint8, device="meta"))
-    except NotImplementedError:  # a kernel without shapes of its own: the first step will tell
+    except NotImplementedError:  # a kernel without a meta implementation: the first step will show
         return
-    except Exception as error:  # of any type: asserts of libraries, shapes that come out as nothing
+    except Exception as error:  # of any type: assertions of libraries, empty shapes
         remedies = {
             "timm": f"backbone.options.img_size to {size}",
             "torchvision": f"backbone.options.image_size to {size}",

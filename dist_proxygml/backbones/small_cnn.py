@@ -4,8 +4,8 @@
                           BatchNorm, ReLU, then that stage's number of residual blocks
 
 Chosen: strided convolutions and no pooling inside. Small centred images lose too much to pooling
-and to global averaging; this trunk is meant for a pooled grid of 4x4 (`pool` of the configuration).
-Declined: dropout and other regularisers, which the few minutes it trains for give no use for.
+and global averaging; this trunk is meant for a pooled grid of 4x4 (`pool` of the configuration).
+Declined: dropout and other regularisers, which are of no use in a few minutes of training.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_MOST = 1 << 16
+
 
 class SmallCnn(nn.Sequential):
     """The stages one after the other: [b, 3, H, W] -> [b, width * 2^(stages - 1), h, w].
@@ -23,7 +25,7 @@ class SmallCnn(nn.Sequential):
     `residual_blocks` how many residual blocks follow its first convolution.
 
     Raises:
-        ValueError: the two lists differ in length, or a number is of a wrong type or too small.
+        ValueError: the two lists differ in length, or a number has a wrong type, is too small or absurd.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class ResidualBlock(nn.Module):
         self.second = _convolution(num_channels, num_channels, activation=False)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The block's output, of the input's shape."""
+        """Return the block's output, of the input's shape."""
         return F.relu(x + self.second(self.first(x)))
 
 
@@ -76,5 +78,5 @@ def _convolution(inputs: int, outputs: int, *, stride: int = 1, activation: bool
 
 def _check_integers(name: str, values: Any, *, at_least: int) -> None:
     fits = isinstance(values, Sequence) and len(values) > 0
-    if not fits or any(type(value) is not int or value < at_least for value in values):
-        raise ValueError(f"{name} of small_cnn must be made of integers of at least {at_least}, got {values!r}")
+    if not fits or any(type(value) is not int or not at_least <= value <= _MOST for value in values):
+        raise ValueError(f"{name} of small_cnn must be made of integers from {at_least} to {_MOST}, got {values!r}")

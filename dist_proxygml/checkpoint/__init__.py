@@ -1,1 +1,1 @@
-"""Checkpoints: written by all ranks, verified, and read back on any number of them."""
+"""Checkpoints: written by all ranks, verified, and loaded on any number of them."""

@@ -1,9 +1,9 @@
-"""How the bank's tensors lie in a checkpoint: files of torch.distributed.checkpoint, one for each tensor of each rank.
+"""Storage of the bank's tensors: files of torch.distributed.checkpoint, one per tensor and rank.
 
 Torch's own writer and reader, with three changes. The table of contents is the same in every save of the same numbers.
-It is a pickle, of which only what a table of contents consists of is made: a bank from elsewhere cannot run code. And a
-part is read from its mapped file straight to where it goes, the rows that are asked for and no others: torch's reader
-takes memory for the whole part first, and computes a checksum beside the manifest's sha256.
+It is a pickle, from which only the classes of a table of contents are loaded, so an untrusted bank cannot run code. And
+only the requested rows of a part are copied from its mapped file straight to their destination: torch's reader first
+allocates memory for the whole part, and computes a checksum besides the manifest's sha256.
 """
 
 import pickle
@@ -37,19 +37,19 @@ _CLASSES = {
 
 
 class _Contents(pickle.Unpickler):
-    """Reads a table of contents, and nothing else that may be in a pickle."""
+    """Unpickles a table of contents and refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """One of the few classes of a table of contents."""
+        """Return one of the few classes of a table of contents."""
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of contents does")
         return super().find_class(module, name)
 
 
 class BankWriter(dcp.FileSystemWriter):
-    """Writes a file for each tensor, which threads can write, hash and verify side by side.
+    """Writes a file per tensor, so that threads can write, hash and verify them in parallel.
 
-    Nothing is flushed: who hashes the files does that meanwhile.
+    Nothing is flushed here; that happens when the files are hashed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -57,11 +57,11 @@ class BankWriter(dcp.FileSystemWriter):
         super().__init__(directory, single_file_per_rank=False, sync_files=False, thread_count=threads)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the table in the order of the names, not of the threads."""
+        """Write the table sorted by name, independent of the order of threads."""
         super().finish(metadata, [sorted(own, key=lambda written: str(written.index)) for own in results])
 
     def storage_meta(self) -> None:
-        """No number of the save, and no path."""
+        """Omit the save's id and path."""
 
 
 class BankReader(dcp.FileSystemReader):
@@ -72,10 +72,10 @@ class BankReader(dcp.FileSystemReader):
         self._directory = directory
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents.
+        """Read the table of contents.
 
         Raises:
-            ValueError: the file is missing or something else.
+            ValueError: the file is missing or invalid.
         """
         path = self._directory / ".metadata"
         try:
@@ -88,13 +88,13 @@ class BankReader(dcp.FileSystemReader):
             for stored in contents.storage_data.values():
                 if stored.offset != 0 or Path(stored.relative_path).name != stored.relative_path:
                     raise ValueError(f"{stored.relative_path!r} is no file of a tensor")
-        except Exception as error:  # a pickle that is none fails in any type
+        except Exception as error:  # an invalid pickle may raise any type
             raise ValueError(f"{path} is no table of contents of a stored bank: {error!r}; copy it again") from None
         found: Metadata = contents
         return found
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Set the tensors that the planner names to what the plan asks for.
+        """Load what the plan asks for into the planner's tensors.
 
         Raises:
             OSError, RuntimeError, UnpicklingError: a file cannot be read.

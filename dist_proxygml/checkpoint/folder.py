@@ -11,10 +11,8 @@ being read. It is written aside, in `.step-000800.partial`, and published by one
 or uses collectives: what is said of ranks stands in writer.py.
 """
 
-import json
 import math
 import os
-import re
 import stat
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,18 +27,17 @@ from dist_proxygml.storage.files import (
     is_folder,
     mode_of,
     paths_in,
-    publish,
+    publish_text,
     read_document,
     remove,
-    unreadable,
 )
-from dist_proxygml.storage.published import file_problems, flush, put_back
+from dist_proxygml.storage.folder import SealedKind, look_into, put_back, shortened, write_manifest
+from dist_proxygml.storage.run_folder import RunFolder, by_step, step_in, step_name
 
 MANIFEST_FILE = "MANIFEST.json"
 LATEST_FILE = "latest"
 STATE_FILE = "state.json"
-_MANIFEST_VERSION = 1
-_NAME = re.compile(r"step-[0-9]+")
+_KIND = SealedKind("checkpoint", remedy="", manifest_file=MANIFEST_FILE, is_named=False)
 
 
 @dataclass(frozen=True)
@@ -89,16 +86,6 @@ class Continuation(NamedTuple):
     """Newer checkpoints that do not verify: which, why, and where they are now."""
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step-{step:06d}"
-
-
-def evaluation_name(step: int, *, of_validation: bool) -> str:
-    """Name of an evaluation after `step` steps; stored as evaluation/NAME.json, beside the folder of checkpoints."""
-    return f"{'validation-' if of_validation else ''}{checkpoint_name(step)}"
-
-
 def published_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints below `directory` that have a manifest, oldest first; none of their files is looked at.
 
@@ -119,21 +106,7 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
     Raises:
         ValueError: the manifest or a file that it lists is there and cannot be read.
     """
-    path = checkpoint / MANIFEST_FILE
-    try:
-        manifest = read_document(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return [f"{MANIFEST_FILE} is missing: it was never finished, or an older version of this package wrote it"]
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except ValueError as error:
-        return [f"{MANIFEST_FILE} cannot be used: {error}"]
-    try:
-        if manifest["version"] != _MANIFEST_VERSION:
-            return [f"{MANIFEST_FILE} has version {manifest['version']!r}, expected {_MANIFEST_VERSION}"]
-        problems = file_problems(checkpoint, manifest["files"], deep=deep)
-    except (LookupError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST_FILE} cannot be used: {error!r}"]
+    _, problems = look_into(checkpoint, _KIND, deep=deep)
     if deep and not problems:
         try:
             read_state(checkpoint)
@@ -251,12 +224,14 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    step = step_in(checkpoint.name)
+    assert step is not None
+    return step
 
 
 def _step_folders(directory: Path) -> list[Path]:
     """Folders that are named as checkpoints are, oldest first."""
-    return sorted((p for p in paths_in(directory, "step-*") if _NAME.fullmatch(p.name) and is_folder(p)), key=_step_of)
+    return [path for path in by_step(directory).values() if is_folder(path)]
 
 
 def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
@@ -271,8 +246,7 @@ def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
 
 
 def _told(checkpoint: Path, problems: list[str]) -> str:
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return f"checkpoint {checkpoint} is damaged: {'; '.join(problems[:3])}{more}"
+    return f"checkpoint {checkpoint} is damaged: {shortened(problems)}"
 
 
 def _set_aside(checkpoint: Path, problems: list[str]) -> str:
@@ -286,19 +260,12 @@ def _set_aside(checkpoint: Path, problems: list[str]) -> str:
     return f"{_told(checkpoint, problems)}: passed over, now {aside.name}"
 
 
-def write_manifest(partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str) -> None:
+def write_checkpoint_manifest(
+    partial: Path, state: RunState, files: Mapping[str, dict[str, Any]], **versions: str
+) -> None:
     """Write the list of files, whose contents are on disk, and bring the names of all to disk."""
-    manifest = {
-        "version": _MANIFEST_VERSION,
-        "step": state.step,
-        "world_size": state.world_size,
-        "written_with": versions,
-        "files": dict(sorted(files.items())),
-    }
-    with publish(partial / MANIFEST_FILE) as stream:
-        stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
-    for folder in (path for path in partial.rglob("*") if path.is_dir()):
-        flush(folder)
+    about = {"step": state.step, "world_size": state.world_size, "written_with": versions}
+    write_manifest(partial, _KIND, about, dict(sorted(files.items())))
     fault_point("save.manifest")
 
 
@@ -307,8 +274,7 @@ def tidy_up(final: Path, retention: Retention) -> list[str]:
     problems = []
     try:
         fault_point("save.published")
-        with publish(final.with_name(LATEST_FILE)) as stream:
-            stream.write(f"{final.name}\n".encode())
+        publish_text(final.with_name(LATEST_FILE), f"{final.name}\n")
         fault_point("save.latest")
     except OSError as error:
         problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {in_words(error, final)}")
@@ -341,8 +307,8 @@ def _scores(checkpoints: list[Path], metric: str, *, by_validation: bool) -> tup
     scores: dict[int, float] = {}
     problems = []
     for checkpoint in checkpoints:
-        name = evaluation_name(_step_of(checkpoint), of_validation=by_validation)
-        path = checkpoint.parent.parent / "evaluation" / f"{name}.json"
+        name = step_name(_step_of(checkpoint), of_validation=by_validation)
+        path = RunFolder(checkpoint.parent.parent).evaluation(name)
         try:
             score = float(read_document(path)["metrics"][metric])
         except FileNotFoundError:

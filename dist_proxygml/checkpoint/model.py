@@ -1,12 +1,12 @@
-"""A trained model on disk, without the run that made it: a checkpoint, or an export of one (export.py).
+"""A trained model on disk, independent of its run: a checkpoint, or an export of one (export.py).
 
     runs/NAME/checkpoints/step-000800/   backbone.safetensors, bank/ of torch.distributed.checkpoint, state.json
-    runs/NAME/classes.jsonl              which row of the bank is which class, written when the run starts
+    runs/NAME/classes.jsonl              the class of each row of the bank, written when the run starts
     exports/NAME/                        backbone.safetensors, bank.safetensors, classes.jsonl, export.json, README.md
 
-A class table has the form of the index's (data/index.py), so a lost one is a copy of that file. It is believed only if
-it hashes to what the checkpoint says. Rows of the bank are read without a process group: each rank fetches what it
-needs, a stored part at a time, from mapped files.
+A class table has the format of the index's (data/index.py), so a lost one can be replaced by a copy of that file. Its
+hash is verified against the checkpoint. Rows of the bank are read without a process group: each rank reads what it
+needs, one stored part at a time, from mapped files.
 
 Declined: names inside every checkpoint, tens of megabytes each for a million classes.
 
@@ -15,7 +15,6 @@ embedding.
 """
 
 import bisect
-import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,13 @@ from dist_proxygml.checkpoint.bank_storage import BankReader
 from dist_proxygml.checkpoint.folder import MANIFEST_FILE, find_checkpoint, found_instead, read_state
 from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import parse_json, publish
 from dist_proxygml.storage.folder import SealedKind, open_sealed
+from dist_proxygml.storage.run_folder import RunFolder, step_in
 
 CLASSES_FILE = "classes.jsonl"
 EXPORT_FILE = "export.json"
-CARD_FILE = "README.md"  # of an export: for people, who add to it
+CARD_FILE = "README.md"  # of an export: for people, who may edit it
 BACKBONE_FILE = "backbone.safetensors"
 BANK_FILE = "bank.safetensors"
 PROXIES = "proxies"  # the bank's name in a checkpoint, and its tensor's in an export
@@ -53,14 +53,14 @@ _BYTES_AT_A_TIME = 64 << 20  # of an export's bank
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint or an export whose files are as they were written."""
+    """A checkpoint or an export whose files have been verified."""
 
     path: Path
     step: int
     settings: dict[str, Any]
-    """What the numbers depend on, by name, as RunState has it."""
+    """The settings that the numbers depend on, by name, as in RunState."""
     export: dict[str, Any] | None = None
-    """What an export says of itself; None for a checkpoint."""
+    """The metadata of an export; None for a checkpoint."""
 
     @property
     def has_class_names(self) -> bool:
@@ -68,22 +68,22 @@ class TrainedModel:
         return "class table" in self.settings
 
     def class_table(self) -> Path:
-        """Where its class table lies, if it is there."""
+        """Path of its class table, which may be missing."""
         own, of_run = self.path / CLASSES_FILE, self.path.parent.parent / CLASSES_FILE
         return own if self.export or own.is_file() else of_run
 
     def classes(self) -> tuple[ClassEntry, ...]:
-        """Which class each row of the bank is; in the order of rows.
+        """Read the class of each row of the bank, in the order of rows.
 
         Raises:
-            ValueError: it was trained on a stream, or its class table is not there, or is that of other classes.
+            ValueError: it was trained on a stream, or its class table is missing or belongs to other classes.
         """
         if not self.has_class_names:
             raise ValueError(
                 f"{self.path} has no class names: it was trained on a stream, which has none; set "
                 "checkpoint.init_proxies to false to take over its backbone only"
             )
-        table, expected = self.class_table(), self.settings["class table"]
+        table, expected = self.class_table(), str(self.settings["class table"])
         of_shards = class_table_name(self.settings.get("data.train_split", "train"))
         has_all = self.settings.get("data.validation_classes") is None
         remedy = (
@@ -106,10 +106,10 @@ class TrainedModel:
         return classes
 
     def check_config(self, config: Config, *, source: Path) -> None:
-        """Refuse the configuration of a run that was edited since this was trained.
+        """Refuse a configuration that was edited since this was trained.
 
         Raises:
-            ValueError: naming what differs of what embeddings depend on.
+            ValueError: a setting that embeddings depend on differs; the message names it.
         """
         now = dict(flattened(config.model_dump(mode="json", include={"backbone": True, "data": {"test_transform"}})))
         differing = [name for name in now if name in self.settings and now[name] != self.settings[name]]
@@ -118,7 +118,7 @@ class TrainedModel:
             raise ValueError(f"{source} is not what {self.path} was trained with: expected {listed}; restore that file")
 
     def bank(self) -> "StoredBank":
-        """The bank, opened.
+        """Open the bank.
 
         Raises:
             ValueError: it cannot be read.
@@ -127,16 +127,16 @@ class TrainedModel:
 
 
 class StoredBank(Protocol):
-    """A bank on disk, read a part at a time."""
+    """A bank on disk, read one part at a time."""
 
     shape: tuple[int, int, int]
-    """C, N and D."""
+    """(C, N, D)."""
 
     def parts(self) -> list[tuple[int, int]]:
-        """The parts that it is stored in or best read in: their first row and one past their last, of all C."""
+        """Return the parts it is stored in, or best read in, as ranges [first, stop) of its C rows."""
 
     def read_(self, rows_xND: Tensor, *, first: int) -> None:
-        """Set a tensor to the rows from `first` on, all of one part.
+        """Read the rows from `first` on, all of one part, into a tensor.
 
         Raises:
             ValueError: they cannot be read.
@@ -144,20 +144,20 @@ class StoredBank(Protocol):
 
 
 def open_trained(path: Path) -> TrainedModel:
-    """Open a checkpoint, a run's folder (its newest whole checkpoint) or an export, and verify every file of it; an
-    export's card may have been edited.
+    """Open a checkpoint, a run's folder (its newest complete checkpoint) or an export, and verify every file except an
+    export's card, which may be edited.
 
     Raises:
-        ValueError: there is none of these, a file is not as it was written, or an export has no weights in safetensors.
+        ValueError: the path is none of these, a file fails verification, or an export has no safetensors weights.
     """
     if (path / EXPORT_FILE).is_file():
         return _open_export(path)
-    if (path / "checkpoints").is_dir():
-        checkpoint = find_checkpoint(path / "checkpoints", "auto")
+    checkpoints = RunFolder(path).checkpoints
+    if checkpoints.is_dir():
+        checkpoint = find_checkpoint(checkpoints, "auto")
         if checkpoint is None:
-            instead = found_instead(path / "checkpoints")
-            raise ValueError(f"expected a whole checkpoint in {path / 'checkpoints'}, {instead}")
-    elif (path / MANIFEST_FILE).is_file() or path.name.startswith("step-"):
+            raise ValueError(f"expected a whole checkpoint in {checkpoints}, {found_instead(checkpoints)}")
+    elif (path / MANIFEST_FILE).is_file() or step_in(path.name) is not None:
         checkpoint = find_checkpoint(path.parent, str(path))
         assert checkpoint is not None
     else:
@@ -170,17 +170,17 @@ def open_trained(path: Path) -> TrainedModel:
 
 
 def read_class_table(path: Path) -> tuple[ClassEntry, ...]:
-    """A class table, in the order of labels; about 3 s for a million classes.
+    """Read a class table, in the order of labels; about 3 s for a million classes.
 
     Raises:
-        ValueError, TypeError: the file is something else.
+        ValueError, TypeError: the file is not a class table.
     """
-    rows = json.loads(b"[" + b",".join(path.read_bytes().splitlines()) + b"]")
+    rows = parse_json(b"[" + b",".join(path.read_bytes().splitlines()) + b"]")
     return tuple(ClassEntry(label, *row) for label, row in enumerate(rows))
 
 
 def write_class_table(run_directory: Path, index: ShardIndex | None) -> None:
-    """Put the class table of what a run trains on into its folder, in place of one that may have been damaged; a stream
+    """Write the class table of the training split into the run's folder, replacing one that may be damaged; a stream
     has none. On rank 0 only.
     """
     if index is not None:
@@ -211,8 +211,11 @@ class _ExportedBank:
         try:
             with safe_open(path, framework="pt") as file:
                 num_classes, per_class, embedding_dim = file.get_slice(PROXIES).get_shape()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+                dtype = file.get_slice(PROXIES).get_dtype()
+            if dtype not in ("F64", "F32", "F16", "BF16") or 0 in (per_class, embedding_dim):
+                raise ValueError(f"proxies of {dtype} [{num_classes}, {per_class}, {embedding_dim}]")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; {EXPORT.remedy}") from None
         self.shape = (num_classes, per_class, embedding_dim)
 
     def parts(self) -> list[tuple[int, int]]:
@@ -272,7 +275,7 @@ class _CheckpointBank:
 
 
 class _Into(DefaultLoadPlanner):
-    """Whatever is read goes into one tensor."""
+    """A planner that reads everything into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

@@ -1,27 +1,27 @@
-"""Checkpoints: what a run continues from, written by all ranks, aside from training if wanted.
+"""Checkpoint writing by all ranks, optionally in the background.
 
     step-000800/
         engine/...             backbone and its optimizer, as DeepSpeed writes them
         bank/...               proxies and their optimizer state, through torch.distributed.checkpoint
-        backbone.safetensors   the backbone alone, whole, for evaluation and for use elsewhere
+        backbone.safetensors   the complete backbone, for evaluation and use elsewhere
         random-rank-000.pt     random generator state of each rank
         state.json             step, position in the data, number of ranks, what the numbers depend on
-        MANIFEST.json          bytes and sha256 of every file above: written last
+        MANIFEST.json          size and sha256 of every file above, written last
 
-A save has two halves: a snapshot of the numbers, taken between two steps, and writing it. A synchronous save goes
-without copies, since nothing changes meanwhile; an asynchronous one copies everything to the memory of the host and
-leaves the other half, the very same code, to a thread whose collectives go through a group of gloo's of their own. One
-at most is on its way. Both give the same bytes.
+A save has two phases: a snapshot of the numbers between two steps, and writing it. A synchronous save makes no copies,
+since nothing changes meanwhile; an asynchronous one copies everything to host memory and runs the second phase, the
+same code, in a thread whose collectives use a gloo group of their own. At most one is pending. Both write the same
+bytes.
 
-What is not finite is never saved. Ranks fail together, with one error that names the rank, and what was published
-before stays as it was. folder.py has the order of things on disk; docs/fault_tolerance.md says what is
+Non-finite numbers are never saved. Ranks fail together, with one error that names the rank, and earlier checkpoints
+stay intact. folder.py defines the order of operations on disk; docs/fault_tolerance.md lists which failures are
 survived and how.
 
-All of it loads on any number of ranks: the bank and its optimizer's rows are saved as DTensors placed Shard(0) over
-classes, and what ZeRO partitioned is cut again. The random state comes back where the number of ranks is the same.
+A checkpoint loads on any number of ranks: the bank and its optimizer's rows are saved as DTensors placed Shard(0) over
+classes, and ZeRO's partitions are resharded. The random state is restored if the number of ranks is the same.
 
 All ranks must see the same folder. Declined: DeepSpeed's and torch's own asynchronous writers, each of which would
-publish its part when it is done with it.
+publish its part separately.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -51,10 +52,9 @@ from dist_proxygml.checkpoint.folder import (
     Retention,
     RunState,
     SavedCheckpoint,
-    checkpoint_name,
     read_state,
     tidy_up,
-    write_manifest,
+    write_checkpoint_manifest,
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
@@ -62,11 +62,12 @@ from dist_proxygml.distributed.parallel import ParallelContext, all_gather_objec
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.storage.files import in_words, remove
-from dist_proxygml.storage.published import files_below, hash_files, make_empty, partial_path, publish_folder
+from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
+from dist_proxygml.storage.run_folder import step_name
 
 T = TypeVar("T")
 
-# In front of the names of the bank optimizer's state.
+# Prefix of the names of the bank optimizer's state.
 _STATE_PREFIX = "optimizer."
 
 
@@ -78,12 +79,12 @@ class _Savable(Protocol):
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """All that a checkpoint holds, at one moment; a copy, or for as long as nothing changes the things themselves."""
+    """The contents of a checkpoint at one moment: a copy, or references that are valid until the next step."""
 
     state: RunState
     engine: _Savable
     weights: Mapping[str, Tensor]
-    """The backbone, whole; empty where this rank does not write it."""
+    """The complete backbone; empty where this rank does not write it."""
     num_classes: int
     bank: Mapping[str, Tensor]
     """This rank's rows [c, ...] of the proxies and of their optimizer's state, and step counters, by name."""
@@ -91,13 +92,13 @@ class _Snapshot:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run. Built on all ranks, and called on all ranks unless said otherwise.
+    """Writes the checkpoints of a run. Built on all ranks, and called on all ranks unless stated otherwise.
 
     Args:
-        directory: where they go.
+        directory: folder of the checkpoints.
         context: this process among its peers.
-        retention: which stay when a new one is there.
-        asynchronous: `save` returns when the numbers are copied; they are written while training goes on.
+        retention: which checkpoints to keep when a new one is published.
+        asynchronous: `save` returns when the numbers are copied; they are written during training.
     """
 
     def __init__(
@@ -106,35 +107,35 @@ class CheckpointWriter:
         self._directory, self._retention, self._context = directory, retention, context
         self._aside = _beside(context) if asynchronous else None
         self._pending: Future[SavedCheckpoint] | None = None
-        self._is_told = False  # of what is pending
-        self._untold: list[SavedCheckpoint] = []
+        self._is_reported = False  # of the pending write
+        self._unreported: list[SavedCheckpoint] = []
 
     @property
     def has_failed(self) -> bool:
-        """Whether the write on its way has failed on this rank; `wait` raises why, on all ranks. A local look: agree on
-        it before you act on it.
+        """Whether the pending write has failed on this rank; `wait` raises the reason on all ranks. Local: ranks must
+        agree before they act on it.
         """
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def poll(self) -> list[SavedCheckpoint]:
-        """What was published since any method last told of it. A local look, for messages."""
-        pending, untold = self._pending, self._untold
-        self._untold = []
-        if pending is not None and pending.done() and pending.exception() is None and not self._is_told:
-            self._is_told = True
-            return [*untold, pending.result()]
-        return untold
+        """Return the checkpoints published since the last report. Local, for messages."""
+        pending, unreported = self._pending, self._unreported
+        self._unreported = []
+        if pending is not None and pending.done() and pending.exception() is None and not self._is_reported:
+            self._is_reported = True
+            return [*unreported, pending.result()]
+        return unreported
 
     def save(
         self, *, state: RunState, engine: Engine, loss: ProxyGMLLoss, bank_optimizer: torch.optim.Optimizer
     ) -> list[SavedCheckpoint]:
-        """Save a checkpoint; if asynchronous, only begin to, when an earlier one is done.
+        """Save a checkpoint; if asynchronous, wait for the pending one, then only start to.
 
         Returns:
-            What was published since any method last told of it.
+            The checkpoints published since the last report.
 
         Raises:
-            ValueError: on every rank, as `save_checkpoint`; this save or the earlier one.
+            ValueError: on every rank, as `save_checkpoint`, for this save or the pending one.
         """
         if self._aside is None:
             saved = save_checkpoint(
@@ -147,43 +148,43 @@ class CheckpointWriter:
                 retention=self._retention,
             )
             return [saved]
-        self._untold = self.wait()
-        with _nothing_was_written(self._directory / checkpoint_name(state.step)):
+        self._unreported = self.wait()
+        with _nothing_was_written(self._directory / step_name(state.step)):
             snapshot = _take_snapshot(state, engine, loss, bank_optimizer, self._context, copy=True)
-        told = self.poll()
+        published = self.poll()
         self._start(snapshot, self._aside)
-        return told
+        return published
 
     def wait(self) -> list[SavedCheckpoint]:
-        """Wait for the write on its way, if there is one.
+        """Wait for the pending write, if any.
 
         Returns:
-            What was published since any method last told of it.
+            The checkpoints published since the last report.
 
         Raises:
-            ValueError: on every rank: it failed on a rank.
+            ValueError: on every rank, if it failed on any.
         """
         if self._pending is None:
             return self.poll()
         error = self._pending.exception()
         published = self.poll()
         self._pending = None
-        failures = all_gather_object(self._context, None if error is None else self._told(error))
-        # What all know says what was at the bottom of it; a rank's own error may be that another one is gone.
+        failures = all_gather_object(self._context, None if error is None else self._ownership_and_message(error))
+        # An agreed error states the cause; a rank's own error may only say that a peer is gone.
         first = min(filter(None, failures), default=None)
         if first is not None:
             raise AgreedError(first[1]) from error
         return published
 
     def close(self) -> list[SavedCheckpoint]:
-        """As `wait`; the writer cannot be used any more."""
+        """Wait as `wait` does; the writer cannot be used afterwards."""
         published = self.wait()
         if self._aside is not None and self._aside.group is not None:
             dist.destroy_process_group(self._aside.group)
         return published
 
-    def _told(self, error: BaseException) -> tuple[bool, str]:
-        """Whether an error is this rank's own, and what to say of it."""
+    def _ownership_and_message(self, error: BaseException) -> tuple[bool, str]:
+        """Return whether an error is this rank's own, and its message."""
         if isinstance(error, AgreedError):
             return False, str(error)
         return True, f"{_described(error)} (on rank {self._context.rank})"
@@ -197,8 +198,8 @@ class CheckpointWriter:
             except BaseException as error:
                 pending.set_exception(error)
 
-        self._pending, self._is_told = pending, False
-        # A daemon: a run that ends by an error does not wait for it, and what it leaves is cleared at the next start.
+        self._pending, self._is_reported = pending, False
+        # A daemon: a run that ends with an error does not wait for it; the next start clears what it leaves.
         threading.Thread(target=write, name="checkpoint", daemon=True).start()
 
 
@@ -212,17 +213,17 @@ def save_checkpoint(
     context: ParallelContext,
     retention: Retention,
 ) -> SavedCheckpoint:
-    """Write and publish a checkpoint below `directory`, then delete those that `retention` does not keep. Called on all
+    """Write and publish a checkpoint in `directory`, then delete those that `retention` does not keep. Called on all
     ranks.
 
-    An earlier checkpoint of the same step stays until this one is in its place.
+    An earlier checkpoint of the same step stays until this one replaces it.
 
     Raises:
-        NonFiniteError: on every rank: a number of parameters or optimizer state is not finite.
-        ValueError: on every rank: a rank could not write its part. Nothing is left of this checkpoint, and earlier ones
-            are as they were.
+        NonFiniteError: on every rank, if a parameter or optimizer state is not finite.
+        ValueError: on every rank, if a rank could not write its part. Nothing is left of this checkpoint, and earlier
+            ones are intact.
     """
-    with _nothing_was_written(directory / checkpoint_name(state.step)):
+    with _nothing_was_written(directory / step_name(state.step)):
         snapshot = _take_snapshot(state, engine, loss, bank_optimizer, context, copy=False)
     return _write(snapshot, directory, context, retention)
 
@@ -236,36 +237,44 @@ def load_checkpoint(
     context: ParallelContext,
     settings: dict[str, Any],
 ) -> RunState:
-    """Bring back the backbone, the bank, both optimizers and the random state. Called on all ranks.
+    """Restore the backbone, the bank, both optimizers and the random state. Called on all ranks.
 
     Raises:
-        ValueError: the checkpoint's settings are not `settings`.
+        ValueError: the checkpoint's settings differ from `settings`.
     """
     state = run_together(context, _check_state, checkpoint, settings)
-    engine.load(checkpoint)
-    _load_bank(loss, bank_optimizer, checkpoint / "bank", context)
+    failed = f"restore {checkpoint} from a copy, or take another one with --resume PATH: it cannot be loaded"
+    _together(context, failed, engine.load, checkpoint)
+    _together(context, failed, _load_bank, loss, bank_optimizer, checkpoint / "bank", context)
     if state.world_size == context.world_size:
-        run_together(context, _load_random_state, checkpoint, context)
+        _together(context, failed, _load_random_state, checkpoint, context)
     return state
 
 
 def load_backbone(checkpoint: Path, model: nn.Module) -> None:
-    """Load the weights that a checkpoint holds into a backbone of the same configuration and precision.
+    """Load a checkpoint's weights into a backbone of the same configuration and precision.
 
     Raises:
-        ValueError: no such file, or another network.
+        ValueError: the file is missing, holds no weights, or those of another network.
     """
     path = checkpoint / "backbone.safetensors"
     if not path.is_file():
         raise ValueError(f"expected backbone weights at {path}, found none")
     try:
-        model.load_state_dict(load_file(path), strict=True, assign=True)  # in the precision they were trained in
-    except RuntimeError as error:
+        # Copied, since a file's tensors lie at any address, and products of unaligned ones may round otherwise.
+        # Assigned, for the precision they were trained in.
+        weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        own = model.state_dict()
+        for name in sorted(weights.keys() & own):
+            if weights[name].is_floating_point() != own[name].is_floating_point():
+                raise RuntimeError(f"{name} is {weights[name].dtype}, expected {own[name].dtype}")
+        model.load_state_dict(weights, strict=True, assign=True)
+    except (RuntimeError, SafetensorError, OSError) as error:
         raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
 
 
 def _beside(context: ParallelContext) -> ParallelContext:
-    """The same ranks, through a group of gloo's of their own. Called on all ranks."""
+    """Create a separate gloo group of the same ranks. Called on all ranks."""
     group: Any = context.group
     if group is not None:
         group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
@@ -274,11 +283,11 @@ def _beside(context: ParallelContext) -> ParallelContext:
 
 @contextlib.contextmanager
 def _nothing_was_written(final: Path) -> Iterator[None]:
-    """Say so in errors of the block."""
+    """State in errors raised inside the block that nothing was written."""
     try:
         yield
     except AgreedError as error:
-        message = f"{final} was not written, earlier checkpoints are as they were: {error}"
+        message = f"{final} was not written, earlier checkpoints are intact: {error}"
         raise type(error)(message) from error
 
 
@@ -291,7 +300,7 @@ def _take_snapshot(
     *,
     copy: bool,
 ) -> _Snapshot:
-    """What a checkpoint holds, if it is finite; with `copy` copies in the memory of the host. Called on all ranks."""
+    """Take a snapshot if all numbers are finite; with `copy`, copy it to host memory. Called on all ranks."""
     weights = engine.full_state_dict()
     bank = bank_optimizer.state[loss.proxies]
     bad = all_gather_object(context, _together(context, "numbers", _non_finite, engine, weights, loss.proxies, bank))
@@ -300,9 +309,9 @@ def _take_snapshot(
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise NonFiniteError(
                 f"expected finite numbers, got NaN or infinity in {', '.join(names[:3])}{more} (on rank {rank}); "
-                "continue from the last checkpoint with a lower learning rate, a longer warm-up or gradient clipping"
+                "resume from the last checkpoint with a lower learning rate, a longer warm-up or gradient clipping"
             )
-    # In an order that does not depend on what the run has gone through, so that equal states give equal files.
+    # Sorted independently of the run's history, so that equal states give equal files.
     tensors = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: bank[name] for name in sorted(bank)}
     own_weights = weights if context.is_main else {}
     return _Snapshot(
@@ -328,27 +337,27 @@ def _random_state(context: ParallelContext) -> dict[str, Tensor]:
 
 
 def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, retention: Retention) -> SavedCheckpoint:
-    """Write, publish, forget. Called on all ranks, in any thread in which the group of `context` is not in use."""
-    final = directory / checkpoint_name(snapshot.state.step)
+    """Write, publish, prune. Called on all ranks, in any thread, while nothing else uses the group of `context`."""
+    final = directory / step_name(snapshot.state.step)
     partial = partial_path(final)
     with _nothing_was_written(final):
         try:
-            # 1. every rank writes its part and brings it to disk; torch.distributed.checkpoint fails on all ranks alike
+            # 1. every rank writes and flushes its part; torch.distributed.checkpoint fails on all ranks together
             run_on_rank_zero(context, make_empty, partial)
             _together(context, "engine", _write_engine, snapshot, partial)
             _together(context, "bank", _write_bank, snapshot, partial / "bank", context)
             _together(context, "files", _write_own, snapshot, partial, context)
-            # 2. what it must look like; then publish
+            # 2. write the manifest, then publish
             names = run_on_rank_zero(context, files_below, partial)
             entries = _together(context, "hashes", _hash_own, partial, names, context)
             files = {name: entry for part in all_gather_object(context, entries) for name, entry in part.items()}
             run_on_rank_zero(context, _write_manifest, snapshot, partial, files)
             run_on_rank_zero(context, publish_folder, partial, final)
         except AgreedError as error:
-            told = in_words(error, directory)  # while what is there still takes its room
+            message = in_words(error, directory)  # while the old one still takes space
             run_on_rank_zero(context, remove, partial)
-            raise type(error)(told) from error
-    # 3. the pointer, and forget
+            raise type(error)(message) from error
+    # 3. update the pointer, then prune
     return SavedCheckpoint(final, run_on_rank_zero(context, tidy_up, final, retention))
 
 
@@ -374,13 +383,13 @@ def _write_own(snapshot: _Snapshot, partial: Path, context: ParallelContext) -> 
 
 
 def _hash_own(partial: Path, names: list[str], context: ParallelContext) -> dict[str, dict[str, Any]]:
-    """Entries in the manifest of this rank's share of the files."""
+    """Compute the manifest entries of this rank's share of the files."""
     own = names[context.rank :: context.world_size]
     return hash_files(partial, own, num_threads=torch.get_num_threads())
 
 
 def _write_manifest(snapshot: _Snapshot, partial: Path, files: Mapping[str, dict[str, Any]]) -> None:
-    write_manifest(partial, snapshot.state, files, torch=torch.__version__, deepspeed=version("deepspeed"))
+    write_checkpoint_manifest(partial, snapshot.state, files, torch=torch.__version__, deepspeed=version("deepspeed"))
 
 
 def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext) -> None:
@@ -388,13 +397,13 @@ def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext
 
 
 def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: ParallelContext) -> dict[str, Tensor]:
-    """This rank's rows [c, ...] as its part of [C, ...], under names that do not depend on the number of ranks."""
+    """Wrap this rank's rows [c, ...] as its part of [C, ...], under names independent of the number of ranks."""
     if context.group is None:
         return dict(tensors)
     whole = {}
     for name, value in tensors.items():
         whole[name] = value
-        if value.ndim:  # else a step counter
+        if value.ndim:  # otherwise a step counter
             mesh = DeviceMesh.from_group(context.group, value.device.type)
             shape = torch.Size((num_classes, *value.shape[1:]))
             stride = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
@@ -403,10 +412,10 @@ def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: Para
 
 
 def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
-    """Read this rank's rows straight into the parameter and into a new state of the optimizer.
+    """Read this rank's rows straight into the parameter and a newly allocated optimizer state.
 
-    torch's optimizers make their state at their first step. The checkpoint's table of contents says what belongs to it,
-    so no such step, with a gradient as large as the bank, is needed to make room.
+    torch's optimizers allocate their state in the first step. The checkpoint's table of contents lists that state, so
+    no such step, with a gradient as large as the bank, is needed.
     """
     contents = run_together(context, BankReader(directory).read_metadata).state_dict_metadata
     state = {}
@@ -415,7 +424,7 @@ def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: 
             assert isinstance(entry, TensorStorageMetadata)
             if entry.size:
                 shape, device = (loss.partition.num_local, *entry.size[1:]), loss.proxies.device
-            else:  # a step counter: on the CPU, from where the optimizer moves it if it wants it elsewhere
+            else:  # a step counter: on the CPU; the optimizer moves it if needed
                 shape, device = (), torch.device("cpu")
             state[name.removeprefix(_STATE_PREFIX)] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
     rows = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: value for name, value in state.items()}
@@ -431,7 +440,7 @@ def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
     if changed:
         details = "; ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
         raise ValueError(
-            f"{checkpoint} belongs to a run with other settings: {details}. Continue with the same ones, give this run "
+            f"{checkpoint} belongs to a run with other settings: {details}. Resume with the same ones, give this run "
             "another name with --set name=NAME, or start anew with --resume never"
         )
     return state
@@ -445,11 +454,11 @@ def _load_random_state(checkpoint: Path, context: ParallelContext) -> None:
 
 
 def _together(context: ParallelContext, what: str, function: Callable[..., T], *args: Any) -> T:
-    """Run `function(*args)` on every rank; whatever it raises on any rank, raise one error that names that rank on all.
-    Called on all ranks.
+    """Run `function(*args)` on every rank; if any raises, raise one error that names that rank on all. Called on all
+    ranks.
 
-    As `run_together`, but for whatever a library may raise while it writes. `function` may use collectives that fail on
-    all ranks alike.
+    Like `run_together`, but for any exception that a library may raise while it reads or writes. `function` may use
+    collectives that fail on all ranks together.
     """
     result, failure = None, None
     cause: BaseException | None = None
@@ -469,11 +478,11 @@ def _together(context: ParallelContext, what: str, function: Callable[..., T], *
 def _described(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors in which a number is not finite."""
+    """List the tensors with non-finite numbers."""
     fault_point("save.begin")
     return [name for name, value in _numbers(engine, weights, proxies, bank) if not _is_finite(value)]
 
@@ -481,11 +490,11 @@ def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, ban
 def _numbers(
     engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a run continues from, by a name for messages."""
+    """Yield every tensor that a run resumes from, with a name for messages."""
     for name, value in weights.items():
         yield f"backbone {name}", value
     for group in engine.optimizer.param_groups:
-        for parameter in group["params"]:  # of mixed precision and ZeRO: the float32 numbers behind the backbone's
+        for parameter in group["params"]:  # mixed precision and ZeRO: the backbone's float32 master weights
             yield "the backbone's parameters", parameter
     for state in engine.optimizer.state.values():
         for name, value in state.items():
@@ -496,7 +505,7 @@ def _numbers(
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether no element is NaN or infinite; a look at both ends needs no copy, and NaN is passed on as either."""
+    """Whether no element is NaN or infinite; minimum and maximum need no copy, and both propagate NaN."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
         return True
     least, most = torch.aminmax(value.detach())

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dist_proxygml.config import Config, load_run_config
-from dist_proxygml.storage.files import paths_in, read_document
+from dist_proxygml.storage.files import read_document
+from dist_proxygml.storage.run_folder import RunFolder
 
 Grid = dict[str, list[Any]]
 """The values of each setting that is varied, by its dotted name."""
@@ -172,8 +173,7 @@ def metrics_measured(config: Config) -> list[str]:
 
 def last_evaluation(run_directory: Path) -> Evaluation | None:
     """The evaluation of the run's last step that has one; None if there is none, or no whole one."""
-    found = paths_in(run_directory / "evaluation", "step-*.json")
-    steps = {int(step[1]): path for path in found if (step := re.fullmatch(r"step-(\d+)", path.stem))}  # own data only
+    steps = RunFolder(run_directory).evaluations()
     if not steps:
         return None
     try:

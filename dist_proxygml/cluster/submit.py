@@ -1,14 +1,9 @@
-"""Submit a training run: `python launchers/submit.py --config configs/sop_8gpu.json --nodes 2 --gpus-per-node 8`.
+"""Training jobs through submitit: one task per GPU (or per CPU rank, --tasks-per-node), on SLURM or on this machine.
 
-A thin shell around submitit: one task per GPU (or per CPU rank, --tasks-per-node), each of which finds its peers by
-what SLURM tells it and then does what launchers/train.py does. What the user may have got wrong is refused here, before
-anything waits in a queue; the settings travel with the job as they were validated, so a configuration edited meanwhile
-changes nothing. Before the time limit and at preemption all ranks stop between two steps and save, then the job puts
-itself back into the queue and continues there.
-
---cluster local starts the same tasks on this machine, --cluster debug one rank in this process. torch is imported
-when the settings alone are right, so that a login node answers mistakes at once, and what else a start would refuse in
-seconds. docs/slurm.md says what to expect of each.
+What the user may have got wrong is refused here, before anything waits in a queue; the settings travel with the job as
+they were validated, so a configuration edited meanwhile changes nothing. torch is imported when the settings alone are
+right, so that a login node answers mistakes at once, and what else a start would refuse in seconds. docs/slurm.md says
+what to expect of each.
 """
 
 import argparse
@@ -16,48 +11,27 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import submitit
 
-from dist_proxygml.cli import refuse, run_command
+from dist_proxygml.cluster.job import TrainingJob
+from dist_proxygml.cluster.status import (
+    first_verdict,
+    follow_local,
+    follow_slurm,
+    hopeless_message,
+    log_of,
+)
 from dist_proxygml.config import Config, load_config, parse_config
-from dist_proxygml.distributed.slurm import rendezvous_port
-
-EXAMPLES = """examples:
-  python launchers/submit.py --config configs/sop_8gpu.json --gpus-per-node 8 --partition gpu --time 12:00:00
-  python launchers/submit.py --config configs/sop_8gpu.json --nodes 2 --gpus-per-node 4 --dry-run
-  python launchers/submit.py --config configs/demo_cpu.json --nodes 2 --tasks-per-node 1 --cpus-per-task 8 --wait
-  python launchers/submit.py --config configs/demo_cpu.json --cluster local --tasks-per-node 2 --wait
-"""
 
 # Most seconds between the signal that announces the end of the time limit and the end itself.
 _SIGNAL_DELAY = 120
 # How often the time limit may be reached. What stops a job that gets nowhere is _MAX_FRUITLESS.
 _MAX_TIME_LIMITS = 1000
-# Restarts without a newer checkpoint, after which a job does not requeue itself again.
-_MAX_FRUITLESS = 3
-# Reasons of a pending job that no waiting resolves; others of the kind end in "PerJob" or "PerJobLimit".
-_HOPELESS_REASONS = {
-    "AccountNotAllowed",
-    "BadConstraints",
-    "DependencyNeverSatisfied",
-    "InvalidAccount",
-    "InvalidQOS",
-    "JobHeldAdmin",
-    "JobHeldUser",
-    "PartitionConfig",
-    "PartitionNodeLimit",
-    "PartitionTimeLimit",
-    "QOSNotAllowed",
-    "launch_failed_requeued_held",
-}
 # Options of sbatch that are decided here, and what to use instead where the user has a say.
 _RANKS = "--gpus-per-node or --tasks-per-node"
 _OWNED_OPTIONS = {
@@ -66,166 +40,6 @@ _OWNED_OPTIONS = {
     **dict.fromkeys(("array", "error", "no-requeue", "open-mode", "output", "requeue", "signal", "wrap"), ""),
     **{"job-name": "--set name=", "wait": "--wait"},
 }
-_FINISHED_STATES = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
-}
-
-
-# ---- in the job ------------------------------------------------------------------------------------------------------
-
-
-class TrainingJob:
-    """What every task of a job does. submitit pickles it, and calls it again when the job starts again."""
-
-    def __init__(
-        self, config: Config, *, source: str, resume: str, uses_gpus: bool, cpus_per_task: int | None, grace: float
-    ) -> None:
-        self.settings = config.model_dump(mode="json")
-        self.source = source
-        self.resume = resume
-        self.uses_gpus = uses_gpus
-        self.cpus_per_task = cpus_per_task
-        self.grace = grace
-        self.submitted_at = time.time()
-        self.newest_checkpoint: Path | None = None
-        self.num_fruitless = 0
-
-    def __call__(self) -> NoReturn:
-        """Run one task and end its process, with the statuses of launchers/train.py."""
-        task = submitit.JobEnvironment()
-        requeue = signal.getsignal(getattr(signal, f"SIG{task.USR_SIG}"))
-        # Until the libraries are there nothing can be lost by ending, and submitit's own handler, which needs them to
-        # requeue the job, cannot do its work: signals that ask for that are kept.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        early: list[int] = []
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda received, frame: early.append(received))
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        os.environ.update(
-            RANK=str(task.global_rank),
-            WORLD_SIZE=str(task.num_tasks),
-            LOCAL_RANK=str(task.local_rank),
-            LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
-            MASTER_ADDR=task.hostnames[0] if task.num_nodes > 1 else "127.0.0.1",
-            MASTER_PORT=str(rendezvous_port(int(task.raw_job_id), restarts)),
-        )
-        if not self.uses_gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a node may show GPUs to a job that asked for none
-            if self.cpus_per_task:
-                os.environ["OMP_NUM_THREADS"] = str(self.cpus_per_task)
-        self.run(Requeue(task, requeue, grace=self.grace), early)
-
-    def run(self, requeue: "Requeue | None" = None, early: Sequence[int] = ()) -> NoReturn:
-        """Train in this process, whose rank stands in the environment, and end it. `early` came before it listened."""
-        from dist_proxygml.distributed.parallel import join_world, run_launcher
-        from dist_proxygml.distributed.preemption import StopRequested, StopSignals
-
-        def main() -> None:
-            config = parse_config(self.settings, source=self.source)
-            resume = "auto" if self.has_started(config) else self.resume
-            signals = StopSignals(grace=requeue.grace, on_grace_over=requeue.give_up) if requeue else StopSignals()
-            signals.listen()
-            for number in early:
-                os.kill(os.getpid(), number)
-            context = join_world(start_timeout=config.training.start_timeout)
-            from dist_proxygml.training.run import train
-
-            try:
-                train(config, context, resume=resume, signals=signals)
-            except StopRequested as stop:
-                if requeue:
-                    requeue.after(set(stop.signals.values()))
-                raise
-            if requeue:
-                requeue.leave_mark(0)
-
-        run_launcher(main)
-
-    def has_started(self, config: Config) -> bool:
-        """Whether the run has a checkpoint of this job: then a restart continues there, whatever --resume said."""
-        from dist_proxygml.checkpoint.folder import MANIFEST_FILE, published_checkpoints
-
-        found = published_checkpoints(config.run_directory / "checkpoints")
-        return any((path / MANIFEST_FILE).stat().st_mtime > self.submitted_at for path in found)
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
-        """The job to put into the queue again, or None to give up. Called by submitit's handler, on rank 0."""
-        from dist_proxygml.checkpoint.folder import published_checkpoints
-
-        config = parse_config(self.settings, source=self.source)
-        found = published_checkpoints(config.run_directory / "checkpoints")
-        newest = found[-1] if found else None
-        self.num_fruitless = self.num_fruitless + 1 if newest == self.newest_checkpoint else 0
-        self.newest_checkpoint = newest
-        if self.num_fruitless >= _MAX_FRUITLESS:
-            message = f"error: {self.num_fruitless} restarts without a newer checkpoint; lower checkpoint.every_steps\n"
-            os.write(2, message.encode())
-            return None
-        return submitit.helpers.DelayedSubmission(self)
-
-
-class Requeue:
-    """Puts a job back into the queue when its ranks have stopped, by the handler that submitit has for its signal.
-
-    That handler would do so in the middle of a step; here it is called when everything is saved. On rank 0 it ends the
-    job; the other ranks end by themselves, with status 0, since a failure would end rank 0 before it is done.
-    """
-
-    def __init__(self, task: Any, handler: Any, *, grace: float) -> None:
-        self.grace = grace
-        self._task, self._handler = task, handler
-
-    def after(self, received: set[signal.Signals]) -> None:
-        """Requeue the job if the signals that its ranks have received ask for it; returns if they do not.
-
-        SIGTERM alone is what scancel and a peer's failure send: then the job must not come back. But it is also all
-        that a preempted job gets where SLURM does not send the job's own signal.
-        """
-        if received == {signal.SIGTERM} and not (self._task.cluster == "slurm" and is_preempted(self._task.job_id)):
-            self.leave_mark(75)
-            return
-        self._requeue()
-
-    def give_up(self) -> None:
-        """The time that SLURM gives is nearly over and the ranks have not stopped, because one of them hangs."""
-        os.write(2, b"not stopped in time: nothing is saved, the job goes on from its newest checkpoint\n")
-        self._requeue()
-
-    def leave_mark(self, status: int) -> None:
-        """Note how this rank has ended: submitit does not keep it, and SLURM forgets it."""
-        path = finished_mark(self._task.paths.folder, self._task.job_id, self._task.global_rank)
-        path.write_text(str(status), encoding="utf-8")
-
-    def _requeue(self) -> NoReturn:
-        status = 0
-        if self._task.global_rank == 0:
-            try:
-                self._handler(getattr(signal, f"SIG{self._task.USR_SIG}"), None)
-            except SystemExit as ending:
-                status = ending.code & 0xFF if isinstance(ending.code, int) else 1
-            except submitit.core.utils.UncompletedJobError as error:
-                os.write(2, f"error: {error}\n".encode())
-                status = 75
-                self.leave_mark(status)
-        sys.stdout.flush()
-        os._exit(status)  # the interpreter's own end could still abort in a thread of gloo's
-
-
-def is_preempted(job_id: str) -> bool:
-    """Whether SLURM is about to take the nodes of this running job for another one."""
-    state = ask_job(job_id)
-    return state is not None and state.name == "RUNNING" and state.preempted
-
-
-# ---- before the job --------------------------------------------------------------------------------------------------
 
 
 def build_job(arguments: argparse.Namespace) -> TrainingJob:
@@ -415,218 +229,13 @@ def submit_to_slurm(executor: submitit.SlurmExecutor, *jobs: TrainingJob) -> lis
         raise ValueError(f"SLURM does not take the job:\n{reason}") from None
 
 
-# ---- after submission ------------------------------------------------------------------------------------------------
-
-
-class JobState(NamedTuple):
-    """What SLURM says of a job."""
-
-    name: str  # PENDING, RUNNING, COMPLETED, ...
-    reason: str
-    status: int  # exit status as a shell would give it
-    preempted: bool = False
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether the job waits for what will never come."""
-        known = self.reason in _HOPELESS_REASONS or re.search(r"PerJob(Limit)?$", self.reason) is not None
-        return self.name == "PENDING" and known
-
-
-def ask_job(job_id: str) -> JobState | None:
-    """The state of a job by the controller, later by accounting; None once neither knows it."""
-    answer = subprocess.run(
-        ["scontrol", "show", "job", job_id], capture_output=True, text=True, timeout=60, check=False
-    )
-    if answer.returncode == 0:
-        fields = dict(word.split("=", 1) for word in answer.stdout.split() if "=" in word)
-        preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown")
-        return JobState(fields["JobState"], fields["Reason"], exit_status(fields["ExitCode"]), preempted)
-    command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={job_id}"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if answer.returncode or not answer.stdout.strip():
-        return None
-    state, code = answer.stdout.split("\n")[0].split("|")
-    return JobState(state.split()[0], "None", exit_status(code))
-
-
-def exit_status(code: str) -> int:
-    """SLURM's "status:signal" as a shell gives it: "2:0" -> 2, "0:9" -> 137."""
-    status, number = (int(part) for part in code.split(":"))
-    return 128 + number if number else status
-
-
-def hopeless_message(job_id: str, state: JobState) -> str:
-    """What to do about a job that will never start."""
-    return (
-        f"job {job_id} will never start: its reason is {state.reason}. Compare --nodes, --gpus-per-node, --time and "
-        f"--constraint with what `scontrol show partition` allows, then `scancel {job_id}` and submit again"
-    )
-
-
-def first_verdict(job_id: str) -> JobState | None:
-    """The job's state as soon as it has started or SLURM has said why not; as it is after five seconds."""
-    deadline = time.monotonic() + 5
-    while True:
-        state = ask_job(job_id)
-        if state is None or state.name != "PENDING" or state.reason != "None" or time.monotonic() > deadline:
-            return state
-        time.sleep(0.5)
-
-
-class LogReader:
-    """Copies what is new in a log to stdout."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.position = 0
-
-    def copy(self) -> None:
-        """Print what has come since the last call."""
-        if self.path.exists():
-            with open(self.path, "rb") as log:
-                log.seek(self.position)
-                text = log.read()
-            self.position += len(text)
-            sys.stdout.write(text.decode(errors="replace"))
-            sys.stdout.flush()
-
-
-def log_of(folder: Path, job_id: str, rank: int) -> Path:
-    """The log of one rank."""
-    return Path(submitit.core.utils.JobPaths(folder, job_id, rank).stdout)
-
-
-def finished_mark(folder: Path, job_id: str, rank: int) -> Path:
-    """The file that a rank leaves with its status when it ends as it should."""
-    return folder / f"{job_id}_{rank}_finished"
-
-
-def follow_slurm(job_id: str, folder: Path, num_ranks: int) -> int:
-    """Print rank 0's log and the job's states until the job has ended.
+def submit(arguments: argparse.Namespace) -> int:
+    """Start what the command line describes, and follow it where that is asked for.
 
     Returns:
-        0 when it has completed; 2 after a user's mistake; otherwise its exit status, at least 1.
+        Exit status: 0; 1 if the job failed or will never start; with --wait, the job's.
     """
-    reader = LogReader(log_of(folder, job_id, 0))
-    started, before = time.monotonic(), None
-    while True:
-        state = ask_job(job_id)
-        reader.copy()
-        if state is None:
-            print(f"error: SLURM knows job {job_id} no more; see {reader.path}", file=sys.stderr)
-            return 1
-        if state[:2] != (before[:2] if before else None):
-            print(f"job {job_id}: {state.name} {'' if state.reason == 'None' else state.reason}", file=sys.stderr)
-        elif state.name in _FINISHED_STATES:  # seen twice: a job whose node fails is put back into the queue
-            break
-        if state.is_hopeless:
-            print(f"error: {hopeless_message(job_id, state)}", file=sys.stderr)
-            return 1
-        before = state
-        time.sleep(min(15.0, 1 + (time.monotonic() - started) / 20))
-    if state.name == "COMPLETED":
-        return 0
-    return report_mistakes(folder, job_id, num_ranks) or state.status or 1
-
-
-def follow_local(job: Any, folder: Path, num_ranks: int) -> int:
-    """As `follow_slurm`, for a job on this machine."""
-    reader = LogReader(log_of(folder, job.job_id, 0))
-    while not job.done():
-        reader.copy()
-        time.sleep(0.5)
-    reader.copy()
-    marks = [finished_mark(folder, job.job_id, rank) for rank in range(num_ranks)]
-    if all(mark.exists() for mark in marks):
-        return max(int(mark.read_text(encoding="utf-8")) for mark in marks)
-    return report_mistakes(folder, job.job_id, num_ranks) or 1
-
-
-def report_mistakes(folder: Path, job_id: str, num_ranks: int) -> int:
-    """Say which logs to read, and repeat the messages in them; 2 if there are any, else 0.
-
-    Exit statuses alone do not tell: the ranks that end because one of them has found a mistake end by a signal, whose
-    number is larger.
-    """
-    logs = [path for rank in range(num_ranks) if (path := log_of(folder, job_id, rank)).exists()]
-    messages = []
-    for path in logs:
-        found = re.search(
-            r"^error: .*(?:\n  .*)*", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE
-        )
-        if found:
-            messages.append(f"{found[0]}\n  (in {path})")
-    print("\n".join(messages) or f"the job has failed; see {folder}/{job_id}_*_log.out", file=sys.stderr)
-    return 2 if messages else 0
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="as for train.py, for the first start; a restart continues from what the job itself has saved",
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=("slurm", "local", "debug"),
-        default="slurm",
-        help="slurm: a batch job (default); local: the same tasks on this machine; debug: one rank in this process",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
-    parser.add_argument("--wait", action="store_true", help="follow the job, and end with its status")
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say what to train and on which machines; launchers/sweep.py has the same."""
-    parser.add_argument("--config", required=True, help="JSON configuration, see configs/")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
-    parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, help="GPUs of each machine; one rank each")
-    parser.add_argument("--tasks-per-node", type=int, help="ranks of each machine on CPUs, instead of GPUs")
-    parser.add_argument("--cpus-per-task", type=int, help="CPU cores of each rank, data workers included")
-    parser.add_argument("--partition", help="SLURM partition (default: the cluster's)")
-    parser.add_argument(
-        "--time", default="1-00:00:00", help="limit of one start: minutes, HH:MM:SS or D-HH:MM:SS (default: a day)"
-    )
-    parser.add_argument("--constraint", help="features that nodes must have, for instance a100")
-    parser.add_argument(
-        "--sbatch",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="further options of sbatch: account=vision mem=64G exclusive",
-    )
-
-
-def run(command_line: list[str]) -> int:
-    """Do what the command line says.
-
-    Returns:
-        Exit status: 0; 1 if the job failed or will never start; 2 after a user's mistake; with --wait, the job's.
-    """
-    arguments = build_parser().parse_args(command_line)
-    try:
-        return _submit(arguments, build_job(arguments))
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        print("not followed any more; a job in the queue goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def _submit(arguments: argparse.Namespace, job: TrainingJob) -> int:
+    job = build_job(arguments)
     if arguments.cluster == "debug":
         job.run()
     config = parse_config(job.settings, source=arguments.config)
@@ -670,7 +279,3 @@ def _start_here(arguments: argparse.Namespace, job: TrainingJob, folder: Path) -
     print(f"job {started.job_id} of {num_ranks} ranks\n  log:    tail -F {log_of(folder, started.job_id, 0)}")
     print(f"  end it: kill {started.job_id}", flush=True)
     return follow_local(started, folder, num_ranks) if arguments.wait else 0
-
-
-if __name__ == "__main__":
-    run_command(lambda: run(sys.argv[1:]))

@@ -1,12 +1,6 @@
-"""Train every point of a grid with several seeds: `python launchers/sweep.py --config C --grid key=a,b,c --seeds 3`.
+"""Sweeps: every point of a grid with several seeds, each an ordinary run in the sweep's folder, RUNS_DIR/NAME.sweep.
 
-Each point is an ordinary run in the sweep's folder, RUNS_DIR/NAME.sweep, started as launchers/submit.py starts one: on
-SLURM as an element of one job array, on this machine so many at a time (--cluster local). All settings are checked
-before the first run starts. Called again with the same words it goes on: what is finished or still in the queue is left
-alone, what was interrupted continues from its newest checkpoint, what failed is tried again. --report writes what there
-is so far: results.csv, summary.csv, summary.md and the picture sweep.svg. docs/sweeps.md has an example.
-
-Which runs are finished is read from their folders and from the mark that every job leaves (submit.finished_mark); the
+Which runs are finished is read from their folders and from the mark that every job leaves (status.finished_mark); the
 one thing that is kept besides is jobs.json, the newest job of each point.
 
 Declined: one job per point, which fills a queue where an array is one line with a limit; asking accounting (sacct) for
@@ -28,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dist_proxygml.cli import refuse, run_command
+from dist_proxygml.cli import printable
 from dist_proxygml.cluster import submit
 from dist_proxygml.cluster.grid import (
     Grid,
@@ -49,16 +43,13 @@ from dist_proxygml.cluster.grid import (
     summary_markdown,
     trained_settings,
 )
+from dist_proxygml.cluster.job import TrainingJob
+from dist_proxygml.cluster.status import JobState, ask_job, finished_mark, first_verdict, hopeless_message, log_of
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config, parse_config
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.files import publish_text, read_document
+from dist_proxygml.storage.lock import FolderLock
 
-EXAMPLES = """examples:
-  python launchers/sweep.py --config configs/cars_1gpu.json --grid proxies.per_class=1,4,12 proxies.ratio=0.05,0.2,1 \\
-      --seeds 3 --gpus-per-node 1 --partition gpu --time 8:00:00 --parallel 4
-  python launchers/sweep.py --config configs/demo_cpu.json --grid proxies.ratio=0.02,0.05 --seeds 2 --cluster local \\
-      --tasks-per-node 1 --parallel 2
-"""
 _STOPPED_STATUS = 75  # of distributed/preemption.py, which needs torch
 
 
@@ -67,7 +58,7 @@ class Run(NamedTuple):
 
     point: Point
     config: Config
-    job: submit.TrainingJob
+    job: TrainingJob
 
 
 class Sweep(NamedTuple):
@@ -85,40 +76,6 @@ class Sweep(NamedTuple):
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    submit.add_arguments(parser)
-    parser.add_argument(
-        "--grid",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=A,B,C",
-        help="settings to vary: every combination of their values is trained",
-    )
-    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="runs of each point, of seeds 0 to K-1")
-    parser.add_argument("--out", type=Path, help="folder of the sweep (default: RUNS_DIR/NAME.sweep)")
-    parser.add_argument(
-        "--parallel", type=int, metavar="M", help="runs at a time (default: 1 with local, with slurm as many as start)"
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=("slurm", "local"),
-        default="slurm",
-        help="slurm: a job array (default); local: on this machine",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list the runs, print the batch script, start nothing")
-    parser.add_argument(
-        "--report", action="store_true", help="write tables and picture of what there is, start nothing"
-    )
-    parser.add_argument("--metric", help="what the picture shows (default: the first Recall@K)")
-    parser.add_argument("--wait", action="store_true", help="slurm: wait for the array and report; local always does")
-    return parser
 
 
 def share_cores(arguments: argparse.Namespace) -> None:
@@ -145,7 +102,7 @@ def build_sweep(arguments: argparse.Namespace) -> Sweep:
         grid = {}
         wrong += str(error).splitlines()
     points = make_points(grid, max(1, arguments.seeds))
-    jobs: list[submit.TrainingJob] = []
+    jobs: list[TrainingJob] = []
     problems = {}
     for point in points:
         of_point = copy.copy(arguments)
@@ -175,6 +132,24 @@ def build_sweep(arguments: argparse.Namespace) -> Sweep:
     return Sweep(name, folder, grid, [Run(*run) for run in zip(points, configs, jobs, strict=True)])
 
 
+def check_starts(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
+    """Find what the start of each run would find, before any of them starts; seeds make no difference.
+
+    Raises:
+        ValueError: with everything that is wrong with any of them.
+    """
+    num_ranks = arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node)
+    distinct = {run.config.model_dump_json(exclude={"name", "seed"}): run for run in reversed(runs)}
+    problems = {}
+    for run in reversed(distinct.values()):
+        try:
+            submit.check_start(run.config, num_ranks=num_ranks, uses_gpus=run.job.uses_gpus)
+        except ValueError as error:
+            problems[run.point.name] = str(error)
+    if problems:
+        raise ValueError(merge_problems(problems, len(distinct)))
+
+
 # ---- what has become of it -------------------------------------------------------------------------------------------
 
 
@@ -184,20 +159,22 @@ class StartedJobs:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._path = sweep.folder / "jobs.json"
-        self._jobs: dict[str, dict[str, str]] = (
-            json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-        )
+        self._jobs: dict[str, dict[str, str]] = read_document(self._path) if self._path.exists() else {}
         self._queue: Collection[str] | None = None
 
     def add(self, cluster: str, job_ids: dict[str, str]) -> None:
         """Keep the numbers of new jobs, by point."""
         self._jobs |= {name: {"cluster": cluster, "job": job_id} for name, job_id in job_ids.items()}
-        write(self._path, json.dumps(self._jobs, indent=1) + "\n")
+        self._store()
 
     def forget(self, point: Point) -> None:
         """Take the point as not started."""
         del self._jobs[point.name]
-        write(self._path, json.dumps(self._jobs, indent=1) + "\n")
+        self._store()
+
+    def _store(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        publish_text(self._path, json.dumps(self._jobs, indent=1) + "\n")
 
     def look(self) -> None:
         """Ask SLURM what of it is queued or running, if it has any.
@@ -214,10 +191,10 @@ class StartedJobs:
         if job is None:
             return Result(run.point, "open")
         folder = self._folder(run.point, job)
-        log = submit.log_of(folder, job["job"], 0)
+        log = log_of(folder, job["job"], 0)
         if self.is_alive(run.point):
             return Result(run.point, "running", log=self._seen_from_sweep(log))
-        mark = submit.finished_mark(folder, job["job"], 0)
+        mark = finished_mark(folder, job["job"], 0)
         status = int(mark.read_text(encoding="utf-8") or 1) if mark.exists() else None
         if status == 0:
             directory = self._sweep.folder / run.point.name
@@ -243,11 +220,11 @@ class StartedJobs:
         job = self._jobs[point.name]
         return f"{'kill' if job['cluster'] == 'local' else 'scancel'} {job['job']} ({point.name})"
 
-    def verdict(self, runs: Sequence[Run], *, ask: Callable[[str], submit.JobState | None]) -> str | None:
+    def verdict(self, runs: Sequence[Run], *, ask: Callable[[str], JobState | None]) -> str | None:
         """What to do about an array of these runs that waits for what will never come; None if it does not."""
         job_ids = [self._jobs[run.point.name]["job"] for run in runs if self.is_alive(run.point)]
         state = ask(job_ids[0]) if job_ids else None
-        return submit.hopeless_message(job_ids[0].partition("_")[0], state) if state and state.is_hopeless else None
+        return hopeless_message(job_ids[0].partition("_")[0], state) if state and state.is_hopeless else None
 
     def _folder(self, point: Point, job: dict[str, str]) -> Path:
         return self._sweep.jobs_folder / point.name if job["cluster"] == "local" else self._sweep.jobs_folder
@@ -285,14 +262,6 @@ def is_local_job(job_id: str, folder: Path) -> bool:
     return str(folder).encode() in words
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file at once, so that nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 class Progress:
     """A line for every run that changes: what it came to, and how many of all are where."""
 
@@ -311,7 +280,7 @@ class Progress:
         self._results[result.point.name] = result
         if result.status == before.status:
             return
-        told = ": " + result.reason if result.status == "failed" else ""
+        told = f": {printable(result.reason)}" if result.status == "failed" else ""
         if result.evaluation:
             metric, value = next(iter(result.evaluation.metrics.items()))
             told = f": {metric} {100 * value:.2f}"
@@ -330,16 +299,18 @@ def report(sweep: Sweep, jobs: StartedJobs, metric: str | None) -> int:
     results = [jobs.result(run) for run in sweep.runs]
     cells = summarize(results)
     known = metrics_of(cells)
-    write(sweep.folder / "results.csv", results_csv(sweep.grid, results))
-    write(sweep.folder / "summary.csv", summary_csv(sweep.grid, cells))
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    publish_text(sweep.folder / "results.csv", results_csv(sweep.grid, results))
+    publish_text(sweep.folder / "summary.csv", summary_csv(sweep.grid, cells))
     text = summary_markdown(sweep.name, sweep.grid, results)
-    write(sweep.folder / "summary.md", text)
+    publish_text(sweep.folder / "summary.md", text)
     shown = metric if metric in known else next(iter(known), None)
     if shown:
-        write(sweep.folder / "sweep.svg", draw_sweep(sweep.name, sweep.grid, cells, shown))
+        publish_text(sweep.folder / "sweep.svg", draw_sweep(sweep.name, sweep.grid, cells, shown))
     else:
         (sweep.folder / "sweep.svg").unlink(missing_ok=True)  # of an earlier grid
-    print(f"\n{text}\nwritten to {sweep.folder}: results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}")
+    names = f"results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}"
+    print(f"\n{printable(text)}\nwritten to {sweep.folder}: {names}")
     num_failed = sum(result.status == "failed" for result in results)
     if num_failed:
         message = (
@@ -450,7 +421,7 @@ def follow(sweep: Sweep, jobs: StartedJobs) -> str | None:
             progress.show(jobs.result(run))
         if is_empty and was_empty:  # twice: a job whose node fails is put back into the queue
             return None
-        if hopeless := jobs.verdict(sweep.runs, ask=submit.ask_job):
+        if hopeless := jobs.verdict(sweep.runs, ask=ask_job):
             return hopeless
         was_empty = is_empty
         time.sleep(min(15.0, 1 + (time.monotonic() - started) / 20))
@@ -459,29 +430,23 @@ def follow(sweep: Sweep, jobs: StartedJobs) -> str | None:
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def run(command_line: list[str]) -> int:
+def run_sweep(arguments: argparse.Namespace) -> int:
     """Do what the command line says.
 
     Returns:
-        Exit status: 0; 1 if a run has not finished or will never start; 2 after a user's mistake; 130 after Ctrl-C.
+        Exit status: 0; 1 if a run has not finished or will never start; 130 after an interrupt that ended runs.
     """
-    arguments = build_parser().parse_args(command_line)
     share_cores(arguments)
-    try:
-        sweep = build_sweep(arguments)
-        jobs = StartedJobs(sweep)
-        jobs.look()
-        if arguments.report:
-            return report(sweep, jobs, arguments.metric)
-        to_do = [run for run in sweep.runs if jobs.result(run).status in ("open", "failed")]
-        if arguments.dry_run:
-            return show_plan(sweep, jobs, to_do, arguments)
-        return train(sweep, jobs, to_do, arguments)
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        print("not followed any more; jobs in the queue go on, and the same command goes on from them", file=sys.stderr)
-        return 128 + signal.SIGINT
+    planned = build_sweep(arguments)
+    jobs = StartedJobs(planned)
+    jobs.look()
+    if arguments.report:
+        return report(planned, jobs, arguments.metric)
+    to_do = [run for run in planned.runs if jobs.result(run).status in ("open", "failed")]
+    check_starts(to_do, arguments)
+    if arguments.dry_run:
+        return show_plan(planned, jobs, to_do, arguments)
+    return train(planned, jobs, to_do, arguments)
 
 
 def show_plan(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argparse.Namespace) -> int:
@@ -499,7 +464,7 @@ def show_plan(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: 
 
 def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argparse.Namespace) -> int:
     """Start what is to do and report when it is done, or say how to ask for that."""
-    lock = RunLock(sweep.folder)
+    lock = FolderLock(sweep.folder)
     if arguments.cluster == "local":
         alive = [jobs.how_to_end(run.point) for run in sweep.runs if jobs.is_alive(run.point)]
         if alive:
@@ -517,12 +482,8 @@ def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argp
     if to_do and not arguments.wait:
         print("  table:  the same command with --report", flush=True)
     jobs.look()
-    hopeless = follow(sweep, jobs) if arguments.wait else jobs.verdict(to_do, ask=submit.first_verdict)
+    hopeless = follow(sweep, jobs) if arguments.wait else jobs.verdict(to_do, ask=first_verdict)
     if hopeless:
         print(f"error: {hopeless}", file=sys.stderr)
         return 1
     return report(sweep, jobs, arguments.metric) if arguments.wait or not to_do else 0
-
-
-if __name__ == "__main__":
-    run_command(lambda: run(sys.argv[1:]))

@@ -20,10 +20,8 @@ limit: `hf://` is fetched by https.
 
 import asyncio
 import errno
-import fcntl
 import hashlib
 import importlib.util
-import json
 import os
 import random
 import re
@@ -39,7 +37,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import parse_json, publish, sha256_of
+from dist_proxygml.storage.lock import locked_file
 
 T = TypeVar("T")
 
@@ -158,7 +157,7 @@ class ShardCache:
         """Remove the copy of a shard whose bytes have changed here, so that it is fetched again; whether they had."""
         path = self.directory / "shards" / f"{sha256}.tar"
         with self._locked(sha256):
-            damaged = path.is_file() and _file_sha256(path) != sha256
+            damaged = path.is_file() and sha256_of(path) != sha256
             if damaged:
                 path.unlink()
         return damaged
@@ -178,8 +177,8 @@ class ShardCache:
             self._receive(url, fetched, max_bytes=MAX_INDEX_BYTES)
             content = fetched.read_bytes()
             try:
-                json.loads(content)  # it has no hash yet, but one that was cut is no JSON
-            except (ValueError, RecursionError) as problem:
+                parse_json(content)  # it has no hash yet, but one that was cut is no JSON
+            except ValueError as problem:
                 fetched.unlink()
                 raise _TransferError(f"it is not JSON ({problem})", remedy=_REMEDY_CONTENT) from None
             folder = indexes / hashlib.sha256(content).hexdigest()
@@ -197,7 +196,7 @@ class ShardCache:
         url = file_url(self.location, name)
         path = folder / name
         with self._locked(sha256):
-            if not path.is_file() or _file_sha256(path) != sha256:
+            if not path.is_file() or sha256_of(path) != sha256:
                 self._retried(url, lambda: self._receive(url, path, max_bytes=max_bytes, sha256=sha256))
         return path
 
@@ -208,7 +207,7 @@ class ShardCache:
         with publish(path) as stream:
             received = Path(stream.name)
             _transfer(url, received, max_bytes=max_bytes, stall_seconds=self.stall_seconds)
-            if sha256 is not None and (found := _file_sha256(received)) != sha256:
+            if sha256 is not None and (found := sha256_of(received)) != sha256:
                 reason = f"its {received.stat().st_size} bytes have the sha256 {found[:12]}..., the index says "
                 raise _TransferError(f"{reason}{sha256[:12]}...", remedy=_REMEDY_CONTENT)
 
@@ -242,7 +241,7 @@ class ShardCache:
             for is_whole, _, size, path in files:
                 if is_whole and used - removed <= allowed_bytes:
                     break
-                with _flock(self.directory / "locks" / f"{path.name.partition('.')[0]}.lock", wait=False) as held:
+                with locked_file(self.directory / "locks" / f"{path.name.partition('.')[0]}.lock", wait=False) as held:
                     if held:
                         path.unlink(missing_ok=True)
                         removed += size
@@ -275,7 +274,7 @@ class ShardCache:
         try:
             for folder in ("locks", "shards", "indexes"):
                 (self.directory / folder).mkdir(parents=True, exist_ok=True)
-            with _flock(self.directory / "locks" / f"{key}.lock", wait=True):
+            with locked_file(self.directory / "locks" / f"{key}.lock", wait=True):
                 yield
         except OSError as problem:
             raise ValueError(
@@ -416,29 +415,6 @@ def _files(folder: Path) -> list[tuple[bool, int, int, Path]]:
                 status = path.stat()
                 files.append((path.suffix == ".tar", status.st_mtime_ns, status.st_size, path))
     return sorted(files)
-
-
-@contextmanager
-def _flock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Lock a file against other processes and threads; gives whether it is held, always True with `wait`."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile shares the lock
-    finally:
-        os.close(descriptor)
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _scheme(location: str) -> str | None:

@@ -1,18 +1,19 @@
-"""Training batches straight from WebDataset shards without an index, through webdataset's own pipeline.
+"""Training batches from WebDataset shards without an index, through webdataset's own pipeline.
 
-For shards that cannot be read twice, or that nobody can index. What users of webdataset know holds here too, and none
-of what the indexed loader promises:
+For shards that cannot be read twice or indexed. The usual behaviour of webdataset applies, without any guarantee of the
+indexed loader:
 
     resampled   every loading process draws shards with replacement: an "epoch" misses about a third of the images and
                 repeats others
-    otherwise   every loading process keeps a fixed part of the shards and goes round it: parts of different sizes are
-                seen unequally often, and a process without a shard is refused
-    both        shuffled within a buffer; the order depends on ranks and loading processes; resuming starts the streams
-                anew; damage in a tar's headers may drop samples silently; labels are checked against num_classes alone
+    otherwise   every loading process cycles through a fixed part of the shards: parts of different sizes are seen with
+                different frequency, and a process without a shard is refused
+    both        shuffled within a buffer; the order depends on ranks and loading processes; resuming restarts the
+                streams; damage in a tar's headers may drop samples silently; labels are only checked against
+                num_classes
 
-Every rank does the same number of steps, with full batches. Evaluation never reads a stream. A shard that is not there
-ends a stream, and so does a round of a process's shards without a sample that can be trained: before the first of a
-round has been found, samples are decoded on their way into the buffer, too.
+Every rank takes the same number of steps, with full batches. Evaluation never reads a stream. A missing shard ends a
+stream, as does a pass over a process's shards without a usable sample: until the first one of a pass is found, samples
+are also decoded before they enter the buffer.
 """
 
 import contextlib
@@ -49,11 +50,11 @@ from dist_proxygml.data.shards import (
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.data.workers import WorkerLoader, ready_to_leave
 
-_NUM_TRIED = 100  # samples that cannot be used, before a stream is given up in which none can
+_NUM_TRIED = 100  # unusable samples before a stream without any usable one is given up
 
 
 class StreamLoader:
-    """An iterable of `num_steps` steps of micro-batches of one rank. Iterating again gives other images."""
+    """An iterable of `num_steps` steps of micro-batches of one rank; each iteration gives other images."""
 
     def __init__(self, images: "_StreamImages", *, num_steps: int, accumulation: int, num_workers: int) -> None:
         self.num_steps = num_steps
@@ -66,7 +67,7 @@ class StreamLoader:
         return self._num_batches
 
     def check(self) -> None:
-        """Read the first samples here. Raises ValueError where a shard is not there or no sample can be trained."""
+        """Read the first samples in this process. Raises ValueError if a shard is missing or no sample is usable."""
         for process in range(1 if self._images.resampled else self._num_processes):
             self._images.check(process, self._num_processes)
 
@@ -90,11 +91,11 @@ def build_stream_loader(
     shuffle_buffer: int = 1000,
     max_damaged: int | None = None,
 ) -> StreamLoader:
-    """Full steps over about `num_images` images of all ranks, from shards that webdataset's brace notation names.
+    """Build full steps over about `num_images` images of all ranks, from shards in webdataset's brace notation.
 
-    Of `order` there are the batch size and the seeds; `share.start` only picks another random stream than the epoch's
-    beginning had. A damaged sample ends the stream, or, with `max_damaged`, more of them between two batches of a
-    loading process.
+    Of `order` the batch size and the seeds count; `share.start` only selects another random stream than that of the
+    epoch's beginning. A damaged sample ends the stream; with `max_damaged`, more than that many between two batches of
+    a loading process.
 
     Raises:
         ValueError: a shard is missing, or, unless `resampled`, there are fewer shards than loading processes over all
@@ -115,7 +116,7 @@ def build_stream_loader(
 
 @dataclass(eq=False)
 class _StreamImages(IterableDataset[Batch | str]):
-    """Micro-batches without end, a stream for each loading process."""
+    """Endless micro-batches, a stream for each loading process."""
 
     shards: list[str]
     transform: Transform
@@ -128,7 +129,7 @@ class _StreamImages(IterableDataset[Batch | str]):
 
     def __post_init__(self) -> None:
         self._unusable: dict[str, _UnusableError] = {}  # since the last batch
-        self._has_usable = False  # this round of the shards
+        self._has_usable = False  # this pass over the shards
 
     def __iter__(self) -> Iterator[Batch | str]:
         try:
@@ -139,7 +140,7 @@ class _StreamImages(IterableDataset[Batch | str]):
             yield f"the stream {self.shards[0]} ... failed: {type(problem).__name__}: {problem}"
 
     def check(self, process: int, num_processes: int) -> None:
-        """Read what a loading process of this rank reads, up to the first sample that can be trained."""
+        """Read what a loading process of this rank reads, up to the first usable sample."""
         reader = self.share.rank * num_processes + process
         num_readers = self.share.world_size * num_processes
         for _ in self._samples(self._own(reader, num_readers), random.Random(0)):
@@ -180,8 +181,8 @@ class _StreamImages(IterableDataset[Batch | str]):
                 images, labels, self._unusable = [], [], {}
 
     def _samples(self, own: list[str], generator: random.Random) -> Iterator[dict[str, Any]]:
-        """The samples of a process's shards, without end. Raises ValueError after a round without a usable one."""
-        num_samples: dict[str, int] = {}  # of each shard of this round
+        """Yield the samples of a process's shards endlessly. Raises ValueError after a pass without a usable one."""
+        num_samples: dict[str, int] = {}  # of each shard of this pass
         self._unusable, self._has_usable = {}, False
         for url in self._urls(own, generator):
             num_samples[url] = 0
@@ -207,7 +208,7 @@ class _StreamImages(IterableDataset[Batch | str]):
                 yield from generator.sample(own, len(own))
 
     def _members(self, url: str) -> Iterator[dict[str, Any]]:
-        """The samples of a shard, by webdataset's rules. Raises ShardUnavailableError for one that is not there."""
+        """Yield the samples of a shard, by webdataset's rules. Raises ShardUnavailableError if it is missing."""
 
         def passed_over(problem: Exception) -> bool:
             reason = str(problem.args[0] if problem.args else problem).partition(" @ ")[0]  # of the stream object
@@ -236,7 +237,7 @@ class _StreamImages(IterableDataset[Batch | str]):
             passed_over(failure)
 
     def _read(self, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """Image and label. Raises _UnusableError."""
+        """Read image and label. Raises _UnusableError."""
         url = sample["__url__"]
         name = f"{url}, sample {shown_key(split_name(sample['__key__'] + '.')[0])}"
         payload = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
@@ -254,8 +255,8 @@ class _StreamImages(IterableDataset[Batch | str]):
             raise _UnusableError(url, name, "that cannot be decoded", str(problem)) from problem
 
     def _note(self, problem: "_UnusableError") -> None:
-        """Keep what cannot be used, to be counted with the next batch. Raises it if it is to end the stream, or
-        ValueError if it is one too many.
+        """Record an unusable sample, to be counted with the next batch. Raises it if it ends the stream, or ValueError
+        if there are too many.
         """
         if self.max_damaged is None:
             raise problem
@@ -284,7 +285,7 @@ class _StreamImages(IterableDataset[Batch | str]):
 
 
 class _UnusableError(ValueError):
-    """A sample, or the rest of a shard, that cannot be trained."""
+    """A sample, or the rest of a shard, that cannot be used."""
 
     def __init__(self, url: str, image: str, kind: str, reason: str) -> None:
         super().__init__(f"{image} {reason}" if reason.startswith("has ") else f"{image}: {reason}")
@@ -294,9 +295,9 @@ class _UnusableError(ValueError):
 
 
 def _end(stream: IO[bytes] | Pipe, *, to_its_end: bool) -> int:
-    """Close a shard; the status of the program that gave it, 0 for a file.
+    """Close a shard; return the exit status of its program, 0 for a file.
 
-    A program is read `to_its_end` first, since one that is cut off fails for that reason; else it is killed.
+    A program is read `to_its_end` first, since closing its output early would make it fail; otherwise it is killed.
     """
     with contextlib.suppress(OSError):
         if isinstance(stream, Pipe):
@@ -311,10 +312,10 @@ def _end(stream: IO[bytes] | Pipe, *, to_its_end: bool) -> int:
 
 
 def stream_shards(urls: str) -> list[str]:
-    """The shards that webdataset's brace notation names.
+    """Expand webdataset's brace notation to shards.
 
     Raises:
-        ValueError: the notation is wrong, or one that would lie here is no file.
+        ValueError: the notation is wrong, or a local shard is not a file.
     """
     try:
         shards: list[str] = webdataset.shardlists.expand_urls(urls)

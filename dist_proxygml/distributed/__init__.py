@@ -1,1 +1,1 @@
-"""Ranks: who they are, how they communicate, and how they end."""
+"""Ranks: how they find each other, communicate, and end."""

@@ -6,9 +6,9 @@ backward on its own copy of it. That fixes the backward rules:
     gather_rows      forward: all-gather in rank order     backward: reduce-scatter SUM, as each copy holds a part
     all_reduce_sum   forward: SUM                          backward: identity, as the copies of the sum are one number
 
-SUM, never AVG: what an engine averages later is undone once, by name, in head/loss.py. Rows are padded to the longest
-rank because gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so the padding costs
-next to nothing.
+SUM, never AVG: an engine's averaging is undone once, by name, in head/loss.py. Rows are padded to the longest rank
+because gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so padding costs next to
+nothing.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass
 class Traffic:
-    """What this rank received from others, in bytes; an all-reduce counts as the ring algorithm does it."""
+    """Bytes that this rank received from others; an all-reduce counts as in the ring algorithm."""
 
     received: int = 0
 
@@ -36,8 +36,8 @@ _traffic: contextvars.ContextVar[Traffic | None] = contextvars.ContextVar("traff
 
 @contextlib.contextmanager
 def count_bytes() -> Iterator[Traffic]:
-    """Count the bytes that this module's collectives bring to this rank inside the block, and in the backward passes
-    of what was computed inside. `gather_objects` is not counted.
+    """Count the bytes that this rank receives from this module's collectives inside the block, and in the backward
+    passes of what was computed inside. `gather_objects` is not counted.
     """
     traffic = Traffic()
     token = _traffic.set(traffic)
@@ -53,29 +53,29 @@ def _count(traffic: Traffic | None, received: float) -> None:
 
 
 class AgreedError(ValueError):
-    """A user's mistake that all ranks know of and raise alike, so that one of them may report it for all."""
+    """A user's mistake that all ranks know of and raise, so that one of them may report it for all."""
 
-    status = 2  # of a process that ends by it
+    status = 2  # exit status of the process
 
 
 class NonFiniteError(AgreedError):
-    """NaN or infinity where numbers are needed: training may leave a step out or go back, evaluation cannot go on."""
+    """NaN or infinity where finite numbers are needed: training may skip a step or roll back, evaluation must end."""
 
-    status = 65  # EX_DATAERR of sysexits.h: to start it again does not help
+    status = 65  # EX_DATAERR of sysexits.h: starting it again does not help
 
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks of the group; 1 without a group."""
+    """Return the number of ranks of the group; 1 without a group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group; 0 without a group."""
+    """Return this process's rank in the group; 0 without a group."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def gather_rows(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows, concatenated in rank order: [row_counts[rank], ...] -> [sum(row_counts), ...].
+    """Concatenate all ranks' rows in rank order: [row_counts[rank], ...] -> [sum(row_counts), ...].
 
     Forward: all-gather. Backward: reduce-scatter SUM, each rank receiving the gradient of its own rows.
     """
@@ -85,12 +85,12 @@ def gather_rows(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessG
 
 
 def all_reduce_sum(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the ranks. Forward: all-reduce SUM. Backward: identity, for values that every rank uses alike."""
+    """Sum over ranks. Forward: all-reduce SUM. Backward: identity, for values that every rank uses in the same way."""
     return value if group is None else _AllReduceSum.apply(value, group)
 
 
 def all_reduce_max(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """Largest value over the ranks, elementwise. No gradient."""
+    """Take the elementwise maximum over ranks. No gradient."""
     value = value.detach().clone()
     if group is not None:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
@@ -128,7 +128,7 @@ def exchange_rows(
 
 
 def gather_objects(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
-    """The small picklable `value` of every rank, in rank order. Slow: for messages and set-up, not for steps."""
+    """Gather the small picklable `value` of every rank, in rank order. Slow: for messages and set-up, not steps."""
     values: list[T] = [value] * world_size_of(group)
     if group is not None:
         dist.all_gather_object(values, value, group=group)
@@ -183,5 +183,5 @@ def _pad_rows(rows: Tensor, length: int) -> Tensor:
 
 
 def _collective(name: str, earlier_name: str) -> Callable[..., Any]:
-    """A collective of torch by its name; the earlier one is that of torch 2.9, deprecated since."""
+    """Look up a collective of torch by name; `earlier_name` is that of torch 2.9, deprecated since."""
     return getattr(dist, name) if hasattr(dist, name) else getattr(dist, earlier_name)

@@ -1,15 +1,14 @@
 """The DeepSpeed engine around the backbone. The only file that imports deepspeed.
 
-DeepSpeed manages what it is good at: data parallelism, ZeRO 0-3, bf16, fp16, gradient accumulation and clipping of the
-backbone. The proxy bank stays OUTSIDE of the engine's module, because the engine broadcasts rank 0's parameters at
-start, averages all gradients over ranks, and saves one rank's copy: right for replicas, wrong for a partition. A bank
-inside is refused.
+DeepSpeed handles data parallelism, ZeRO 0-3, bf16, fp16, gradient accumulation and clipping of the backbone. The proxy
+bank stays OUTSIDE the engine's module, because the engine broadcasts rank 0's parameters at the start, averages all
+gradients over ranks, and saves one rank's copy: right for replicas, wrong for a partition. A bank inside is refused.
 
-The loss hands over the gradient of the embeddings, not a graph that runs through the bank: the engine gets the scalar
-sum(embeddings * gradient), whose derivative is that gradient. So whatever the engine multiplies into its loss (1 /
-accumulation, fp16's loss scale) reaches the backbone only, and the proxies' gradient is exact as autograd left it. A
-step that the engine skips, on all ranks alike, says so in `step_was_applied`; combinations of settings under which
-DeepSpeed would not, or would forget the scale, are refused.
+The loss passes on the gradient of the embeddings, not a graph that runs through the bank: the engine gets the scalar
+sum(embeddings * gradient), whose derivative is that gradient. Whatever the engine multiplies into its loss (1 /
+accumulation, fp16's loss scale) therefore reaches the backbone only, and the proxies' gradient is exactly autograd's.
+`step_was_applied` reports a step that the engine skipped, on all ranks together; combinations of settings under which
+DeepSpeed misreports it, or loses the scale, are refused.
 """
 
 import contextlib
@@ -33,18 +32,18 @@ from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, equal_fragments, reshard
 from dist_proxygml.faults import fault_point
 
-_BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # as DeepSpeed spells it
+_BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # DeepSpeed's spelling
 
 
 class Engine:
-    """A backbone under DeepSpeed. It is built, and every method is called, on all ranks.
+    """A backbone under DeepSpeed. Built, and every method called, on all ranks.
 
     Args:
-        model: the backbone, alike on every rank.
+        model: the backbone, the same on every rank.
         optimizer: of the model's parameters, and no others.
         settings: DeepSpeed's configuration, from `engine_settings`.
         context: this process among its peers.
-        outside: parameters that must not be the model's: those that differ from rank to rank.
+        outside: parameters that must not be the model's, because they differ between ranks.
 
     Raises:
         ValueError: a proxy bank or a parameter of `outside` is in the model, the optimizer holds a parameter that the
@@ -63,21 +62,19 @@ class Engine:
         _refuse_partitioned_parameters(model, optimizer, outside=outside)
         refuse_fp16_on_cpu(settings, context.device.type)
         deepspeed = _import_deepspeed()
-        os.environ.setdefault(
-            "LOCAL_RANK", str(context.local_rank)
-        )  # DeepSpeed insists on it, also when a launcher is not used
+        os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # required by DeepSpeed even without a launcher
         fault_point("start.engine")
         with _no_first_step(optimizer):
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
             )
         self._step_was_applied = False
-        if self.zero_stage in (1, 2):  # whatever deepspeed.bf16.check_grad_overflow says
+        if self.zero_stage in (1, 2):  # regardless of deepspeed.bf16.check_grad_overflow
             self._engine.optimizer.check_grad_overflow = True
         self._gathered = deepspeed.zero.GatheredParameters
         self._device = context.device
         self._context = context
-        # Scripts that turn its files into others: nobody asked, and rank 0 alone can fail to copy them.
+        # Conversion scripts that DeepSpeed adds: not needed, and copying them can fail on rank 0 alone.
         self._engine._copy_recovery_script = lambda _: None
 
     @property
@@ -87,7 +84,7 @@ class Engine:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage: what is partitioned over the ranks (1 optimizer state, 2 and gradients, 3 and parameters)."""
+        """ZeRO stage: partitions optimizer state (1), also gradients (2), also parameters (3)."""
         return int(self._engine.zero_optimization_stage())
 
     @property
@@ -96,20 +93,20 @@ class Engine:
         return self._engine.optimizer
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings [b, D], float32 unit rows, of uint8 images [b, 3, H, W]."""
+        """Embed uint8 images [b, 3, H, W] as float32 unit rows [b, D]."""
         return self._engine(images.to(self._device, non_blocking=True))
 
     def backward(self, embeddings: Tensor, gradient: Tensor) -> None:
-        """Back-propagate the gradient of the embeddings into the backbone; at a step's last micro-batch, average over
-        ranks.
+        """Back-propagate the gradient of the embeddings into the backbone; average over ranks at a step's last
+        micro-batch.
         """
         self._engine.backward((embeddings * gradient).sum())
 
     def step(self, *, measure_norm: bool) -> float | None:
         """At a step's last micro-batch, clip and update the backbone; before that, only count.
 
-        Gradients that are NaN or infinite update nothing and are dropped. They are averages over ranks, so what one
-        rank brings in is seen by all.
+        NaN or infinite gradients are dropped without an update. Gradients are averages over ranks, so all ranks see
+        what one of them contributes.
 
         Returns:
             The norm of the backbone's gradient before clipping, if `measure_norm`.
@@ -128,14 +125,14 @@ class Engine:
         return None if norm is None else float(norm)
 
     def step_was_applied(self) -> bool:
-        """Whether the last call of `step` changed the parameters; the same on every rank. False before a step's last
-        micro-batch, and where gradients were NaN or infinite.
+        """Whether the last call of `step` updated the parameters; the same on every rank. False before a step's last
+        micro-batch, and if gradients were NaN or infinite.
         """
         return self._step_was_applied
 
     @property
     def scales_loss(self) -> bool:
-        """Whether the loss is scaled for fp16, so that gradients overflow now and then and nothing is wrong."""
+        """Whether the loss is scaled for fp16, so that an occasional overflow of gradients is normal."""
         return bool(self._engine.fp16_enabled())
 
     def has_finite_buffers(self) -> bool:
@@ -144,26 +141,26 @@ class Engine:
         return all(bool(buffer.isfinite().all()) for buffer in buffers)
 
     def _updates_plainly(self) -> bool:
-        """Whether the optimizer is torch's own; those of ZeRO and of mixed precision leave a step out by themselves."""
+        """Whether the optimizer is torch's own; those of ZeRO and mixed precision skip steps themselves."""
         return isinstance(self._engine.optimizer, torch.optim.Optimizer)
 
     def save(self, directory: Path) -> None:
         """Write parameters and optimizer state below `directory`.
 
         Raises:
-            OSError: on this rank alone: it could not write a file.
+            OSError: on this rank only, if it could not write a file.
         """
         self._save(directory, _FileWriter())
 
     def snapshot(self) -> "EngineSnapshot":
-        """What `save` would write, copied to the memory of the host: one's own to write at any later time."""
+        """Copy what `save` would write to host memory, to be written later."""
         copies = _FileCopier()
         self._save(Path(), copies)
         return EngineSnapshot(copies.files)
 
     def _save(self, directory: Path, files: "_Files") -> None:
-        """Let DeepSpeed hand over its files. Its ranks meet again after they have written, so one that left with an
-        error would leave the others waiting: errors come after that.
+        """Intercept DeepSpeed's file writes. Its ranks synchronise after writing, so a rank that raised earlier would
+        leave the others waiting; errors are raised afterwards.
         """
         writer = self._engine.checkpoint_engine
         self._engine.checkpoint_engine = files
@@ -185,7 +182,7 @@ class Engine:
             raise ValueError(f"expected a DeepSpeed checkpoint in {directory}/engine, found none that loads")
 
     def _own_part(self, files: Sequence[Path]) -> dict[str, Any]:
-        """What this rank would have saved of ZeRO's optimizer, from the files of another number of ranks."""
+        """Reshard ZeRO's optimizer state from the files of another number of ranks into this rank's part."""
         optimizer, rank, num_ranks = self._engine.optimizer, self._context.rank, self._context.world_size
         saved = [torch.load(file, mmap=True, weights_only=False)["optimizer_state_dict"] for file in files]
         shapes = self._engine._get_zero_param_shapes()
@@ -222,10 +219,10 @@ class Engine:
 
     @contextlib.contextmanager
     def _reads(self, own: dict[str, Any], directory: Path) -> Iterator[None]:
-        """Let DeepSpeed's loader find this rank's part of the optimizer, as if so many ranks had saved it."""
+        """Make DeepSpeed's loader read this rank's part of the optimizer, as if this number of ranks had saved it."""
         engine, context = self._engine, self._context
         reader = engine.checkpoint_engine
-        (model, *_) = sorted((directory / "engine").glob("*_model_states.pt"))  # alike on all ranks, also of stage 3
+        (model, *_) = sorted((directory / "engine").glob("*_model_states.pt"))  # one for all ranks, even under stage 3
 
         class Reader:
             def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
@@ -241,9 +238,9 @@ class Engine:
             del engine._get_all_ckpt_names, engine._get_all_zero_checkpoints
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The backbone's parameters and buffers, whole, in the engine's precision, on every rank."""
+        """Return the backbone's complete parameters and buffers, in the engine's precision, on every rank."""
         state = dict(self._engine.module.state_dict())
-        if self.zero_stage == 3:  # parameters are partitioned: bring them together one at a time
+        if self.zero_stage == 3:  # parameters are partitioned: gather them one at a time
             for name, parameter in self._engine.module.named_parameters():
                 with self._gathered([parameter]):
                     state[name] = parameter.detach().clone()
@@ -257,54 +254,54 @@ class EngineSnapshot:
         self._files = files
 
     def save(self, directory: Path) -> None:
-        """Write what `Engine.save` would have written, byte by byte. Uses no collectives."""
+        """Write exactly the bytes that `Engine.save` would have written. Uses no collectives."""
         for path, content in self._files.items():
             (directory / path).parent.mkdir(parents=True, exist_ok=True)
             _write(content, directory / path)
 
 
 class _Files:
-    """In the place of DeepSpeed's writer of files, whose choice it overrides: errors of `take` are kept for later."""
+    """Replacement for DeepSpeed's file writer that defers errors of `take`."""
 
     def __init__(self) -> None:
         self._errors: list[Exception] = []
 
     def take(self, content: Any, path: Path) -> None:
-        """Do something with what is to be in a file."""
+        """Process the content of a file."""
         raise NotImplementedError
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """What DeepSpeed calls for each file."""
+        """Save one file; called by DeepSpeed."""
         try:
             self.take(state_dict, Path(path))
         except Exception as error:
             self._errors.append(error)
 
     def raise_first(self) -> None:
-        """Raise the first error; none does nothing."""
+        """Raise the first error, if any."""
         if self._errors:
             raise self._errors[0]
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
+        """Create a folder."""
 
     def create(self, info: Any) -> None:
-        """What comes next belongs to one checkpoint."""
+        """Begin a checkpoint."""
 
     def commit(self, info: Any) -> bool:
-        """It was all."""
+        """End a checkpoint."""
         return True
 
     def is_decoupled(self) -> bool:
-        """Whether files are finished later."""
+        """Whether files are completed later."""
         return False
 
     def is_data_parallel_writer(self, rank: int) -> bool:
-        """Whether a rank writes what all have."""
+        """Whether a rank writes replicated data."""
         return rank == 0
 
     def preserves_storage_sharing(self) -> bool:
-        """Whether a view is written with all that it is a view of: DeepSpeed then clones it before."""
+        """Whether a view is written with its whole storage; DeepSpeed then clones it first."""
         return True
 
 
@@ -319,7 +316,7 @@ class _FileWriter(_Files):
 
 
 class _FileCopier(_Files):
-    """Keeps copies of what would be in the files."""
+    """Keeps copies of the files' contents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -340,16 +337,16 @@ def _write(content: Any, path: Path) -> None:
 
 
 def _on_host(content: Any, *, copy: bool) -> Any:
-    """What torch.load would make of what torch.save would write of `content`, in the memory of the host.
+    """Return what torch.save followed by torch.load would give for `content`, in host memory.
 
-    As there, tensors that share memory share it again, and it is copied whole. With `copy` nothing is shared with
-    `content`, else the memory that is the host's already.
+    As there, tensors that share storage share it again, and whole storages are copied. With `copy` nothing is shared
+    with `content`; otherwise storages already on the host are.
     """
     storages: list[torch.TypedStorage] = []
 
     class Taker(pickle.Pickler):
         def persistent_id(self, value: Any) -> int | None:
-            if not isinstance(value, torch.TypedStorage):  # what tensors, and only they, are pickled by
+            if not isinstance(value, torch.TypedStorage):  # the type by which tensors, and only tensors, are pickled
                 return None
             storages.append(value)
             return len(storages) - 1
@@ -371,12 +368,12 @@ def _on_host(content: Any, *, copy: bool) -> Any:
 
 
 def _rank_of(file: Path) -> int:
-    """Rank that wrote one of ZeRO's files."""
+    """Parse the rank that wrote one of ZeRO's files."""
     return int(file.name.partition("zero_pp_rank_")[2].partition("_")[0])
 
 
 def _fragments(mappings: Sequence[Mapping[str, Any]], offsets: Mapping[str, int]) -> list[list[Fragment]]:
-    """A rank's fragments under ZeRO stage 1 and 2, by group, from DeepSpeed's addresses in its part."""
+    """Convert DeepSpeed's addresses in a rank's part to fragments by group, under ZeRO stages 1 and 2."""
     return [
         [Fragment(name, address.start, address.numel, offsets.get(name, 0)) for name, address in group.items()]
         for group in mappings
@@ -384,7 +381,7 @@ def _fragments(mappings: Sequence[Mapping[str, Any]], offsets: Mapping[str, int]
 
 
 def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed section as the user wrote it, completed with the batch sizes that follow from ours.
+    """Complete the user's DeepSpeed section with the batch sizes that follow from ours.
 
     Raises:
         ValueError: the batch does not divide over the ranks, the section contradicts ours, or it combines settings
@@ -392,7 +389,7 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
     """
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if _is_enabled(config.deepspeed, "fp16") and stage == 0:
-        # Its optimizer without ZeRO divides gradients by the loss scale, which nobody multiplied into the loss.
+        # Without ZeRO its optimizer divides gradients by a loss scale that was never multiplied into the loss.
         raise ValueError(
             "deepspeed.fp16 is enabled with deepspeed.zero_optimization.stage 0, where DeepSpeed's gradients come out "
             "too small by the loss scale; use stage 1, 2 or 3, or deepspeed.bf16"
@@ -420,31 +417,31 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Find what DeepSpeed refuses in the result of `engine_settings`, without a process group.
+    """Check the result of `engine_settings` with DeepSpeed's own validation, without a process group.
 
     Raises:
-        ValueError: in one line, whatever DeepSpeed raises.
+        ValueError: DeepSpeed refuses it; its error in one line.
     """
     _import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 
-    # DeepSpeed multiplies by the ranks that are there; those that are meant need not be.
+    # DeepSpeed multiplies by the present world size, which may not be the intended one.
     own = copy.deepcopy({name: value for name, value in settings.items() if name != "train_batch_size"})
     try:
         dtype = DeepSpeedConfig(own).grad_accum_dtype
-        if dtype is not None:  # which is looked at when the engine is there
+        if dtype is not None:  # checked when the engine is built
             DtypeEnum(dtype)
-    except Exception as error:  # of many types, for a value of a wrong one above all
+    except Exception as error:  # of many types, mostly for values of a wrong type
         lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
         raise ValueError(
-            f"expected a section deepspeed that DeepSpeed takes, got: {' '.join(lines)} ({type(error).__name__}); "
+            f"expected a section deepspeed that DeepSpeed accepts, got: {' '.join(lines)} ({type(error).__name__}); "
             "change or remove that setting"
         ) from None
 
 
 def _import_deepspeed() -> Any:
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what DeepSpeed's imports say of a machine without GPUs
+    logging.disable(logging.WARNING)  # warnings of DeepSpeed's imports on a machine without GPUs
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -457,10 +454,10 @@ def _import_deepspeed() -> Any:
 
 @contextlib.contextmanager
 def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undo the step without a gradient that DeepSpeed takes to allocate an optimizer's state (bf16 without ZeRO).
+    """Undo the gradientless step that DeepSpeed takes to allocate an optimizer's state (bf16 without ZeRO).
 
-    It decays the weights, and leaves Adam one step ahead in its bias correction: the first update came out half as
-    large as with ZeRO. Without a learning rate it moves nothing; the moments and step counts are set to 0 again.
+    It decays the weights, and puts Adam one step ahead in its bias correction: the first update came out half as large
+    as with ZeRO. With a learning rate of 0 it moves nothing; moments and step counts are reset to 0.
     """
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -475,12 +472,12 @@ def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_update(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """DeepSpeed's step without the update, for one step."""
+    """Suppress the update of one DeepSpeed step."""
     optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        del optimizer.step  # the class has it
+        del optimizer.step  # back to the class's method
 
 
 def _is_enabled(settings: Mapping[str, Any], section: str) -> bool:

@@ -1,8 +1,8 @@
-"""How much memory is left, which a plan is compared with before anything is allocated, and how much was used.
+"""Available memory, to compare a plan with before anything is allocated, and peak memory.
 
-On a CPU the smaller of what the machine has available (psutil) and what the process's control groups still allow, for
-batch systems limit jobs through those (Linux kernel documentation, cgroup v2: memory.max, memory.current; file pages
-that can be dropped, inactive_file of memory.stat, count as free).
+On a CPU, available is the smaller of the machine's available memory (psutil) and what the process's control groups
+still allow, because batch systems limit jobs through those (Linux kernel documentation, cgroup v2: memory.max,
+memory.current; file pages that can be dropped, inactive_file of memory.stat, count as free).
 """
 
 import resource
@@ -14,16 +14,16 @@ import torch
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process on `device` can still allocate; processes beside it share them."""
+    """Return the bytes that a process on `device` can still allocate, shared with other processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *_left_in_control_groups()])
 
 
 def peak_memory() -> int:
-    """Most resident memory that this process has held, in bytes.
+    """Return the peak resident memory of this process, in bytes.
 
-    On Linux from VmHWM: getrusage's ru_maxrss starts at what the process that started this one held.
+    On Linux from VmHWM, because getrusage's ru_maxrss starts at the parent's peak.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -34,7 +34,7 @@ def peak_memory() -> int:
 
 
 def format_bytes(count: float) -> str:
-    """A byte count with a binary unit: 1536 -> "1.5 KiB"."""
+    """Format a byte count with a binary unit: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -43,7 +43,7 @@ def format_bytes(count: float) -> str:
 
 
 def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What each control group around this process still allows; nothing where there are none or they set no limit."""
+    """List what each control group of this process still allows; empty without groups or limits."""
     left = []
     try:
         lines = own.read_text(encoding="utf-8").splitlines()

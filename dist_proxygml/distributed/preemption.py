@@ -1,13 +1,13 @@
-"""Requests to stop: a signal sets a flag, the ranks agree on it between two steps, save once and end with status 75.
+"""Requests to stop: a signal sets a flag, the ranks agree on it between two steps, save once and exit with status 75.
 
-SIGUSR2 and SIGUSR1 are what clusters send some time before they take a node away, SIGTERM is what everybody sends. A
-signal to a single rank is enough. It does nothing but set a flag: a save is the work of all ranks and cannot begin in
-the middle of a step. A second SIGTERM ends the process at once, unless it comes within a second:
-a launcher passes on what its process group was sent as well.
+Clusters send SIGUSR2 or SIGUSR1 some time before they reclaim a node; SIGTERM is the general request. A signal to a
+single rank is enough. It only sets a flag, because a save involves all ranks and cannot begin in the middle of a step.
+A second SIGTERM ends the process at once, unless it arrives within a second: a launcher forwards signals that its
+process group has received as well.
 
-Chosen: the interpreter writes signals into a pipe (`signal.set_wakeup_fd`) that a thread reads. A handler of Python's
-runs in the main thread when that comes back to the interpreter, which it does not while a peer hangs.
-Declined: SIGINT. Who presses Ctrl-C wants the prompt back.
+Chosen: the interpreter writes signals into a pipe (`signal.set_wakeup_fd`) that a thread reads. A Python handler runs
+in the main thread once that returns to the interpreter, which it does not while a peer hangs.
+Declined: SIGINT. Pressing Ctrl-C should return the prompt.
 """
 
 import multiprocessing
@@ -26,33 +26,33 @@ _KILLED_BY_SIGTERM = 128 + signal.SIGTERM
 _SECONDS_OF_ONE_REQUEST = 1.0
 
 
-class StopRequested(Exception):  # noqa: N818  # nothing went wrong
-    """The ranks have agreed to stop. Raised on all of them, between two steps."""
+class StopRequested(Exception):  # noqa: N818  # not an error
+    """The ranks agreed to stop. Raised on all of them, between two steps."""
 
     status = STOPPED_STATUS
 
     def __init__(self, signals: dict[int, signal.Signals]) -> None:
         super().__init__(", ".join(f"{number.name} (on rank {rank})" for rank, number in signals.items()))
         self.signals = signals
-        """The first one of each rank that received any."""
+        """The first signal of each rank that received any."""
 
 
 class StopSignals:
-    """The signals to stop that this process receives.
+    """Records the stop signals that this process receives.
 
     Args:
-        grace: seconds that a stop may take from the first signal on; None for as long as it takes.
-        on_grace_over: called when they have gone by and the process is still there, in a thread of its own.
+        grace: seconds that a stop may take after the first signal; None for no limit.
+        on_grace_over: called in a thread of its own if the process still runs after them.
     """
 
     def __init__(self, *, grace: float | None = None, on_grace_over: Callable[[], None] | None = None) -> None:
         self.received: signal.Signals | None = None
-        """The first one; it stays."""
+        """The first signal received; later ones do not replace it."""
         self._terminated_at: float | None = None
         self._grace, self._on_grace_over = grace, on_grace_over
 
     def listen(self) -> None:
-        """Take the signals from now on. In the main thread."""
+        """Start to record signals. Called in the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in SIGNALS:
@@ -61,10 +61,10 @@ class StopSignals:
         threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
 
     def agree(self, context: ParallelContext) -> None:
-        """Raise on all ranks if any of them was told to stop. Called on all ranks.
+        """Raise on all ranks if any of them received a stop signal. Called on all ranks.
 
         Raises:
-            StopRequested: a rank was told to stop.
+            StopRequested: a rank received one.
         """
         received = {rank: number for rank, number in enumerate(all_gather_object(context, self.received)) if number}
         if received:
@@ -78,7 +78,7 @@ class StopSignals:
                     self._take(signal.Signals(number))
                     if over_at is None and self._grace is not None:
                         over_at = time.monotonic() + self._grace
-            if over_at is not None:  # a later signal, and what others handle, gives no more time
+            if over_at is not None:  # later signals, and signals handled elsewhere, do not extend the time
                 left = max(0.0, over_at - time.monotonic())
         if self._on_grace_over:
             self._on_grace_over()
@@ -95,7 +95,7 @@ class StopSignals:
 
 @contextmanager
 def stop_signals_held_back() -> Iterator[None]:
-    """Fork in here: what is sent to a new process before it ignores them itself does not reach this process's pipe."""
+    """Keep stop signals sent to a process forked inside, before it ignores them, out of this process's pipe."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -104,12 +104,12 @@ def stop_signals_held_back() -> Iterator[None]:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """For data loading processes (`worker_init_fn`): they serve until the process that started them ends, or ends them.
+    """Ignore stop signals in a data loading process (`worker_init_fn`), which lives as long as its parent needs it.
 
-    It does so by SIGTERM when it exits with a loader still in use, and then waits for them: were that ignored like
-    anybody else's, both would wait for ever.
+    The parent ends it with SIGTERM if it exits with a loader still in use, and then waits for it: if that were ignored
+    as well, both would wait forever.
     """
-    signal.set_wakeup_fd(-1)  # the starter's
+    signal.set_wakeup_fd(-1)  # the parent's
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
@@ -126,4 +126,4 @@ def _end_at_sigterm_of(process_id: int | None) -> None:
 
 
 def _noticed(number: int, frame: object) -> None:
-    """A handler has to be there; the thread does the rest."""
+    """Do nothing: a handler must be installed, the thread does the work."""

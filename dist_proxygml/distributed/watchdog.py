@@ -1,11 +1,11 @@
-"""A watchdog for steps that never end: it shows what every thread was doing and ends the process.
+"""A watchdog for hanging steps: it prints every thread's stack and ends the process.
 
-A collective whose peer hangs, a file system that does not answer, a deadlock in a data loader: nothing raises, nothing
-is printed, and the cluster's hours run out. The process ends with status 75, as one that was told to stop: started
-again, the run goes on from its newest checkpoint.
+A collective whose peer hangs, a file system that does not respond, a deadlock in a data loader: nothing raises, nothing
+is printed, and cluster hours are wasted. The process ends with status 75, like one that was asked to stop: started
+again, the run resumes from its newest checkpoint.
 
-Declined: `faulthandler.dump_traceback_later(exit=True)`, which needs no thread of Python's but ends with status 1, like
-a crash.
+Declined: `faulthandler.dump_traceback_later(exit=True)`, which needs no Python thread but ends with status 1, like a
+crash.
 """
 
 import faulthandler
@@ -23,11 +23,11 @@ _SECONDS_TO_TELL = 10.0
 
 
 class Watchdog:
-    """Ends this process when `timeout` seconds go by without a `beat`, from the first one on, except while paused.
+    """Ends this process if `timeout` seconds pass between beats, from the first `beat` on, except while paused.
 
     Args:
-        timeout: seconds; None never ends anything.
-        report: file that the threads' stacks are written to, besides stderr.
+        timeout: seconds; None disables the watchdog.
+        report: file for the threads' stacks, besides stderr.
     """
 
     def __init__(self, timeout: float | None, *, report: Path) -> None:
@@ -37,7 +37,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def beat(self) -> None:
-        """Something was done: the time starts anew."""
+        """Restart the countdown."""
         if self._timeout is None:
             return
         if self._thread is None:
@@ -48,14 +48,14 @@ class Watchdog:
             self._changed.notify()
 
     def stop(self) -> None:
-        """No time is counted until the next beat."""
+        """Suspend the countdown until the next beat."""
         with self._changed:
             self._deadline = None
             self._changed.notify()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For work that may take longer than a step."""
+        """Suspend the countdown for work that may take longer than a step."""
         was_running = self._deadline is not None
         self.stop()
         yield
@@ -74,11 +74,11 @@ class Watchdog:
     def _bite(self) -> None:
         rank = os.environ.get("RANK", "0")
         message = (
-            f"error: a step has taken longer than {self._timeout:g} s on rank {rank}; what its threads were "
-            f"doing follows and stands in {self._report}; start the run again to go on from its newest checkpoint, or "
-            "raise training.step_timeout\n"
+            f"error: a step has taken longer than {self._timeout:g} s on rank {rank}; the stacks of its threads "
+            f"follow and are in {self._report}; start the run again to resume from its newest checkpoint, or raise "
+            "training.step_timeout\n"
         )
-        # What hangs may be the file system that stderr and the report lie on.
+        # The file system of stderr and the report may be what hangs.
         last_word = threading.Timer(_SECONDS_TO_TELL, self._leave)
         last_word.daemon = True
         last_word.start()

@@ -1,13 +1,13 @@
-"""A backbone's optimizer state that W ranks saved under ZeRO, as one rank of another number of ranks would have it.
+"""Resharding of a backbone's optimizer state saved under ZeRO, for one rank of another number of ranks.
 
-ZeRO lays the parameters of a group behind each other, flat, and cuts the result into one part a rank: weights in
-float32, moments. Stages 1 and 2 cut the whole, and each file says what of which parameter lies where in it; stage 3
-cuts every parameter by itself, into equal parts of which the last is padded.
+ZeRO concatenates the flattened parameters of a group and partitions the result over ranks: float32 weights, moments.
+Stages 1 and 2 partition the whole, and each file lists its fragments of parameters; stage 3 partitions every parameter
+separately, into equal parts of which the last is padded.
 
-Chosen: to put every parameter together again by its name, from the files of all ranks, and to cut it as the engine at
-hand does; saving costs nothing for it, and DeepSpeed's own loader does the rest. The files are mapped, so a rank holds
-one parameter at a time besides its own part. Declined: DeepSpeed's universal checkpoints, which rewrite the checkpoint
-as four files a parameter, in other processes, and give every parameter group the settings of the first.
+Chosen: reassemble every parameter by name from the files of all ranks and partition it as the present engine does; this
+adds no cost to saving, and DeepSpeed's own loader does the rest. The files are memory-mapped, so a rank holds one
+parameter at a time besides its own part. Declined: DeepSpeed's universal checkpoints, which rewrite the checkpoint as
+four files per parameter, in other processes, and give every parameter group the settings of the first.
 """
 
 import copy
@@ -23,7 +23,7 @@ WEIGHTS = "weights"  # among the names of the optimizer's state
 
 
 class Fragment(NamedTuple):
-    """What a rank has of a parameter: elements `offset` to `offset + numel` of it, flat, at `start` in its part."""
+    """A rank's elements `offset` to `offset + numel` of a flattened parameter, at `start` in its part."""
 
     name: str
     start: int
@@ -32,7 +32,7 @@ class Fragment(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a rank has, by group."""
+    """A rank's state of each group."""
 
     fragments: Sequence[Sequence[Fragment]]
     state: Sequence[Mapping[str, Any]]
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 def equal_fragments(shapes: Sequence[Mapping[str, torch.Size]], *, rank: int, num_ranks: int) -> list[list[Fragment]]:
-    """The fragments of a rank under ZeRO stage 3, by group, from the shapes of the parameters in their order."""
+    """Compute a rank's fragments under ZeRO stage 3, by group, from the shapes of the parameters in order."""
     groups = []
     for group in shapes:
         fragments, start = [], 0
@@ -60,12 +60,12 @@ def reshard(
     fragments: Sequence[Sequence[Fragment]],
     sizes: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """The state of a rank, by group, as in `Part`, padded with zeros.
+    """Assemble a rank's state, by group, as in `Part`, padded with zeros.
 
     Args:
-        parts: of all ranks that saved, in their order, in which the fragments of a parameter follow each other.
-        names: of the parameters of each group, also of those that the rank has nothing of.
-        fragments: what of them the rank has.
+        parts: of all saving ranks in order, so that the fragments of a parameter are consecutive.
+        names: the parameters of each group, including those of which the rank has no elements.
+        fragments: the rank's fragments.
         sizes: elements of its part of each group.
     """
     pieces: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
@@ -79,7 +79,7 @@ def reshard(
                     pieces[fragment.name][key].append(value.narrow(0, fragment.start, fragment.numel))
     result = []
     for group_names, group, size in zip(names, fragments, sizes, strict=True):
-        own = copy.deepcopy(counters[group_names[0]])  # of each group its own, to be counted on
+        own = copy.deepcopy(counters[group_names[0]])  # a separate one per group, because optimizers increment it
         for key, some in pieces[group_names[0]].items():
             own[key] = torch.zeros(size, dtype=some[0].dtype)
             for fragment in group:

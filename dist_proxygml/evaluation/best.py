@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.storage.files import paths_in, read_document, read_file
+from dist_proxygml.storage.files import read_document, read_file
+from dist_proxygml.storage.run_folder import RunFolder
 
 LAST = "last"
 BEST_ON_VALIDATION = "best on validation classes"
@@ -35,13 +36,13 @@ def select_results(run_directory: Path) -> dict[str, SelectedResult]:
     Raises:
         ValueError: a stored evaluation is not one.
     """
-    test = read_evaluations(run_directory, "step-")
+    test = read_evaluations(run_directory)
     test.pop(0, None)
     if not test:
         return {}
     metric = selection_metric(run_directory)
     # A run that was stopped between two evaluations of a step has only one of them.
-    validation = {step: r for step, r in read_evaluations(run_directory, "validation-step-").items() if step in test}
+    validation = {step: r for step, r in read_evaluations(run_directory, of_validation=True).items() if step in test}
     steps = {LAST: max(test), BEST_ON_VALIDATION: _best(validation, metric), BEST_ON_TEST: _best(test, metric)}
     return {name: SelectedResult(step, test[step]) for name, step in steps.items() if step is not None}
 
@@ -62,27 +63,25 @@ def selected_rows(run_directory: Path) -> dict[str, Mapping[str, float]]:
     }
 
 
-def read_evaluations(run_directory: Path, prefix: str) -> dict[int, EvaluationResult]:
-    """Stored evaluations by step, in order: of the test split with the prefix "step-", of validation classes with
-    "validation-step-"; none on other data.
+def read_evaluations(run_directory: Path, *, of_validation: bool = False) -> dict[int, EvaluationResult]:
+    """Stored evaluations of the test split, or of validation classes, by step, in order; none on other data.
 
     Raises:
         ValueError: a file is not an evaluation.
     """
     found = {}
-    for path in paths_in(run_directory / "evaluation", f"{prefix}*.json"):
-        if step := re.fullmatch(rf"{prefix}(\d+)", path.stem):
-            try:
-                found[int(step[1])] = EvaluationResult.from_json(read_file(path))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-    return dict(sorted(found.items()))
+    for step, path in RunFolder(run_directory).evaluations(of_validation=of_validation).items():
+        try:
+            found[step] = EvaluationResult.from_json(read_file(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return found
 
 
 def selection_metric(run_directory: Path) -> str | None:
     """The metric that the run's configuration chooses by; None: Recall@K of the smallest K that was measured."""
     try:
-        metric = read_document(run_directory / "config.json")["checkpoint"]["keep_best"]
+        metric = read_document(RunFolder(run_directory).config)["checkpoint"]["keep_best"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return metric if isinstance(metric, str) else None

@@ -49,7 +49,7 @@ def open_result(path: Path) -> NamedResult:
         ValueError: there is none.
     """
     if path.is_dir():
-        evaluations = read_evaluations(path, "step-")
+        evaluations = read_evaluations(path)
         if not evaluations:
             raise ValueError(
                 f"expected the folder of a run with an evaluation, found no evaluation/step-N.json in {path}; name "

@@ -33,6 +33,7 @@ from dist_proxygml.distributed.parallel import ParallelContext, all_gather_objec
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, pass_key
 from dist_proxygml.faults import fault_point
+from dist_proxygml.storage.files import publish
 
 
 class EmbeddingTable(NamedTuple):
@@ -246,10 +247,8 @@ def check_table(
 def save_table(table: EmbeddingTable, path: Path) -> Path:
     """Write the table as a numpy archive with the arrays embeddings, labels and ids; complete or not there at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    with unfinished.open("wb") as file:
-        np.savez(file, **{name: value.numpy() for name, value in table._asdict().items()})
-    unfinished.replace(path)
+    with publish(path) as stream:
+        np.savez(stream, **{name: value.numpy() for name, value in table._asdict().items()})
     return path
 
 

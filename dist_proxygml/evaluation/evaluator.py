@@ -39,6 +39,7 @@ from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions,
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import check_counts
+from dist_proxygml.storage.files import parse_json
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")
 LEGACY_SEED = 1234  # faiss's own, which the published run on Stanford Online Products did not change
@@ -124,7 +125,7 @@ class EvaluationResult:
             ValueError: the text is not such a document.
         """
         try:
-            document = json.loads(text)
+            document = parse_json(text)
             if "bounds" not in document:  # before there were bounds of other metrics
                 document["bounds"] = {"recall@1": document["recall_at_1_bounds"]}
             if not all(isinstance(value, int | float) for value in document["metrics"].values()):
@@ -139,7 +140,7 @@ class EvaluationResult:
                 num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"expected the JSON of an evaluation, got something else ({type(error).__name__}: {error}); run the "
                 "evaluation again to write it"

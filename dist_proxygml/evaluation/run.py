@@ -1,8 +1,7 @@
 """Evaluate a model as a configuration says, and store the result: what training and `evaluate` have in common.
 
-runs/NAME/evaluation/step-000800.json        the result; where it is, nobody evaluates again
-runs/NAME/embeddings/step-000800.npz         the rows of the newest evaluation of the test split
-runs/NAME/embeddings/step-000800.partial/    what an evaluation that was cut short has embedded (blocks.py)
+Where a run has a result (storage/run_folder.py), nobody evaluates again; its embeddings are those of the newest
+evaluation of the test split.
 """
 
 import hashlib
@@ -24,7 +23,8 @@ from dist_proxygml.evaluation.blocks import BlockFolder
 from dist_proxygml.evaluation.embedding_pass import PassHooks, PassSettings, Split, save_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate
 from dist_proxygml.evaluation.retrieval import SearchOptions
-from dist_proxygml.storage.files import paths_in, publish
+from dist_proxygml.storage.files import paths_in, publish_text
+from dist_proxygml.storage.run_folder import RunFolder
 
 
 def build_evaluation_model(config: Config) -> nn.Module:
@@ -90,7 +90,7 @@ def open_gallery(config: Config, index: ShardIndex) -> ShardIndex | None:
 
 def block_folder(run_directory: Path, name: str, *, say: Callable[[str], object]) -> BlockFolder:
     """Where the evaluation that will be stored as NAME keeps what it has embedded."""
-    return BlockFolder(run_directory / "embeddings" / f"{name}.partial", say)
+    return BlockFolder(RunFolder(run_directory).unfinished(name), say)
 
 
 def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *, with_embeddings: bool) -> Path:
@@ -98,13 +98,12 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
     evaluates again. On rank 0 only.
     """
     if with_embeddings and result.table is not None:
-        newest = save_table(result.table, run_directory / "embeddings" / f"{name}.npz")
-        for old in set(paths_in(newest.parent, "*.npz")) - {newest}:
+        newest = save_table(result.table, RunFolder(run_directory).embeddings(name))
+        for old in set(paths_in(newest.parent, "*.npz*")) - {newest}:
             old.unlink()
-    path = run_directory / "evaluation" / f"{name}.json"
+    path = RunFolder(run_directory).evaluation(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:
-        stream.write(result.to_json().encode("utf-8"))
+    publish_text(path, result.to_json())
     return path
 
 

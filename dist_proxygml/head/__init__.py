@@ -1,1 +1,1 @@
-"""The partitioned proxy head. Start with loss.py."""
+"""The loss over a partitioned proxy bank. Start with reference.py, its definition."""

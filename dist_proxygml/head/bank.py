@@ -1,7 +1,7 @@
-"""A rank's proxies as the loss works with them, and the pairs of an image and a proxy that it works on.
+"""A rank's proxies in the form that the loss uses, and pairs of an image and a proxy.
 
-Proxies are stored unnormalised, and so is what is multiplied: similarities are divided by the proxies' lengths, which
-saves a normalised copy of the bank.
+Proxies are stored and multiplied unnormalised; similarities are divided by the proxies' lengths afterwards, which saves
+a normalised copy of the bank.
 
 Dimension key: p proxies, n pairs, D embedding.
 """
@@ -12,16 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NORM_FLOOR = 1e-12  # a shorter proxy is divided by this instead of its length, as torch.nn.functional.normalize does
+NORM_FLOOR = 1e-12  # lower bound of a proxy's length, as in torch.nn.functional.normalize
 
 
 class Pairs(NamedTuple):
-    """Pairs of an image and a proxy, ordered by row, then by proxy."""
+    """Pairs of an image and a proxy, sorted by row, then by proxy."""
 
     row: Tensor
     """int64 [n]."""
     proxy: Tensor
-    """int64 [n], index among the proxies at hand."""
+    """int64 [n], index into the bank."""
     similarity: Tensor
     """[n]."""
 
@@ -32,17 +32,17 @@ class Bank(NamedTuple):
     proxies: Tensor
     """[p, D], unnormalised."""
     inverse_norm: Tensor
-    """[p], one over their lengths."""
+    """[p], inverse lengths."""
     matmul_dtype: torch.dtype = torch.float32
-    """bfloat16 rounds the inputs of the products to it; their sums stay in the precision of the proxies."""
+    """bfloat16 rounds the inputs of products; sums keep the precision of the proxies."""
     fused: bool = False
-    """Whether the kernels of fused.py do the work."""
+    """Whether to use the kernels of fused.py."""
 
 
 def build_bank(proxies_pD: Tensor, *, matmul_dtype: torch.dtype = torch.float32, fused: bool = False) -> Bank:
-    """A bank of unnormalised proxies [p, D]; their lengths are at least 1e-12, as torch.nn.functional.normalize has it.
+    """Build a bank from unnormalised proxies [p, D]; lengths are clamped to at least 1e-12, as in F.normalize.
 
-    A proxy that is NaN or infinite has an inverse length of NaN.
+    The inverse length of a proxy with a NaN or infinite element is NaN.
     """
     norm_p = torch.linalg.vector_norm(proxies_pD, dim=1)
     norm_p.masked_fill_(norm_p == math.inf, math.nan)

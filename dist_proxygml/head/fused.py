@@ -1,27 +1,28 @@
-"""The three loops over the bank of similarity.py as kernels for NVIDIA GPUs, with the same results.
+"""GPU kernels for the three loops over the bank in similarity.py, with the same results.
 
-    pairs_above          product, division by the proxies' lengths, comparison and compaction in one pass: of S [R, p]
-                         nothing is written but the pairs above the floor
-    embedding_gradient   sums of each row's pairs in segments of a fixed length, then of a row's segments
-    proxy_gradient       each proxy's pairs and the radial part at once: nothing of the result's size exists beside it
+    pairs_above          product, division by the proxies' lengths, comparison and compaction in one pass: only the
+                         pairs above the floor are written, never S [R, p]
+    embedding_gradient   each row's pairs summed in segments of a fixed length, then each row's segments
+    proxy_gradient       each proxy's pairs and the radial part in one pass, without a temporary of the result's size
 
-Sums are in float32 and in a fixed order, so every result is the same from run to run. The order in which pairs are
-found is not; they are sorted by a key that no two share.
+Sums are in float32 and in a fixed order, so results are deterministic. Pairs are found in any order, then sorted by a
+unique key.
 
-Written in Triton, which comes with torch on Linux. This file cannot be imported without it, so callers import it where
-they have a GPU at hand. With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on a CPU,
-slowly: tests do that.
+Written in Triton, which comes with torch on Linux. This file cannot be imported without it, so callers import it only
+where there is a GPU. With TRITON_INTERPRET=1 set before triton is imported, the kernels run on a CPU, slowly; tests do
+that.
 
-Triton runs kernels on the current device, torch's operators where the tensors are: hence the `device_of` around calls.
+Triton launches kernels on the current device, torch's operators run where the tensors are; hence `device_of` around
+every launch.
 
-Declined: TF32 for float32 inputs (ten bits of mantissa choose other proxies); sums over segments by atomic additions
-(another result in each run); counting first and writing in order in a second pass (no sort, but twice the product).
+Declined: TF32 for float32 inputs (its ten-bit mantissa changes the selection); atomic additions over segments (not
+deterministic); counting first and writing in order in a second pass (no sort, but twice the product).
 
-Dimension key: R rows (images), r rows and one, p proxies, n pairs, u proxies whose gradient is wanted, s segments, D
-embedding. Inside kernels the names of blocks of indices are in the singular, and P, R, D, N are the blocks' sizes.
+Dimension key: R rows (images), r = R + 1, p proxies, n pairs, u proxies with a gradient, s segments, D embedding.
+Inside kernels, blocks of indices have singular names, and P, R, D, N are block sizes.
 """
 
-# Triton has no type information, and its compiler wants kernels without annotations.
+# Triton ships no type information, and its compiler expects kernels without annotations.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 import torch
@@ -32,8 +33,8 @@ from torch import Tensor
 
 from dist_proxygml.head.bank import Bank, Pairs
 
-# Pairs of a row that one program sums up: long rows are spread over many programs, and a partial sum (D numbers) is
-# small beside its pairs.
+# Pairs of a row summed by one program: long rows are spread over many programs, and a partial sum (D numbers) is small
+# compared with its pairs.
 _SEGMENT = 1024
 
 
@@ -47,21 +48,21 @@ def pairs_above(
     matmul_dtype: torch.dtype,
     capacity: int,
 ) -> Pairs | None:
-    """All pairs with S > floor of their row, ordered by row, then by proxy; None if there are more than `capacity`.
+    """Find all pairs with S > their row's floor, sorted by row, then by proxy; None if there are over `capacity`.
 
-    Waits for the device once, to learn how many there are.
+    Synchronises with the device once, to read the number of pairs.
 
     Args:
         embeddings_RD: rows, float32.
         proxies_pD: unnormalised, float32, contiguous.
-        inverse_norm_p: one over their lengths.
-        floor_R: what S has to exceed.
-        excluded_R2: int64, first and one past the last proxy that a row must not be paired with; may lie outside.
-        matmul_dtype: float32, or bfloat16 to round the inputs of the products to it, the bank's tile by tile.
-        capacity: pairs to have room for, 12 bytes each.
+        inverse_norm_p: their inverse lengths.
+        floor_R: exclusive lower bound of S.
+        excluded_R2: int64, range [first, stop) of the proxies excluded for each row; may lie outside the bank.
+        matmul_dtype: float32, or bfloat16 to round the inputs of products, the bank's tile by tile.
+        capacity: maximum number of pairs, 12 bytes each.
     """
     assert embeddings_RD.dtype == proxies_pD.dtype == torch.float32
-    assert proxies_pD.is_contiguous()  # it is not to be copied
+    assert proxies_pD.is_contiguous()  # must not be copied
     num_rows, dim = embeddings_RD.shape
     num_proxies = len(proxies_pD)
     key_n = torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device)
@@ -99,8 +100,8 @@ def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: 
     dim, device = bank.proxies.shape[1], weight_n.device
     if num_rows == 0:
         return bank.proxies.new_zeros(0, dim)
-    # 1. Each row's segments. There is room for as many as there can be; what is left over is empty and counted as the
-    #    last row's, so that no number has to come from the device.
+    # 1. Each row's segments. The upper bound is allocated, and unused segments are empty and belong to the last row, so
+    #    that the device need not be synchronised.
     first_pair_r = torch.searchsorted(pairs.row, torch.arange(num_rows + 1, device=device))
     num_segments_R = (first_pair_r.diff() + _SEGMENT - 1) // _SEGMENT
     end_R = num_segments_R.cumsum(0)
@@ -109,8 +110,8 @@ def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: 
     row_s = torch.searchsorted(end_R, segment_s, right=True).clamp_max(num_rows - 1)
     start_s = first_pair_r[row_s] + (segment_s - first_segment_R[row_s]) * _SEGMENT
     stop_s = torch.minimum(start_s + _SEGMENT, first_pair_r[row_s + 1])
-    # 2. Their sums. Every row's first segments before all second ones: what runs at the same time reads the same part
-    #    of the bank, a row's pairs being in the order of the proxies.
+    # 2. Their sums. All rows' first segments come before the second ones: a row's pairs are sorted by proxy, so
+    #    programs that run at the same time read the same part of the bank.
     order_s = torch.argsort(segment_s - first_segment_R[row_s], stable=True)
     partial_sD = bank.proxies.new_empty(len(segment_s), dim)
     block = _columns(dim)
@@ -129,7 +130,7 @@ def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: 
             BLOCK_D=block,
             num_warps=4,
         )
-    # 3. Each row's sum of them.
+    # 3. The sum of each row's segments.
     return F.embedding_bag(segment_s, partial_sD, first_segment_R, mode="sum")
 
 
@@ -140,7 +141,7 @@ def proxy_gradient(
 
     d S_ij / d p_j = (x_i - S_ij p_j / |p_j|) / |p_j|
 
-    A proxy's pairs are one program's work: there are at most as many as rows.
+    One program handles all pairs of a proxy; there are at most R.
 
     Returns:
         touched_only: the proxies with a pair, int64 [u] ascending, and their gradients [u, D]; all others have none.
@@ -178,8 +179,8 @@ def proxy_gradient(
 
 
 def _tile(num_rows: int, matmul_dtype: torch.dtype) -> dict[str, int]:
-    """How a tile of S is computed. For Hopper: two or more programs run on a multiprocessor at once, so that one
-    multiplies while the other writes, and no register is spilled inside the loop of the product.
+    """Launch parameters for a tile of S, tuned for Hopper: at least two programs are resident on a multiprocessor, so
+    that one multiplies while another writes, and the inner loop of the product spills no registers.
     """
     rows = max(16, triton.next_power_of_2(num_rows))
     if matmul_dtype == torch.bfloat16:  # tensor cores: 82 KB of shared memory
@@ -195,7 +196,7 @@ def _tile(num_rows: int, matmul_dtype: torch.dtype) -> dict[str, int]:
 
 
 def _columns(dim: int) -> int:
-    """Elements of an embedding that one program sums up."""
+    """Elements of an embedding summed by one program."""
     return min(128, triton.next_power_of_2(dim))
 
 
@@ -217,8 +218,8 @@ def _pairs_above_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Programs that run at the same time share a few blocks of proxies, which come from memory once, and all rows, which
-    # stay in the L2 cache.
+    # Programs that run at the same time share a few blocks of proxies, which are read from memory once, and all rows,
+    # which stay in the L2 cache.
     num_row_blocks = tl.cdiv(num_rows, BLOCK_R)
     first_proxy = tl.program_id(0) // num_row_blocks * BLOCK_P
     first_row = tl.program_id(0) % num_row_blocks * BLOCK_R
@@ -228,7 +229,7 @@ def _pairs_above_kernel(
     is_row = row < num_rows
 
     # 1. Similarities of the tile.
-    proxy_start = proxy.to(tl.int64) * dim  # a bank may have more elements than int32 counts
+    proxy_start = proxy.to(tl.int64) * dim  # a bank may have more elements than int32 can index
     row_start = row.to(tl.int64) * dim
     similarity = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
     for first in range(0, dim, BLOCK_D):
@@ -254,8 +255,8 @@ def _pairs_above_kernel(
     allowed = (proxy[:, None] < excluded_start[None, :]) | (proxy[:, None] >= excluded_stop[None, :])
     hit = (similarity > floor[None, :]) & allowed & is_proxy[:, None]
 
-    # 3. Room for all of them at once, and each one's place in it. As vectors: a tile of pointers would be moved through
-    #    shared memory.
+    # 3. Reserve space for all of them at once and compute each one's offset. As vectors: a tile of pointers would go
+    #    through shared memory.
     size: tl.constexpr = BLOCK_P * BLOCK_R
     hit_i = tl.reshape(hit.to(tl.int32), [size])
     num_hits = tl.sum(hit_i, axis=0)
@@ -347,7 +348,7 @@ def _proxy_gradient_kernel(
         total += weight[:, None] * value
     proxy = tl.load(wanted_ptr + position).to(tl.int64)
     inverse_norm = tl.load(inverse_norm_ptr + proxy)
-    # A proxy without a pair is not read: its gradient is 0.
+    # A proxy without pairs is not read; its gradient is 0.
     value = tl.load(proxies_ptr + proxy * dim + element, mask=is_element & (start < stop), other=0.0)
     gradient = inverse_norm * (tl.sum(total, axis=0) - tl.sum(radial, axis=0) * inverse_norm * value)
     tl.store(gradient_ptr + position * dim + element, gradient, mask=is_element)

@@ -1,16 +1,16 @@
 """ProxyGML over a class-partitioned proxy bank, exact for any number of ranks.
 
     S = X P^T                    cosine similarities of images and proxies (both unit rows)
-    kept = top-k of each row     over ALL proxies, the row's own N proxies always in it (selection.py)
+    kept = top-k of each row     over ALL proxies, always including the row's own N (selection.py)
     z_c = sum of kept S of class c                                  reverse label propagation
     nll = log sum_{c with a kept proxy} exp(s*z_c) - s*z_label      masked softmax, mean over the GLOBAL batch
     total = nll + lambda * regulariser;   the regulariser classifies every proxy against the class sums of all proxies
 
-Each rank owns whole classes, so z is local and only vectors of length B cross ranks. Two ways to the same numbers:
-gather the embeddings and agree on the selection, by exchanging "candidates" or by a "histogram"; or "gather" the bank
-and work on the rank's own images. Neither S [B, P] nor the logits [B, C] ever exist: from the selection on, all there
-is are the B * k kept pairs, and only proxies with one have a gradient. Declined: gathering the logits (B x C on every
-rank), a one-hot [P, C] matrix for the class sums (a class's N proxies are adjacent).
+Each rank owns whole classes, so z is local and only vectors of length B cross ranks. There are two routes to the same
+numbers: gather the embeddings and agree on the selection by exchanging "candidates" or by a "histogram"; or "gather"
+the bank and process the rank's own images. Neither S [B, P] nor the logits [B, C] are ever materialised: after the
+selection only the B * k kept pairs remain, and only proxies in a kept pair have a gradient. Declined: gathering the
+logits (B x C on every rank), a one-hot [P, C] matrix for the class sums (a class's N proxies are adjacent).
 
 Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
 2010.13636).
@@ -56,25 +56,25 @@ from dist_proxygml.head.traffic import cheapest_selection
 
 
 class KeptPairs(NamedTuple):
-    """What a forward pass kept of the proxies at hand."""
+    """The pairs that a forward pass kept, over the proxies visible to this rank."""
 
     negatives: Pairs
     positives: Pairs
-    """N adjacent ones for each image whose class is at hand."""
+    """N adjacent pairs for each image whose class is visible to this rank."""
     partition: ClassPartition
-    """Classes of the proxies at hand: this rank's, paired with the images of all ranks; or, where the bank was
-    gathered, all of them, paired with this rank's images."""
+    """Classes of the visible proxies: this rank's, paired with the images of all ranks; or, where the bank was
+    gathered, all classes, paired with this rank's images."""
 
 
 class ProxyGMLLoss(nn.Module):
     """The ProxyGML loss and this rank's proxies.
 
-    Without a group it is a loss like any other: call it with unit embeddings and labels, call backward, step an
-    optimizer on its parameters. With a group it is called on all ranks, each with its own images, and gives the loss of
-    them all.
+    Without a group it behaves like any other loss: call it with unit embeddings and labels, call backward, step an
+    optimizer on its parameters. With a group, call it on all ranks, each with its own images; it returns the loss of
+    the global batch.
 
-    Gradients: those of `proxies` are complete on their rank and must not be reduced or averaged over ranks; keep this
-    module outside of DistributedDataParallel or a DeepSpeed engine. Those of the embeddings depend on
+    Gradients: those of `proxies` are complete on their rank and must not be reduced or averaged over ranks, so keep
+    this module outside DistributedDataParallel or a DeepSpeed engine. Those of the embeddings depend on
     `gradient_reduction`.
 
     Args:
@@ -84,26 +84,24 @@ class ProxyGMLLoss(nn.Module):
         ratio: r in (0, 1]; k = ceil(r*C*N) proxies are kept per image. Default 0.05, unless `topk` is given.
         topk: k itself, instead of `ratio`.
         regularization_weight: lambda, weight of the proxy regulariser.
-        regularization_anchors: proxies drawn in each forward pass to estimate the regulariser. Default: all of them
-            where the class sums fit the memory budget, else as many as the global batch has images.
+        regularization_anchors: number of proxies drawn in each forward pass to estimate the regulariser. Default: all,
+            where the class sums fit the memory budget; otherwise as many as the global batch has images.
         scale: softmax scale s of the classification term; 1 in every published run.
-        group: ranks that the classes are partitioned over; None for one process.
-        gradient_reduction: what the data-parallel engine does with the backbone's gradients over ranks: "mean"
-            (DeepSpeed, DDP) or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which
-            the engine undoes.
-        selection: "gather" the bank, exchange "candidates", add up a "histogram", or "auto", the one that moves the
-            fewest bytes for the batch at hand.
-        memory_budget: bytes for similarities while they are searched; the kept pairs of image and proxy take about 120
-            bytes each besides.
+        group: ranks over which the classes are partitioned; None for one process.
+        gradient_reduction: how the data-parallel engine reduces the backbone's gradients over ranks: "mean" (DeepSpeed,
+            DDP) or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which the engine
+            divides out again.
+        selection: "gather" the bank, exchange "candidates", sum a "histogram", or "auto": whichever moves the fewest
+            bytes for the given batch.
+        memory_budget: bytes for similarities during the search; each kept pair takes about 120 bytes in addition.
         matmul_dtype: torch.bfloat16 rounds the inputs of the similarity product; its result, the softmax and all
-            gradients stay in the precision of the proxies.
-        fused: on an NVIDIA GPU, in float32: kernels (fused.py, needs triton) instead of torch's operators for the
-            gradients, and, where k is at most a thirty-second of a rank's proxies, a search that never writes a
-            similarity.
-        sparse: `proxies.grad` becomes a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) has it: only
-            classes with a kept proxy are in it. Not with a regulariser, whose gradient touches every proxy.
+            gradients keep the precision of the proxies.
+        fused: on an NVIDIA GPU, in float32: use kernels (fused.py, needs triton) instead of torch's operators for the
+            gradients and, where k is at most 1/32 of a rank's proxies, for a search that never stores the similarities.
+        sparse: make `proxies.grad` a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) does, holding
+            only classes with a kept proxy. Not with a regulariser, whose gradient touches every proxy.
         initialization: "published", uniform in +-1/sqrt(C*N), or "unit", random unit vectors.
-        seed: of the initial proxies, which do not depend on the number of ranks, and of the anchors.
+        seed: seeds the initial proxies, which do not depend on the number of ranks, and the anchors.
 
     Raises:
         ValueError: k <= N (no negative would be kept: loss and gradients would be 0), k > C*N, or a setting out of
@@ -111,13 +109,13 @@ class ProxyGMLLoss(nn.Module):
     """
 
     is_partitioned: ClassVar[bool] = True
-    """Ranks hold different parameters, so an engine that keeps them alike must not get this module."""
+    """Ranks hold different parameters, so this module must not go into an engine that synchronises them."""
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
     draw: int
-    """Number of the next draw of anchors; every forward pass adds one. A continued run sets it."""
+    """Index of the next draw of anchors; every forward pass increments it. A resumed run sets it."""
     observer: Callable[[KeptPairs], None] | None
-    """Shown what each forward pass keeps, on every rank; it changes nothing."""
+    """Called with the kept pairs of each forward pass, on every rank; must not change them."""
 
     def __init__(
         self,
@@ -189,7 +187,7 @@ class ProxyGMLLoss(nn.Module):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> LossTerms:
-        """The loss of the global batch; called on all ranks, which may hold different numbers of images, none included.
+        """Compute the loss of the global batch. Called on all ranks, each with any number of images, even none.
 
         Args:
             embeddings: [b, D] unit rows, float32 or float64 like the proxies.
@@ -215,7 +213,7 @@ class ProxyGMLLoss(nn.Module):
         return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
 
     def selection_for(self, batch_size: int) -> str:
-        """The selection used for a global batch of this size: "gather", "candidates" or "histogram"."""
+        """Return the selection used for a global batch of this size: "gather", "candidates" or "histogram"."""
         if self.selection != "auto":
             return self.selection
         return cheapest_selection(
@@ -229,7 +227,7 @@ class ProxyGMLLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, for print(loss)."""
+        """Return the settings, for print(loss)."""
         return (
             f"num_classes={self.partition.num_classes}, proxies={tuple(self.proxies.shape)}, topk={self.topk}, "
             f"scale={self.scale}, regularization_weight={self.regularization_weight}"
@@ -295,14 +293,14 @@ class ProxyGMLLoss(nn.Module):
         )
 
     def _agree_on_rows(self, embeddings: Tensor, labels: Tensor) -> list[int]:
-        """Rows of every rank, after every rank's batch was found valid."""
+        """Return the number of rows on every rank, once every rank's batch has been validated."""
         valid = self._are_valid(embeddings, labels)
         num_rows = labels.shape[0] if labels.ndim else 0
         own_12 = torch.stack([valid.new_full((), num_rows, dtype=torch.int64), valid.long()])[None]
         all_W2 = gather_rows(own_12, row_counts=[1] * self.partition.world_size, group=self.group).tolist()
         if not all(valid for _, valid in all_W2):  # the same on every rank
             problems = gather_objects(self._problem_with(embeddings, labels), group=self.group)
-            # What does not fit at all is told before what came out as NaN.
+            # Report wrong shapes and types before non-finite values.
             raise min((p for p in problems if p is not None), key=lambda problem: isinstance(problem, NonFiniteError))
         row_counts = [count for count, _ in all_W2]
         if sum(row_counts) == 0:
@@ -310,7 +308,7 @@ class ProxyGMLLoss(nn.Module):
         return row_counts
 
     def _are_valid(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Whether this rank's batch can be used; bool on the device, so that ranks wait for each other once."""
+        """Check this rank's batch; returns a bool on the device, so that ranks synchronise only once."""
         if self._misshapen(embeddings, labels) is not None:
             return torch.zeros((), dtype=torch.bool, device=self.proxies.device)
         in_range = ((labels >= 0) & (labels < self.partition.num_classes)).all()
@@ -370,8 +368,8 @@ def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | Non
     num_proxies = num_classes * proxies_per_class
     if num_classes == 1:
         raise ValueError(
-            "expected at least two classes, got 1: without another class there is nothing to tell an image's own from, "
-            "and every loss and gradient is 0; add classes"
+            "expected at least two classes, got 1: without another class there are no negatives, and every loss and "
+            "gradient is 0; add classes"
         )
     if not proxies_per_class < topk <= num_proxies:
         remedy = f"lower topk to at most {num_proxies}"
@@ -392,10 +390,10 @@ def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | Non
 
 
 class _Settings(NamedTuple):
-    """What the classification term needs besides tensors."""
+    """Non-tensor arguments of the classification term."""
 
     partition: ClassPartition
-    """Classes of the proxies at hand."""
+    """Classes of the proxies passed in."""
     num_negatives: int
     scale: float
     row_counts: Sequence[int]
@@ -412,8 +410,8 @@ class _Classification(torch.autograd.Function):
     """Negative log-likelihood [R] of each row's label among its kept classes, and the number of those [R].
 
     Called on all ranks of the group; every rank returns the same values. Besides the selection, three vectors cross
-    ranks: one MAX, then SUM of two and a count. Backward: each rank gives the gradient of its own proxies, whole, and
-    its part of the embeddings' gradient; no communication.
+    ranks: one MAX, then SUM of two and a count. Backward: each rank returns the complete gradient of its own proxies
+    and its part of the embeddings' gradient; no communication.
     """
 
     @staticmethod
@@ -455,16 +453,16 @@ class _Classification(torch.autograd.Function):
         # 3. Masked softmax over all ranks' kept classes.
         local_max_R = embeddings_RD.new_full((num_rows,), -math.inf)
         local_max_R.index_copy_(0, owned_o, own_logit_o).scatter_reduce_(0, row_g, logit_g, "amax")
-        row_max_R = all_reduce_max(local_max_R, group=group)  # finite, for the label's class is kept
+        row_max_R = all_reduce_max(local_max_R, group=group)  # finite, because the label's class is kept
         exp_sum_R = embeddings_RD.new_zeros(num_rows).index_add_(0, row_g, (logit_g - row_max_R[row_g]).exp())
         exp_sum_R.index_add_(0, owned_o, (own_logit_o - row_max_R[owned_o]).exp())
         num_kept_R = torch.bincount(torch.cat([row_g, owned_o]), minlength=num_rows).to(target_R.dtype)
-        # A proxy that is NaN or infinite is above no bound and would go unseen: it turns the sum into NaN, everywhere.
+        # A NaN or infinite proxy exceeds no bound and would go unnoticed: make the sum NaN on every rank.
         exp_sum_R += 0 * bank.inverse_norm.sum()
         sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_kept_R]), group=group)
         log_sum_R = sums_3R[0].log() + row_max_R
 
-        # 4. What backward needs: the probability of each kept pair's class.
+        # 4. Save for backward: the probability of each kept pair's class.
         ctx.settings, ctx.num_negatives = settings, len(negatives.row)
         probability_g = (logit_g - log_sum_R[row_g]).exp()
         own_probability_o = (own_logit_o - log_sum_R[owned_o]).exp()
@@ -497,7 +495,7 @@ class _Classification(torch.autograd.Function):
 
 
 def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor:
-    """Gradients of proxies u as a sparse gradient of shape [c, N, D] with the classes that have one of them."""
+    """Turn the gradients of proxies u into a sparse gradient [c, N, D] over the classes that own any of them."""
     num_per_class, dim = shape[1:]
     class_t, position_u = torch.unique_consecutive(proxy_u // num_per_class, return_inverse=True)
     if num_per_class > 1:
@@ -508,7 +506,7 @@ def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The same value, whose gradient is multiplied by a factor.
+    """Identity in forward; multiply the gradient by a factor in backward.
 
     Why W: the loss L is already the mean over the global batch, and its gradient with respect to the backbone's weights
     is the SUM over ranks of what each rank back-propagates. DeepSpeed and DDP take the mean, (1/W) * sum, so each rank

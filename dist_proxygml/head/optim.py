@@ -1,14 +1,14 @@
-"""What an update of the proxy bank needs beyond torch.optim, for banks of millions of classes.
+"""Optimizers and updates beyond torch.optim for proxy banks of millions of classes.
 
     RowwiseAdagrad          one number of state per proxy instead of Adam's two per element
     SparseAdam              the update of torch.optim.SparseAdam, without temporaries that grow with the gradient
     coalesced               a sparse gradient with one row a class
-    squared_norm            of a gradient that is as large as the bank
+    squared_norm            of a gradient as large as the bank
     bring_to_unit_length_   proxies back to length 1 after an update
 
 A gradient is either dense, [c, N, D] like the bank, or sparse: torch's COO layout over classes, with indices [1, u] of
-the classes that an image kept and values [u, N, D]. With a sparse one nothing but those u classes is read or written.
-Both are worked through in blocks of classes, so that no temporary is as large as the bank.
+the classes that an image kept and values [u, N, D]; then only those u classes are read or written.
+Both are processed in blocks of classes, so that no temporary is as large as the bank.
 
 Row-wise Adagrad is that of Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation
 Systems" (arXiv 1906.00091) and Mudigere et al., "Software-Hardware Co-design for Fast and Scalable Training of Deep
@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from dist_proxygml.head.bank import NORM_FLOOR
 
-# Numbers of a block: 4 MiB in float32.
+# Elements of a block: 4 MiB in float32.
 _NUMBERS_PER_BLOCK = 1 << 20
 
 
 class _RowOptimizer(torch.optim.Optimizer):
-    """An optimizer whose update of a class depends on nothing but that class's rows."""
+    """Optimizer whose update of a class depends on that class's rows only."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -79,7 +79,7 @@ class RowwiseAdagrad(_RowOptimizer):
 
 
 class SparseAdam(_RowOptimizer):
-    """Adam of the classes in a sparse gradient; the others, with their moments, stay as they are.
+    """Adam on the classes in a sparse gradient; other classes and their moments stay unchanged.
 
     m = b1*m + (1-b1)*g,  v = b2*v + (1-b2)*g^2,  p -= lr * sqrt(1-b2^t)/(1-b1^t) * m / (sqrt(v) + eps),  t = steps
 
@@ -123,8 +123,8 @@ class SparseAdam(_RowOptimizer):
 
 
 def coalesced(gradient: Tensor) -> Tensor:
-    """A sparse gradient with one row a class, in ascending order: as `Tensor.coalesce`, without sorting and copying one
-    that is so already. The loss gives such gradients, but autograd forgets that they are.
+    """Return a sparse gradient with one row per class, in ascending order, like `Tensor.coalesce`, but without sorting
+    and copying if it is coalesced already. The loss returns coalesced gradients, but autograd drops the flag.
     """
     indices_u = gradient._indices()[0]
     if bool((indices_u[1:] > indices_u[:-1]).all()):
@@ -133,7 +133,7 @@ def coalesced(gradient: Tensor) -> Tensor:
 
 
 def squared_norm(values_uND: Tensor) -> Tensor:
-    """The sum of squares of a dense tensor, a float64 scalar, through the lengths of its rows.
+    """Sum the squares of a dense tensor by way of its row lengths, as a float64 scalar.
 
     `square().sum()` needs a temporary as large as the bank; `vector_norm` of the whole adds in float32 and is 2 % short
     at 128 million elements on a CPU.
@@ -143,7 +143,7 @@ def squared_norm(values_uND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bring_to_unit_length_(proxies_cND: Tensor, *, classes_u: Tensor | None = None) -> None:
-    """Divide proxies by their length, in place: those of the classes `classes_u`, int64 without repetition, or all.
+    """Normalise proxies in place: those of the classes `classes_u`, int64 without repetition, or all.
 
     A proxy of length 0 stays 0.
     """
@@ -157,7 +157,7 @@ def bring_to_unit_length_(proxies_cND: Tensor, *, classes_u: Tensor | None = Non
 
 
 def _update_in_blocks(update: Callable[..., None], gradient: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Call `update(gradient, *tensors)`, which changes the tensors in place, for a block of classes at a time."""
+    """Call `update(gradient, *tensors)`, which modifies the tensors in place, block by block of classes."""
     size = _classes_per_block(gradient)
     if not gradient.is_sparse:
         for blocks in zip(gradient.split(size), *(tensor.split(size) for tensor in tensors), strict=True):

@@ -1,9 +1,9 @@
-"""Which rank owns which classes: contiguous ranges in rank order. Pure integers, no process group.
+"""Assignment of classes to ranks: contiguous ranges in rank order. Pure integers, no process group.
 
 The split is torch.chunk's: ceil(C / W) classes a rank, the last ranks may own fewer or none. A balanced split (sizes
 that differ by at most one) was declined: the largest share, which bounds memory and time, is the same, and this one is
-what a DTensor placed `Shard(0)` means, so checkpoints load on any number of ranks without code of ours. Contiguity
-makes "rank order" and "global proxy index order" the same thing, which the tie rule of the selection relies on.
+the layout of a DTensor placed `Shard(0)`, so checkpoints load on any number of ranks without code of ours. Because
+ranges are contiguous, rank order is global proxy index order; the tie rule of the selection relies on that.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ClassPartition:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no partition can be."""
+        """Validate the arguments."""
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
         if not 0 <= self.rank < self.world_size:

@@ -1,18 +1,18 @@
-"""The proxy bank at the start of a run: a rank's proxies as one tensor [classes, proxies per class, D].
+"""Initialisation of the proxy bank: a rank's proxies as one tensor [classes, proxies per class, D].
 
-Three ways, each the same numbers on any number of ranks:
+Three initialisations, each giving the same numbers on any number of ranks:
 
     published    uniform in +-1/sqrt(C*N) with the GLOBAL number of proxies, unnormalised
     unit         random directions of length 1
     class mean   the mean embedding of each class's images, of length 1
 
-The published bound shrinks with the number of proxies while the loss sees directions only, so with very many classes
-a proxy's first gradient, which grows as 1/length, throws it far away: the other two start at length 1.
+The published bound shrinks with the number of proxies while the loss depends on directions only, so with very many
+classes a proxy's first gradient, which grows as 1/length, throws it far away. The other two start at length 1.
 
-The random ones are drawn in blocks of global classes, each from its own generator, so that a rank draws only the
-blocks that it owns. Seeding by process instead would give other ranks the same vectors, or other world sizes other
-vectors. Class means are added up batch by batch, each rank for its own classes; a [C, D] matrix on every rank, and
-k-means for the N proxies of a class, were declined.
+Random proxies are drawn in blocks of global classes, each from its own generator, so that a rank draws only the blocks
+it owns. Seeding per process would repeat vectors across ranks, or make them depend on the world size. Class means are
+summed batch by batch, each rank for its own classes. Declined: a [C, D] matrix on every rank, k-means for the N proxies
+of a class.
 
 Dimension key: b images of this rank's batch, B of all ranks' batches, c classes of this rank, C classes, x classes of a
 block, N proxies per class, D embedding.
@@ -32,7 +32,7 @@ from dist_proxygml.distributed.parallel import ParallelContext, all_gather_objec
 from dist_proxygml.head.partition import ClassPartition
 
 _CLASSES_PER_BLOCK = 1024
-# Length of what tells the N proxies of a class apart when they start from one mean: 0.1 turns them by 6 degrees.
+# Length of the random offsets of a class's N proxies when they start from one mean: 0.1 turns them by 6 degrees.
 _SPREAD = 0.1
 
 
@@ -44,13 +44,13 @@ def initial_proxies(
     seed: int,
     initialization: Literal["published", "unit"] = "published",
 ) -> Tensor:
-    """Random proxies of this rank's classes, float32 [c, N, D]; a pure function of the global class ids and seed.
+    """Draw random proxies of this rank's classes, float32 [c, N, D]; a pure function of global class ids and seed.
 
     Args:
         partition: the classes of this rank.
         proxies_per_class: N.
         embedding_dim: D.
-        seed: of all ranks alike.
+        seed: the same on all ranks.
         initialization: "published": uniform in +-1/sqrt(C*N); "unit": directions uniform on the sphere, of length 1.
     """
     bound = 1 / math.sqrt(partition.num_classes * proxies_per_class)
@@ -79,23 +79,23 @@ def replace_by_class_means_(
     partition: ClassPartition,
     context: ParallelContext,
 ) -> None:
-    """Turn the "unit" initial proxies of this rank into class means, in place. Called on all ranks.
+    """Replace this rank's "unit" initial proxies by class means, in place. Called on all ranks.
 
-    With N = 1 a proxy becomes the mean embedding of its class's images, brought to length 1. With more, each of a
-    class's proxies is turned away from that by a tenth of its own random direction, so that they differ. A class
-    without images, or whose images cancel out, keeps its random directions. Sums are float64: the number of ranks,
-    which changes their order, moves no more than float32's last bit. Memory beyond the proxies: 8 bytes * c * D.
+    With N = 1 a proxy becomes the normalised mean embedding of its class's images. With more, each of a class's proxies
+    is offset from that by a tenth of its own random direction, so that they differ. A class without images, or whose
+    images cancel out, keeps its random directions. Sums are float64, so that their order, which depends on the number
+    of ranks, changes at most the last bit of float32. Memory beyond the proxies: 8 bytes * c * D.
 
     Args:
         proxies_cND: the "unit" initialisation of this rank's classes; overwritten.
         batches: this rank's images as (embeddings float32 [b, D], labels int64 [b] of any classes) on the device of the
             proxies; the ranks' batches together hold each image once.
-        num_batches: how many `batches` there are; ranks may have different numbers, none included.
+        num_batches: length of `batches`; it may differ by rank and be 0.
         partition: the classes of this rank.
         context: this process among its peers.
 
     Raises:
-        ValueError: on every rank: a batch cannot be read, or an embedding is not finite.
+        ValueError: on every rank, if a batch cannot be read or an embedding is not finite.
     """
     num_classes, proxies_per_class, embedding_dim = proxies_cND.shape
     device = proxies_cND.device
@@ -109,7 +109,7 @@ def replace_by_class_means_(
         row_counts = all_gather_object(context, len(labels_b))
         embeddings_BD = gather_rows(embeddings_bD, row_counts=row_counts, group=context.group)
         labels_B = gather_rows(labels_b, row_counts=row_counts, group=context.group)
-        if not bool(embeddings_BD.isfinite().all()):  # the same rows on every rank, so they raise together
+        if not bool(embeddings_BD.isfinite().all()):  # the same rows on every rank, so all raise together
             raise AgreedError(
                 "expected finite embeddings to take class means of, got NaN or infinity; look at the backbone's "
                 'initial weights, or set proxies.initialization to "unit"'
@@ -117,7 +117,7 @@ def replace_by_class_means_(
         is_own_B = (partition.start <= labels_B) & (labels_B < partition.stop)
         sums_cD.index_add_(0, labels_B[is_own_B] - partition.start, embeddings_BD[is_own_B].double())
 
-    # 2. Directions, a block of classes at a time: no further copy of the bank.
+    # 2. Directions, block by block of classes, so that the bank is not copied.
     for sums_xD, proxies_xND in zip(
         sums_cD.split(_CLASSES_PER_BLOCK), proxies_cND.split(_CLASSES_PER_BLOCK), strict=True
     ):

@@ -1,8 +1,8 @@
 """ProxyGML as a plain dense function on one process: the definition. Start here; loss.py computes the same at scale.
 
-Every tensor of the paper is written out, [B, P] similarities and [B, C] scores included, and autograd does the rest.
-Declined: anything that makes it fast, small or distributed. tests/parity holds it to numbers recorded from the authors'
-code, and the tests of loss.py hold that to this.
+Every tensor of the paper is written out, including the similarities [B, P] and the scores [B, C]; autograd does the
+rest. Declined: anything that makes it fast, small or distributed. tests/parity checks it against numbers recorded from
+the authors' code, and the tests of loss.py check that against this.
 
 Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
 2010.13636), section 3.
@@ -21,7 +21,7 @@ class LossTerms(NamedTuple):
     """The loss of one global batch; scalars, the same numbers on every rank."""
 
     total: Tensor
-    """classification + regularization_weight * regularization; the one to call backward on."""
+    """classification + regularization_weight * regularization; call backward on this one."""
     classification: Tensor
     """Mean masked-softmax loss over the global batch."""
     regularization: Tensor
@@ -39,13 +39,13 @@ def proxygml_loss(
     regularization_weight: float = 0.0,
     scale: float = 1.0,
 ) -> LossTerms:
-    """The loss of a batch, differentiable in embeddings and proxies.
+    """Compute the loss of a batch, differentiable in embeddings and proxies.
 
     Args:
         embeddings_BD: unit rows, floating point.
         labels_B: int64 class ids.
-        proxies_CND: of any length but 0, in the precision of the embeddings.
-        topk: k proxies are kept per image, its own N among them; N < k <= P.
+        proxies_CND: of any non-zero length, in the precision of the embeddings.
+        topk: k, the number of proxies kept per image, including its own N; N < k <= P.
         regularization_weight: lambda.
         scale: softmax scale s of the classification term.
     """
@@ -53,7 +53,7 @@ def proxygml_loss(
     unit_CND = proxies_CND / proxies_CND.norm(dim=2, keepdim=True)
     # 1. Cosine similarities.
     similarity_BCN = torch.einsum("bd,cnd->bcn", embeddings_BD, unit_CND)
-    # 2. Relation-guided subgraph: the image's own proxies, then the most similar others; of equals the lower index.
+    # 2. Relation-guided subgraph: the image's own proxies, then the most similar others; ties go to the lower index.
     is_own_BC1 = F.one_hot(labels_B, num_classes).bool()[:, :, None]
     order_BP = similarity_BCN.masked_fill(is_own_BC1, torch.inf).flatten(1).argsort(stable=True, dim=1, descending=True)
     kept_BP = torch.zeros_like(order_BP, dtype=torch.bool).scatter(1, order_BP[:, :topk], True)

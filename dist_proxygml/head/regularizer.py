@@ -4,14 +4,14 @@
     full      mean over all P proxies    of  log sum_c exp(u_j . s_c) - u_j . s_class(j)
     sampled   mean over A drawn proxies  of  the same, with all C classes under the logarithm
 
-Class sums make it P x C instead of P x P. The full one gathers them, [C, D] on every rank, and each rank classifies its
-own proxies. Where they do not fit, each rank contributes the anchors that it owns, [A, D] on every rank, and its own
-classes to every anchor's log-sum-exp. Because every denominator is whole, the sampled one is unbiased, in value and
-gradient. Declined: drawing the classes too (the logarithm of an estimate is biased), anchors from the batch's classes
-(biased to frequent classes), a seed per rank (other ranks, other anchors).
+Class sums reduce P x P to P x C. The full form gathers them, [C, D] on every rank, and each rank classifies its own
+proxies. Where they do not fit, each rank contributes the anchors it owns, [A, D] on every rank, and its own classes'
+terms of every anchor's log-sum-exp. Because every denominator is complete, the sampled form is unbiased in value and
+gradient. Declined: sampling the classes too (the logarithm of an estimate is biased), anchors from the batch's classes
+(biased towards frequent classes), a seed per rank (the anchors would depend on the number of ranks).
 
-Both take the proxies unnormalised, work through chunks of classes that fit a budget, and give the gradient of the
-unnormalised proxies: neither [P, C], nor unit copies of the proxies, nor any [c, N, D] besides the gradient exists.
+Both take unnormalised proxies, process chunks of classes that fit a budget, and return the gradient of the unnormalised
+proxies: neither [P, C], nor unit copies of the proxies, nor any [c, N, D] besides the gradient is materialised.
 
 Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
 2010.13636), section 3.4; the estimator is ours.
@@ -34,25 +34,25 @@ from dist_proxygml.head.bank import NORM_FLOOR
 from dist_proxygml.head.matmul import product
 from dist_proxygml.head.partition import ClassPartition
 
-# Numbers of a chunk on a CPU: 8 MiB in float32, which stay in the cache from one pass to the next.
+# Elements of a chunk on a CPU: 8 MiB in float32, small enough to stay in the cache between passes.
 _CACHED_NUMBERS = 1 << 21
 
 
 def proxy_regularizer(
     proxies_cND: Tensor, *, partition: ClassPartition, group: dist.ProcessGroup | None, memory_budget: int
 ) -> Tensor:
-    """Mean cross entropy of all proxies, a scalar.
+    """Compute the mean cross entropy of all proxies, a scalar.
 
     Called on all ranks of `group`; every rank returns the same value.
-    Forward: the class sums are gathered, one number is added up. Backward: every rank runs it on its own copy of the
-    value; the class sums' gradient is added up over ranks and the proxies' is complete on their rank.
+    Forward: the class sums are gathered, one number is reduced. Backward: every rank runs it on its own copy of the
+    value; the class sums' gradient is summed over ranks, the proxies' is complete on their rank.
 
     Args:
         proxies_cND: this rank's proxies, of any length.
-        partition: whose classes they are.
+        partition: the classes of this rank.
         group: the ranks; None for one process.
-        memory_budget: bytes of one rank for class sums and logits. The class sums of all classes and their gradient
-            are held in any case: `regularizer_anchors` says whether they fit.
+        memory_budget: bytes per rank for class sums and logits. The class sums of all classes and their gradient are
+            allocated in any case; `regularizer_anchors` decides whether they fit.
     """
     return _Full.apply(proxies_cND, partition, group, memory_budget)
 
@@ -65,23 +65,23 @@ def sampled_proxy_regularizer(
     group: dist.ProcessGroup | None,
     memory_budget: int,
 ) -> Tensor:
-    """Mean cross entropy of the anchors, a scalar; its expectation over `draw_anchors` is `proxy_regularizer`.
+    """Compute the mean cross entropy of the anchors, a scalar; its expectation over draws is `proxy_regularizer`.
 
     Called on all ranks of `group`; every rank returns the same value.
     Forward: the anchors are gathered, three vectors of length A are reduced. Backward: every rank runs it on its own
-    copy of the value; the anchors' gradient is added up over ranks and the proxies' is complete on their rank.
+    copy of the value; the anchors' gradient is summed over ranks, the proxies' is complete on their rank.
 
     Args:
         proxies_cND: this rank's proxies, of any length.
-        anchors_A: int64, the same on every rank, on the CPU, where they are looked up: global proxy indices (class * N
-            + number in the class), ascending, at least one.
-        partition: whose classes they are.
+        anchors_A: global proxy indices (class * N + index in the class), int64 on the CPU, ascending, at least one; the
+            same on every rank.
+        partition: the classes of this rank.
         group: the ranks; None for one process.
-        memory_budget: bytes of one rank for anchors, class sums and logits. The anchors and their gradient are held in
-            any case.
+        memory_budget: bytes per rank for anchors, class sums and logits. The anchors and their gradient are allocated
+            in any case.
 
     Raises:
-        ValueError: anchors that are not ascending proxy indices.
+        ValueError: the anchors are not ascending proxy indices.
     """
     anchors_A = anchors_A.cpu()
     num_proxies = partition.num_classes * proxies_cND.shape[1]
@@ -103,19 +103,19 @@ def regularizer_anchors(
     memory_budget: int,
     batch_size: int,
 ) -> int | None:
-    """How many anchors estimate the regulariser; None: none are drawn, it is computed in full.
+    """Return the number of anchors that estimate the regulariser; None: it is computed in full.
 
     It is computed in full where the float32 class sums of all classes and their gradient take at most a third of the
-    budget. Another third holds them once more, transposed and while they are added up, and the last one logits.
+    budget. Another third holds their transposed copy and the buffer of their reduction, the last third the logits.
 
     Args:
         num_classes: C, over all ranks.
         embedding_dim: D.
         proxies_per_class: N.
-        wanted: so many, whatever the budget; None leaves the choice to the budget.
-        memory_budget: bytes of one rank.
-        batch_size: images of the micro-batch over all ranks, the number of anchors where none is wanted: the
-            regulariser then costs 1/N of the similarities.
+        wanted: the number, whatever the budget; None lets the budget decide.
+        memory_budget: bytes per rank.
+        batch_size: images of the micro-batch over all ranks; also the number of anchors where `wanted` is None, so that
+            the regulariser costs 1/N of the similarities.
     """
     if wanted is None:
         if 2 * num_classes * embedding_dim * 4 <= memory_budget // 3:
@@ -125,10 +125,10 @@ def regularizer_anchors(
 
 
 def draw_anchors(num_proxies: int, num_anchors: int, *, seed: int, draw: int) -> Tensor:
-    """A uniform sample without replacement of the proxies 0 .. num_proxies-1: int64 [num_anchors], ascending.
+    """Sample proxies 0 .. num_proxies-1 uniformly without replacement: int64 [num_anchors], ascending.
 
-    A pure function of its arguments, so the same on every rank and for any number of ranks. Memory is that of the
-    sample, not of the proxies: numpy uses Floyd's algorithm, and a list of the proxies only for a twentieth of them.
+    A pure function of its arguments, so the same on every rank and for any number of ranks. Memory grows with the
+    sample, not the bank: numpy uses Floyd's algorithm, and a list of all proxies only for samples over a twentieth.
 
     Raises:
         ValueError: more anchors than proxies, or none.
@@ -151,16 +151,16 @@ class _Full(torch.autograd.Function):
         sums_CD = gather_rows(sums_cD, row_counts=partition.counts(), group=group)
         ctx.chunks = _chunks_of_classes(
             proxies_cND,
-            # logits, their log-softmax, the chunk before; proxies transposed, products of numbers to be added up
+            # logits, their log-softmax, the previous chunk; proxies transposed, products before summation
             numbers_per_class=num_per_class * (3 * len(sums_CD) + 2 * dim),
-            numbers_besides=3 * sums_CD.numel(),  # they, their gradient, and its sum over ranks
+            numbers_besides=3 * sums_CD.numel(),  # class sums, their gradient, and its sum over ranks
             memory_budget=memory_budget,
         )
         total, probability_nC = proxies_cND.new_zeros(()), None
         for chunk in ctx.chunks:
             log_probability_nC = _log_probabilities(proxies_cND[chunk], norm_cN[chunk], sums_CD)
             total -= _of_own_class(log_probability_nC, partition.start + chunk.start, num_per_class).sum()
-            if len(ctx.chunks) == 1 and ctx.needs_input_grad[0]:  # one product less in backward
+            if len(ctx.chunks) == 1 and ctx.needs_input_grad[0]:  # saves a product in backward
                 probability_nC = log_probability_nC.exp_()
         ctx.partition, ctx.group = partition, group
         ctx.save_for_backward(proxies_cND, norm_cN, sums_CD, probability_nC)
@@ -188,7 +188,7 @@ class _Full(torch.autograd.Function):
             torch.mm(d_logits_nC, sums_CD, out=d_proxies_cND[chunk].view(-1, sums_CD.shape[1]))
             d_sums_CD.addmm_(d_logits_nC.T, proxies_cND[chunk].flatten(0, 1))
 
-        # 2. Through the class sums, which every rank's anchors have met.
+        # 2. Through the class sums, to which every rank's anchors contribute.
         d_sums_cD = all_reduce_sum(d_sums_CD, group=ctx.group)[partition.start : partition.stop]
         for chunk in ctx.chunks:
             d_proxies_wND = d_proxies_cND[chunk]
@@ -205,7 +205,7 @@ class _Sampled(torch.autograd.Function):
         num_per_class, dim = proxies_cND.shape[1:]
         num_anchors = len(anchors_A)
 
-        # 1. Bring the anchors together. Ascending: a rank's are adjacent, as are a class's.
+        # 1. Gather the anchors. They ascend, so a rank's are adjacent, as are a class's.
         counts = torch.tensor([0, *partition.counts()]).cumsum(0) * num_per_class
         first_rows = torch.searchsorted(anchors_A, counts).tolist()
         own_rows = slice(*first_rows[partition.rank : partition.rank + 2])
@@ -222,9 +222,9 @@ class _Sampled(torch.autograd.Function):
         class_A = anchors_A // num_per_class - partition.start
         chunks = _chunks_of_classes(
             proxies_cND,
-            # logits, their log-sum-exp, the chunk before; class sums likewise; products as above, and norms
+            # logits, their log-sum-exp, the previous chunk; class sums likewise; products as above, and norms
             numbers_per_class=3 * num_anchors + 5 * dim + num_per_class * (dim + 4),
-            numbers_besides=5 * anchors_AD.numel(),  # they, transposed, their gradient, what is added, its sum
+            numbers_besides=5 * anchors_AD.numel(),  # anchors, transposed, their gradient, its addend, its sum
             memory_budget=memory_budget,
         )
         ctx.chunks = [(chunk, *_own_entries(class_A, chunk, proxies_cND.device)) for chunk in chunks]
@@ -293,7 +293,7 @@ def _log_probabilities(proxies_wND: Tensor, norm_wN: Tensor, sums_CD: Tensor) ->
 
 
 def _of_own_class(matrix_nC: Tensor, first_class: int, num_per_class: int) -> Tensor:
-    """A view [N, w] of each proxy's entry of its own class; the rows are the proxies of the classes from
+    """Return a view [N, w] of each proxy's entry for its own class; rows are the proxies of the classes from
     `first_class` on.
     """
     num_classes = len(matrix_nC) // num_per_class
@@ -302,7 +302,7 @@ def _of_own_class(matrix_nC: Tensor, first_class: int, num_per_class: int) -> Te
 
 
 def _own_entries(class_A: Tensor, classes: slice, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The entries of a chunk of classes by anchors that are an anchor's own class: class in the chunk [o], anchor [o].
+    """Locate the entries (class in the chunk [o], anchor [o]) of a chunk that are an anchor's own class.
 
     `class_A` is ascending, on the CPU.
     """
@@ -311,7 +311,7 @@ def _own_entries(class_A: Tensor, classes: slice, device: torch.device) -> tuple
 
 
 def _remove_radial_part_(gradient: Tensor, proxies: Tensor, norm: Tensor) -> None:
-    """Turn the gradient of unit proxies, divided by their norms [...], into that of the proxies [..., D], in place.
+    """Turn the gradient of unit proxies, divided by norms [...], into that of the proxies [..., D], in place.
 
     d u / d p = (1 - u u^T) / |p|. A proxy below the floor was divided by a constant and keeps its radial part.
     """
@@ -323,7 +323,7 @@ def _remove_radial_part_(gradient: Tensor, proxies: Tensor, norm: Tensor) -> Non
 def _chunks_of_classes(
     proxies_cND: Tensor, *, numbers_per_class: int, numbers_besides: int, memory_budget: int
 ) -> list[slice]:
-    """This rank's classes in chunks whose working memory fits the budget, and on a CPU the cache; at least one each."""
+    """Split this rank's classes into chunks that fit the budget and, on a CPU, the cache; at least one class each."""
     numbers = memory_budget // proxies_cND.element_size() - numbers_besides
     if proxies_cND.device.type == "cpu":
         numbers = min(numbers, _CACHED_NUMBERS)

@@ -1,23 +1,22 @@
-"""The relation-guided subgraph: exactly the k most similar proxies of each image, its own class's proxies always among
-them.
+"""The relation-guided subgraph: exactly the k most similar proxies of each image, always including its own class's.
 
-Order of the negatives: similarity descending, global proxy index ascending, over ALL ranks. torch.topk's indices are
-not used: which of several equal values it returns is undefined. A threshold is found instead, the m-th largest of an
-image's negatives, and ties at it are handed out in index order. Two ways for the ranks to find it:
+Negatives are ordered by similarity descending, then global proxy index ascending, over ALL ranks. torch.topk's indices
+are not used, because its choice among equal values is undefined. Instead the ranks find a threshold, the m-th largest
+of an image's negatives, and keep ties at it in index order. There are two ways to find it:
 
     candidates  every rank sends its best q = min(m, p) values of each image to the rank that owns the image, which
-                finds the threshold and how many ties at it each rank may keep, and sends both back. A rank never keeps
-                more than q of its own negatives, so this is exact. Received per rank: B * q * 4 bytes.
-    histogram   the ranks add up histograms of 256 bins, one for each byte of the value from the highest on: the bin
-                that holds the m-th largest is looked into next. Received per rank: B * 8 KiB in float32, whatever k is.
+                finds the threshold and each rank's quota of ties, and sends both back. A rank never keeps more than q
+                of its own negatives, so this is exact. Received per rank: B * q * 4 bytes.
+    histogram   the ranks sum 256-bin histograms, one per byte of the value from the most significant on; each step
+                descends into the bin that holds the m-th largest. Received per rank: B * 8 KiB in float32, for any k.
 
-Both work on a block of rows at a time, as many as the memory budget holds; the number of blocks is the same on every
-rank. Where few of the proxies are wanted, only those above a guessed bound are looked at (similarity.py); otherwise the
-block's similarities are.
+Both process blocks of as many rows as the memory budget holds; the number of blocks is the same on every rank. Where
+few of the proxies are wanted, only those above a guessed bound are examined (similarity.py); otherwise all
+similarities of the block are.
 
 Declined: adding a large constant to the positives before top-k (it costs the float32 resolution of what is compared);
-sending m / W candidates and a little more (it fails where related classes have adjacent numbers, as class tables do).
-No gradient flows through the choice.
+sending slightly more than m / W candidates (it fails where related classes have adjacent ids, as in class tables).
+No gradient flows through the selection.
 
 Dimension key: R rows (images), B images over the group, b images of this rank, p proxies of this rank, P proxies over
 the group, q candidates, n candidates before the exchange.
@@ -39,8 +38,8 @@ from dist_proxygml.head.similarity import BYTES_PER_PAIR, all_similarities, best
 Exchange = Literal["candidates", "histogram"]
 
 _NUM_BINS = 256
-# Bytes of a candidate while a block is decided on: value and masks; with other ranks also what is sent to them, or the
-# bits and bins of the histogram.
+# Bytes per candidate of a block: value and masks; with other ranks also send buffers, or the bits and bins of the
+# histogram.
 _BYTES_PER_CANDIDATE = 12
 _BYTES_PER_SHARED_CANDIDATE = 32
 _BYTES_PER_RECEIVED_CANDIDATE = 16
@@ -49,7 +48,7 @@ _BYTES_PER_RECEIVED_CANDIDATE = 16
 def num_kept_proxies(num_classes: int, proxies_per_class: int, ratio: float) -> int:
     """k = ceil(r*C*N), in floating point and in this order, as published: 0.1 * 3 * 10 gives 4.
 
-    Always from the global numbers; a rank's share would give another k.
+    Always from the global numbers; a rank's share would give a different k.
     """
     return math.ceil(ratio * num_classes * proxies_per_class)
 
@@ -67,8 +66,8 @@ def select_negatives(
     exchange: Exchange = "candidates",
     memory_budget: int = 1 << 28,
 ) -> Pairs:
-    """Each image's `num_negatives` most similar proxies over all ranks, those of its own class excluded: the ones that
-    are this rank's.
+    """Select this rank's share of each image's `num_negatives` most similar proxies over all ranks, without those of
+    its own class.
 
     Called on all ranks of `group`, each with the same R = sum(row_counts) rows and its own p = proxy_counts[rank]
     proxies.
@@ -76,17 +75,17 @@ def select_negatives(
     Args:
         embeddings_RD: rows, finite.
         bank: this rank's proxies, finite.
-        excluded_R2: int64, first and one past the last local index of the row's own class; outside of 0 .. p - 1 where
+        excluded_R2: int64, range [first, stop) of local indices of the row's own class; outside 0 .. p - 1 where
             another rank owns it.
         num_negatives: m = k - N, between 1 and the number of negatives over all ranks.
         row_counts: images that each rank owns, in row order.
         proxy_counts: proxies of each rank, in global index order.
         group: the ranks; None for one process.
-        exchange: how the ranks agree; "candidates" or "histogram".
+        exchange: "candidates" or "histogram".
         memory_budget: bytes for the candidates of a block of rows.
     """
     num_rows = len(embeddings_RD)
-    if num_rows == 0:  # then no other rank has rows either, or the bank was gathered and this rank is on its own
+    if num_rows == 0:  # no other rank has rows either, or the bank was gathered and this rank works alone
         return Pairs(excluded_R2[:, 0], excluded_R2[:, 1], embeddings_RD.new_empty(0))
     size = rows_per_block(
         num_rows,
@@ -119,15 +118,15 @@ def select_negatives(
 
 
 def rows_per_block(num_rows: int, *, num_negatives: int, num_proxies: int, budget: int, world_size: int = 1) -> int:
-    """Rows that are decided on at once: what `budget` bytes hold. At least one, whatever it needs."""
+    """Return the number of rows per block that fit `budget` bytes; at least one, whatever it needs."""
     per_row = candidate_bytes_per_row(num_negatives, num_proxies, world_size=world_size)
     return max(1, min(num_rows, budget // max(1, per_row)))
 
 
 def candidate_bytes_per_row(num_negatives: int, num_proxies: int, *, world_size: int) -> int:
-    """Bytes that deciding on a row takes, alone or with other ranks, whose candidates its owner gets."""
+    """Return the bytes per row of a block, alone or with other ranks, whose candidates the owner receives."""
     received = 0
-    if world_size > 1:  # a small block belongs to one rank
+    if world_size > 1:  # a small block may belong to a single rank
         received = _BYTES_PER_RECEIVED_CANDIDATE * world_size * min(num_negatives, num_proxies)
     if looks_at_pairs(num_negatives, num_proxies):
         return BYTES_PER_PAIR * expected_pairs(num_negatives, num_proxies) + received
@@ -135,7 +134,7 @@ def candidate_bytes_per_row(num_negatives: int, num_proxies: int, *, world_size:
 
 
 def looks_at_pairs(num_negatives: int, num_proxies: int) -> bool:
-    """Whether so few of the proxies are wanted that looking only at those above a guessed bound pays."""
+    """Whether few enough proxies are wanted for the search above a guessed bound to pay off."""
     return num_proxies >= 4096 and 32 * num_negatives <= num_proxies
 
 
@@ -148,7 +147,7 @@ def keep_best(
     group: dist.ProcessGroup | None,
     exchange: Exchange = "candidates",
 ) -> Tensor:
-    """Which candidates are among the `num_negatives` best of their row over all ranks; bool [R, n].
+    """Mark the candidates among the `num_negatives` best of their row over all ranks; bool [R, n].
 
     Called on all ranks of `group`. Each rank's candidates hold its min(m, p) best, in index order; -inf is no
     candidate.
@@ -158,7 +157,7 @@ def keep_best(
         filled_Rn = torch.nn.functional.pad(similarity_Rn, (0, missing), value=-math.inf) if missing else similarity_Rn
         threshold_R = filled_Rn.kthvalue(filled_Rn.shape[1] - num_negatives + 1, dim=1).values
         at_least_Rn = similarity_Rn >= threshold_R[:, None].clamp_min(torch.finfo(threshold_R.dtype).min)
-        if not bool((at_least_Rn.sum(dim=1) > num_negatives).any()):  # no tie at the last place: that is it
+        if not bool((at_least_Rn.sum(dim=1) > num_negatives).any()):  # no tie at the threshold: done
             return at_least_Rn
         quota_R = num_negatives - (similarity_Rn > threshold_R[:, None]).sum(dim=1)
     elif exchange == "candidates":
@@ -167,7 +166,7 @@ def keep_best(
         threshold_R, quota_R = _agree_by_histogram(similarity_Rn, num_negatives, group)
     threshold_R = threshold_R.clamp_min(torch.finfo(threshold_R.dtype).min)  # fewer than wanted: the others are NaN
     equal_Rn = similarity_Rn == threshold_R[:, None]
-    if bool((equal_Rn.sum(dim=1) > quota_R).any()):  # rare; a local matter, no collective depends on it
+    if bool((equal_Rn.sum(dim=1) > quota_R).any()):  # rare; local, no collective depends on it
         equal_Rn &= equal_Rn.cumsum(dim=1) <= quota_R[:, None]
     return (similarity_Rn > threshold_R[:, None]) | equal_Rn
 
@@ -175,7 +174,7 @@ def keep_best(
 def _candidates(
     embeddings_RD: Tensor, bank: Bank, excluded_R2: Tensor, num_negatives: int, memory_budget: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Similarities [R, n] that hold the rank's best min(m, p) of each row, in index order, and which proxies they are
+    """Return similarities [R, n] that include the rank's best min(m, p) of each row, in index order, and their proxies
     (None: all).
     """
     num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
@@ -199,7 +198,7 @@ def _agree_by_candidates(
     proxy_counts: Sequence[int],
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """Threshold [R] of every image and this rank's share of the ties at it, settled by the image's owner."""
+    """Find every image's threshold [R] and this rank's quota of ties at it; the image's owner decides."""
     own_rank = rank_in(group)
     num_own = row_counts[own_rank]
     # 1. to the owners: each rank's best negatives
@@ -212,7 +211,7 @@ def _agree_by_candidates(
     )
     # 2. the owners decide
     threshold_b, quota_bW = _threshold_and_quotas(candidates, num_negatives)
-    # 3. back to the ranks: (threshold, quota) of every image; float64 holds float32 values and counts exactly
+    # 3. back to the ranks: (threshold, quota) of every image; float64 represents float32 values and counts exactly
     verdict_Wb2 = torch.stack([threshold_b.double().expand(len(row_counts), -1), quota_bW.T.double()], dim=2)
     verdicts = exchange_rows(
         verdict_Wb2.reshape(-1, 2),
@@ -225,13 +224,13 @@ def _agree_by_candidates(
 
 
 def _largest(similarity_Rn: Tensor, count: int) -> Tensor:
-    """The `count` largest values of each row, filled up with -inf."""
+    """Return the `count` largest values of each row, padded with -inf."""
     largest_Rq = similarity_Rn.topk(min(count, similarity_Rn.shape[1]), dim=1).values
     return torch.nn.functional.pad(largest_Rq, (0, count - largest_Rq.shape[1]), value=-math.inf)
 
 
 def _threshold_and_quotas(candidates: Sequence[Tensor], num_negatives: int) -> tuple[Tensor, Tensor]:
-    """The m-th largest of all ranks' candidates [b], and how many values equal to it each rank may keep [b, W].
+    """Find the m-th largest of all ranks' candidates [b], and each rank's quota of values equal to it [b, W].
 
     Lower ranks hold lower global indices, so they are served first.
     """
@@ -244,8 +243,8 @@ def _threshold_and_quotas(candidates: Sequence[Tensor], num_negatives: int) -> t
 
 
 def _agree_by_histogram(similarity_Rn: Tensor, num_negatives: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The same by radix selection (Knuth, The Art of Computer Programming, volume 3, 5.2.2): the threshold's bytes one
-    by one.
+    """Find the same by radix selection (Knuth, The Art of Computer Programming, volume 3, 5.2.2), one byte of the
+    threshold at a time.
     """
     num_rows, _ = similarity_Rn.shape
     key_Rn = _ordered_bits(similarity_Rn)
@@ -271,13 +270,13 @@ def _agree_by_histogram(similarity_Rn: Tensor, num_negatives: int, group: dist.P
 
 
 def _ordered_bits(value: Tensor) -> Tensor:
-    """Integers whose bytes, read as unsigned, order like the float values (both zeros alike)."""
+    """Map floats to integers whose bytes, read as unsigned, have the same order (both zeros are equal)."""
     bits = (value + 0.0).view(torch.int32 if value.dtype == torch.float32 else torch.int64)
     lowest = torch.iinfo(bits.dtype).min
     return torch.where(bits < 0, ~bits, bits ^ lowest)
 
 
 def _from_ordered_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float values of `_ordered_bits`."""
+    """Invert `_ordered_bits`."""
     lowest = torch.iinfo(bits.dtype).min
     return torch.where(bits < 0, bits ^ lowest, ~bits).view(dtype)

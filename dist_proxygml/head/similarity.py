@@ -1,14 +1,14 @@
-"""Cosine similarities of images and proxies, a chunk of proxies at a time; gradients through the pairs that are kept.
+"""Cosine similarities of images and proxies, a chunk of proxies at a time, and gradients through the kept pairs.
 
     S[i, j] = x_i . p_j / |p_j|
 
-The whole matrix S never exists: a chunk of it lives in the processor's cache (in an eighth of the memory budget at
-most), and only the pairs above a bound on the row's wanted values leave it. Proxies are stored unnormalised and so is
-what is multiplied; the product is divided by their lengths, which saves a normalised copy of the bank.
+The whole matrix S is never materialised: a chunk of it stays in the processor's cache (or takes at most an eighth of
+the memory budget), and only the pairs above a lower bound on the row's best m values leave it. Proxies are stored and
+multiplied unnormalised; the product is divided by their lengths, which saves a normalised copy of the bank.
 
-The bound is a guess that a strided sample of the proxies gives, made low enough that it fails for about one row in a
-million; a row for which it failed is found by counting and done again without one. Whenever more pairs were found than
-the budget holds, all but the best of each row are dropped, which bounds memory for any data, mass ties included.
+The bound is guessed from a strided sample of the proxies, low enough to fail for about one row in a million; counting
+detects such a row, which is then redone without a bound. Whenever the pairs exceed the budget, all but the best of each
+row are dropped, which bounds memory for any data, including many equal similarities.
 
 Declined: torch.topk over each chunk (three times the cost of the product), a normalised copy of the bank, sparse
 matrices (torch.nn.functional.embedding_bag computes the same two products in a quarter of the time on a CPU).
@@ -28,20 +28,20 @@ from torch import Tensor
 from dist_proxygml.head.bank import Bank, Pairs
 from dist_proxygml.head.matmul import product
 
-# Similarities of a chunk on a CPU: 2 MiB in float32, which stay in the cache until they were compared.
+# Similarities of a chunk on a CPU: 2 MiB in float32, which stay in the cache until they are compared.
 _CACHED_SIMILARITIES = 1 << 19
-# Proxies that are compared together before they are looked at one by one.
+# Proxies that are compared as a group before they are examined one by one.
 _GROUP = 16
-# Proxies whose gradient is completed at once: what is gathered for it stays small.
+# Proxies whose gradient is computed at once, to bound temporaries.
 _ROWS_PER_UPDATE = 4096
-# Proxies that are rounded to another precision at once, so that no second bank appears.
+# Proxies that are rounded to another precision at once, so that the bank is not copied.
 _PROXIES_ROUNDED = 1 << 14
-# Bytes of a pair while pairs are collected: row, proxy and value, and the copies that choosing and sorting them need.
+# Bytes per pair during collection: row, proxy and value, and the copies for filtering and sorting.
 BYTES_PER_PAIR = 100
 
 
 def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
-    """S [R, p], whole."""
+    """Compute the whole matrix S [R, p]."""
     if bank.matmul_dtype == torch.float32:
         return product(embeddings_RD, bank.proxies).mul_(bank.inverse_norm)
     blocks = zip(bank.proxies.split(_PROXIES_ROUNDED), bank.inverse_norm.split(_PROXIES_ROUNDED), strict=True)
@@ -52,7 +52,7 @@ def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
 
 
 def pair_similarities(embeddings_RD: Tensor, bank: Bank, row_n: Tensor, proxy_n: Tensor) -> Tensor:
-    """S [n] of given pairs, the numbers of few of them at a time."""
+    """Compute S [n] of the given pairs, a few at a time."""
     dots = [
         torch.linalg.vecdot(embeddings_RD[row_w], bank.proxies[proxy_w])
         for row_w, proxy_w in zip(row_n.split(_ROWS_PER_UPDATE), proxy_n.split(_ROWS_PER_UPDATE), strict=True)
@@ -61,14 +61,14 @@ def pair_similarities(embeddings_RD: Tensor, bank: Bank, row_n: Tensor, proxy_n:
 
 
 def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wanted: int, memory_budget: int) -> Pairs:
-    """Pairs that hold the `num_wanted` most similar proxies of each row, or all there are; and some more.
+    """Find pairs that include the `num_wanted` most similar proxies of each row (or all), among some more.
 
-    Of proxies with the same similarity the ones with the lowest index are among them.
+    Of equally similar proxies, those with the lowest index are included.
 
     Args:
         embeddings_RD: rows.
         bank: proxies, finite.
-        excluded_R2: int64, first and one past the last proxy that a row must not be paired with; may lie outside.
+        excluded_R2: int64, range [first, stop) of the proxies excluded for each row; may lie outside the bank.
         num_wanted: m.
         memory_budget: bytes for similarities and pairs.
     """
@@ -79,17 +79,17 @@ def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wa
     while True:
         pairs = _pairs_above(embeddings_RD, bank, floor_R, excluded_R2, num_wanted, memory_budget)
         count_R = torch.bincount(pairs.row, minlength=len(embeddings_RD))
-        short_R = (count_R < needed_R) & (floor_R > -math.inf)  # beyond that only NaN is missing
-        if not bool(short_R.any()):  # a local matter: no collective depends on it
+        short_R = (count_R < needed_R) & (floor_R > -math.inf)  # only NaN can be missing beyond that
+        if not bool(short_R.any()):  # local: no collective depends on it
             break
         floor_R = floor_R.masked_fill(short_R, -math.inf)
-    if len(count_R) and int(count_R.max()) > 8 * num_wanted:  # one line that long would make `padded` wide
+    if len(count_R) and int(count_R.max()) > 8 * num_wanted:  # a single long row would make `padded` wide
         pairs, _ = _best_of(pairs, floor_R, num_wanted)
     return pairs
 
 
 def padded(pairs: Pairs, *, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Similarities and proxies of the pairs, a line for each row: both [num_rows, longest], filled with -inf and -1."""
+    """Pad the pairs to one line per row: similarities and proxies [num_rows, longest], filled with -inf and -1."""
     count_R = torch.bincount(pairs.row, minlength=num_rows)
     first_R = count_R.cumsum(0) - count_R
     column_n = torch.arange(len(pairs.row), device=pairs.row.device) - first_R[pairs.row]
@@ -158,14 +158,14 @@ def proxy_gradient(
 
 
 def expected_pairs(num_wanted: int, num_proxies: int) -> int:
-    """About how many pairs of a row `best_pairs` looks at."""
+    """Estimate how many pairs per row `best_pairs` examines."""
     stride, rank = _sample_of(num_wanted, num_proxies)
     return num_proxies if rank is None else rank * stride
 
 
 def _sample_of(num_wanted: int, num_proxies: int) -> tuple[int, int | None]:
-    """Stride of the sampled proxies, and the rank among their similarities of a value that more than `num_wanted` of
-    all similarities exceed, almost surely; None where a guess cannot help.
+    """Return the stride of the sampled proxies, and the rank, among their similarities, of a value that more than
+    `num_wanted` of all similarities exceed almost surely; None where a guess does not help.
 
     The number of sampled proxies among the row's best m is about Poisson distributed with mean s = m * sample / p. The
     sampled value of rank s + 5 sqrt(s) + 3 is among them with a probability of about 1e-6.
@@ -178,7 +178,7 @@ def _sample_of(num_wanted: int, num_proxies: int) -> tuple[int, int | None]:
 
 
 def _guess_floor(embeddings_RD: Tensor, bank: Bank, num_wanted: int, memory_budget: int) -> Tensor:
-    """A bound [R] below the row's `num_wanted` largest similarities, almost surely; -inf where a guess cannot help."""
+    """Guess a bound [R] below the row's `num_wanted` largest similarities, almost surely; -inf where none helps."""
     stride, rank = _sample_of(num_wanted, len(bank.proxies))
     if rank is None:
         return embeddings_RD.new_full((len(embeddings_RD),), -math.inf)
@@ -192,20 +192,20 @@ def _guess_floor(embeddings_RD: Tensor, bank: Bank, num_wanted: int, memory_budg
 
 
 def sampled_bytes_per_row(num_wanted: int, num_proxies: int) -> int:
-    """Bytes that guessing a row's bound takes."""
+    """Return the bytes per row that guessing the bound takes."""
     stride, rank = _sample_of(num_wanted, num_proxies)
     return 12 * math.ceil(num_proxies / stride) if rank is not None else 4
 
 
 def _prime_from(number: int) -> int:
-    """The least prime from `number` on, or 1: a stride that meets every one of a class's proxies in turn."""
+    """Return the least prime from `number` on, or 1: a stride that cycles through all of a class's proxies."""
     while any(number % divisor == 0 for divisor in range(2, math.isqrt(max(0, number)) + 1)):
         number += 1
     return max(1, number)
 
 
 class _Groups(NamedTuple):
-    """Groups of proxies of which one may be above the row's floor, by chunk, group, row."""
+    """Groups of proxies of which one may exceed the row's floor, sorted by chunk, group, row."""
 
     row: Tensor
     first_proxy: Tensor
@@ -215,10 +215,10 @@ class _Groups(NamedTuple):
 def _pairs_above(
     embeddings_RD: Tensor, bank: Bank, floor_R: Tensor, excluded_R2: Tensor, num_wanted: int, memory_budget: int
 ) -> Pairs:
-    """All pairs with S > floor, until the budget is full; from then on only the best `num_wanted` of each row."""
+    """Find all pairs with S > floor until the budget is full, then only the best `num_wanted` of each row."""
     most = max(memory_budget // (2 * BYTES_PER_PAIR), 2 * num_wanted * len(embeddings_RD))
     if bank.fused:
-        from dist_proxygml.head import fused  # triton is not there on every machine
+        from dist_proxygml.head import fused  # triton is not available on every machine
 
         pairs = fused.pairs_above(
             embeddings_RD,
@@ -232,7 +232,7 @@ def _pairs_above(
         if pairs is not None:
             return pairs
     group = _GROUP if 4 * _GROUP * num_wanted <= len(bank.proxies) else 1  # where most groups hold none
-    # Groups wait in memory that is taken once: small tensors that stay would split what each chunk gives back.
+    # Groups are collected in preallocated memory: small long-lived tensors would fragment what each chunk frees.
     width = chunk_width(len(embeddings_RD), memory_budget=memory_budget, device=embeddings_RD.device.type)
     capacity = max(most, width * len(embeddings_RD)) // group
     waiting = _Groups(
@@ -256,7 +256,7 @@ def _pairs_above(
 
 
 def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) -> Iterator[tuple[int, Tensor]]:
-    """First proxy and similarities [w, R] of each chunk, w a multiple of the group.
+    """Yield the first proxy and the similarities [w, R] of each chunk, w a multiple of the group size.
 
     Proxies by rows: a product with few columns is faster than one with few rows, and whole groups are contiguous.
     """
@@ -272,17 +272,17 @@ def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) ->
 
 
 def chunk_width(num_rows: int, *, memory_budget: int, device: str) -> int:
-    """Proxies of a chunk, a multiple of the group: as many as stay in a CPU's cache, or in a part of the budget."""
-    similarities = memory_budget // 32  # four bytes each, and the masks and indices made from them
+    """Return the proxies per chunk, a multiple of the group size, that fit a CPU's cache or part of the budget."""
+    similarities = memory_budget // 32  # four bytes each, plus their masks and indices
     if device == "cpu":
         similarities = min(similarities, _CACHED_SIMILARITIES)
     return max(_GROUP, similarities // max(1, num_rows) // _GROUP * _GROUP)
 
 
 def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
-    """left @ right.T, summed in the precision that the inputs came in."""
+    """Compute left @ right.T, accumulated in the precision of the inputs."""
     dtype = left.dtype
-    if matmul_dtype == torch.float32:  # that is, not less than what the inputs are
+    if matmul_dtype == torch.float32:  # at least the precision of the inputs
         return product(left, right)
     left, right = left.to(matmul_dtype), right.to(matmul_dtype)
     if left.device.type == "cuda":
@@ -291,7 +291,7 @@ def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
 
 
 def _groups_above(similarity_wR: Tensor, floor_R: Tensor, first: int, group: int) -> _Groups:
-    """Groups of a chunk whose largest similarity is above the row's floor: few remain to be looked at."""
+    """Find the groups of a chunk whose largest similarity exceeds the row's floor; few remain."""
     similarity_vgR = similarity_wR.view(-1, group, similarity_wR.shape[1])
     largest_vR = similarity_vgR.amax(dim=1) if group > 1 else similarity_wR
     group_h, row_h = (largest_vR > floor_R).nonzero().unbind(1)
@@ -299,7 +299,7 @@ def _groups_above(similarity_wR: Tensor, floor_R: Tensor, first: int, group: int
 
 
 def _with_groups(pairs: Pairs, groups: _Groups, floor_R: Tensor, excluded_R2: Tensor) -> Pairs:
-    """The pairs, and those above the floor in the groups found after them, in order."""
+    """Merge into the pairs, in order, those above the floor in the groups found after them."""
     row_h, first_proxy_h, similarity_hg = groups
     if similarity_hg.shape[1] == 1:
         row_n, proxy_n, similarity_n = row_h, first_proxy_h, similarity_hg[:, 0]
@@ -317,8 +317,8 @@ def _with_groups(pairs: Pairs, groups: _Groups, floor_R: Tensor, excluded_R2: Te
 
 
 def _best_of(pairs: Pairs, floor_R: Tensor, num_wanted: int) -> tuple[Pairs, Tensor]:
-    """The best `num_wanted` pairs of each row, lower proxies first among equals; and the floor for proxies above
-    them.
+    """Keep the best `num_wanted` pairs of each row, lower proxies first among equals; return the floor for later
+    proxies too.
     """
     best_n = torch.argsort(pairs.similarity, descending=True, stable=True)
     best_n = best_n[torch.argsort(pairs.row[best_n], stable=True)]  # by row, similarity descending, proxy
@@ -332,6 +332,6 @@ def _best_of(pairs: Pairs, floor_R: Tensor, num_wanted: int) -> tuple[Pairs, Ten
 
 
 def _overlap(range_R2: Tensor, stop: int) -> Tensor:
-    """How many of 0 .. stop-1 lie in each range."""
+    """Count how many of 0 .. stop-1 lie in each range."""
     start_R, end_R = range_R2.clamp(0, stop).unbind(1)
     return end_R - start_R

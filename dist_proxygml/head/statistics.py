@@ -1,20 +1,21 @@
-"""Which proxies the images use, and how similar what they keep is: counted while a run trains.
+"""Statistics of proxy use and of kept similarities, collected during training.
 
-    used        a proxy was the nearest of its class's N to an image of the class, or an image kept it as a negative
-    dead        it was neither, for any image of the window: the steps since the last evaluation
+    used        the proxy was the nearest of its class's N to an image of the class, or was kept as a negative
+    dead        neither, for any image of the window (the steps since the last evaluation)
     similarity  histograms of kept positives and kept negatives, 100 bins over [-1, 1], from logged steps
 
-With N = 1 a dead proxy is one whose class had no image, and that nobody kept. With more, all N are kept by every image
-of the class and move with it; one that is never the nearest adds nothing that the others do not.
+With N = 1 a dead proxy is one whose class had no image and that no image kept. With more, every image of the class
+keeps and moves all N; one that is never the nearest is redundant.
 
-A proxy's marks lie with the rank that owns its class: a flag and an int32, 5 bytes a proxy over all ranks, written by
-one scatter a step on the device. Nothing waits for it and nothing crosses ranks until somebody asks; then only counts
-do. Where the bank is gathered a rank sees its own images against all proxies, so the marks are of all proxies and are
-added up at the evaluation. Integers: the same numbers for any number of ranks. The loss and its gradients do not know.
+The rank that owns a class keeps its proxies' marks: a flag and an int32, 5 bytes per proxy over all ranks, written by
+one scatter per step on the device, without synchronisation. Nothing crosses ranks until the statistics are read; then
+only counts do. Where the bank is gathered, a rank sees its own images against all proxies, so it keeps marks of all
+proxies, which are summed at the evaluation. Counts are integers, so they are the same for any number of ranks. The loss
+and its gradients are not affected.
 
-Declined: keeping the window in checkpoints. A run that continues starts a new one; `window_steps` says how long it is.
+Declined: keeping the window in checkpoints. A resumed run starts a new one; `window_steps` is its length.
 
-Dimension key: N proxies per class, p proxies at hand, n kept pairs, o images whose class is at hand, h histogram bins.
+Dimension key: N proxies per class, p visible proxies, n kept pairs, o images whose class is visible, h histogram bins.
 """
 
 import json
@@ -30,7 +31,7 @@ from torch import Tensor
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_objects, gather_rows
 from dist_proxygml.head.loss import KeptPairs
 from dist_proxygml.head.partition import ClassPartition
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import publish_text
 
 NUM_BINS = 100
 NUM_EXAMPLES = 20
@@ -40,11 +41,11 @@ DEAD_DEFINITION = (
     "as a negative"
 )
 
-_PROXIES_LOOKED_AT = 1 << 20  # at a time, for examples
+_PROXIES_LOOKED_AT = 1 << 20  # of the listed examples
 
 
 class SimilarityCounts(NamedTuple):
-    """How many kept pairs fell into each bin, over all ranks."""
+    """Number of kept pairs in each bin, over all ranks."""
 
     positive: list[int]
     negative: list[int]
@@ -52,7 +53,7 @@ class SimilarityCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class ProxyUse:
-    """What became of the proxies in a window, over all ranks; the same on every rank."""
+    """Proxy use in a window, over all ranks; the same on every rank."""
 
     num_classes: int
     per_class: int
@@ -60,12 +61,12 @@ class ProxyUse:
     num_images: int
     num_dead: int
     dead_examples: list[tuple[int, int]]
-    """(class, proxy of the class), the first ones in order."""
+    """The first dead proxies as (class, proxy of the class)."""
     similarities: SimilarityCounts
 
 
 class SampledProxies(NamedTuple):
-    """Evenly spread proxies, on every rank."""
+    """A strided sample of the proxies, on every rank."""
 
     norm: Tensor
     """Their lengths [s]."""
@@ -74,20 +75,20 @@ class SampledProxies(NamedTuple):
 
 
 class _Marks(NamedTuple):
-    """What was seen of the proxies at hand."""
+    """Marks of the visible proxies."""
 
     is_nearest: Tensor  # bool [p]
     times_kept: Tensor  # int32 [p]
 
 
 class ProxyStatistics:
-    """The statistics of one rank's proxies; `observe` is the observer of the loss.
+    """Statistics of one rank's proxies; set `observe` as the observer of the loss.
 
     Args:
         partition: the classes of this rank.
         proxies_per_class: N.
         device: where the loss works.
-        group: the ranks that the classes are partitioned over; None for one process.
+        group: the ranks over which the classes are partitioned; None for one process.
     """
 
     def __init__(
@@ -107,16 +108,16 @@ class ProxyStatistics:
         self._start_window()
 
     def begin_step(self, *, is_logged: bool) -> None:
-        """The next forward passes belong to one more step; similarities are counted in logged ones."""
+        """Begin a step, to which the next forward passes belong; similarities are counted in logged steps."""
         self._num_steps += 1
         self._is_logged = is_logged
 
     def observe(self, kept: KeptPairs) -> None:
-        """Take in what a forward pass kept. No collective, and no wait for a device."""
+        """Record the pairs that a forward pass kept. No collective, no synchronisation with the device."""
         positive, negative = kept.positives, kept.negatives
         nearest_o1 = positive.similarity.view(-1, self._per_class).argmax(dim=1, keepdim=True)
         proxy_o = positive.proxy.view(-1, self._per_class).gather(1, nearest_o1).flatten()
-        self._num_images += len(proxy_o)  # a class is at hand once over all ranks, and so is an image of it
+        self._num_images += len(proxy_o)  # each image is seen with its class on one rank only
         marks = self._marks_of(kept.partition)
         marks.is_nearest.index_fill_(0, proxy_o, True)
         marks.times_kept.index_add_(0, negative.proxy, torch.ones_like(negative.proxy, dtype=torch.int32))
@@ -126,14 +127,14 @@ class ProxyStatistics:
                 counts_h.index_add_(0, bin_n, torch.ones_like(bin_n))
 
     def take_similarities(self) -> SimilarityCounts:
-        """The histograms of the logged steps since the last call. Called on all ranks."""
+        """Return and reset the histograms of the logged steps since the last call. Called on all ranks."""
         counts_2h = all_reduce_sum(self._recent_2h, group=self._group)
         self._window_2h += counts_2h
         self._recent_2h = self._no_counts()
         return SimilarityCounts(*counts_2h.tolist())
 
     def sample(self, proxies_cND: Tensor) -> SampledProxies:
-        """At most NUM_SAMPLED of all ranks' proxies, the same for any number of ranks. Called on all ranks."""
+        """Sample at most NUM_SAMPLED of all ranks' proxies, the same for any number of ranks. Called on all ranks."""
         counts = [count * self._per_class for count in self._partition.counts()]
         stride = -(-sum(counts) // NUM_SAMPLED)
         first_W = [-sum(counts[:rank]) % stride for rank in range(len(counts))]
@@ -144,7 +145,7 @@ class ProxyStatistics:
         return SampledProxies(*(gather_rows(part, row_counts=rows, group=self._group) for part in sampled))
 
     def close_window(self) -> ProxyUse:
-        """What the window came to; the next one begins. Called on all ranks."""
+        """Return the proxy use of the window and begin the next. Called on all ranks."""
         self.take_similarities()
         marks = self._own_marks()
         is_dead_p = ~marks.is_nearest & (marks.times_kept == 0)
@@ -184,8 +185,8 @@ class ProxyStatistics:
         return self._gathered
 
     def _own_marks(self) -> _Marks:
-        """Marks of this rank's proxies, what other ranks saw of them where the bank was gathered included. Called on
-        all ranks, which have gathered it at the same steps.
+        """Return the marks of this rank's proxies, including those that other ranks made where the bank was gathered.
+        Called on all ranks, which gathered it at the same steps.
         """
         if self._gathered is not None:
             first, num = self._partition.start * self._per_class, self._partition.num_local * self._per_class
@@ -208,18 +209,18 @@ class ProxyStatistics:
 
 
 def bin_edges() -> list[float]:
-    """Edges of the histograms' bins, one more than there are bins."""
+    """Return the bin edges of the histograms, one more than bins."""
     return [round(-1 + 2 * edge / NUM_BINS, 6) for edge in range(NUM_BINS + 1)]
 
 
 def write_proxy_use(path: Path, use: ProxyUse, *, step: int, names_of: Callable[[Sequence[int]], list[str]]) -> None:
-    """Write a window as JSON, published by rename. On rank 0 only.
+    """Write the proxy use of a window as JSON, atomically. On rank 0 only.
 
     Args:
-        path: the file; its folder is made.
-        use: the window.
-        step: steps of the run that are done.
-        names_of: the names of classes by their numbers.
+        path: the file; its folder is created.
+        use: the proxy use.
+        step: completed steps of the run.
+        names_of: maps class ids to names.
     """
     names = names_of([label for label, _ in use.dead_examples])
     edges = bin_edges()
@@ -239,12 +240,11 @@ def write_proxy_use(path: Path, use: ProxyUse, *, step: int, names_of: Callable[
         "kept_negative": {"edges": edges, "counts": use.similarities.negative},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:
-        stream.write((json.dumps(document, indent=2) + "\n").encode())
+    publish_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def _first_true(is_true_p: Tensor, most: int) -> list[int]:
-    """Where the first ones are."""
+    """Return the indices of the first True entries."""
     found: list[int] = []
     for first in range(0, len(is_true_p), _PROXIES_LOOKED_AT):
         chunk = is_true_p[first : first + _PROXIES_LOOKED_AT].nonzero().flatten()

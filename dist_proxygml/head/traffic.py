@@ -1,10 +1,10 @@
-"""Bytes that a step's collectives bring to a rank, and the selection that needs the fewest. Pure integers.
+"""Bytes that a rank receives in a step's collectives, and the selection that needs the fewest. Pure integers.
 
-Counted as distributed/collectives.py counts: what comes from other ranks, in float32 and int64 as sent, an all-reduce
-as the ring algorithm does it (2 (W - 1) / W times its size; Patarasu and Yuan, Journal of Parallel and Distributed
-Computing 2009).
+Counted as in distributed/collectives.py: bytes received from other ranks, in float32 and int64 as sent, an all-reduce
+by the ring algorithm (2 (W - 1) / W times its size; Patarasu and Yuan, Journal of Parallel and Distributed Computing
+2009).
 
-Nothing here grows with the number of classes but "gather", which is for banks of about the size of the batch.
+Only "gather" grows with the number of classes; it is for banks of about the size of the batch.
 """
 
 from dist_proxygml.head.partition import ClassPartition
@@ -24,9 +24,9 @@ def bytes_per_step(
     topk: int,
     world_size: int,
 ) -> int:
-    """Bytes that rank 0 receives for one micro-batch of `batch_size` images over all ranks, forward and backward,
-    without the regulariser. The batch is taken to divide over the ranks; other ranks differ by the share of the last
-    classes.
+    """Return the bytes that rank 0 receives for one micro-batch of `batch_size` images over all ranks, forward and
+    backward, without the regulariser. Assumes that the batch divides over the ranks; other ranks differ by the size of
+    the last partition.
     """
     others = world_size - 1
     if others == 0:
@@ -61,9 +61,9 @@ def cheapest_selection(
     world_size: int,
     may_gather: bool = True,
 ) -> str:
-    """The selection that receives the fewest bytes; of equals the first of gather, candidates, histogram.
+    """Return the selection that receives the fewest bytes; ties go to gather, then candidates, then histogram.
 
-    Gathering the bank needs a dense gradient, which `may_gather` says there is.
+    Gathering the bank needs a dense gradient; `may_gather` says whether there is one.
     """
 
     def cost(selection: str) -> int:
@@ -81,9 +81,9 @@ def cheapest_selection(
 
 
 def regularizer_bytes(anchors: int | None, *, num_classes: int, embedding_dim: int, world_size: int) -> int:
-    """Bytes that rank 0 receives for the regulariser of one micro-batch, forward and backward.
+    """Return the bytes that rank 0 receives for the regulariser of one micro-batch, forward and backward.
 
-    In full (`anchors` None): the class sums, a number, the class sums' gradient. Sampled: the anchors, taken to be
+    In full (`anchors` None): the class sums, a number, the class sums' gradient. Sampled: the anchors, assumed to be
     spread evenly, three numbers for each and their gradient.
     """
     others = world_size - 1

@@ -8,7 +8,7 @@ with the same number of threads; in other batches matrix products may round diff
 Dimension key: b images of a batch, n images, D embedding.
 """
 
-import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist_proxygml.backbones.build import build_backbone
-from dist_proxygml.checkpoint.model import BACKBONE_FILE, EXPORT_FILE, TrainedModel, open_trained
+from dist_proxygml.checkpoint.model import BACKBONE_FILE, EXPORT_FILE, open_trained
 from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import load_run_config, parse_model
 from dist_proxygml.data.images import rgb_pixels
 from dist_proxygml.data.pipeline import sample_generators
 from dist_proxygml.data.sources import read_image
 from dist_proxygml.data.transforms import Transform, build_transform
+from dist_proxygml.storage.files import sha256_of
+from dist_proxygml.storage.run_folder import RunFolder
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -75,9 +77,9 @@ class Embedder:
         """
         path = Path(path)
         where = choose_device(device)
-        if checkpoint is not None and not (path / "checkpoints").is_dir():
+        if checkpoint is not None and not RunFolder(path).checkpoints.is_dir():
             raise ValueError(f"expected the folder of a run with a checkpoint name, got {path}; leave the name out")
-        trained = open_trained(path / "checkpoints" / checkpoint if checkpoint else path)
+        trained = open_trained(RunFolder(path).checkpoints / checkpoint if checkpoint else path)
         batch_size, test_split = 64, "test"
         if trained.export is not None:
             name = trained.export["run"]
@@ -87,7 +89,7 @@ class Embedder:
         else:
             run = trained.path.parent.parent
             config = load_run_config(run)
-            trained.check_config(config, source=run / "config.json")
+            trained.check_config(config, source=RunFolder(run).config)
             name, backbone, transform = config.name, config.backbone, config.data.test_transform
             batch_size, test_split = config.evaluation.batch_size, config.data.test_split
         with torch.random.fork_rng(devices=[]):  # its first weights are thrown away
@@ -97,7 +99,7 @@ class Embedder:
             "run": name,
             "step": trained.step,
             "path": str(trained.path.resolve()),
-            "weights_sha256": _weights_sha256(trained),
+            "weights_sha256": sha256_of(trained.path / BACKBONE_FILE),
             "embedding_dim": backbone.embedding_dim,
             "backbone": backbone.model_dump(mode="json"),
             "preprocessing": transform.model_dump(mode="json"),
@@ -180,6 +182,13 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
+def loading_processes(num_images: int, wanted: int | None) -> int:
+    """How many processes read images, where nobody said: none for so few that starting them takes longer."""
+    if wanted is not None:
+        return wanted
+    return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
+
+
 def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """What tells two models apart of which manifests say what `Embedder.about` says; None if embeddings of the one
     compare with the other's. A run and its export are the same model.
@@ -188,11 +197,6 @@ def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
         if one.get(name) != other.get(name):
             return name.replace("_sha256", "")
     return None
-
-
-def _weights_sha256(trained: TrainedModel) -> str:
-    with open(trained.path / BACKBONE_FILE, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _pixels_of_each(images: OneImage | Iterable[OneImage]) -> Iterator[Tensor]:

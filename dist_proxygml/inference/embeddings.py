@@ -11,7 +11,6 @@ read again: finite and of length 1.
 Dimension key: n rows, D embedding.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -24,9 +23,9 @@ from jaxtyping import Float
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.sources import ImageRecord
-from dist_proxygml.storage.files import in_words
-from dist_proxygml.storage.folder import SealedKind, check_is_free, open_sealed, seal
-from dist_proxygml.storage.published import make_empty, partial_path
+from dist_proxygml.storage.files import parse_json
+from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
+from dist_proxygml.storage.lock import FolderLock
 
 ROWS_FILE = "embeddings.npy"
 IDS_FILE = "ids.jsonl"
@@ -59,7 +58,7 @@ def open_embeddings(path: Path) -> Embeddings:
     try:
         rows_nD = np.load(path / ROWS_FILE, mmap_mode="r", allow_pickle=False)
         records = read_records(path / IDS_FILE)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, OverflowError) as error:  # the last two are NumPy's
         raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
     expected = (manifest["num_rows"], manifest["embedding_dim"])
     if rows_nD.shape != expected or rows_nD.dtype != np.float32 or len(rows_nD) != len(records):
@@ -111,19 +110,7 @@ class EmbeddingWriter:
         self.out = Path(os.path.realpath(out))  # a link stays one
         check_is_free(self.out, KIND, overwrite=overwrite)
         self._partial = partial_path(self.out)
-        try:
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out.with_name(f".{self.out.name}.lock"), "ab")
-        except OSError as error:
-            raise ValueError(
-                f"cannot write into {self.out.parent}: {in_words(error, self.out.parent)}; name another folder"
-            ) from None
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process writes {self.out}; wait until it has ended, or name another") from None
-        except OSError:  # a file system without locks
-            pass
+        self._lock = FolderLock(self.out, elsewhere="name another folder")
         self._dim = embedding_dim
         self.num_done = self.num_rows = 0
         self.left_out: list[Damage] = []
@@ -143,7 +130,7 @@ class EmbeddingWriter:
 
     def __exit__(self, *_: object) -> None:
         self._close()
-        self._lock.close()
+        self._lock.release()
 
     def add(
         self, rows_bD: Float[np.ndarray, "b D"], records: Sequence[ImageRecord], left_out: Sequence[Damage]
@@ -183,7 +170,7 @@ class EmbeddingWriter:
             "left_out": [damage._asdict() for damage in self.left_out],
         }
         manifest = seal(self._partial, self.out, KIND, about=about, notes=(_PLAN_FILE, _JOURNAL_FILE))
-        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.release(is_done=True)
         return manifest
 
     def _close(self) -> None:
@@ -201,7 +188,7 @@ class EmbeddingWriter:
             for line in journal.read_bytes().splitlines(keepends=True):
                 if not line.endswith(b"\n"):  # cut by a kill
                     break
-                num_rows, end, left_out = json.loads(line)
+                num_rows, end, left_out = parse_json(line)
                 if header + num_rows * 4 * self._dim > num_bytes[0] or end > num_bytes[1]:
                     break
                 whole.append(line)
@@ -211,7 +198,7 @@ class EmbeddingWriter:
             os.truncate(rows, header + self.num_rows * 4 * self._dim)
             os.truncate(ids, ids_end)
             journal.write_bytes(b"".join(whole))
-        except (OSError, ValueError, TypeError, RecursionError):
+        except (OSError, ValueError, TypeError):
             self.num_done = self.num_rows = 0
             self.left_out = []
             return False

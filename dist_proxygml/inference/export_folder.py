@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,8 +55,8 @@ from dist_proxygml.inference.export_check import (
 )
 from dist_proxygml.inference.graph import Embed, check_onnx, open_onnx, write_onnx
 from dist_proxygml.inference.model_card import TrainingFacts, find_evaluation, write_card
-from dist_proxygml.storage.folder import check_is_free, seal
-from dist_proxygml.storage.published import make_empty, partial_path
+from dist_proxygml.storage.folder import check_is_free, make_empty, partial_path, seal
+from dist_proxygml.storage.run_folder import RunFolder
 
 ONNX_FILE = "backbone.onnx"
 _PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -97,14 +97,14 @@ def export(
     check_is_free(out, EXPORT, overwrite=overwrite)
     if "onnx" in formats:
         check_onnx(opset=opset, runs=verify)
-    if not (run_directory / "config.json").is_file():
+    if not RunFolder(run_directory).config.is_file():
         raise ValueError(
             f"expected the folder of a run at {run_directory}, found no config.json in it; name the run, and one of "
             "its checkpoints with --checkpoint"
         )
     config = load_run_config(run_directory)
-    model = open_trained(run_directory / "checkpoints" / checkpoint if checkpoint else run_directory)
-    model.check_config(config, source=run_directory / "config.json")
+    model = open_trained(RunFolder(run_directory).checkpoints / checkpoint if checkpoint else run_directory)
+    model.check_config(config, source=RunFolder(run_directory).config)
     bank, facts = model.bank(), _training_facts(model)
     evaluation = find_evaluation(run_directory, model.step)
     images = check_images(config, data=data) if verify else None
@@ -152,9 +152,12 @@ def _training_facts(model: TrainedModel) -> TrainingFacts:
 
 def _precision(weights: Path) -> str:
     """The type that the parameters are stored in; running statistics are float32 whatever that is."""
-    with safe_open(weights, framework="pt") as file:
-        names = [name for name in file.keys() if name.endswith((".weight", ".bias"))]
-        types = {_PRECISIONS[file.get_slice(name).get_dtype()] for name in names}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith((".weight", ".bias"))]
+            types = {_PRECISIONS[file.get_slice(name).get_dtype()] for name in names}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{weights} holds no weights: {error}; copy it again") from None
     return " and ".join(sorted(types)) or "float32"
 
 

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_proxygml.checkpoint.folder import checkpoint_name
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.inference.export_check import LIMIT, FileCheck
 from dist_proxygml.reporting.render import render
-from dist_proxygml.storage.files import paths_in, publish, read_file
-from dist_proxygml.storage.published import files_below
+from dist_proxygml.storage.files import publish_text, read_file
+from dist_proxygml.storage.folder import files_below
+from dist_proxygml.storage.run_folder import RunFolder, step_name
 
 
 class TrainingFacts(NamedTuple):
@@ -44,11 +44,7 @@ def find_evaluation(run_directory: Path, step: int) -> StoredEvaluation | None:
     Raises:
         ValueError: its file is something else.
     """
-    steps = {
-        int(found[1]): path
-        for path in paths_in(run_directory / "evaluation", "step-*.json")
-        if (found := re.fullmatch(r"step-(\d+)", path.stem))  # not those on other data
-    }
+    steps = RunFolder(run_directory).evaluations()
     if not steps:
         return None
     chosen = step if step in steps else max(steps)
@@ -83,15 +79,14 @@ def write_card(
         "facts": facts,
         "result": measured,
         "evaluated_step": None if evaluation is None else evaluation.step,
-        "evaluated_checkpoint": None if evaluation is None else checkpoint_name(evaluation.step),
+        "evaluated_checkpoint": None if evaluation is None else step_name(evaluation.step),
         "names": [] if measured is None else name_metrics(measured.metrics),
         "checks": checks,
         "limit": LIMIT,
     }
     filters = {"printable": printable, "as_json": _json}
     body = render("model_card.md", escape=escape, filters=filters, **data)
-    with publish(path) as stream:
-        stream.write(f"---\n{_head(about, evaluation)}\n---\n\n{body}".encode())
+    publish_text(path, f"---\n{_head(about, evaluation)}\n---\n\n{body}")
 
 
 def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:

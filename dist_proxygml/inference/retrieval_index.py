@@ -33,8 +33,7 @@ from jaxtyping import Float, Int
 from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.evaluation.search import load_faiss
 from dist_proxygml.inference.embeddings import check_rows, read_records
-from dist_proxygml.storage.folder import SealedKind, check_is_free, open_sealed, seal
-from dist_proxygml.storage.published import make_empty, partial_path
+from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
 
 INDEX_FILE = "index.faiss"
 IDS_FILE = "ids.jsonl"
@@ -205,14 +204,15 @@ class Index:
             shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Index":
-        """Open what `save` wrote, every byte of which is verified.
+    def load(cls, path: str | Path, *, verify: bool = False) -> "Index":
+        """Open what `save` wrote, which is read once: the sizes of its files and the structure of the index are
+        checked, and with `verify` every byte first.
 
         Raises:
             ValueError: it is no index, or it is damaged; faiss is missing.
         """
         path = Path(path)
-        manifest = open_sealed(path, KIND)
+        manifest = open_sealed(path, KIND, deep=verify)
         faiss = load_faiss()
         try:
             parameters = dict(manifest["index"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dist_proxygml.reporting.render import render
 from dist_proxygml.reporting.thumbnails import SIDE, data_url
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import publish_text
 
 
 class Tile(NamedTuple):
@@ -54,5 +54,4 @@ def write_page(path: Path, rows: Sequence[Row], *, title: str, lead: str, makers
     """
     page = render("search.html", rows=rows, title=title, lead=lead, makers=makers)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publish(path) as stream:
-        stream.write(page.encode())
+    publish_text(path, page)

@@ -1,32 +1,30 @@
-"""What a run's page says of its proxies: the share that does nothing, and how similar what images keep is.
+"""The proxy section of a run's page: the share of dead proxies, and the similarity of kept ones.
 
 Read from the newest proxies/step-*.json of the run's folder, which training writes at evaluations.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_proxygml.reporting.charts import Histogram, histogram_chart
 from dist_proxygml.reporting.pictures import MAX_LETTERS
-from dist_proxygml.storage.files import paths_in, read_document
+from dist_proxygml.storage.files import read_document
+from dist_proxygml.storage.run_folder import by_step
 
 _MAX_EXAMPLES = 20
 
 
 def proxy_statistics(folder: Path) -> dict[str, Any]:
-    """What the page shows, or as its "problem" a sentence on why there is nothing to see.
+    """Return the page's data, or under "problem" the reason why there is none.
 
     Args:
         folder: "proxies" of a run's folder; may be missing.
     """
-    by_step = {
-        int(match[1]): path for path in paths_in(folder, "step-*.json") if (match := re.search(r"-(\d+)$", path.stem))
-    }
-    if not by_step:
+    stored = list(by_step(folder, ".json").values())
+    if not stored:
         return {"problem": "No statistics of its proxies are stored for this run."}
-    newest = by_step[max(by_step)]
+    newest = stored[-1]
     try:
         return _shown(read_document(newest))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:

@@ -1,46 +1,72 @@
-"""One writer per run: a lock on a file beside the run's folder, held by rank 0 as long as it lives.
+"""Locks between processes: of a folder while it is written, of a file for a moment.
 
-Two jobs of one name would remove each other's half-written checkpoints. The lock is POSIX's (`fcntl.lockf`): it ends
-with the process however that ends, forked data loading processes do not inherit it, and network file systems know it.
+Two jobs of one name would remove each other's half-written checkpoints, so a folder has one writer. Its lock is
+POSIX's (`fcntl.lockf`): it ends with the process however that ends, forked data loading processes do not inherit it,
+and network file systems know it. It does not keep threads of one process apart; `flock` does, for a moment's lock.
 """
 
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from dist_proxygml.storage.files import in_words
 
 
-class RunLock:
-    """Holds the lock of a run from its construction on.
+class FolderLock:
+    """Holds the lock of a folder, a file beside it, from its construction on; `elsewhere` says how to name another.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has it, or it cannot be written.
     """
 
-    def __init__(self, run_directory: Path) -> None:
-        path = run_directory.with_name(f".{run_directory.name}.lock")
+    def __init__(
+        self, folder: Path, *, elsewhere: str = "name another with --set name=NAME or runs_dir=FOLDER"
+    ) -> None:
+        self._path = folder.with_name(f".{folder.name}.lock")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = path.open("a+", encoding="utf-8")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO = self._path.open("a+", encoding="utf-8")
         except OSError as error:
+            parent = self._path.parent
             raise ValueError(
-                f"expected to write into {path.parent.resolve()}: {in_words(error, path.parent)}; set runs_dir to "
-                "a folder of yours"
+                f"expected to write into {parent.resolve()}: {in_words(error, parent)}; {elsewhere}"
             ) from None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
-            raise ValueError(
-                f"{run_directory} is being trained by {holder}; wait until it has ended, or give this run another name "
-                "with --set name=NAME"
-            ) from None
+            raise ValueError(f"{folder} is in use by {holder}; wait until it has ended, or {elsewhere}") from None
         except OSError:  # a file system without locks: nothing to hold on to
             return
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
+
+    def release(self, *, is_done: bool = False) -> None:
+        """Let others write; if all is done, without a trace."""
+        if is_done:
+            self._path.unlink(missing_ok=True)
+        self._file.close()
+
+
+@contextmanager
+def locked_file(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a file against other processes and threads; gives whether it is held, always True with `wait`."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile shares the lock
+    finally:
+        os.close(descriptor)

@@ -1,14 +1,14 @@
-"""What TensorBoard shows of a run beside its curves, and the statistics of its proxies.
+"""TensorBoard content of a run besides its curves, and the statistics of its proxies.
 
-    at the start        HParams: the settings; the final metrics join them after the last evaluation
+    at the start        HParams: the settings; the final metrics are added after the last evaluation
     on logged steps     histograms: similarities of kept positives and negatives, lengths of embeddings before they are
-                        normalised (rank 0's images)
+                        normalisation (rank 0's images)
     at each evaluation  a picture of queries and their neighbours; proxies/step-NNNNNN.json; lengths of the proxies, how
                         often they were kept as a negative, how many are dead
     at the end          the projector
 
-Rank 0 writes, and none of it can end a run: an image that cannot be shown is named. Histograms are written at every
-logged step at first, then at fewer and fewer, 737 times in 100,000 logged steps: they are larger than curves,
+Rank 0 writes, and no failure here ends a run: an image that cannot be shown is reported. Histograms are written at
+every logged step at first, then less and less often, 737 times in 100,000 logged steps: they are larger than curves,
 and TensorBoard shows 500 of them.
 """
 
@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml.checkpoint.folder import checkpoint_name
 from dist_proxygml.checkpoint.model import CLASSES_FILE
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import run_on_rank_zero
@@ -29,19 +28,20 @@ from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.head.statistics import ProxyStatistics, bin_edges, write_proxy_use
 from dist_proxygml.reporting.gallery import retrieval_gallery
 from dist_proxygml.reporting.projector import MAX_POINTS, has_projection, write_projection
-from dist_proxygml.reporting.telemetry import BOARD_FOLDER, Telemetry
+from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.storage.run_folder import RunFolder, step_name
 from dist_proxygml.training.step import TrainState
 
 
 class Board:
-    """What is shown of one start of a run; its methods are called on all ranks, `show_projection` excepted.
+    """TensorBoard output of one start of a run. Its methods are called on all ranks, except `show_projection`.
 
     Args:
-        state: what is trained; its loss gets an observer, its embedding layer a hook.
+        state: the training state; its loss gets an observer, its embedding layer a hook.
         telemetry: the log.
         settings: the configuration, flat.
         test_index: the split that is evaluated.
-        gallery: the split that it is searched in, if that is another one.
+        gallery: the split searched in, if it is another one.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Board:
         loss.observer = self._statistics.observe
         if state.context.is_main:
             state.engine.module.get_submodule("embedding").register_forward_hook(self._keep_embeddings)
-        if state.step == 0:  # a run that continues has said so
+        if state.step == 0:  # a resumed run has written them
             telemetry.log_settings(settings, state.config.evaluation.metrics)
 
     def begin_step(self, *, is_logged: bool) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._is_logged = is_logged
         self._statistics.begin_step(is_logged=is_logged)
 
     def show_step(self) -> None:
-        """Histograms of the logged step that was done last."""
+        """Write the histograms of the last logged step."""
         step = self._state.step
         if not _is_shown(step // self._state.config.telemetry.log_every_steps):
             return
@@ -88,13 +88,13 @@ class Board:
             self._embeddings_bD = None
 
     def show_proxies(self) -> None:
-        """What became of the proxies since the last evaluation: written before each. Nothing after no step."""
+        """Write the proxy use since the last evaluation; called before each. Does nothing if no step was taken."""
         if self._statistics.window_steps == 0:
             return
         step, run_directory = self._state.step, self._state.config.run_directory
         sampled = self._statistics.sample(self._state.loss.proxies.detach())
         use = self._statistics.close_window()
-        path = run_directory / "proxies" / f"{checkpoint_name(step)}.json"
+        path = RunFolder(run_directory).proxies(step)
         run_on_rank_zero(
             self._state.context,
             lambda: write_proxy_use(
@@ -106,7 +106,7 @@ class Board:
         self._telemetry.log_number("proxies/dead_share", use.num_dead / (use.num_classes * use.per_class), step)
 
     def show_evaluation(self, result: EvaluationResult) -> None:
-        """A picture of what is retrieved; after the last evaluation the metrics as HParams."""
+        """Show queries and their neighbours; after the last evaluation, also the metrics as HParams."""
         if self._state.context.is_main and result.table is not None:
             try:
                 picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
@@ -118,10 +118,10 @@ class Board:
             self._telemetry.log_results(self._state.step, result.metrics)
 
     def show_projection(self) -> None:
-        """The projector of the finished run, if it is wanted and not there. On rank 0 only."""
-        config, name = self._state.config, checkpoint_name(self._state.step)
-        wanted, board = config.telemetry.projector, config.run_directory / BOARD_FOLDER
-        path = config.run_directory / "embeddings" / f"{name}.npz"
+        """Write the projector of the finished run, if it is wanted and missing. On rank 0 only."""
+        config, name = self._state.config, step_name(self._state.step)
+        folder = RunFolder(config.run_directory)
+        wanted, board, path = config.telemetry.projector, folder.board, folder.embeddings(name)
         if wanted is False or not path.is_file() or has_projection(board, name):
             return
         try:
@@ -143,14 +143,14 @@ class Board:
 
 
 def _is_shown(number: int) -> bool:
-    """Whether the number-th logged step (from 1) has histograms: all to 127, then every second to 255, every fourth to
-    511, and so on. The same steps for a run that continues.
+    """Whether the number-th logged step (from 1) has histograms: all up to 127, then every second up to 255, every
+    fourth up to 511, and so on. The steps are the same for a resumed run.
     """
     return number % (1 << max(0, number.bit_length() - 7)) == 0
 
 
 def _names(class_table: Path, labels: Sequence[int]) -> list[str]:
-    """Names of classes, labels ascending; their numbers where the run has no class table."""
+    """Return the names of classes by ascending label; their numbers where the run has no class table."""
     if not labels or not class_table.is_file():
         return [str(label) for label in labels]
     with class_table.open(encoding="utf-8") as lines:

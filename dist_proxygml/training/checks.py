@@ -1,4 +1,4 @@
-"""Refuse what cannot work before anything is written or moved: for train, its --dry-run, plan and submit alike."""
+"""Checks of a run before anything is written or moved, shared by train, its --dry-run, plan and submit."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from dist_proxygml.distributed.engine import check_settings, engine_settings, re
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.evaluator import check_split
 from dist_proxygml.evaluation.run import measured, open_gallery
+from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
 from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer
@@ -26,14 +27,14 @@ from dist_proxygml.training.transfer import open_transfer
 
 
 class CheckedRun(NamedTuple):
-    """What a run starts with, as far as can be told without starting it."""
+    """The parts of a run that are known without starting it."""
 
     config: Config
-    """With the number of classes."""
+    """Including the number of classes."""
     plan: HeadPlan
     engine_settings: dict[str, Any]
     data: TrainingData | None
-    """None: there are no shards to look at."""
+    """None: no shards are available."""
     test_index: ShardIndex | None
 
 
@@ -45,19 +46,19 @@ def check_run(
     is_start: bool = False,
     is_what_if: bool = False,
 ) -> CheckedRun:
-    """Build, small or for shapes only, whatever a run is built of, so that what does not go together is found before
-    anything is written or waits in a queue. Uses no collectives, and leaves random generators as they were.
+    """Build the parts of a run, small or on meta tensors, to find contradictions before anything is written or queued.
+    Uses no collectives and leaves random generators unchanged.
 
     Args:
         config: the run.
-        world_size: ranks that it is meant for.
-        device: type of their devices, "cpu" or "cuda"; None where that is not known.
-        is_start: the run is about to start: its shards must be there, and weights are loaded by whoever builds it. Else
-            those are looked at that this machine sees.
-        is_what_if: shards with another number of classes are not looked at either.
+        world_size: its number of ranks.
+        device: type of their devices, "cpu" or "cuda"; None if unknown.
+        is_start: the run is about to start: its shards must exist, and its builder loads the weights. Otherwise only
+            what is visible on this machine is checked.
+        is_what_if: also ignore shards with another number of classes.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: the run cannot work.
     """
     # 1. Settings among each other.
     config = count_classes(config)
@@ -92,7 +93,7 @@ def check_run(
         model = build_backbone(
             config.backbone, load_pretrained=not is_start and weights is not None and Path(weights).is_file()
         )
-    batch_size = config.micro_batch_size(world_size) * world_size  # of all ranks, as BatchNorm sees it
+    batch_size = config.micro_batch_size(world_size) * world_size  # over all ranks, as BatchNorm sees it
     check_images(
         model, config.backbone, batch_size, size=config.data.train_transform.size, setting="data.train_transform.size"
     )
@@ -103,7 +104,7 @@ def check_run(
     with _refused("optimizer"):
         build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
         build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
-    is_new = not is_start and not (config.run_directory / "checkpoints").exists()
+    is_new = not is_start and not RunFolder(config.run_directory).checkpoints.exists()
     if data is not None and is_new and init_from is not None and Path(init_from).exists():
         open_transfer(config, data.index, single_process())
     return CheckedRun(config, plan, settings, data, test_index)
@@ -111,7 +112,7 @@ def check_run(
 
 @contextlib.contextmanager
 def _refused(section: str) -> Iterator[None]:
-    """Say which section it was that a library raised an error of its own for."""
+    """Name the section of the configuration for which a library raised its own error."""
     try:
         yield
     except (ValueError, OSError):
@@ -124,7 +125,7 @@ def _refused(section: str) -> Iterator[None]:
 
 
 def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
-    """What to train and what to evaluate on."""
+    """Open the training data and the index of the test split."""
     data = open_training_data(config)
     test_index = open_split(config, config.data.test_split)
     shared = None if data.index is None else shared_classes(data.index, test_index)

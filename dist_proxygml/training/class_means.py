@@ -1,4 +1,4 @@
-"""Start from class means: each class's proxies are the mean embedding of its images under the initial backbone."""
+"""Initialise proxies from class means: the mean embedding of each class's images under the initial backbone."""
 
 import sys
 
@@ -23,10 +23,10 @@ def start_from_class_means(
     """Set each class's proxies to the mean embedding of its images under the state's backbone. Called on all ranks.
 
     One pass over the split with the test transform, in evaluation mode; see `replace_by_class_means_`. Damaged images
-    are left out and counted in `damage` where it is given.
+    are skipped, and counted in `damage` if given.
 
     Raises:
-        ValueError: on every rank: an image is damaged, or too many are, or an embedding is not finite.
+        ValueError: on every rank, if an image is damaged, or too many are, or an embedding is not finite.
     """
     config, context = state.config, state.context
     telemetry.say(
@@ -53,7 +53,7 @@ def start_from_class_means(
 
     was_training = model.training
     model.eval()
-    # Rank 0's share of the batches: a file gets a line every 15 seconds, a terminal a moving bar.
+    # Progress of rank 0's share of the batches: a line every 15 seconds in a file, a bar in a terminal.
     with tqdm(
         loader,
         desc="class means",
@@ -76,6 +76,6 @@ def start_from_class_means(
 
 @torch.no_grad()
 def _embedded(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings, float32 [b, D] unit rows, and labels [b] of a batch, on the device."""
+    """Return a batch's embeddings, float32 [b, D] unit rows, and labels [b], on the device."""
     embeddings_bD = model(batch.images.to(device, non_blocking=True))
     return F.normalize(embeddings_bD.float(), dim=1), batch.labels.to(device, non_blocking=True)

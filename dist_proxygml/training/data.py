@@ -1,11 +1,11 @@
-"""What a run trains on, as its configuration says: a split of indexed shards, or a stream.
+"""Training data of a run: a split of indexed shards, or a stream.
 
-Some classes of the split may be held out (data.validation_classes): which ones depends on the seed and their number
-alone. Those that are left are a split of their own with labels 0, 1, ..., so nothing that trains knows of the others.
+Some classes of the split may be held out (data.validation_classes); which ones depends only on the seed and their
+number. The remaining ones form a split of their own with labels 0, 1, ..., so training never sees the others.
 
-The position in it is an epoch and the number of images of that epoch's order that are done. It is advanced when an
-optimizer step is done, so prefetched batches do not count, and it means the same for any number of ranks, loading
-processes and, where every image comes once an epoch, for any batch size.
+The position in the data is an epoch and the number of consumed images in that epoch's order. It advances with each
+optimizer step, so prefetched batches do not count, and it means the same for any number of ranks and loading processes
+and, where every image comes once per epoch, for any batch size.
 """
 
 import itertools
@@ -27,15 +27,15 @@ from dist_proxygml.distributed.parallel import ParallelContext
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images that a run trains on."""
+    """The training images of a run."""
 
     config: Config
-    index: ShardIndex | None  # the classes that are trained; None for a stream
-    validation: ShardIndex | None = None  # those that are held out, if any
+    index: ShardIndex | None  # the trained classes; None for a stream
+    validation: ShardIndex | None = None  # the held-out classes, if any
 
     @property
     def epoch_size(self) -> int:
-        """Images that an epoch visits: all of the index, whole class-balanced batches, or what a stream says."""
+        """Number of images per epoch: all of the index, full class-balanced batches, or as configured for a stream."""
         batch_size = self.config.training.batch_size
         if self.index is None:
             assert self.config.data.stream is not None
@@ -45,7 +45,7 @@ class TrainingData:
         return self.index.num_samples
 
     def count_steps(self, consumed: int = 0) -> int:
-        """Optimizer steps from there to the end of an epoch."""
+        """Count the optimizer steps from the `consumed`-th image to the end of an epoch."""
         return count_steps(
             self.epoch_size - consumed,
             batch_size=self.config.training.batch_size,
@@ -55,10 +55,10 @@ class TrainingData:
     def loader(
         self, context: ParallelContext, *, epoch: int, start: int, cache: ImageCache | None = None
     ) -> BatchLoader | StreamLoader:
-        """This rank's batches of an epoch after its first `start` images.
+        """Build the loader of this rank's batches of an epoch, after its first `start` images.
 
         Raises:
-            ValueError: the images and the batch size do not divide into ranks and micro-batches.
+            ValueError: the images or the batch size do not divide into ranks and micro-batches.
         """
         data, training = self.config.data, self.config.training
         transform = build_transform(data.train_transform)
@@ -83,17 +83,17 @@ class TrainingData:
         return build_train_loader(self.index, transform, order, share, loading)
 
     def check(self, context: ParallelContext) -> None:
-        """Refuse what this rank's first batches would end by, as far as it can be told now.
+        """Check, as far as possible in advance, that this rank's first batches can be read.
 
         Raises:
-            ValueError: as `loader`, or a stream in which no sample can be trained.
+            ValueError: as `loader`, or no sample of a stream can be used.
         """
         loader = self.loader(context, epoch=0, start=0)
         if isinstance(loader, StreamLoader):
             loader.check()
 
     def identity(self) -> dict[str, str]:
-        """What a continued run must find again."""
+        """Return the hashes that must match when the run is resumed."""
         if self.index is None:
             return {}
         return {"class table": self.index.class_table_sha256, "shards": self.index.sha256}
@@ -117,11 +117,11 @@ class TrainingData:
 
 
 def open_training_data(config: Config) -> TrainingData:
-    """Open the split that the configuration trains on, without the classes that it holds out; a stream has none.
+    """Open the configured training split without its held-out classes, or the stream.
 
     Raises:
-        ValueError: as `open_index`, the shards have another number of classes than the configuration, no image is left
-            on one side, or the cache of remote shards holds less than what an epoch's order uses at a time.
+        ValueError: as `open_index`; or the number of classes differs from the configuration's, one side has no image,
+            or the cache of remote shards is smaller than what an epoch's order uses at a time.
     """
     if config.data.stream is not None:
         return TrainingData(config, None)
@@ -141,10 +141,10 @@ def open_training_data(config: Config) -> TrainingData:
 
 
 def open_validation(config: Config, checkpoint: Path) -> ShardIndex:
-    """The classes that a run held out while it trained a checkpoint.
+    """Open the validation classes that a checkpoint was trained without.
 
     Raises:
-        ValueError: it held none out, or not those that these shards and settings give; or as `open_training_data`.
+        ValueError: there are none, or these shards and settings give others; or as `open_training_data`.
     """
     trained_with = read_state(checkpoint).settings
     if trained_with.get("data.validation_classes") is None:
@@ -165,7 +165,7 @@ def open_validation(config: Config, checkpoint: Path) -> ShardIndex:
 
 
 def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex]:
-    """The training split without its validation classes, and these."""
+    """Split off the validation classes: the training split without them, and they."""
     held_out = draw_validation_classes(index.num_classes, num_drawn=config.num_validation_classes, seed=config.seed)
     trained = np.setdiff1d(np.arange(index.num_classes), held_out)
     parts = (
@@ -182,7 +182,7 @@ def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex
 
 
 def count_classes(config: Config) -> Config:
-    """The configuration with data.num_classes as the index of its shards says, where it says nothing itself.
+    """Fill in data.num_classes from the index of the shards if the configuration does not set it.
 
     Raises:
         ValueError: as `open_index`.
@@ -194,7 +194,7 @@ def count_classes(config: Config) -> Config:
 
 
 def open_split(config: Config, split: str, *, shards: str | None = None) -> ShardIndex:
-    """A split of the configured shards, or of others that the user typed; the configured cache serves both.
+    """Open a split of the configured shards, or of others given by the user; both use the configured cache.
 
     Raises:
         ValueError: as `open_index`.
@@ -210,7 +210,7 @@ def open_split(config: Config, split: str, *, shards: str | None = None) -> Shar
 
 
 def _check_cache_holds_window(config: Config, index: ShardIndex) -> None:
-    """Refuse a cache that the shuffle would empty and fill again and again."""
+    """Refuse a cache that the shuffle would thrash."""
     limit, window = config.data.cache_limit_bytes, config.data.shuffle_window
     if index.remote is None or limit is None:
         return

@@ -1,11 +1,10 @@
-"""Evaluations of a run, on the backbone as it is trained: logged, stored, and told in one line."""
+"""Evaluations of the backbone during training: logged, stored and printed in one line."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from dist_proxygml.checkpoint.folder import evaluation_name
 from dist_proxygml.data.damage import DAMAGE_FILE
 from dist_proxygml.distributed.parallel import run_on_rank_zero
 from dist_proxygml.distributed.preemption import StopSignals
@@ -13,15 +12,16 @@ from dist_proxygml.evaluation.embedding_pass import PassHooks, Split
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.run import block_folder, build_evaluation_model, evaluate_model, store_evaluation
 from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.storage.run_folder import step_name
 from dist_proxygml.training.step import TrainState
 
 
 @dataclass(frozen=True)
 class EvaluatedSplit(Split):
-    """Images that are not trained, to evaluate on."""
+    """A split to evaluate on."""
 
     is_validation: bool = False
-    """Of classes that are held out, to choose by; else the test split."""
+    """Held-out classes, for model selection; otherwise the test split."""
 
 
 def evaluate_run(
@@ -38,7 +38,7 @@ def evaluate_run(
         ValueError, StopRequested: as `evaluate`.
     """
     config, context = state.config, state.context
-    name = evaluation_name(state.step, of_validation=split.is_validation)
+    name = step_name(state.step, of_validation=split.is_validation)
     blocks = block_folder(run_directory, name, say=telemetry.say)
     result = evaluate_model(
         config,
@@ -48,11 +48,11 @@ def evaluate_run(
         hooks=PassHooks(signals, blocks, telemetry.say),
     )
     if result.num_damaged:
-        telemetry.say(f"{result.num_damaged} damaged images were left out, see {run_directory / DAMAGE_FILE}")
-    # Logged before it is stored: a run that is killed in between does it again, and what is stored is in the log.
+        telemetry.say(f"skipped {result.num_damaged} damaged images, see {run_directory / DAMAGE_FILE}")
+    # Logged before it is stored: a run killed in between repeats it, and whatever is stored is in the log.
     kind = "validation" if split.is_validation else "evaluation"
     telemetry.log_evaluation(state.step, state.epoch, result.metrics, kind=kind)
-    # Only the embeddings of the test split are looked at later.
+    # Only the embeddings of the test split are used later.
     run_on_rank_zero(
         context, lambda: store_evaluation(run_directory, name, result, with_embeddings=not split.is_validation)
     )
@@ -64,9 +64,9 @@ def evaluate_run(
 
 
 def backbone_of_one_rank(state: TrainState) -> nn.Module:
-    """The state's backbone, with forward passes that need no other rank. Called on all ranks.
+    """Return the state's backbone for forward passes without collectives. Called on all ranks.
 
-    Those of ZeRO 3 are collective, and ranks that embed a split hold different numbers of batches.
+    Forward passes under ZeRO 3 are collective, but ranks that embed a split have different numbers of batches.
     """
     if state.engine.zero_stage < 3:
         return state.engine.module

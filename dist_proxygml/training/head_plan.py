@@ -1,11 +1,11 @@
-"""What the head of a run will need, before anything is allocated: bytes per rank, bytes and messages per step.
+"""Resources of the head, predicted before anything is allocated: bytes per rank, bytes and messages per step.
 
 The head is the proxy bank, its gradient and optimizer state, and the working memory of one micro-batch; the backbone is
-DeepSpeed's. Training plans too, prints the table and refuses at once what does not fit, with what would. Integers and
-the configuration only: nothing here touches a process group.
+DeepSpeed's. Training plans too: it prints the table and refuses at once what does not fit, suggesting what would. Only
+integers and the configuration; nothing here touches a process group.
 
-The working memory is a model of head/selection.py and head/similarity.py, held to 10 % of what is measured by a test.
-Of a sparse gradient the plan takes the most there can be, as if no two images kept the same proxy.
+The working memory models head/selection.py and head/similarity.py; a test keeps it within 10 % of what is measured.
+A sparse gradient is planned at its maximum, as if no two images kept the same proxy.
 """
 
 import json
@@ -21,7 +21,7 @@ from dist_proxygml.head.similarity import chunk_width, sampled_bytes_per_row
 from dist_proxygml.head.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
 from dist_proxygml.training.optim import wants_sparse_gradient
 
-_FLOAT = 4  # the bank and the similarities are float32
+_FLOAT = 4  # of the bank and the similarities, which are float32
 # Optimizer state, in numbers per element and per proxy.
 _STATE = {
     "adam": (2, 0),
@@ -30,18 +30,20 @@ _STATE = {
     "sgd": (0, 0),
     "rowwise_adagrad": (0, 1),
 }
-# Bytes of a kept pair, at most, until the end of backward: row, proxy, similarity, class, weight, and copies in another
-# order. They add to what the search took, for a C library keeps much of what was freed in between.
+# Maximum bytes of a kept pair until the end of backward: row, proxy, similarity, class, weight, and copies in another
+# order. They add to the memory of the search, because the C library keeps much of what was freed in between.
 _BYTES_PER_KEPT_PAIR = 120
 
 
 class DoesNotFitError(ValueError):
-    """What a run needs is more than there is."""
+    """The run needs more memory than is available."""
+
+    status = 1  # of a command that was asked whether it fits
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Needs of the head on the rank that owns the most classes."""
+    """Resources of the head on the rank that owns the most classes."""
 
     world_size: int
     num_proxies: int
@@ -54,19 +56,19 @@ class HeadPlan:
     gradient_bytes: int
     optimizer_bytes: int
     working_bytes: int
-    """Similarities, kept pairs, gathered embeddings and whatever else a micro-batch needs for a while."""
+    """Similarities, kept pairs, gathered embeddings and other temporaries of a micro-batch."""
     received_bytes_per_step: int
     messages_per_step: int
     copy_bytes: int = 0
-    """Of what a save in the background copies to the host, on CPUs; on GPUs the copy is beside the head's memory."""
+    """Host copies of a background save, on CPUs; on GPUs the copy is not in the head's memory."""
 
     @property
     def total_bytes(self) -> int:
-        """Most memory of the head on one rank."""
+        """Peak memory of the head on one rank."""
         return self.bank_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes + self.copy_bytes
 
     def __str__(self) -> str:
-        """A table for people."""
+        """Format the plan as a table."""
         rows = [
             ("ranks", f"{self.world_size}"),
             ("proxies over all ranks", f"{self.num_proxies:,}"),
@@ -88,7 +90,7 @@ class HeadPlan:
 
 
 def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPlan:
-    """The needs of `config` on `world_size` ranks with devices of type `device`.
+    """Predict the resources of `config` on `world_size` ranks with devices of type `device`.
 
     Raises:
         ValueError: k <= N, or the batch does not divide over the ranks.
@@ -112,7 +114,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     if selection == "auto":
         selection = cheapest_selection(**sizes, may_gather=not sparse)
 
-    # 1. What stays: the bank of the rank with the most classes, its gradient, its optimizer's state.
+    # 1. Persistent: the bank of the rank with the most classes, its gradient, its optimizer's state.
     own_proxies = ClassPartition(num_classes, world_size).num_local * proxies.per_class
     bank = own_proxies * dim * _FLOAT
     per_element, per_proxy = _STATE[config.optimizer.proxies_rule]
@@ -122,12 +124,12 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     rows, proxies_at_hand = (micro, num_proxies) if gathers_bank else (batch, own_proxies)
     num_kept = rows * min(topk, proxies_at_hand)
     is_accumulated = config.accumulation > 1
-    gradient = bank * (1 + is_accumulated)  # the next micro-batch's, before the two are added
-    if sparse:  # of classes, with all their proxies; accumulated ones are appended, then added up in a copy
+    gradient = bank * (1 + is_accumulated)  # that of the next micro-batch, before the two are added
+    if sparse:  # per class, with all its proxies; accumulated gradients are appended, then summed in a copy
         touched = min(own_proxies // proxies.per_class, num_kept) * proxies.per_class * dim * _FLOAT
         gradient = touched * (config.accumulation + is_accumulated + (proxies.per_class > 1))
 
-    # 2. What comes and goes with a micro-batch: the search for its pairs, then what is computed from them.
+    # 2. Temporary, per micro-batch: the search for its pairs, then the computations on them.
     choice = {"num_negatives": num_negatives, "num_proxies": proxies_at_hand}
     num_choosing = 1 if gathers_bank else world_size
     block = rows_per_block(rows, **choice, budget=budget, world_size=num_choosing)
@@ -141,7 +143,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         + 3 * rows * dim * _FLOAT
         + proxies_at_hand * _FLOAT  # inverse lengths
     )
-    if gathers_bank and world_size > 1:  # the bank of all ranks, padded and joined, and its gradient
+    if gathers_bank and world_size > 1:  # the gathered bank, padded and concatenated, and its gradient
         working += 3 * num_proxies * dim * _FLOAT
     anchors = None
     regularizer = 0
@@ -191,7 +193,7 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
     """Refuse a head that does not fit into `memory` bytes of one rank.
 
     Raises:
-        ValueError: with what it needs, what there is, and what would fit.
+        ValueError: it does not fit; the message says what is needed, what is available, and what would fit.
     """
     if plan.total_bytes <= memory:
         return
@@ -201,14 +203,14 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
     )
     copy = f", copy for saves in the background {format_bytes(plan.copy_bytes)}" if plan.copy_bytes else ""
     raise DoesNotFitError(
-        f"expected a head of at most {format_bytes(memory)} per rank, the memory that is left there, got {total} on "
+        f"expected a head of at most {format_bytes(memory)} per rank, the memory that is available, got {total} on "
         f"{plan.world_size} rank(s): bank {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
         f"{working}{copy}; {_what_would_fit(config, plan, memory, device)}"
     )
 
 
 def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) -> str:
-    """Changes, each alone, with which the head fits."""
+    """Suggest single changes with which the head fits."""
 
     def fits(changes: dict[str, object], world_size: int) -> bool:
         raw = config.model_dump(mode="json")
@@ -218,7 +220,7 @@ def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) ->
         try:
             changed = parse_config(raw, source="the changed configuration")
             return plan_head(changed, world_size=world_size, device=device).total_bytes <= memory
-        except ValueError:  # what cannot run is no remedy
+        except ValueError:  # a configuration that cannot run is no remedy
             return False
 
     row_wise: dict[str, object] = {"optimizer.proxies_name": "rowwise_adagrad"}

@@ -1,7 +1,7 @@
-"""The loop: from where the state of a run is to its end, with saves, evaluations, and steps that are skipped.
+"""The training loop, from the state's position to the end of the run, with saves, evaluations and skipped steps.
 
 Everything that changes from step to step is a function of the position in the epochs: learning rates, the order of the
-images, their augmentation. So a checkpoint needs a position, not a history.
+images, their augmentation. A checkpoint therefore needs a position, not a history.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_proxygml.backbones.build import RawPixels
-from dist_proxygml.checkpoint.folder import RunState, SavedCheckpoint, evaluation_name, find_checkpoint
+from dist_proxygml.checkpoint.folder import RunState, SavedCheckpoint, find_checkpoint
 from dist_proxygml.checkpoint.writer import CheckpointWriter, load_checkpoint
 from dist_proxygml.config import Config
 from dist_proxygml.data.damage import DamageLog
@@ -35,6 +35,7 @@ from dist_proxygml.reporting.telemetry import Telemetry
 from dist_proxygml.storage.files import (
     mode_of,
 )
+from dist_proxygml.storage.run_folder import RunFolder, step_name
 from dist_proxygml.training.board import Board
 from dist_proxygml.training.data import TrainingData
 from dist_proxygml.training.evaluate import EvaluatedSplit, evaluate_run
@@ -46,7 +47,7 @@ _NUM_LOGGED_IMAGES = 16
 
 @dataclass
 class Loop:
-    """One start of a run, from where its state is to its end. Every method is called on all ranks."""
+    """One start of a run, from its state's position to its end. Every method is called on all ranks."""
 
     state: TrainState
     data: TrainingData
@@ -62,7 +63,7 @@ class Loop:
     damage: DamageLog | None
     cache: ImageCache | None
     saved_step: int | None
-    """Of the newest checkpoint, which may still be being written."""
+    """Of the newest checkpoint, which may still be in progress."""
 
     @property
     def context(self) -> ParallelContext:
@@ -71,7 +72,7 @@ class Loop:
 
     @property
     def config(self) -> Config:
-        """The run's."""
+        """The run's configuration."""
         return self.state.config
 
     @property
@@ -80,7 +81,7 @@ class Loop:
         return self.config.run_directory
 
     def run(self) -> None:
-        """Train and evaluate to the end of the run. An evaluation that was due when the run stopped is made up for."""
+        """Train and evaluate to the end of the run. An evaluation that was due when the run stopped is done first."""
         try:
             if self.state.step == 0 and self.config.evaluation.raw_pixels:
                 self._evaluate_raw_pixels()
@@ -95,14 +96,14 @@ class Loop:
                 if self.state.is_finished:
                     break
                 self._train_epoch()
-            self._tell(self.writer.close())
+            self._report_saved(self.writer.close())
         except StopRequested as request:
             self.watchdog.stop()
             if self.state.step > 0 and self.saved_step != self.state.step:
                 self._save()
-            self._tell(self.writer.close())
+            self._report_saved(self.writer.close())
             what = f"saved after step {self.state.step}" if self.state.step else "nothing to save before the first step"
-            self.telemetry.say(f"stopped by {request}: {what}; start the run again to go on")
+            self.telemetry.say(f"stopped by {request}: {what}; start the run again to resume")
             self.telemetry.close()
             raise
 
@@ -123,7 +124,7 @@ class Loop:
             measure = (state.step + 1) % config.telemetry.log_every_steps == 0
             self.board.begin_step(is_logged=measure)
             rates = learning_rates(state)
-            # A rank that was told to stop, or whose checkpoint could not be written in the background, asks for all.
+            # A rank that received a stop signal, or whose background save failed, makes the request for all.
             wishes = [self.signals.received is not None, self.writer.has_failed]
             report = train_step(state, micro_batches, measure=measure, requests=wishes)
             self.telemetry.count(micro_batches[0].step_size)
@@ -142,7 +143,7 @@ class Loop:
                 with self.watchdog.paused():
                     self._save()
             is_stop, is_failure = report.requests
-            self._tell(self.writer.wait() if is_failure else self.writer.poll())
+            self._report_saved(self.writer.wait() if is_failure else self.writer.poll())
             if is_stop:
                 self.signals.agree(context)
         self.watchdog.stop()
@@ -172,7 +173,7 @@ class Loop:
                 self.telemetry.say(f"damaged, replaced by another image: {new.image}: {new.reason}")
 
     def _skip(self, report: StepReport) -> None:
-        """Tell that a step changed nothing; go back if that happens again and again."""
+        """Report a skipped step; roll back if there are too many."""
         assert report.skipped is not None
         state, index = self.state, self.data.index
         images = [str(i) if index is None else index.describe(i) for i in report.skipped.suspects]
@@ -181,12 +182,14 @@ class Loop:
         if not self.skipped_steps.is_full and not is_spoiled:
             return
         with self.watchdog.paused():
-            self._tell(self.writer.wait())
-            checkpoint = run_on_rank_zero(self.context, find_checkpoint, self.run_directory / "checkpoints", "auto")
-            told = self.skipped_steps.roll_back(state.step, checkpoint)
+            self._report_saved(self.writer.wait())
+            checkpoint = run_on_rank_zero(
+                self.context, find_checkpoint, RunFolder(self.run_directory).checkpoints, "auto"
+            )
+            message = self.skipped_steps.roll_back(state.step, checkpoint)
             assert checkpoint is not None
             load_state(checkpoint, state, self.settings)
-        self.telemetry.say(told)
+        self.telemetry.say(message)
 
     def _save(self) -> None:
         state = self.state
@@ -197,15 +200,15 @@ class Loop:
             bank_optimizer=state.bank_optimizer,
         )
         self.saved_step = state.step
-        self._tell(saved)
+        self._report_saved(saved)
         self.telemetry.pause()
 
-    def _tell(self, saved: list[SavedCheckpoint]) -> None:
+    def _report_saved(self, saved: list[SavedCheckpoint]) -> None:
         for problem in (problem for checkpoint in saved for problem in checkpoint.problems):
             self.telemetry.say(problem)
 
     def _is_evaluation_due(self) -> bool:
-        """Before the first step if wanted, after the last always, and between epochs every so many. No collective."""
+        """Before the first step if configured, after the last, and every few epochs in between. No collective."""
         state, evaluation = self.state, self.config.evaluation
         epoch, rest = divmod(state.schedule_step, state.steps_per_epoch)
         if state.is_finished:
@@ -215,14 +218,14 @@ class Loop:
         return rest == 0 and evaluation.every_epochs > 0 and epoch % evaluation.every_epochs == 0
 
     def _evaluations_due(self) -> list[EvaluatedSplit]:
-        """What is to be evaluated now; nothing twice."""
+        """Return the splits to evaluate now; none twice."""
         state = self.state
         if not self._is_evaluation_due():
             return []
-        folder = self.run_directory / "evaluation"
-        names = [evaluation_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
+        folder = RunFolder(self.run_directory)
+        names = [step_name(state.step, of_validation=split.is_validation) for split in self.evaluated]
         are_stored = run_on_rank_zero(
-            self.context, lambda: [mode_of(folder / f"{name}.json") is not None for name in names]
+            self.context, lambda: [mode_of(folder.evaluation(name)) is not None for name in names]
         )
         return [split for split, is_stored in zip(self.evaluated, are_stored, strict=True) if not is_stored]
 
@@ -244,7 +247,7 @@ class Loop:
 
 
 def load_state(checkpoint: Path, state: TrainState, settings: dict[str, Any]) -> RunState:
-    """Put the checkpoint's numbers into the state; its position is returned, not taken."""
+    """Load the checkpoint's numbers into the state; return its position without applying it."""
     return load_checkpoint(
         checkpoint,
         engine=state.engine,
@@ -256,14 +259,14 @@ def load_state(checkpoint: Path, state: TrainState, settings: dict[str, Any]) ->
 
 
 def continue_at(state: TrainState, run: RunState, data: TrainingData) -> None:
-    """Put the state where a checkpointed run stopped, whatever its batch size was.
+    """Set the state to the position where a checkpointed run stopped, whatever its batch size was.
 
     Raises:
-        ValueError: it says that more images were done than an epoch has.
+        ValueError: the position lies beyond the end of an epoch.
     """
     if run.consumed > data.epoch_size:
         raise ValueError(
-            f"expected a checkpoint within an epoch of {data.epoch_size:,} images, it stands after {run.consumed:,}; "
+            f"expected a checkpoint within an epoch of {data.epoch_size:,} images, got one after {run.consumed:,}; "
             "take another one with --resume PATH"
         )
     num_left = data.count_steps(run.consumed)
@@ -272,8 +275,8 @@ def continue_at(state: TrainState, run: RunState, data: TrainingData) -> None:
 
 
 def _next_step(data: TrainingData, batches: Iterator[Batch], context: ParallelContext) -> list[Batch]:
-    """The micro-batches of a step. Where a rank reads shards of its own, as in a stream, what is wrong with them is
-    every rank's error.
+    """Read the micro-batches of a step. Where each rank reads its own shards, as in a stream, an error in them is
+    raised on every rank.
     """
 
     def read() -> list[Batch]:

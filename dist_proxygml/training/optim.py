@@ -5,18 +5,18 @@ DeepSpeed) and the bank (outside) cannot drift apart. Published recipe: torch Ad
 to the gradient, learning rates x 0.1 at the start of epochs 20 and 40, and a second epoch that trains only the
 embedding layer and the proxies.
 
-The frozen epoch is a learning rate of 0 for the trunk. Removing its parameters from the optimizer was declined: ZeRO
-fixes its partitions at start. Adam's moments keep averaging meanwhile; the weights do not move.
+The frozen epoch is a learning rate of 0 for the trunk. Removing its parameters from the optimizer was declined, because
+ZeRO fixes its partitions at the start. Adam's moments keep averaging meanwhile; the weights do not move.
 
-What a step does to the proxies of a class that no image kept, whose gradient is 0, and what it reads and writes:
+Effect of a step on the proxies of a class that no image kept, whose gradient is 0, and what the step reads and writes:
 
     adam, adamw        moved by their first moment and by weight decay          the whole bank and its state
-    sgd                moved by momentum and weight decay, if there are any     the whole bank; without either: as below
+    sgd                moved by momentum and weight decay, if set               the whole bank; without either: as below
     rowwise_adagrad    not moved                                                the kept classes
-    sparse_adam        not moved, moments kept as they are                      the kept classes
+    sparse_adam        not moved, moments unchanged                             the kept classes
 
-The bank's dense optimizers are torch's fused ones, the same update: the plain ones take temporaries of two or three
-banks, and eight times as long on a CPU.
+The bank's dense optimizers are torch's fused ones, which compute the same update: the others need temporaries of two or
+three times the bank, and eight times as long on a CPU.
 """
 
 import math
@@ -32,7 +32,7 @@ from dist_proxygml.head.optim import RowwiseAdagrad, SparseAdam
 def build_backbone_optimizer(
     config: OptimizerConfig, *, trunk: Iterable[nn.Parameter], embedding: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer that is handed to the engine; group 0 is the trunk, group 1 the embedding layer."""
+    """Build the optimizer that the engine takes; group 0 is the trunk, group 1 the embedding layer."""
     groups = [
         {"params": [p for p in trunk if p.requires_grad], "lr": config.backbone_lr},
         {"params": [p for p in embedding if p.requires_grad], "lr": config.embedding_lr or config.backbone_lr},
@@ -42,7 +42,7 @@ def build_backbone_optimizer(
 
 
 def build_bank_optimizer(config: OptimizerConfig, proxies: nn.Parameter) -> torch.optim.Optimizer:
-    """The optimizer of this rank's proxies [c, N, D]; c may be 0. Its state is scalars and rows [c, ...]."""
+    """Build the optimizer of this rank's proxies [c, N, D]; c may be 0. Its state is scalars and rows [c, ...]."""
     lr, weight_decay = config.proxies_lr, config.proxies_weight_decay
     match config.proxies_rule:
         case "sgd":
@@ -62,8 +62,8 @@ def build_bank_optimizer(config: OptimizerConfig, proxies: nn.Parameter) -> torc
 def wants_sparse_gradient(config: Config) -> bool:
     """Whether the loss should give the proxies a sparse gradient.
 
-    It should where the rule of the bank leaves classes alone that no image kept, unless the gradient is dense anyway:
-    that of the regulariser reaches every proxy, and that of a gathered bank comes back whole.
+    It should where the bank's update rule does not touch classes that no image kept, unless the gradient is dense
+    anyway: the regulariser's reaches every proxy, and that of a gathered bank is returned whole.
     """
     rule = config.optimizer.proxies_rule
     is_sparse_rule = rule in ("rowwise_adagrad", "sparse_adam") or (
@@ -73,7 +73,7 @@ def wants_sparse_gradient(config: Config) -> bool:
 
 
 def learning_rate_factor(config: ScheduleConfig, *, step: int, steps_per_epoch: int, num_steps: int) -> float:
-    """Factor on every learning rate at optimizer step `step` (0-based) of `num_steps`."""
+    """Return the factor on every learning rate at optimizer step `step` (0-based) of `num_steps`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.name == "step":
@@ -92,7 +92,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rates: Iterabl
 
 
 def clip_norm_(gradient: Tensor, *, norm: Tensor, max_norm: float) -> None:
-    """Scale `gradient` in place so that `norm`, of which it is a part, becomes at most `max_norm`."""
+    """Scale `gradient` in place so that the total `norm`, to which it contributes, becomes at most `max_norm`."""
     gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 

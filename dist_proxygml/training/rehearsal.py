@@ -1,11 +1,11 @@
-"""A few real training steps on this machine, timed: what a run will take, before it is started.
+"""Estimate of a run's time and memory from a few real training steps on this machine.
 
-The steps are those of step.py, through DeepSpeed, with images from the run's own loader; where there are no shards,
-with random ones that cost nothing to load. Two steps warm up. An evaluation is estimated from forward passes of a few
-of its batches and from a search of a block of queries; k-means from the same search, since its work is distances too.
-Nothing is written. Weights are random: loading pretrained ones would change no time.
+The steps are those of step.py, through DeepSpeed, with images from the run's own loader or, where there are no shards,
+random ones that cost nothing to load. Two steps warm up. An evaluation is estimated from forward passes of a few
+batches and a search for a block of queries; k-means from the same search, since its work is distances too. Nothing is
+written. Weights are random, because loading pretrained ones would not change the times.
 
-Declined: extrapolating to another number of ranks. Start it under deepspeed to measure several.
+Declined: extrapolating to another number of ranks. Start it under deepspeed to measure several ranks.
 """
 
 import itertools
@@ -34,29 +34,29 @@ _KMEANS_ITERATIONS = 25
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was measured, the slowest rank of each."""
+    """Measurements, each of its slowest rank."""
 
     world_size: int
     device: str
-    is_synthetic: bool  # random images: loading is not in the times
+    is_synthetic: bool  # random images: times exclude loading
     num_steps: int
     seconds_per_step: float
     images_per_second: float
-    seconds_per_test_image: float  # of embedding, with all ranks
-    seconds_per_multiplication: float  # multiply-add of a search on one rank
+    seconds_per_test_image: float  # of embedding, over all ranks
+    seconds_per_multiplication: float  # per multiply-add of a search on one rank
     peak_bytes: int
 
     def evaluation_seconds(self, config: Config, *, num_images: int) -> float:
-        """Estimated time of an evaluation: embedding, search of all in all, k-means."""
+        """Estimate the time of an evaluation: embedding, exhaustive search, k-means."""
         dim = config.backbone.embedding_dim
         search = num_images * num_images * dim / self.world_size
-        clusters = config.num_classes  # about as many as are tested, in every published split
-        seeds_of_a_rank = math.ceil(config.evaluation.kmeans_seeds / self.world_size)  # a seed is not divided
+        clusters = config.num_classes  # about the number of test classes, in every published split
+        seeds_of_a_rank = math.ceil(config.evaluation.kmeans_seeds / self.world_size)  # a seed is not split over ranks
         kmeans = seeds_of_a_rank * _KMEANS_ITERATIONS * num_images * clusters * dim
         return num_images * self.seconds_per_test_image + (search + kmeans) * self.seconds_per_multiplication
 
     def describe(self, config: Config, plan: RunPlan) -> str:
-        """A table for people: what was measured, and what the run comes to with the plan's counts."""
+        """Format the measurements, and the estimate of the run from the plan's counts, as a table."""
         images = "random images, loading not included" if self.is_synthetic else "the run's images"
         memory = "peak of GPU memory" if self.device == "cuda" else "peak of a process"
         rows = [
@@ -80,10 +80,10 @@ class Rehearsal:
 
 
 def rehearse(config: Config, context: ParallelContext, *, num_steps: int = 10) -> Rehearsal:
-    """Train for a few steps and forget them. Called on all ranks.
+    """Train for a few steps and discard them. Called on all ranks.
 
     Raises:
-        ValueError: on every rank: the configuration does not fit the ranks, or the shards are unusable.
+        ValueError: on every rank, if the configuration does not fit the ranks or the shards are unusable.
     """
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": None})})
     is_there = config.data.stream is not None or has_index(config)
@@ -122,14 +122,14 @@ def rehearse(config: Config, context: ParallelContext, *, num_steps: int = 10) -
 
 
 def _batches(data: TrainingData, context: ParallelContext) -> Iterator[Batch]:
-    """This rank's batches, epoch after epoch."""
+    """Yield this rank's batches, epoch after epoch."""
     cache = ImageCache() if data.config.data.cache_images else None
     for epoch in itertools.count():
         yield from data.loader(context, epoch=epoch, start=0, cache=cache)
 
 
 def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]:
-    """The same random images again and again."""
+    """Yield the same random images forever."""
     micro, side = config.micro_batch_size(context.world_size), config.data.train_transform.size
     generator = torch.Generator().manual_seed(context.rank)
     images = torch.randint(256, (micro, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -141,7 +141,7 @@ def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]
 
 @torch.no_grad()
 def _embedding_seconds(state: TrainState) -> float:
-    """Seconds of a forward pass for each image. Called on all ranks, with batches of one size on each."""
+    """Measure the seconds per image of a forward pass. Called on all ranks, with batches of equal size."""
     config, context, module = state.config, state.context, state.engine.module
     size, side = config.evaluation.batch_size, config.data.test_transform.size
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8).to(context.device)
@@ -156,7 +156,7 @@ def _embedding_seconds(state: TrainState) -> float:
 
 
 def _multiplication_seconds(config: Config) -> float:
-    """Seconds of a multiply-add in an exhaustive search."""
+    """Measure the seconds per multiply-add of an exhaustive search."""
     dim, num_rows = config.backbone.embedding_dim, _MAX_GALLERY
     rows = np.random.default_rng(0).standard_normal((num_rows, dim), dtype=np.float32)
     index = FlatIndex(rows)
@@ -172,7 +172,7 @@ def _synchronise(context: ParallelContext) -> None:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration with two units at most: 3725 -> "1 h 2 min"."""
+    """Format a duration with at most two units: 3725 -> "1 h 2 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -1,9 +1,9 @@
-"""The training run: what is built before the first step, and the loop.
+"""The training run: checks, construction, the loop, the report.
 
 Everything that changes from step to step is a function of the position in the epochs: learning rates, the order of the
-images, their augmentation. So a checkpoint needs a position, not a history. A run ends when it is done, when it is told
-to stop (distributed/preemption.py), when it cannot go on (nonfinite.py), or when a step does not end
-(distributed/watchdog.py); in all cases but the first it goes on from its newest checkpoint when it is started again.
+images, their augmentation. A checkpoint therefore needs a position, not a history. A run ends when it is done, when it
+receives a request to stop (distributed/preemption.py), when it cannot continue (nonfinite.py), or when a step hangs
+(distributed/watchdog.py); in all cases but the first it resumes from its newest checkpoint when started again.
 """
 
 import socket
@@ -32,7 +32,8 @@ from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.run import build_damage_log, open_gallery
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.lock import FolderLock
+from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.board import Board
 from dist_proxygml.training.checks import check_run
 from dist_proxygml.training.class_means import start_from_class_means
@@ -54,17 +55,17 @@ def train(
     Args:
         config: the run.
         context: this process among its peers.
-        resume: "auto" continues the newest checkpoint of the run if there is one, "never" starts anew, a path continues
-            that checkpoint. A new run moves an earlier one of its name aside.
-        signals: requests to stop that this process receives; None listens to none.
+        resume: "auto" resumes from the newest checkpoint of the run if there is one, "never" starts anew, a path
+            resumes from that checkpoint. A new run moves an earlier one of its name aside.
+        signals: requests to stop that this process receives; None ignores them.
 
     Returns:
         The run's folder.
 
     Raises:
-        ValueError: on every rank: the configuration, the shards and the ranks do not fit together, or a batch is
-            damaged. NonFiniteError: steps come out as NaN, and going back has not helped.
-        StopRequested: on every rank: a rank was told to stop; what was trained is saved.
+        ValueError: on every rank, if configuration, shards and ranks do not fit together, or a batch is damaged.
+        NonFiniteError: on every rank, if steps are NaN or infinite and rollbacks have not helped.
+        StopRequested: on every rank, if a rank was asked to stop; progress is saved.
     """
     signals = signals or StopSignals()
     # 1. Refuse what cannot work before anything is built.
@@ -75,23 +76,23 @@ def train(
     assert data is not None
     assert test_index is not None
     run_directory = config.run_directory
-    checkpoints = run_directory / "checkpoints"
+    checkpoints = RunFolder(run_directory).checkpoints
     _check_memory(config, plan, context)
     _check_same_data(data, test_index, context)
-    locks: list[RunLock] = []
+    locks: list[FolderLock] = []
     run_together(context, lock_run, context, run_directory, locks)
     found, passed_over = run_on_rank_zero_for_long(context, where_to_continue, run_directory, resume)
     run_together(context, data.check, context)
     transfer = None if found else open_transfer(config, data.index, context)
 
-    # 2. Build, and only then write.
+    # 2. Build, then write.
     state = build_train_state(config, context, steps_per_epoch=data.count_steps(), transfer=transfer)
     has_started()
     comparable = comparable_settings(config) | data.identity()
     if found:
         position = load_state(found, state, comparable)
         run_together(context, continue_at, state, position, data)
-        # Here, not in the middle of things: another batch size or number of ranks may not divide the rest.
+        # Checked early: another batch size or number of ranks may not divide the rest.
         run_together(context, lambda: data.loader(context, epoch=state.epoch, start=state.consumed))
     run_together(context, lambda: lock_run(context, run_directory, locks, make_folder=True))
     moved, odd = run_on_rank_zero(context, prepare_run_directory, config, data.index, state.step if found else None)
@@ -110,7 +111,7 @@ def train(
     telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
     telemetry.say(str(plan))
 
-    # What is known to be damaged belongs to the run, not to this start of it.
+    # Known damage belongs to the run, not to this start of it.
     path, split = run_directory / DAMAGE_FILE, config.data.train_split
     damage = build_damage_log(config, context, path, split=split, num_images=data.epoch_size)
     evaluated = [
@@ -127,9 +128,9 @@ def train(
         assert data.index is not None
         start_from_class_means(state, data.index, telemetry, damage)
     if transfer is not None:
-        told = run_on_rank_zero(context, _trained_before, transfer, data)
-        if told:
-            telemetry.say(told)
+        warning = run_on_rank_zero(context, _trained_before, transfer, data)
+        if warning:
+            telemetry.say(warning)
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
@@ -164,7 +165,7 @@ def train(
     )
     loop.run()
 
-    # 4. Show.
+    # 4. Report.
     telemetry.close()
     run_on_rank_zero(context, board.show_projection)
     run_on_rank_zero(context, _show, run_directory, test_index)
@@ -173,7 +174,7 @@ def train(
 
 
 def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> None:
-    """Refuse a head that does not fit into what is left on this rank's device; ranks share the memory of a host."""
+    """Refuse a head that does not fit the available memory of this rank's device; ranks share a host's memory."""
     hosts = all_gather_object(context, socket.gethostname())
     num_sharing = hosts.count(socket.gethostname()) if context.device.type == "cpu" else 1
     memory = available_memory(context.device) // num_sharing
@@ -181,29 +182,29 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
 
 
 def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
-    """Refuse ranks that see other shards under the same name: their batches would not belong together."""
+    """Refuse ranks that see different shards under the same name: their batches would be inconsistent."""
     seen = all_gather_object(context, {**data.identity(), "test shards": test_index.sha256})
     other = next((rank for rank, identity in enumerate(seen) if identity != seen[0]), None)
     if other is not None:
         raise AgreedError(
             f"ranks 0 and {other} found different shards at {test_index.location}; copy the folder to every node "
-            "again, or wait until whoever replaces it is done"
+            "again, or wait until it has been replaced"
         )
 
 
 def _trained_before(transfer: Transfer, data: TrainingData) -> str | None:
-    """What to say if the model that a run starts from has been trained on its validation classes."""
+    """Return a warning if the model that a run starts from has been trained on its validation classes."""
     if data.validation is None or not transfer.model.has_class_names:
         return None
     try:
         num_known = int((match_classes(data.validation.classes, transfer.model.classes()) >= 0).sum())
     except ValueError as error:
-        return f"not known whether the validation classes have been trained before: {error}"
+        return f"cannot check whether the validation classes have been trained before: {error}"
     if num_known == 0:
         return None
     return (
         f"{num_known:,} of the {data.validation.num_classes:,} validation classes have been trained by "
-        f"{transfer.model.path}: their numbers flatter"
+        f"{transfer.model.path}: their metrics are optimistic"
     )
 
 
@@ -218,7 +219,7 @@ def _greeting(
     config, context, validation = state.config, state.context, data.validation
     start = "starting anew" if transfer is None else f"starting {transfer}"
     if found:
-        start = f"continuing {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
+        start = f"resuming {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
     kind = "" if data.index is None else "seen " if shared_classes(data.index, test_index) else "unseen "

@@ -1,9 +1,8 @@
-"""The folder of a run before its first step: who writes there, where it continues, what of an earlier start stays."""
+"""The folder of a run before its first step: its lock, the checkpoint to resume from, files of an earlier start."""
 
 import itertools
 import json
 import os
-import re
 import shutil
 import stat
 from pathlib import Path
@@ -18,35 +17,37 @@ from dist_proxygml.distributed.parallel import (
     ParallelContext,
 )
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.reporting.telemetry import BOARD_FOLDER, METRICS_FILE
 from dist_proxygml.storage.files import (
     in_words,
     is_folder,
     mend_log,
     mode_of,
     paths_in,
-    publish,
+    publish_text,
     read_document,
     unreadable,
 )
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.lock import FolderLock
+from dist_proxygml.storage.run_folder import RunFolder, by_step, step_in, step_name
 from dist_proxygml.training.nonfinite import NON_FINITE_FIELDS, NON_FINITE_FILE
 
 
-def lock_run(context: ParallelContext, run_directory: Path, locks: list[RunLock], *, make_folder: bool = False) -> None:
-    """Put the run's lock into `locks` on rank 0, if it is not there; without `make_folder` only beside other runs."""
+def lock_run(
+    context: ParallelContext, run_directory: Path, locks: list[FolderLock], *, make_folder: bool = False
+) -> None:
+    """Append the run's lock to `locks` on rank 0, if missing; without `make_folder` only if the runs folder exists."""
     if context.is_main and not locks and (make_folder or is_folder(run_directory.parent)):
-        locks.append(RunLock(run_directory))
+        locks.append(FolderLock(run_directory))
 
 
 def where_to_continue(run_directory: Path, resume: str) -> Continuation:
-    """As `checkpoint_to_continue`, if the run's folder can be gone on with.
+    """Check the run's folder, then find where to resume as `checkpoint_to_continue` does.
 
     Raises:
-        ValueError: something in it is not what it has to be, or closed to this user; nothing was changed.
+        ValueError: something in it has the wrong type or denies access to this user; nothing was changed.
     """
-    folders = ("", "checkpoints", "evaluation", "embeddings", "proxies", BOARD_FOLDER)
-    logs = (METRICS_FILE, DAMAGE_FILE, NON_FINITE_FILE)
+    folders = ("", "checkpoints", "evaluation", "embeddings", "proxies", RunFolder(run_directory).board.name)
+    logs = (RunFolder(run_directory).metrics.name, DAMAGE_FILE, NON_FINITE_FILE)
     for name in (*folders, *logs) if resume != "never" else ():
         path, kind = run_directory / name, "a file" if name in logs else "a folder"
         mode = mode_of(path)
@@ -59,21 +60,21 @@ def where_to_continue(run_directory: Path, resume: str) -> Continuation:
                 f"expected to read and write {path}, which this user (id {os.geteuid()}) may not; give it to "
                 "this user, or train under another name with --set name=NAME"
             )
-    return checkpoint_to_continue(run_directory / "checkpoints", resume)
+    return checkpoint_to_continue(RunFolder(run_directory).checkpoints, resume)
 
 
 def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | None) -> tuple[Path | None, list[str]]:
-    """Make the run's folder, write the resolved configuration and the class table. What a new run finds there is moved
-    aside, not lost.
+    """Create the run's folder, write the resolved configuration and the class table. A new run moves what it finds
+    there aside.
 
     Args:
         config: the run.
-        index: what it trains on; None for a stream.
-        step: where the run continues; evaluations and proxy statistics of later steps, which a checkpoint was lost of,
-            are removed: their steps will be done again. None starts anew.
+        index: the training split; None for a stream.
+        step: the step to resume from; evaluations and proxy statistics of later steps, whose checkpoints were lost, are
+            removed, because those steps will be repeated. None starts anew.
 
     Returns:
-        Where the earlier run went, if there was one; what was odd and is set aside, for people.
+        The new path of the earlier run, if there was one; messages about damaged files that were set aside.
     """
     directory, aside = config.run_directory, None
     odd: list[str] = []
@@ -85,18 +86,17 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
         directory.mkdir(parents=True, exist_ok=True)
         written = [path for kind in ("evaluation", "proxies") for path in paths_in(directory / kind, "*.json")]
         for path in written:
-            if (_step_evaluated(path) or 0) > (step or 0):
+            if (step_in(path.name) or 0) > (step or 0):
                 path.unlink()
-            elif path.name != "pixels.json" and _step_evaluated(path) is None:
-                continue  # somebody's own
+            elif path.name != "pixels.json" and step_in(path.name) is None:
+                continue  # not ours
             elif problem := _what_is_odd(path):
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
                 odd.append(f"{problem}: passed over, now {path.name}.damaged")
         for name, fields in ((DAMAGE_FILE, DAMAGE_FIELDS), (NON_FINITE_FILE, NON_FINITE_FIELDS)):
             odd += mend_log(directory / name, fields)
         _keep_unfinished_embeddings(directory, aside, step)
-        with publish(directory / "config.json") as stream:
-            stream.write(json.dumps(config.model_dump(), indent=2).encode() + b"\n")
+        publish_text(RunFolder(directory).config, json.dumps(config.model_dump(), indent=2) + "\n")
         write_class_table(directory, index)
     except OSError as error:
         raise ValueError(
@@ -107,7 +107,7 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
 
 
 def _what_is_odd(path: Path) -> str | None:
-    """What is wrong with a stored evaluation, or statistics of proxies.
+    """Describe what is wrong with a stored evaluation or proxy statistics, if anything.
 
     Raises:
         ValueError: it cannot be read.
@@ -123,39 +123,33 @@ def _what_is_odd(path: Path) -> str | None:
     return None
 
 
-def _step_evaluated(path: Path) -> int | None:
-    """The step of an evaluation's file or folder: step-000800-on-shards-test, validation-step-000800."""
-    found = re.search(r"step-([0-9]+)", path.name)
-    return None if found is None else int(found[1])
-
-
 def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int | None) -> None:
-    """Carry over what a run that was cut short before its first checkpoint had embedded; remove what belongs to
-    evaluations that are stored, or that lie before the step where the run continues.
+    """Keep the unfinished embeddings of a run interrupted before its first checkpoint; remove those of evaluations that
+    are stored, or before the step to resume from.
     """
     if step is None and aside is not None:
         for folder in paths_in(aside / "embeddings", "*.partial"):
-            if folder.name.startswith(("pixels.", "step-000000.", "validation-step-000000.")):
+            if folder.stem in ("pixels", step_name(0), step_name(0, of_validation=True)):
                 (directory / "embeddings").mkdir(exist_ok=True)
                 os.rename(folder, directory / "embeddings" / folder.name)
-    for pattern in ("step-*.partial", "validation-step-*.partial"):
-        for folder in paths_in(directory / "embeddings", pattern):
-            is_stored = mode_of(directory / "evaluation" / f"{folder.stem}.json") is not None
-            if is_folder(folder) and (is_stored or (_step_evaluated(folder) or 0) < (step or 0)):
+    for of_validation in (False, True):
+        for reached, folder in by_step(directory / "embeddings", ".partial", of_validation=of_validation).items():
+            is_stored = mode_of(RunFolder(directory).evaluation(folder.stem)) is not None
+            if is_folder(folder) and (is_stored or reached < (step or 0)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def comparable_settings(config: Config) -> dict[str, Any]:
-    """What the numbers of a run depend on, flat: a run continues only under the same."""
+    """Return the settings that the numbers of a run depend on, flat: a run resumes only if they are unchanged."""
     whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
     free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
     free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
     free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
-    free |= {"proxies.selection", "proxies.fused"}  # the same numbers by other ways
+    free |= {"proxies.selection", "proxies.fused"}  # the same numbers by another route
     if config.data.images_per_class is None:  # the position in the data is a number of images
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
     if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
-        free.add("proxies.memory_budget")  # else it decides what the regulariser is computed from
-    if config.schedule.name != "cosine":  # the other schedules do not look ahead: such a run may be made longer
+        free.add("proxies.memory_budget")  # otherwise it decides how the regulariser is computed
+    if config.schedule.name != "cosine":  # other schedules ignore the length, so such a run may be extended
         free |= {"training.epochs", "training.max_steps"}
     return {name: value for name, value in flattened(whole) if name not in free}

@@ -1,8 +1,8 @@
-"""What a run will come to beside its head: steps, the backbone's memory, embeddings to search in, checkpoints on disk.
+"""Resources of a run besides its head: steps, the backbone's memory, embeddings to search, checkpoints on disk.
 
-Numbers of images come from the index of the shards; where that is not there yet, from the literature for the data sets
-that the published configurations name, and else they stay open. Activations are in no formula here: rehearsal.py
-measures them.
+Numbers of images come from the index of the shards; while that is missing, from the literature for the data sets of
+the published configurations; otherwise they are unknown. Activations are in no formula here: rehearsal.py measures
+them.
 
 The backbone by ZeRO stage, P numbers of which T are trained, over W ranks (Rajbhandari et al. 2020, section 3):
 
@@ -29,7 +29,7 @@ from dist_proxygml.distributed.memory import format_bytes
 from dist_proxygml.training.data import TrainingData, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan
 
-_MOMENTS = 8  # bytes of Adam's two moments of a number
+_MOMENTS = 8  # bytes of Adam's two moments per parameter
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class BackboneMemory:
 
     @property
     def total(self) -> int:
-        """All of it, without activations."""
+        """The sum, without activations."""
         return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Needs of a run, head excepted; None where the number of images is not known."""
+    """Resources of a run besides its head; None where the number of images is unknown."""
 
     source: str
-    """Where the numbers of images come from, or why there are none."""
+    """Source of the numbers of images, or why they are unknown."""
     steps_per_epoch: int | None
     num_steps: int | None
     num_evaluations: int | None
@@ -62,18 +62,18 @@ class RunPlan:
     backbone: BackboneMemory
     checkpoint_bytes: int
     num_checkpoints: int
-    """Most that lie on the disk at a time, the one that is being written among them."""
+    """Maximum number on disk at a time, including the one being written."""
     runs_dir: str
     free_bytes: int
 
     @property
     def needed_bytes(self) -> int:
-        """Disk for checkpoints."""
+        """Disk space for checkpoints."""
         return self.checkpoint_bytes * self.num_checkpoints
 
     @property
     def what_does_not_fit(self) -> str:
-        """What to tell where they take more than there is."""
+        """Error message for checkpoints that need more space than is free."""
         return (
             f"expected room for {self.num_checkpoints} checkpoints of {format_bytes(self.checkpoint_bytes)}, together "
             f"{format_bytes(self.needed_bytes)}, got {format_bytes(self.free_bytes)} in {self.runs_dir}; lower "
@@ -81,7 +81,7 @@ class RunPlan:
         )
 
     def __str__(self) -> str:
-        """A table for people."""
+        """Format the plan as a table."""
 
         def number(value: int | None) -> str:
             return "unknown" if value is None else f"{value:,}"
@@ -107,12 +107,12 @@ class RunPlan:
 
 
 def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
-    """The needs of `config` on `world_size` ranks.
+    """Predict the resources of `config` on `world_size` ranks.
 
     `bank_bytes` are the bytes of the proxy bank with its optimizer state over all ranks, as a checkpoint holds them.
 
     Raises:
-        ValueError: the shards are there but unusable, or the backbone cannot be built.
+        ValueError: the shards exist but are unusable, or the backbone cannot be built.
     """
     source, steps_per_epoch, num_test = _counts(config)
     training, evaluation, keep = config.training, config.evaluation, config.checkpoint
@@ -148,7 +148,7 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
 
 
 def plan_backbone(config: Config, *, num_parameters: int, num_trained: int, world_size: int) -> BackboneMemory:
-    """Bytes of the backbone on one rank, by the formula above."""
+    """Compute the bytes of the backbone on one rank, by the formula above."""
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     is_half = any(config.deepspeed.get(section, {}).get("enabled", False) for section in ("bf16", "fp16"))
     width, master = (2, 4) if is_half else (4, 0)
@@ -164,7 +164,7 @@ def plan_backbone(config: Config, *, num_parameters: int, num_trained: int, worl
 
 
 def _count_parameters(config: Config) -> tuple[int, int]:
-    """Numbers of the backbone, and those that are trained; the random generator is left as it was."""
+    """Count all and trained parameters of the backbone; the random generator is unchanged."""
     with torch.random.fork_rng(devices=[]):
         model = build_backbone(config.backbone, load_pretrained=False)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -172,18 +172,18 @@ def _count_parameters(config: Config) -> tuple[int, int]:
 
 
 def has_index(config: Config) -> bool:
-    """Whether the shards are there, or lie elsewhere, where the index will be fetched from."""
+    """Whether the index exists, or is remote and will be fetched."""
     return is_remote(config.data.shards) or (Path(config.data.shards) / INDEX_FILE).is_file()
 
 
 def _counts(config: Config) -> tuple[str, int | None, int | None]:
-    """Where the counts come from, steps of an epoch, images that an evaluation embeds."""
+    """Return the source of the counts, steps per epoch, images that an evaluation embeds."""
     shards = config.data.shards
     if has_index(config):
         train = None if config.data.stream is not None else open_split(config, config.data.train_split)
         if train is None or train.num_classes == config.num_classes:
             data = open_training_data(config)
-        else:  # a plan may ask what more classes would take
+        else:  # a plan may explore a larger number of classes
             data = TrainingData(config, train)
         splits = [config.data.test_split, config.evaluation.gallery_split]
         num_test = sum(open_split(config, split).num_samples for split in splits if split is not None)
@@ -203,20 +203,20 @@ def _counts(config: Config) -> tuple[str, int | None, int | None]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest around it that exists."""
+    """Return the folder, or its nearest ancestor that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def describe_plans(config: Config, plan: HeadPlan) -> str:
-    """The tables of the head and of the rest of the run.
+    """Format the tables of the head and of the rest of the run.
 
     Raises:
-        ValueError: the shards are there but unusable, or the backbone cannot be built.
+        ValueError: the shards exist but are unusable, or the backbone cannot be built.
     """
     return f"{plan}\n{plan_rest(config, plan)}"
 
 
 def plan_rest(config: Config, plan: HeadPlan) -> RunPlan:
-    """All but the head: as `plan_run`, for the bank of a head's plan."""
+    """Predict everything but the head: as `plan_run`, for the bank of a head's plan."""
     whole_bank = plan.num_proxies * (plan.bank_bytes + plan.optimizer_bytes) // plan.num_own_proxies
     return plan_run(config, world_size=plan.world_size, bank_bytes=whole_bank)

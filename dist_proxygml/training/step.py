@@ -1,11 +1,11 @@
-"""One optimizer step, and what it works on.
+"""One optimizer step, and its state.
 
 Embeddings through the engine -> loss over the partitioned bank -> gradients of the proxies (final, on their rank) and
-of the embeddings (handed to the engine) -> both optimizers step. What a step draws, and its learning rates, are
-functions of the position in the epochs.
+of the embeddings (passed to the engine) -> both optimizers step. A step's random draws and learning rates are functions
+of the position in the epochs.
 
-Where anything comes out as NaN or infinite on any rank, all ranks leave the step out together: neither backbone nor
-proxies nor a moment of theirs changes.
+If anything is NaN or infinite on any rank, all ranks skip the step together: neither backbone nor proxies nor their
+moments change.
 """
 
 import math
@@ -38,7 +38,7 @@ from dist_proxygml.training.transfer import Transfer
 
 @dataclass
 class TrainState:
-    """What a training step reads and changes."""
+    """State that a training step reads and updates."""
 
     context: ParallelContext
     config: Config
@@ -47,48 +47,48 @@ class TrainState:
     bank_optimizer: torch.optim.Optimizer
     num_steps: int  # of the whole run, at this batch size
     steps_per_epoch: int
-    step: int = 0  # optimizer steps done, at whatever batch sizes
-    schedule_step: int = 0  # the same position counted in steps of this batch size: what schedules go by
-    consumed: int = 0  # images of this epoch that are done
+    step: int = 0  # completed optimizer steps, at whatever batch sizes
+    schedule_step: int = 0  # the same position in steps of this batch size, for schedules
+    consumed: int = 0  # consumed images of this epoch
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run's last step is done; a run that was made shorter may be beyond it."""
+        """Whether the run's last step is done; a run that was shortened may be beyond it."""
         return self.schedule_step >= self.num_steps
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, that the next step belongs to."""
+        """The epoch of the next step, from 0."""
         return self.schedule_step // self.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """Why a step changed nothing."""
+    """Why a step was skipped."""
 
     reason: str  # the same on every rank
-    suspects: list[int]  # ids of this rank's images whose embedding or gradient is NaN or infinite
+    suspects: list[int]  # ids of this rank's images with a NaN or infinite embedding or gradient
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step came to, over all ranks."""
+    """Result of a step over all ranks."""
 
     terms: LossTerms | None  # means over the step's images, still on the device; None where the loss was not finite
-    backbone_norm: float | None  # of the gradient before clipping, where it was measured
+    backbone_norm: float | None  # of the gradient before clipping, if measured
     proxies_norm: float
     skipped: SkippedStep | None
-    requests: tuple[bool, ...]  # whether any rank made the request of that place
+    requests: tuple[bool, ...]  # for each request, whether any rank made it
 
 
 def build_train_state(
     config: Config, context: ParallelContext, *, steps_per_epoch: int, transfer: Transfer | None = None
 ) -> TrainState:
-    """Backbone, bank and optimizers at step 0, the same on any number of ranks; with `transfer` the backbone has the
-    weights that it brings. Called on all ranks.
+    """Build backbone, bank and optimizers at step 0, the same on any number of ranks; with `transfer` the backbone has
+    its weights. Called on all ranks.
 
     The proxies are random: class means, which need the images, come from `training.start_from_class_means`. With
-    proxies.unit_norm they are brought to length 1 here already, whatever their initialisation.
+    proxies.unit_norm they are already normalised here, whatever their initialisation.
     """
     settings = run_together(context, engine_settings, config, context.world_size)
     torch.manual_seed(config.seed)
@@ -129,7 +129,7 @@ def build_train_state(
     if config.proxies.unit_norm:
         bring_to_unit_length_(loss.proxies)
     num_steps = steps_per_epoch * config.training.epochs
-    torch.manual_seed(config.seed + context.rank)  # dropout: other images, other masks
+    torch.manual_seed(config.seed + context.rank)  # dropout: a different mask per image
     return TrainState(
         context=context,
         config=config,
@@ -144,18 +144,18 @@ def build_train_state(
 def train_step(
     state: TrainState, micro_batches: Sequence[Batch], *, measure: bool, requests: Sequence[bool] = ()
 ) -> StepReport:
-    """One optimizer step over the global batch that `micro_batches` are this rank's part of. Called on all ranks.
+    """Take an optimizer step over the global batch, of which `micro_batches` are this rank's part. Called on all ranks.
 
     Gradients: the loss of a micro-batch is the mean over its images of all ranks, weighted so that the average over
     micro-batches is the mean over the step's images. The engine divides the backbone's by their number itself; the
-    bank's are divided here. A sparse gradient of the bank is brought to one row a class first, since several
-    micro-batches give a class several, whose norm is not that of their sum.
+    bank's are divided here. A sparse gradient of the bank is coalesced first, since several micro-batches give a class
+    several rows, whose norm is not that of their sum.
 
     Args:
-        state: what is trained.
+        state: updated in place.
         micro_batches: as many as `config.accumulation`.
-        measure: whether the norm of the backbone's gradient is wanted.
-        requests: what this rank has to ask of all ranks; they learn of it without a collective of its own.
+        measure: whether to measure the norm of the backbone's gradient.
+        requests: this rank's requests to all ranks, sent along without an extra collective.
     """
     context, config = state.context, state.config
     fault_point("step.begin")
@@ -163,7 +163,7 @@ def train_step(
     set_learning_rates(state.engine.optimizer, rates[:2])
     set_learning_rates(state.bank_optimizer, rates[2:])
 
-    # 1. Forward and backward, micro-batch by micro-batch. What the loss draws is numbered by the step, not by history.
+    # 1. Forward and backward, micro-batch by micro-batch. The loss's draws are indexed by the step, not by history.
     state.loss.draw = state.step * config.accumulation
     sums: list[Tensor] | None = None
     detached_embeddings: list[Tensor] = []
@@ -187,7 +187,7 @@ def train_step(
             proxies_norm, kept_classes, answers = _finish_bank_gradient(state, len(micro_batches), requests)
             if failure is None and not math.isfinite(proxies_norm):
                 failure = "the gradient of the proxies is NaN or infinite"
-        if gradient is None or failure is not None:  # the engine drops what is not finite, on all ranks
+        if gradient is None or failure is not None:  # the engine drops non-finite gradients, on all ranks
             gradient = torch.full_like(embeddings, torch.nan)
         state.engine.backward(embeddings, gradient)
         backbone_norm = state.engine.step(measure_norm=measure)
@@ -217,10 +217,10 @@ def train_step(
 def _finish_bank_gradient(
     state: TrainState, accumulation: int, requests: Sequence[bool]
 ) -> tuple[float, Tensor | None, tuple[bool, ...]]:
-    """The bank's gradient as the optimizer takes it: one row a class, averaged over micro-batches, clipped.
+    """Prepare the bank's gradient for the optimizer: coalesce, average over micro-batches, clip.
 
     Returns:
-        Its norm over all ranks before clipping, the classes [u] it is for (None: all), what any rank requests.
+        Its norm over all ranks before clipping, its classes [u] (None: all), the requests of any rank.
     """
     parameter = state.loss.proxies
     values, kept_classes = parameter.new_zeros(0, 1), None
@@ -230,7 +230,7 @@ def _finish_bank_gradient(
     elif parameter.grad is not None:
         values = parameter.grad
     values /= accumulation
-    # Partitions are disjoint: squares add up over ranks. NaN and infinity stay what they are.
+    # Partitions are disjoint, so squares add up over ranks. NaN and infinity propagate.
     asked = torch.tensor([float(request) for request in requests], dtype=torch.float64, device=values.device)
     sums = all_reduce_sum(torch.cat([squared_norm(values).reshape(1), asked]), group=state.context.group).tolist()
     norm = math.sqrt(sums[0])
@@ -251,7 +251,7 @@ def _suspects(micro_batches: Sequence[Batch], detached_embeddings: Sequence[Tens
 
 
 def learning_rates(state: TrainState) -> list[float]:
-    """Learning rates of trunk, embedding layer and proxies at the state's step."""
+    """Return the learning rates of trunk, embedding layer and proxies at the state's step."""
     optimizer = state.config.optimizer
     factor = learning_rate_factor(
         state.config.schedule,

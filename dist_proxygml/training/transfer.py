@@ -1,15 +1,15 @@
-"""A new run that starts from a trained model: its backbone, and the proxies of the classes that both have, by name.
+"""Initialise a new run from a trained model: its backbone, and the proxies of shared classes, matched by name.
 
     rank 0      opens the model, verifies it, and finds each class's row in its bank by the class's name
-    all ranks   learn the rows of their own classes, load the backbone, and read those rows
+    all ranks   receive the rows of their own classes, load the backbone, and read those rows
 
-A class that only the new run has keeps its initial proxies, a class that only the model has is left behind. Optimizers
-start anew. A class is the same if its name is; where a table has a name twice, the source's id must be the same too.
-Classes without a name, which the index calls by their number, are the same in the same shards only: the numbers of
-another data set mean other classes.
+A class that only the new run has keeps its initial proxies; a class that only the model has is dropped. Optimizers
+start anew. Classes match by name; where a table has a name twice, the source's id must match too. Classes without a
+name, which the index calls by their number, match in the same shards only: the numbers of another data set mean other
+classes.
 
-Chosen: one lookup by rank 0, and no exchange of rows: what a rank needs it reads itself. Declined: a mapping of classes
-given by the user, who can rename classes in the shards; to adapt another number of proxies per class, or dimension.
+Chosen: one lookup on rank 0 and no exchange of rows; each rank reads what it needs. Declined: a user-supplied mapping
+of classes (rename classes in the shards instead); adapting another number of proxies per class or dimension.
 
 Dimension key: C classes of the new run, c those of this rank.
 """
@@ -36,7 +36,7 @@ from dist_proxygml.head.partition import ClassPartition
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a new run takes over from a trained model."""
+    """The parts of a trained model that a new run takes over."""
 
     model: TrainedModel
     rows_c: np.ndarray | None
@@ -47,26 +47,27 @@ class Transfer:
 
     @property
     def num_new(self) -> int:
-        """Classes whose proxies are initialised as the configuration says."""
+        """Number of classes whose proxies are initialised as configured."""
         return self.num_classes - self.num_kept
 
     def load_backbone_(self, model: nn.Module) -> None:
-        """Set the weights of a backbone that no engine has yet; they take its precision. No collective.
+        """Load the weights into a backbone before it enters an engine, in its precision. No collective.
 
         Raises:
-            ValueError: another network.
+            ValueError: the network is a different one.
         """
         types = {name: value.dtype for name, value in model.state_dict().items()}
-        load_backbone(self.model.path, model)  # as they were trained, and in the file's memory
+        load_backbone(self.model.path, model)  # in their trained precision, memory-mapped
         weights = {name: value.to(types[name], copy=True) for name, value in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
 
     def load_proxies_(self, proxies_cND: Tensor, context: ParallelContext, *, unit_norm: bool) -> None:
-        """Set the proxies of this rank's classes that the model knows, bit by bit; with `unit_norm` bring all to length
-        1. Called on all ranks.
+        """Copy the proxies of this rank's classes that the model has, bit by bit; with `unit_norm` normalise all.
+
+        Called on all ranks.
 
         Raises:
-            ValueError: on every rank: the bank cannot be read.
+            ValueError: on every rank, if the bank cannot be read.
         """
         if self.rows_c is not None:
             rows_c = self.rows_c
@@ -85,14 +86,14 @@ class Transfer:
 
 
 def copy_rows_(proxies_cND: Tensor, bank: StoredBank, rows_c: np.ndarray) -> None:
-    """Set the proxies of each class of this rank to a row of a stored bank, bit by bit. No collective.
+    """Copy a row of a stored bank, bit by bit, into the proxies of each class of this rank. No collective.
 
-    Of each part only the range is read in which this rank's rows lie. Memory beyond the proxies: three such parts.
+    Only the range of each part that contains this rank's rows is read. Memory beyond the proxies: three such parts.
 
     Args:
         proxies_cND: float32; overwritten in place.
         bank: of the same N and D.
-        rows_c: int64 [c]; the row of each class, -1 leaves its proxies as they are.
+        rows_c: int64 [c]; the row of each class, -1 leaves its proxies unchanged.
 
     Raises:
         ValueError: the bank cannot be read.
@@ -112,11 +113,11 @@ def copy_rows_(proxies_cND: Tensor, bank: StoredBank, rows_c: np.ndarray) -> Non
 
 
 def open_transfer(config: Config, index: ShardIndex | None, context: ParallelContext) -> Transfer | None:
-    """What `checkpoint.init_from` names, verified and compared with the configuration and the classes of `index`, the
-    training split; None where it names nothing. Called on all ranks, before anything is built.
+    """Open and verify the model that `checkpoint.init_from` names, and match it with the configuration and the classes
+    of `index`, the training split; None if it is unset. Called on all ranks, before anything is built.
 
     Raises:
-        ValueError: on every rank: nothing whole is there, it does not fit, or no class has its name.
+        ValueError: on every rank, if the model is missing or damaged, does not fit, or shares no class.
     """
     if config.checkpoint.init_from is None:
         return None
@@ -127,7 +128,7 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
         return Transfer(model, None, num_classes, num_kept=0, num_dropped=0)
     assert index is not None  # Config refuses a stream
     num_stored = run_on_rank_zero(context, _check_shape, model, config)
-    no_rows = np.zeros(num_classes, np.int64)  # what the others add to those of rank 0
+    no_rows = np.zeros(num_classes, np.int64)  # the remaining ranks' part
     rows_C = run_together(context, lambda: _rows_by_name(model, index) if context.is_main else no_rows)
     rows_C = all_reduce_sum(torch.from_numpy(rows_C).to(context.device), group=context.group).cpu().numpy()
     partition = ClassPartition(config.num_trained_classes, context.world_size, context.rank)
@@ -137,7 +138,7 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
 
 
 def match_classes(new: Sequence[ClassEntry], stored: Sequence[ClassEntry]) -> np.ndarray:
-    """The position in `stored` of each class of `new`, -1 where it is not there; int64 [len(new)]."""
+    """Return the position in `stored` of each class of `new`, -1 if missing; int64 [len(new)]."""
     ambiguous = _names_that_come_twice(new) | _names_that_come_twice(stored)
 
     def key(entry: ClassEntry) -> Hashable:
@@ -158,7 +159,7 @@ def _open(path: Path, config: Config) -> TrainedModel:
 
 
 def _check_shape(model: TrainedModel, config: Config) -> int:
-    """Refuse a bank of another N or D; the number of its classes."""
+    """Refuse a bank with another N or D; return its number of classes."""
     num_stored, per_class, embedding_dim = model.bank().shape
     for name, here, there in (
         ("backbone.embedding_dim", config.backbone.embedding_dim, embedding_dim),
@@ -196,7 +197,7 @@ def _rows_by_name(model: TrainedModel, index: ShardIndex) -> np.ndarray:
 
 
 def _is_unnamed(entry: ClassEntry) -> bool:
-    """Whether the index has made up the name, as it does for shards that bring none."""
+    """Whether the index made up the name, as it does for shards without names."""
     return entry.source_id == entry.label and entry.name == str(entry.label)
 
 

@@ -18,8 +18,7 @@ from dist_proxygml.training.board import _is_shown, _names
 from dist_proxygml.training.run import train
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
-from tests.trained_runs import configuration
-from tests.unit.test_telemetry import read_board
+from tests.trained_runs import configuration, read_board
 
 CLASS_SIZES = [5, 4, 6]  # 15 images: three steps an epoch, the last one of three images
 EVALUATED = [0, 3, 6]

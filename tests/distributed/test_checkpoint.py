@@ -20,46 +20,12 @@ from dist_proxygml.checkpoint.folder import (
 )
 from dist_proxygml.checkpoint.writer import load_backbone, load_checkpoint, save_checkpoint
 from dist_proxygml.config import OptimizerConfig
-from dist_proxygml.distributed.engine import Engine
-from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero
 from dist_proxygml.head.loss import ProxyGMLLoss
 from dist_proxygml.head.optim import RowwiseAdagrad, SparseAdam
 from dist_proxygml.training.optim import build_bank_optimizer
 from tests.harness import run_ranks
-
-NUM_CLASSES = 7  # uneven over 2 and 3 ranks
-SETTINGS = {"seed": 0, "class table": "abc"}
-
-
-def parts(context: ParallelContext, stage: int, seed: int) -> tuple[Engine, ProxyGMLLoss, torch.optim.Optimizer]:
-    """A tiny backbone under DeepSpeed and a bank; `seed` varies all numbers."""
-    torch.manual_seed(seed)
-    model = nn.Linear(5, 4)
-    settings = {
-        "train_micro_batch_size_per_gpu": 6 // context.world_size,
-        "zero_optimization": {"stage": stage},
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    engine = Engine(model, torch.optim.Adam(model.parameters(), lr=0.1), settings=settings, context=context)
-    loss = ProxyGMLLoss(NUM_CLASSES, 4, proxies_per_class=2, ratio=0.5, group=context.group, seed=seed)
-    return engine, loss, torch.optim.Adam(loss.parameters(), lr=0.1)
-
-
-def step(
-    context: ParallelContext, engine: Engine, loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, seed: int
-) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    images, labels = torch.randn(6, 5, generator=generator), torch.randint(0, NUM_CLASSES, (6,), generator=generator)
-    own = slice(context.rank * 6 // context.world_size, (context.rank + 1) * 6 // context.world_size)
-    embeddings = nn.functional.normalize(engine.embed(images[own]))
-    leaf = embeddings.detach().requires_grad_()
-    terms = loss(leaf, labels[own])
-    terms.total.backward()
-    engine.backward(embeddings, leaf.grad)
-    engine.step(measure_norm=False)
-    optimizer.step()
-    optimizer.zero_grad()
-    return terms.total.item()
+from tests.small_checkpoints import NUM_CLASSES, SETTINGS, parts, step
 
 
 def train_and_save(context: ParallelContext, stage: int, directory: Path) -> tuple[list[float], dict[str, np.ndarray]]:
@@ -243,7 +209,7 @@ def load_elsewhere(context: ParallelContext, directory: Path, settings: dict[str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seed": 1, "class table": "abc"}, "other settings: seed was 0, is 1. Continue with the same ones"),
+        ({"seed": 1, "class table": "abc"}, "seed was 0, is 1"),
         ({"seed": 0}, "class table was abc, is None"),
     ],
 )
@@ -251,6 +217,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, settings: dict[s
     write_state(tmp_path / "step-000001", 1)
     with pytest.raises(ValueError, match=message):
         run_ranks(load_elsewhere, 1, tmp_path, settings)
+
+
+def load_damaged(context: ParallelContext, directory: Path, name: str) -> None:
+    train_and_save(context, 0, directory)
+    run_on_rank_zero(context, (directory / "step-000002" / name).write_bytes, b"no pickle")
+    engine, loss, optimizer = parts(context, 0, seed=1)
+    load_checkpoint(
+        directory / "step-000002",
+        engine=engine,
+        loss=loss,
+        bank_optimizer=optimizer,
+        context=context,
+        settings=SETTINGS,
+    )
+
+
+@pytest.mark.parametrize("name", ["random-rank-001.pt", "engine/mp_rank_00_model_states.pt"])
+def test_a_file_that_is_something_else_ends_every_rank_with_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"restore .*step-000002 from a copy, .*: it cannot be loaded: .*\(on rank"):
+        run_ranks(load_damaged, 2, tmp_path, name)
 
 
 def write_state(checkpoint: Path, step: int) -> None:

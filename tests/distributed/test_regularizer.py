@@ -11,8 +11,7 @@ from dist_proxygml.head import regularizer
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.regularizer import draw_anchors, proxy_regularizer, sampled_proxy_regularizer
 from tests.harness import run_ranks
-from tests.problems import relative_difference
-from tests.unit.test_regularizer import ROUNDING, chunks_of, dense, random_proxies, value_and_gradient
+from tests.problems import ROUNDING, chunks_of, dense, random_proxies, relative_difference, value_and_gradient
 
 # Classes and proxies per class on three ranks: 3 + 3 + 1 classes; 1 + 1 + 0; one class for all.
 SHAPES = [(7, 1), (7, 3), (2, 3), (1, 2)]

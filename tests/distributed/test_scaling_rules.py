@@ -16,9 +16,8 @@ from dist_proxygml.config import Config
 from dist_proxygml.data.order import EpochPlan
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.parallel import ParallelContext
-from tests.distributed.test_training import configuration
 from tests.harness import run_ranks
-from tests.unit.test_engine import same
+from tests.small_training import configuration, same
 
 NUM_CLASSES = 7
 # Steps of 32, 32 and 21 images: over 4 ranks x 4 micro-batches the last one has parts of 1 and of 2 images.

@@ -16,8 +16,8 @@ from dist_proxygml.checkpoint.writer import CheckpointWriter, load_checkpoint
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.head.loss import ProxyGMLLoss
-from tests.distributed.test_checkpoint import SETTINGS, step
 from tests.harness import run_ranks
+from tests.small_checkpoints import SETTINGS, step
 
 
 class Case(NamedTuple):
@@ -90,14 +90,16 @@ def train(context: ParallelContext, case: Case, steps: list[int], **run: Any) ->
     return [step(context, run["engine"], run["loss"], run["bank_optimizer"], seed=number) for number in steps]
 
 
-def without_a_stop(context: ParallelContext) -> dict[str, list[float]]:
-    return {name: train(context, case, [1, 2, 3, 4, 5, 6], **parts(context, case, 0)) for name, case in CASES.items()}
+def without_a_stop(context: ParallelContext, cases: dict[str, Case]) -> dict[str, list[float]]:
+    return {name: train(context, case, [1, 2, 3, 4, 5, 6], **parts(context, case, 0)) for name, case in cases.items()}
 
 
-def leg(context: ParallelContext, directory: Path, start: int) -> dict[str, tuple[list[float], dict[str, Any]]]:
+def leg(
+    context: ParallelContext, cases: dict[str, Case], directory: Path, start: int
+) -> dict[str, tuple[list[float], dict[str, Any]]]:
     """Two steps after step `start`, between two checkpoints: losses, and the numbers at both."""
     found = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         run = parts(context, case, seed=start)
         if start:
             checkpoint = directory / name / f"step-{start:06d}"
@@ -116,10 +118,18 @@ def leg(context: ParallelContext, directory: Path, start: int) -> dict[str, tupl
 
 
 @pytest.mark.timeout(240)
-def test_zero_goes_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
-    (expected, *_) = run_ranks(without_a_stop, 2, timeout=90)
-    legs = [run_ranks(leg, ranks, tmp_path, start, timeout=90) for ranks, start in ((2, 0), (1, 2), (3, 4))]
-    for name, case in CASES.items():
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["2, Adam, round robin", "3, several groups"],
+        pytest.param(["1", "3, Adam, all partitioned", "0, bfloat16", "1, bfloat16"], marks=pytest.mark.ci),
+    ],
+)
+def test_zero_goes_on_with_other_numbers_of_ranks(tmp_path: Path, names: list[str]) -> None:
+    cases = {name: CASES[name] for name in names}
+    (expected, *_) = run_ranks(without_a_stop, 2, cases, timeout=90)
+    legs = [run_ranks(leg, ranks, cases, tmp_path, start, timeout=90) for ranks, start in ((2, 0), (1, 2), (3, 4))]
+    for name, case in cases.items():
         for before, after in itertools.pairwise(legs):
             for rank in after:  # every rank has the same
                 saved, loaded = before[0][name][1]["saved"], rank[name][1]["loaded"]

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_proxygml import ProxyGMLLoss, similarity
+from dist_proxygml import ProxyGMLLoss
+from dist_proxygml.head import similarity
 from dist_proxygml.head.bank import Bank, Pairs, build_bank
 
 pytestmark = [

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baselines
+from benchmarks import baselines, elastic
 from benchmarks.baselines import (
     METRIC_LEARNING_LOSSES,
     BareProduct,
@@ -31,6 +31,8 @@ from benchmarks.search import check_agreement
 from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
+
+pytestmark = pytest.mark.ci
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +94,28 @@ def test_the_benchmark_of_ranks_counts_bytes_and_divides_the_bank(tmp_path: Path
     for head in ("candidates", "full_softmax"):
         assert found[head, 1]["bank_mib"] == pytest.approx(2 * found[head, 2]["bank_mib"], rel=1e-4)
     assert "missed" not in printed
+
+
+@pytest.mark.timeout(300)
+def test_the_benchmark_of_other_numbers_of_ranks_compares_a_run_with_its_like(tmp_path: Path) -> None:
+    settings = [*elastic.SHORT, f"runs_dir={tmp_path}", "seed=1", "training.max_steps=5", "schedule.warmup_steps=0"]
+    runs = elastic.runs_of("configs/demo_cpu.json", settings, seed=1, ranks=[1, 2], stops=[3])
+    assert set(runs) == {"left alone", "stopped", "elastic", "one ulp", "ulps"}
+    alone = runs["left alone"]
+    assert runs["stopped"] == alone  # to the bit, on the same number of ranks
+    for run in runs.values():
+        assert run.losses[:3] == alone.losses[:3]
+        assert run.losses[3:] == pytest.approx(alone.losses[3:], rel=1e-4)
+    weights = {
+        name: (tmp_path / f"seed-1-{name.replace(' ', '-')}/checkpoints/step-000005/backbone.safetensors").read_bytes()
+        for name in runs
+    }
+    assert weights["stopped"] == weights["left alone"]
+    assert len(set(weights.values())) == 4  # other sums and other weights end in other bits
+    rows = [{"seed": seed, "run": name, **run._asdict()} for seed in (0, 1) for name, run in runs.items()]
+    printed = elastic.table(rows, stop=3)
+    assert printed[2] == "| steps 1 to 3 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 |"
+    assert printed[-1].startswith("| ulps - left alone | ")
 
 
 @pytest.mark.timeout(120)

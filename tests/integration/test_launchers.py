@@ -1,5 +1,6 @@
-"""The launchers through the real deepspeed command, on the embedded shards: train, stop, resume, evaluate, and every
-way to be refused.
+"""The launchers on the embedded shards: train, stop, resume, evaluate, and every way to be refused.
+
+The run that most tests look at, and one that fails, are started by the real deepspeed command, others by the harness.
 """
 
 import json
@@ -13,7 +14,7 @@ import pytest
 
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.pipeline import EpochOrder
-from tests.harness import free_port
+from tests.harness import free_port, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/demo_cpu.json"
@@ -28,19 +29,28 @@ SHORT = (
 )
 
 
-def run(command: list[str], *, timeout: float = 240, threads: int | None = None) -> subprocess.CompletedProcess[str]:
+def train(*arguments: str, num_ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ("launchers/train.py", "--config", CONFIG, *arguments)
+    return run_command(*command, num_ranks=num_ranks, timeout=240, **variables)
+
+
+def evaluate(*arguments: str, num_ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run_command("launchers/evaluate.py", *arguments, num_ranks=num_ranks, timeout=240, **variables)
+
+
+def train_with_deepspeed(*settings: str) -> subprocess.CompletedProcess[str]:
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launchers/train.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("OMP_NUM_THREADS", None)
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
     return subprocess.run(
-        command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True, check=False
+        [*command, "--config", CONFIG, "--set", *settings],
+        cwd=ROOT,
+        env=environment,
+        timeout=240,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-
-
-def deepspeed(num_ranks: int, *arguments: str, threads: int | None = None) -> subprocess.CompletedProcess[str]:
-    command = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", str(free_port()), *arguments]
-    return run(command, threads=threads)
 
 
 def lines(run_directory: Path, kind: str) -> list[dict[str, float]]:
@@ -52,7 +62,7 @@ def lines(run_directory: Path, kind: str) -> list[dict[str, float]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of 20 steps on two ranks."""
     runs = tmp_path_factory.mktemp("runs")
-    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={runs}", *SHORT)
+    done = train_with_deepspeed(f"runs_dir={runs}", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "recall@1" in done.stdout.lower()
     assert "report.html" in done.stdout
@@ -100,9 +110,9 @@ def test_tensorboard_reads_the_scalars_and_images_back(trained: Path) -> None:
 def test_a_stopped_run_resumes_with_the_same_losses(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "demo_cpu")
     shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
-    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT)
+    done = train("--set", f"runs_dir={tmp_path}", *SHORT, num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing" in done.stdout
+    assert "resuming" in done.stdout
     first, again = lines(trained, "train"), lines(tmp_path / "demo_cpu", "train")
     assert [line["step"] for line in again] == list(range(1, 21))  # steps that were done again stand there once
     assert [line["images_per_second"] for line in again[10:]] != [line["images_per_second"] for line in first[10:]]
@@ -116,26 +126,44 @@ def test_a_stopped_run_resumes_with_the_same_losses(trained: Path, tmp_path: Pat
 
 
 @pytest.mark.timeout(300)
+def test_a_run_that_resumes_on_one_rank_goes_apart_as_slowly_as_rounding_does(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "demo_cpu")
+    shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
+    done = train("--set", f"runs_dir={tmp_path}", *SHORT, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 rank(s) on cpu; resuming" in done.stdout
+    first, again = lines(trained, "train"), lines(tmp_path / "demo_cpu", "train")
+    expected, got = [[line["loss"] for line in run] for run in (first, again)]
+    assert got[:10] == expected[:10]
+    assert got[10] == pytest.approx(expected[10], rel=1e-6)  # the same images and weights: float32's rounding
+    # then what docs/benchmarks/2026-11-29-elastic-resume.md measured, and found after moving weights by one ulp as well
+    assert got == pytest.approx(expected, rel=5e-3)
+    before, after = [lines(run, "evaluation")[-1]["recall@1"] for run in (trained, tmp_path / "demo_cpu")]
+    assert after == pytest.approx(before, abs=0.02)  # two seeds are as far apart
+
+
+@pytest.mark.timeout(300)
 def test_evaluating_a_checkpoint_repeats_the_run_to_the_last_digit(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "copy")
     stored = tmp_path / "copy" / "evaluation" / "step-000020.json"
     expected = json.loads(stored.read_text())
     stored.unlink()
-    done = deepspeed(2, "launchers/evaluate.py", "--run", str(tmp_path / "copy"))
+    done = evaluate("--run", str(tmp_path / "copy"), num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(stored.read_text()) == expected
     # another number of ranks, the same number of threads a rank: the same numbers; an older checkpoint: its own
     stored.unlink()
     older = tmp_path / "copy" / "evaluation" / "step-000010.json"
-    done = deepspeed(1, "launchers/evaluate.py", "--run", str(tmp_path / "copy"), "--checkpoint", "step-000010")
+    done = evaluate("--run", str(tmp_path / "copy"), "--checkpoint", "step-000010")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(older.read_text())["metrics"] != expected["metrics"]
-    arguments = ["launchers/evaluate.py", "--run", str(tmp_path / "copy"), "--checkpoint", "step-000020"]
-    done = deepspeed(1, *arguments, "--verify", threads=max(1, len(os.sched_getaffinity(0)) // 2))
+    arguments = ["--run", str(tmp_path / "copy"), "--checkpoint", "step-000020"]
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    done = evaluate(*arguments, "--verify", OMP_NUM_THREADS=str(threads))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(stored.read_text()) == expected
     assert "faiss and counter agree on the ranks of all" in done.stdout
-    done = run([sys.executable, *arguments, "--protocol", "cub"])
+    done = evaluate(*arguments, "--protocol", "cub")
     assert done.returncode == 2
     assert "error: protocol 'cub' is that of CUB-200-2011: expected 100 classes" in done.stderr
 
@@ -145,14 +173,14 @@ def test_a_finished_run_is_shown_again_and_never_continued_under_other_settings(
     shutil.copytree(trained, tmp_path / "demo_cpu")
     evaluation = tmp_path / "demo_cpu" / "evaluation" / "step-000020.json"
     evaluation.unlink()  # as if the run had been killed in its last evaluation
-    command = [sys.executable, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT]
-    done = run(command)
+    command = ["--set", f"runs_dir={tmp_path}", *SHORT]
+    done = train(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "after training" in done.stdout
     assert evaluation.exists()
     assert len(lines(tmp_path / "demo_cpu", "train")) == 20
     configuration = (tmp_path / "demo_cpu" / "config.json").read_text()
-    done = run([*command, "seed=1", "proxies.ratio=0.1"])
+    done = train(*command, "seed=1", "proxies.ratio=0.1")
     assert done.returncode == 2
     assert "other settings: proxies.ratio was 0.05, is 0.1; seed was 0, is 1." in done.stderr
     assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
@@ -162,13 +190,13 @@ def test_a_finished_run_is_shown_again_and_never_continued_under_other_settings(
 def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_path: Path) -> None:
     changes = ["deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=true", "evaluation.at_start=false"]
     changes += ["evaluation.raw_pixels=false", "training.max_steps=4"]
-    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT, *changes)
+    done = train("--set", f"runs_dir={tmp_path}", *SHORT, *changes, num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     stored = tmp_path / "demo_cpu" / "evaluation" / "step-000004.json"
     expected = json.loads(stored.read_text())
     assert expected["protocol"]["data"]["weights"] == ["torch.bfloat16"]
     stored.unlink()
-    done = deepspeed(2, "launchers/evaluate.py", "--run", str(tmp_path / "demo_cpu"))
+    done = evaluate("--run", str(tmp_path / "demo_cpu"), num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(stored.read_text()) == expected
 
@@ -177,20 +205,7 @@ def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_pat
 def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "demo_cpu")
     changes = ["training.max_steps=1", "evaluation.at_start=false"]
-    done = run(
-        [
-            sys.executable,
-            "launchers/train.py",
-            "--config",
-            CONFIG,
-            "--resume",
-            "never",
-            "--set",
-            f"runs_dir={tmp_path}",
-            *SHORT,
-            *changes,
-        ]
-    )
+    done = train("--resume", "never", "--set", f"runs_dir={tmp_path}", *SHORT, *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(lines(tmp_path / "demo_cpu", "train")) == 1
     assert (tmp_path / "demo_cpu.1" / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
@@ -219,7 +234,7 @@ def test_a_mistake_is_refused_in_one_message_and_nothing_is_written(
     tmp_path: Path, changes: list[str], message: str
 ) -> None:
     runs = [] if any("runs_dir" in change for change in changes) else [f"runs_dir={tmp_path / 'runs'}"]
-    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *runs, *changes], timeout=60)
+    done = train("--set", *runs, *changes)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     assert message in done.stderr
@@ -229,9 +244,7 @@ def test_a_mistake_is_refused_in_one_message_and_nothing_is_written(
 
 @pytest.mark.timeout(300)
 def test_two_ranks_refuse_with_one_message(tmp_path: Path) -> None:
-    done = deepspeed(
-        2, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path / 'runs'}", "training.batch_size=63"
-    )
+    done = train("--set", f"runs_dir={tmp_path / 'runs'}", "training.batch_size=63", num_ranks=2)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("does not divide over 2 ranks") == 1
     assert not (tmp_path / "runs").exists()
@@ -245,16 +258,7 @@ def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(t
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 0xFF  # the size stays, the crc does not
         shard.write_bytes(content)
-    done = deepspeed(
-        2,
-        "launchers/train.py",
-        "--config",
-        CONFIG,
-        "--set",
-        f"runs_dir={tmp_path}",
-        f"data.shards={shards}",
-        "evaluation.at_start=false",
-    )
+    done = train_with_deepspeed(f"runs_dir={tmp_path}", f"data.shards={shards}", "evaluation.at_start=false")
     assert done.returncode != 0
     assert "crc32" in done.stderr + done.stdout
     assert "train-00000" in done.stderr + done.stdout
@@ -280,7 +284,7 @@ def test_damaged_images_are_skipped_named_and_counted_in_class_balanced_training
         "data.num_workers=1",
         "data.cache_images=false",
     ]
-    done = deepspeed(2, "launchers/train.py", "--config", CONFIG, "--set", *changes)
+    done = train("--set", *changes, num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in batches of 8 classes x 4 images (the first epoch visits 8" in done.stdout
     run_directory = tmp_path / "demo_cpu"
@@ -299,7 +303,7 @@ def test_a_stopped_run_goes_on_at_its_image_with_another_batch_size_and_number_o
     shutil.copytree(trained, tmp_path / "demo_cpu")
     shutil.rmtree(tmp_path / "demo_cpu" / "checkpoints" / "step-000020")
     changes = [f"runs_dir={tmp_path}", *SHORT, "training.batch_size=48"]
-    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *changes])
+    done = train("--set", *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step-000010 in epoch 1 after 320 of its images" in done.stdout
     # 2,977 images are 63 steps of 48, and the 2,657 that are left 56 of them: this is where step 7 would begin
@@ -312,8 +316,8 @@ def test_a_stopped_run_goes_on_at_its_image_with_another_batch_size_and_number_o
 def test_a_run_that_was_made_shorter_than_it_is_ends_at_once(trained: Path, tmp_path: Path) -> None:
     """The 20 steps of 32 images that are done are 40 of 16: beyond the last one."""
     shutil.copytree(trained, tmp_path / "demo_cpu")
-    command = [sys.executable, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT]
-    done = run([*command, "training.batch_size=16"], timeout=90)
+    command = ["--set", f"runs_dir={tmp_path}", *SHORT]
+    done = train(*command, "training.batch_size=16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "after training" in done.stdout
     assert len(lines(tmp_path / "demo_cpu", "train")) == 20
@@ -326,7 +330,7 @@ def test_a_rest_that_does_not_divide_is_refused_before_anything_is_written(train
     configuration = (tmp_path / "demo_cpu" / "config.json").read_text()
     # 2,977 images are 229 steps of 13, but the 2,657 that are left are not
     changes = [f"runs_dir={tmp_path}", *SHORT, "training.batch_size=13", "deepspeed.gradient_accumulation_steps=13"]
-    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *changes])
+    done = train("--set", *changes)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "leave 9 for one step, which has 13 slots" in done.stderr
     assert "Traceback" not in done.stderr
@@ -338,21 +342,21 @@ def test_a_stream_of_plain_shards_trains(tmp_path: Path) -> None:
     changes = [f"runs_dir={tmp_path}", *SHORT, "training.max_steps=3", "evaluation.at_start=false"]
     changes += ["data.mode=stream", "data.stream.urls=shards/demo/train-{000000..000005}.tar"]
     changes += ["data.stream.samples_per_epoch=2977", "data.cache_images=false", "data.num_workers=1"]
-    done = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", *changes])
+    done = train("--set", *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a stream of 549 classes, 2,976 images an epoch" in done.stdout
     assert len(lines(tmp_path / "demo_cpu", "train")) == 3
-    again = run([sys.executable, "launchers/train.py", "--config", CONFIG, "--set", f"runs_dir={tmp_path}", *SHORT])
+    again = train("--set", f"runs_dir={tmp_path}", *SHORT)
     assert again.returncode == 2
     assert "data.mode was stream, is indexed" in again.stderr
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
 def test_every_configuration_validates_and_plans_without_data_or_gpu(config: str) -> None:
-    command = [sys.executable, "launchers/train.py", "--config", f"configs/{config}", "--dry-run", "2"]
+    command = ["--config", f"configs/{config}", "--dry-run", "2"]
     if json.loads((ROOT / "configs" / config).read_text())["data"]["num_classes"] is None:
         command += ["--set", "data.num_classes=100"]  # else its shards would say it
-    done = run(command, timeout=60)
+    done = run_command("launchers/train.py", *command)
     assert done.returncode == 0, done.stderr
     resolved, _, plan = done.stdout.partition("plan of the head")
     assert json.loads(resolved)["name"] == config.removesuffix(".json")

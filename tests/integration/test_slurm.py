@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 import pytest
 
-from dist_proxygml.cluster import submit
+from dist_proxygml.cluster.status import JobState, ask_job
 from tests.slurm_jobs import Slurm, start_launcher, training_losses, wait_for
+
+pytestmark = pytest.mark.ci
 
 SUBMIT = ("launchers/submit.py", "--config", "configs/demo_cpu.json")
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
@@ -84,7 +86,7 @@ class Job:
     def interruptions(self) -> tuple[list[int], list[int]]:
         """The steps after which the run has saved because it was told to stop, and those that it has gone on from."""
         saved = re.findall(r"^stopped by SIG.*: saved after step (\d+);", self.log, flags=re.MULTILINE)
-        continued = re.findall(r"; continuing \S+/step-(\d+) ", self.log)
+        continued = re.findall(r"; resuming \S+/step-(\d+) ", self.log)
         return [int(step) for step in saved], [int(step) for step in continued]
 
 
@@ -143,7 +145,6 @@ def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job
         slurm.ask("scancel", "--full", "--user=root")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_is_preempted_saves_once_and_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.preempted
@@ -157,7 +158,6 @@ def test_a_run_that_is_preempted_saves_once_and_continues_exactly(slurm: Slurm, 
     check_run(job, jobs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_comes_to_its_time_limit_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.limited
@@ -172,7 +172,6 @@ def test_a_run_that_comes_to_its_time_limit_continues_exactly(slurm: Slurm, jobs
     check_run(job, jobs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_is_requeued_by_its_signal_and_by_scontrol_continues_exactly(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.requeued
@@ -187,7 +186,6 @@ def test_a_run_that_is_requeued_by_its_signal_and_by_scontrol_continues_exactly(
     check_run(job, jobs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_whose_node_fails_goes_on_from_its_newest_checkpoint(slurm: Slurm, jobs: Jobs) -> None:
     job = jobs.deprived
@@ -215,7 +213,6 @@ def evaluation_lines(run_directory: Path) -> list[str]:
     return [line for line in lines if json.loads(line)["kind"] == "evaluation"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_rank_that_is_killed_ends_one_that_does_not_notice_within_seconds(slurm: Slurm, jobs: Jobs) -> None:
     output, errors = jobs.killed.communicate(timeout=120)
@@ -229,7 +226,6 @@ def test_a_rank_that_is_killed_ends_one_that_does_not_notice_within_seconds(slur
     assert ended_at - (jobs.runs / "killed" / "metrics.jsonl").stat().st_mtime < 20
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_mistake_that_only_a_job_in_slurm_can_find_gives_its_message_and_status_two(jobs: Jobs) -> None:
     output, errors = jobs.mistaken.communicate(timeout=120)
@@ -256,13 +252,13 @@ def test_what_can_never_start_is_reported_and_what_slurm_refuses_is_passed_on(sl
 def test_accounting_knows_how_a_job_has_ended_that_the_controller_has_forgotten(
     slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end_of(*options: str, cancel: bool = False) -> submit.JobState | None:
+    def end_of(*options: str, cancel: bool = False) -> JobState | None:
         job_id = slurm.ask("sbatch", "--parsable", "--output=/dev/null", *options).strip()
         if cancel:
             slurm.ask("scancel", job_id)
         accounting = ("sacct", "--noheader", "--allocations", "--format=End", f"--jobs={job_id}")
         wait_for(lambda: slurm.ask(*accounting).strip() not in ("", "Unknown"), seconds=30, what="accounting")
-        return submit.ask_job(job_id)
+        return ask_job(job_id)
 
     monkeypatch.setenv("SLURM_CONF", str(slurm.configuration))
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n")
@@ -272,7 +268,7 @@ def test_accounting_knows_how_a_job_has_ended_that_the_controller_has_forgotten(
     assert end_of("--wrap=kill -KILL $$") == ("FAILED", "None", 137, False)
     assert end_of("--wrap=true") == ("COMPLETED", "None", 0, False)
     assert end_of("--hold", "--wrap=true", cancel=True) == ("CANCELLED", "None", 0, False)
-    assert submit.ask_job("999999") is None
+    assert ask_job("999999") is None
 
 
 # ---- without SLURM ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import pytest
 
 from tests.slurm_jobs import ROOT, Slurm, training_losses, wait_for
 
+pytestmark = pytest.mark.ci
+
 NUM_STEPS = 20
 SETTINGS = (
     "training.batch_size=16",
@@ -47,7 +49,6 @@ def steps(run_directory: Path) -> list[int]:
     return [step for step, _ in training_losses(run_directory)]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_sweep_that_is_interrupted_goes_on_names_what_failed_and_trains_nothing_twice(tmp_path: Path) -> None:
     folder = tmp_path / "demo_cpu.sweep"
@@ -93,7 +94,6 @@ def test_a_sweep_that_is_interrupted_goes_on_names_what_failed_and_trains_nothin
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_job_array_is_submitted_once_and_followed_to_its_end(slurm: Slurm, tmp_path: Path) -> None:
     folder = tmp_path / "demo_cpu.sweep"

@@ -19,6 +19,8 @@ from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
 from tests.harness import free_port
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 16
 SHORT = (
@@ -117,7 +119,5 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert nearest.max() < 1e-5
 
     monkeypatch.chdir(tmp_path)
-    examples = [example for document in ("docs/retrieval.md", "README.md") for example in python_examples(document)]
-    assert len(examples) == 2
-    for example in examples:
-        exec(compile(example.replace("runs/wide", "runs/photos"), "example", "exec"), {})  # the run of the tutorial
+    (example,) = python_examples("docs/retrieval.md")
+    exec(compile(example.replace("runs/wide", "runs/photos"), "example", "exec"), {})  # the run of the tutorial

@@ -39,13 +39,13 @@ OWNERS: dict[str, set[str]] = {
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
     "webdataset": {"data"},
-    "submitit": {"cluster.submit"},
+    "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
     "pydantic": {"config"},
     "timm": {"backbones.build"},
     "triton": {"head.fused"},
     "jinja2": {"reporting.render"},
-    "huggingface_hub": {"inference.model_card"},
+    "huggingface_hub": {"inference.model_card", "data.remote"},
     "matplotlib": {"reporting.charts", "cluster.sweep_chart"},
     "tensorboard": {"reporting.projector"},
     "torch.utils.tensorboard": {"reporting.telemetry"},
@@ -111,6 +111,9 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{node.module}.{alias.name}"
 
 
+IMPORTS = {name: list(imports(tree)) for name, tree in TREES.items()}
+
+
 def own_module(imported: str) -> str | None:
     """The module of this project that a name lies in ("" for the package itself), or None."""
     top, _, rest = imported.partition(".")
@@ -143,7 +146,7 @@ def test_every_folder_has_a_layer() -> None:
 def test_a_folder_imports_only_what_stands_below_it() -> None:
     upwards = []
     for module in MODULES:
-        for line, imported in imports(TREES[module]):
+        for line, imported in IMPORTS[module]:
             target = own_module(imported)
             if target and room(target) != room(module) and LAYER_OF[room(target)] <= LAYER_OF[room(module)]:
                 upwards.append(f"{SOURCES[module].relative_to(ROOT)}:{line} imports {target}")
@@ -153,7 +156,7 @@ def test_a_folder_imports_only_what_stands_below_it() -> None:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    below = {module: {t for _, name in imports(TREES[module]) if (t := own_module(name))} for module in MODULES}
+    below = {module: {t for _, name in IMPORTS[module] if (t := own_module(name))} for module in MODULES}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -171,8 +174,8 @@ def test_a_library_is_imported_only_by_its_owners() -> None:
     strangers = {
         (library, module)
         for library, owners in OWNERS.items()
-        for module, tree in TREES.items()
-        if any(belongs(imported, library) for _, imported in imports(tree))
+        for module in TREES
+        if any(belongs(imported, library) for _, imported in IMPORTS[module])
         and not any(belongs(module, owner) for owner in owners)
     }
     assert strangers == set()
@@ -199,7 +202,7 @@ def test_only_the_communication_modules_call_torch_distributed() -> None:
 
 def test_maths_never_sees_the_configuration() -> None:
     assert MATHS <= set(MODULES)
-    seeing = {m for m in MATHS if "config" in {own_module(imported) for _, imported in imports(TREES[m])}}
+    seeing = {m for m in MATHS if "config" in {own_module(imported) for _, imported in IMPORTS[m]}}
     assert seeing == set()
 
 
@@ -273,21 +276,32 @@ assert torch.equal(before[0], after[0]) and before[1:] == after[1:], "seed or th
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
-def test_make_test_runs_every_folder_of_tests() -> None:
-    named = set(re.findall(r"tests/(\w+)", (ROOT / "Makefile").read_text()))
+def test_make_test_runs_every_folder_of_tests_and_ci_every_test() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"tests/(\w+)", makefile))
     there = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert there <= named
+    chosen = dict(re.findall(r"^(\w+): PYTEST := \S+ -m pytest(.*)$", makefile, re.MULTILINE))
+    assert chosen == {"test": " -m 'not ci'", "ci": " -m ci"}
+    assert re.findall(r"^make (test|ci)\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE) == ["test", "ci"]
+
+
+def test_no_test_imports_from_another_file_of_tests() -> None:
+    """What several need stands in a file of its own in tests/."""
+    importing = {
+        f"{path.relative_to(ROOT)} imports {imported}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for _, imported in imports(ast.parse(path.read_text()))
+        if ".test_" in imported
+    }
+    assert importing == set()
 
 
 def importers_of(library: str) -> set[str]:
     """Modules that import `library`, directly or through others of this project."""
-    found = {
-        module for module, tree in TREES.items() if any(belongs(imported, library) for _, imported in imports(tree))
-    }
+    found = {module for module in TREES if any(belongs(imported, library) for _, imported in IMPORTS[module])}
     while True:
-        more = {
-            module for module in MODULES if any(own_module(imported) in found for _, imported in imports(TREES[module]))
-        }
+        more = {module for module in MODULES if any(own_module(imported) in found for _, imported in IMPORTS[module])}
         if more <= found:
             return found
         found |= more

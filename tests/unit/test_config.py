@@ -242,6 +242,13 @@ def test_a_file_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> None
         load_config(tmp_path / "real.json")
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(SMALLEST).replace('"ratio": 0.5', '"ratio": 0.5, "topk": null, "ratio": 0.1')
+    (tmp_path / "twice.json").write_text(text)
+    with pytest.raises(ValueError, match=r"twice\.json, got: 'ratio' twice in one section; edit it$"):
+        load_config(tmp_path / "twice.json")
+
+
 @pytest.mark.parametrize(
     ("encoding", "named"), [("utf-16", "UTF-16"), ("latin-1", "another encoding"), ("utf-8-sig", None)]
 )

@@ -77,7 +77,7 @@ def command_lines(path: Path) -> list[str]:
 
 def read_command(document: str, line: str) -> Command | None:
     """The program of this project that the line starts, or None."""
-    match = re.search(r"(?:-m (dist_proxygml\.[\w.]+)|(?<!\S)(launchers/\w+\.py))(.*)", line)
+    match = re.search(r"(?:-m (dist_proxygml\.[\w.]+)|(?<!\S)(launchers/\w+\.py|tools/build_demo\.py))(.*)", line)
     if match is None or not re.match(r"\S*(python3?|deepspeed|srun)\b", line):
         return None
     rest = match[3].replace("'", " ").replace('"', " ")

@@ -12,8 +12,7 @@ import torch
 
 from dist_proxygml import doctor
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.data.audit import audit_shards, check_num_classes
-from dist_proxygml.data.finding import Finding, run_check
+from dist_proxygml.data.audit import Finding, audit_shards, check_num_classes, run_check
 from dist_proxygml.data.index import open_index, write_index
 from dist_proxygml.data.shards import ShardSample, list_shard, write_shard
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.shards import ShardSample, write_shard
+from dist_proxygml.data.sources import ImageRecord
+from dist_proxygml.data.verify import index_shards
 from dist_proxygml.embed import main
 from dist_proxygml.inference.embedder import Embedder
 from dist_proxygml.inference.embeddings import EmbeddingWriter, check_rows, open_embeddings
-from dist_proxygml.shard import index_shards
 from dist_proxygml.storage import folder as sealed_folder
+from dist_proxygml.storage.folder import hash_files
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
 
@@ -120,7 +123,7 @@ def test_a_pipe_among_the_images_is_named_and_not_waited_for(
 ) -> None:
     os.mkfifo(photos / "a.png")
     assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 2
-    assert f"{photos / 'a.png'}: no plain file" in capsys.readouterr().err
+    assert f"{photos / 'a.png'}: the file cannot be read: it is no regular file" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(
@@ -295,8 +298,31 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
         open_embeddings(out)
     (out / "manifest.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"expected dist-proxygml-embeddings of version 1 at .*damaged manifest.json; write"
+        ValueError, match=r"expected dist-proxygml-embeddings of version 1 at .*manifest.json is damaged.*; write"
     ):
+        open_embeddings(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("embeddings.npy", b""),
+        ("embeddings.npy", b"negative"),
+        ("embeddings.npy", pickle.dumps(print)),
+        ("ids.jsonl", b"[" * 200_000),
+    ],
+)
+def test_embeddings_whose_manifest_was_mended_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    out = tmp_path / "out"
+    with EmbeddingWriter(out, plan={}, embedding_dim=4) as writer:
+        writer.add(np.eye(4, dtype=np.float32), [ImageRecord(str(row)) for row in range(4)], [])
+        writer.finish({"model": {}, "data": {}})
+    before = (out / name).read_bytes()
+    (out / name).write_bytes(before.replace(b"(4, 4)", b"(-4,4)") if content == b"negative" else content)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"] = hash_files(out, list(manifest["files"]), num_threads=1)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"out is damaged: .*; write it with .*copy it again"):
         open_embeddings(out)
 
 
@@ -309,7 +335,7 @@ def test_two_processes_do_not_write_the_same_embeddings(run: Path, photos: Path,
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "begun\n"
-        with pytest.raises(ValueError, match=r"another process writes .*out; wait until it has ended"):
+        with pytest.raises(ValueError, match=r"out is in use by .*; wait until it has ended, or name another folder"):
             EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3)
         other.communicate("\n")
     assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 0

@@ -232,5 +232,5 @@ def test_a_record_shows_no_image_outside_its_folder(name: str, tmp_path: Path) -
         Image.new("RGB", (2, 2)).save(tmp_path / place)
     source = open_source(tmp_path / "photos")
     assert source.image(ImageRecord("a/0.png")).shape == (3, 2, 2)
-    with pytest.raises(ValueError, match="expected the path of an image below"):
+    with pytest.raises(ValueError, match="expected an image file below"):
         source.image(ImageRecord(name))

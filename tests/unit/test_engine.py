@@ -13,7 +13,7 @@ from dist_proxygml.distributed.engine import Engine, engine_settings
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.training import step as step_module
 from dist_proxygml.training.step import TrainState, build_train_state, train_step
-from tests.distributed.test_training import configuration
+from tests.small_training import configuration, same
 
 LARGEST_HALF = 65504.0
 
@@ -105,17 +105,6 @@ def batches(step: int, accumulation: int) -> list[Batch]:
 
 def bank_of(state: TrainState) -> dict[str, Any]:
     return copy.deepcopy({"proxies": state.loss.proxies.detach(), "optimizer": state.bank_optimizer.state_dict()})
-
-
-def same(left: Any, right: Any) -> bool:
-    """Bit for bit."""
-    if isinstance(left, Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -4,8 +4,6 @@ order a result is stored.
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +13,13 @@ import torch
 
 from dist_proxygml.config import load_config
 from dist_proxygml.distributed.parallel import single_process
-from dist_proxygml.evaluate import (
-    build_parser,
-    legacy_lines,
-    overrides,
-    ties_line,
-)
+from dist_proxygml.evaluate import _parser, legacy_lines, overrides, ties_line
 from dist_proxygml.evaluation import run as evaluation_run
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.run import what_is_other, what_numbers_depend_on
 from dist_proxygml.training import evaluate as training
+from tests.harness import run_command
 from tests.trained_runs import write_finished_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +30,7 @@ def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path) -> None:
     stored = json.loads((run / "config.json").read_text())
     stored["data"]["shards"] = f"pipe:touch {tmp_path}/pwned\x1b[2J #{{}}"
     (run / "config.json").write_text(json.dumps(stored))
-    command = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), "--run", str(run)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    ended = run_command("launchers/evaluate.py", "--run", str(run))
     assert ended.returncode == 2
     assert "error: expected a location that runs no command" in ended.stderr
     assert "\x1b" not in ended.stderr
@@ -48,7 +41,7 @@ def evaluated_with(folder: Path, config: str, *arguments: str) -> tuple[str, str
     """Split, gallery split, protocol, K and whether the published evaluation is repeated."""
     path = folder / "config.json"
     path.write_text(load_config(ROOT / "configs" / f"{config}.json").model_dump_json())  # as a run stores it
-    resolved = load_config(path, overrides(build_parser().parse_args(["--run", "runs/any", *arguments])))
+    resolved = load_config(path, overrides(_parser().parse_args(["--run", "runs/any", *arguments])))
     of = resolved.evaluation
     return resolved.data.test_split, of.gallery_split, of.protocol, of.recall_at, of.legacy_proxygml
 
@@ -80,7 +73,7 @@ def test_a_run_that_keeps_the_best_by_a_metric_is_evaluated_without_it(tmp_path:
     path = tmp_path / "config.json"
     own = load_config(ROOT / "configs" / "demo_cpu.json", ["checkpoint.keep_best=nmi"])
     path.write_text(own.model_dump_json())
-    of_command = overrides(build_parser().parse_args(["--run", "runs/any"]))
+    of_command = overrides(_parser().parse_args(["--run", "runs/any"]))
     assert load_config(path, [*of_command, "evaluation.kmeans_seeds=0"]).evaluation.kmeans_seeds == 0
     assert what_numbers_depend_on(load_config(path, of_command)) == what_numbers_depend_on(own)
 
@@ -114,7 +107,7 @@ def test_a_result_that_measured_something_else_has_a_name_of_its_own(
     own = load_config(ROOT / "configs" / "sop_8gpu.json")
     path = tmp_path / "config.json"
     path.write_text(own.model_dump_json())
-    given = build_parser().parse_args(["--run", "runs/any", *arguments])
+    given = _parser().parse_args(["--run", "runs/any", *arguments])
     config = load_config(path, [*overrides(given), *settings])
     found = what_is_other(config, load_config(path), shards=given.data, digest="0123abcd4567")
     assert re.fullmatch(expected, found), found
@@ -128,7 +121,7 @@ def test_other_settings_have_other_names() -> None:
 
 
 def test_the_help_has_examples() -> None:
-    assert "examples:" in build_parser().format_help()
+    assert "examples:" in _parser().format_help()
 
 
 def test_numbers_of_the_published_evaluation_are_printed_apart() -> None:

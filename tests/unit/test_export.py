@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from dist_proxygml.export import main
 from dist_proxygml.inference import export_folder
 from dist_proxygml.inference.export_check import original_backbone
 from dist_proxygml.inference.export_folder import export
-from dist_proxygml.storage.folder import seal
+from dist_proxygml.storage.folder import hash_files, seal
 from dist_proxygml.training.transfer import open_transfer
 from tests.harness import run_ranks
 from tests.trained_runs import configuration, read_class_names, write_class_names, write_run
@@ -303,15 +304,15 @@ def test_a_wrong_command_line_ends_before_any_work(
 ) -> None:
     run, _ = trained
     given = ["--run", str(run), "--out", str(tmp_path / "new")]
+    for name in ("pickle", "torchscript"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, "--format", f"onnx,{name}"])
+        assert f"expected one or several of safetensors, onnx, got {name!r}" in capsys.readouterr().err
     for more, message in (
-        (["--format", "onnx,pickle"], "expected one or several of safetensors, onnx, got 'pickle'"),
-        (["--format", "torchscript"], "expected one or several of safetensors, onnx, got 'torchscript'"),
-        (["--data", "shards/demo"], "--data names the images for --verify"),
-        (["--opset", "20"], "--opset is of ONNX"),
+        (["--data", "shards/demo"], "--verify with --data"),
+        (["--opset", "20"], "onnx with --opset"),
     ):
-        with pytest.raises(SystemExit) as ending:
-            main([*given, *more])
-        assert ending.value.code == 2
+        assert main([*given, *more]) == 2
         assert message in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert main([*given, "--format", "onnx"]) == 2
@@ -391,6 +392,37 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     assert names_below(tmp_path) == ["birds"]
 
 
+@pytest.mark.parametrize("kind", ["empty", "half", "pickle", "complex", "whole numbers"])
+def test_weights_that_are_none_are_refused_though_the_manifest_was_mended(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    checkpoint = run / "checkpoints" / CHECKPOINT
+    weights = load_file(path := checkpoint / "backbone.safetensors")
+    content = {"empty": b"", "half": path.read_bytes()[:999], "pickle": pickle.dumps(print)}.get(kind)
+    if content is None:
+        dtype = torch.complex64 if kind == "complex" else torch.int8
+        save_file({name: value.to(dtype) for name, value in weights.items()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"backbone.safetensors does not fit the configured backbone"):
+        load_backbone(checkpoint, build_backbone(load_config(run / "config.json").backbone))
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    manifest["files"] = hash_files(checkpoint, list(manifest["files"]), num_threads=1)
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert main(["--run", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert re.fullmatch(r"error: .*backbone.safetensors holds no weights: .*; copy it again\n", capsys.readouterr().err)
+    assert names_below(tmp_path) == ["run"]
+
+
+def test_a_bank_of_whole_numbers_is_no_bank(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    export(trained[0], tmp_path / "birds")
+    for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        save_file({"proxies": torch.ones(7, 1, 4).to(dtype)}, tmp_path / "birds" / "bank.safetensors")
+        with pytest.raises(ValueError, match=r"bank.safetensors cannot be read: proxies of .*; export it again"):
+            trained_module.TrainedModel(tmp_path / "birds", 30, {}, export={"step": 30}).bank()
+
+
 @pytest.mark.parametrize("name", ["backbone.safetensors", "bank.safetensors", "classes.jsonl"])
 def test_a_damaged_export_is_not_used(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, name: str) -> None:
     export(trained[0], tmp_path / "birds")
@@ -411,9 +443,9 @@ def test_a_damaged_export_is_not_used(trained: tuple[Path, dict[str, np.ndarray]
         open_trained(tmp_path / "birds")
     (tmp_path / "birds" / "export.json").write_text('{"kind": "dist-proxygml-export", "version": 2}')
     with pytest.raises(
-        ValueError, match=r"expected dist-proxygml-export of version 1 at .*, found .*-export 2; export"
+        ValueError, match=r"expected dist-proxygml-export of version 1 at .*, but .*version 2.*; export"
     ):
         open_trained(tmp_path / "birds")
     (tmp_path / "birds" / "export.json").write_text('{"kind": "dist-proxygml-export", "version": 1, "files": {}}')
-    with pytest.raises(ValueError, match=r"birds/export.json is damaged \(.*no entry 'run'.*\); export it again"):
+    with pytest.raises(ValueError, match=r"export.json is damaged \(.*no entry 'run'.*\); export it again"):
         open_trained(tmp_path / "birds")

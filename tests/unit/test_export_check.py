@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.config import BackboneConfig, Config, load_config, load_run_config
+from dist_proxygml.data import remote
 from dist_proxygml.inference import export_check
 from dist_proxygml.inference.export_check import (
     CheckImages,
@@ -195,7 +196,10 @@ def test_without_shards_images_are_random_and_that_is_said(capsys: pytest.Captur
         check_images(config_on("unused"), data="nowhere")
 
 
-def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_runs_that_the_folder_of_a_run_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.0)
     run = write_finished_run(tmp_path)
     command = f"pipe:touch {tmp_path}/pwned #{{}}"
     stored = json.loads((run / "config.json").read_text())

@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_proxygml import ProxyGMLLoss, similarity
+from dist_proxygml import ProxyGMLLoss
+from dist_proxygml.head import similarity
 from dist_proxygml.head.bank import Bank, Pairs, build_bank
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.distributed.parallel import single_process
+from dist_proxygml.distributed.parallel import single_process, status_of
 from dist_proxygml.plan import format_bytes, main
 from dist_proxygml.training.checks import check_run
 from dist_proxygml.training.data import count_classes
@@ -18,6 +18,11 @@ from dist_proxygml.training.head_plan import check_fits, plan_head
 from dist_proxygml.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def planned(arguments: list[str]) -> int:
+    """The exit status of the command."""
+    return status_of(lambda: main(arguments))
 
 
 def test_the_plan_of_stanford_online_products_on_eight_ranks() -> None:
@@ -147,15 +152,15 @@ def test_the_command_explains_a_mistake(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    status = main(["--config", str(ROOT / "configs" / "sop_8gpu.json"), *arguments])
+    status = planned(["--config", str(ROOT / "configs" / "sop_8gpu.json"), *arguments])
     assert status == 2
     assert capsys.readouterr().err.startswith("error: expected")
 
 
 CONTRADICTIONS = [
     ("data.test_split=train", r"got 549 of 549 that are in 'train' too, such as '1st-place-medal'.*allow_seen_classes"),
-    ('deepspeed={"zero_optimization": {"stag": 2}}', "that DeepSpeed takes, got: .*stag"),
-    ('deepspeed={"data_types": {"grad_accum_dtype": "x"}}', "that DeepSpeed takes, got: 'x'"),
+    ('deepspeed={"zero_optimization": {"stag": 2}}', "section deepspeed .*stag"),
+    ('deepspeed={"data_types": {"grad_accum_dtype": "x"}}', "section deepspeed .*'x'"),
     ('deepspeed={"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}', "cpu_optimizer false"),
     (
         'backbone={"name": "timm/vit_tiny_patch16_224"}',
@@ -189,7 +194,7 @@ def test_asking_finds_what_the_start_would_find(capsys: pytest.CaptureFixture[st
         with pytest.raises(ValueError, match=message):
             check_run(demo(f"data.shards={ROOT / 'shards' / 'demo'}", change), world_size=8)
         given = [f"data.shards={ROOT / 'shards' / 'demo'}", change]
-        assert main(["--config", str(ROOT / "configs" / "demo_cpu.json"), "--set", *given]) == 2
+        assert planned(["--config", str(ROOT / "configs" / "demo_cpu.json"), "--set", *given]) == 2
         assert re.match(f"error: .*{message}", capsys.readouterr().err)
 
 
@@ -212,14 +217,14 @@ def demo(*overrides: str) -> Config:
 
 def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     config = ["--config", str(ROOT / "configs" / "sop_8gpu.json"), "--ranks", "8", "--device", "cpu"]
-    assert main([*config, "--memory", "1 GiB"]) == 0
+    assert planned([*config, "--memory", "1 GiB"]) == 0
     output = capsys.readouterr().out
     plan = plan_head(load_config(ROOT / "configs" / "sop_8gpu.json"), world_size=8)
     assert format_bytes(plan.total_bytes) in output
     assert "fits into 1.0 GiB" in output
-    assert main([*config, "--memory", "1 MiB"]) == 1
+    assert planned([*config, "--memory", "1 MiB"]) == 1
     assert "at most 1.0 MiB per rank" in capsys.readouterr().err
-    assert main([*config, "--device", "cuda", "--memory", "1 GiB"]) == 0  # that of GPUs elsewhere
+    assert planned([*config, "--device", "cuda", "--memory", "1 GiB"]) == 0  # that of GPUs elsewhere
 
 
 # Peak memory is that of a whole process, so each measurement has one of its own.
@@ -259,10 +264,10 @@ print(json.dumps([peak_memory() - before, plan_head(large, world_size=1).total_b
     ("num_classes", "dim", "topk", "batch", "rule", "others"),
     [
         (400_000, 128, 500, 64, "adam", {}),
-        (1_000_000, 64, 500, 64, "rowwise_adagrad", {}),
-        (600_000, 64, 500, 64, "sparse_adam", {}),
-        (300_000, 64, 15_000, 64, "adam", {}),  # most of it kept pairs
-        (300_000, 64, 15_000, 64, "adam", {"memory_budget": "32 MiB"}),
+        pytest.param(1_000_000, 64, 500, 64, "rowwise_adagrad", {}, marks=pytest.mark.ci),
+        pytest.param(600_000, 64, 500, 64, "sparse_adam", {}, marks=pytest.mark.ci),
+        pytest.param(300_000, 64, 15_000, 64, "adam", {}, marks=pytest.mark.ci),  # most of it kept pairs
+        pytest.param(300_000, 64, 15_000, 64, "adam", {"memory_budget": "32 MiB"}, marks=pytest.mark.ci),
         (100_000, 256, 1000, 64, "adam", {"memory_budget": "64 MiB", "regularization_weight": 0.3}),  # sampled
     ],
 )
@@ -299,11 +304,11 @@ def test_the_number_of_classes_is_that_of_the_shards_where_nobody_says_it(
     other_way = count_classes(load_config(demo, ["data.num_classes=7", "data.shards=nowhere"]))
     assert other_way.num_classes == 7  # and no shards are looked for
     arguments = ["--config", str(demo), "--memory", "1 GiB", "--set", f"data.shards={ROOT / 'shards' / 'demo'}"]
-    assert main(arguments) == 0
+    assert planned(arguments) == 0
     said = capsys.readouterr().out
-    assert main([*arguments, "data.num_classes=null"]) == 0
+    assert planned([*arguments, "data.num_classes=null"]) == 0
     assert capsys.readouterr().out == said
-    assert main([*arguments, "data.num_classes=null", f"data.shards={tmp_path / 'none'}"]) == 2
+    assert planned([*arguments, "data.num_classes=null", f"data.shards={tmp_path / 'none'}"]) == 2
     assert "none does not exist" in capsys.readouterr().err
 
 

@@ -294,6 +294,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.ci
 def test_decoding_takes_no_more_memory_than_is_counted_for_it(tmp_path: Path) -> None:
     for number, (kind, mode, options) in enumerate(LARGE.values()):
         (tmp_path / f"{number:02d}").write_bytes(encode(picture_of(mode, 5000), kind, **options))

@@ -181,7 +181,7 @@ def test_changed_bytes_and_a_file_that_shrank_are_noticed_at_the_read(index: Sha
     with pytest.raises(ValueError, match="the index says 00000001: the bytes changed"):
         reader.read(0, **where, crc32=1)
     index.shard_paths[0].write_bytes(index.shard_paths[0].read_bytes()[: where["offset"] + 5])
-    with pytest.raises(ValueError, match=r"got 5: the file was cut"):
+    with pytest.raises(ValueError, match=r"got 5: "):
         reader.read(0, **where, crc32=int(row["crc32"]))
     index.shard_paths[1].unlink()
     with pytest.raises(ValueError, match="cannot be opened: No such file"):
@@ -250,9 +250,10 @@ def test_a_server_cannot_send_a_table_that_is_larger_than_its_index_says(
 ) -> None:
     location = f"pipe:cat {index.root}/{{}}; if [ {{}} = {table} ]; then yes; fi"
     with pytest.raises(ValueError, match=r"attempt 1 of 5: it has more than the \d+ bytes of the index"):
-        open_index(location, "test", cache_directory=tmp_path / "cache")
+        open_index(location, "test", cache_directory=tmp_path / "cache", is_typed=True)
 
 
+@pytest.mark.ci
 def test_ten_million_samples_open_within_a_second_and_cost_a_worker_nothing_of_their_own(tmp_path: Path) -> None:
     num_samples, num_classes, num_shards = 10_000_000, 1_000_000, 1000
     per_shard = num_samples // num_shards

@@ -146,10 +146,15 @@ print(json.dumps([dist_proxygml.__file__, [f.text for f in doctor.check_python()
 @pytest.mark.parametrize(
     "launcher",
     [
-        ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dist_proxygml.train"),
-        ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dist_proxygml.train"),
+        pytest.param(
+            ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dist_proxygml.train"),
+            marks=pytest.mark.ci,
+            id="deepspeed",
+        ),
+        pytest.param(
+            ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dist_proxygml.train"), id="torchrun"
+        ),
     ],
-    ids=["deepspeed", "torchrun"],
 )
 def test_the_installed_wheel_trains_in_an_empty_folder(
     launcher: tuple[str, ...], installed: Path, tmp_path: Path

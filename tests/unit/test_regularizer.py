@@ -1,18 +1,15 @@
 """The regulariser in one process: against the oracle and against autograd, full and sampled, within its memory."""
 
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_proxygml.head import regularizer
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.regularizer import (
     draw_anchors,
@@ -20,18 +17,20 @@ from dist_proxygml.head.regularizer import (
     regularizer_anchors,
     sampled_proxy_regularizer,
 )
-from tests.problems import random_problem, reference_of, relative_difference
+from tests.problems import (
+    ROUNDING,
+    chunks_of,
+    dense,
+    random_problem,
+    random_proxies,
+    reference_of,
+    relative_difference,
+    value_and_gradient,
+)
 
 PLENTY = 1 << 28
 # float64; sums of some hundred terms in another order
-ROUNDING = 1e-12
 SHAPES = [(7, 1, 5), (7, 3, 5), (2, 4, 3), (1, 3, 4), (11, 2, 1)]
-
-
-def random_proxies(num_classes: int, proxies_per_class: int, embedding_dim: int, *, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_classes, proxies_per_class, embedding_dim)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def full(proxies_CND: Tensor, memory_budget: int = PLENTY) -> Tensor:
@@ -46,35 +45,10 @@ def sampled(proxies_CND: Tensor, anchors_A: Tensor, memory_budget: int = PLENTY)
     )
 
 
-def dense(proxies_CND: Tensor, anchors_A: Tensor | None = None) -> Tensor:
-    """The same from torch's own functions, everything at once."""
-    num_classes, proxies_per_class, _ = proxies_CND.shape
-    unit_CND = F.normalize(proxies_CND, dim=2)
-    logits_PC = unit_CND.flatten(0, 1) @ unit_CND.sum(dim=1).T
-    class_P = torch.arange(num_classes).repeat_interleave(proxies_per_class)
-    anchors_A = torch.arange(len(class_P)) if anchors_A is None else anchors_A
-    return F.cross_entropy(logits_PC[anchors_A], class_P[anchors_A])
-
-
-def value_and_gradient(function: Callable[..., Tensor], proxies_CND: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    proxies_CND = proxies_CND.clone().requires_grad_()
-    value = function(proxies_CND, *args)
-    (gradient_CND,) = torch.autograd.grad(2.5 * value, proxies_CND)  # a factor, as the weight lambda is one
-    return value.detach(), gradient_CND / 2.5
-
-
 def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = ROUNDING) -> None:
     for got, wanted in zip(actual, expected, strict=True):
         assert got.isfinite().all()
         assert relative_difference(got, wanted, floor=1e-3) < tolerance
-
-
-@contextmanager
-def chunks_of(numbers: int) -> Iterator[None]:
-    """Chunks of so many numbers at most, so that small problems take several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(regularizer, "_CACHED_NUMBERS", numbers)
-        yield
 
 
 @pytest.mark.parametrize("shape", SHAPES)

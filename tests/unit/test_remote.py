@@ -30,8 +30,9 @@ import fsspec
 import pytest
 
 from dist_proxygml.data import remote
-from dist_proxygml.data.remote import ShardCache, _flock, file_url, is_remote
+from dist_proxygml.data.remote import ShardCache, file_url, is_remote
 from dist_proxygml.data.shards import ShardReader
+from dist_proxygml.storage.lock import locked_file
 
 CONTENT = random.Random(3).randbytes(200_003)
 OTHER = random.Random(5).randbytes(150_001)
@@ -684,15 +685,15 @@ def test_a_leftover_is_removed_and_never_used(server: Server, cache: ShardCache)
 
 
 def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(tmp_path: Path) -> None:
-    with _flock(tmp_path / "lock", wait=True) as held:
+    with locked_file(tmp_path / "lock", wait=True) as held:
         assert held
         child = os.fork()
         if child == 0:
             signal.pause()
-        with _flock(tmp_path / "lock", wait=False) as again:
+        with locked_file(tmp_path / "lock", wait=False) as again:
             assert not again
     try:
-        with _flock(tmp_path / "lock", wait=False) as held:
+        with locked_file(tmp_path / "lock", wait=False) as held:
             assert held
     finally:
         os.kill(child, signal.SIGKILL)
@@ -796,7 +797,7 @@ def test_evicting_takes_leftovers_of_the_dead_and_spares_the_living_and_the_user
     for name in (dead, living, opening, *own):
         (shards / name).write_bytes(bytes(1000))
         os.utime(shards / name, (1, 1))
-    with _flock(locks / f"{'b' * 64}.lock", wait=True), _flock(locks / f"{'c' * 64}.lock", wait=True):
+    with locked_file(locks / f"{'b' * 64}.lock", wait=True), locked_file(locks / f"{'c' * 64}.lock", wait=True):
         os.close(cache_of(cache.location, cache.directory, limit_bytes=9 * len(CONTENT)).open_shard(**SECOND))
         assert cached(cache) == {f"{SECOND['sha256']}.tar", living, opening, *own}
         os.close(cache_of(cache.location, cache.directory, limit_bytes=len(CONTENT)).open_shard(**FIRST))

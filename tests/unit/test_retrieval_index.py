@@ -16,6 +16,7 @@ from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.evaluation.search import load_faiss
 from dist_proxygml.index import main
 from dist_proxygml.inference.retrieval_index import FLAT_BELOW, HNSW_BELOW, choose_kind, count_lists
+from dist_proxygml.storage import folder as folder_module
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("flat", "ivf", "hnsw")
@@ -77,19 +78,20 @@ def test_a_wide_search_leaves_the_effort_of_the_next_one_as_it_was(index: Index)
     np.testing.assert_array_equal(index.search(QUERIES[:3], 5).rows, narrow.rows)
 
 
-def test_an_index_works_beside_a_package_that_teaches_faiss_tensors(index: Index) -> None:
+def test_an_index_works_beside_a_package_that_teaches_faiss_tensors() -> None:
     """It replaces methods of all indexes, in its own process here."""
-    program = "import sys, faiss.contrib.torch_utils, tests.unit.test_retrieval_index as t; t.search_far(sys.argv[1])"
-    command = [sys.executable, "-c", program, index.kind]
+    program = "import faiss.contrib.torch_utils, tests.unit.test_retrieval_index as t; t.search_far()"
+    command = [sys.executable, "-c", program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, "3000\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "".join(f"{kind} 3000\n" for kind in KINDS)), done.stderr
 
 
-def search_far(kind: str) -> None:
+def search_far() -> None:
     rows = unit_rows(3000, 16)
-    found = Index.build(rows, [str(number) for number in range(3000)], kind=kind).search(rows[:2], 3000)
-    print(len(set(found.rows[0].tolist())))
+    for kind in KINDS:
+        found = Index.build(rows, [str(number) for number in range(3000)], kind=kind).search(rows[:2], 3000)
+        print(kind, len(set(found.rows[0].tolist())))
 
 
 def test_equal_scores_go_by_row_number() -> None:
@@ -165,22 +167,36 @@ def test_a_recall_that_no_search_can_have_is_refused(recall: float) -> None:
         Index.build(ROWS[:50], NAMES[:50], kind="ivf", target_recall=recall)
 
 
-def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_index_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Index.build(ROWS[:50], NAMES[:50]).save(tmp_path / "i")
+    verify = ["--verify", "--out", str(tmp_path / "i")]
     for name in ("index.faiss", "ids.jsonl"):
         path = tmp_path / "i" / name
         content = path.read_bytes()
-        for damaged in (content[:-1], content[:40] + bytes([content[40] ^ 1]) + content[41:]):
-            path.write_bytes(damaged)
-            with pytest.raises(ValueError, match=rf"i is damaged: {name} has .*, expected .*; build it"):
-                Index.load(tmp_path / "i")
+        path.write_bytes(content[:-1])
+        with pytest.raises(ValueError, match=rf"i is damaged: {name} has .* bytes, expected .*; build it"):
+            Index.load(tmp_path / "i")
+        place = content.rindex(b"9.jpg") if name == "ids.jsonl" else len(content) - 1
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert len(Index.load(tmp_path / "i")) == 50  # of the size that it had: only a look at every byte sees it
+        with pytest.raises(ValueError, match=rf"i is damaged: {name} has sha256 .*, expected .*; build it"):
+            Index.load(tmp_path / "i", verify=True)
+        assert main(verify) == 2
+        assert f"i is damaged: {name} has sha256" in capsys.readouterr().err
         path.write_bytes(content)
-    assert len(Index.load(tmp_path / "i")) == 50
+    assert main(verify) == 0
+    assert "flat index of 50 rows, every byte as it was written" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"expected dist-proxygml-search-index at .*none, found no such folder; build"):
         Index.load(tmp_path / "none")
     (tmp_path / "i" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"found a folder without manifest.json; build it"):
+    with pytest.raises(ValueError, match=r"manifest.json is missing.*; build it"):
         Index.load(tmp_path / "i")
+
+
+def test_opening_an_index_hashes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Index.build(ROWS[:50], NAMES[:50]).save(tmp_path / "i")
+    monkeypatch.setattr(folder_module, "sha256_of", lambda path: pytest.fail(f"{path} is hashed"))
+    assert len(Index.load(tmp_path / "i")) == 50
 
 
 def put_into(folder: Path, faiss_index: Any) -> None:

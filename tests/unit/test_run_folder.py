@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.training.run import _prepare_run_directory, _where_to_continue
+from dist_proxygml.training.run_folder import prepare_run_directory, where_to_continue
+from tests.closed_folders import closed
 from tests.trained_runs import configuration
-from tests.unit.test_files import closed, folder
 
-__all__ = ["folder"]
 FOLDERS = ("checkpoints", "evaluation", "embeddings", "proxies", "tensorboard")
 LOGS = ("metrics.jsonl", "damaged.jsonl", "nonfinite.jsonl")
 RESULT = EvaluationResult({"recall@1": 0.5}, {}, 3, 2, 3, 0, 0, {})
@@ -44,8 +43,8 @@ def test_what_is_closed_to_this_user_is_named_before_anything_is_moved(folder: P
             shut(folder / "run" / name),
             pytest.raises(ValueError, match=r"expected to read.* may not; give it"),
         ):
-            _where_to_continue(folder / "run", "auto")
-    assert _where_to_continue(folder / "run", "auto") == (None, [])
+            where_to_continue(folder / "run", "auto")
+    assert where_to_continue(folder / "run", "auto") == (None, [])
     assert sorted(os.listdir(folder / "run")) == sorted([*FOLDERS, *LOGS])
 
 
@@ -57,12 +56,12 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
     (run / name).unlink() if name in LOGS else (run / name).rmdir()
     os.mkfifo(run / name)
     with pytest.raises(ValueError, match=rf"expected a \w+ at .*{name}, found something else; move it away"):
-        _where_to_continue(run, "auto")
+        where_to_continue(run, "auto")
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "unmounted")
     with pytest.raises(ValueError, match=rf"expected something behind the link .*{name}, found nothing"):
-        _where_to_continue(run, "auto")
-    assert _where_to_continue(run, "never") == (None, [])
+        where_to_continue(run, "auto")
+    assert where_to_continue(run, "never") == (None, [])
 
 
 def test_damaged_results_and_logs_are_set_aside_and_the_others_stay(tmp_path: Path) -> None:
@@ -78,7 +77,7 @@ def test_damaged_results_and_logs_are_set_aside_and_the_others_stay(tmp_path: Pa
     )
     (run / "proxies" / "step-000001.json").write_text("[" * 200_000)
     (run / "damaged.jsonl").write_bytes(b'{"split": "train", "image": "a", "reason": "b"}\n\xff\n{"split": "tr')
-    aside, odd = _prepare_run_directory(config, None, 5)
+    aside, odd = prepare_run_directory(config, None, 5)
     assert aside is None
     assert sorted(os.listdir(run / "evaluation")) == [
         "notes.json",
@@ -97,7 +96,7 @@ def test_damaged_results_and_logs_are_set_aside_and_the_others_stay(tmp_path: Pa
         "step-000001.json.damaged",
         "in damaged.jsonl.odd",
     ]
-    assert _prepare_run_directory(config, None, 5) == (None, [])
+    assert prepare_run_directory(config, None, 5) == (None, [])
 
 
 def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, folder: Path) -> None:
@@ -106,5 +105,5 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     path = config.run_directory / "evaluation" / "step-000001.json"
     path.write_text(RESULT.to_json())
     with closed(path), pytest.raises(ValueError, match=r"expected to read .*step-000001.json, got: Permission denied"):
-        _prepare_run_directory(config, None, 5)
+        prepare_run_directory(config, None, 5)
     assert path.exists()

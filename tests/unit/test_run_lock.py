@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_proxygml.storage.lock import RunLock
+from dist_proxygml.storage.lock import FolderLock
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 def hold(directory: Path, connection: Connection) -> None:
     """Take the lock, start a process that outlives this one, and wait to be killed."""
-    lock = RunLock(directory)
+    lock = FolderLock(directory)
     child = os.fork()
     if child == 0:
         signal.pause()
@@ -32,12 +32,12 @@ def test_a_run_has_one_writer_and_a_killed_one_holds_nothing(tmp_path: Path) -> 
     process.start()
     child = here.recv()
     try:
-        with pytest.raises(ValueError, match=rf"demo is being trained by process {process.pid} on .*--set name=NAME"):
-            RunLock(run)
-        RunLock(run.with_name("other"))
+        with pytest.raises(ValueError, match=rf"demo is in use by process {process.pid} on .*--set name=NAME"):
+            FolderLock(run)
+        FolderLock(run.with_name("other"))
         process.kill()
         process.join()
-        RunLock(run)  # although a process that was forked from the holder lives on
+        FolderLock(run)  # although a process that was forked from the holder lives on
     finally:
         os.kill(child, signal.SIGKILL)
     assert not run.exists()
@@ -45,5 +45,7 @@ def test_a_run_has_one_writer_and_a_killed_one_holds_nothing(tmp_path: Path) -> 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(ValueError, match=r"expected to write into .*runs.*set runs_dir to a folder of yours"):
-        RunLock(tmp_path / "runs" / "demo")
+    with pytest.raises(
+        ValueError, match=r"expected to write into .*runs.*name another with --set name=NAME or runs_dir=FOLDER"
+    ):
+        FolderLock(tmp_path / "runs" / "demo")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.config import Config, load_config
+from dist_proxygml.distributed.parallel import status_of
 from dist_proxygml.plan import main
 from dist_proxygml.training import run_plan
 from dist_proxygml.training.run_plan import BackboneMemory, plan_backbone, plan_run
@@ -20,6 +21,11 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def demo(*changes: str) -> Config:
     return load_config(DEMO, list(changes))
+
+
+def planned(arguments: list[str]) -> int:
+    """The exit status of the command."""
+    return status_of(lambda: main(arguments))
 
 
 def test_steps_and_evaluations_follow_from_the_index() -> None:
@@ -98,7 +104,7 @@ def test_the_command_refuses_checkpoints_that_do_not_fit_on_the_disk(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 20 << 20}))
-    assert main(["--config", str(DEMO), "--memory", "1 GiB"]) == 1
+    assert planned(["--config", str(DEMO), "--memory", "1 GiB"]) == 1
     told = capsys.readouterr()
     assert "steps per epoch" in told.out
     assert "expected room for 3 checkpoints of 10.1 MiB, together 30.4 MiB, got 20.0 MiB in runs" in told.err

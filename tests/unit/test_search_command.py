@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dist_proxygml import Embedder, Index
+from dist_proxygml.data import remote
 from dist_proxygml.data.sources import FolderSource
 from dist_proxygml.embed import main as embed_main
 from dist_proxygml.index import main as index_main
@@ -230,8 +231,13 @@ def replace_ids(folder: Path, ids: list[str]) -> None:
 
 @pytest.mark.parametrize("is_embeddings", [False, True])
 def test_no_command_runs_that_an_index_or_embeddings_name(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_embeddings: bool
+    place: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    is_embeddings: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.0)
     command = f"pipe:touch {tmp_path}/pwned #{{}}"
     if is_embeddings:
         rewrite_manifest(tmp_path / "e", data={"location": command})
@@ -303,6 +309,27 @@ def test_a_manifest_of_other_types_is_refused(
     assert told(capsys, place, place.path(0)).startswith(f"{place.index} is damaged: {found}; build it")
 
 
+@pytest.mark.parametrize("name", ["path", "run", "step"])
+def test_an_index_that_says_half_of_its_model_asks_for_one(
+    place: Place, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    rewrite_manifest(place.index, model={name: None})
+    assert "does not say which model it was made with; name it with --run" in told(capsys, place, place.path(0))
+    assert searched(place, place.path(0), "--run", place.run) == 0
+
+
+def test_a_page_is_written_wherever_an_index_says_its_images_lie_and_quotes_no_file_behind_a_link(
+    place: Place, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("my key")
+    (place.photos / "ATTRIBUTION.md").symlink_to(tmp_path / "secret")
+    for location in ("a" * 5000, "a\0b", str(place.photos)):
+        rewrite_manifest(place.index, data={"location": location})
+        assert searched(place, place.path(0), "--html", tmp_path / "found.html") == 0
+        assert "my key" not in (tmp_path / "found.html").read_text()
+        (tmp_path / "found.html").unlink()
+
+
 def test_only_the_model_of_the_index_may_search(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,7 +381,12 @@ def test_queries_that_cannot_be_read_are_named(place: Place, capsys: pytest.Capt
 
 def test_a_damaged_index_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     path = place.index / "index.faiss"
-    path.write_bytes(path.read_bytes()[:-1])
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert searched(place, place.path(0)) == 0  # every byte is compared only if that is wanted
+    capsys.readouterr()
+    assert f"{place.index} is damaged: index.faiss has sha256" in told(capsys, place, place.path(0), "--verify")
+    path.write_bytes(content[:-1])
     assert f"{place.index} is damaged: index.faiss has" in told(capsys, place, place.path(0))
     shutil.rmtree(place.index)
     assert "found no such folder; build it with" in told(capsys, place, place.path(0))

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,12 +18,13 @@ import webdataset
 
 from dist_proxygml.data.builder import build_shards
 from dist_proxygml.data.datasets import SourceDataset, SourceImage
-from dist_proxygml.data.emoji import EMOJI_SETS, NUM_CLASSES, NUM_IMAGES, is_plain_emoji
 from dist_proxygml.data.index import JOURNAL_FILE, open_index
 from dist_proxygml.data.shards import split_of_shard
 from dist_proxygml.data.sources import open_source
 from dist_proxygml.shard import main
 from tests.raw_downloads import digests, picture, samples_of, small_dataset, sop
+from tools.build_demo import EMOJI_SETS, NUM_CLASSES, NUM_IMAGES, is_plain_emoji
+from tools.build_demo import main as build_demo
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "shards" / "demo"
@@ -361,6 +363,19 @@ def test_info_tells_counts_and_class_sizes(tmp_path: Path, capsys: pytest.Captur
     assert output.count("#") > 0
 
 
+def test_nothing_that_an_index_says_steers_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(shutil.copytree(Path(__file__).parents[2] / "shards" / "demo", tmp_path / "demo"))
+    document = json.loads((root / "index.json").read_text())
+    document["dataset"] = "\x1b[2J"
+    for command, status in (("info", 0), ("verify", 1)):
+        (root / "index.json").write_text(json.dumps(document))
+        document["splits"]["test"]["classes"]["sha256"] = "\x1b]0;owned\x07"
+        assert main([command, str(root)]) == status
+        told = capsys.readouterr()
+        assert "\\x1b" in told.out + told.err
+        assert "\x1b" not in told.out + told.err
+
+
 @pytest.mark.parametrize("command", ["build", "verify", "index", "info"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -372,8 +387,9 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_mistakes_on_the_command_line_exit_with_2(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", "sop", "--out", str(raw)]) == 2
-    assert "needs --root" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["build", "sop", "--out", str(raw)])
+    assert "required: --root" in capsys.readouterr().err
     sop(raw)
     arguments = ["build", "sop", "--root", str(raw), "--out", str(raw / "out"), "--allow-partial"]
     assert main([*arguments, "--split-classes", "3"]) == 2
@@ -486,11 +502,11 @@ def test_a_folder_without_the_demos_sources_names_what_it_lacks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("resvg_py")
-    arguments = ["build", "demo", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert main(arguments) == 2
+    arguments = ["--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert build_demo(arguments) == 2
     error = capsys.readouterr().err
     assert "npm pack @iconify-json/noto@1.2.9" in error
     for emoji_set in EMOJI_SETS:
         (tmp_path / emoji_set.tarball).write_bytes(b"another file")
-    assert main(arguments) == 2
+    assert build_demo(arguments) == 2
     assert f"expected {EMOJI_SETS[0].sha256}" in capsys.readouterr().err

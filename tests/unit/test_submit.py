@@ -11,10 +11,14 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from dist_proxygml.checkpoint.folder import MANIFEST_FILE, checkpoint_name
+from dist_proxygml.checkpoint.folder import MANIFEST_FILE
 from dist_proxygml.cluster import submit
+from dist_proxygml.cluster.job import TrainingJob
+from dist_proxygml.cluster.status import JobState, ask_job, follow_slurm, is_preempted, log_of
 from dist_proxygml.config import Config, load_config, parse_config
 from dist_proxygml.distributed.slurm import expand_counts, first_host, process_variables, rendezvous_port
+from dist_proxygml.storage.run_folder import step_name
+from dist_proxygml.submit import main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "demo_cpu.json")
@@ -93,7 +97,7 @@ def test_the_tasks_of_each_node() -> None:
 
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[set[str], str]:
     """The #SBATCH options and the srun command of the batch script."""
-    assert submit.run(["--config", CONFIG, "--dry-run", *arguments]) == 0
+    assert main(["--config", CONFIG, "--dry-run", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line for line in lines if line.startswith("srun ")]
     assert len(commands) == 1
@@ -145,7 +149,7 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_submitted(
 ) -> None:
     arguments = ["--config", CONFIG, "--nodes", "3", "--gpus-per-node", "1", "--cpus-per-task", "0", "--time", "soon"]
     arguments += ["--sbatch", "=64G", "--resume", "nowhere/step-7", "--set", f"runs_dir={tmp_path / 'runs'}"]
-    assert submit.run([*arguments, "training.epochs=many", "proxies.rato=0.1"]) == 2
+    assert main([*arguments, "training.epochs=many", "proxies.rato=0.1"]) == 2
     errors = capsys.readouterr().err
     assert errors.count("error: ") == 1
     for part in (
@@ -183,7 +187,7 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_submitted(
     ],
 )
 def test_a_mistake_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit.run(["--config", CONFIG, *arguments]) == 2
+    assert main(["--config", CONFIG, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -192,7 +196,7 @@ def test_a_machine_without_slurm_is_told_of_the_other_ways(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     runs = tmp_path / "runs"
-    assert submit.run(["--config", CONFIG, "--tasks-per-node", "1", "--set", f"runs_dir={runs}"]) == 2
+    assert main(["--config", CONFIG, "--tasks-per-node", "1", "--set", f"runs_dir={runs}"]) == 2
     assert "found no sbatch; submit from a login node, or use --cluster local or debug" in capsys.readouterr().err
     assert not runs.exists()
 
@@ -245,7 +249,7 @@ def test_what_the_start_would_refuse_never_waits_in_a_queue(
     given = ["--config", CONFIG, "--tasks-per-node", "2", "--set", f"runs_dir={tmp_path}", change]
     given.append(f"data.shards={ROOT / 'shards' / 'demo'}")
     for how in (["--dry-run"], [], ["--cluster", "local"]):
-        assert submit.run([*given, *how]) == 2
+        assert main([*given, *how]) == 2
         assert capsys.readouterr().err.startswith("error: expected")
     assert not any(tmp_path.iterdir())
 
@@ -253,15 +257,13 @@ def test_what_the_start_would_refuse_never_waits_in_a_queue(
 # ---- the job ---------------------------------------------------------------------------------------------------------
 
 
-def make_job(tmp_path: Path, *, resume: str = "auto") -> tuple[submit.TrainingJob, Config]:
+def make_job(tmp_path: Path, *, resume: str = "auto") -> tuple[TrainingJob, Config]:
     config = load_config(CONFIG, [f"runs_dir={tmp_path}"])
-    return submit.TrainingJob(
-        config, source=CONFIG, resume=resume, uses_gpus=False, cpus_per_task=None, grace=1.0
-    ), config
+    return TrainingJob(config, source=CONFIG, resume=resume, uses_gpus=False, cpus_per_task=None, grace=1.0), config
 
 
 def publish(config: Config, step: int, *, at: float) -> None:
-    manifest = config.run_directory / "checkpoints" / checkpoint_name(step) / MANIFEST_FILE
+    manifest = config.run_directory / "checkpoints" / step_name(step) / MANIFEST_FILE
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}")
     os.utime(manifest, (at, at))
@@ -270,7 +272,7 @@ def publish(config: Config, step: int, *, at: float) -> None:
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
 def test_the_settings_that_travel_are_those_that_were_validated(config: str) -> None:
     validated = load_config(ROOT / "configs" / config, ["seed=3"])
-    job = submit.TrainingJob(validated, source=config, resume="auto", uses_gpus=True, cpus_per_task=8, grace=100.0)
+    job = TrainingJob(validated, source=config, resume="auto", uses_gpus=True, cpus_per_task=8, grace=100.0)
     arrived = pickle.loads(cloudpickle.dumps(job))
     assert parse_config(json.loads(json.dumps(arrived.settings)), source=config) == validated
 
@@ -306,7 +308,7 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR2
 from types import SimpleNamespace
 import submitit
-from dist_proxygml.cluster import submit
+from dist_proxygml.cluster import job
 
 cluster, rank, state, what = sys.argv[1:]
 
@@ -317,10 +319,10 @@ def handler(number, frame):
         raise submitit.core.utils.UncompletedJobError("timed-out too many times")
     sys.exit(-1)
 
-submit.is_preempted = lambda job_id: state == "preempted"
+job.is_preempted = lambda job_id: state == "preempted"
 paths = SimpleNamespace(folder=Path("."))
 task = SimpleNamespace(USR_SIG="USR2", cluster=cluster, job_id="1", global_rank=int(rank), paths=paths)
-requeue = submit.Requeue(task, handler, grace=1.0)
+requeue = job.Requeue(task, handler, grace=1.0)
 if what == "hangs":
     requeue.give_up()
 else:
@@ -361,7 +363,8 @@ def test_a_stopped_job_is_requeued_by_rank_0_if_its_signal_asks_for_it(
 EARLY = """
 import os, signal, sys, time, types
 from types import SimpleNamespace
-from dist_proxygml.cluster import submit
+from dist_proxygml.cluster import job
+from dist_proxygml.config import load_config
 
 def train(config, context, *, resume, signals):
     deadline = time.monotonic() + 20
@@ -369,7 +372,7 @@ def train(config, context, *, resume, signals):
         time.sleep(0.01)
     print("stopped by", signals.received.name if signals.received else None, flush=True)
 
-class Requeue(submit.Requeue):
+class Requeue(job.Requeue):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -377,14 +380,14 @@ class Requeue(submit.Requeue):
 assert "torch" not in sys.modules
 sys.modules["dist_proxygml.training.run"] = types.ModuleType("dist_proxygml.training.run")
 sys.modules["dist_proxygml.training.run"].train = train
-submit.Requeue = Requeue
+job.Requeue = Requeue
 paths = SimpleNamespace(folder=__import__("pathlib").Path("."))
 task = SimpleNamespace(USR_SIG="USR2", cluster="slurm", job_id="7", raw_job_id="7", global_rank=0, local_rank=0)
 task.num_tasks, task.num_nodes, task.hostnames, task.paths = 1, 1, ["here"], paths
-submit.submitit.JobEnvironment = lambda: task
+job.submitit.JobEnvironment = lambda: task
 signal.signal(signal.SIGUSR2, lambda number, frame: print("submitit's handler, too early", flush=True))
-config = submit.load_config(sys.argv[1], [])
-submit.TrainingJob(config, source="", resume="auto", uses_gpus=False, cpus_per_task=1, grace=60.0)()
+config = load_config(sys.argv[1], [])
+job.TrainingJob(config, source="", resume="auto", uses_gpus=False, cpus_per_task=1, grace=60.0)()
 """
 
 
@@ -420,17 +423,17 @@ def test_the_state_of_a_job_comes_from_the_controller_then_from_accounting(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     shown = "JobId=7 JobName=a\n   JobState={} Reason={} Dependency=(null)\n   ExitCode={}\n   PreemptTime={}"
     answer(tmp_path, "scontrol", shown.format("RUNNING", "None", "0:0", "None"))
-    assert submit.ask_job("7") == submit.JobState("RUNNING", "None", 0)
-    assert not submit.is_preempted("7")
+    assert ask_job("7") == JobState("RUNNING", "None", 0)
+    assert not is_preempted("7")
     answer(tmp_path, "scontrol", shown.format("RUNNING", "None", "0:0", "2026-11-23T10:00:00"))
-    assert submit.is_preempted("7")
+    assert is_preempted("7")
     answer(tmp_path, "scontrol", shown.format("CANCELLED", "None", "0:15", "2026-11-23T10:00:00"))
-    assert not submit.is_preempted("7"), "scancel is no preemption"
+    assert not is_preempted("7"), "scancel is no preemption"
     answer(tmp_path, "scontrol", "", status=1)
     answer(tmp_path, "sacct", "CANCELLED by 0|0:15")
-    assert submit.ask_job("7") == submit.JobState("CANCELLED", "None", 128 + signal.SIGTERM)
+    assert ask_job("7") == JobState("CANCELLED", "None", 128 + signal.SIGTERM)
     answer(tmp_path, "sacct", "", status=1)
-    assert submit.ask_job("7") is None
+    assert ask_job("7") is None
 
 
 @pytest.mark.parametrize(
@@ -448,34 +451,34 @@ def test_the_state_of_a_job_comes_from_the_controller_then_from_accounting(
     ],
 )
 def test_only_reasons_that_no_waiting_resolves_are_hopeless(reason: str, hopeless: bool) -> None:
-    assert submit.JobState("PENDING", reason, 0).is_hopeless == hopeless
-    assert not submit.JobState("RUNNING", reason, 0).is_hopeless
+    assert JobState("PENDING", reason, 0).is_hopeless == hopeless
+    assert not JobState("RUNNING", reason, 0).is_hopeless
 
 
 def test_following_a_job_shows_its_log_waits_through_a_requeue_and_ends_with_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = submit.log_of(tmp_path, "7", 0)
+    log = log_of(tmp_path, "7", 0)
     states = iter(
         [
-            submit.JobState("RUNNING", "None", 0),
-            submit.JobState("NODE_FAIL", "None", 1),
-            submit.JobState("PENDING", "BeginTime", 0),
-            submit.JobState("RUNNING", "None", 0),
-            submit.JobState("FAILED", "NonZeroExitCode", 143),
-            submit.JobState("FAILED", "NonZeroExitCode", 143),
+            JobState("RUNNING", "None", 0),
+            JobState("NODE_FAIL", "None", 1),
+            JobState("PENDING", "BeginTime", 0),
+            JobState("RUNNING", "None", 0),
+            JobState("FAILED", "NonZeroExitCode", 143),
+            JobState("FAILED", "NonZeroExitCode", 143),
         ]
     )
 
-    def next_state(job_id: str) -> submit.JobState:
+    def next_state(job_id: str) -> JobState:
         with open(log, "a") as file:
             file.write("step\n")
         return next(states)
 
-    monkeypatch.setattr(submit, "ask_job", next_state)
-    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
-    submit.log_of(tmp_path, "7", 1).write_text("here\nerror: shards are\n  damaged\nthere\n")
-    assert submit.follow_slurm("7", tmp_path, 2) == 2  # the message tells more than the peer's SIGTERM
+    monkeypatch.setattr("dist_proxygml.cluster.status.ask_job", next_state)
+    monkeypatch.setattr("dist_proxygml.cluster.status.time.sleep", lambda seconds: None)
+    log_of(tmp_path, "7", 1).write_text("here\nerror: shards are\n  damaged\nthere\n")
+    assert follow_slurm("7", tmp_path, 2) == 2  # the message tells more than the peer's SIGTERM
     output = capsys.readouterr()
     assert output.out == "step\n" * 6
     assert "error: shards are\n  damaged\n" in output.err

@@ -32,8 +32,11 @@ from dist_proxygml.cluster.grid import (
     summary_csv,
     summary_markdown,
 )
+from dist_proxygml.cluster.job import TrainingJob
+from dist_proxygml.cluster.status import JobState, finished_mark, log_of
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config
+from dist_proxygml.sweep import _parser, main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "demo_cpu.json")
@@ -106,7 +109,7 @@ def test_all_mistakes_of_all_points_are_told_at_once_and_nothing_is_started(
     runs = tmp_path / "runs"
     wrong = arguments_of(runs, "training.epochs=many", "seed=3", "--tasks-per-node", "1", "--time", "soon", seeds=0)
     wrong += ["--parallel", "0", "--grid", "proxies.ratio=0.1,2,3", "optimizer.name=adam,sgd", "proxies.rato=1"]
-    assert sweep.run(wrong) == 2
+    assert main(wrong) == 2
     errors = capsys.readouterr().err
     assert errors.count("error: ") == 1
     assert errors.count("  training.epochs: input should be a valid integer") == 1
@@ -133,7 +136,7 @@ def test_all_mistakes_of_all_points_are_told_at_once_and_nothing_is_started(
 def test_a_mistake_is_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert sweep.run(arguments_of(tmp_path / "runs", "--tasks-per-node", "1", *arguments)) == 2
+    assert main(arguments_of(tmp_path / "runs", "--tasks-per-node", "1", *arguments)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -152,7 +155,7 @@ def test_the_batch_script_is_an_array_with_a_limit_and_a_dry_run_writes_nothing(
     runs = tmp_path / "runs"
     options = ["--gpus-per-node", "2", "--parallel", "4", "--partition", "long", "--sbatch", "mem=64G", "--dry-run"]
     grid = ["--grid", "proxies.ratio=0.05,0.1,0.2"]
-    assert sweep.run(arguments_of(runs, "name=wide", *options, *grid, seeds=3)) == 0
+    assert main(arguments_of(runs, "name=wide", *options, *grid, seeds=3)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"9 runs in {runs}/wide.sweep, 9 of them to do"
     assert "  ratio-0.1_seed-2: to do" in lines
@@ -162,22 +165,36 @@ def test_the_batch_script_is_an_array_with_a_limit_and_a_dry_run_writes_nothing(
     assert not runs.exists()
 
 
-def test_a_login_node_needs_no_torch() -> None:
+def test_a_mistake_is_told_before_torch_is_there() -> None:
     program = """
 import runpy, sys
 sys.argv = ["launchers/sweep.py", "--config", "configs/demo_cpu.json", "--gpus-per-node", "8", "--dry-run",
-            "--grid", "proxies.ratio=0.1,0.2"]
+            "--grid", "proxies.ratio=0.1,2"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as ending:
-    assert ending.code == 0
+    assert ending.code == 2
 assert not {"torch", "deepspeed", "faiss", "webdataset", "numpy"} & sys.modules.keys()
 """
     command = [sys.executable, "-c", program]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--array=0-1%2" in done.stdout
+    assert "got 2 (in ratio-2_seed-0)" in done.stderr
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], [], ["--cluster", "local"]])
+def test_what_the_start_of_a_point_would_refuse_is_told_once_before_any_point_starts(
+    how: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    grid = ["--tasks-per-node", "1", "--grid", "data.test_split=test,train"]
+    shards = f"data.shards={ROOT / 'shards' / 'demo'}"
+    assert sweep.run(arguments_of(tmp_path / "runs", shards, *grid, *how, seeds=2)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: expected classes in data.test_split 'train' that are not trained")
+    assert told.endswith("(in test_split-train_seed-0)\n")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +211,7 @@ def test_runs_on_one_machine_share_its_cores(
     options: list[str], threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    arguments = sweep.build_parser().parse_args(arguments_of(tmp_path, *options))
+    arguments = _parser().parse_args(arguments_of(tmp_path, *options))
     sweep.share_cores(arguments)
     assert sweep.build_sweep(arguments).runs[0].job.cpus_per_task == threads
 
@@ -208,7 +225,7 @@ class Folder:
     def __init__(self, tmp_path: Path, *arguments: str, seeds: int = 2) -> None:
         self.command = arguments_of(tmp_path, "--grid", "proxies.ratio=0.05,0.1", *arguments, seeds=seeds)
         self.command += [] if "--gpus-per-node" in arguments else ["--tasks-per-node", "1"]
-        self.plan = sweep.build_sweep(sweep.build_parser().parse_args(self.command))
+        self.plan = sweep.build_sweep(_parser().parse_args(self.command))
         self.jobs = sweep.StartedJobs(self.plan)
 
     def run(self, name: str) -> sweep.Run:
@@ -219,7 +236,7 @@ class Folder:
         folder = self.plan.jobs_folder / name if cluster == "local" else self.plan.jobs_folder
         folder.mkdir(parents=True, exist_ok=True)
         if log is not None:
-            submit.log_of(folder, job, rank).write_text(log)
+            log_of(folder, job, rank).write_text(log)
         return folder
 
     def end(self, name: str, job: str, *, recall: float = 0.5, status: int = 0, cluster: str = "slurm") -> None:
@@ -232,7 +249,7 @@ class Folder:
         elsewhere = run.config.run_directory / "evaluation" / "step-000011-on-other-test.json"
         elsewhere.write_text(json.dumps({"metrics": {"recall@1": 0.99}, "fingerprint": "f"}))
         (run.config.run_directory / "config.json").write_text(json.dumps(run.config.model_dump()))
-        submit.finished_mark(folder, job, 0).write_text(str(status))
+        finished_mark(folder, job, 0).write_text(str(status))
 
     def result(self, name: str) -> Result:
         jobs = sweep.StartedJobs(self.plan)  # by what is on disk
@@ -271,7 +288,7 @@ def test_a_run_is_finished_when_its_job_ended_well_and_its_last_evaluation_count
     assert result.status == "finished"
     assert result.evaluation == Evaluation({"recall@1": 0.7}, "f")
     # an interrupted run has evaluations too
-    submit.finished_mark(folder.plan.jobs_folder, "12_0", 0).unlink()
+    finished_mark(folder.plan.jobs_folder, "12_0", 0).unlink()
     assert folder.result("ratio-0.05_seed-0").status == "failed"
 
 
@@ -326,7 +343,7 @@ def test_a_failed_run_names_its_reason_and_its_log(tmp_path: Path, queue: Callab
 def test_a_run_that_was_told_to_stop_is_open_and_not_failed(tmp_path: Path, queue: Callable[..., None]) -> None:
     folder = Folder(tmp_path)
     where = folder.start("ratio-0.05_seed-0", "7", log="stopped by SIGTERM: saved after step 3\n", cluster="local")
-    submit.finished_mark(where, "7", 0).write_text("75")
+    finished_mark(where, "7", 0).write_text("75")
     result = folder.result("ratio-0.05_seed-0")
     assert (result.status, result.reason) == ("open", "stopped by SIGTERM: saved after step 3")
 
@@ -376,12 +393,12 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The arrays that would have been submitted: (executor, jobs) each."""
     arrays: list[Any] = []
 
-    def submit_to_slurm(executor: Any, *jobs: submit.TrainingJob) -> list[str]:
+    def submit_to_slurm(executor: Any, *jobs: TrainingJob) -> list[str]:
         arrays.append((executor, jobs))
         return [f"{30 + len(arrays)}_{number}" for number in range(len(jobs))]
 
     monkeypatch.setattr(submit, "submit_to_slurm", submit_to_slurm)
-    monkeypatch.setattr(submit, "first_verdict", lambda job_id: None)
+    monkeypatch.setattr(sweep, "first_verdict", lambda job_id: None)
     return arrays
 
 
@@ -393,7 +410,7 @@ def test_what_is_finished_or_queued_is_not_submitted_again(
     folder.start("ratio-0.05_seed-1", "12_1", log="error: damaged\n")
     folder.start("ratio-0.05_seed-2", "12_2")
     queue("12_2")
-    assert sweep.run(folder.command) == 0
+    assert main(folder.command) == 0
     ((executor, jobs),) = submitted
     assert [job.settings["name"] for job in jobs] == [
         "ratio-0.05_seed-1",
@@ -406,12 +423,12 @@ def test_what_is_finished_or_queued_is_not_submitted_again(
     assert executor.parameters["array_parallelism"] == 2
     queue("12_2", *(f"31_{number}" for number in range(4)))
     capsys.readouterr()
-    assert sweep.run(folder.command) == 1
+    assert main(folder.command) == 1
     assert len(submitted) == 1, "all of it is finished or queued"
     assert "In the queue or running:" in capsys.readouterr().out
     # an element that has left the queue without being finished is submitted alone
     queue("12_2", "31_0", "31_1", "31_3")
-    assert sweep.run(folder.command) == 0
+    assert main(folder.command) == 0
     assert [job.settings["name"] for job in submitted[1][1]] == ["ratio-0.1_seed-1"]
 
 
@@ -421,7 +438,7 @@ def test_nothing_is_submitted_while_nobody_knows_the_queue(
     folder = Folder(tmp_path)
     folder.start("ratio-0.05_seed-0", "12_0")
     queue(status=1)
-    assert sweep.run(folder.command) == 2
+    assert main(folder.command) == 2
     assert "expected the queue from squeue" in capsys.readouterr().err
     assert not submitted
 
@@ -432,7 +449,7 @@ def test_waiting_ends_when_the_queue_is_empty_for_good_and_reports(
     folder = Folder(tmp_path, "--wait", seeds=1)
     rounds = iter([{"31_0", "31_1"}, {"31_1"}, set(), {"31_1"}, set(), set()])  # one element is requeued
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(submit, "ask_job", lambda job_id: submit.JobState("RUNNING", "None", 0))
+    monkeypatch.setattr(sweep, "ask_job", lambda job_id: JobState("RUNNING", "None", 0))
 
     def queued() -> set[str]:
         answer = next(rounds)
@@ -441,7 +458,7 @@ def test_waiting_ends_when_the_queue_is_empty_for_good_and_reports(
         return answer
 
     monkeypatch.setattr(sweep.StartedJobs, "look", lambda self: setattr(self, "_queue", queued() if self._jobs else []))
-    assert sweep.run(folder.command) == 1
+    assert main(folder.command) == 1
     assert next(rounds, None) is None
     output = capsys.readouterr()
     assert "[1 finished, 1 running, 0 failed, 0 to do] ratio-0.05_seed-0 finished: recall@1 25.00" in output.out
@@ -461,9 +478,9 @@ def test_an_array_that_can_never_start_is_reported(
 ) -> None:
     folder = Folder(tmp_path, *(["--wait"] if wait else []))
     queue("31_0", "31_1", "31_2", "31_3")
-    state = submit.JobState("PENDING", "PartitionConfig", 0)
-    monkeypatch.setattr(submit, "ask_job" if wait else "first_verdict", lambda job_id: state)
-    assert sweep.run(folder.command) == 1
+    state = JobState("PENDING", "PartitionConfig", 0)
+    monkeypatch.setattr(sweep, "ask_job" if wait else "first_verdict", lambda job_id: state)
+    assert main(folder.command) == 1
     assert "job 31 will never start: its reason is PartitionConfig" in capsys.readouterr().err
 
 
@@ -482,7 +499,7 @@ def test_jobs_of_one_machine_get_gpus_of_their_own(
             return True
 
     command = [*Folder(tmp_path, "--gpus-per-node", "2").command, "--cluster", "local", "--parallel", "3"]
-    assert sweep.run(command) == 1
+    assert main(command) == 1
     assert [parameters["visible_gpus"] for parameters in seen] == [[0, 1], [2, 3], [4, 5], [0, 1]]
 
 
@@ -493,7 +510,7 @@ def test_what_still_runs_here_from_an_earlier_call_is_not_started_again(
     folder.start("ratio-0.1_seed-1", "7", cluster="local")
     monkeypatch.setattr(sweep, "is_local_job", lambda job_id, folder: job_id == "7")
     monkeypatch.setattr(submit, "start_here", lambda *_, **__: pytest.fail("a job was started"))
-    assert sweep.run(folder.command) == 2
+    assert main(folder.command) == 2
     assert "or end them first: kill 7 (ratio-0.1_seed-1)" in capsys.readouterr().err
 
 
@@ -523,7 +540,7 @@ def test_ctrl_c_starts_nothing_more_and_a_second_one_tells_the_jobs_again(
 
     started = []
 
-    def start_here(arguments: Any, job: submit.TrainingJob, folder: Path, *, first_gpu: int) -> Stubborn:
+    def start_here(arguments: Any, job: TrainingJob, folder: Path, *, first_gpu: int) -> Stubborn:
         assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), "a terminal's Ctrl-C would end the job"
         started.append(job.settings["name"])
         if len(started) == 2:  # of three
@@ -533,7 +550,7 @@ def test_ctrl_c_starts_nothing_more_and_a_second_one_tells_the_jobs_again(
     monkeypatch.setattr(submit, "start_here", start_here)
     monkeypatch.setattr(sweep.os, "kill", lambda process, number: told.append(str(process)))
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM) if told else None)
-    assert sweep.run(folder.command) == 130
+    assert main(folder.command) == 130
     assert len(started) == 2
     assert sorted(told) == ["4000000001"] * 2 + ["4000000002"] * 2
     assert "failed" not in capsys.readouterr().out.split("ending 2 runs")[1], "they were ended before they could save"

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dist_proxygml.reporting.telemetry import Telemetry
+from tests.trained_runs import read_board
 
 
 def write(directory: Path, steps: list[int], *, start: int) -> None:
@@ -28,12 +28,6 @@ def test_a_run_that_continues_takes_back_the_steps_that_it_does_again(tmp_path: 
     write(tmp_path, [3, 4, 5], start=2)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
-
-
-def read_board(directory: Path) -> EventAccumulator:
-    """Everything that TensorBoard reads of the run."""
-    everything = {"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
-    return EventAccumulator(str(directory / "tensorboard"), size_guidance=everything).Reload()
 
 
 def test_a_counted_histogram_comes_back_with_its_edges(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The demo's images: a class is one emoji, an image is one artist's drawing of it.
+"""Build the demo's shards: a class is one emoji, an image is one artist's drawing of it.
+
+    python tools/build_demo.py --out shards/demo-again
 
     6 npm packages of SVG -> rasterised at 128 px -> averaged to 64 px on white -> 64-colour PNG
 
@@ -12,6 +14,7 @@ Declined: share-alike sets, and 3-D renderings of a set that is already there (t
 Only a rebuild needs npm and resvg.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -19,14 +22,19 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
+from dist_proxygml.cli import add_options, build_parser, command, run_command
+from dist_proxygml.data.builder import build_settings, build_shards, default_workers, finished_build
 from dist_proxygml.data.datasets import SourceDataset, SourceImage, check_disjoint
+from dist_proxygml.data.verify import describe_shards
+from dist_proxygml.storage.files import publish
 
 SIDE = 64
 NUM_COLOURS = 64
@@ -119,9 +127,7 @@ class Drawings:
     category_of_name: dict[str, str]
 
 
-def read_emoji(
-    sources: Path | None, *, cache: Path, progress: Callable[[Iterable[str]], Iterable[str]]
-) -> SourceDataset:
+def read_emoji(sources: Path | None, *, cache: Path) -> SourceDataset:
     """Render the demo's images from the npm tarballs in `sources`.
 
     None fetches them into `cache` with `npm pack`.
@@ -144,7 +150,7 @@ def read_emoji(
     candidates = [
         c for c in sorted(drawn_by) if c in names and len(drawn_by[c]) >= MIN_SETS and is_plain_emoji(c, names[c])
     ]
-    for codepoints in progress(candidates):
+    for codepoints in tqdm(candidates, desc="drawing", unit=" emoji", mininterval=0.5):
         different: dict[bytes, tuple[str, bytes]] = {}
         for set_name, icon in drawn_by[codepoints].items():
             svg = svg_of_icon(drawings[set_name].icons, icon)
@@ -400,3 +406,30 @@ def _categories(drawings: Mapping[str, Drawings], codepoints_of_name: Mapping[st
             if name in codepoints_of_name:
                 categories.setdefault(codepoints_of_name[name], category)
     return categories
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser(
+        None, "Draw the demo's images and write their shards.", "  python tools/build_demo.py --out shards/demo-again"
+    )
+    add_options(parser, "--out", "--overwrite")
+    parser.add_argument("--root", type=Path, help="folder of the npm tarballs (default: fetch them)")
+    return parser
+
+
+@command(_parser, stopped="stopped; the same command goes on with what is finished")
+def main(given: argparse.Namespace) -> None:
+    """Draw, write, and say what there is."""
+    if not given.overwrite:  # before it draws: is there another build?
+        settings = build_settings(seed=0, samples_per_shard=500, resize=None)
+        finished_build(given.out, dataset="demo", settings=settings)
+    dataset = read_emoji(given.root, cache=Path.home() / ".cache" / "dist_proxygml" / "emoji")
+    build_shards(dataset, given.out, overwrite=given.overwrite, workers=default_workers(len(dataset.images)))
+    with publish(given.out / "ATTRIBUTION.md") as stream:
+        head = "# The makers of these images\n\nEach sample's JSON names its set and licence."
+        stream.write(f"{head}\n\n{attribution()}\n".encode())
+    print(describe_shards(given.out))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,221 @@
+"""Queries to the images of an index that are most like them, as a table, as JSON or as a page.
+
+The model is the one that made the index; its weights must be the same, since scores of different models do not compare.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from dist_proxygml.cli import printable
+from dist_proxygml.data.sources import FolderSource, ImageRecord, ImageSource, OnBad, open_source, read_image
+from dist_proxygml.inference.embedder import Embedder, loading_processes, model_difference
+from dist_proxygml.inference.retrieval_index import Index
+from dist_proxygml.inference.search_page import Row, Tile, write_page
+from dist_proxygml.reporting.render import read_makers
+from dist_proxygml.storage.run_folder import RunFolder, step_name
+
+
+class Match(NamedTuple):
+    """An image of the gallery."""
+
+    score: float
+    record: ImageRecord
+
+
+class Answer(NamedTuple):
+    """What was found for a query."""
+
+    query: Path
+    matches: list[Match]  # as near as was asked for
+    nearest: Match  # of all
+
+
+def query_paths(images: Sequence[Path]) -> list[Path]:
+    """The image files that are named, and those in the folders that are named."""
+    paths = []
+    for path in images:
+        if path.is_dir():
+            paths += [path / name for name in FolderSource.of_folder(path).names]
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise ValueError(f"expected an image or a folder at {path}, found nothing; correct the path")
+    return paths
+
+
+def open_model(index: Index, path: Path, *, run: Path | None = None, device: str = "auto") -> Embedder:
+    """The model that the embeddings of an index were made with: where it was then, or in `run`.
+
+    Raises:
+        ValueError: it is not there, or it is another one.
+    """
+    model = index.model
+    if model is None or any(model.get(name) is None for name in ("path", "run", "step")):
+        if run is None:
+            raise ValueError(f"{path} does not say which model it was made with; name it with --run")
+        embedder = Embedder.from_run(run, device=device)
+        if embedder.embedding_dim != index.embedding_dim:
+            raise ValueError(
+                f"{path} holds embeddings of dimension {index.embedding_dim}, the model in {run} makes those of "
+                f"dimension {embedder.embedding_dim}; name the right one with --run"
+            )
+        return embedder
+    called = f"{model.get('run')}, step {model.get('step')}"
+    checkpoint = None
+    if run is not None and (RunFolder(run).checkpoints / step_name(model["step"])).is_dir():
+        checkpoint = step_name(model["step"])
+    try:
+        embedder = Embedder.from_run(run or model["path"], device=device, checkpoint=checkpoint)
+    except ValueError as error:
+        if run is not None:
+            raise
+        raise ValueError(
+            f"the model of {path} ({called}) cannot be opened where it was: {error}; name a run, a checkpoint or an "
+            "export that has it with --run"
+        ) from None
+    difference = model_difference(model, embedder.about)
+    if difference is not None:
+        raise ValueError(
+            f"{path} was made with {called}, but {embedder.about['path']} ({embedder.about['run']}, step "
+            f"{embedder.about['step']}) has other {difference}: their scores do not compare; name the right model with "
+            "--run, or embed and index the images again"
+        )
+    return embedder
+
+
+def find(
+    index: Index,
+    embedder: Embedder,
+    queries: Sequence[Path],
+    *,
+    k: int = 10,
+    min_score: float | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    on_bad: OnBad = "fail",
+) -> list[Answer]:
+    """The k nearest images to each query, without those of a lower score.
+
+    Raises:
+        ValueError: a query cannot be used (with "fail"), or none can.
+    """
+    loader = FolderSource(Path(), [str(path) for path in queries]).loader(
+        embedder.transform,
+        batch_size=batch_size or embedder.batch_size,
+        num_workers=loading_processes(len(queries), num_workers),
+        on_bad=on_bad,
+    )
+    answers = []
+    with tqdm(total=len(queries), desc="searching", unit=" images", delay=2.0, mininterval=0.5) as bar:
+        for batch in loader:
+            for damage in batch.damaged:
+                bar.write(printable(f"left out: {damage.image}: {damage.reason}"), file=sys.stderr)
+            paths = [queries[number] for number in batch.ids.tolist()]
+            rows_bD = embedder.embed_prepared(batch.images, names=[str(path) for path in paths])
+            result = index.search(rows_bD, k)
+            for path, scores, rows in zip(paths, result.scores.tolist(), result.rows.tolist(), strict=True):
+                found = [Match(score, index.records[row]) for score, row in zip(scores, rows, strict=True)]
+                matches = [match for match in found if min_score is None or match.score >= min_score]
+                answers.append(Answer(path, matches, found[0]))
+            bar.update(len(paths) + len(batch.damaged))
+    if not answers:
+        raise ValueError(f"none of the {len(queries)} images can be used")
+    return answers
+
+
+def as_table(answer: Answer, min_score: float | None) -> str:
+    """A line for the query and one for each image found."""
+    if not answer.matches:
+        return _nothing(answer, min_score)
+    lines = [_in_one_line(str(answer.query))]
+    for rank, (score, record) in enumerate(answer.matches, start=1):
+        name = "" if record.class_name is None else f"  {_in_one_line(record.class_name)}"
+        lines.append(f"{rank:4d}  {score:7.4f}  {_in_one_line(record.id)}{name}")
+    return "\n".join(lines)
+
+
+def _in_one_line(text: str) -> str:
+    """Newlines and control characters as Python writes them."""
+    return printable(text).replace("\n", "\\n")
+
+
+def _nothing(answer: Answer, min_score: float | None) -> str:
+    score, record = answer.nearest
+    found, near = _in_one_line(str(answer.query)), _in_one_line(record.id)
+    return f"{found}: nothing with a score of {min_score} or more; the nearest is {near} with {score:.4f}"
+
+
+def as_json(index: Index, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
+    """What was found, for programs."""
+    return {
+        "index": str(path),
+        "kind": index.kind,
+        "model": None if index.model is None else {name: index.model.get(name) for name in ("run", "step")},
+        "queries": [
+            {
+                "query": str(answer.query),
+                "matches": [
+                    {"rank": rank, "score": score, **json.loads(record.to_json())}
+                    for rank, (score, record) in enumerate(answer.matches, start=1)
+                ],
+            }
+            for answer in answers
+        ],
+    }
+
+
+def write_answers(
+    page: Path, index: Index, path: Path, answers: Sequence[Answer], *, data: str | None, min_score: float | None
+) -> None:
+    """Write a page of the queries and what was found for them; `data` says where the images of the index at `path` lie
+    now.
+    """
+    gallery = _gallery(index, data)
+
+    def tile(match: Match) -> Tile:
+        pixels = None
+        if gallery is not None:
+            try:
+                pixels = gallery.image(match.record)
+            except ValueError as error:
+                print(f"not at hand: {printable(error)}", file=sys.stderr)
+        return Tile(match.record.id, pixels, match.score, match.record.class_name)
+
+    rows = [
+        Row(
+            Tile(answer.query.name, read_image(answer.query)),
+            [tile(match) for match in answer.matches],
+            "" if answer.matches else _nothing(answer, min_score),
+        )
+        for answer in answers
+    ]
+    model = "" if index.model is None else f" by {index.model.get('run')}, step {index.model.get('step')}"
+    write_page(
+        page,
+        rows,
+        title=f"Nearest images in {path.name}",
+        lead=f"Searched among {len(index):,} images, embedded{model}. Numbers are cosines: 1 is the same embedding.",
+        makers=read_makers(data or (index.data or {}).get("location")),
+    )
+    print(f"page: {page.resolve()}", file=sys.stderr)
+
+
+def _gallery(index: Index, typed: str | None) -> ImageSource | None:
+    """Where the images of the index lie, None if they are not at hand."""
+    data = index.data or {}
+    location = typed or data.get("location")
+    try:
+        if location is None:
+            raise ValueError("the index does not say where they are")
+        if typed is None and data.get("kind") == "folder" and Path(location).is_dir():
+            return FolderSource(Path(location), ())  # no walk through whatever folder an index names
+        return open_source(location, split=data.get("split", "test"), is_typed=typed is not None)
+    except (ValueError, OSError) as error:  # a location that is too long for a path
+        told = f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
+        print(told, file=sys.stderr)
+        return None
