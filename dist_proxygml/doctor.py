@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
-from dist_proxygml.data.audit import Finding, run_check
+from dist_proxygml.data.finding import Finding, run_check
 
 if TYPE_CHECKING:
     from dist_proxygml.config import Config

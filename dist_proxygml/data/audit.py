@@ -5,46 +5,19 @@ which two different images of equal length share about once in four billion. Dec
 `python -m dist_proxygml.shard verify --deep` does, and near-duplicates, which need an embedding.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from dist_proxygml.data.datasets import PUBLISHED_COUNTS
+from dist_proxygml.data.finding import Finding, run_check
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, default_cache, open_index, read_index
 from dist_proxygml.data.remote import ShardCache, is_remote
 from dist_proxygml.data.shards import ShardReader
 
 _NUM_SAMPLED = 200  # images of each split whose bytes are read
-Status = Literal["ok", "warning", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor."""
-
-    status: Status
-    name: str
-    text: str
-    remedy: str = ""
-    """What to do; empty where nothing is to be done."""
-
-    def __str__(self) -> str:
-        return f"{self.status:<8} {self.name:<14} {self.text}" + (f"; {self.remedy}" if self.remedy else "")
-
-
-def run_check(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What a check finds, and a warning instead of the rest where it raises."""
-    findings: list[Finding] = []
-    try:
-        findings.extend(check())
-    except Exception as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        findings.append(Finding("warning", name, f"the check itself failed ({cause})"))
-    return findings
 
 
 def audit_shards(

@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,8 @@ import torch
 
 from dist_proxygml import doctor
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.data.audit import Finding, audit_shards, check_num_classes, run_check
+from dist_proxygml.data.audit import audit_shards, check_num_classes
+from dist_proxygml.data.finding import Finding, run_check
 from dist_proxygml.data.index import open_index, write_index
 from dist_proxygml.data.shards import ShardSample, list_shard, write_shard
 
@@ -354,3 +357,16 @@ def test_every_check_of_this_machine_runs_through() -> None:
     findings = [finding for name, check in doctor._machine_checks(demo_config()) for finding in run_check(name, check)]
     assert [finding for finding in findings if "itself failed" in finding.text] == []
     assert {"python", "faiss", "cpu", "compiler", "shared memory", "slurm", "clock"} <= {f.name for f in findings}
+
+
+def test_the_doctor_starts_where_no_package_is_installed() -> None:
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dist_proxygml.doctor import check_packages
+print(sorted({finding.status for finding in check_packages()}))
+"""
+    command = [sys.executable, "-S", "-E", "-c", program, str(ROOT)]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "problem" in done.stdout
