@@ -363,10 +363,12 @@ def test_the_doctor_starts_where_no_package_is_installed() -> None:
     program = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from dist_proxygml.doctor import check_packages
-print(sorted({finding.status for finding in check_packages()}))
+from dist_proxygml.data.finding import run_check
+from dist_proxygml.doctor import check_packages, check_python
+print(*run_check("Python", check_python), *run_check("packages", check_packages), sep="\\n")
 """
     command = [sys.executable, "-S", "-E", "-c", program, str(ROOT)]  # without site-packages
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "problem" in done.stdout
+    assert done.stdout.startswith("ok       Python")
+    assert "No module named 'packaging'" in done.stdout
