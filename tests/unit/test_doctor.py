@@ -370,5 +370,4 @@ print(*run_check("Python", check_python), *run_check("packages", check_packages)
     command = [sys.executable, "-S", "-E", "-c", program, str(ROOT)]  # without site-packages
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("ok       Python")
     assert "No module named 'packaging'" in done.stdout
