@@ -1,11 +1,11 @@
 """Typed, closed configuration: JSON in, frozen objects out.
 
 A file is one JSON object; `--set a.b=value` overrides single keys before validation. Unknown keys, wrong types and
-settings that contradict each other are refused here, before any process group, device or data is touched. A
-sentence at each field says what it is.
+contradictory settings are refused here, before any process group, device or data is touched. Every field has a
+one-sentence description.
 
-Declined: YAML (a second syntax for the same thing), inheritance between files (a run must be readable from one file),
-and options through the environment.
+Declined: YAML (a second syntax for the same thing), inheritance between files (one file must describe a run), and
+options through the environment.
 """
 
 import difflib
@@ -18,7 +18,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
@@ -26,13 +35,19 @@ from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
 
 
-# A part of the names of files.
+def _checked_bytes(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+_ByteCount = Annotated[str, Field(pattern=f"^{_BYTES}$"), AfterValidator(_checked_bytes)]
+# A part of a file name.
 SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
 
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
-# No setting is larger, and whatever counts in 64 bits has room for it.
+# Upper limit of all settings, which leaves headroom in 64 bits.
 _MAX_NUMBER = 1 << 62
 
 
@@ -61,16 +76,16 @@ class CenterCropConfig(_Section):
 
 
 class ResizeConfig(_Section):
-    """The whole image resized to a square by area averaging."""
+    """Full image resized to a square by area averaging."""
 
     name: Literal["resize"]
     size: int = Field(ge=1, le=4096, description="Side of the square result, in pixels.")
 
 
 class AffineJitterConfig(_Section):
-    """Affine warp and colour jitter of whole small images, computed for a batch at once.
+    """Affine warp and colour jitter of full small images, computed for a batch at once.
 
-    Each number is the half-width of a uniform range; 0 switches that part off.
+    Each number is the half-width of a uniform range; 0 disables that part.
     """
 
     name: Literal["affine_jitter"]
@@ -95,25 +110,25 @@ TransformConfig = Annotated[
 class StreamConfig(_Section):
     """Training images from plain WebDataset shards without an index: inexact, see docs/data.md."""
 
-    urls: str = Field(description="Shards, as webdataset writes them: https://host/train-{000000..000099}.tar")
-    samples_per_epoch: int = Field(ge=1, description="Images that count as an epoch, over all ranks.")
+    urls: str = Field(description="Shards in webdataset's brace notation: https://host/train-{000000..000099}.tar")
+    samples_per_epoch: int = Field(ge=1, description="Images per epoch, over all ranks.")
     resampled: bool = Field(
         True, description="Draw shards with replacement; false gives each loading process a fixed part of them."
     )
-    shuffle_buffer: int = Field(1000, ge=1, description="Images that mix in each loading process.")
+    shuffle_buffer: int = Field(1000, ge=1, description="Images in the shuffle buffer of each loading process.")
 
 
 class DataConfig(_Section):
-    """Where the images come from and how they are prepared."""
+    """Source and preparation of the images."""
 
     shards: str = Field(
-        description="Folder of WebDataset shards with an index.json, or where to fetch it: https://, s3://, gs://, or "
+        description="Folder of WebDataset shards with an index.json, or its location: https://, s3://, gs://, or "
         "pipe:COMMAND with {} for the file's name."
     )
     mode: Literal["indexed", "stream"] = Field(
         "indexed", description="indexed: exact epochs over data.shards; stream: training images from data.stream."
     )
-    stream: StreamConfig | None = Field(None, description="What mode stream reads; evaluation reads data.shards.")
+    stream: StreamConfig | None = Field(None, description="Source of mode stream; evaluation reads data.shards.")
     train_split: SplitName = Field("train", description="Split of the index to train on.")
     test_split: SplitName = Field(
         "test", description="Split of the index to evaluate on; its classes are never trained."
@@ -122,12 +137,12 @@ class DataConfig(_Section):
         None,
         ge=1,
         le=1 << 40,
-        description="Number of classes of the training split, checked against the shards; null: as their index says.",
+        description="Number of classes of the training split, checked against the shards; null reads it from them.",
     )
     validation_classes: float | int | None = Field(
         None,
-        description="Classes of the training split that are held out of training and evaluated beside the test split, "
-        "to choose by: a share between 0 and 1, or a number; drawn by the seed. null trains on all.",
+        description="Classes of the training split that are held out and evaluated in addition to the test split, "
+        "for model selection: a share between 0 and 1, or a number; drawn by the seed. null trains on all.",
     )
     num_workers: int = Field(
         4, ge=0, le=1024, description="Data loading processes per rank; 0 loads in the training process."
@@ -138,24 +153,20 @@ class DataConfig(_Section):
     images_per_class: int | None = Field(
         None,
         ge=1,
-        description="Class-balanced batches: training.batch_size / images_per_class classes with so many images each; "
-        "null visits every image once an epoch.",
+        description="Class-balanced batches: training.batch_size / images_per_class classes of this many images each; "
+        "null visits every image once per epoch.",
     )
-    drop_last: bool = Field(False, description="Leave out the short last step of an epoch.")
+    drop_last: bool = Field(False, description="Drop the short last step of an epoch.")
     damaged_images: Literal["fail", "skip"] = Field(
         "fail",
-        description="fail: a damaged image ends the run; skip: another one takes its place in training, and evaluation "
-        "leaves it out. Each is named in damaged.jsonl.",
+        description="fail: a damaged image ends the run; skip: another one replaces it in training, and evaluation "
+        "skips it. Each is listed in damaged.jsonl.",
     )
-    max_damaged: float = Field(
-        0.001, ge=0, le=1, description="Largest share of a split's images that may be damaged with skip."
-    )
+    max_damaged: float = Field(0.001, ge=0, le=1, description="Maximum share of damaged images in a split under skip.")
     cache_directory: str | None = Field(
-        None, description="Where remote shards are kept; null is ~/.cache/dist_proxygml/shards."
+        None, description="Cache folder of remote shards; null is ~/.cache/dist_proxygml/shards."
     )
-    cache_limit: str | None = Field(
-        None, pattern=f"^{_BYTES}$", description="Most bytes of remote shards kept there; null keeps all."
-    )
+    cache_limit: _ByteCount | None = Field(None, description="Maximum size of that cache; null keeps all.")
     cache_images: bool = Field(
         False, description="Keep decoded images in memory: small data sets only, with num_workers 0."
     )
@@ -166,7 +177,7 @@ class DataConfig(_Section):
 
     @property
     def is_typed(self) -> bool:
-        """Whether the user said where the shards are, and not the folder of a run, which may be somebody else's."""
+        """Whether the user, not a possibly untrusted run's folder, named the location of the shards."""
         return self._is_typed
 
     @model_validator(mode="after")
@@ -219,10 +230,10 @@ class DataConfig(_Section):
 
 
 class BackboneConfig(_Section):
-    """The network from images to unit-length embeddings."""
+    """Network from images to unit-length embeddings."""
 
     name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
-    embedding_dim: int = Field(512, ge=1, le=1 << 20, description="Dimension D of the embedding.")
+    embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
     pretrained: str | None = Field(
         None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
     )
@@ -242,33 +253,32 @@ class ProxiesConfig(_Section):
 
     per_class: int = Field(1, ge=1, le=1 << 16, description="Proxies per class N.")
     ratio: float | None = Field(None, gt=0, le=1, description="Share r of all proxies kept per image: k = ceil(r*C*N).")
-    topk: int | None = Field(None, ge=1, description="Number k of proxies kept per image, instead of ratio.")
+    topk: int | None = Field(None, ge=1, description="Number k of proxies kept per image; replaces ratio.")
     regularization_weight: float = Field(0.0, ge=0, description="Weight lambda of the proxy regulariser.")
     scale: float = Field(1.0, gt=0, description="Softmax scale s; 1 in every published run.")
     regularization_anchors: int | None = Field(
         None,
         ge=1,
-        description="Proxies drawn per micro-batch to estimate the regulariser, without bias; null takes all of them "
-        "where the class sums fit the memory budget, and as many as the batch has images where they do not.",
+        description="Proxies drawn per micro-batch for an unbiased estimate of the regulariser; null takes all of them "
+        "if the class sums fit the memory budget, otherwise as many as the batch has images.",
     )
     selection: Literal["auto", "gather", "candidates", "histogram"] = Field(
         "auto",
-        description="How ranks find the global top-k: gather the bank, exchange candidates, add up histograms, or the "
+        description="How ranks find the global top-k: gather the bank, exchange candidates, sum histograms; auto: the "
         "one that moves the fewest bytes.",
     )
-    memory_budget: str = Field(
+    memory_budget: _ByteCount = Field(
         "256 MiB",
-        pattern=f"^{_BYTES}$",
-        description="Memory of one rank for similarities that are searched; the kept pairs of image and proxy take "
-        "about 120 bytes each besides.",
+        description="Memory per rank for similarities during the search; each kept pair of image and proxy takes "
+        "about 120 bytes in addition.",
     )
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Precision of the inputs of products; similarities and sums are float32 either way."
+        "float32", description="Precision of the inputs of products; similarities and sums are always float32."
     )
     fused: bool = Field(
         False,
-        description="On NVIDIA GPUs: kernels of our own instead of torch's operators; where k is at most a "
-        "thirty-second of a rank's proxies they never write a similarity.",
+        description="On NVIDIA GPUs, use this project's kernels instead of torch's operators; where k is at most a "
+        "thirty-second of a rank's proxies they never store similarities.",
     )
     initialization: Literal["published", "unit", "class_mean"] = Field(
         "published",
@@ -276,7 +286,7 @@ class ProxiesConfig(_Section):
         "each class's images under the initial backbone.",
     )
     unit_norm: bool = Field(
-        False, description="Bring updated proxies back to unit length after each step: a constant effective step size."
+        False, description="Normalise updated proxies after each step, for a constant effective step size."
     )
 
     @property
@@ -317,25 +327,25 @@ class OptimizerConfig(_Section):
     )
     proxies_name: Literal["adam", "adamw", "sgd", "rowwise_adagrad", "sparse_adam"] | None = Field(
         None,
-        description="Update rule of the proxies; null takes name. rowwise_adagrad and sparse_adam read and write only "
-        "the proxies that an image kept.",
+        description="Update rule of the proxies; null takes name. rowwise_adagrad and sparse_adam access only "
+        "proxies that an image kept.",
     )
-    proxies_momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum of the proxies.")
+    proxies_momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum for the proxies.")
     proxies_lr: float = Field(
-        gt=0, description="Learning rate of the proxies. Not to be scaled with the number of ranks."
+        gt=0, description="Learning rate of the proxies. Do not scale it with the number of ranks."
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the backbone.")
     proxies_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the proxies.")
     eps: float = Field(
         1e-8,
         gt=0,
-        description="eps of every rule; 0.01 in the published runs with Adam, where it sets the effective step.",
+        description="eps of every rule; 0.01 in the published runs with Adam, where it determines the effective step.",
     )
     betas: tuple[_Share, _Share] = Field((0.9, 0.999), description="Adam's decay rates.")
     proxies_clip_norm: float | None = Field(
         None,
         gt=0,
-        description="Largest norm of the proxies' gradient over all ranks (the backbone: deepspeed.gradient_clipping).",
+        description="Maximum norm of the proxies' gradient over all ranks (the backbone: deepspeed.gradient_clipping).",
     )
 
     @property
@@ -352,8 +362,8 @@ class OptimizerConfig(_Section):
             )
         if self.proxies_weight_decay > 0 and self.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
             raise ValueError(
-                f"expected proxies_weight_decay 0 for {self.proxies_rule!r}, which leaves proxies alone that no image "
-                f"kept, got {self.proxies_weight_decay}; remove it, or set proxies_name to adam, adamw or sgd"
+                f"expected proxies_weight_decay 0 for {self.proxies_rule!r}, which does not update proxies that no "
+                f"image kept, got {self.proxies_weight_decay}; remove it, or set proxies_name to adam, adamw or sgd"
             )
         return self
 
@@ -363,10 +373,10 @@ class ScheduleConfig(_Section):
 
     name: Literal["constant", "step", "cosine"] = Field("constant", description="Shape of the schedule.")
     milestones: list[_Count] = Field(
-        default_factory=list, description="step: epochs (1-based) at whose start gamma is applied."
+        default_factory=list, description="step: epochs (1-based) at the start of which gamma is applied."
     )
     gamma: float = Field(0.1, gt=0, description="step: factor at each milestone.")
-    warmup_steps: int = Field(0, ge=0, description="Linear warm-up from 0 over so many optimizer steps.")
+    warmup_steps: int = Field(0, ge=0, description="Linear warm-up from 0 over this many optimizer steps.")
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> "ScheduleConfig":
@@ -384,23 +394,23 @@ class TrainingConfig(_Section):
     batch_size: int = Field(
         ge=1, le=1 << 24, description="Images of one optimizer step, over all ranks and accumulated micro-batches."
     )
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null trains all epochs.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps; null: all epochs.")
     frozen_trunk_epochs: list[int] = Field(
         default_factory=list,
         description="Epochs (1-based) that train only embedding layer and proxies; [2] is the published warm-up.",
     )
     max_left_out: int = Field(
-        3, ge=1, description="Steps in a row that may come out as NaN before the run goes back to its last checkpoint."
+        3, ge=1, description="Consecutive NaN steps before the run rolls back to its last checkpoint."
     )
-    max_rollbacks: int = Field(2, ge=0, description="How often it may go back before it ends.")
+    max_rollbacks: int = Field(2, ge=0, description="Rollbacks before the run ends.")
     start_timeout: float = Field(
-        300.0, gt=0, description="Seconds that a rank waits for the others at a time while the run starts."
+        300.0, gt=0, description="Time-out in seconds of each wait for other ranks while the run starts."
     )
     step_timeout: float | None = Field(
         1200.0,
         gt=0,
         le=1e8,
-        description="Seconds after which a step that does not end ends the process; null waits for ever.",
+        description="Seconds after which a hanging step ends the process; null waits forever.",
     )
 
 
@@ -408,43 +418,40 @@ class EvaluationConfig(_Section):
     """When and how the test split, and validation classes if there are any, are evaluated."""
 
     every_epochs: int = Field(
-        1, ge=0, description="Evaluate after every so many epochs, and after the last; 0 only after the last."
+        1, ge=0, description="Evaluate every this many epochs, and after the last; 0 only after the last."
     )
-    at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults in minutes.")
-    raw_pixels: bool = Field(False, description="Also evaluate raw pixels at start, as a baseline.")
+    at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults early.")
+    raw_pixels: bool = Field(False, description="Also evaluate raw pixels at the start, as a baseline.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass of one rank.")
     protocol: Literal["custom", "cub", "cars", "sop", "inshop"] = Field(
         "custom",
-        description="A published protocol: its K of Recall@K, and its numbers of classes and images, or an error.",
+        description="A published protocol: sets K of Recall@K and requires its numbers of classes and images.",
     )
     recall_at: list[_Count] = Field(
         default_factory=lambda: [1, 2, 4, 8],
         min_length=1,
-        description="K of Recall@K; a published protocol brings its own.",
+        description="K of Recall@K; a published protocol sets its own.",
     )
     gallery_split: SplitName | None = Field(
         None,
-        description="Split that the images of data.test_split are searched in; null searches each among all others.",
+        description="Split searched by the images of data.test_split; null searches each among all others.",
     )
-    allow_seen_classes: bool = Field(
-        False, description="Evaluate on classes that are trained, too, instead of refusing a test split that has them."
-    )
-    kmeans_seeds: int = Field(5, ge=0, description="k-means runs behind NMI, AMI and F1; 0 leaves them out.")
+    allow_seen_classes: bool = Field(False, description="Accept a test split with classes that are also trained.")
+    kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
     legacy_proxygml: bool = Field(
-        False, description="Also compute what the published evaluation gives (cub, cars, sop), as legacy_ metrics."
+        False, description="Also compute the published evaluation's metrics (cub, cars, sop), prefixed legacy_."
     )
     search: Literal["faiss", "counter"] = Field(
-        "faiss", description="faiss finds neighbours, or products count all ranks; the numbers are the same."
+        "faiss", description="Find neighbours with faiss, or count ranks by matrix products; the numbers are the same."
     )
     gallery: Literal["auto", "replicated", "sharded"] = Field(
         "auto",
-        description="Every rank searches the whole gallery for a share of the queries, or its part of the gallery for "
-        "all queries; auto divides what does not fit half of a GPU's free memory. The numbers are the same.",
+        description="Every rank searches the full gallery for a share of the queries, or its part of the gallery for "
+        "all queries; auto divides a gallery over half of a GPU's free memory. The numbers are the same.",
     )
-    memory_budget: str = Field(
+    memory_budget: _ByteCount = Field(
         "256 MiB",
-        pattern=f"^{_BYTES}$",
-        description="Memory of one rank for lists and scores while it searches; more is faster on a GPU.",
+        description="Memory per rank for lists and scores during the search; more is faster on a GPU.",
     )
 
     @property
@@ -454,7 +461,7 @@ class EvaluationConfig(_Section):
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that an evaluation gives, deviations left out."""
+        """The metrics that an evaluation gives, without standard deviations."""
         names = [*(f"recall@{k}" for k in self.recall_at), "r_precision", "map@r", "map", "mrr", "precision@1_macro"]
         names += ["nmi", "ami", "f1"] if self.kmeans_seeds else []
         if self.legacy_proxygml:
@@ -487,7 +494,7 @@ class EvaluationConfig(_Section):
             )
         if self.legacy_proxygml and self.protocol not in LEGACY_PROTOCOLS:
             raise ValueError(
-                f"legacy_proxygml repeats the published evaluation of protocols cub, cars and sop, got protocol "
+                f"legacy_proxygml reproduces the published evaluation of protocols cub, cars and sop, got protocol "
                 f"{self.protocol!r}; name one of them, or set it to false"
             )
         return self
@@ -499,27 +506,27 @@ class CheckpointConfig(_Section):
     every_steps: int | None = Field(
         None,
         ge=1,
-        description="Optimizer steps between checkpoints; null: one per epoch. keep_best adds one at evaluations.",
+        description="Optimizer steps between checkpoints; null: one per epoch. keep_best adds one per evaluation.",
     )
     asynchronous: bool = Field(
         False,
-        description="Write checkpoints while training goes on, from a copy of everything in the memory of the host.",
+        description="Write checkpoints during training, from a copy in host memory.",
     )
-    keep_last: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
+    keep_last: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
     keep_every: int | None = Field(
         None,
         ge=1,
-        description="Also keep, for good, the first checkpoint at or after every multiple of so many steps; null none.",
+        description="Also keep, permanently, the first checkpoint at or after every multiple of this many steps.",
     )
     keep_best: str | None = Field(
         None,
-        description="Also keep the checkpoint whose evaluation has most of this metric, such as recall@1; null none. "
-        "With data.validation_classes it goes by these, else by the test split.",
+        description="Also keep the checkpoint with the best evaluation by this metric, such as recall@1, "
+        "on data.validation_classes if set, otherwise on the test split.",
     )
     init_from: str | None = Field(
         None,
-        description="What a new run starts from: a checkpoint, a run's folder (its newest checkpoint) or an export; a "
-        "run that is continued does not look at it. null starts from backbone.pretrained and new proxies.",
+        description="Start a new run from a checkpoint, a run's folder (its newest checkpoint) or an export; unused "
+        "when a run is resumed. null starts from backbone.pretrained and new proxies.",
     )
     init_proxies: bool = Field(
         True,
@@ -534,22 +541,22 @@ class CheckpointConfig(_Section):
 
 
 class TelemetryConfig(_Section):
-    """What is logged how often."""
+    """Logging."""
 
     log_every_steps: int = Field(
-        10, ge=1, description="Optimizer steps between two lines of metrics.jsonl and TensorBoard scalars."
+        10, ge=1, description="Optimizer steps between lines of metrics.jsonl and TensorBoard scalars."
     )
     progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")
     projector: bool | Annotated[int, Field(ge=1, le=10_000)] = Field(
         True,
-        description="Show so many of the last evaluation's embeddings in TensorBoard's projector; true: up to 10,000.",
+        description="Number of the last evaluation's embeddings in TensorBoard's projector; true: up to 10,000.",
     )
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
-# Top-level keys of DeepSpeed that work with this project, and what their values are. DeepSpeed itself ignores a key
-# that it does not know, and looks at many a value for the first time when it trains.
+# Top-level keys of DeepSpeed that work with this project, and their types. DeepSpeed itself ignores unknown keys, and
+# reads many values only when it trains.
 _DEEPSPEED_KEYS: dict[str, str] = {
     **dict.fromkeys(("activation_checkpointing", "bf16", "checkpoint", "comms_logger", "compile"), "an object"),
     **dict.fromkeys(("data_types", "flops_profiler", "fp16", "torch_autocast", "zero_optimization"), "an object"),
@@ -562,7 +569,7 @@ _DEEPSPEED_KEYS: dict[str, str] = {
     "gradient_predivide_factor": "a number above 0",
     "communication_data_type": "a string",
 }
-# Keys that DeepSpeed knows and that have one owner here, or undo what the loss relies on: what to use instead.
+# DeepSpeed's keys that are owned by another setting here, or break what the loss relies on: what to use instead.
 _OWNED_DEEPSPEED_KEYS = {
     "optimizer": "the section optimizer",
     "scheduler": "the section schedule",
@@ -573,10 +580,10 @@ _OWNED_DEEPSPEED_KEYS = {
 
 
 class Config(_Section):
-    """A training run, whole."""
+    """A complete training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
-    runs_dir: str = Field("runs", description="Folder that run folders are made in.")
+    runs_dir: str = Field("runs", description="Folder in which run folders are created.")
     seed: int = Field(0, ge=0, description="Seed of initialisation, sample order and augmentation.")
     data: DataConfig
     backbone: BackboneConfig
@@ -589,7 +596,7 @@ class Config(_Section):
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
-        description="Passed to DeepSpeed as it is: zero_optimization, bf16, gradient_clipping, ...",
+        description="Passed to DeepSpeed unchanged: zero_optimization, bf16, gradient_clipping, ...",
     )
 
     @property
@@ -599,21 +606,21 @@ class Config(_Section):
 
     @property
     def num_classes(self) -> int:
-        """data.num_classes of a configuration that says it, or has been told (training_data.count_classes).
+        """data.num_classes, if configured or filled in by training/data.py.
 
         Raises:
             ValueError: it is null.
         """
         if self.data.num_classes is None:
-            raise ValueError("expected data.num_classes, got null; set it to go without the shards that say it")
+            raise ValueError("expected data.num_classes, got null; set it, or make the shards available")
         return self.data.num_classes
 
     @property
     def num_validation_classes(self) -> int:
-        """Classes of the training split that are held out of training; a share of them is rounded.
+        """Number of held-out classes of the training split; a share is rounded.
 
         Raises:
-            ValueError: fewer than two, or all; or the number of classes is not known.
+            ValueError: it is below two, or all; or the number of classes is unknown.
         """
         wanted = self.data.validation_classes
         if wanted is None:
@@ -630,7 +637,7 @@ class Config(_Section):
 
     @property
     def num_trained_classes(self) -> int:
-        """Classes C of the proxy bank: those of the training split that are not held out.
+        """Number C of classes of the proxy bank: those of the training split that are not held out.
 
         Raises:
             ValueError: as `num_validation_classes`.
@@ -702,7 +709,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _validation_classes_leave_some_to_train(self) -> "Config":
-        if self.data.num_classes is not None:  # else it is seen when the shards have said their number
+        if self.data.num_classes is not None:  # otherwise checked when the shards have been read
             assert self.num_trained_classes > 0  # or it has raised
         return self
 
@@ -735,7 +742,7 @@ class Config(_Section):
         return self
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Images of one rank in one micro-batch.
+        """Compute the number of images of one rank in one micro-batch.
 
         Raises:
             ValueError: the batch does not divide over the ranks and micro-batches, or contradicts the DeepSpeed
@@ -763,28 +770,32 @@ class Config(_Section):
 
 
 def parse_bytes(text: str) -> int:
-    """A byte count with a binary unit as a number: "1.5 KiB" -> 1536.
+    """Parse a byte count with a binary unit: "1.5 KiB" -> 1536.
 
     Raises:
-        ValueError: no such number and unit.
+        ValueError: it is not a number with a unit, or not from 1 to 2^62.
     """
     match = re.fullmatch(_BYTES, text)
     if match is None:
         raise ValueError(f'expected a number of B, KiB, MiB, GiB or TiB such as "256 MiB", got {text!r}')
-    return int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2]))
+    number = float(match[1]) * 1024.0 ** ("B", "KiB", "MiB", "GiB", "TiB").index(match[2])
+    if not 1 <= number <= _MAX_NUMBER:
+        raise ValueError(f"expected from 1 B to 2^62 bytes, got {text[:40]}; change it")
+    return int(number)
 
 
-_CONFIGS = Path(__file__).parent / "configs"  # those of the repository, in a wheel as well
+_CONFIGS = Path(__file__).parent / "configs"  # those of the repository, also in a wheel
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read and validate a JSON configuration, with `a.b=value` overrides applied first.
 
-    A value is read as JSON where it is JSON, else as a string. A bare name, such as demo_cpu, is one of the
-    configurations that come with the package.
+    A value is parsed as JSON if possible, otherwise taken as a string. A bare name, such as demo_cpu, refers to a
+    configuration shipped with the package.
 
     Raises:
-        ValueError: no such file, no JSON, unknown key (the nearest known key is named), wrong type, or a contradiction.
+        ValueError: the file is missing or not JSON, a key is unknown (the nearest is suggested), a type is wrong, or
+            settings contradict each other.
     """
     path = Path(path)
     if path.name == str(path) and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
@@ -816,8 +827,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def load_run_config(run_directory: Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration that a run's folder holds, which must not say what is run: unless an override names the shards,
-    they count as not typed by the user. Raises ValueError as `load_config`.
+    """Load the configuration of a run's folder, which may be untrusted: unless an override names the shards, they count
+    as not typed by the user. Raises ValueError as `load_config`.
     """
     config = load_config(run_directory / "config.json", overrides)
     config.data._is_typed = any(override.partition("=")[0] in ("data", "data.shards") for override in overrides)
@@ -825,10 +836,10 @@ def load_run_config(run_directory: Path, overrides: typing.Sequence[str] = ()) -
 
 
 def parse_model(backbone: Any, transform: Any, *, source: str) -> tuple[BackboneConfig, TransformConfig]:
-    """What makes embeddings of images, as an export stores it: the network, and how it takes images.
+    """Parse the network and its preprocessing as stored in an export.
 
     Raises:
-        ValueError: these are not such settings; `source` is named.
+        ValueError: the settings are invalid; the message names `source`.
     """
     try:
         parsed: TransformConfig = TypeAdapter(TransformConfig).validate_json(json.dumps(transform))
@@ -839,7 +850,7 @@ def parse_model(backbone: Any, transform: Any, *, source: str) -> tuple[Backbone
 
 
 def flattened(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings."""
+    """Yield dotted names and values of nested settings."""
     for name, value in section.items():
         if isinstance(value, Mapping) and value:
             yield from flattened(value, f"{prefix}{name}.")
@@ -851,7 +862,7 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
     """Validate a configuration that is already a dictionary; `source` names it in errors."""
     try:
         _refuse_odd_numbers(raw)
-        return Config.model_validate_json(json.dumps(raw))  # strict types as JSON has them: a list may be a tuple
+        return Config.model_validate_json(json.dumps(raw))  # strict types of JSON, where a tuple is a list
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors(include_url=False))
         raise ValueError(f"{source} is not a valid configuration:\n{problems}") from None
@@ -870,27 +881,27 @@ def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_odd_numbers(value: Any, where: str = "") -> None:
-    """Refuse numbers that JSON of other programs cannot hold, and those that 64 bits cannot."""
+    """Refuse numbers that other programs' JSON, or 64 bits, cannot represent."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
             _refuse_odd_numbers(item, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, int | float) and not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # NaN is neither
+    elif isinstance(value, int | float) and not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # NaN fails both comparisons
         shown = str(value) if isinstance(value, float) or value.bit_length() < 200 else "one of very many digits"
         raise ValueError(f"{where}: expected a finite number of at most 2^62, got {shown}; change it")
 
 
 def _check_deepspeed_values(section: Mapping[str, Any]) -> None:
-    """Refuse what does not fit its key, before DeepSpeed stumbles over it.
+    """Check the values' types before DeepSpeed fails on them.
 
     Raises:
-        ValueError: with the key.
+        ValueError: a value does not fit; the message names its key.
     """
     for name, value in flattened(section, "deepspeed."):
         if value == "auto":
             raise ValueError(
                 f'expected a value for {name}, got "auto", which the Trainer of transformers fills in and nothing here '
-                "does; say the value, or remove the key for DeepSpeed's default"
+                "does; set a value, or remove the key for DeepSpeed's default"
             )
         if name.endswith(".enabled") and not isinstance(value, bool):
             raise ValueError(f"expected {name} to be true or false, got {value!r}; change it")
@@ -948,7 +959,7 @@ def _explain(problem: typing.Mapping[str, Any]) -> str:
 
 
 def _known_keys(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Field names of the section that a validation error's location points into."""
+    """Return the field names of the section that a validation error's location points into."""
     for part in location:
         candidates = (
             [s for s in _sections_of(section.model_fields[part].annotation)] if part in section.model_fields else []

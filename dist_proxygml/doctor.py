@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_proxygml.cli import add_options, build_parser, command, run_command
+from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
 from dist_proxygml.data.audit import Finding, run_check
 
 if TYPE_CHECKING:
@@ -423,7 +423,7 @@ def main(given: argparse.Namespace) -> int:
 
             config = load_config(given.config, given.set)
     except ImportError as error:  # the check of the packages says which
-        print(f"warning: {given.config} cannot be read yet ({error})", file=sys.stderr)
+        print(f"warning: {given.config} cannot be read yet ({printable(error)})", file=sys.stderr)
 
     findings: list[Finding] = []
 
@@ -445,7 +445,7 @@ def main(given: argparse.Namespace) -> int:
 
 
 def _shown(finding: Finding) -> str:
-    line = str(finding)
+    line = printable(finding)
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return line
     return f"{_COLOURS[finding.status]}{finding.status}\033[0m{line[len(finding.status) :]}"

@@ -6,7 +6,7 @@ was killed goes on with the images that it had not embedded yet.
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dist_proxygml.cli import build_parser
 from dist_proxygml.config import load_run_config
@@ -47,9 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Parse, evaluate, print the table and store the result in the run's folder."""
-    arguments = parse_arguments(_parser())
+    arguments = parse_arguments(_parser(), given)
     check_arguments(arguments)
     config = load_run_config(arguments.run, [*overrides(arguments), *arguments.set])
     context = join_world(start_timeout=config.training.start_timeout)

@@ -2,14 +2,13 @@
 
     DIST_PROXYGML_FAULT="save.publish@1:3:kill9" deepspeed launchers/train.py ...
 
-reads: when rank 1 comes to the point save.publish for the third time, it is killed. Several faults are separated by
-commas. Without the variable a point costs a look at a name. docs/fault_tolerance.md lists the points and what was
-tried.
+means: when rank 1 reaches the point save.publish for the third time, it is killed. Several faults are separated by
+commas. Without the variable a point costs one lookup. docs/fault_tolerance.md lists the points and results.
 
     kill9       SIGKILL to this process                      raise      an OSError, as of a failing disk
     enospc      an OSError "no space left on device"         stop       SIGSTOP to this process: it hangs
     signal=USR2 that signal to this process (TERM, USR1)     sleep=S    S seconds go by
-    nan         the caller is told to damage its numbers
+    nan         the caller must corrupt its numbers
 
 Declined: a switch in the configuration. A fault belongs to one start of a run, and must not travel with its settings.
 """
@@ -77,7 +76,7 @@ _passages: collections.Counter[str] = collections.Counter()
 
 @functools.cache
 def own_faults() -> tuple[Fault, ...]:
-    """What is to go wrong in this process."""
+    """Return the faults to inject into this process."""
     rank = int(os.environ.get("RANK", "0"))
     return tuple(fault for fault in parse_faults(os.environ.get(VARIABLE, "")) if fault.rank == rank)
 

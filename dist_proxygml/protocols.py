@@ -1,4 +1,4 @@
-"""The published ways to evaluate: which images there are, which K of Recall@K are reported, who is searched in whom.
+"""Published evaluation protocols: numbers of images and classes, K of Recall@K, queries and gallery.
 
 Counts are those of the data sets' own lists: the last 100 classes of CUB-200-2011, the last 98 of Cars196 (training and
 test images of the classification release together), Ebay_test.txt of Stanford Online Products, and the query and
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Protocol(NamedTuple):
-    """What a published number was measured on."""
+    """A published evaluation protocol."""
 
     dataset: str  # name of the layout that the shards were built from
     title: str

@@ -91,9 +91,9 @@ def _write(run_directory: Path, data: str | None) -> None:
     config = read_run(run_directory).config
     if not config:
         raise ValueError(f"expected a run's folder, {run_directory} has no config.json; name the folder of a run")
-    settings = config.get("data", {})
     index = None
     try:
+        settings = config.get("data", {})
         cache, limit = settings.get("cache_directory"), settings.get("cache_limit")
         index = open_index(
             data or settings.get("shards", "shards"),
@@ -102,9 +102,9 @@ def _write(run_directory: Path, data: str | None) -> None:
             cache_limit=None if limit is None else parse_bytes(limit),
             is_typed=data is not None,
         )
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # of a configuration that may be anybody's
         if data is not None:
-            raise
+            raise ValueError(str(error)) from None
         earlier = RunFolder(run_directory).report
         if earlier.is_file() and "data:image/" in earlier.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(

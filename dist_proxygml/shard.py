@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_proxygml.cli import add_options, at_least, build_parser, command, run_command
+from dist_proxygml.cli import add_options, at_least, build_parser, command, printable, run_command
 from dist_proxygml.data.builder import (
     UnusableImage,
     build_settings,
@@ -44,7 +44,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def _build(options: argparse.Namespace) -> int:
     dataset = _read_dataset(options)
     for note in dataset.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     workers = default_workers(len(dataset.images)) if options.workers is None else options.workers
     try:
         result = build_shards(
@@ -69,7 +69,7 @@ def _build(options: argparse.Namespace) -> int:
     if result.num_kept:
         print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
     if result.skipped:
-        print(_told(result.skipped), file=sys.stderr)
+        print(printable(_told(result.skipped)), file=sys.stderr)
     if result.lost_classes:
         shown = ", ".join(map(repr, result.lost_classes[:20]))
         print(f"{len(result.lost_classes)} classes have no image left and are left out: {shown}", file=sys.stderr)
@@ -79,7 +79,7 @@ def _build(options: argparse.Namespace) -> int:
             "them as they are stored; to change that turn the files, as `mogrify -auto-orient` does, and build again",
             file=sys.stderr,
         )
-    print(describe_shards(options.out))
+    print(printable(describe_shards(options.out)))
     return 0
 
 
@@ -110,7 +110,7 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
 def _verify(options: argparse.Namespace) -> int:
     problems = verify_shards(options.directory, deep=options.deep)
     for problem in problems:
-        print(f"damaged: {problem}", file=sys.stderr)
+        print(printable(f"damaged: {problem}"), file=sys.stderr)
     depth = (
         "index, sizes, hashes, checksums, labels and images"
         if options.deep
@@ -128,16 +128,17 @@ def _index(options: argparse.Namespace) -> int:
     changed = index_shards(options.directory)
     if changed:
         print(
-            f"warning: {len(changed)} shards are not what the earlier index says (sha256): {', '.join(changed[:20])}"
+            f"warning: {len(changed)} shards are not what the earlier index says (sha256): "
+            f"{printable(', '.join(changed[:20]))}"
             f"{f' and {len(changed) - 20} more' if len(changed) > 20 else ''}; if nobody changed them they are damaged",
             file=sys.stderr,
         )
-    print(describe_shards(options.directory))
+    print(printable(describe_shards(options.directory)))
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    print(describe_shards(options.directory))
+    print(printable(describe_shards(options.directory)))
     return 0
 
 

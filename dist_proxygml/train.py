@@ -5,6 +5,8 @@ was asked for, 65 the numbers stay NaN, 75 stopped by a signal or a step that hu
 anything else.
 """
 
+from collections.abc import Sequence
+
 from dist_proxygml.cli import build_parser
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
@@ -17,7 +19,7 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Parse, then show the plan or train."""
     parser = build_parser(None, __doc__, EXAMPLES, "--config", "--set", "--resume", "--local_rank")
     parser.add_argument(
@@ -28,7 +30,7 @@ def main() -> None:
         metavar="RANKS",
         help="print the resolved configuration and the plan for so many ranks (default: those started)",
     )
-    arguments = parse_arguments(parser)
+    arguments = parse_arguments(parser, given)
     config = load_config(arguments.config, arguments.set)
     if arguments.dry_run is not None:
         _print_plan(config, world_size=arguments.dry_run)

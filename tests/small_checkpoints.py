@@ -7,12 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_proxygml.checkpoint.writer import (
-    Retention,
-    RunState,
-    SavedCheckpoint,
-    save_checkpoint,
-)
+from dist_proxygml.checkpoint.folder import Retention, RunState, SavedCheckpoint
+from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.head.loss import ProxyGMLLoss

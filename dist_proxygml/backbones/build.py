@@ -446,12 +446,8 @@ def _flat_features(features: Tensor, pool: int) -> Tensor:
 
 def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
     """Return the length of the trunk's pooled features, from a forward pass on meta tensors."""
-    named = [*trunk.module.named_parameters(), *trunk.module.named_buffers()]
-    shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
-    pixels = torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta")
     trunk.module.eval()
-    with torch.no_grad():
-        features = torch.func.functional_call(trunk.module, shapes_only, (pixels,))
+    features = _on_meta(trunk.module, torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta"))
     trunk.module.train()
     if features.ndim != 4 and (config.pool > 1 or features.ndim != 2):
         is_timm = config.name.startswith("timm/")
@@ -464,18 +460,22 @@ def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
     return _flat_features(features, config.pool).shape[1]
 
 
+@torch.no_grad()
+def _on_meta(module: nn.Module, images: Tensor) -> Any:
+    """What a module gives for images on the meta device, where tensors have shapes only."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    return torch.func.functional_call(module, shapes_only, (images,))
+
+
 def check_images(model: EmbeddingModel, config: BackboneConfig, batch_size: int, *, size: int, setting: str) -> None:
     """Check, by a forward pass on meta tensors, that the model accepts images of the size given by `setting`.
 
     Raises:
         ValueError: it does not.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
-    images = torch.empty(batch_size, 3, size, size, dtype=torch.uint8, device="meta")
     try:
-        with torch.no_grad():
-            torch.func.functional_call(model, shapes_only, (images,))
+        _on_meta(model, torch.empty(batch_size, 3, size, size, dtype=torch.uint8, device="meta"))
     except NotImplementedError:  # a kernel without a meta implementation: the first step will show
         return
     except Exception as error:  # of any type: assertions of libraries, empty shapes

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_MOST = 1 << 16
+
 
 class SmallCnn(nn.Sequential):
     """The stages one after the other: [b, 3, H, W] -> [b, width * 2^(stages - 1), h, w].
@@ -23,7 +25,7 @@ class SmallCnn(nn.Sequential):
     `residual_blocks` how many residual blocks follow its first convolution.
 
     Raises:
-        ValueError: the two lists differ in length, or a number has a wrong type or is too small.
+        ValueError: the two lists differ in length, or a number has a wrong type, is too small or absurd.
     """
 
     def __init__(
@@ -76,5 +78,5 @@ def _convolution(inputs: int, outputs: int, *, stride: int = 1, activation: bool
 
 def _check_integers(name: str, values: Any, *, at_least: int) -> None:
     fits = isinstance(values, Sequence) and len(values) > 0
-    if not fits or any(type(value) is not int or value < at_least for value in values):
-        raise ValueError(f"{name} of small_cnn must be made of integers of at least {at_least}, got {values!r}")
+    if not fits or any(type(value) is not int or not at_least <= value <= _MOST for value in values):
+        raise ValueError(f"{name} of small_cnn must be made of integers from {at_least} to {_MOST}, got {values!r}")

@@ -15,7 +15,6 @@ embedding.
 """
 
 import bisect
-import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from dist_proxygml.checkpoint.bank_storage import BankReader
 from dist_proxygml.checkpoint.folder import MANIFEST_FILE, find_checkpoint, found_instead, read_state
 from dist_proxygml.config import Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import parse_json, publish
 from dist_proxygml.storage.folder import SealedKind, open_sealed
 from dist_proxygml.storage.run_folder import RunFolder, step_in
 
@@ -84,7 +83,7 @@ class TrainedModel:
                 f"{self.path} has no class names: it was trained on a stream, which has none; set "
                 "checkpoint.init_proxies to false to take over its backbone only"
             )
-        table, expected = self.class_table(), self.settings["class table"]
+        table, expected = self.class_table(), str(self.settings["class table"])
         of_shards = class_table_name(self.settings.get("data.train_split", "train"))
         has_all = self.settings.get("data.validation_classes") is None
         remedy = (
@@ -176,7 +175,7 @@ def read_class_table(path: Path) -> tuple[ClassEntry, ...]:
     Raises:
         ValueError, TypeError: the file is not a class table.
     """
-    rows = json.loads(b"[" + b",".join(path.read_bytes().splitlines()) + b"]")
+    rows = parse_json(b"[" + b",".join(path.read_bytes().splitlines()) + b"]")
     return tuple(ClassEntry(label, *row) for label, row in enumerate(rows))
 
 
@@ -212,8 +211,11 @@ class _ExportedBank:
         try:
             with safe_open(path, framework="pt") as file:
                 num_classes, per_class, embedding_dim = file.get_slice(PROXIES).get_shape()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+                dtype = file.get_slice(PROXIES).get_dtype()
+            if dtype not in ("F64", "F32", "F16", "BF16") or 0 in (per_class, embedding_dim):
+                raise ValueError(f"proxies of {dtype} [{num_classes}, {per_class}, {embedding_dim}]")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; {EXPORT.remedy}") from None
         self.shape = (num_classes, per_class, embedding_dim)
 
     def parts(self) -> list[tuple[int, int]]:

@@ -39,6 +39,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -242,10 +243,11 @@ def load_checkpoint(
         ValueError: the checkpoint's settings differ from `settings`.
     """
     state = run_together(context, _check_state, checkpoint, settings)
-    engine.load(checkpoint)
-    _load_bank(loss, bank_optimizer, checkpoint / "bank", context)
+    failed = f"restore {checkpoint} from a copy, or take another one with --resume PATH: it cannot be loaded"
+    _together(context, failed, engine.load, checkpoint)
+    _together(context, failed, _load_bank, loss, bank_optimizer, checkpoint / "bank", context)
     if state.world_size == context.world_size:
-        run_together(context, _load_random_state, checkpoint, context)
+        _together(context, failed, _load_random_state, checkpoint, context)
     return state
 
 
@@ -253,7 +255,7 @@ def load_backbone(checkpoint: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a backbone of the same configuration and precision.
 
     Raises:
-        ValueError: the file is missing or holds another network.
+        ValueError: the file is missing, holds no weights, or those of another network.
     """
     path = checkpoint / "backbone.safetensors"
     if not path.is_file():
@@ -262,8 +264,12 @@ def load_backbone(checkpoint: Path, model: nn.Module) -> None:
         # Copied, since a file's tensors lie at any address, and products of unaligned ones may round otherwise.
         # Assigned, for the precision they were trained in.
         weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        own = model.state_dict()
+        for name in sorted(weights.keys() & own):
+            if weights[name].is_floating_point() != own[name].is_floating_point():
+                raise RuntimeError(f"{name} is {weights[name].dtype}, expected {own[name].dtype}")
         model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError, OSError) as error:
         raise ValueError(f"{path} does not fit the configured backbone: {error}") from None
 
 
@@ -451,8 +457,8 @@ def _together(context: ParallelContext, what: str, function: Callable[..., T], *
     """Run `function(*args)` on every rank; if any raises, raise one error that names that rank on all. Called on all
     ranks.
 
-    Like `run_together`, but for any exception that a library may raise while it writes. `function` may use collectives
-    that fail on all ranks together.
+    Like `run_together`, but for any exception that a library may raise while it reads or writes. `function` may use
+    collectives that fail on all ranks together.
     """
     result, failure = None, None
     cause: BaseException | None = None
@@ -472,7 +478,7 @@ def _together(context: ParallelContext, what: str, function: Callable[..., T], *
 def _described(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from dist_proxygml.cli import printable
 from dist_proxygml.cluster import submit
 from dist_proxygml.cluster.grid import (
     Grid,
@@ -46,7 +47,7 @@ from dist_proxygml.cluster.job import TrainingJob
 from dist_proxygml.cluster.status import JobState, ask_job, finished_mark, first_verdict, hopeless_message, log_of
 from dist_proxygml.cluster.sweep_chart import draw_sweep
 from dist_proxygml.config import Config, parse_config
-from dist_proxygml.storage.files import publish_text
+from dist_proxygml.storage.files import publish_text, read_document
 from dist_proxygml.storage.lock import FolderLock
 
 _STOPPED_STATUS = 75  # of distributed/preemption.py, which needs torch
@@ -158,9 +159,7 @@ class StartedJobs:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._path = sweep.folder / "jobs.json"
-        self._jobs: dict[str, dict[str, str]] = (
-            json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-        )
+        self._jobs: dict[str, dict[str, str]] = read_document(self._path) if self._path.exists() else {}
         self._queue: Collection[str] | None = None
 
     def add(self, cluster: str, job_ids: dict[str, str]) -> None:
@@ -281,7 +280,7 @@ class Progress:
         self._results[result.point.name] = result
         if result.status == before.status:
             return
-        told = ": " + result.reason if result.status == "failed" else ""
+        told = f": {printable(result.reason)}" if result.status == "failed" else ""
         if result.evaluation:
             metric, value = next(iter(result.evaluation.metrics.items()))
             told = f": {metric} {100 * value:.2f}"
@@ -310,7 +309,8 @@ def report(sweep: Sweep, jobs: StartedJobs, metric: str | None) -> int:
         publish_text(sweep.folder / "sweep.svg", draw_sweep(sweep.name, sweep.grid, cells, shown))
     else:
         (sweep.folder / "sweep.svg").unlink(missing_ok=True)  # of an earlier grid
-    print(f"\n{text}\nwritten to {sweep.folder}: results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}")
+    names = f"results.csv, summary.csv, summary.md{', sweep.svg' if shown else ''}"
+    print(f"\n{printable(text)}\nwritten to {sweep.folder}: {names}")
     num_failed = sum(result.status == "failed" for result in results)
     if num_failed:
         message = (

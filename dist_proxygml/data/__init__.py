@@ -1,1 +1,1 @@
-"""Raw downloads to batches: source layouts, WebDataset shards, index, epoch order, loaders."""
+"""From raw downloads to batches: source layouts, WebDataset shards, index, epoch order, loaders."""

@@ -1,8 +1,8 @@
-"""Whether a folder of shards is what a run needs: readable, whole, with the classes and counts that are expected.
+"""Checks of a folder of shards: readable, complete, with the expected classes and counts.
 
-Chosen: looking at the index, which is small, and at a sample of the images; duplicates by length and crc32 as the index
-has them, which two unlike images of one length share about once in four billion times. Declined: reading every byte,
-which `python -m dist_proxygml.shard verify --deep` does, and near-duplicates, which need an embedding.
+Chosen: check the index, which is small, and a sample of the images; find duplicates by the index's length and crc32,
+which two different images of equal length share about once in four billion. Declined: reading every byte, which
+`python -m dist_proxygml.shard verify --deep` does, and near-duplicates, which need an embedding.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -54,9 +54,9 @@ def audit_shards(
     cache_directory: Path | None = None,
     cache_limit: int | None = None,
 ) -> tuple[list[Finding], dict[str, ShardIndex]]:
-    """All checks of a folder of shards, here or elsewhere, and the splits that could be opened.
+    """Run all checks of a local or remote folder of shards; also return the splits that could be opened.
 
-    Of shards that lie elsewhere only the index is fetched, no image is read. The location is one that the user typed.
+    Of remote shards only the index is fetched. The location must have been typed by the user.
     """
     indices: dict[str, ShardIndex] = {}
 
@@ -99,9 +99,9 @@ def audit_shards(
     return findings, indices
 
 
-def check_images(index: ShardIndex, *, num_sampled: int = _NUM_SAMPLED) -> Iterator[Finding]:
-    """The bytes of images drawn over the whole split, against their crc32."""
-    drawn = np.random.default_rng(0).permutation(index.num_samples)[:num_sampled]
+def check_images(index: ShardIndex) -> Iterator[Finding]:
+    """Check the crc32 of images sampled from the whole split."""
+    drawn = np.random.default_rng(0).permutation(index.num_samples)[:_NUM_SAMPLED]
     reader = ShardReader(index.open_shard)
     damaged = []
     for sample_id in sorted(drawn.tolist()):
@@ -127,7 +127,7 @@ def check_images(index: ShardIndex, *, num_sampled: int = _NUM_SAMPLED) -> Itera
 
 
 def check_counts(index: ShardIndex) -> Iterator[Finding]:
-    """Images and classes of a split, against those of the literature."""
+    """Compare numbers of images and classes of a split with the literature."""
     expected = PUBLISHED_COUNTS.get(index.dataset, {}).get(index.split)
     if expected is None:
         return
@@ -142,18 +142,18 @@ def check_counts(index: ShardIndex) -> Iterator[Finding]:
             f"expected the published {expected[0]:,} images of {expected[1]:,} classes of {index.dataset}, found "
             f"{found[0]:,} of {found[1]:,}",
             f"unpack the download again and build with `python -m dist_proxygml.shard build {index.dataset}`; results "
-            "on other counts compare with nobody's",
+            "on other counts are not comparable",
         )
 
 
 def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
-    """No class of the training split is in the other one: retrieval is measured on classes that were never trained."""
+    """Check that no class is in both splits, because retrieval is measured on unseen classes."""
     shared = shared_classes(train, other)
     if shared is None:
         yield Finding(
             "warning",
             "classes",
-            f"{train.split} or {other.split} has numbers for class names, so whether they share classes cannot be told",
+            f"{train.split} or {other.split} has numbers for class names, so shared classes cannot be detected",
             "write the class's name into each sample's JSON as class_name, and make the index again",
         )
     elif shared:
@@ -169,9 +169,7 @@ def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
 
 
 def shared_classes(train: ShardIndex, other: ShardIndex) -> list[str] | None:
-    """Names of the classes that are in both splits, sorted; None where a split has numbers for names, which say nothing
-    of the other's.
-    """
+    """List the names of classes in both splits, sorted; None if either has only numbers for names."""
     if (train.location, train.split) == (other.location, other.split):
         return sorted(entry.name for entry in other.classes)
     train_names, other_names = _class_names(train), _class_names(other)
@@ -179,12 +177,12 @@ def shared_classes(train: ShardIndex, other: ShardIndex) -> list[str] | None:
 
 
 def _class_names(index: ShardIndex) -> set[str]:
-    """Names of the classes; none where they are only the labels again."""
+    """Return the names of the classes; none if they merely repeat the labels."""
     return {entry.name for entry in index.classes if entry.name != str(entry.label)}
 
 
 def check_duplicates(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
-    """Image files that are in both splits, byte for byte as far as length and crc32 tell."""
+    """Check for image files in both splits, equal by length and crc32."""
     keys: list[np.ndarray] = [
         index.samples["nbytes"].astype(np.uint64) << np.uint64(32) | index.samples["crc32"].astype(np.uint64)
         for index in (train, other)
@@ -198,12 +196,12 @@ def check_duplicates(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
         "duplicates",
         f"{len(common):,} image files are in {train.split} and in {other.split} alike, such as "
         f"{train.describe(int(train_ids[0]))} and {other.describe(int(other_ids[0]))}",
-        "leave one of the two out, or say so beside the results",
+        "remove one of the two, or report it with the results",
     )
 
 
 def check_num_classes(index: ShardIndex, num_classes: int, *, source: str) -> Finding:
-    """The number of classes that a configuration states, against that of the split it trains on."""
+    """Compare a configuration's number of classes with that of its training split."""
     if index.num_classes == num_classes:
         return Finding("ok", "num_classes", f"{num_classes:,} in {source} and in split {index.split}")
     return Finding(

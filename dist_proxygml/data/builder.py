@@ -1,20 +1,20 @@
-"""Source images to a finished folder of shards: shuffled once, written by several processes, resumable.
+"""Build of a folder of shards from source images: shuffled once, written by several processes, resumable.
 
     order of a split    its images sorted by Philox draws of (seed, split); a sample's id is its place in that order
-    shard               a pure function of its samples, so any process may write it, and none waits for another
+    shard               a pure function of its samples, so any process may write it without waiting for another
     journal             build.unfinished.jsonl, a line per finished shard: file, fingerprint, bytes, sha256
-    index               written last; after it the journal goes
+    index               written last; then the journal is removed
 
-A killed build is started again with the same command. A shard is kept when its line's fingerprint (a hash of all that
-its bytes depend on: format, settings, keys, labels, facts, and path, size and time of every source file) and the file's
-sha256 still fit; all others are written again, so the result has the bytes of a build that was never disturbed.
+A killed build resumes with the same command. A shard is kept if its line's fingerprint (a hash of all its bytes depend
+on: format, settings, keys, labels, metadata, and path, size and time of every source file) and the file's sha256 still
+match; all others are written again, so the result is identical to that of an uninterrupted build.
 
-Chosen: a fork server for the processes, which forks without the threads and locks of the caller; and a look at an
-image's header and last bytes only, since decoding takes ten times as long as storing. An image that does not end as its
-format should is decoded whole, which finds the ones that were cut. `on_bad="skip"` decodes every image, so that what
-is kept decodes in training too.
-Declined: keeping what an interrupted process wrote of a shard; deciding about unusable images while shards are written,
-because an image left out moves all ids after it (so `on_bad="skip"` looks at every image first).
+Chosen: a fork server for the processes, which forks without the caller's threads and locks; checking only an image's
+header and last bytes, since decoding takes ten times as long as storing. An image without its format's proper end is
+decoded in full, which finds truncated ones. `on_bad="skip"` decodes every image, so that what is kept also decodes in
+training.
+Declined: keeping an interrupted process's partial shard; deciding about unusable images while shards are written,
+because a skipped image shifts all later ids (so `on_bad="skip"` checks every image first).
 """
 
 import fcntl
@@ -53,8 +53,9 @@ from dist_proxygml.data.images import (
 )
 from dist_proxygml.data.index import INDEX_FILE, JOURNAL_FILE, open_index, read_index, write_index
 from dist_proxygml.data.shards import ListedShard, ShardSample, list_shard, sample_key, shard_name, write_shard
+from dist_proxygml.storage.files import parse_json
 
-_FORMAT = 2  # of the shards' bytes; a higher number keeps no shard of an earlier program
+_FORMAT = 2  # of the shards' bytes; raising it invalidates shards of earlier versions
 _IMAGES_PER_WORKER = 1000  # starting a process takes about as long as storing these
 _MAX_WORKERS = 8
 _NUM_SHOWN = 20
@@ -62,7 +63,7 @@ _LAST_BYTES = {"jpg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
 
 _SHARD = re.compile(r"[^.]+-\d{6}\.tar")
 _TABLE = re.compile(r"index\.(samples\..+\.npy|classes\..+\.jsonl|json)")
-# A folder of embeddings or a search index, an export, a run: replacing one later would take the shards with it.
+# A folder of embeddings, a search index, an export, a run: replacing one later would delete the shards with it.
 _OF_OTHERS = ("manifest.json", "export.json", "config.json")
 _TEMPORARY = re.compile(rf"({_SHARD.pattern}|{_TABLE.pattern})\.tmp-\d+")
 
@@ -80,7 +81,7 @@ class UnusableImage(NamedTuple):
 
 
 class BuildResult(NamedTuple):
-    """What a build did."""
+    """Result of a build."""
 
     num_shards: int
     num_kept: int  # of an interrupted build
@@ -119,16 +120,16 @@ def build_shards(
     workers: int = 1,
     quiet: bool = False,
 ) -> BuildResult:
-    """Write all splits of a data set as shuffled shards with an index, which comes last.
+    """Write all splits of a data set as shuffled shards and, last, an index.
 
     `resize` re-encodes images whose shorter side is longer than that many pixels (JPEG, quality 95), and those that are
-    neither JPEG nor PNG. `on_bad="skip"` leaves unusable images out and names them in the index. `workers` processes
-    write; 1 is this one. The bytes do not depend on `workers`, nor on interruptions.
+    neither JPEG nor PNG. `on_bad="skip"` skips unusable images and lists them in the index. `workers` is the number of
+    writing processes; 1 is this one. The bytes depend neither on `workers` nor on interruptions.
 
-    With `overwrite` all images are looked at before a finished build is deleted.
+    With `overwrite` all images are checked before a finished build is deleted.
 
-    Raises ValueError when `out` cannot be written to, holds another finished build and `overwrite` is not given, when
-    another process builds there, or naming the images that cannot be used; ChildProcessError when a worker was killed.
+    Raises ValueError if `out` cannot be written to, holds another finished build without `overwrite`, or is in use by
+    another build, or if images cannot be used (it names them); ChildProcessError if a worker was killed.
     """
     if samples_per_shard < 1 or workers < 1 or (resize is not None and resize < 1):
         raise ValueError(
@@ -138,14 +139,14 @@ def build_shards(
         if not re.fullmatch(r"[^./\s]{1,60}", split):
             raise ValueError(f"the split {split!r} cannot be part of a key: expected no dots, slashes and blanks")
 
-    # 1. Is it there already?
+    # 1. Is it already built?
     settings = build_settings(seed=seed, samples_per_shard=samples_per_shard, resize=resize)
     source = source_sha256(dataset)
     there = None if overwrite else _already_there(out, dataset.name, settings, source=source, on_bad=on_bad)
     if there is not None and not (out / JOURNAL_FILE).exists():
         return there
 
-    # 2. What can be used, what is in the folder, the shards, the index.
+    # 2. Check the images, clear the folder, write the shards, write the index.
     with _Journal(out) as journal:
         # Another build may have finished before this one held the lock, or was killed between index and journal.
         there = None if overwrite else _already_there(out, dataset.name, settings, source=source, on_bad=on_bad)
@@ -153,7 +154,7 @@ def build_shards(
             return there
         skipped: list[UnusableImage] = []
         lost_classes: tuple[str, ...] = ()
-        if on_bad == "skip" or (out / INDEX_FILE).exists():  # nothing finished is deleted for images without use
+        if on_bad == "skip" or (out / INDEX_FILE).exists():  # nothing finished is deleted in favour of unusable images
             decode = on_bad == "skip"
             unusable = _unusable_images(dataset, resize=resize, decode=decode, workers=workers, quiet=quiet)
             if unusable and on_bad == "fail":
@@ -194,14 +195,14 @@ _OVERWRITE = "pass --overwrite to replace them, or name another folder"
 
 
 def build_settings(*, seed: int, samples_per_shard: int, resize: int | None) -> dict[str, Any]:
-    """What the index says of how shards were built."""
+    """Return the index's record of how shards were built."""
     return {"layout": "shuffled", "seed": seed, "samples_per_shard": samples_per_shard, "resize": resize}
 
 
 def finished_build(out: Path, *, dataset: str, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The build record of a finished folder, or None for any other folder.
+    """Return the build record of a finished folder, or None for any other folder.
 
-    Raises ValueError when the finished folder is that of another data set or of other settings.
+    Raises ValueError if the finished folder is that of another data set or other settings.
     """
     try:
         if not (out / INDEX_FILE).exists():
@@ -225,7 +226,7 @@ def finished_build(out: Path, *, dataset: str, settings: Mapping[str, Any]) -> M
 def _already_there(
     out: Path, dataset: str, settings: Mapping[str, Any], *, source: str, on_bad: str
 ) -> BuildResult | None:
-    """What to return where `out` holds this very build; None where it holds none. Raises ValueError for any other."""
+    """Return the result if `out` holds this very build, None if it holds none. Raises ValueError for another one."""
     finished = finished_build(out, dataset=dataset, settings=settings)
     if finished is None:
         return None
@@ -239,7 +240,7 @@ def _already_there(
 
 
 def source_sha256(dataset: SourceDataset) -> str:
-    """The hash of split, name, class and further facts of all images; not of their bytes, places and times."""
+    """Hash split, name, class and metadata of all images; not their bytes, paths and times."""
     digest = hashlib.sha256()
     for image in dataset.images:
         digest.update(_json([image.split, image.name, image.source_id, image.class_name, image.info]))
@@ -247,7 +248,7 @@ def source_sha256(dataset: SourceDataset) -> str:
 
 
 def default_workers(num_images: int) -> int:
-    """The usable cores, at most 8, and no process for a handful of images."""
+    """Return the number of usable cores, at most 8, or 1 for few images."""
     return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), num_images // _IMAGES_PER_WORKER))
 
 
@@ -255,9 +256,9 @@ def default_workers(num_images: int) -> int:
 
 
 class _Journal:
-    """The lines of `build.unfinished.jsonl`; holding it open keeps other builds out of the folder.
+    """The lines of `build.unfinished.jsonl`; its lock keeps other builds out of the folder.
 
-    It goes on leaving when the folder has its index.
+    Removed on exit if the folder has its index.
     """
 
     def __init__(self, out: Path) -> None:
@@ -278,18 +279,18 @@ class _Journal:
             self._stream.close()
             raise ValueError(f"another process builds shards in {out}; wait for it, or name another folder") from None
         if not self.path.exists() or not os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat()):
-            self._stream.close()  # the lock of a file that has gone keeps nobody out
+            self._stream.close()  # the lock of a deleted file excludes nobody
             raise ValueError(f"another process finished its build in {out} just now; run the command again")
         self._stream.seek(0)
         whole, newline, _ = self._stream.read().rpartition(b"\n")
-        self._stream.truncate(len(whole) + len(newline))  # a line that was being written
+        self._stream.truncate(len(whole) + len(newline))  # an incomplete line
         self.lines: dict[str, Mapping[str, Any]] = {}
         for line in whole.splitlines():
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 self.lines[record["file"]] = record
             except (ValueError, KeyError, TypeError):
-                continue  # its shard is written again
+                continue  # its shard will be written again
 
     def __enter__(self) -> Self:
         return self
@@ -300,7 +301,7 @@ class _Journal:
         self._stream.close()
 
     def add(self, file: str, fingerprint: str, listed: ListedShard) -> None:
-        """Note a shard that is in its place."""
+        """Record a finished shard."""
         record = {"file": file, "fingerprint": fingerprint, "bytes": listed.num_bytes, "sha256": listed.sha256}
         self._stream.write(_json(record) + b"\n")
         self._stream.flush()
@@ -318,7 +319,7 @@ def _no_folder(out: Path, problem: OSError) -> ValueError:
 def _clear_folder(
     out: Path, dataset: SourceDataset, *, samples_per_shard: int, journal: _Journal, overwrite: bool
 ) -> None:
-    """Remove what other builds left; shards that the journal knows stay until a process has looked at them."""
+    """Remove remains of other builds; shards in the journal stay until a process has checked them."""
     finished = (out / INDEX_FILE).exists()
     if finished:  # and to be replaced
         (out / INDEX_FILE).unlink()  # first: a folder without it is an unfinished build
@@ -351,7 +352,7 @@ def _splits(dataset: SourceDataset) -> list[str]:
 
 
 def _class_table(dataset: SourceDataset, split: str) -> list[tuple[str, int | str]]:
-    """(name, source id) of every label of a split, in the order of the source's ids."""
+    """List (name, source id) of every label of a split, in the order of the source's ids."""
     space = dataset.label_space(split)
     names = {image.source_id: image.class_name for image in dataset.images if image.split in space}
     return [(names[source_id], source_id) for source_id in sorted(names, key=lambda i: (isinstance(i, str), i))]
@@ -385,7 +386,9 @@ def _shard_tasks(
 def _build_all(
     dataset: SourceDataset, tasks: Iterable[_ShardTask], journal: _Journal, *, workers: int, quiet: bool
 ) -> tuple[dict[str, ListedShard], int]:
-    """File -> what it holds for all shards, and how many were kept. Raises ValueError naming all unusable images."""
+    """Build all shards; return their contents by file, and how many were kept. Raises ValueError naming all unusable
+    images.
+    """
     built: dict[str, ListedShard] = {}
     unusable: list[UnusableImage] = []
     num_kept = 0
@@ -435,8 +438,8 @@ class _UnusableImagesError(Exception):
 
 
 def _fingerprint(task: _ShardTask) -> str:
-    """The hash of all that a shard's bytes depend on."""
-    program = PIL.__version__ if task.resize is not None else None  # another encoder gives other bytes
+    """Hash everything that a shard's bytes depend on."""
+    program = PIL.__version__ if task.resize is not None else None  # encoders differ in their bytes
     digest = hashlib.sha256(_json([_FORMAT, task.first_id, task.resize, program]))
     for image, label in zip(task.images, task.labels, strict=True):
         state: list[Any]
@@ -446,7 +449,7 @@ def _fingerprint(task: _ShardTask) -> str:
             try:
                 status = image.content.stat()
             except OSError:
-                state = [str(image.content)]  # reading it says what is wrong
+                state = [str(image.content)]  # reading it will report what is wrong
             else:
                 state = [str(image.content), status.st_size, status.st_mtime_ns]
         digest.update(_json([image.split, label, image.name, image.source_id, image.class_name, image.info, state]))
@@ -454,7 +457,7 @@ def _fingerprint(task: _ShardTask) -> str:
 
 
 def _samples(task: _ShardTask) -> Iterator[ShardSample]:
-    """The samples of a shard. Raises _UnusableImagesError at the end, naming all images that are none."""
+    """Yield the samples of a shard. Raises _UnusableImagesError at the end, naming all unusable images."""
     unusable = []
     for sample_id, (image, label) in enumerate(zip(task.images, task.labels, strict=True), start=task.first_id):
         try:
@@ -463,7 +466,7 @@ def _samples(task: _ShardTask) -> Iterator[ShardSample]:
             unusable.append(_unusable(image, problem))
             continue
         if unusable:
-            continue  # looking on, writing no more
+            continue  # check the rest without writing
         info = {
             "source": image.name,
             "source_id": image.source_id,
@@ -480,7 +483,7 @@ def _samples(task: _ShardTask) -> Iterator[ShardSample]:
 
 
 def _load(image: SourceImage, *, resize: int | None, decode: bool = False) -> tuple[bytes, str, tuple[int, int], int]:
-    """The image file for the shard, its extension, (width, height) and EXIF orientation, which stays in the file.
+    """Return the image file for the shard, its extension, (width, height) and EXIF orientation, which is kept.
 
     Raises ValueError with the reason.
     """
@@ -493,7 +496,7 @@ def _load(image: SourceImage, *, resize: int | None, decode: bool = False) -> tu
             factor = min(1.0, resize / min(small.size))
             size = (max(1, round(small.width * factor)), max(1, round(small.height * factor)))
             payload, extension = _as_jpeg(small.resize(size, Image.Resampling.LANCZOS), turned), "jpg"
-        elif decode or (extension is not None and not payload.endswith(_LAST_BYTES[extension])):  # most likely cut
+        elif decode or (extension is not None and not payload.endswith(_LAST_BYTES[extension])):  # probably truncated
             picture.load()
     if extension is None:
         raise ValueError("neither JPEG nor PNG; convert it, or pass --resize to re-encode")
@@ -520,7 +523,7 @@ class _CheckTask(NamedTuple):
 def _unusable_images(
     dataset: SourceDataset, *, resize: int | None, decode: bool, workers: int, quiet: bool
 ) -> list[UnusableImage]:
-    """The images that cannot become samples, in the order of split and name."""
+    """Find the images that cannot become samples, sorted by split and name."""
     step = 500
     tasks = (_CheckTask(dataset.images[i : i + step], resize, decode) for i in range(0, len(dataset.images), step))
     found: list[UnusableImage] = []
@@ -567,7 +570,7 @@ def _shown(images: list[UnusableImage]) -> str:
 def _in_processes(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Generator[Result, None, None]:
-    """The results of all tasks as they come. Only a few tasks wait at a time: each holds its images' records."""
+    """Yield the results of all tasks as they complete. Few tasks are queued, as each holds its images' records."""
     if workers == 1:
         yield from map(function, tasks)
         return
@@ -594,8 +597,8 @@ def _in_processes(
 
 
 def _leave_with_the_builder() -> None:
-    """End this worker when the builder ends in any way; a pool's worker would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the builder decides
+    """End this worker when the builder ends for any reason; a pool's worker would otherwise wait forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the builder decides
     builder = multiprocessing.parent_process()
     assert builder is not None, "runs in a worker"
 

@@ -1,8 +1,8 @@
-"""Damaged images: what was found, by all ranks together, and how much of it a run puts up with.
+"""Damaged images: a log over all ranks, and how many a run tolerates.
 
-An image whose bytes changed or do not decode is found when it is read. Under the policy `fail` it ends the run. Under
-`skip` another image takes its place in training, and an evaluation leaves it out; either way it is named in
-`damaged.jsonl` of the run's folder, and a run that meets more of them than allowed ends on all ranks.
+An image whose bytes changed or do not decode is detected when it is read. Under the policy `fail` it ends the run.
+Under `skip` another image replaces it in training, and an evaluation skips it; either way it is listed in
+`damaged.jsonl` of the run's folder, and a run with more of them than allowed ends on all ranks.
 """
 
 import json
@@ -27,17 +27,17 @@ class Damage(NamedTuple):
 
 
 def num_allowed(max_share: float, num_images: int) -> int:
-    """How many damaged images a run puts up with: a share, rounded up."""
+    """Return the number of damaged images that a run tolerates: a share, rounded up."""
     return math.ceil(max_share * num_images)
 
 
 class DamageLog:
-    """The damaged images of one split, each counted once however often it is met, in this start of the run or before.
+    """Damaged images of one split, each counted once, over all starts of the run.
 
-    Built on all ranks. `path` is read and written by rank 0 alone; splits may share it.
+    Built on all ranks. Only rank 0 reads and writes `path`; splits may share it.
 
     Raises:
-        ValueError: on every rank: the file names more images of the split than `max_share` of it, rounded up.
+        ValueError: on every rank, if the file lists more images than `max_share` of the split, rounded up.
     """
 
     def __init__(self, path: Path, *, split: str, num_images: int, max_share: float, context: ParallelContext) -> None:
@@ -53,10 +53,10 @@ class DamageLog:
         return len(self._known)
 
     def add(self, found: Sequence[Damage]) -> list[Damage]:
-        """Take in what this rank found; returns what is new over all ranks. Called on all ranks.
+        """Record what this rank found; return what is new over all ranks. Called on all ranks.
 
         Raises:
-            ValueError: on every rank: there are now more damaged images than `max_share` of the split, rounded up.
+            ValueError: on every rank, if there are now more damaged images than `max_share` of the split, rounded up.
         """
         gathered = [damage for part in all_gather_object(self.context, list(found)) for damage in part]
         new = list({damage.image: damage for damage in gathered if damage.image not in self._known}.values())
@@ -72,12 +72,12 @@ class DamageLog:
             image, reason = list(self._known.items())[-1]
             raise AgreedError(
                 f"{len(self)} of {self.num_images} images are damaged (see {self.path}), the last {image}: {reason}; "
-                f"data.max_damaged allows {self.max_damaged}; mend the shards (python -m dist_proxygml.shard verify "
+                f"data.max_damaged allows {self.max_damaged}; repair the shards (python -m dist_proxygml.shard verify "
                 f"--deep) and remove that file, or allow more"
             )
 
     def _read(self) -> dict[str, str]:
-        """What earlier starts of the run found; odd lines are passed over."""
+        """Read what earlier starts of the run found; invalid lines are ignored."""
         records = [record for _, record in read_log(self.path, DAMAGE_FIELDS).records]
         return {record["image"]: record["reason"] for record in records if record["split"] == self.split}
 

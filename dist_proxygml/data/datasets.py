@@ -1,13 +1,13 @@
 """Raw downloads to a list of images with classes: CUB, Cars, SOP, In-Shop, folders of images.
 
 Always the metric-learning split: training and test classes are disjoint (the first half of the
-classes trains on CUB and Cars), never the classification split that some of the downloads bring.
-Records are joined by id, not by line. The counts are those of the literature and are asserted, so
-that a half-unpacked download is noticed; `allow_partial` leaves out what is missing instead.
+classes trains on CUB and Cars), never the classification split that some downloads include.
+Records are joined by id, not by line. Counts are checked against the literature, so that a
+half-unpacked download is noticed; `allow_partial` skips what is missing instead.
 
-Downloads come unpacked once or twice over, with tables beside or inside their folder, with the line ends and suffixes
-of another system: a layout is looked for in `root` and two levels below, each file at the places where copies have it.
-Hidden files and folders (`.DS_Store`, `._x.jpg`, `__MACOSX`) are nobody's images.
+Downloads may be nested in a folder or two, with tables beside or inside that folder and the line ends and suffixes of
+another system: a layout is searched in `root` and two levels below, each file at the places where copies have it.
+Hidden files and folders (`.DS_Store`, `._x.jpg`, `__MACOSX`) are ignored.
 Declined: downloading (licences and dead links), unpacking, and reading any pixels here.
 """
 
@@ -42,8 +42,8 @@ class SourceImage:
     source_id: int | str  # the class's id in the source; labels follow its order
     class_name: str
     name: str  # the image's path or name in the source
-    content: Path | bytes  # where the image file lies, or the file itself
-    info: Mapping[str, Any] = field(default_factory=dict)  # further facts for the sample's JSON
+    content: Path | bytes  # path of the image file, or its bytes
+    info: Mapping[str, Any] = field(default_factory=dict)  # metadata for the sample's JSON
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class SourceDataset:
     images: list[SourceImage]
     # Groups of splits with one label space; the classes of all others must be disjoint.
     shared_classes: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()  # what was left out and how the folder was understood, a line each
+    notes: tuple[str, ...] = ()  # what was skipped and how the folder was interpreted, a line each
 
     def label_space(self, split: str) -> tuple[str, ...]:
-        """The splits that share their class table with `split`, itself among them."""
+        """Return the splits that share their class table with `split`, including itself."""
         return next((group for group in self.shared_classes if split in group), (split,))
 
 
 def read_cub200(root: Path, *, allow_partial: bool = False) -> SourceDataset:
-    """CUB-200-2011: `images.txt`, `image_class_labels.txt` and `classes.txt`, joined by id.
+    """Read CUB-200-2011: `images.txt`, `image_class_labels.txt` and `classes.txt`, joined by id.
 
     Classes 1-100 train, 101-200 test.
     """
@@ -102,7 +102,7 @@ def read_cub200(root: Path, *, allow_partial: bool = False) -> SourceDataset:
 
 
 def read_cars196(root: Path, *, allow_partial: bool = False) -> SourceDataset:
-    """Cars196 in any of its three layouts. Classes 1-98 train, 99-196 test.
+    """Read Cars196 in any of its three layouts. Classes 1-98 train, 99-196 test.
 
     The `test` flag of the download belongs to the classification split and is ignored.
 
@@ -119,7 +119,7 @@ def read_cars196(root: Path, *, allow_partial: bool = False) -> SourceDataset:
 
 
 _CARS_META = ("devkit/cars_meta.mat", "car_devkit/devkit/cars_meta.mat", "cars_meta.mat")
-# Name of the image folder -> where its table lies; the labelled test table was a download of its own.
+# Name of the image folder -> places of its table; the labelled test table was a separate download.
 _CARS_TABLES = {
     folder: tuple(f"{place}{table}" for place in ("devkit/", "car_devkit/devkit/", ""))
     for folder, table in (
@@ -194,7 +194,7 @@ def _csv_rows(path: Path) -> list[list[str]]:
 
 
 def read_sop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
-    """Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`; a header, 1-based ids."""
+    """Read Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`; a header, 1-based ids."""
     _, root = _find_layout(root, {"Stanford_Online_Products": [("Ebay_train.txt",), ("Ebay_test.txt",)]})
     images = []
     for split in ("train", "test"):
@@ -219,8 +219,8 @@ _INSHOP_FOLDERS = ("Img/img", "img", "Img/img_highres", "img_highres")
 
 
 def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
-    """In-Shop Clothes Retrieval of DeepFashion: `Eval/list_eval_partition.txt`, with `img` or, where that is not
-    there, `img_highres`.
+    """Read In-Shop Clothes Retrieval of DeepFashion: `Eval/list_eval_partition.txt`, with `img` or, if that is
+    missing, `img_highres`.
 
     The splits are train, query and gallery; the last two share one label space and are scored
     against each other.
@@ -239,7 +239,7 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
             f"{table}: expected the header 'image_name item_id evaluation_status', got {' '.join(header)!r}"
         )
     listed = list(rows)
-    # Of the folders that are there, the one with what the list names.
+    # Of the existing folders, the one with the listed images.
     tops = {name.removeprefix("img/").split("/")[0] for name, _, _ in listed}
     folders = [_innermost(root / place) for place in _INSHOP_FOLDERS if (root / place).is_dir()]
     folder = next((folder for folder in folders if any((folder / top).is_dir() for top in tops)), folders[0])
@@ -268,13 +268,13 @@ _USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
 def read_imagefolder(
     root: Path, *, allow_partial: bool = False, allow_empty: bool = False, num_train_classes: int | None = None
 ) -> SourceDataset:
-    """Folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or `root/CLASS/*`;
-    folders inside a class belong to it. Splits with a usual name may have it in any case (`Train`).
+    """Read folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or
+    `root/CLASS/*`; folders inside a class belong to it. Common split names match in any case (`Train`).
 
     Without splits the first `num_train_classes` classes in sorted order train and the others test;
-    None means half of them. With that number a folder `train` is a class like the others, unless there is another with
-    the name of a split. Links out of `root`, links to folders and class folders without an image are refused (the last
-    not with `allow_partial` or `allow_empty`); hidden files are skipped, other files that are no images are counted.
+    None means half of them. With that number a folder `train` is an ordinary class, unless another folder has the name
+    of a split. Links out of `root`, links to folders and class folders without an image are refused (the last not with
+    `allow_partial` or `allow_empty`); hidden files are ignored, other non-image files are counted.
     """
     root = Path(os.path.realpath(root))
     if not root.is_dir():
@@ -291,7 +291,7 @@ def read_imagefolder(
     if own_split and num_train_classes is not None:
         raise ValueError(f"{root} has its own split (a folder train), so --split-classes cannot be given; leave it out")
     images: list[SourceImage] = []
-    others: dict[str, list[str]] = {}  # class folder -> files that are no images; "" for those in none
+    others: dict[str, list[str]] = {}  # class folder -> its non-image files; "" for those in no class folder
     num_levels = 1 + own_split
     for name in _files_below(root):
         *folders, file = name.split("/")
@@ -346,7 +346,7 @@ def read_imagefolder(
 
 
 def _class_folders(root: Path, num_levels: int) -> Iterator[str]:
-    """The path from `root` of every folder `num_levels` below it."""
+    """Yield the path from `root` of every folder `num_levels` below it."""
     for path in sorted(root.glob("/".join("*" * num_levels))):
         name = path.relative_to(root).as_posix()
         if path.is_dir() and not any(map(_is_hidden, name.split("/"))):
@@ -354,14 +354,14 @@ def _class_folders(root: Path, num_levels: int) -> Iterator[str]:
 
 
 def _by_suffix(files: Sequence[str]) -> str:
-    """How many files have which suffix, the most frequent first."""
+    """Count files by suffix, most frequent first."""
     counts = Counter(os.path.splitext(file)[1] or "without suffix" for file in files).most_common(6)
     shown = ", ".join(f"{number} {suffix}" for suffix, number in counts[:5])
     return (shown or "empty") + (", ..." if len(counts) > 5 else "")
 
 
 def _files_below(root: Path, folder: str = "") -> Iterator[str]:
-    """The path from `root` of every file below it that is not hidden, in sorted order."""
+    """Yield the path from `root` of every non-hidden file below it, in sorted order."""
     with os.scandir(root / folder) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
@@ -395,7 +395,7 @@ def _finish(
     allow_partial: bool,
     shared_classes: tuple[tuple[str, ...], ...] = (),
 ) -> SourceDataset:
-    """Check names, files, counts and the disjointness of classes."""
+    """Check names, files, counts and that classes are disjoint."""
     _check_names(images, root)
     on_disk = [_on_disk(image) for image in images]
     missing = [image for image, there in zip(images, on_disk, strict=True) if there is None]
@@ -426,7 +426,7 @@ def _finish(
 
 
 def count_images(dataset: SourceDataset) -> dict[str, tuple[int, int]]:
-    """Images and classes of every split."""
+    """Count the images and classes of every split."""
     images: dict[str, int] = {}
     classes: dict[str, set[int | str]] = {}
     for image in dataset.images:
@@ -436,7 +436,7 @@ def count_images(dataset: SourceDataset) -> dict[str, tuple[int, int]]:
 
 
 def check_disjoint(dataset: SourceDataset) -> None:
-    """Raise ValueError when a class is on both sides of the split, or one id has two names."""
+    """Raise ValueError if a class is on both sides of the split, or an id has two names."""
     home: dict[int | str, tuple[tuple[str, ...], str]] = {}
     for image in dataset.images:
         space = dataset.label_space(image.split)
@@ -464,7 +464,7 @@ def _check_names(images: Sequence[SourceImage], root: Path) -> None:
 
 
 def _on_disk(image: SourceImage) -> SourceImage | None:
-    """The image, with the path that exists where a copy has `.jpg` for the list's `.JPG` or the other way round."""
+    """Return the image with an existing path, where a copy has `.jpg` for the list's `.JPG` or vice versa."""
     if isinstance(image.content, bytes) or image.content.is_file():
         return image
     for suffix in (image.content.suffix.lower(), image.content.suffix.upper()):
@@ -474,9 +474,9 @@ def _on_disk(image: SourceImage) -> SourceImage | None:
 
 
 def _find_layout(root: Path, layouts: Mapping[str, Sequence[tuple[str, ...]]]) -> tuple[str, Path]:
-    """The first layout of which `root`, or a folder at most two levels below, has everything.
+    """Find the first layout that `root`, or a folder at most two levels below, contains completely.
 
-    A layout is a list of what is needed, each with the places (patterns) where it may lie.
+    A layout is a list of required files, each with the places (patterns) where it may be.
     """
     level = [root]
     archives: list[str] = []
@@ -516,7 +516,7 @@ def _need(folder: Path, places: Sequence[str]) -> Path:
 
 
 def _innermost(folder: Path) -> Path:
-    """`images/images/` of an archive that was unpacked into a folder of its own name; else the folder itself."""
+    """Return `images/images/` of an archive unpacked into a folder of its own name; otherwise the folder itself."""
     while (folder / folder.name).is_dir():
         folder = folder / folder.name
     return folder
@@ -531,7 +531,7 @@ def _listing(folder: Path) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file; a mark of the byte order and the line ends of any system are taken off."""
+    """Read the lines of a text file, without byte-order mark and with the line ends of any system."""
     if not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{path} is no regular file; unpack the download again")
     try:
@@ -541,7 +541,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _rows(path: Path, num_fields: int, *, skip_lines: int = 0) -> Iterator[tuple[str, ...]]:
-    """The lines of a text table, cut at white space; the last field may hold blanks."""
+    """Read the lines of a text table, split at white space; the last field may contain blanks."""
     for number, line in enumerate(_lines(path), start=1):
         if number <= skip_lines or not line.strip():
             continue
@@ -554,7 +554,7 @@ def _rows(path: Path, num_fields: int, *, skip_lines: int = 0) -> Iterator[tuple
 
 
 def _table(path: Path) -> dict[str, str]:
-    """A text table of two fields, the first of which is the key."""
+    """Read a text table of two fields, the first of which is the key."""
     table: dict[str, str] = {}
     for key, value in _rows(path, 2):
         if key in table:

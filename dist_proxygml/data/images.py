@@ -1,19 +1,19 @@
-"""Image bytes to pixels: JPEG, PNG, BMP, GIF, TIFF, WebP and PPM become uint8 RGB, the rest one ValueError.
+"""Image decoding: JPEG, PNG, BMP, GIF, TIFF, WebP and PPM become uint8 RGB, anything else is a ValueError.
 
     1, L, I;16, I, F, P, CMYK, ...      -> RGB by value (16 bits are divided by 256, not clipped)
-    LA, PA, RGBA, P with transparency   -> laid on white
+    LA, PA, RGBA, P with transparency   -> composited on white
 
-Every image of a stranger comes through here: only these formats are tried, by their first bytes (Pillow knows others,
-of which EPS starts Ghostscript), and what decoding takes is bounded before it begins. A photograph
-of 150 megapixels fits, and no file of a few kilobytes takes more than that one.
+Every untrusted image is decoded here: only these formats are tried, by their first bytes (Pillow supports others, of
+which EPS starts Ghostscript), and memory is bounded before decoding begins. A photograph of 150 megapixels fits, and no
+file of a few kilobytes takes more memory than that.
 
 Chosen: Pillow opens every image, because it alone reads all modes and reports truncation; the pixels of an ordinary
-JPEG (grey or RGB) come from torchvision, a sixth faster and equal bit for bit. What torchvision refuses Pillow decides,
-so what counts as damaged is Pillow's word alone. Pixels stay in memory as they were decoded, colour by colour for each
-pixel, which torch crops and resizes in half the time; large images are converted a few rows at a time. EXIF orientation
-is ignored, as in every published loader of these benchmarks.
+JPEG (grey or RGB) come from torchvision, a sixth faster and equal bit for bit. Pillow decodes what torchvision refuses,
+so Pillow alone decides what counts as damaged. Pixels stay in memory as decoded, channels last, which torch crops and
+resizes in half the time; large images are converted a few rows at a time. EXIF orientation is ignored, as in every
+published loader of these benchmarks.
 Declined: patching a damaged image with grey pixels (Pillow's LOAD_TRUNCATED_IMAGES); decoding JPEGs at a half or a
-quarter of their size (other pixels, and a crop of half the area of a photograph must not be reduced at all).
+quarter of their size (the pixels differ, and a crop of half a photograph's area must not be reduced at all).
 """
 
 import io
@@ -35,7 +35,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TILELENGTH, TILEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-if TYPE_CHECKING:  # processes that only look at files start without torch
+if TYPE_CHECKING:  # processes that only check files start without torch
     import torch
 
 MAX_BYTES = 1 << 30  # of memory for decoding an image, and of an image file
@@ -56,10 +56,10 @@ _OPENS: Mapping[bytes, Callable[[io.BytesIO], Image.Image]] = {
 
 
 def decode_image(payload: bytes) -> "torch.Tensor":
-    """The pixels of an image file: uint8 RGB [3, height, width], a pixel's colours side by side.
+    """Decode an image file to uint8 RGB [3, height, width], channels last in memory.
 
-    Raises ValueError with the decoder's reason when the bytes are empty, damaged, truncated or no image, and when
-    decoding would take more than MAX_BYTES, before it begins.
+    Raises ValueError with the decoder's reason if the bytes are empty, damaged, truncated or not an image, or, before
+    decoding, if it would take more than MAX_BYTES.
     """
     import torch
 
@@ -72,10 +72,10 @@ def decode_image(payload: bytes) -> "torch.Tensor":
 
 
 def decode_small(payload: bytes, *, side: int) -> Image.Image:
-    """A small RGB picture of an image file for people to look at, at most `side` pixels wide and high.
+    """Decode an image file to a small RGB picture for display, at most `side` pixels wide and high.
 
-    A JPEG is decoded at the smallest fraction that has twice as many, several times faster: not the pixels that models
-    see. Raises ValueError as `decode_image`.
+    A JPEG is decoded at the smallest fraction of at least twice that size, several times faster, so these are not the
+    pixels that models see. Raises ValueError as `decode_image`.
     """
     with opened(payload) as image:
         image.draft(None, (2 * side, 2 * side))
@@ -86,8 +86,8 @@ def decode_small(payload: bytes, *, side: int) -> Image.Image:
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises ValueError with the reason when there is none that can be read, or it has
-    more than MAX_BYTES; a pipe or a device is not waited for.
+    """Read an image file. Raises ValueError with the reason if it cannot be read, has more than MAX_BYTES, or is not a
+    regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -106,7 +106,7 @@ def read_image_file(path: Path) -> bytes:
 
 @contextmanager
 def opened(payload: bytes) -> Iterator[Image.Image]:
-    """The image with its header read; whatever goes wrong with it in this block is one kind of ValueError."""
+    """Open an image and read its header; any failure inside the block becomes a ValueError."""
     if not payload:
         raise ValueError("the image file is empty (0 bytes)")
     opens = _opener(payload)
@@ -119,7 +119,7 @@ def opened(payload: bytes) -> Iterator[Image.Image]:
             if num_bytes > MAX_BYTES:
                 raise Image.DecompressionBombError(
                     f"{image.width} x {image.height} pixels in mode {image.mode} take {num_bytes:,} bytes to decode, "
-                    f"expected at most {MAX_BYTES:,}; make the image smaller or leave it out"
+                    f"expected at most {MAX_BYTES:,}; shrink or remove the image"
                 )
             yield image
     except Exception as problem:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
@@ -127,15 +127,15 @@ def opened(payload: bytes) -> Iterator[Image.Image]:
 
 
 def _opener(payload: bytes) -> Callable[[io.BytesIO], Image.Image] | None:
-    """What opens an image file, by its first bytes; None for a format that is not read."""
+    """Return the opener for an image file by its first bytes; None for an unsupported format."""
     if payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
         return WebPImageFile
     return next((opens for start, opens in _OPENS.items() if payload.startswith(start)), None)
 
 
 def _bytes_to_decode(image: Image.Image) -> int:
-    """The most memory that decoding takes by the header: what Pillow stores of each pixel and, beside it, the greater
-    of what the decoder keeps and the RGB that it becomes.
+    """Bound the memory of decoding from the header: Pillow's storage of the pixels plus the larger of the decoder's
+    buffers and the RGB result.
     """
     num_pixels = image.width * image.height
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
@@ -154,7 +154,7 @@ def _bytes_to_decode(image: Image.Image) -> int:
 
 
 def _decode_jpeg(payload: bytes) -> "torch.Tensor | None":
-    """The pixels of a grey or RGB JPEG by torchvision, uint8 RGB [3, h, w]; None when it refuses.
+    """Decode a grey or RGB JPEG by torchvision to uint8 RGB [3, h, w]; None if it refuses.
 
     The function is deprecated since torchvision 0.29 (torchcodec's takes as long): where it is gone, or where warnings
     are errors, Pillow decodes.
@@ -164,14 +164,14 @@ def _decode_jpeg(payload: bytes) -> "torch.Tensor | None":
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
 
-        # A copy, since torch wants memory that it may write to.
+        # A copy, since torch requires writable memory.
         return decode_jpeg(torch.frombuffer(bytearray(payload), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except (ImportError, RuntimeError, DeprecationWarning):
         return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The same picture in mode RGB, the image itself if it is; transparent parts become white."""
+    """Convert a picture to RGB, if it is not; transparent parts become white."""
     if _is_rgb(image):
         return image
     rgb = Image.new("RGB", image.size)
@@ -181,7 +181,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """The pixels of a picture, uint8 RGB [height, width, 3]; transparent parts become white."""
+    """Return the pixels of a picture, uint8 RGB [height, width, 3]; transparent parts become white."""
     pixels_hw3 = np.empty((image.height, image.width, 3), np.uint8)
     for top, strip in _rgb_strips(image):
         pixels_hw3[top : top + strip.height] = np.asarray(strip)
@@ -193,7 +193,7 @@ def _is_rgb(image: Image.Image) -> bool:
 
 
 def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The first row and the RGB picture of some rows at a time: the conversions take several copies."""
+    """Yield the first row and the RGB picture of a few rows at a time, because conversion takes several copies."""
     image.load()
     # Numbers without a range of their own: to 255, or to 65,535 where any is greater.
     is_wide = image.mode != "F" or np.max(image.getextrema()) > 255
@@ -213,7 +213,7 @@ def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation of a picture, UPRIGHT where it says none."""
+    """Return the EXIF orientation of a picture, UPRIGHT if unset."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
@@ -226,7 +226,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def image_extension(payload: bytes) -> str | None:
-    """ "jpg" or "png" by the file's first bytes, None for any other format."""
+    """Return "jpg" or "png" by the file's first bytes, None for any other format."""
     if payload.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if payload.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -1,15 +1,15 @@
-"""The index of a folder of shards: what is in it, where every image lies, and its hashes.
+"""The index of a folder of shards: its contents, the place of every image, and hashes.
 
     index.json                   kind, version, and per split: counts, hashes, shards (file, num_samples, bytes, sha256)
     index.samples.SPLIT.npy      24 bytes per sample, memory-mapped: shard, label, offset, nbytes, crc32
-    index.classes.SPLIT.jsonl    a line per label: name, source id, number of images; read when a name is asked for
+    index.classes.SPLIT.jsonl    a line per label: name, source id, number of images; read when names are needed
 
 The index alone defines an epoch; shards are only bytes. It is written last, so a folder without one is an unfinished
-build. Opening checks everything that is cheap, before any work: kind, version and the type of every field, that each
-name is that of a file beside it, the hashes of both tables, that every row of the sample table has a class and lies in
-its shard, and the presence and size of every shard. So an index of a stranger can say nothing that a reader trips over.
-`verify --deep` reads the rest.
-Declined: one JSON with a record per image or class, which takes seconds to parse and grows in every worker.
+build. Opening performs all cheap checks before any work: kind, version and type of every field, that each name is that
+of a file beside it, the hashes of both tables, that every row of the sample table has a class and lies in its shard,
+and the presence and size of every shard. An untrusted index therefore cannot mislead a reader. `verify --deep` reads
+the rest.
+Declined: one JSON with a record per image or class, which takes seconds to parse and memory in every worker.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ from dist_proxygml.data.shards import (
     shown_key,
     split_name,
 )
-from dist_proxygml.storage.files import paths_in, publish, publish_text, sha256_of
+from dist_proxygml.storage.files import parse_json, paths_in, publish, publish_text, sha256_of
 
 INDEX_FILE = "index.json"
-JOURNAL_FILE = "build.unfinished.jsonl"  # of a build that has no index yet
+JOURNAL_FILE = "build.unfinished.jsonl"  # of an unfinished build
 INDEX_KIND = "dist-proxygml-index"
 INDEX_VERSION = 2
-_NEAR = 16 << 10  # bytes next to an image in which its JSON is looked for
+_NEAR = 16 << 10  # bytes next to an image in which its JSON is searched
 _MAX_HEADER_BYTES = 4096  # of a table that a server sends, before its rows
 _MAX_CLASS_BYTES = 4096  # of its class table, on average
 
@@ -68,7 +68,7 @@ class ShardEntry(NamedTuple):
 
 
 class ChosenClasses(NamedTuple):
-    """Which classes of a stored split an index is made of."""
+    """The classes of a stored split that an index consists of."""
 
     split: str  # as it is stored
     labels: np.ndarray  # int64 [C], ascending: the stored label of each label
@@ -83,16 +83,16 @@ class ShardIndex:
     dataset: str
     num_classes: int  # C: labels are 0..C-1
     shards: tuple[ShardEntry, ...]
-    class_table_sha256: str  # of (label, name, source_id); the proxy bank belongs to this table
+    class_table_sha256: str  # of (label, name, source_id), the class table of the proxy bank
     sha256: str  # of index.json
     samples: np.ndarray  # [n] of SAMPLE_DTYPE, memory-mapped
-    remote: ShardCache | None = None  # where the shards come from if they do not lie in `root`
+    remote: ShardCache | None = None  # where the shards come from if not from `root`
     chosen: ChosenClasses | None = None  # None: all classes
     keys_repeat: bool = False  # from shard to shard; within one they never do
 
     @property
     def location(self) -> str:
-        """Where the shards lie, for messages."""
+        """Location of the shards, for messages."""
         return str(self.root) if self.remote is None else self.remote.shown_location
 
     @property
@@ -102,12 +102,12 @@ class ShardIndex:
 
     @cached_property
     def classes(self) -> tuple[ClassEntry, ...]:
-        """The class table, in the order of labels; read from its file, since only people ask for names."""
+        """The class table, in the order of labels; read on demand, since only messages need names."""
         entries = []
         for label, line in enumerate(self._class_lines()):
             try:
-                name, source_id, count = json.loads(line)
-            except (ValueError, TypeError, RecursionError):
+                name, source_id, count = parse_json(line)
+            except (ValueError, TypeError):
                 name = source_id = count = None
             if not (isinstance(name, str) and isinstance(source_id, int | str) and isinstance(count, int)):
                 table = self.root / class_table_name(self.split if self.chosen is None else self.chosen.split)
@@ -125,11 +125,11 @@ class ShardIndex:
 
     @property
     def shard_paths(self) -> list[Path]:
-        """Where the shards lie, in the order of `shards`."""
+        """Paths of the shards, in the order of `shards`."""
         return [self.root / shard.file for shard in self.shards]
 
     def open_sibling(self, split: str) -> "ShardIndex":
-        """Another split of the same shards. Raises ValueError as `open_index`."""
+        """Open another split of the same shards. Raises ValueError as `open_index`."""
         if self.remote is None:
             return open_index(self.root, split)
         remote = self.remote
@@ -142,7 +142,7 @@ class ShardIndex:
         )
 
     def write_class_table(self, stream: IO[bytes]) -> None:
-        """Write the class table in the form of its file."""
+        """Write the class table in its file format."""
         stream.writelines(self._class_lines())
 
     def _class_lines(self) -> Iterator[bytes]:
@@ -152,12 +152,13 @@ class ShardIndex:
             yield from (line for label, line in enumerate(lines) if wanted is None or label in wanted)
 
     def choose_classes(self, labels: np.ndarray, *, name: str) -> "ShardIndex":
-        """The images of some classes, which get the labels 0, 1, ... in the order of their old ones, as a split of its
-        own. Ids count anew, in the same order; the samples are a copy in memory.
+        """Return a split of some classes only, relabelled 0, 1, ... in the order of their old labels.
+
+        Ids are renumbered in the same order; the samples are a copy in memory.
 
         Args:
             labels: int64, distinct.
-            name: what the split is called.
+            name: name of the new split.
         """
         assert self.chosen is None
         labels = np.sort(labels)
@@ -176,7 +177,7 @@ class ShardIndex:
         return replace(part, class_table_sha256=class_table_sha256(part.classes))
 
     def open_shard(self, number: int) -> int:
-        """A file descriptor of a shard, fetched first if it lies elsewhere. Raises ShardUnavailableError."""
+        """Open a file descriptor of a shard, fetching a remote one first. Raises ShardUnavailableError."""
         shard = self.shards[number]
         try:
             if self.remote is not None:
@@ -188,15 +189,15 @@ class ShardIndex:
             raise ShardUnavailableError(str(problem)) from problem
 
     def drop_damaged_copy(self, number: int) -> bool:
-        """Remove this node's copy of a shard that lies elsewhere if it is damaged; whether that was so."""
+        """Remove this node's copy of a remote shard if it is damaged; return whether it was."""
         return self.remote is not None and self.remote.drop_if_damaged(self.shards[number].sha256)
 
     def build_record(self) -> dict[str, Any]:
-        """How the shards were made: seed, resizing, hash of the source. Raises ValueError as `read_index`."""
+        """Read how the shards were built: seed, resizing, hash of the source. Raises ValueError as `read_index`."""
         return dict(read_index(self.root)[0]["build"])
 
     def describe(self, sample_id: int) -> str:
-        """Which sample an id is, for messages: shard file, key, label, and the file that it was made of."""
+        """Describe a sample for messages: shard file, key, label, and its source file."""
         row = self.samples[sample_id]
         shard = self.shards[row["shard"]].file
         key = self.key(sample_id) or f"{sample_id} of {self.split}"
@@ -205,7 +206,7 @@ class ShardIndex:
         return f"{self.location}/{shard}, sample {shown_key(key)} (label {row['label']}{made_of})"
 
     def key(self, sample_id: int) -> str | None:
-        """The key of a sample, in the tar header in front of its image; None where that is damaged."""
+        """Read the key of a sample from the tar header of its image; None if that is damaged."""
         offset = int(self.samples[sample_id]["offset"])
         start = max(0, offset - LONGEST_HEADER)
         try:
@@ -215,13 +216,13 @@ class ShardIndex:
         return None if name is None else split_name(name)[0]
 
     def name(self, sample_id: int) -> str:
-        """What tells a sample from all others of the split: its key, after the name of its shard where keys repeat."""
+        """Return a unique name within the split: the key, prefixed by the shard's name if keys repeat."""
         key = self.key(sample_id) or f"{self.split}-{sample_id:08d}"
         shard = self.shards[self.samples["shard"][sample_id]].file
         return f"{shard.removesuffix('.tar')}/{key}" if self.keys_repeat else key
 
     def _source(self, sample_id: int) -> str | None:
-        """The file that a sample was made of, in its JSON, which lies next to its image; None where there is none."""
+        """Read a sample's source file from its JSON, which lies next to its image; None if missing."""
         row, key = self.samples[sample_id], self.key(sample_id)
         start, end = int(row["offset"]), int(row["offset"]) + int(row["nbytes"])
         end += -end % tarfile.BLOCKSIZE
@@ -231,14 +232,14 @@ class ShardIndex:
                 at = near.find(f"{key}.json\0".encode())
                 if at >= 0:
                     member = tarfile.TarInfo.frombuf(near[at : at + tarfile.BLOCKSIZE], "utf-8", "replace")
-                    info = json.loads(self._bytes_of_shard(sample_id, min(member.size, _NEAR), first + at + 512))
+                    info = parse_json(self._bytes_of_shard(sample_id, min(member.size, _NEAR), first + at + 512))
                     return str(info["source"])
-        except (ValueError, OSError, tarfile.TarError, KeyError, TypeError, RecursionError):
+        except (ValueError, OSError, tarfile.TarError, KeyError, TypeError):
             pass
         return None
 
     def _bytes_of_shard(self, sample_id: int, num_bytes: int, offset: int) -> bytes:
-        """Some bytes of the shard of a sample. Raises OSError, and ValueError as `open_shard`."""
+        """Read some bytes of a sample's shard. Raises OSError, and ValueError as `open_shard`."""
         descriptor = self.open_shard(int(self.samples[sample_id]["shard"]))
         try:
             return os.pread(descriptor, num_bytes, offset)
@@ -246,7 +247,7 @@ class ShardIndex:
             os.close(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A memory map pickles as a copy of its content; a worker maps the file again instead.
+        # A memory map would be pickled as a copy of its content; a worker maps the file again instead.
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.chosen is None:  # the samples of chosen classes are in memory anyway
             del plain["samples"]
@@ -264,17 +265,17 @@ def _map_samples(table: Path) -> np.ndarray:
 
 
 def sample_table_name(split: str) -> str:
-    """The file name of a split's sample table."""
+    """Return the file name of a split's sample table."""
     return f"index.samples.{split}.npy"
 
 
 def class_table_name(split: str) -> str:
-    """The file name of a split's class table."""
+    """Return the file name of a split's class table."""
     return f"index.classes.{split}.jsonl"
 
 
 def default_cache() -> Path:
-    """Where remote shards are kept if nothing else is said."""
+    """Return the default folder for remote shards."""
     return Path.home() / ".cache" / "dist_proxygml" / "shards"
 
 
@@ -286,14 +287,14 @@ def open_index(
     cache_limit: int | None = None,
     is_typed: bool = False,
 ) -> ShardIndex:
-    """Open one split of a folder of shards, here or elsewhere (see `remote`).
+    """Open one split of a local or remote folder of shards (see `remote`).
 
-    What lies elsewhere is kept in `cache_directory`, ~/.cache/dist_proxygml/shards by default, shards up to
-    `cache_limit` bytes together. A `pipe:` location must be `is_typed` by the user: no file may say what is run.
+    Remote files are cached in `cache_directory`, ~/.cache/dist_proxygml/shards by default, shards up to `cache_limit`
+    bytes in total. A `pipe:` location must be `is_typed` by the user: no file may determine what is run.
 
-    Raises ValueError, naming what is wrong and how to mend it, when the folder or its index is
-    missing, the version is another one, the split does not exist, the sample table is stale, or a
-    shard is missing or has another size.
+    Raises ValueError, stating the problem and its fix, if the folder or its index is missing, the
+    version differs, the split does not exist, the sample table is stale, or a shard is missing or
+    has another size.
     """
     remote = None
     if is_remote(str(location)):
@@ -310,9 +311,9 @@ def open_index(
 
 
 def read_index(root: Path) -> tuple[dict[str, Any], str]:
-    """The content of `index.json` and its sha256.
+    """Read `index.json` and its sha256.
 
-    Raises ValueError when it is missing, no JSON, of another kind or version, or lacks what is not about one split.
+    Raises ValueError if it is missing, not JSON, of another kind or version, or lacks a field that concerns all splits.
     """
     build = "build the shards with `python -m dist_proxygml.shard build`"
     if not root.is_dir():
@@ -336,8 +337,8 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
         )
     content = path.read_bytes()
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as problem:
+        document = parse_json(content)
+    except ValueError as problem:
         raise ValueError(
             f"{path} is not JSON ({problem}); copy it again or run `python -m dist_proxygml.shard index {root}`"
         ) from None
@@ -361,8 +362,8 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
 
 
 def _garbled_field(document: Mapping[str, Any]) -> str | None:
-    """The first field of an index that is not of its type or beyond its range, or None. Names are those of files in
-    the index's own folder: nothing can be read elsewhere.
+    """Return the first field of an index with a wrong type or range, or None. Names must be those of files in the
+    index's own folder, so that nothing else can be read.
     """
     for name, kind in (("dataset", str), ("build", dict), ("splits", dict)):
         if not isinstance(document.get(name), kind):
@@ -402,7 +403,7 @@ def _is_count(value: Any, most: int) -> bool:
 
 
 def _is_file_name(value: Any) -> bool:
-    """Whether a value names a file in the folder of whoever names it: no path, nothing that a terminal obeys."""
+    """Whether a value is a plain file name: no path, no control characters."""
     return (
         isinstance(value, str) and value.isprintable() and re.fullmatch(r"(?!\.{1,2}$)[^/]{1,255}", value) is not None
     )
@@ -469,7 +470,7 @@ def _open_split(
 
 
 def _check_places(table: Path, samples: np.ndarray, shards: Sequence[ShardEntry], *, remedy: str) -> None:
-    """Raise ValueError unless the samples fill the shards in order, and each lies inside its shard."""
+    """Raise ValueError unless the samples are in the shards' order and each lies inside its shard."""
     filled = [(number, shard) for number, shard in enumerate(shards) if shard.num_samples]
     counts = [shard.num_samples for _, shard in filled]
     numbers = np.array([number for number, _ in filled], np.uint32)
@@ -484,7 +485,7 @@ def _check_places(table: Path, samples: np.ndarray, shards: Sequence[ShardEntry]
 
 
 def shard_size_problems(root: Path, shards: Sequence[ShardEntry]) -> list[str]:
-    """One sentence for each shard that is missing or whose size is not the index's."""
+    """Describe each shard that is missing or differs in size from the index."""
     problems = []
     for shard in shards:
         path = root / shard.file
@@ -497,7 +498,7 @@ def shard_size_problems(root: Path, shards: Sequence[ShardEntry]) -> list[str]:
 
 
 def class_table_sha256(classes: Sequence[ClassEntry]) -> str:
-    """The hash of which label means which class; image counts do not matter."""
+    """Hash the mapping from labels to classes; image counts do not matter."""
     table = [[c.label, c.name, c.source_id] for c in classes]
     return hashlib.sha256(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")).hexdigest()
 
@@ -513,8 +514,8 @@ def write_index(
 ) -> None:
     """Write the tables and, last, `index.json`.
 
-    `shards` gives the listed shard files of every split in order, `classes` the (name, source id)
-    of every label of every split; `build` records how the shards were made,
+    `shards` are the listed shard files of every split in order, `classes` the (name, source id)
+    of every label of every split; `build` records how the shards were built,
     `keys_repeat` names the splits in which two samples have one key. Two splits with the
     same class table share one label space (query and gallery).
     """
@@ -559,6 +560,6 @@ def _json_line(record: Sequence[Any]) -> bytes:
 
 
 def _one_record_per_line(document: Mapping[str, Any]) -> str:
-    """JSON with one shard a line: short to read, good to diff."""
+    """Format JSON with one shard per line, easy to read and diff."""
     text = json.dumps(document, ensure_ascii=False, indent=1)
     return re.sub(r"\{[^{}\[\]]*\}", lambda record: re.sub(r"\n\s*", " ", record.group()), text) + "\n"

@@ -1,19 +1,19 @@
-"""The order of an epoch and its cut into steps, micro-batches and ranks, in pure numpy.
+"""The order of an epoch and its division into steps, micro-batches and ranks, in pure numpy.
 
     random          order = argsort(rank_of_shard[shard] + W * u)    u uniform in [0, 1), W = window in shards
-    class_balanced  batches of m classes x k images: permutations of the classes, one after the other, and each class
-                    walks round its own permutation of images
+    class_balanced  batches of m classes x k images: consecutive permutations of the classes, each class cycling
+                    through its own permutation of images
 
-Of the random order at most W shards are in use at a time; without a window it is a permutation of everything. Either
-order is a function of (index, seed, epoch) alone. A step takes the next `batch_size` images of the order whatever the
-number of ranks; accumulation and ranks only cut a step into slots, so any world size sees the same global batches, and
-how many images an epoch has consumed says where it stands, for any batch size.
+The random order uses at most W shards at a time; without a window it is a full permutation. Either order is a function
+of (index, seed, epoch) alone. A step takes the next `batch_size` images of the order whatever the number of ranks;
+accumulation and ranks only divide a step into slots, so any world size sees the same global batches, and the number of
+consumed images is the position in an epoch for any batch size.
 
 Chosen: Philox (counter-based, its stream is fixed by numpy's policy) and sorting raw 64-bit draws, so that the order
-outlives numpy versions.
-Declined: a sampler with state, which must be carried to the workers and restored on resume; repeating images to fill
-the last step, which counts them twice; class-balanced epochs that promise every image, since classes with fewer images
-than k, or one more than a multiple of it, cannot keep that promise.
+does not depend on the numpy version.
+Declined: a stateful sampler, whose state must be sent to the workers and restored on resume; repeating images to fill
+the last step, which counts them twice; class-balanced epochs that guarantee every image, impossible for classes with
+fewer images than k, or one more than a multiple of it.
 """
 
 from collections.abc import Collection
@@ -23,14 +23,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What tells one use of (seed, epoch) from another.
+# Distinguishes the uses of (seed, epoch).
 _ORDER_STREAM = 1
 _CLASS_STREAM = 2
 _VALIDATION_STREAM = 3
 
 
 class MicroBatch(NamedTuple):
-    """The images of one rank in one micro-step."""
+    """Images of one rank in one micro-step."""
 
     ids: np.ndarray  # int64 [b]: positions in the split's index
     global_size: int  # images of this micro-step over all ranks
@@ -38,10 +38,10 @@ class MicroBatch(NamedTuple):
 
 
 def epoch_order(shard_n: np.ndarray, *, seed: int, epoch: int, shuffle_window: int | None = None) -> np.ndarray:
-    """The order in which an epoch visits the samples: a permutation of 0..n-1, int64 [n].
+    """Compute the order in which an epoch visits the samples: a permutation of 0..n-1, int64 [n].
 
-    `shard_n` gives the shard number of every sample. `shuffle_window` is the number of shards whose
-    samples mix; None mixes all.
+    `shard_n` is the shard number of every sample. `shuffle_window` is the number of shards whose
+    samples are mixed; None mixes all.
     """
     if shuffle_window is not None and shuffle_window < 1:
         raise ValueError(f"shuffle_window must be at least 1 shard, or null to shuffle over all, got {shuffle_window}")
@@ -57,14 +57,14 @@ def epoch_order(shard_n: np.ndarray, *, seed: int, epoch: int, shuffle_window: i
 def class_balanced_order(
     label_n: np.ndarray, *, classes_per_batch: int, images_per_class: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """Batches of exactly `classes_per_batch` classes x `images_per_class` images, one after the other: int64 ids.
+    """Compute consecutive batches of exactly `classes_per_batch` classes x `images_per_class` images: int64 ids.
 
-    `label_n` gives the class of every sample. An epoch has as many whole batches as fit into n images, at least one;
-    over them the numbers of times that two classes are used differ by at most 1, and so do those of two images of a
-    class. The images of a class lie side by side. A class with fewer than `images_per_class` images repeats them.
+    `label_n` is the class of every sample. An epoch has as many full batches as fit into n images, at least one; the
+    usage counts of any two classes differ by at most 1, as do those of two images of a class. The images of a class are
+    adjacent. A class with fewer than `images_per_class` images repeats them.
 
     Raises:
-        ValueError: a number below 1, or fewer classes with images than a batch needs.
+        ValueError: a number is below 1, or fewer classes have images than a batch needs.
     """
     if classes_per_batch < 1 or images_per_class < 1:
         raise ValueError(
@@ -81,13 +81,13 @@ def class_balanced_order(
     num_batches = max(1, len(label_n) // (classes_per_batch * images_per_class))
     class_s = _class_sequence(len(classes), classes_per_batch, num_batches, draws)
 
-    # Each class's images in an order of its own, class after class.
+    # Each class's images in their own random order, class after class.
     shuffled_n = _argsort(draws.random_raw(len(label_n)))
     by_class_n = shuffled_n[np.argsort(label_n[shuffled_n], kind="stable")]
     num_images_c = np.bincount(label_n)
     first_c = np.cumsum(num_images_c) - num_images_c
 
-    # The j-th use of a class takes the next images on its round.
+    # The j-th use of a class takes the next images of its cycle.
     by_use_s = np.argsort(class_s, kind="stable")
     num_uses_c = np.bincount(class_s, minlength=len(classes))
     use_s = np.empty_like(class_s)
@@ -98,18 +98,18 @@ def class_balanced_order(
 
 
 def draw_validation_classes(num_classes: int, *, num_drawn: int, seed: int) -> np.ndarray:
-    """Classes that are held out of training: int64 [num_drawn], ascending, a function of the numbers alone. A larger
-    `num_drawn` draws the same ones and more.
+    """Draw the classes held out of training: int64 [num_drawn], ascending, a pure function of its arguments. A larger
+    `num_drawn` includes the same classes.
     """
     draws = np.random.Philox(np.random.SeedSequence([seed, 0, _VALIDATION_STREAM]))
     return np.sort(_argsort(draws.random_raw(num_classes))[:num_drawn])
 
 
 def _class_sequence(num_classes: int, classes_per_batch: int, num_batches: int, draws: np.random.Philox) -> np.ndarray:
-    """The classes of all batches, int64 [num_batches * classes_per_batch], no class twice in a batch.
+    """Compute the classes of all batches, int64 [num_batches * classes_per_batch], no class twice in a batch.
 
-    Permutations of all classes follow each other. Where a batch reaches over the end of one, the classes it has from
-    there move to the end of the next.
+    Consecutive permutations of all classes. Where a batch spans two of them, the classes it has from the first move to
+    the end of the second.
     """
     num_rounds = -(-num_batches * classes_per_batch // num_classes)
     draws_rC = draws.random_raw(num_rounds * num_classes).reshape(num_rounds, num_classes)
@@ -126,7 +126,7 @@ def _class_sequence(num_classes: int, classes_per_batch: int, num_batches: int, 
 
 
 def _argsort(values: np.ndarray) -> np.ndarray:
-    """The stable argsort. The unstable one is several times as fast, and the same where no two values are equal."""
+    """Sort stably; the unstable sort, used if no two values are equal, is several times as fast."""
     order = np.argsort(values)
     ascending = values[order]
     if (ascending[1:] == ascending[:-1]).any():
@@ -135,18 +135,18 @@ def _argsort(values: np.ndarray) -> np.ndarray:
 
 
 def count_steps(num_images: int, *, batch_size: int, drop_last: bool = False) -> int:
-    """Optimizer steps over so many images: the whole ones, and a short one unless it is dropped."""
+    """Count the optimizer steps over `num_images`: full ones, and a short one unless dropped."""
     return num_images // batch_size if drop_last else -(-num_images // batch_size)
 
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """An epoch's order, from `start` on, cut into optimizer steps of `batch_size` images, and those into slots.
+    """An epoch's order, from `start` on, divided into optimizer steps of `batch_size` images, and those into slots.
 
-    A step has `accumulation` x `world_size` slots, which differ in size by at most one image. What is left for a last
-    short step is taken in or, with `drop_last`, left out. Less than half a batch shares the images of the last full
-    step evenly with it: no step is larger than the others, and none so small that its gradient is all noise or a rank
-    has no image. The cut depends on the number of images and `batch_size` alone.
+    A step has `accumulation` x `world_size` slots, which differ in size by at most one image. The remainder forms a
+    last short step or, with `drop_last`, is dropped. A remainder below half a batch is balanced with the last full
+    step: no step is larger than the others, and none so small that its gradient is all noise or a rank has no image.
+    The division depends on the number of images and `batch_size` alone.
 
     Raises:
         ValueError: `start` lies beyond the order, or a step has fewer images than slots.
@@ -157,7 +157,7 @@ class EpochPlan:
     accumulation: int
     world_size: int
     drop_last: bool = False
-    start: int = 0  # images of the order that are done
+    start: int = 0  # images of the order already consumed
 
     def __post_init__(self) -> None:
         slots = self.accumulation * self.world_size
@@ -175,7 +175,7 @@ class EpochPlan:
 
     @cached_property
     def _bounds(self) -> np.ndarray:
-        """Where each step begins in the order, and the last one ends: int64 [num_steps + 1]."""
+        """Return the start of each step in the order, and the end of the last: int64 [num_steps + 1]."""
         num_left = len(self.order) - self.start
         whole, tail = divmod(num_left, self.batch_size)
         num_steps = count_steps(num_left, batch_size=self.batch_size, drop_last=self.drop_last)
@@ -186,17 +186,17 @@ class EpochPlan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps from `start` to the end of the epoch, the same on every rank."""
+        """Number of optimizer steps from `start` to the end of the epoch, the same on every rank."""
         return len(self._bounds) - 1
 
     def step(self, step: int) -> np.ndarray:
-        """The images of the plan's `step`-th optimizer step over all ranks, in order: int64 [at most batch_size]."""
+        """Return the images of the `step`-th optimizer step over all ranks, in order: int64 [at most batch_size]."""
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step must lie in [0, {self.num_steps}), got {step}")
         return self.order[self._bounds[step] : self._bounds[step + 1]]
 
     def micro_batch(self, step: int, micro_step: int, rank: int) -> MicroBatch:
-        """The part of a step that `rank` computes in micro-step `micro_step`."""
+        """Return the part of a step that `rank` computes in micro-step `micro_step`."""
         ids = self.step(step)
         slots = self.accumulation * self.world_size
         cuts = [i * len(ids) // slots for i in range(slots + 1)]
@@ -208,11 +208,11 @@ class EpochPlan:
 def evaluation_batches(
     num_samples: int, *, batch_size: int, rank: int, world_size: int, done: Collection[int] = ()
 ) -> list[np.ndarray]:
-    """The batches of `rank` in an evaluation: batch j holds the ids j*batch_size ..
+    """Return the batches of `rank` in an evaluation: batch j holds the ids j*batch_size ..
     (j+1)*batch_size - 1, the last one may be short.
 
-    Each rank takes a contiguous range of those batches that are not `done`, so that every image is embedded once and
-    in the same company for any number of ranks; a rank may have none.
+    Each rank takes a contiguous range of the batches that are not `done`, so that every image is embedded once and in
+    the same batch for any number of ranks; a rank may have none.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size of an evaluation must be at least 1, got {batch_size}")

@@ -1,20 +1,20 @@
-"""Batches of images for one rank: a map-style dataset over shards, driven by the plan.
+"""Batches of images for one rank: a map-style dataset over shards, driven by a plan.
 
     plan (which ids) -> pread + crc32 -> decode -> transform (generators per sample) -> Batch
 
-The DataLoader gets whole micro-batches from the plan and returns them in the plan's order whatever
-the number of workers, so images are the same bit for bit for 0, 1 or 3 workers. What a random
-transform does to an image depends on (seed, epoch, id) alone, and so does which image takes the place
-of a damaged one: positions never shift.
+The DataLoader gets whole micro-batches from the plan and returns them in the plan's order for any
+number of workers, so images are bit-for-bit the same for 0, 1 or 3 workers. A random transform of
+an image depends on (seed, epoch, id) alone, as does the replacement of a damaged image, so
+positions never shift.
 
-Chosen: map-style with own batches, because then exactly-once, equal steps and resume are
+Chosen: map-style with own batches, because exactly-once, equal steps and resuming are then
 arithmetic.
 Declined: WebDataset's iterable pipeline for training (its epoch depends on shards, ranks and
 workers) and persistent workers (they keep a transform's old epoch).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -33,7 +33,7 @@ Decoded = TypeVar("Decoded")
 
 
 class Batch(NamedTuple):
-    """The images of one rank in one micro-step.
+    """Images of one rank in one micro-step.
 
     A step's micro-batches may differ in size (a short last step), so the mean over a micro-batch
     counts `global_size * accumulation / step_size` times for the mean over the step; that factor is
@@ -45,17 +45,17 @@ class Batch(NamedTuple):
     ids: torch.Tensor  # int64 [b]: positions in the split's index; -1 in a stream, which has none
     global_size: int  # images of this micro-step over all ranks
     step_size: int  # images of the whole optimizer step over all micro-steps and ranks
-    damaged: tuple[Damage, ...] = ()  # images that were to be here and could not be used
+    damaged: tuple[Damage, ...] = ()  # images that belong here but could not be used
 
     def loss_weight(self, accumulation: int) -> float:
-        """The factor on this micro-batch's mean loss when `accumulation` gradients are averaged."""
+        """Return the factor on this micro-batch's mean loss when `accumulation` gradients are averaged."""
         return self.global_size * accumulation / self.step_size
 
 
 class ImageCache:
-    """Decoded images of one split kept in memory, one uint8 array an image.
+    """Decoded images of one split in memory, one uint8 array per image.
 
-    Make one and pass it to the loaders of every epoch.
+    Create one and pass it to the loaders of every epoch.
     """
 
     def __init__(self) -> None:
@@ -65,15 +65,15 @@ class ImageCache:
         return len(self._images)
 
     def get(self, sample_id: int) -> torch.Tensor | None:
-        """The image [3, h, w] of a sample, or None."""
+        """Return the image [3, h, w] of a sample, or None."""
         return self._images.get(sample_id)
 
     def put(self, sample_id: int, image: torch.Tensor) -> None:
-        """Keep the image of a sample."""
+        """Store the image of a sample."""
         self._images[sample_id] = image
 
 
-# Images that are tried in a damaged one's place: of its class, and then of any.
+# Candidates to replace a damaged image: of its class, then of any.
 _NUM_TRIED = 100
 
 
@@ -84,58 +84,51 @@ class _Failure(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """What a BatchLoader takes batches from."""
+    """Source of a BatchLoader's batches."""
 
     cache: ImageCache | None
 
     def __getitems__(self, micro_batch: MicroBatch) -> tuple[Any, ...] | _Failure:
-        """A batch on its way out of a worker, see `sent`."""
+        """Return a batch in a form that leaves a worker, see `sent`."""
 
 
 def sent(make: Callable[[MicroBatch], Batch], micro_batch: MicroBatch) -> tuple[Any, ...] | _Failure:
-    """A batch, or the ValueError of its making, in a form that leaves a worker cheaply."""
+    """Make a batch, or catch its ValueError, in a form that is cheap to send from a worker."""
     try:
         images, labels, ids, *rest = make(micro_batch)
         images = ready_to_leave(images)
     except ValueError as problem:
         return _Failure(str(problem))
-    # As arrays: a small tensor costs a file descriptor and shared memory on its way out of a worker.
+    # As arrays: a small tensor costs a file descriptor and shared memory when sent from a worker.
     return (images, labels.numpy(), ids.numpy(), *rest)
 
 
+@dataclass(eq=False)
 class ShardImages(Dataset[Batch]):
-    """The images of one split by id. Indexed with a whole micro-batch at a time.
+    """Images of one split by id, indexed by whole micro-batches.
 
-    `damaged` says what happens to an image that cannot be used: "fail" raises, "replace" puts another image of its
-    class there (of any class where it has no other), "leave_out" gives a smaller batch.
+    `damaged` determines what happens to an unusable image: "fail" raises, "replace" substitutes another image of its
+    class (of any class if it has no other), "leave_out" gives a smaller batch.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        transform: Transform,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        cache: ImageCache | None = None,
-        damaged: Literal["fail", "replace", "leave_out"] = "fail",
-    ) -> None:
-        self.index = index
-        self.transform = transform
-        self.seed = seed
-        self.epoch = epoch
-        self.cache = cache
-        self.damaged = damaged
-        self.reader = ShardReader(index.open_shard)
+    index: ShardIndex
+    transform: Transform
+    seed: int = field(default=0, kw_only=True)
+    epoch: int = field(default=0, kw_only=True)
+    cache: ImageCache | None = field(default=None, kw_only=True)
+    damaged: Literal["fail", "replace", "leave_out"] = field(default="fail", kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.reader = ShardReader(self.index.open_shard)
 
     def __len__(self) -> int:
         return self.index.num_samples
 
     def image(self, sample_id: int) -> torch.Tensor:
-        """A decoded image before any transform, uint8 RGB [3, h, w].
+        """Decode an image without transforming it, uint8 RGB [3, h, w].
 
-        Raises ValueError naming the shard, the sample and the reason when its bytes changed or do
-        not decode.
+        Raises ValueError naming the shard, the sample and the reason if its bytes changed or do not
+        decode.
         """
         if self.cache is not None and (kept := self.cache.get(sample_id)) is not None:
             return kept
@@ -145,7 +138,7 @@ class ShardImages(Dataset[Batch]):
         return image
 
     def read(self, sample_id: int, decode: Callable[[bytes], Decoded]) -> Decoded:
-        """What `decode` makes of the image file of a sample. Raises ValueError as `image`."""
+        """Apply `decode` to the image file of a sample. Raises ValueError as `image`."""
         try:
             payload = self._read(sample_id)
         except ShardUnavailableError as problem:
@@ -167,7 +160,7 @@ class ShardImages(Dataset[Batch]):
             raise ValueError(f"{self.index.describe(sample_id)}: {problem}; {remedy}") from problem
 
     def _read(self, sample_id: int) -> bytes:
-        """The image file of a sample. A copy of a remote shard that was damaged here is fetched once more."""
+        """Read the image file of a sample. A damaged local copy of a remote shard is fetched once more."""
         shard, _, offset, num_bytes, crc32 = self.index.samples[sample_id].item()
         try:
             return self.reader.read(shard, offset=offset, num_bytes=num_bytes, crc32=crc32)
@@ -182,7 +175,7 @@ class ShardImages(Dataset[Batch]):
     def batch(self, micro_batch: MicroBatch) -> Batch:
         """Read, decode and transform the images of a micro-batch.
 
-        Raises ValueError as `image` does if damaged images fail, and where no replacement can be read.
+        Raises ValueError as `image` does if damaged images fail, or if no replacement can be read.
         """
         ids, images, damaged = [], [], []
         for wanted in micro_batch.ids.tolist():
@@ -206,7 +199,7 @@ class ShardImages(Dataset[Batch]):
         return Batch(images_b3HW, labels_b, ids_b, micro_batch.global_size, micro_batch.step_size, tuple(damaged))
 
     def _replacement(self, sample_id: int, problem: str) -> tuple[torch.Tensor, int]:
-        """A readable image of the same class if there is one, else of any class, and its id."""
+        """Find a readable image of the same class, otherwise of any class; return it and its id."""
         draw = next(sample_generators([sample_id], seed=self.seed, epoch=self.epoch))
         labels = self.index.samples["label"]
         same_class = np.flatnonzero(labels == labels[sample_id])
@@ -225,9 +218,9 @@ class ShardImages(Dataset[Batch]):
 
 
 def sample_generators(ids: Sequence[int], *, seed: int, epoch: int) -> Iterator[np.random.Generator]:
-    """All randomness of each image in one epoch: Philox with key (seed, epoch) and counter id.
+    """Yield the random generator of each image in an epoch: Philox with key (seed, epoch) and counter id.
 
-    One generator, set to the next image's stream each time it is asked for: a new one costs more than its draws.
+    A single generator is reset to each image's stream, because creating one costs more than its draws.
     """
     philox = np.random.Philox(key=[seed, epoch])
     generator, fresh = np.random.Generator(philox), philox.state
@@ -238,7 +231,7 @@ def sample_generators(ids: Sequence[int], *, seed: int, epoch: int) -> Iterator[
 
 
 class BatchLoader:
-    """An iterable of `Batch`. Iterating again gives the same batches again."""
+    """An iterable of `Batch`; each iteration gives the same batches."""
 
     def __init__(
         self,
@@ -383,11 +376,11 @@ def build_evaluation_loader(
     skip_damaged: bool = False,
     done: Collection[int] = (),
 ) -> BatchLoader:
-    """All images of a split in the order of their ids, every one on exactly one rank, but for the batches whose numbers
-    are in `done`.
+    """Build a loader of all images of a split in the order of their ids, each on exactly one rank, except the batches
+    whose numbers are in `done`.
 
-    Batches are cut at multiples of `batch_size`; a rank may have none. `num_steps` is the number of
-    this rank's batches. With `skip_damaged` a damaged image is left out of its batch, which may leave it empty.
+    Batches start at multiples of `batch_size`; a rank may have none. `num_steps` is the number of this rank's batches.
+    With `skip_damaged` a damaged image is dropped from its batch, which may leave it empty.
     """
     own = evaluation_batches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, done=done)
     batches = [MicroBatch(ids, len(ids), len(ids)) for ids in own]
@@ -396,7 +389,7 @@ def build_evaluation_loader(
 
 
 class _RankBatches(Sequence[MicroBatch]):
-    """The micro-batches of one rank, cut when they are asked for."""
+    """The micro-batches of one rank, computed on demand."""
 
     def __init__(self, plan: EpochPlan, rank: int) -> None:
         if not 0 <= rank < plan.world_size:

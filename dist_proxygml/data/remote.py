@@ -10,7 +10,7 @@ the old one, and two locations with the same shards share them.
 
 Chosen: fsspec for transfers, since it knows the stores, their credentials and proxies; limits, time-outs, retries and
 the cache are ours. Each transfer has an event loop and a session of its own: the thread that fsspec shares otherwise
-does not exist in a forked loading process, which would wait for it for ever. A `pipe:` command runs under `bash -o
+does not exist in a forked loading process, which would wait for it forever. A `pipe:` command runs under `bash -o
 pipefail` as the leader of a session, so a failing `a` in `a | b` counts, and a stalled command dies with its helpers.
 Locks are `flock`: the kernel releases them when a process dies, so none is stale; their files stay, since a lock on a
 removed file excludes nobody. A shard is hashed when it has come; later openings check its size, and images their crc32.
@@ -22,7 +22,6 @@ import asyncio
 import errno
 import hashlib
 import importlib.util
-import json
 import os
 import random
 import re
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from dist_proxygml.storage.files import publish, sha256_of
+from dist_proxygml.storage.files import parse_json, publish, sha256_of
 from dist_proxygml.storage.lock import locked_file
 
 T = TypeVar("T")
@@ -178,8 +177,8 @@ class ShardCache:
             self._receive(url, fetched, max_bytes=MAX_INDEX_BYTES)
             content = fetched.read_bytes()
             try:
-                json.loads(content)  # it has no hash yet, but one that was cut is no JSON
-            except (ValueError, RecursionError) as problem:
+                parse_json(content)  # it has no hash yet, but one that was cut is no JSON
+            except ValueError as problem:
                 fetched.unlink()
                 raise _TransferError(f"it is not JSON ({problem})", remedy=_REMEDY_CONTENT) from None
             folder = indexes / hashlib.sha256(content).hexdigest()
@@ -294,7 +293,7 @@ class _TransferError(Exception):
 
 
 class _Progress:
-    """What a transfer reports to, as fsspec's callback: ends one that brings too much, and one that brings nothing."""
+    """An fsspec callback that ends a transfer which exceeds its size limit or stalls."""
 
     def __init__(self, max_bytes: int, stall_seconds: float, limit: asyncio.Timeout) -> None:
         self.max_bytes, self.stall_seconds, self.limit = max_bytes, stall_seconds, limit

@@ -1,14 +1,14 @@
-"""Shards: the bytes of one WebDataset tar. Writing it, listing it, reading one image out of it.
+"""Shards: write a WebDataset tar, list it, read single images from it.
 
 A sample is three adjacent members, `<key>.jpg|png` (the image file), `<key>.cls` (its label in
-ASCII) and `<key>.json` (where it came from), with key `{split}-{id:08d}`; the id is the sample's
+ASCII) and `<key>.json` (its origin), with key `{split}-{id:08d}`; the id is the sample's
 position in the split's index. Tars are USTAR with time 0 and fixed owner, so the same samples give
 the same bytes on any machine, and any WebDataset reader or `tar` opens them.
 
 Chosen: reading by offset (`os.pread`) with a crc32 check each time, because the index then defines
 the epoch and a tar is only bytes.
-Declined: reading a shard from its start, which ties the order of samples to the number of shards,
-ranks and workers.
+Declined: sequential reading, which ties the order of samples to the number of shards, ranks and
+workers.
 """
 
 import contextlib
@@ -27,21 +27,30 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dist_proxygml.storage.files import publish
+from dist_proxygml.storage.files import parse_json, publish
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
-MAX_LABEL = 2**31 - 1  # what SAMPLE_DTYPE has room for
-_LEAVE_AFTER = 4 << 20  # bytes of a shard that is being written
-_END_MARK = 2 * tarfile.BLOCKSIZE  # zeros after the last member
+MAX_LABEL = 2**31 - 1  # the range of SAMPLE_DTYPE
+_LEAVE_AFTER = 4 << 20  # buffered bytes of a shard being written
+_END_MARK = 2 * tarfile.BLOCKSIZE  # zero bytes after the last member
 _NAMES = {"encoding": "utf-8", "errors": "backslashreplace"}  # of members: any bytes, shown
 LONGEST_HEADER = 32 * tarfile.BLOCKSIZE  # of a member with a name of any length that a file system allows
+_PACKED = {
+    b"\x1f\x8b": ("a gzip file", "unpack it with `gunzip`"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it with `unzstd`"),
+    b"BZh": ("a bzip2 file", "unpack it with `bunzip2`"),
+    b"\xfd7zXZ": ("an xz file", "unpack it with `unxz`"),
+    b"PK\x03\x04": ("a zip archive", "unpack it, and write its files into a tar"),
+    b"version https://git-lfs": ("a pointer of Git LFS", "fetch the file with `git lfs pull`"),
+    b"<": ("a web page", "download the shard again"),
+}
 
-# One sample: its shard's number, its label, where the image's bytes lie in the shard, and their crc32.
+# A sample: its shard's number, its label, the place of the image's bytes in the shard, and their crc32.
 SAMPLE_DTYPE = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("nbytes", "<u4"), ("crc32", "<u4")])
 
 
 class ShardSample(NamedTuple):
-    """One sample on its way into a shard."""
+    """A sample to be written to a shard."""
 
     key: str
     extension: str
@@ -51,7 +60,7 @@ class ShardSample(NamedTuple):
 
 
 class ListedShard(NamedTuple):
-    """What a shard holds: its samples in order, and the classes that their JSON names."""
+    """Contents of a shard: its samples in order, and the classes that their JSON names."""
 
     num_bytes: int
     sha256: str
@@ -62,26 +71,26 @@ class ListedShard(NamedTuple):
 
 
 def sample_key(split: str, sample_id: int) -> str:
-    """The key of a sample, `{split}-{id:08d}`; a dot in it would end the key."""
+    """Return the key of a sample, `{split}-{id:08d}`; a dot would end the key."""
     return f"{split}-{sample_id:08d}"
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file name of a shard, `{split}-{number:06d}.tar`."""
+    """Return the file name of a shard, `{split}-{number:06d}.tar`."""
     return f"{split}-{number:06d}.tar"
 
 
 def split_of_shard(file_name: str) -> str | None:
-    """`train` for `train-000012.tar`; None for a file that is not named like a shard."""
+    """Return `train` for `train-000012.tar`; None for a file not named like a shard."""
     match = re.fullmatch(r"(.*?)[-_.]?\d+\.tar", file_name)
     return (match.group(1) or "train") if match else None
 
 
 def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
-    """Write samples to a tar at `path`, published by rename; returns what `list_shard` would find there.
+    """Write samples to a tar at `path`, atomically; return what `list_shard` would.
 
-    The bytes depend on nothing but the samples: members in the order of their names, filled up to whole records of 20
-    blocks as tar does. Raises ValueError for a key with a dot or slash, which would end it.
+    The bytes depend on the samples only: members are sorted by name, padded to whole records of 20 blocks as tar does.
+    Raises ValueError for a key with a dot or slash, which would end it.
     """
     keys: list[str] = []
     rows: list[tuple[int, int, int, int, int]] = []
@@ -96,7 +105,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
             digest.update(block)
             stream.write(block)
             num_bytes += len(block)
-            if num_bytes - num_leaving > _LEAVE_AFTER:  # on their way to the disk while we go on
+            if num_bytes - num_leaving > _LEAVE_AFTER:  # flushed to disk in the background
                 stream.flush()
                 os.posix_fadvise(stream.fileno(), num_leaving, num_bytes - num_leaving, os.POSIX_FADV_DONTNEED)
                 num_leaving = num_bytes
@@ -126,7 +135,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
 
 
 def _header_pattern() -> bytes:
-    """The standard library's header of an empty file without a name, owned by root at time 0."""
+    """Return the standard library's header of an empty file without a name, owned by root at time 0."""
     member = tarfile.TarInfo()
     member.mode = 0o644
     member.uname = member.gname = "root"
@@ -152,13 +161,13 @@ def _tar_header(name: str, num_bytes: int, pattern: bytes) -> bytes:
 def list_shard(
     path: Path, *, check_image: Callable[[str, bytes, Mapping[str, Any]], None] | None = None
 ) -> ListedShard:
-    """Read a tar from end to end: its samples in order, its size and its sha256.
+    """Read a complete tar: its samples in order, its size and its sha256.
 
-    Works for tars of other writers too: members group by their path up to the first dot of the file name, the label
-    is the `.cls` member, and a `.json` member is optional. `check_image` is called with the key, the image file and
-    the JSON of every sample. Raises ValueError naming the shard and the member when a sample lacks an image or a
-    label, when a key comes back after another one, a member comes twice, a label has two class names, or when the file
-    is not a whole tar.
+    Works for tars of other writers too: members are grouped by their path up to the first dot of the file name, the
+    label is the `.cls` member, and a `.json` member is optional. `check_image` is called with the key, the image file
+    and the JSON of every sample. Raises ValueError naming the shard and the member if a sample lacks an image or a
+    label, a key reappears after another one, a member occurs twice, a label has two class names, or the tar is
+    incomplete.
     """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
@@ -183,8 +192,16 @@ def list_shard(
         return ListedShard(size, hashlib.sha256(content).hexdigest(), list(samples), rows, classes, num_turned)
 
 
+def _no_tar(content: mmap.mmap, problem: Exception) -> str:
+    """What to say of a file that tarfile cannot read."""
+    for mark, (kind, remedy) in _PACKED.items():
+        if content[: len(mark)] == mark:
+            return f"expected a plain tar, got {kind}; {remedy}"
+    return f"not a readable tar ({problem}); copy or build the shard again"
+
+
 def _note_class(path: Path, classes: dict[int, tuple[str, int | str]], label: int, info: Mapping[str, Any]) -> None:
-    """Remember the name that the sample's JSON gives to its label. Raises ValueError for two names."""
+    """Record the class name that the sample's JSON gives its label. Raises ValueError if there are two."""
     if "class_name" in info:
         name = str(info["class_name"])
         known, _ = classes.setdefault(label, (name, info.get("source_id", label)))
@@ -196,9 +213,9 @@ def _note_class(path: Path, classes: dict[int, tuple[str, int | str]], label: in
 
 
 def split_name(member: str) -> tuple[str, str]:
-    """Key and extension of a member: its path up to the first dot of the file name, and the rest in lower case.
+    """Split a member's path into key, up to the first dot of the file name, and extension in lower case.
 
-    A `./` in front is no part of a key; control characters are shown as Python writes them.
+    A leading `./` is not part of a key; control characters are escaped as in Python.
     """
     shown = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda sign: repr(sign.group())[1:-1], re.sub(r"^(\./+)+", "", member))
     folder, slash, base = shown.rpartition("/")
@@ -207,9 +224,9 @@ def split_name(member: str) -> tuple[str, str]:
 
 
 def member_name(blocks: bytes) -> str | None:
-    """The name of the member whose header ends `blocks`, which are whole blocks of a tar; None for a damaged header.
+    """Read the name of the member whose header ends `blocks`, whole blocks of a tar; None for a damaged header.
 
-    The name stands in that header or, if it is long or not ASCII, in an entry of GNU's or PAX's before it.
+    The name is in that header or, if it is long or not ASCII, in a GNU or PAX entry before it.
     """
     last = len(blocks) - tarfile.BLOCKSIZE
     try:
@@ -230,7 +247,7 @@ def member_name(blocks: bytes) -> str | None:
 
 
 def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key -> extension -> (offset, number of bytes) of every file in a tar."""
+    """Map key -> extension -> (offset, number of bytes) for every file in a tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     last_key = None
     try:
@@ -242,8 +259,13 @@ def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dic
                         f"{path}: {shown_key(key)}.{extension} is a link, expected a file; write the shard again with "
                         "`tar --dereference --hard-dereference`"
                     )
-                if not member.isfile():
-                    continue
+                if not member.isfile() or not extension or not key.rpartition("/")[2]:
+                    continue  # as every reader of WebDataset does: a file without a suffix or with a dot in front
+                if member.issparse():
+                    raise ValueError(
+                        f"{path}: {shown_key(key)}.{extension} is stored without its zeros (tar -S), expected the "
+                        "whole file; write the shard again without that option"
+                    )
                 if key in samples and key != last_key:
                     raise ValueError(
                         f"{path}: the members of sample {shown_key(key)} are not adjacent; write the shard again, as "
@@ -262,9 +284,9 @@ def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dic
                     )
                 members[extension] = (member.offset_data, member.size)
             end = tar.offset
-    except (tarfile.TarError, RecursionError, OverflowError) as problem:  # a thousand headers of long names in a row
-        raise ValueError(f"{path}: not a readable tar ({problem}); copy or build the shard again") from problem
-    # tarfile takes a damaged header for the end of the tar.
+    except (tarfile.TarError, RecursionError, OverflowError) as problem:  # a thousand consecutive headers of long names
+        raise ValueError(f"{path}: {_no_tar(content, problem)}") from problem
+    # tarfile treats a damaged header as the end of the tar.
     if content[end:].strip(b"\0"):
         raise ValueError(f"{path}: a damaged header at byte {end}; copy or build the shard again")
     if len(content) - end < _END_MARK:
@@ -275,7 +297,7 @@ def _members_by_sample(path: Path, stream: IO[bytes], content: mmap.mmap) -> dic
 def _sample_fields(
     path: Path, key: str, members: Mapping[str, tuple[int, int]], content: mmap.mmap
 ) -> tuple[int, tuple[int, int], dict[str, Any]]:
-    """Label, (offset, number of bytes) of the image, and what the JSON says."""
+    """Read the label, (offset, number of bytes) of the image, and the JSON."""
     extensions = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if len(extensions) != 1 or "cls" not in members:
         raise ValueError(f"{path}: sample {shown_key(key)} {wrong_members(members)}")
@@ -288,48 +310,49 @@ def _sample_fields(
     if not isinstance(label, int):
         raise ValueError(
             f"{path}: sample {shown_key(key)} has the label {label!r}; "
-            f"expected a non-negative integer in ASCII, at most {MAX_LABEL}"
+            f"expected a non-negative integer in ASCII, at most {MAX_LABEL}; write the shards again with labels that "
+            "count the classes from 0, and their names as class_name in <key>.json"
         )
     try:
-        info = json.loads(payload("json")) if "json" in members else {}
-    except (ValueError, RecursionError) as problem:
+        info = parse_json(payload("json")) if "json" in members else {}
+    except ValueError as problem:
         raise ValueError(f"{path}: the JSON of sample {shown_key(key)} is damaged ({problem})") from problem
     return label, members[extensions[0]], info if isinstance(info, dict) else {}
 
 
 def wrong_members(extensions: Iterable[str]) -> str:
-    """What is wrong with a sample of these members, for messages."""
+    """Describe what is wrong with a sample of these members."""
     names = sorted(extensions)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     text = (
         f"has members {[name[:40] for name in names[:5]]}{more}; expected one of {', '.join(IMAGE_EXTENSIONS)}, and cls"
     )
     if any(name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls") for name in names if "." in name):
-        text += "; keys end at the first dot of a file name: rename the members so that their keys have none"
-    return text
+        return f"{text}; keys end at the first dot of a file name: rename the members so that their keys have none"
+    return f"{text}; write the shards again with these members"
 
 
 def shown_key(key: str) -> str:
-    """A key for messages, shortened in the middle."""
+    """Shorten a key in the middle, for messages."""
     return key if len(key) <= 300 else f"{key[:150]}...{key[-100:]}"
 
 
 def read_label(text: bytes) -> int | str:
-    """The label that a `.cls` member says; the beginning of what it says where that is none."""
+    """Parse the label of a `.cls` member; return the beginning of its text if it is invalid."""
     shown = text[:64].decode("ascii", "replace").strip()
-    # Only so many digits are turned into a number.
+    # Limits the digits that are parsed.
     is_label = shown.isdigit() and len(shown) <= 20 and not text[64:].strip() and int(shown) <= MAX_LABEL
     return int(shown) if is_label else shown[:40]
 
 
 class ShardUnavailableError(ValueError):
-    """A shard that cannot be opened or fetched: nothing is known to be wrong with its images."""
+    """A shard cannot be opened or fetched; its images are not known to be damaged."""
 
 
 class ShardReader:
-    """Reads image files out of shards by offset; keeps at most `max_open` of them open.
+    """Reads image files from shards by offset, keeping at most `max_open` shards open.
 
-    `open_shard` gives a file descriptor for a shard's number, or raises ShardUnavailableError. Usable in forked and
+    `open_shard` returns a file descriptor for a shard's number, or raises ShardUnavailableError. Works in forked and
     spawned workers.
     """
 
@@ -345,21 +368,23 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Close all shards; reading opens them again."""
+        """Close all shards; reading reopens them."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
     def read(self, shard: int, *, offset: int, num_bytes: int, crc32: int) -> bytes:
-        """The bytes `offset <= i < offset + num_bytes` of a shard.
+        """Read the bytes `offset <= i < offset + num_bytes` of a shard.
 
-        Raises ShardUnavailableError, and ValueError when they cannot be read, are cut off, or their crc32 differs.
+        Raises ShardUnavailableError, and ValueError if they cannot be read, are truncated, or their crc32 differs.
         """
         try:
             payload = os.pread(self._open(shard), num_bytes, offset)
         except OSError as problem:
             raise ValueError(f"the file cannot be read: {problem.strerror}") from problem
         if len(payload) != num_bytes:
-            raise ValueError(f"expected {num_bytes} bytes at offset {offset}, got {len(payload)}: the file was cut")
+            raise ValueError(
+                f"expected {num_bytes} bytes at offset {offset}, got {len(payload)}: the file was truncated"
+            )
         if zlib.crc32(payload) != crc32:
             raise ValueError(f"crc32 is {zlib.crc32(payload):08x}, the index says {crc32:08x}: the bytes changed")
         return payload

@@ -1,12 +1,12 @@
-"""Images to be embedded: a folder of any images, or a split of shards.
+"""Sources of images to embed: any folder of images, or a split of shards.
 
-    open_source("photos")                      every image file below it, in the order of their paths
+    open_source("photos")                      every image file below it, sorted by path
     open_source("shards/sop", split="test")    every image of the split, in the order of its index
 
-Both give batches in a fixed order that any number of loading processes keeps, name an image that cannot be used, and
-find an image again by its record, for showing it. Decoding is that of training and evaluation.
+Both yield batches in a fixed order for any number of loading processes, name unusable images, and find an image by its
+record, to show it. Images are decoded as in training and evaluation.
 Chosen: a folder needs no labels and no layout; links are followed, each real folder once.
-Declined: taking the name of a folder for a class, since many folders are only folders.
+Declined: interpreting folder names as classes, since many folders are only folders.
 """
 
 import hashlib
@@ -27,27 +27,27 @@ from dist_proxygml.data.order import MicroBatch, evaluation_batches
 from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.data.transforms import Resize, Transform
-from dist_proxygml.storage.files import paths_in, refuse_unreadable
+from dist_proxygml.storage.files import parse_json, paths_in, refuse_unreadable
 
 OnBad = Literal["fail", "skip"]
 
 
 class ImageRecord(NamedTuple):
-    """Which image a row of embeddings belongs to."""
+    """Identity of the image of a row of embeddings."""
 
-    id: str  # path below the folder, or key of the sample, after its shard's name where keys repeat
+    id: str  # path below the folder, or key of the sample, prefixed by its shard's name if keys repeat
     label: int | None = None
     class_name: str | None = None
     sample: int | None = None  # its position in the split's index
 
     def to_json(self) -> str:
-        """One line, without what is not known."""
+        """Serialise to one line, omitting unknown fields."""
         return json.dumps({name: value for name, value in self._asdict().items() if value is not None})
 
     @classmethod
     def from_json(cls, line: str | bytes) -> "ImageRecord":
-        """Read what `to_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
-        record = cls(**json.loads(line))
+        """Parse the output of `to_json`. Raises ValueError, TypeError or KeyError for anything else."""
+        record = cls(**parse_json(line))
         numbers = [number for number in (record.label, record.sample) if number is not None]
         if not isinstance(record.id, str) or not isinstance(record.class_name, str | None):
             raise TypeError(f"expected names, got {record.id!r} and {record.class_name!r}")
@@ -62,27 +62,27 @@ class ImageSource(Protocol):
     num_images: int
 
     def about(self) -> dict[str, Any]:
-        """Where they come from: what a manifest says, and what must be the same for the same embeddings."""
+        """Describe the source for a manifest: everything that must match for the same embeddings."""
 
     def record(self, number: int) -> ImageRecord:
-        """Which image stands at a position."""
+        """Return the record of the image at a position."""
 
     def image(self, record: ImageRecord) -> torch.Tensor:
-        """The pixels of an image, uint8 RGB [3, h, w]. Raises ValueError where it cannot be used any more."""
+        """Decode an image, uint8 RGB [3, h, w]. Raises ValueError if it is no longer usable."""
 
     def loader(
         self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
     ) -> BatchLoader:
-        """Batches cut at multiples of `batch_size`, without the first `start` of them. With "skip" a batch lacks the
-        images that cannot be used and names them.
+        """Build a loader of batches that start at multiples of `batch_size`, without the first `start` batches. With
+        "skip" a batch omits and names unusable images.
         """
 
 
 def open_source(location: str | Path, *, split: str = "test", is_typed: bool = False) -> ImageSource:
-    """A split of shards where there is an index or an address, else a folder of images; `is_typed` as in `open_index`.
+    """Open a split of shards if there is an index or a URL, otherwise a folder; `is_typed` as in `open_index`.
 
     Raises:
-        ValueError: there is neither; as `open_index`.
+        ValueError: it is neither; or as `open_index`.
     """
     if is_remote(str(location)):
         return ShardSource(open_index(location, split, is_typed=is_typed))
@@ -105,10 +105,10 @@ class FolderSource:
 
     @classmethod
     def of_folder(cls, root: Path) -> "FolderSource":
-        """All image files below a folder, hidden ones left out.
+        """List all image files below a folder, except hidden ones.
 
         Raises:
-            ValueError: no such folder, no image in it, or a name that is not UTF-8.
+            ValueError: the folder does not exist, has no image, or contains a name that is not UTF-8.
         """
         if not root.is_dir():
             raise ValueError(f"expected a folder of images or of shards at {root}, found none; correct the path")
@@ -125,13 +125,13 @@ class FolderSource:
         return cls(root, names)
 
     def about(self) -> dict[str, Any]:
-        """Location, number of images, and a hash of their names, sizes and times."""
+        """Return location, number of images, and a hash of their names, sizes and times."""
         digest = hashlib.sha256()
         for name in self.names:
             try:
                 status = (self.root / name).stat()
                 digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-            except OSError:  # a link to nowhere: reading it says so
+            except OSError:  # a broken link: reading it will report so
                 digest.update(f"{name}\n".encode())
         return {
             "kind": "folder",
@@ -141,12 +141,12 @@ class FolderSource:
         }
 
     def record(self, number: int) -> ImageRecord:
-        """The path, and nothing else."""
+        """Return the path only."""
         return ImageRecord(self.names[number])
 
     def image(self, record: ImageRecord) -> torch.Tensor:
         """As `ImageSource.image`."""
-        # The name, perhaps the folder too, stands in a file that may be somebody else's.
+        # The name, and perhaps the folder, comes from a possibly untrusted file.
         path, name = self.root / record.id, Path(record.id)
         is_image = name.suffix.lower() in IMAGE_SUFFIXES and not (path.exists() and not path.is_file())
         if name.is_absolute() or ".." in name.parts or not is_image:
@@ -165,7 +165,7 @@ class FolderSource:
 
 
 class FolderImages:
-    """Image files by number, without labels (-1). Indexed with a whole batch at a time, as ShardImages."""
+    """Image files by number, without labels (-1), indexed by whole batches like ShardImages."""
 
     cache: ImageCache | None = None
 
@@ -178,7 +178,7 @@ class FolderImages:
         return len(self.paths)
 
     def batch(self, micro_batch: MicroBatch) -> Batch:
-        """Read, decode and transform images. Raises ValueError for one that cannot be used, if that is to fail."""
+        """Read, decode and transform images. Raises ValueError for an unusable one, if configured to fail."""
         ids, images, damaged = [], [], []
         for number in micro_batch.ids.tolist():
             try:
@@ -202,10 +202,10 @@ class FolderImages:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """The pixels of an image file, uint8 RGB [3, h, w].
+    """Decode an image file, uint8 RGB [3, h, w].
 
     Raises:
-        ValueError: naming the file: it cannot be read, or is no image.
+        ValueError: it cannot be read or is not an image; the message names it.
     """
     try:
         return decode_image(read_image_file(path))
@@ -214,7 +214,7 @@ def read_image(path: Path) -> torch.Tensor:
 
 
 def _image_names(root: Path) -> tuple[list[str], int]:
-    """The sorted paths from `root` of the image files below it, and the number of other files."""
+    """Return the sorted paths from `root` of the image files below it, and the number of other files."""
     names, num_others = [], 0
     seen = {os.path.realpath(root)}
     for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse_unreadable):
@@ -247,10 +247,10 @@ class ShardSource:
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
         self.num_images = index.num_samples
-        self._images = ShardImages(index, Resize(1))  # only to read from
+        self._images = ShardImages(index, Resize(1))  # for reading only
 
     def about(self) -> dict[str, Any]:
-        """Location, split, number of images, data set, and the hash of the index."""
+        """Return location, split, number of images, data set, and the hash of the index."""
         local = self.index.remote is None
         return {
             "kind": "shards",
@@ -262,7 +262,7 @@ class ShardSource:
         }
 
     def record(self, number: int) -> ImageRecord:
-        """Name, label and class."""
+        """Return name, label and class."""
         label = int(self.index.samples["label"][number])
         return ImageRecord(self.index.name(number), label, self.index.classes[label].name, number)
 
@@ -282,6 +282,6 @@ class ShardSource:
 
 
 def _batches(num_images: int, batch_size: int) -> list[MicroBatch]:
-    """The batches that an evaluation on one rank goes through."""
+    """Return the batches of an evaluation on one rank."""
     cut: list[np.ndarray] = evaluation_batches(num_images, batch_size=batch_size, rank=0, world_size=1)
     return [MicroBatch(ids, len(ids), len(ids)) for ids in cut]

@@ -1,18 +1,19 @@
-"""Training batches straight from WebDataset shards without an index, through webdataset's own pipeline.
+"""Training batches from WebDataset shards without an index, through webdataset's own pipeline.
 
-For shards that cannot be read twice, or that nobody can index. What users of webdataset know holds here too, and none
-of what the indexed loader promises:
+For shards that cannot be read twice or indexed. The usual behaviour of webdataset applies, without any guarantee of the
+indexed loader:
 
     resampled   every loading process draws shards with replacement: an "epoch" misses about a third of the images and
                 repeats others
-    otherwise   every loading process keeps a fixed part of the shards and goes round it: parts of different sizes are
-                seen unequally often, and a process without a shard is refused
-    both        shuffled within a buffer; the order depends on ranks and loading processes; resuming starts the streams
-                anew; damage in a tar's headers may drop samples silently; labels are checked against num_classes alone
+    otherwise   every loading process cycles through a fixed part of the shards: parts of different sizes are seen with
+                different frequency, and a process without a shard is refused
+    both        shuffled within a buffer; the order depends on ranks and loading processes; resuming restarts the
+                streams; damage in a tar's headers may drop samples silently; labels are only checked against
+                num_classes
 
-Every rank does the same number of steps, with full batches. Evaluation never reads a stream. A shard that is not there
-ends a stream, and so does a round of a process's shards without a sample that can be trained: before the first of a
-round has been found, samples are decoded on their way into the buffer, too.
+Every rank takes the same number of steps, with full batches. Evaluation never reads a stream. A missing shard ends a
+stream, as does a pass over a process's shards without a usable sample: until the first one of a pass is found, samples
+are also decoded before they enter the buffer.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import urlparse
 
@@ -36,7 +38,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
-from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.data.pipeline import Batch, EpochOrder, RankShare
 from dist_proxygml.data.shards import (
     IMAGE_EXTENSIONS,
     ShardUnavailableError,
@@ -48,11 +50,11 @@ from dist_proxygml.data.shards import (
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.data.workers import WorkerLoader, ready_to_leave
 
-_NUM_TRIED = 100  # samples that cannot be used, before a stream is given up in which none can
+_NUM_TRIED = 100  # unusable samples before a stream without any usable one is given up
 
 
 class StreamLoader:
-    """An iterable of `num_steps` steps of micro-batches of one rank. Iterating again gives other images."""
+    """An iterable of `num_steps` steps of micro-batches of one rank; each iteration gives other images."""
 
     def __init__(self, images: "_StreamImages", *, num_steps: int, accumulation: int, num_workers: int) -> None:
         self.num_steps = num_steps
@@ -65,7 +67,7 @@ class StreamLoader:
         return self._num_batches
 
     def check(self) -> None:
-        """Read the first samples here. Raises ValueError where a shard is not there or no sample can be trained."""
+        """Read the first samples in this process. Raises ValueError if a shard is missing or no sample is usable."""
         for process in range(1 if self._images.resampled else self._num_processes):
             self._images.check(process, self._num_processes)
 
@@ -79,90 +81,55 @@ class StreamLoader:
 def build_stream_loader(
     urls: str,
     transform: Transform,
+    order: EpochOrder,
+    share: RankShare = RankShare(),  # noqa: B008 - it cannot be changed
     *,
     num_classes: int,
-    batch_size: int,
     num_images: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    start: int = 0,
     num_workers: int = 0,
     resampled: bool = True,
     shuffle_buffer: int = 1000,
     max_damaged: int | None = None,
 ) -> StreamLoader:
-    """Full steps over about `num_images` images of all ranks, from shards that webdataset's brace notation names.
+    """Build full steps over about `num_images` images of all ranks, from shards in webdataset's brace notation.
 
-    `batch_size` counts the images of one optimizer step over all ranks and micro-batches. `start` only picks another
-    random stream than the epoch's beginning had. A damaged sample ends the stream, or, with `max_damaged`, more of them
-    between two batches of a loading process.
+    Only the batch size and the seeds of `order` count. `share.start` only selects another random stream than that of
+    the epoch's beginning. A damaged sample ends the stream; with `max_damaged`, more than that many between two batches
+    of a loading process.
 
     Raises:
         ValueError: a shard is missing, or, unless `resampled`, there are fewer shards than loading processes over all
             ranks.
     """
-    slots = world_size * accumulation
-    assert batch_size % slots == 0, "Config.micro_batch_size refuses such a batch"
+    assert order.batch_size % (share.world_size * share.accumulation) == 0, "Config.micro_batch_size refuses it"
     shards = stream_shards(urls)
-    num_readers = world_size * max(1, num_workers)
+    num_readers = share.world_size * max(1, num_workers)
     if not resampled and len(shards) < num_readers:
         raise ValueError(
-            f"a stream of {len(shards)} shards for {num_readers} loading processes ({world_size} ranks x "
+            f"a stream of {len(shards)} shards for {num_readers} loading processes ({share.world_size} ranks x "
             f"{max(1, num_workers)}) leaves some without any; use fewer, or data.stream.resampled"
         )
-    images = _StreamImages(
-        shards,
-        transform,
-        num_classes=num_classes,
-        batch_size=batch_size // slots,
-        global_size=batch_size // accumulation,
-        step_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        seeds=(seed, epoch, start),
-        resampled=resampled,
-        shuffle_buffer=shuffle_buffer,
-        max_damaged=max_damaged,
-    )
-    return StreamLoader(images, num_steps=num_images // batch_size, accumulation=accumulation, num_workers=num_workers)
+    images = _StreamImages(shards, transform, order, share, num_classes, resampled, shuffle_buffer, max_damaged)
+    num_steps = num_images // order.batch_size
+    return StreamLoader(images, num_steps=num_steps, accumulation=share.accumulation, num_workers=num_workers)
 
 
+@dataclass(eq=False)
 class _StreamImages(IterableDataset[Batch | str]):
-    """Micro-batches without end, a stream for each loading process."""
+    """Endless micro-batches, a stream for each loading process."""
 
-    def __init__(
-        self,
-        shards: list[str],
-        transform: Transform,
-        *,
-        num_classes: int,
-        batch_size: int,
-        global_size: int,
-        step_size: int,
-        rank: int,
-        world_size: int,
-        seeds: tuple[int, ...],
-        resampled: bool,
-        shuffle_buffer: int,
-        max_damaged: int | None,
-    ) -> None:
-        self.shards = shards
-        self.transform = transform
-        self.num_classes = num_classes
-        self.batch_size = batch_size
-        self.global_size = global_size
-        self.step_size = step_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seeds = seeds
-        self.resampled = resampled
-        self.shuffle_buffer = shuffle_buffer
-        self.max_damaged = max_damaged
+    shards: list[str]
+    transform: Transform
+    order: EpochOrder
+    share: RankShare
+    num_classes: int
+    resampled: bool
+    shuffle_buffer: int
+    max_damaged: int | None
+
+    def __post_init__(self) -> None:
         self._unusable: dict[str, _UnusableError] = {}  # since the last batch
-        self._has_usable = False  # this round of the shards
+        self._has_usable = False  # this pass over the shards
 
     def __iter__(self) -> Iterator[Batch | str]:
         try:
@@ -173,8 +140,9 @@ class _StreamImages(IterableDataset[Batch | str]):
             yield f"the stream {self.shards[0]} ... failed: {type(problem).__name__}: {problem}"
 
     def check(self, process: int, num_processes: int) -> None:
-        """Read what a loading process of this rank reads, up to the first sample that can be trained."""
-        reader, num_readers = self.rank * num_processes + process, self.world_size * num_processes
+        """Read what a loading process of this rank reads, up to the first usable sample."""
+        reader = self.share.rank * num_processes + process
+        num_readers = self.share.world_size * num_processes
         for _ in self._samples(self._own(reader, num_readers), random.Random(0)):
             if self._has_usable:
                 break
@@ -185,8 +153,9 @@ class _StreamImages(IterableDataset[Batch | str]):
     def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader, num_readers = self.rank * num_workers + number, self.world_size * num_workers
-        randomness = np.random.SeedSequence([*self.seeds, reader])
+        reader, num_readers = self.share.rank * num_workers + number, self.share.world_size * num_workers
+        step_size, global_size = self.order.batch_size, self.order.batch_size // self.share.accumulation
+        randomness = np.random.SeedSequence([self.order.seed, self.order.epoch, self.share.start, reader])
         generators = (np.random.Generator(np.random.Philox(child)) for child in _children(randomness))
         generator = random.Random(int(randomness.generate_state(1)[0]))
         own = self._own(reader, num_readers)
@@ -203,17 +172,17 @@ class _StreamImages(IterableDataset[Batch | str]):
                 continue
             images.append(image)
             labels.append(label)
-            if len(images) == self.batch_size:
+            if len(images) == global_size // self.share.world_size:
                 transformed = self.transform(images, list(itertools.islice(generators, len(images))))
                 ids = torch.full((len(images),), -1)
                 damaged = tuple(problem.damage for problem in self._unusable.values())
                 leaving = ready_to_leave(transformed)
-                yield Batch(leaving, torch.tensor(labels), ids, self.global_size, self.step_size, damaged)
+                yield Batch(leaving, torch.tensor(labels), ids, global_size, step_size, damaged)
                 images, labels, self._unusable = [], [], {}
 
     def _samples(self, own: list[str], generator: random.Random) -> Iterator[dict[str, Any]]:
-        """The samples of a process's shards, without end. Raises ValueError after a round without a usable one."""
-        num_samples: dict[str, int] = {}  # of each shard of this round
+        """Yield the samples of a process's shards endlessly. Raises ValueError after a pass without a usable one."""
+        num_samples: dict[str, int] = {}  # of each shard of this pass
         self._unusable, self._has_usable = {}, False
         for url in self._urls(own, generator):
             num_samples[url] = 0
@@ -239,7 +208,7 @@ class _StreamImages(IterableDataset[Batch | str]):
                 yield from generator.sample(own, len(own))
 
     def _members(self, url: str) -> Iterator[dict[str, Any]]:
-        """The samples of a shard, by webdataset's rules. Raises ShardUnavailableError for one that is not there."""
+        """Yield the samples of a shard, by webdataset's rules. Raises ShardUnavailableError if it is missing."""
 
         def passed_over(problem: Exception) -> bool:
             reason = str(problem.args[0] if problem.args else problem).partition(" @ ")[0]  # of the stream object
@@ -268,7 +237,7 @@ class _StreamImages(IterableDataset[Batch | str]):
             passed_over(failure)
 
     def _read(self, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """Image and label. Raises _UnusableError."""
+        """Read image and label. Raises _UnusableError."""
         url = sample["__url__"]
         name = f"{url}, sample {shown_key(split_name(sample['__key__'] + '.')[0])}"
         payload = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
@@ -286,8 +255,8 @@ class _StreamImages(IterableDataset[Batch | str]):
             raise _UnusableError(url, name, "that cannot be decoded", str(problem)) from problem
 
     def _note(self, problem: "_UnusableError") -> None:
-        """Keep what cannot be used, to be counted with the next batch. Raises it if it is to end the stream, or
-        ValueError if it is one too many.
+        """Record an unusable sample, to be counted with the next batch. Raises it if it ends the stream, or ValueError
+        if there are too many.
         """
         if self.max_damaged is None:
             raise problem
@@ -316,7 +285,7 @@ class _StreamImages(IterableDataset[Batch | str]):
 
 
 class _UnusableError(ValueError):
-    """A sample, or the rest of a shard, that cannot be trained."""
+    """A sample, or the rest of a shard, that cannot be used."""
 
     def __init__(self, url: str, image: str, kind: str, reason: str) -> None:
         super().__init__(f"{image} {reason}" if reason.startswith("has ") else f"{image}: {reason}")
@@ -326,9 +295,9 @@ class _UnusableError(ValueError):
 
 
 def _end(stream: IO[bytes] | Pipe, *, to_its_end: bool) -> int:
-    """Close a shard; the status of the program that gave it, 0 for a file.
+    """Close a shard; return the exit status of its program, 0 for a file.
 
-    A program is read `to_its_end` first, since one that is cut off fails for that reason; else it is killed.
+    A program is read `to_its_end` first, since closing its output early would make it fail; otherwise it is killed.
     """
     with contextlib.suppress(OSError):
         if isinstance(stream, Pipe):
@@ -343,10 +312,10 @@ def _end(stream: IO[bytes] | Pipe, *, to_its_end: bool) -> int:
 
 
 def stream_shards(urls: str) -> list[str]:
-    """The shards that webdataset's brace notation names.
+    """Expand webdataset's brace notation to shards.
 
     Raises:
-        ValueError: the notation is wrong, or one that would lie here is no file.
+        ValueError: the notation is wrong, or a local shard is not a file.
     """
     try:
         shards: list[str] = webdataset.shardlists.expand_urls(urls)

@@ -1,16 +1,16 @@
-"""From decoded images of any size to one batch of equal squares, uint8 in and out.
+"""Transforms of decoded images of any size to a batch of equal squares, uint8 in and out.
 
-    resize                whole image to S x S, averaging areas
+    resize                full image to S x S by area averaging
     center_crop           shorter side to a length, central S x S        (published test transform)
     random_resized_crop   random area and aspect ratio, to S x S, mirror (published augmentation)
     affine_jitter         small images warped and recoloured, computed for the batch at once
 
-A transform takes the images and one random generator per image, used up before the next one is asked for. What it does
-to an image depends on that image and its generator alone, not on its neighbours in the batch. Values stay uint8:
-scaling, mean and colour order belong to the backbone. Images may lie in memory in any order; crops and their resizing
-take half the time where a pixel's colours lie side by side, as decoded. Batches of crops are put together in the memory
-that a DataLoader's worker shares with the main process (default_collate), which saves a copy of them.
-Declined: random state inside a transform, and float images on the way to the workers' queue (four times the bytes).
+A transform takes the images and one random generator per image, finished with before the next one is requested. Its
+effect on an image depends on that image and its generator alone, not on the rest of the batch. Values stay uint8:
+scaling, mean and colour order belong to the backbone. Images may have any memory layout; cropping and resizing take
+half the time with channels last, as decoded. Batches of crops are assembled in memory that a DataLoader's worker shares
+with the main process (default_collate), which saves a copy.
+Declined: random state inside a transform, and float images in the workers' queue (four times the bytes).
 """
 
 import math
@@ -34,7 +34,7 @@ Transform = Callable[[Sequence[torch.Tensor], Iterable[np.random.Generator]], to
 
 
 def build_transform(config: TransformConfig) -> Transform:
-    """The transform that a config names: images uint8 [3, h, w] -> one batch uint8 [b, 3, S, S]."""
+    """Build the configured transform: images uint8 [3, h, w] -> a batch uint8 [b, 3, S, S]."""
     match config:
         case ResizeConfig():
             return Resize(config.size)
@@ -47,7 +47,7 @@ def build_transform(config: TransformConfig) -> Transform:
 
 
 class Resize:
-    """The whole image to size x size, each pixel the mean of the area it covers.
+    """Resize the full image to size x size, each pixel the mean of the area it covers.
 
     Exact for squares reduced by a whole number, antialiased bilinear for other sizes.
     """
@@ -56,14 +56,14 @@ class Resize:
         self.size = size
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
-        """Resize the images, at once if they are of one size."""
+        """Resize the images, together if they have the same size."""
         if len({image.shape for image in images}) == 1:
             return _resize(torch.stack(list(images)), self.size)
         return torch.stack([_resize(image[None], self.size)[0] for image in images])
 
 
 class CenterCrop:
-    """The shorter side to `resize`, then the central square; padded with black where too small."""
+    """Resize the shorter side to `resize`, then crop the central square; pad with black if too small."""
 
     def __init__(self, resize: int, size: int) -> None:
         self.resize = resize
@@ -76,7 +76,7 @@ class CenterCrop:
 
 
 class RandomResizedCrop:
-    """A random crop resized to size x size, mirrored with probability 1/2 if `flip`.
+    """Resize a random crop to size x size, mirrored with probability 1/2 if `flip`.
 
     Its share of the area is uniform in `scale`, its aspect ratio log-uniform in 3/4..4/3. Ten
     attempts to fit the crop into the image, then the largest central crop within those ratios
@@ -91,7 +91,7 @@ class RandomResizedCrop:
         self.flip = flip
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
-        """Crop the images, each by its own generator."""
+        """Crop the images, each with its own generator."""
         return default_collate(
             [self._one(image, generator) for image, generator in zip(images, generators, strict=True)]
         )
@@ -118,12 +118,12 @@ class RandomResizedCrop:
 
 
 class AffineJitter:
-    """A random affine warp and a random linear change of colours of whole images.
+    """Apply a random affine warp and a random linear colour change to full images.
 
-    Each parameter is uniform within plus or minus the given half-width (`AffineJitterConfig` says
-    of what). The warp samples at twice the final resolution and averages 2 x 2, so that it is as
-    sharp as `resize`; images with a side below twice `size` are sampled at `size`. Outside the
-    image lies the grey level `fill`.
+    Each parameter is uniform within plus or minus the given half-width (see `AffineJitterConfig`).
+    The warp samples at twice the final resolution and averages 2 x 2, so that it is as sharp as
+    `resize`; images with a side below twice `size` are sampled at `size`. The outside of the image
+    has the grey level `fill`.
     """
 
     def __init__(
@@ -160,13 +160,13 @@ class AffineJitter:
         self.fill = fill
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
-        """Warp and recolour the images, each by its own generator."""
-        # Every generator gives the same number of draws, whatever is switched off.
+        """Warp and recolour the images, each with its own generator."""
+        # Every generator makes the same number of draws, whatever is disabled.
         draws_bk = np.stack([generator.random(len(self.half_widths) + 1) for generator in generators])
         values_bk = (2 * draws_bk[:, :-1] - 1) * self.half_widths
         warp_b23 = self._warp(values_bk[:, :6], mirror_b=self.flip & (draws_bk[:, -1] < 0.5))
 
-        # Images are sampled at a side that depends on each one alone, and those of equal side
+        # Images are sampled at a side that depends on each one alone; those of equal side
         # together.
         sides = np.array([2 * self.size if min(image.shape[1:]) >= 2 * self.size else self.size for image in images])
         warped_bchw = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8)
@@ -177,7 +177,7 @@ class AffineJitter:
         return self._recolour(warped_bchw, values_bk[:, 6:])
 
     def _warp(self, values_b6: np.ndarray, *, mirror_b: np.ndarray) -> np.ndarray:
-        """Where each output position comes from, in coordinates from -1 to 1: float32 [b, 2, 3].
+        """Compute the source of each output position, in coordinates from -1 to 1: float32 [b, 2, 3].
 
         zoom * stretch(aspect, 1/aspect) @ rotation @ shear along x @ mirror, then the shift.
         """
@@ -196,7 +196,7 @@ class AffineJitter:
         return np.stack([np.stack(row, axis=1) for row in rows], axis=1).astype(np.float32)
 
     def _sample(self, sources_bchw: torch.Tensor, warp_b23: np.ndarray) -> torch.Tensor:
-        """The warped images at the final size, uint8.
+        """Sample the warped images at the final size, uint8.
 
         Written out per element: a batched product may depend on the batch's size.
         """
@@ -210,7 +210,7 @@ class AffineJitter:
         return _to_uint8(_average_cells(sampled, side // self.size).add_(self.fill))
 
     def _recolour(self, images_bchw: torch.Tensor, values_b4: np.ndarray) -> torch.Tensor:
-        """Brightness, contrast, saturation and hue: together one affine map of the colours."""
+        """Change brightness, contrast, saturation and hue, combined into one affine map of colours."""
         if not self.half_widths[6:].any():
             return images_bchw
         brightness, contrast, saturation = (1 + values_b4[:, :3]).T
@@ -244,7 +244,7 @@ def _resize(images_bchw: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _average_cells(images_bchw: torch.Tensor, side: int) -> torch.Tensor:
-    """The mean of every side x side cell.
+    """Average every side x side cell.
 
     Strided sums: several times faster than avg_pool2d on a CPU.
     """

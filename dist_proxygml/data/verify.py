@@ -1,7 +1,7 @@
 """Folders of shards: compared with their index, described, and given an index where others wrote the tars."""
 
 import hashlib
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dist_proxygml.data.index import (
     write_index,
 )
 from dist_proxygml.data.shards import ListedShard, list_shard, split_of_shard
-from dist_proxygml.storage.files import paths_in
+from dist_proxygml.storage.files import parse_json, paths_in
 
 _MANY_LABELS = 1_000_000  # a class table up to here is harmless, however few samples there are
 
@@ -44,7 +44,9 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
         )
     tars = paths_in(root, "*.tar")
     if not tars:
-        raise ValueError(f"{root} has no .tar files; name a folder of WebDataset shards")
+        packed = [path.name for path in paths_in(root, "*.t*") if re.search(r"\.(tar\.\w+|tgz)$", path.name)]
+        remedy = f"unpack {packed[0]} and its like" if packed else "name a folder of WebDataset shards"
+        raise ValueError(f"{root} has no .tar files; {remedy}")
     previous = _previous_index(root)
     shards: dict[str, list[tuple[str, ListedShard]]] = {}
     names: dict[str, dict[int, tuple[str, int | str]]] = {}
@@ -72,7 +74,12 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
         space = ("query", "gallery") if split in ("query", "gallery") else (split,)
         rows = [listed.rows for one in space for _, listed in shards.get(one, [])]
         num_samples = sum(map(len, rows))
-        num_classes = max((int(part["label"].max(initial=-1)) for part in rows), default=-1) + 1
+        if not any(len(listed.rows) for _, listed in shards[split]):
+            raise ValueError(
+                f"{root / shards[split][0][0]}: expected samples in the split {split!r}, got none; remove its shards, "
+                "or write them again"
+            )
+        num_classes = max(int(part["label"].max(initial=-1)) for part in rows) + 1
         if num_classes - 1 > max(_MANY_LABELS, 100 * num_samples):
             raise ValueError(
                 f"{root}: the {num_samples} samples of {split!r} have labels up to {num_classes - 1}, expected labels "
@@ -105,8 +112,8 @@ def _previous_index(root: Path) -> Mapping[str, Any]:
     if not (root / INDEX_FILE).is_file():  # a pipe would be waited for
         return {}
     try:
-        document = json.loads((root / INDEX_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = parse_json((root / INDEX_FILE).read_bytes())
+    except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) and document.get("kind") == INDEX_KIND else {}
 
@@ -126,8 +133,8 @@ def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> li
             return [(str(entry["name"]), entry["source_id"]) for entry in previous["splits"][split]["classes"]]
         table = root / class_table_name(split)
         lines = table.read_text(encoding="utf-8").split("\n") if table.is_file() else []
-        return [(str(name), source_id) for name, source_id, _ in map(json.loads, filter(None, lines))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [(str(name), source_id) for name, source_id, _ in map(parse_json, filter(None, lines))]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 

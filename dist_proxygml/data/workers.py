@@ -1,17 +1,17 @@
-"""A DataLoader whose processes are sure to start.
+"""A DataLoader whose processes are guaranteed to start.
 
-A process that is forked at the moment at which another thread enters Python stands still for ever: it waits for a lock
-of the interpreter's that the other thread held, and that thread is not there any more (seen with CPython 3.11, in
-PyOS_AfterFork_Child, and the threads of gloo, once in some hundred starts). A DataLoader would wait for it as long. So
-every process says that it has begun; where one does not, all of them are ended and started again, before a batch has
-been taken from any. A rank's signals to stop are held back while its processes are forked: one that stands still has
-its starter's handlers and pipe, and what ends it would be taken for a request to stop the run.
+A process forked while another thread enters Python deadlocks: it waits for an interpreter lock that the other thread
+held, and that thread does not exist in the child (seen with CPython 3.11, in PyOS_AfterFork_Child, and the threads of
+gloo, once in some hundred starts). A DataLoader would wait for it forever. So every process reports that it has
+started; if one does not, all of them are ended and restarted, before any batch has been taken. A rank's stop signals
+are blocked while its processes are forked: a deadlocked child has its parent's handlers and pipe, so the signal that
+ends it would be taken for a request to stop the run.
 
-One that dies is missed by whoever waits for its batch, within seconds. torch's own handler of SIGCHLD, which raises
-wherever the rank happens to be, in the middle of a step or of a save, is taken back.
+Whoever waits for a batch notices within seconds that its process died. torch's own SIGCHLD handler, which raises
+wherever the rank happens to be, in the middle of a step or a save, is removed.
 
-Declined: a fork server, which is free of this: its first batch takes 8 s or more where a fork's takes 0.4 s, and it
-holds half a gigabyte a rank.
+Declined: a fork server, which avoids the deadlock: its first batch takes 8 s or more where a fork's takes 0.4 s, and it
+takes half a gigabyte per rank.
 """
 
 import functools
@@ -29,14 +29,13 @@ from dist_proxygml.distributed.preemption import ignore_stop_signals, stop_signa
 from dist_proxygml.storage.files import in_words
 
 SECONDS_TO_START = (10.0, 30.0, 60.0, 120.0)
-"""In each attempt. A process begins within milliseconds, on a machine that is overloaded within seconds."""
+"""Per attempt. A process starts within milliseconds, or within seconds on an overloaded machine."""
 
 
 class WorkerLoader:
-    """An iterable of what a DataLoader of these arguments gives; each iteration has processes of its own.
+    """An iterable over a DataLoader with these arguments; each iteration starts its own processes.
 
-    Its generator is its own, too: a DataLoader otherwise draws a seed from the global one, and so changes what comes
-    after it.
+    It has its own random generator: a DataLoader otherwise draws a seed from the global one, which changes later draws.
     """
 
     def __init__(self, dataset: Any, *, num_workers: int, **options: Any) -> None:
@@ -51,10 +50,10 @@ class WorkerLoader:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """Start the processes.
+        """Start the processes and yield batches.
 
         Raises:
-            ValueError: a process has not begun in time, again and again; or, later, one has died.
+            ValueError: a process did not start in time in any attempt; or, later, one died.
         """
         for seconds in SECONDS_TO_START:
             batches = self._start(seconds)
@@ -67,7 +66,7 @@ class WorkerLoader:
         )
 
     def _start(self, seconds: float) -> Iterator[Any] | None:
-        """None if a process has not begun in time; then none is left."""
+        """Start the processes; if one does not start in time, end all of them and return None."""
         others = multiprocessing.active_children()
         at_a_childs_end = signal.getsignal(signal.SIGCHLD)
         with stop_signals_held_back():
@@ -89,8 +88,8 @@ class WorkerLoader:
 
 
 def ready_to_leave(images: Tensor) -> Tensor:
-    """Images in shared memory, if this is a data loading process. Its queue would put them there later, in a thread,
-    and lose the batch where there is no room: whoever waits for it would wait for ever.
+    """Move images to shared memory, if this is a data loading process. Its queue would do so later, in a thread, and
+    lose the batch if there is no room, so that its receiver would wait forever.
 
     Raises:
         ValueError: there is no room.
@@ -113,6 +112,6 @@ def _until_one_dies(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def begin_to_serve(begun: Semaphore, worker: int) -> None:
-    """Runs in a data loading process first."""
+    """Report that this data loading process has started; runs first in it."""
     ignore_stop_signals(worker)
     begun.release()

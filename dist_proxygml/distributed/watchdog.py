@@ -28,11 +28,10 @@ class Watchdog:
     Args:
         timeout: seconds; None disables the watchdog.
         report: file for the threads' stacks, besides stderr.
-        what: the watched activity, for the message.
     """
 
-    def __init__(self, timeout: float | None, *, report: Path, what: str = "a step") -> None:
-        self._timeout, self._report, self._what = timeout, report, what
+    def __init__(self, timeout: float | None, *, report: Path) -> None:
+        self._timeout, self._report = timeout, report
         self._deadline: float | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -75,8 +74,8 @@ class Watchdog:
     def _bite(self) -> None:
         rank = os.environ.get("RANK", "0")
         message = (
-            f"error: {self._what} has taken longer than {self._timeout:g} s on rank {rank}; the stacks of its threads "
-            f"follow and are in {self._report}; start the run again to resume from its newest checkpoint, or raise "
+            f"error: a step has taken longer than {self._timeout:g} s on rank {rank}; the stacks of its threads follow "
+            f"and are in {self._report}; start the run again to resume from its newest checkpoint, or raise "
             "training.step_timeout\n"
         )
         # The file system of stderr and the report may be what hangs.

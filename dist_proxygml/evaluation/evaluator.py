@@ -39,6 +39,7 @@ from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions,
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import check_counts
+from dist_proxygml.storage.files import parse_json
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")
 LEGACY_SEED = 1234  # faiss's own, which the published run on Stanford Online Products did not change
@@ -124,7 +125,7 @@ class EvaluationResult:
             ValueError: the text is not such a document.
         """
         try:
-            document = json.loads(text)
+            document = parse_json(text)
             if "bounds" not in document:  # before there were bounds of other metrics
                 document["bounds"] = {"recall@1": document["recall_at_1_bounds"]}
             if not all(isinstance(value, int | float) for value in document["metrics"].values()):
@@ -139,7 +140,7 @@ class EvaluationResult:
                 num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"expected the JSON of an evaluation, got something else ({type(error).__name__}: {error}); run the "
                 "evaluation again to write it"
@@ -395,28 +396,19 @@ def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Setting
             num_gallery=None if gallery is None else gallery.num_samples,
             location=index.location,
         )
-    position_n = np.arange(len(labels_n))
-    if gallery is None:
-        check_settings(labels_n, settings)
-    else:
-        check_settings(labels_n, settings, position_n < num_queries, position_n >= num_queries)
+    is_query_n = np.arange(len(labels_n)) < num_queries
+    check_settings(labels_n, settings, is_query_n, is_query_n if gallery is None else ~is_query_n)
 
 
-def check_settings(
-    labels_n: np.ndarray,
-    settings: Settings,
-    is_query_n: np.ndarray | None = None,
-    is_gallery_n: np.ndarray | None = None,
-) -> None:
+def check_settings(labels_n: np.ndarray, settings: Settings, is_query_n: np.ndarray, is_gallery_n: np.ndarray) -> None:
     """Find what would fail after the embedding pass, before it.
 
     Raises:
         ValueError: as `evaluate_table`.
     """
     load_faiss()
-    num_gallery = len(labels_n) if is_gallery_n is None else int(is_gallery_n.sum())
-    has_itself = is_query_n is None or is_gallery_n is None or bool((is_query_n & is_gallery_n).any())
-    most = num_gallery - has_itself
+    has_itself = bool((is_query_n & is_gallery_n).any())
+    most = int(is_gallery_n.sum()) - has_itself
     wrong = [k for k in settings.recall_at if not 1 <= k <= most]
     if wrong or not settings.recall_at:
         raise ValueError(
@@ -425,10 +417,8 @@ def check_settings(
             "evaluation.recall_at"
         )
     _, class_n = np.unique(labels_n, return_inverse=True)
-    in_gallery_C = np.bincount(class_n if is_gallery_n is None else class_n[is_gallery_n], minlength=class_n.max() + 1)
-    itself_n = 1 if is_gallery_n is None else is_gallery_n
-    answered_n = in_gallery_C[class_n] - itself_n > 0
-    if not (answered_n if is_query_n is None else answered_n & is_query_n).any():
+    in_gallery_C = np.bincount(class_n[is_gallery_n], minlength=class_n.max() + 1)
+    if not (is_query_n & (in_gallery_C[class_n] - is_gallery_n > 0)).any():
         what = "two images" if has_itself else "an image among the queries and one in the gallery"
         raise ValueError(
             f"no class of the split has {what} ({len(labels_n)} images, {len(in_gallery_C)} classes), so no query has "

@@ -33,7 +33,7 @@ NEVER = np.iinfo(np.int64).max  # the rank of a right answer that does not exist
 
 
 class QueryScores(NamedTuple):
-    """What the metrics need of each query."""
+    """Per-query values from which metrics are computed."""
 
     first_rank: Int[np.ndarray, " q"]  # rank_1
     r_precision: Float[np.ndarray, " q"]

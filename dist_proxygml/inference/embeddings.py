@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.sources import ImageRecord
+from dist_proxygml.storage.files import parse_json
 from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
 from dist_proxygml.storage.lock import FolderLock
 
@@ -57,7 +58,7 @@ def open_embeddings(path: Path) -> Embeddings:
     try:
         rows_nD = np.load(path / ROWS_FILE, mmap_mode="r", allow_pickle=False)
         records = read_records(path / IDS_FILE)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, OverflowError) as error:  # the last two are NumPy's
         raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
     expected = (manifest["num_rows"], manifest["embedding_dim"])
     if rows_nD.shape != expected or rows_nD.dtype != np.float32 or len(rows_nD) != len(records):
@@ -187,7 +188,7 @@ class EmbeddingWriter:
             for line in journal.read_bytes().splitlines(keepends=True):
                 if not line.endswith(b"\n"):  # cut by a kill
                     break
-                num_rows, end, left_out = json.loads(line)
+                num_rows, end, left_out = parse_json(line)
                 if header + num_rows * 4 * self._dim > num_bytes[0] or end > num_bytes[1]:
                     break
                 whole.append(line)
@@ -197,7 +198,7 @@ class EmbeddingWriter:
             os.truncate(rows, header + self.num_rows * 4 * self._dim)
             os.truncate(ids, ids_end)
             journal.write_bytes(b"".join(whole))
-        except (OSError, ValueError, TypeError, RecursionError):
+        except (OSError, ValueError, TypeError):
             self.num_done = self.num_rows = 0
             self.left_out = []
             return False

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -152,9 +152,12 @@ def _training_facts(model: TrainedModel) -> TrainingFacts:
 
 def _precision(weights: Path) -> str:
     """The type that the parameters are stored in; running statistics are float32 whatever that is."""
-    with safe_open(weights, framework="pt") as file:
-        names = [name for name in file.keys() if name.endswith((".weight", ".bias"))]
-        types = {_PRECISIONS[file.get_slice(name).get_dtype()] for name in names}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith((".weight", ".bias"))]
+            types = {_PRECISIONS[file.get_slice(name).get_dtype()] for name in names}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{weights} holds no weights: {error}; copy it again") from None
     return " and ".join(sorted(types)) or "float32"
 
 

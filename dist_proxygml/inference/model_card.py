@@ -24,7 +24,7 @@ from dist_proxygml.storage.run_folder import RunFolder, step_name
 
 
 class TrainingFacts(NamedTuple):
-    """What the class table of the training data says; None after training on a stream."""
+    """Facts from the class table of the training data; None after training on a stream."""
 
     num_images: int | None
     class_table_sha256: str | None
@@ -90,7 +90,7 @@ def write_card(
 
 
 def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:
-    """What programs read: YAML."""
+    """Build the machine-readable metadata (YAML)."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []

@@ -16,6 +16,7 @@ from dist_proxygml.data.sources import FolderSource, ImageRecord, ImageSource, O
 from dist_proxygml.inference.embedder import Embedder, loading_processes, model_difference
 from dist_proxygml.inference.retrieval_index import Index
 from dist_proxygml.inference.search_page import Row, Tile, write_page
+from dist_proxygml.reporting.render import read_makers
 from dist_proxygml.storage.run_folder import RunFolder, step_name
 
 
@@ -54,7 +55,7 @@ def open_model(index: Index, path: Path, *, run: Path | None = None, device: str
         ValueError: it is not there, or it is another one.
     """
     model = index.model
-    if model is None or not {"path", "run", "step"} <= model.keys():
+    if model is None or any(model.get(name) is None for name in ("path", "run", "step")):
         if run is None:
             raise ValueError(f"{path} does not say which model it was made with; name it with --run")
         embedder = Embedder.from_run(run, device=device)
@@ -199,7 +200,7 @@ def write_answers(
         rows,
         title=f"Nearest images in {path.name}",
         lead=f"Searched among {len(index):,} images, embedded{model}. Numbers are cosines: 1 is the same embedding.",
-        makers=_makers(data or (index.data or {}).get("location")),
+        makers=read_makers(data or (index.data or {}).get("location")),
     )
     print(f"page: {page.resolve()}", file=sys.stderr)
 
@@ -214,13 +215,7 @@ def _gallery(index: Index, typed: str | None) -> ImageSource | None:
         if typed is None and data.get("kind") == "folder" and Path(location).is_dir():
             return FolderSource(Path(location), ())  # no walk through whatever folder an index names
         return open_source(location, split=data.get("split", "test"), is_typed=typed is not None)
-    except ValueError as error:
-        told = f"the page will lack the images that were found: {printable(error)}; --data says where they are"
+    except (ValueError, OSError) as error:  # a location that is too long for a path
+        told = f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
         print(told, file=sys.stderr)
         return None
-
-
-def _makers(location: str | None) -> str | None:
-    """The makers of the images, where their folder names them: pictures must not travel without them."""
-    path = Path(location or "", "ATTRIBUTION.md")
-    return path.read_text(encoding="utf-8") if location and path.is_file() else None

@@ -1,7 +1,7 @@
-"""What a search found, as one HTML page for people: each query beside its nearest images.
+"""Search results as an HTML page: each query beside its nearest images.
 
-The page is one file: styles and thumbnails are inside, nothing is fetched and no script runs. It follows the reader's
-light or dark setting, and on a phone the images stand under their query. Its markup is in templates/search.html.
+The page is self-contained: styles and thumbnails are embedded, nothing is fetched and no script runs. It follows the
+reader's light or dark setting, and on a phone the images appear below their query. Markup is in templates/search.html.
 """
 
 from collections.abc import Sequence

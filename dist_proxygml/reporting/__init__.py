@@ -1,1 +1,1 @@
-"""What people look at: report, charts, TensorBoard."""
+"""Output for people: report, charts, TensorBoard."""

@@ -1,10 +1,10 @@
 """Line charts and histograms as SVG for a page: text stays text, colours are those of templates/colours.css.
 
-matplotlib draws, through its objects and without pyplot. What it writes is the same for the same numbers: no date, ids
-from the chart's title. A drawing in the colours below follows light and dark, since they become the style sheet's.
+Drawn by matplotlib's object interface, without pyplot. Output is deterministic: no date, ids from the chart's title.
+A drawing in the colours below follows light and dark mode, because they are replaced by the style sheet's.
 Long series are averaged into a few hundred points first, so that a page stays small whatever the length of the run.
 
-matplotlib is imported when something is drawn: a training process of another rank never does.
+matplotlib is imported on first use, so ranks other than 0 never import it.
 """
 
 import io
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26  # room for the axes' numbers
 
-DECADES = 1e4  # of a logarithmic axis: what falls to zero would otherwise take all of it
+DECADES = 1e4  # of a logarithmic axis, which values near zero would otherwise fill
 TEXT, QUIET, LINE, WRONG = "#1c1e21", "#62676e", "#e3e4e6", "#c93434"
 SERIES = ("#2563c9", "#c2610c", "#1a7f6b", "#8a4fbf", "#6b7280", "#a8883a")
 _IN_PAGES = {TEXT: "currentColor", QUIET: "var(--quiet)", LINE: "var(--line)", WRONG: "var(--wrong)"} | {
@@ -41,7 +41,7 @@ class Series(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """How many values fell between neighbouring edges."""
+    """Counts of values between consecutive edges."""
 
     name: str
     edges: Sequence[float]  # one more than counts, ascending
@@ -54,20 +54,20 @@ class Chart(NamedTuple):
     title: str
     subtitle: str
     legend: list[tuple[str, bool]]  # names, and whether they are dashed, in the order of SERIES
-    spoken: str  # for those who do not see it
+    spoken: str  # alternative text
     drawing: Markup  # what is inside of the <svg>
     width: int = WIDTH
     height: int = HEIGHT
 
 
 def draw(paint: Callable[["Figure"], None], *, name: str, width: float, height: float) -> Markup:
-    """The inside of the <svg> of a figure of so many pixels, painted in the colours of this module.
+    """Render the content of the <svg> of a figure, painted in the colours of this module.
 
     Args:
         paint: adds to the empty figure, in which a point is a pixel.
-        name: tells its ids from those of other figures of the page.
-        width: of the figure.
-        height: of the figure.
+        name: makes its ids unique on the page.
+        width: in pixels.
+        height: in pixels.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ def draw(paint: Callable[["Figure"], None], *, name: str, width: float, height: 
     style |= {"axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0}
     stream = io.StringIO()
     with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # whatever a matplotlibrc says
+        matplotlib.rcdefaults()  # regardless of any matplotlibrc
         matplotlib.rcParams.update(style)
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # the browser has other fonts
         figure = Figure((width / 72, height / 72))
@@ -90,12 +90,12 @@ def draw(paint: Callable[["Figure"], None], *, name: str, width: float, height: 
 def line_chart(
     title: str, series: Sequence[Series], *, x_label: str, logarithmic: bool = False, markers: bool = False
 ) -> Chart | None:
-    """Lines over steps; None when there is nothing to draw.
+    """Draw lines over steps; None if there is nothing to draw.
 
     Args:
         title: what the lines show, with the unit.
-        series: at most six lines; equal ones become one. Points that are not finite are left out, and so is what a
-            logarithmic axis cannot show.
+        series: at most six lines; equal ones are merged. Non-finite points are omitted, as are non-positive ones on a
+            logarithmic axis.
         x_label: what x counts.
         logarithmic: the scale of y.
         markers: whether each point gets a dot.
@@ -131,15 +131,15 @@ def line_chart(
 
 
 def histogram_chart(title: str, histograms: Sequence[Histogram], *, x_label: str) -> Chart | None:
-    """The outlines of histograms, each in percent of its own values; None when none has any.
+    """Draw the outlines of histograms, each in percent of its own values; None if all are empty.
 
     Args:
         title: what was counted.
-        histograms: up to six. Edges without values on either end are cut off.
-        x_label: what the edges are, and the height.
+        histograms: up to six. Empty bins at either end are trimmed.
+        x_label: meaning of the edges and the height.
 
     Raises:
-        ValueError: a histogram has another number of edges than of counts and one.
+        ValueError: a histogram does not have one more edge than counts.
     """
     lines = []
     for name, edges, counts in histograms:
@@ -168,7 +168,7 @@ def histogram_chart(title: str, histograms: Sequence[Histogram], *, x_label: str
 
 
 def style_axes(axes: "Axes", *, logarithmic: bool = False) -> None:
-    """Lines across at round numbers of y, quiet numbers, no frame."""
+    """Draw horizontal grid lines and muted numbers, no frame."""
     from matplotlib.ticker import MaxNLocator
 
     if logarithmic:
@@ -192,14 +192,14 @@ def _axes(figure: "Figure", *, logarithmic: bool = False) -> "Axes":
 
 
 def _thinned(points: Sequence[tuple[float, float]], *, most: int = 300) -> list[tuple[float, float]]:
-    """Neighbouring points averaged until at most `most` are left."""
+    """Average neighbouring points until at most `most` are left."""
     size = max(1, -(-len(points) // most))
     blocks = [points[start : start + size] for start in range(0, len(points), size)]
     return [(block[-1][0], math.fsum(y for _, y in block) / len(block)) for block in blocks]
 
 
 def _number(value: float) -> str:
-    """Short and readable: 12,000, 0.25, 1e-4."""
+    """Format a number briefly: 12,000, 0.25, 1e-4."""
     if value != 0 and abs(value) < 1e-2:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

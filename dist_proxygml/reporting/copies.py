@@ -1,8 +1,8 @@
-"""Images of one split whose file is in another one too: equal length and crc32 by the two indexes, then equal bytes.
+"""Images of one split whose file is also in another: equal length and crc32 by the two indexes, then equal bytes.
 
-No image is decoded, and two splits of any size take a sort. Declined: looking for the same picture in another size or
-compression among training images. That takes the pixels of both splits, or embeddings of the training images, which no
-run has; among the images of the test the report shows what their embeddings have most alike.
+No image is decoded, and two splits of any size take one sort. Declined: finding the same picture in another size or
+compression among training images. That needs the pixels of both splits, or embeddings of the training images, which no
+run has; among test images the report shows the pairs with the most similar embeddings.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Pair(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Files of this split that are in the other one as well, one pair for each."""
+    """Files of this split that are also in the other one, one pair each."""
 
     pairs: list[Pair]  # compared byte for byte
     num_found: int  # by length and crc32
@@ -32,12 +32,12 @@ class Copies(NamedTuple):
 
     @property
     def num_expected(self) -> int:
-        """All copies: those of the files that were not compared are taken at their word."""
+        """All copies, assuming that files that were not compared are equal."""
         return len(self.pairs) + self.num_found - self.num_compared
 
 
 def find_copies(here: Thumbnails, there: Thumbnails) -> Copies:
-    """Images of one split whose file is in another.
+    """Find the images of one split whose file is in another.
 
     Raises:
         ValueError: a file cannot be read.
@@ -54,5 +54,5 @@ def find_copies(here: Thumbnails, there: Thumbnails) -> Copies:
 
 
 def file_keys(index: ShardIndex) -> Int[np.ndarray, " n"]:
-    """One number per image that is the same for files of equal length and crc32, uint64."""
+    """Compute a uint64 per image that is equal for files of equal length and crc32."""
     return (index.samples["nbytes"].astype(np.uint64) << np.uint64(32)) | index.samples["crc32"].astype(np.uint64)

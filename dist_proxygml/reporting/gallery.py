@@ -1,11 +1,11 @@
-"""Pictures for people who follow a run: one image of queries and their nearest neighbours, and thumbnails.
+"""Pictures for monitoring a run: one image of queries and their nearest neighbours, and thumbnails.
 
-The queries are drawn once for all evaluations of a split, so that one can see the same rows change. A green frame is
-the query's class, a dashed red one another: the dashes are for those who cannot tell the colours apart. It is a
-picture of at most 648 x 720 pixels whatever the split is.
+The queries are the same in all evaluations of a split, so that changes are visible. A green frame marks the query's
+class, a dashed red one another class; the dashes are for colour-blind readers. The picture has at most 648 x 720
+pixels, whatever the split.
 
-Declined: faiss, which would copy the gallery for ten queries; a product and a top-k of ten rows do. Which of several
-neighbours with the same score at the last place is shown is not defined; the metrics are exact about that.
+Declined: faiss, which would copy the gallery for ten queries; a product and a top-k of ten rows suffice. Which of
+several neighbours tied at the last place is shown is undefined; the metrics handle ties exactly.
 
 Dimension key: n images, q queries, g images that are searched, K neighbours.
 """
@@ -35,7 +35,7 @@ _GREEN, _RED, _GREY = (26, 152, 80), (215, 48, 39), (128, 128, 128)
 
 
 class TableImages:
-    """The images of a table of embeddings by their ids.
+    """Images of a table of embeddings, by id.
 
     Args:
         index: the split, or that of the queries.
@@ -48,16 +48,16 @@ class TableImages:
         self._images = [ShardImages(split, Resize(TILE_SIDE)) for split in splits]
 
     def thumbnail(self, image_id: int, side: int) -> np.ndarray:
-        """An image, small. Raises ValueError where it is damaged."""
+        """Return a small image. Raises ValueError if it is damaged."""
         number = int(image_id >= self._num_queries)
         return thumbnail(self._images[number].image(image_id - number * self._num_queries), side)
 
 
 def retrieval_gallery(table: EmbeddingTable, index: ShardIndex, *, gallery: ShardIndex | None = None) -> Tensor:
-    """Some queries, a row each, and their nearest neighbours: uint8 [3, H, W]. A query must have a right answer.
+    """Draw some queries, one per row, and their nearest neighbours: uint8 [3, H, W]. Queries have a right answer.
 
     Args:
-        table: what was evaluated.
+        table: the evaluated embeddings.
         index: the split, or that of the queries.
         gallery: the split that was searched, if it is another one.
 
@@ -86,7 +86,7 @@ def retrieval_gallery(table: EmbeddingTable, index: ShardIndex, *, gallery: Shar
 
 
 def thumbnail(image: Tensor, side: int) -> np.ndarray:
-    """A uint8 image [3, h, w], whole, in the middle of a white square: uint8 [side, side, 3]."""
+    """Fit a uint8 image [3, h, w] into the middle of a white square: uint8 [side, side, 3]."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     factor = side / max(picture.size)
     width, height = (max(1, round(factor * length)) for length in picture.size)
@@ -98,10 +98,10 @@ def thumbnail(image: Tensor, side: int) -> np.ndarray:
 
 
 def stratified_sample(labels: Sequence[int] | np.ndarray, num_points: int, *, least_per_class: int = 8) -> np.ndarray:
-    """Rows of at most `num_points` images, ascending: whole classes as far as they go.
+    """Sample rows of at most `num_points` images, ascending, by class.
 
-    Classes in random order (always the same) give as many images each as is their share of the points, but not less
-    than `least_per_class`: of very many classes there are some with neighbours, rather than one image of each.
+    Classes in a fixed random order contribute their share of the points, but at least `least_per_class`: of very many
+    classes, some appear with neighbours rather than each with one image.
     """
     labels_n = np.asarray(labels)
     generator = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def stratified_sample(labels: Sequence[int] | np.ndarray, num_points: int, *, le
 
 
 def _nearest(embeddings_nD: Tensor, query_q: Tensor, searched_g: Tensor) -> Tensor:
-    """The nearest neighbours [q, K], best first, of rows of the table among others; no row is its own."""
+    """Find the nearest neighbours [q, K], best first, of rows of the table among others; no row is its own."""
     is_self_qg = query_q[:, None] == searched_g
     num_neighbours = min(NUM_NEIGHBOURS, len(searched_g) - int(is_self_qg.any()))
     everything = len(searched_g) == len(embeddings_nD)
@@ -133,7 +133,7 @@ def _nearest(embeddings_nD: Tensor, query_q: Tensor, searched_g: Tensor) -> Tens
 
 
 def _draw(cell: np.ndarray, picture: np.ndarray, colour: tuple[int, int, int], *, is_dashed: bool) -> None:
-    """Put the picture in its frame into a white cell."""
+    """Draw the framed picture into a white cell."""
     frame = cell[_GAP:-_GAP, _GAP:-_GAP]
     position = np.arange(len(frame))
     is_edge = np.minimum(position, len(frame) - 1 - position) < _FRAME

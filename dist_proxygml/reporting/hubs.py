@@ -3,9 +3,9 @@
     N_k(g)    number of queries with gallery image g among their k nearest, the k-occurrence
     hubness   E[(N_k - mean)^3] / deviation^3, the skewness of N_k over the gallery
 
-after Radovanovic, Nanopoulos and Ivanovic, "Hubs in Space", JMLR 11, 2010. About 0 where all images are alike in
-this, well above 1 where a few images crowd into most lists; it grows with the dimension of the space, and hubs are
-mostly wrong answers.
+after Radovanovic, Nanopoulos and Ivanovic, "Hubs in Space", JMLR 11, 2010. About 0 if all images occur equally often,
+well above 1 if a few images are in most lists; it grows with the dimension of the space, and hubs are mostly wrong
+answers.
 
 With lists of only m of the Q queries, drawn at random without replacement, the moments are still estimated without
 bias: the factorial moments of such a thinned count are those of the full one times (m)_r / (Q)_r.
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int
 
 
 class Hubs(NamedTuple):
-    """How often each gallery image is in the lists."""
+    """Occurrences of each gallery image in the lists."""
 
     occurrences: Int[np.ndarray, " g"]
     wrong: Int[np.ndarray, " g"]  # of these, in lists of queries of another class
@@ -30,13 +30,13 @@ class Hubs(NamedTuple):
 def count_hubs(
     neighbours_mK: Int[np.ndarray, "m K"], wrong_mK: Bool[np.ndarray, "m K"], *, num_gallery: int, num_queries: int
 ) -> Hubs:
-    """Hubs among the neighbours of m of `num_queries` queries.
+    """Count hubs among the neighbours of m of `num_queries` queries.
 
     Args:
         neighbours_mK: positions in the gallery.
-        wrong_mK: which of them are of another class than their query.
+        wrong_mK: whether each has another class than its query.
         num_gallery: g.
-        num_queries: all that there are.
+        num_queries: total number of queries.
     """
     occurrences_g = np.bincount(neighbours_mK.ravel(), minlength=num_gallery)
     wrong_g = np.bincount(neighbours_mK[wrong_mK], minlength=num_gallery)
@@ -44,7 +44,7 @@ def count_hubs(
 
 
 def _skewness(counts_g: Int[np.ndarray, " g"], num_lists: int, num_queries: int) -> float | None:
-    """The skewness of the counts over all queries, from those over some of them."""
+    """Estimate the skewness of the counts over all queries from those over some."""
     # 1. Factorial moments E[N], E[N (N - 1)], E[N (N - 1) (N - 2)].
     factorial, falling_g, scale = [], np.ones(len(counts_g)), 1.0
     for r in range(3):

@@ -1,11 +1,11 @@
-"""What a report looks at: the neighbour lists of a bounded number of queries.
+"""Neighbour lists of a bounded number of queries, for the report.
 
-    order: score descending, then row ascending; scores are float32, so two that agree to the last bits may stand in
-        another order than the metrics count
+    order: score descending, then row ascending; scores are float32, so nearly equal ones may be ordered differently
+        than in the metrics
 
-With more queries than `most` it takes that many random ones, so that a page of 60,000 images takes no longer than one
-of 10,000 queries among them. Where queries and gallery are apart, lists hold gallery rows only; otherwise every row is
-both. A query is never its own neighbour, and one without a right answer in the gallery is no query.
+Of more queries than `most`, that many random ones are examined, so that a page of 60,000 images takes no longer than
+one of 10,000 queries among them. If queries and gallery are separate, lists hold gallery rows only; otherwise every row
+is both. A query is never its own neighbour, and an image without a right answer in the gallery is not a query.
 
 Dimension key: n rows of the table, g gallery rows, m examined queries, t queries of a tile, K neighbours.
 """
@@ -24,21 +24,21 @@ _TILE = 256
 
 
 class Neighbourhoods(NamedTuple):
-    """Lists of m queries; all numbers but `places` are rows of the table."""
+    """Lists of m queries; all indices except `places` are rows of the table."""
 
     queries: Int[np.ndarray, " m"]  # in random order
     neighbours: Int[np.ndarray, "m K"]
     scores: Float[np.ndarray, "m K"]
     right: Bool[np.ndarray, "m K"]  # which are of the query's class
-    first_right: Int[np.ndarray, " m"]  # the position of the first right answer, from 1, however far behind
+    first_right: Int[np.ndarray, " m"]  # the rank of the first right answer, from 1, however far down
     num_positives: Int[np.ndarray, " m"]  # right answers in the gallery
     gallery: Int[np.ndarray, " g"]  # ascending
     places: Int[np.ndarray, "m K"]  # of the neighbours, in `gallery`
-    num_queries: int  # all that there are
+    num_queries: int  # in total
 
     @property
     def are_all(self) -> bool:
-        """Whether no query was left out."""
+        """Whether all queries were examined."""
         return len(self.queries) == self.num_queries
 
 
@@ -54,13 +54,13 @@ def examine(
 
     Args:
         table: embeddings and labels.
-        num_neighbours: K, less where the gallery has fewer images.
-        most: queries that are examined; drawn at random where there are more.
-        is_gallery: which rows are searched, by the other ones; None: all rows, by all.
-        progress: called with the number of queries just done.
+        num_neighbours: K, or less if the gallery has fewer images.
+        most: maximum number of queries; drawn at random if there are more.
+        is_gallery: which rows form the gallery, the others being queries; None: all rows are both.
+        progress: called with the number of queries just processed.
 
     Raises:
-        ValueError: there is no query with a right answer.
+        ValueError: no query has a right answer.
     """
     labels_n = table.labels.numpy()
     is_gallery_n = np.ones(len(labels_n), dtype=bool) if is_gallery is None else is_gallery
@@ -74,7 +74,7 @@ def examine(
         raise ValueError("no query has a right answer in the gallery")
     examined_m = np.random.default_rng(0).permutation(queries)[:most]
 
-    # 2. Tile by tile, in the order of rows, as they lie in memory.
+    # 2. Tile by tile, in memory order.
     by_row = np.argsort(examined_m)
     rows_gD = table.embeddings[torch.from_numpy(gallery_g)]
     labels_g = labels_n[gallery_g]
@@ -109,13 +109,13 @@ def examine(
 
 
 def _nearest(scores_tg: Tensor, num_neighbours: int) -> tuple[Int[np.ndarray, "t K"], Float[np.ndarray, "t K"]]:
-    """The places of the highest scores, and these: score descending, then place ascending."""
+    """Find the highest scores and their places: score descending, then place ascending."""
     scores = scores_tg.numpy()
     highest = scores_tg.topk(min(num_neighbours + 1, scores.shape[1]), dim=1)
     values_tF, places_tF = highest.values.numpy(), highest.indices.numpy()
     order_tK = np.lexsort((places_tF, -values_tF), axis=1)[:, :num_neighbours]
     places_tK: Int[np.ndarray, "t K"] = np.take_along_axis(places_tF, order_tK, axis=1)
-    if places_tF.shape[1] > num_neighbours:  # which of equal scores `topk` keeps is its affair
+    if places_tF.shape[1] > num_neighbours:  # `topk`'s choice among equal scores is undefined
         for row in np.flatnonzero(values_tF[:, -2] == values_tF[:, -1]):
             places_tK[row] = np.argsort(-scores[row], kind="stable")[:num_neighbours]
     return places_tK, np.take_along_axis(scores, places_tK, axis=1)
@@ -124,11 +124,11 @@ def _nearest(scores_tg: Tensor, num_neighbours: int) -> tuple[Int[np.ndarray, "t
 def _first_right(
     scores_tg: Float[np.ndarray, "t g"], labels_t: Int[np.ndarray, " t"], labels_g: Int[np.ndarray, " g"]
 ) -> Int[np.ndarray, " t"]:
-    """The position, from 1, of each query's first right answer in the order of `_nearest`."""
+    """Find the rank, from 1, of each query's first right answer in the order of `_nearest`."""
     positions = []
     for label, scores_g in zip(labels_t, scores_tg, strict=True):
         right = np.flatnonzero(labels_g == label)
-        best = right[scores_g[right].argmax()]  # the first of equals: the lowest place
+        best = right[scores_g[right].argmax()]  # the lowest place among equals
         num_higher = np.count_nonzero(scores_g > scores_g[best])
         num_equal = np.count_nonzero(scores_g[:best] == scores_g[best])
         positions.append(1 + num_higher + num_equal)

@@ -1,12 +1,12 @@
-"""What a run came to: a table for the terminal, and one HTML page for people.
+"""Results of a run: a table for the terminal, and an HTML page.
 
     numbers before and after training -> what the model retrieves -> where it fails -> hubs, copies -> proxies ->
     curves -> protocol and configuration
 
-The page is one file: styles, curves (SVG) and thumbnails are inside, nothing is fetched and no script runs. It is
-written from the run's folder alone, plus the images that the embeddings came from; what a run does not have yet is a
-sentence on the page. Its size is bounded whatever the data set: see `report_pictures`, which prepares the part with
-images. Its words and markup are in templates/report.html; here is the data that they need.
+The page is self-contained: styles, curves (SVG) and thumbnails are embedded, nothing is fetched and no script runs. It
+is written from the run's folder alone, plus the images of the embeddings; the page states what a run does not have yet.
+Its size is bounded for any data set, see pictures.py, which prepares the part with images. Text and markup are in
+templates/report.html; this module provides their data.
 
 Run folder: config.json, metrics.jsonl, evaluation/{pixels,step-*}.json, embeddings/step-*.npz, proxies/step-*.json.
 """
@@ -29,31 +29,30 @@ from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.reporting.charts import Chart, Series, line_chart
 from dist_proxygml.reporting.pictures import picture_parts
 from dist_proxygml.reporting.proxies import proxy_statistics
-from dist_proxygml.reporting.render import render
+from dist_proxygml.reporting.render import quoted, read_makers, render
 from dist_proxygml.storage.files import is_folder, mode_of, publish_text, read_document, read_file, read_log
 from dist_proxygml.storage.run_folder import RunFolder, by_step
 
-_MAX_CHARACTERS = 400_000  # of a text that is quoted whole
 _MAX_LISTED = 20  # entries of a list in the protocol
 _HEADLINE = ("map@r", "nmi")  # beside Recall@K
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that a run's folder says about it; parts that are not there are empty or None."""
+    """Contents of a run's folder; missing parts are empty or None."""
 
     name: str
     config: dict[str, Any]
     training: list[dict[str, Any]]  # logged steps in order
     evaluations: dict[int, EvaluationResult]  # by step
-    validation: dict[int, EvaluationResult]  # of classes that were held out of training, by step
-    chosen: dict[str, Mapping[str, float]]  # metrics of the best evaluations, where there was a choice
+    validation: dict[int, EvaluationResult]  # of validation classes, by step
+    chosen: dict[str, Mapping[str, float]]  # metrics of the best evaluations, if there were several
     pixels: EvaluationResult | None
     table: EmbeddingTable | None  # the newest
 
     @property
     def rows(self) -> dict[str, EvaluationResult]:
-        """The rows of the results table that the run has."""
+        """The available rows of the results table."""
         last = max(self.evaluations, default=0)
         rows = {
             "raw pixels": self.pixels,
@@ -67,7 +66,7 @@ def read_run(run_directory: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
-        ValueError: the folder does not exist, or a file in it is not what its name says.
+        ValueError: the folder does not exist, or a file in it is invalid.
     """
     if not is_folder(run_directory):
         raise ValueError(
@@ -94,9 +93,7 @@ def read_run(run_directory: Path) -> RunRecord:
 
 
 def format_table(run_directory: Path) -> str:
-    """The results of a run for the terminal: raw pixels, before training, after training, the best ones to choose; as
-    far as there are.
-    """
+    """Format the available results of a run for the terminal: raw pixels, before training, after training, best."""
     run = read_run(run_directory)
     if not run.rows:
         return f"{run_directory} has no evaluation yet"
@@ -104,9 +101,7 @@ def format_table(run_directory: Path) -> str:
 
 
 def format_metrics(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics by row name as a text table in percent: Recall@K, MAP@R and NMI; "-" where a row
-    lacks one.
-    """
+    """Format metrics by row name as a text table in percent: Recall@K, MAP@R and NMI; "-" if missing."""
     columns = _columns(rows.values())
     width = max(len(name) for name in ["percent", *rows])
     lines = ["  ".join([f"{'percent':<{width}}", *(f"{label:>9}" for label in columns.values())])]
@@ -121,8 +116,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
 
     Args:
         run_directory: the run.
-        index: the split that it was evaluated on, to show its images; None leaves the galleries
-            out.
+        index: the split that it was evaluated on, to show its images; None omits the galleries.
 
     Returns:
         The page's path.
@@ -149,8 +143,8 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         reason=reason,
         proxies=proxy_statistics(run_directory / "proxies"),
         charts=_charts(run),
-        configuration=_quoted(json.dumps(run.config, indent=2)) if run.config else None,
-        makers=None if index is None else _makers(index.root),
+        configuration=quoted(json.dumps(run.config, indent=2)) if run.config else None,
+        makers=None if index is None else read_makers(index.root),
         **(_measured(list(rows.values())[-1]) if rows else {}),
     )
     path = RunFolder(run_directory).report
@@ -159,7 +153,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
 
 
 def _measured(result: EvaluationResult) -> dict[str, Any]:
-    """What the page says of the evaluation that counts, and of how it was made."""
+    """Return the page's data on the final evaluation and its protocol."""
     num_gallery = int(result.protocol.get("num", {}).get("gallery", result.num_images))  # images that were searched
     clustering = result.protocol.get("clustering")
     counted = (
@@ -183,7 +177,7 @@ def _measured(result: EvaluationResult) -> dict[str, Any]:
 
 
 def _pictures(run: RunRecord, index: ShardIndex | None) -> tuple[dict[str, Any] | None, str]:
-    """What the page shows of images, or None and a sentence on why there are none."""
+    """Return the page's data on images, or None and the reason."""
     if run.table is None:
         return None, "No embeddings are stored for this run yet; they are written with the next evaluation."
     if index is None:
@@ -193,7 +187,7 @@ def _pictures(run: RunRecord, index: ShardIndex | None) -> tuple[dict[str, Any] 
         if _belongs_to(run.table, index, gallery):
             training = _training_split(run, index)
             return picture_parts(run.table, index, gallery=gallery, training=training), ""
-    except ValueError as error:  # a damaged image must not cost the rest of the page
+    except ValueError as error:  # a damaged image must not prevent the rest of the page
         return None, f"The images cannot be shown: {error}"
     return None, (
         "These shards are not the ones that the run was evaluated on; name the right ones to see what it retrieves."
@@ -201,15 +195,15 @@ def _pictures(run: RunRecord, index: ShardIndex | None) -> tuple[dict[str, Any] 
 
 
 def _belongs_to(table: EmbeddingTable, index: ShardIndex, gallery: ShardIndex | None) -> bool:
-    """Whether the embeddings can be those of the splits, some of whose images may have been left out."""
+    """Whether the embeddings can be those of the splits, some of whose images may have been skipped."""
     ids_n, labels_n = table.ids.numpy(), table.labels.numpy()
     known = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
     return bool(ids_n[-1] < len(known)) and np.array_equal(labels_n, known[ids_n])
 
 
 def _gallery_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
-    """The split that the last evaluation searched; None where that was the split of its queries. Raises ValueError as
-    `open_index`.
+    """Open the split that the last evaluation searched; None if that was the split of its queries. Raises ValueError
+    as `open_index`.
     """
     rows = list(run.rows.values())
     split = rows[-1].protocol.get("data", {}).get("gallery_split") if rows else None
@@ -217,7 +211,7 @@ def _gallery_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
 
 
 def _training_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
-    """The split that the run was trained on; None where it cannot be opened."""
+    """Open the split that the run was trained on; None if it cannot be opened."""
     try:
         return index.open_sibling(run.config["data"]["train_split"])
     except (KeyError, TypeError, ValueError):
@@ -228,14 +222,14 @@ def _training_split(run: RunRecord, index: ShardIndex) -> ShardIndex | None:
 
 
 def _charts(run: RunRecord) -> list[Chart]:
-    """The curves of the run, as far as there are."""
+    """Draw the available curves of the run."""
     losses = {
         "loss": "total",
         "classification": "classification",
         "regularization": "regularization",
     }
     if not any(line.get("regularization") for line in run.training):
-        losses = {"loss": "total"}  # the other two lines would be this one and zero
+        losses = {"loss": "total"}  # the other two would be equal to it and zero
     rates = {"lr_backbone": "backbone", "lr_embedding": "embedding layer", "lr_proxies": "proxies"}
     norms = {"gradient_norm_backbone": "backbone", "gradient_norm_proxies": "proxies"}
     charts = [
@@ -248,7 +242,7 @@ def _charts(run: RunRecord) -> list[Chart]:
 
 
 def _evaluation_chart(run: RunRecord) -> Chart | None:
-    """Recall@1, MAP@R and NMI over the steps, once there are two evaluations to connect."""
+    """Draw Recall@1, MAP@R and NMI over steps, if there are at least two evaluations."""
     if len(run.evaluations) < 2:
         return None
     columns = _columns(result.metrics for result in run.evaluations.values())
@@ -276,7 +270,7 @@ def _training_series(run: RunRecord, names: Mapping[str, str]) -> list[Series]:
 
 
 def _training_lines(path: Path) -> list[dict[str, Any]]:
-    """The logged training steps in order; where a resumed run logged a step again, the last line counts."""
+    """Read the logged training steps in order; if a resumed run logged a step twice, the last line counts."""
     log = read_log(path, {"step": int, "kind": str})
     if log.odd:
         number, _, problem = log.odd[0]
@@ -286,7 +280,7 @@ def _training_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
-    """The embeddings of the newest evaluation, if they are there and whole: the page does without."""
+    """Read the embeddings of the newest evaluation; None if missing or damaged."""
     try:
         return load_table(paths[-1]) if paths else None
     except ValueError as error:
@@ -294,35 +288,22 @@ def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
         return None
 
 
-def _makers(root: Path) -> str | None:
-    """The makers of the images, where the shards' folder names them: pictures must not travel without them."""
-    path = root / "ATTRIBUTION.md"
-    return _quoted(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
-    """The metrics of a table that people read first, by their key: Recall@K for all K that occur, MAP@R, NMI."""
+    """Return the main metrics of a table by key: Recall@K for all K, MAP@R, NMI."""
     names = name_metrics(key for row in rows for key in row)
     return {name.key: name.label for name in names if name.key.startswith("recall@") or name.key in _HEADLINE}
 
 
 def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
-    """Whether no class of the split has the id of a training class. False when that cannot be found out."""
+    """Whether no class of the split has the id of a training class. False if that is unknown."""
     training = _training_split(run, index)
     if training is None:
         return False
     return not {entry.source_id for entry in training.classes} & {entry.source_id for entry in index.classes}
 
 
-def _quoted(text: str) -> str:
-    """A text that is quoted whole; its beginning where it is very long."""
-    if len(text) <= _MAX_CHARACTERS:
-        return text
-    return f"{text[:_MAX_CHARACTERS]}\n… {len(text) - _MAX_CHARACTERS:,} more characters"
-
-
 def _readable(value: object) -> str:
-    """A value of the protocol as one line of text."""
+    """Format a value of the protocol as one line."""
     match value:
         case Mapping():
             shown = ((name.replace("_", " "), entry) for name, entry in value.items() if entry is not None)

@@ -1,4 +1,4 @@
-"""What a run's page says with images: retrieved, worst, confused, hubs, and those that occur twice.
+"""The image sections of a run's page: retrieved, worst, confused, hubs, duplicates.
 
     table and split -> lists of a bounded number of queries -> plain data for templates/report.html, with a bounded
     number of thumbnails
@@ -27,7 +27,7 @@ NUM_QUERIES = 10  # shown at random, and as many of the worst
 NUM_PAIRS = 9  # of confused classes
 IMAGES_PER_CLASS = 4  # shown of each of a pair
 NUM_HUBS = 12
-NUM_COPIES = 12  # shown of copies, and as many look-alikes
+NUM_COPIES = 12  # copies shown, and as many look-alikes
 NUM_PICTURES = 2 * NUM_QUERIES * (1 + NUM_NEIGHBOURS) + NUM_PAIRS * 2 * IMAGES_PER_CLASS + NUM_HUBS + 4 * NUM_COPIES
 HUB_LIST = 10  # neighbours that count for hubs, as usual in the literature
 MAX_EXAMINED = 10_000  # queries
@@ -35,12 +35,12 @@ MAX_LETTERS = 80  # of a class name
 
 
 class _Album(NamedTuple):
-    """What the parts are made of."""
+    """Inputs of the sections."""
 
     thumbnails: Thumbnails  # of the split
-    of_gallery: Thumbnails | None  # of a gallery of its own
+    of_gallery: Thumbnails | None  # of a separate gallery
     labels: np.ndarray  # int64 [n]
-    ids: np.ndarray  # int64 [n]: the rows' positions in the split's index; those of a gallery go on behind it
+    ids: np.ndarray  # int64 [n]: the rows' positions in the split's index, followed by the gallery's
     lists: Neighbourhoods
 
     def url(self, row: int) -> str:
@@ -56,13 +56,13 @@ class _Album(NamedTuple):
 def picture_parts(
     table: EmbeddingTable, index: ShardIndex, *, gallery: ShardIndex | None, training: ShardIndex | None
 ) -> dict[str, Any]:
-    """What the page shows of images.
+    """Prepare the page's data on images.
 
     Args:
-        table: embeddings of the split, and behind them those of the gallery.
+        table: embeddings of the split, followed by those of the gallery.
         index: the split.
         gallery: the split that is searched, with the same classes; None: the split itself.
-        training: the split that the run was trained on, as far as it is at hand.
+        training: the split that the run was trained on, if available.
 
     Raises:
         ValueError: an image that would be shown cannot be read, or no query has a right answer.
@@ -86,7 +86,7 @@ def picture_parts(
         "num_neighbours": NUM_NEIGHBOURS,
         "num_examined": num_examined,
         "num_queries": lists.num_queries,
-        # Which queries were looked at, to go after "queries"; empty for all of them.
+        # Qualifies "queries" on the page; empty for all of them.
         "scope": "" if lists.are_all else f" among {num_examined:,} random ones of {lists.num_queries:,}",
         "fewest_positives": int(lists.num_positives.min()),
         "most_positives": int(lists.num_positives.max()),
@@ -101,13 +101,13 @@ def picture_parts(
 
 
 def class_name(index: ShardIndex, label: int) -> str:
-    """The name of a class, cut where it is very long."""
+    """Return the name of a class, truncated if very long."""
     name = index.classes[label].name
     return name if len(name) <= MAX_LETTERS else f"{name[:MAX_LETTERS]}…"
 
 
 def _retrievals(album: _Album, chosen: np.ndarray) -> list[dict[str, Any]]:
-    """Some of the examined queries with their neighbours."""
+    """Prepare some of the examined queries with their neighbours."""
     lists = album.lists
     rows = []
     for number in chosen.tolist():
@@ -130,7 +130,7 @@ def _retrievals(album: _Album, chosen: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _confusions(album: _Album) -> list[dict[str, Any]]:
-    """The pairs of classes that most often are each other's first answer."""
+    """Find the pairs of classes that are most often each other's first answer."""
     lists, labels_n = album.lists, album.labels
     asked_m, answered_m = labels_n[lists.queries], labels_n[lists.neighbours[:, 0]]
     both_m2 = np.sort(np.stack([asked_m, answered_m], axis=1), axis=1)[asked_m != answered_m]
@@ -152,7 +152,7 @@ def _confusions(album: _Album) -> list[dict[str, Any]]:
 
 
 def _hubs(album: _Album) -> dict[str, Any]:
-    """Images that are in many lists, and how often they are wrong there."""
+    """Find images that are in many lists, and how often they are wrong there."""
     lists = album.lists
     places_mK, wrong_mK = lists.places[:, :HUB_LIST], ~lists.right[:, :HUB_LIST]
     hubs = count_hubs(places_mK, wrong_mK, num_gallery=len(lists.gallery), num_queries=lists.num_queries)
@@ -171,7 +171,7 @@ def _hubs(album: _Album) -> dict[str, Any]:
 
 
 def _copies(here: Thumbnails, training: ShardIndex | None) -> dict[str, Any]:
-    """Test images that are training images as well."""
+    """Find test images that are also training images."""
     found: dict[str, Any] = {"num_test": here.index.num_samples, "num_copies": 0}
     if training is None:
         return found | {"training": "missing"}
@@ -198,7 +198,7 @@ def _copies(here: Thumbnails, training: ShardIndex | None) -> dict[str, Any]:
 
 
 def _copies_within(index: ShardIndex) -> dict[str, int]:
-    """How many images of a split share a file; across classes, one of the labels is wrong."""
+    """Count images of a split that share a file; across classes, one of the labels is wrong."""
     _, file_n, counts = np.unique(file_keys(index), return_inverse=True, return_counts=True)
     pairs = np.unique(np.stack([file_n, index.labels], axis=1), axis=0)
     labels_of_file = np.bincount(pairs[:, 0], minlength=len(counts))
@@ -206,7 +206,7 @@ def _copies_within(index: ShardIndex) -> dict[str, int]:
 
 
 def _look_alikes(album: _Album) -> list[dict[str, Any]]:
-    """The most similar pairs of images of different classes, each once, of all neighbours of the examined queries."""
+    """Find the most similar pairs of images of different classes among the neighbours of the examined queries."""
     lists = album.lists
     query_w, column_w = np.nonzero(~lists.right)
     scores_w = lists.scores[query_w, column_w]

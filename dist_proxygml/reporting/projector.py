@@ -1,13 +1,13 @@
-"""A sample of a run's embeddings with thumbnails, as TensorBoard's projector shows them.
+"""A sample of a run's embeddings with thumbnails, for TensorBoard's projector.
 
     tensorboard/projector/step-NNNNNN/{tensors.tsv,metadata.tsv,sprite.png}
     tensorboard/projector_config.pbtxt                                        written last, names the files
 
-At most 10,000 points, and a sprite of at most 8192 pixels a side: browsers refuse larger textures. Written after the
-run's last evaluation, once: a configuration that names the step is there only when all of it is.
+At most 10,000 points, and a sprite of at most 8192 pixels a side: browsers refuse larger textures. Written once, after
+the run's last evaluation; a configuration that names the step exists only if everything else does.
 
-Declined: SummaryWriter.add_embedding, which makes the sprite in float64, 3 GB for these 10,000 points, writes 20
-characters a number where five tell all that can be seen, and forgets what it wrote when a run continues.
+Declined: SummaryWriter.add_embedding, which builds the sprite in float64 (3 GB for these 10,000 points), writes 20
+characters per number where five are enough to see, and loses earlier entries when a run is resumed.
 """
 
 import math
@@ -34,12 +34,12 @@ _CONFIG_FILE = "projector_config.pbtxt"
 
 
 def thumbnail_side(num_points: int) -> int:
-    """Pixels of a thumbnail's side in a sprite of so many."""
+    """Return the side in pixels of each of `num_points` thumbnails in a sprite."""
     return min(MAX_THUMBNAIL_SIDE, MAX_SPRITE_SIDE // math.ceil(math.sqrt(num_points)))
 
 
 def has_projection(board: Path, name: str) -> bool:
-    """Whether TensorBoard's folder `board` shows the embeddings of that name."""
+    """Whether TensorBoard's folder `board` shows embeddings of that name."""
     path = board / _CONFIG_FILE
     if not path.is_file():
         return False
@@ -60,16 +60,16 @@ def write_projection(
     num_points: int,
     progress_bar: bool,
 ) -> None:
-    """Show a sample of a table in TensorBoard's folder `board`, in place of what was shown before. On rank 0 only.
+    """Show a sample of a table in TensorBoard's folder `board`, replacing any earlier one. On rank 0 only.
 
     Args:
         board: the folder of the event files.
-        name: of the embeddings, a folder's name: step-000120.
+        name: name of the embeddings and their folder, such as step-000120.
         table: embeddings of the split.
         index: the split, or that of the queries, for its images and the names of its classes.
         gallery: the split that was searched, if it is another one.
-        num_points: at most so many, and at most MAX_POINTS.
-        progress_bar: whether to show how many images are read.
+        num_points: maximum number of points, capped at MAX_POINTS.
+        progress_bar: whether to show progress.
 
     Raises:
         ValueError: an image is damaged.
@@ -79,17 +79,17 @@ def write_projection(
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
 
-    # 1. Points and what they are.
+    # 1. Points and their metadata.
     embeddings_nD = table.embeddings[rows].numpy()
     np.savetxt(folder / "tensors.tsv", embeddings_nD, fmt="%.4f", delimiter="\t")
     lines = ["class\tlabel\timage"]
     for row in rows.tolist():
         label = int(table.labels[row])
-        name_of_class = " ".join(index.classes[label].name.split())  # no tabs nor ends of lines
+        name_of_class = " ".join(index.classes[label].name.split())  # no tabs or line breaks
         lines.append(f"{name_of_class}\t{label}\t{int(table.ids[row])}")
     (folder / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    # 2. Their pictures, row by row.
+    # 2. Thumbnails, row by row.
     side, per_row = thumbnail_side(len(rows)), math.ceil(math.sqrt(len(rows)))
     sprite = np.full((per_row * side, per_row * side, 3), 255, dtype=np.uint8)
     images = TableImages(index, gallery)
@@ -100,7 +100,7 @@ def write_projection(
         sprite[top : top + side, left : left + side] = images.thumbnail(int(table.ids[row]), side)
     Image.fromarray(sprite).save(folder / "sprite.png")
 
-    # 3. Tell TensorBoard.
+    # 3. The configuration, last.
     config = ProjectorConfig()
     embedding = config.embeddings.add()
     embedding.tensor_name = name

@@ -1,4 +1,4 @@
-"""What a run's page says of its proxies: the share that does nothing, and how similar what images keep is.
+"""The proxy section of a run's page: the share of dead proxies, and the similarity of kept ones.
 
 Read from the newest proxies/step-*.json of the run's folder, which training writes at evaluations.
 """
@@ -16,7 +16,7 @@ _MAX_EXAMPLES = 20
 
 
 def proxy_statistics(folder: Path) -> dict[str, Any]:
-    """What the page shows, or as its "problem" a sentence on why there is nothing to see.
+    """Return the page's data, or under "problem" the reason why there is none.
 
     Args:
         folder: "proxies" of a run's folder; may be missing.

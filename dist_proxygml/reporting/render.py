@@ -1,15 +1,20 @@
-"""Templates filled in: markup and styles lie in templates/, for whoever designs them; Python passes plain data.
+"""Template rendering: markup and styles are in templates/, where a designer can edit them; Python passes plain data.
 
-Whatever a template inserts is escaped for HTML, or by the `escape` of another language, unless it is `Markup`; a name
-that is not passed is an error. Chosen: jinja2, which huggingface_hub and torch bring anyway.
+Inserted values are escaped for HTML, or by a given `escape`, unless they are `Markup`; an undefined name is an error.
+Chosen: jinja2, which huggingface_hub and torch depend on anyway.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from dist_proxygml.storage.files import read_file
+
+_MAX_CHARACTERS = 400_000  # of a text that is quoted whole
 
 
 def render(
@@ -19,13 +24,13 @@ def render(
     filters: Mapping[str, Callable[..., object]] | None = None,
     **data: object,
 ) -> str:
-    """A template of templates/, filled in.
+    """Render a template of templates/.
 
     Args:
-        template: its file's name.
-        escape: makes a text harmless; None: for HTML and SVG.
-        filters: besides "count", a number with commas, and "percent", a share in percent with two digits.
-        data: by the names that the template uses.
+        template: its file name.
+        escape: escapes a text; None: for HTML and SVG.
+        filters: in addition to "count", a number with commas, and "percent", a share in percent with two digits.
+        data: the template's variables.
     """
 
     def finalize(value: Any) -> Any:
@@ -44,3 +49,21 @@ def render(
     environment.filters["percent"] = lambda share, digits=2: Markup(f"{100 * share:.{digits}f}")
     environment.filters |= filters or {}
     return environment.get_template(template).render(data)
+
+
+def read_makers(folder: str | Path | None) -> str | None:
+    """The makers of images, where their folder names them: pictures must not travel without them. A link, which may
+    lead to anything, is not followed.
+    """
+    with contextlib.suppress(OSError, ValueError):  # a location that is no folder here
+        path = Path(folder or "", "ATTRIBUTION.md")
+        if folder and not path.is_symlink():
+            return quoted(read_file(path).decode("utf-8", "replace"))
+    return None
+
+
+def quoted(text: str) -> str:
+    """A text that is quoted whole; its beginning where it is very long."""
+    if len(text) <= _MAX_CHARACTERS:
+        return text
+    return f"{text[:_MAX_CHARACTERS]}\n… {len(text) - _MAX_CHARACTERS:,} more characters"

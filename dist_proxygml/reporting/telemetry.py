@@ -1,9 +1,9 @@
-"""What a run says while it works: metrics.jsonl, TensorBoard, a progress bar. Rank 0 writes, the others are silent.
+"""Logs of a run: metrics.jsonl, TensorBoard, a progress bar. Only rank 0 writes.
 
-metrics.jsonl is the record (one JSON object a line, appended, readable after a crash); TensorBoard holds the same
-numbers for people, and what training/board.py adds: one folder, also of a run that is started several times. A run that
-continues takes back the lines and points of steps that it will do again. No measurement is made on steps that are not
-logged, so that nothing waits for a GPU in between.
+metrics.jsonl is the record (one JSON object per line, appended, readable after a crash); TensorBoard shows the same
+numbers, and what training/board.py adds, in one folder even if a run is started several times. A resumed run removes
+the lines and points of steps that it will repeat. Nothing is measured on steps that are not logged, so that nothing
+waits for a GPU in between.
 """
 
 import itertools
@@ -26,14 +26,15 @@ from dist_proxygml.distributed.memory import peak_memory
 from dist_proxygml.storage.files import mend_log, paths_in
 from dist_proxygml.storage.run_folder import RunFolder
 
-_EVENTS = "events.out.tfevents."  # TensorBoard's name for its files, then seconds since 1970 and more
+_EVENTS = "events.out.tfevents."  # TensorBoard's file prefix, followed by seconds since 1970 and more
 
 
 class Telemetry:
-    """The log of one run.
+    """The logs of one run.
 
     Raises:
-        ValueError: an earlier log cannot be read. OSError: it cannot be written.
+        ValueError: an earlier log cannot be read.
+        OSError: it cannot be written.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Telemetry:
     ) -> None:
         self._enabled = enabled
         self.problems: list[str] = []
-        """What was odd in the earlier log, for people."""
+        """Messages about damaged lines in the earlier log."""
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
             folder = RunFolder(run_directory)
@@ -49,7 +50,7 @@ class Telemetry:
             self._lines = folder.metrics.open("a", buffering=1, encoding="utf-8")
             _order_by_name(folder.board)
             self._board = SummaryWriter(str(folder.board), purge_step=start_step + 1 if start_step else None)
-            # a file gets a line every 15 seconds, a terminal a moving bar
+            # a line every 15 seconds in a file, a bar in a terminal
             pace = (
                 {"mininterval": 0.5, "dynamic_ncols": True}
                 if sys.stderr.isatty()
@@ -60,19 +61,19 @@ class Telemetry:
             )
 
     def count(self, num_images: int) -> None:
-        """One more optimizer step, over `num_images` images of all ranks."""
+        """Count an optimizer step over `num_images` images of all ranks."""
         self._images_since += num_images
         if self._enabled:
             self._bar.update()
 
     def log_training(self, step: int, epoch: int, values: Mapping[str, float | None]) -> None:
-        """The scalars of a logged step; the rate is that since the last call."""
+        """Log the scalars of a step; the rate covers the time since the last call."""
         now = time.perf_counter()
         rate = self._images_since / max(now - self._time_since, 1e-9)
         self._images_since, self._time_since = 0, now
         if not self._enabled:
             return
-        # Left out where not measured, or infinite (the gradient of a step that fp16 skipped): JSON has no infinity.
+        # Omitted if not measured, or infinite (the gradient of a step that fp16 skipped): JSON has no infinity.
         numbers = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         numbers |= {"images_per_second": rate, **memory_gib()}
         self._write({"kind": "train", "step": step, "epoch": epoch, **numbers})
@@ -82,9 +83,7 @@ class Telemetry:
         self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:,.0f} images/s", refresh=False)
 
     def log_evaluation(self, step: int, epoch: int, metrics: Mapping[str, float], *, kind: str = "evaluation") -> None:
-        """The metrics of an evaluation after `step` steps; of another `kind` if not on the test split. On disk when
-        this returns.
-        """
+        """Log the metrics of an evaluation after `step` steps, flushed to disk; `kind` says on which split."""
         if self._enabled:
             self._write({"kind": kind, "step": step, "epoch": epoch, **metrics})
             for name, value in metrics.items():
@@ -92,23 +91,23 @@ class Telemetry:
         self.pause()
 
     def log_images(self, name: str, images: Tensor, step: int) -> None:
-        """A grid of uint8 images [n, 3, H, W]."""
+        """Log a grid of uint8 images [n, 3, H, W]."""
         if self._enabled:
             self._board.add_images(name, images, step)
 
     def log_number(self, name: str, value: float, step: int) -> None:
-        """One point of a curve that TensorBoard alone has."""
+        """Log a point of a curve to TensorBoard only."""
         if self._enabled:
             self._board.add_scalar(name, value, step)
 
     def log_values(self, name: str, values: Tensor, step: int) -> None:
-        """A histogram of values; one without a finite value is left out."""
+        """Log a histogram of values, unless none is finite."""
         finite = values.detach().float()[values.isfinite()]
         if self._enabled and finite.numel():
             self._board.add_histogram(name, finite, step)
 
     def log_counts(self, name: str, counts: Sequence[int], edges: Sequence[float], step: int) -> None:
-        """A histogram that is counted already; `edges` are one more than `counts`. An empty one is left out."""
+        """Log a precomputed histogram, unless it is empty; there is one more edge than counts."""
         filled = [bin for bin, count in enumerate(counts) if count]
         if not self._enabled or not filled:
             return
@@ -121,14 +120,14 @@ class Telemetry:
             num=sum(counts),
             sum=sum(count * centre for count, centre in zip(counts, centres, strict=True)),
             sum_squares=sum(count * centre**2 for count, centre in zip(counts, centres, strict=True)),
-            # A bucket has its upper limit: an empty one in front says where the first one begins.
+            # Buckets have upper limits only: an empty one in front marks the start of the first.
             bucket_limits=list(edges[first : last + 2]),
             bucket_counts=[0, *counts[first : last + 1]],
             global_step=step,
         )
 
     def log_settings(self, settings: Mapping[str, object], metric_names: Sequence[str]) -> None:
-        """The run's settings and the metrics it is judged by, for TensorBoard's HParams. Once in the life of a run."""
+        """Log the run's settings and its metric names for TensorBoard's HParams. Once per run."""
         if self._enabled:
             known = {name: value if _is_plain(value) else json.dumps(value) for name, value in settings.items()}
             experiment, session, _ = hparams(known, {f"hparam/{name}": 0.0 for name in metric_names})
@@ -136,7 +135,7 @@ class Telemetry:
                 self._board._get_file_writer().add_summary(summary, 0)
 
     def log_results(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The metrics at the end of the run, for TensorBoard's HParams."""
+        """Log the final metrics of the run, for TensorBoard's HParams."""
         if self._enabled:
             for name, value in metrics.items():
                 self._board.add_scalar(f"hparam/{name}", value, step)
@@ -144,15 +143,15 @@ class Telemetry:
             self._board._get_file_writer().add_summary(end, step)
 
     def pause(self) -> None:
-        """Leave out of the images/s what happened since the last logged step: an evaluation or a checkpoint. What was
-        logged before it is on disk then, as a run that was killed goes on from there.
+        """Exclude the time since the last logged step, an evaluation or a checkpoint, from images/s. Flushes earlier
+        lines to disk, because a killed run resumes from here.
         """
         if self._enabled:
             self._board.flush()
         self._images_since, self._time_since = 0, time.perf_counter()
 
     def say(self, text: str) -> None:
-        """Print for people, above the progress bar."""
+        """Print a message above the progress bar."""
         if self._enabled:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
@@ -173,8 +172,8 @@ def _is_plain(value: object) -> bool:
 
 
 def _order_by_name(board: Path) -> None:
-    """Give files of the future, from before the clock went back, earlier names: TensorBoard reads in the order of
-    names, and the file of this start takes back points of those before it.
+    """Rename event files dated in the future, from before the clock was set back: TensorBoard reads in the order of
+    names, and this start's file supersedes points of earlier ones.
     """
     files = paths_in(board, f"{_EVENTS}*")
     now = int(time.time())
@@ -185,7 +184,7 @@ def _order_by_name(board: Path) -> None:
 
 
 def memory_gib() -> dict[str, float]:
-    """Peak memory of this process, and of its GPU if it has one, in GiB."""
+    """Return the peak memory of this process, and of its GPU if any, in GiB."""
     peak = {"memory_gib": peak_memory() / 2**30}
     if torch.cuda.is_available():
         peak["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -1,7 +1,7 @@
 """Small pictures of a split's images as data URLs, each of bounded size.
 
-A page holds a few hundred of them, whatever the data set, so a bound on each is a bound on the page. PNG where that is
-smaller (drawings), else JPEG, whose quality falls until it fits; what never fits (noise) is halved.
+A page holds at most a few hundred of them, so a bound on each bounds the page. PNG where that is smaller (drawings),
+otherwise JPEG with decreasing quality until it fits; an image that never fits (noise) is halved in size.
 """
 
 import base64
@@ -15,13 +15,13 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
 
-SIDE = 128  # pixels at most: twice of what a page shows, for fine screens
+SIDE = 128  # maximum pixels: twice the displayed size, for high-resolution screens
 MAX_BYTES = 16_000  # of one picture, before base64 makes it a third longer
 _QUALITIES = (85, 70, 50)
 
 
 class Thumbnails:
-    """The pictures of one split by sample id. Raises ValueError naming the sample where one cannot be read."""
+    """Pictures of a split by sample id. Raises ValueError naming the sample if one cannot be read."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
@@ -29,18 +29,18 @@ class Thumbnails:
         self._urls: dict[int, str] = {}
 
     def url(self, sample_id: int) -> str:
-        """A picture as a data URL."""
+        """Return a picture as a data URL."""
         if sample_id not in self._urls:
             self._urls[sample_id] = data_url(self._images.read(sample_id, partial(decode_small, side=SIDE)))
         return self._urls[sample_id]
 
     def file(self, sample_id: int) -> bytes:
-        """The bytes of an image file."""
+        """Return the bytes of an image file."""
         return self._images.read(sample_id, bytes)
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture of at most MAX_BYTES as a data URL."""
+    """Encode a picture in at most MAX_BYTES as a data URL."""
     kind, payload = min(
         (_encoded(image, "png"), _encoded(image, "jpeg", quality=_QUALITIES[0])),
         key=lambda candidate: len(candidate[1]),

@@ -103,12 +103,22 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     content = read_file(path)
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(content)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({_short(error)})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds {type(document).__name__}, expected a JSON object")
     return document
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`, of a file that may be anybody's: brackets a hundred thousand deep are a ValueError, too, and a
+    whole number that no int64 holds is a float, which no count, step or label is.
+    """
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+    except RecursionError:
+        raise ValueError("expected JSON, got brackets thousands deep; make or copy the file again") from None
 
 
 # ---- writing and removing --------------------------------------------------------------------------------------------
@@ -193,13 +203,13 @@ def read_log(path: Path, fields: Mapping[str, type]) -> Log:
     log = Log([], [], whole)
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             wrong = [name for name, kind in fields.items() if type(record.get(name)) is not kind]
             if not wrong:
                 log.records.append((line, record))
                 continue
             problem = f"no {wrong[0]!r} in it"
-        except (ValueError, RecursionError, AttributeError) as error:
+        except (ValueError, AttributeError) as error:
             if not line.strip() or (number == len(lines) and not whole):
                 continue
             problem = _short(error)

@@ -75,7 +75,7 @@ def step_name(step: int, *, of_validation: bool = False) -> str:
 
 def step_in(name: str) -> int | None:
     """The step in a name such as step-000800-on-shards-test.json, if there is one."""
-    found = re.match(r"(?:validation-)?step-([0-9]+)", name)
+    found = re.match(r"(?:validation-)?step-([0-9]{1,18})", name)
     return None if found is None else int(found[1])
 
 
@@ -85,6 +85,6 @@ def by_step(folder: Path, suffix: str = "", *, of_validation: bool = False) -> d
     Raises:
         ValueError: the folder cannot be read.
     """
-    pattern = re.compile(("validation-" if of_validation else "") + r"step-([0-9]+)" + re.escape(suffix))
+    pattern = re.compile(("validation-" if of_validation else "") + r"step-([0-9]{1,18})" + re.escape(suffix))
     found = {int(match[1]): path for path in paths_in(folder) if (match := pattern.fullmatch(path.name))}
     return dict(sorted(found.items()))

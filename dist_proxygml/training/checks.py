@@ -105,7 +105,7 @@ def check_run(
         build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
         build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
     is_new = not is_start and not RunFolder(config.run_directory).checkpoints.exists()
-    if data is not None and is_new and init_from is not None and Path(init_from).exists():
+    if data is not None and is_new and init_from is not None:
         open_transfer(config, data.index, single_process())
     return CheckedRun(config, plan, settings, data, test_index)
 

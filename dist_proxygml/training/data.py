@@ -62,27 +62,22 @@ class TrainingData:
         """
         data, training = self.config.data, self.config.training
         transform = build_transform(data.train_transform)
+        order = EpochOrder(training.batch_size, self.config.seed, epoch, data.shuffle_window, data.images_per_class)
+        share = RankShare(context.rank, context.world_size, self.config.accumulation, start, data.drop_last)
         if self.index is None:
             assert data.stream is not None
             return build_stream_loader(
                 data.stream.urls,
                 transform,
+                order,
+                share,
                 num_classes=self.config.num_classes,
-                batch_size=training.batch_size,
                 num_images=self.epoch_size - start,
-                accumulation=self.config.accumulation,
-                rank=context.rank,
-                world_size=context.world_size,
-                seed=self.config.seed,
-                epoch=epoch,
-                start=start,
                 num_workers=data.num_workers,
                 resampled=data.stream.resampled,
                 shuffle_buffer=data.stream.shuffle_buffer,
                 max_damaged=num_allowed(data.max_damaged, self.epoch_size) if data.damaged_images == "skip" else None,
             )
-        order = EpochOrder(training.batch_size, self.config.seed, epoch, data.shuffle_window, data.images_per_class)
-        share = RankShare(context.rank, context.world_size, self.config.accumulation, start, data.drop_last)
         on_gpu, skip_damaged = context.device.type == "cuda", data.damaged_images == "skip"
         loading = Loading(data.num_workers, cache, pin_memory=on_gpu, skip_damaged=skip_damaged)
         return build_train_loader(self.index, transform, order, share, loading)

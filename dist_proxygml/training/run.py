@@ -117,10 +117,11 @@ def train(
     evaluated = [
         EvaluatedSplit(
             index,
-            build_damage_log(config, context, path, split=name, num_images=index.num_samples),
+            build_damage_log(config, context, path, split=index.split, num_images=index.num_samples),
             is_validation=index is data.validation,
         )
-        for index, name in _splits_to_evaluate(data, test_index)
+        for index in (data.validation, test_index)  # the test split last
+        if index is not None
     ]
     are_all_known = transfer is not None and transfer.num_new == 0
     if found is None and config.proxies.initialization == "class_mean" and not are_all_known:
@@ -180,11 +181,6 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
 
 
-def _splits_to_evaluate(data: TrainingData, test_index: ShardIndex) -> list[tuple[ShardIndex, str]]:
-    """Return the splits to evaluate, the test split last."""
-    return [(index, index.split) for index in (data.validation, test_index) if index is not None]
-
-
 def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
     """Refuse ranks that see different shards under the same name: their batches would be inconsistent."""
     seen = all_gather_object(context, {**data.identity(), "test shards": test_index.sha256})
@@ -226,7 +222,8 @@ def _greeting(
         start = f"resuming {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
-    kind = "" if data.index is None else "seen " if shared_classes(data.index, test_index) else "unseen "
+    shared = None if data.index is None else shared_classes(data.index, test_index)
+    kind = "" if shared is None else "seen " if shared else "unseen "  # numbers for names do not tell
     return (
         f"{config.name}: {data} to train on, "
         f"{test_index.num_samples:,} of {test_index.num_classes:,} {kind}classes to evaluate on"

@@ -33,7 +33,7 @@ from dist_proxygml.checkpoint.folder import (
 from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, single_process
-from dist_proxygml.storage import published as published_folder
+from dist_proxygml.storage import folder as published_folder
 from tests.harness import run_ranks
 from tests.small_checkpoints import KEEP_TWO, SETTINGS, PlainEngine, Saver, contents, names_in, parts, step
 

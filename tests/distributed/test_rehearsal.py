@@ -31,7 +31,9 @@ def rehearsed(context: ParallelContext, shards: str) -> Rehearsal:
     return rehearse(tiny(*changes), context, num_steps=2)
 
 
-@pytest.mark.parametrize("shards", ["no/such/folder", str(ROOT / "shards" / "demo")])
+@pytest.mark.parametrize(
+    "shards", ["no/such/folder", pytest.param(str(ROOT / "shards" / "demo"), marks=pytest.mark.ci)]
+)
 def test_steps_are_measured_on_several_ranks_with_and_without_shards(shards: str) -> None:
     first, second = run_ranks(rehearsed, 2, shards, timeout=120)
     assert first == second  # the slowest of both, everywhere
@@ -96,6 +98,7 @@ def test_an_evaluation_is_embedding_search_and_clustering() -> None:
     assert format_seconds(373 * 40 * 0.5 + 2 * evaluation) in table
 
 
+@pytest.mark.ci
 def test_the_command_measures_with_random_images_where_shards_are_missing(tmp_path: Path) -> None:
     changes = [*TINY, f"data.shards={tmp_path}", "training.max_steps=100"]
     environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1"}

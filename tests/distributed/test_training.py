@@ -104,9 +104,9 @@ def on_one_rank(accumulation: int, batch_norm: str) -> dict[str, np.ndarray]:
     [
         (2, 1, 0, "train"),
         (3, 1, 0, "train"),
-        (2, 2, 0, "train"),
+        pytest.param(2, 2, 0, "train", marks=pytest.mark.ci),
         (2, 1, 3, "frozen"),
-        (3, 2, 1, "frozen"),
+        pytest.param(3, 2, 1, "frozen", marks=pytest.mark.ci),
     ],
 )
 def test_twenty_steps_give_the_same_parameters(
@@ -134,7 +134,7 @@ def test_in_float64_other_numbers_of_ranks_differ_by_its_rounding_alone() -> Non
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.ci)])
 def test_bf16_trains_close_to_float32_and_keeps_float32_statistics(zero_stage: int) -> None:
     expected = on_one_rank(1, "train")
     got = whole(run_ranks(trained_parameters, 2, 1, zero_stage, "train", True, timeout=120))

@@ -14,6 +14,7 @@ import pytest
 
 from dist_proxygml.data.index import open_index
 from dist_proxygml.data.pipeline import EpochOrder
+from dist_proxygml.faults import VARIABLE
 from tests.harness import free_port, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +187,7 @@ def test_a_finished_run_is_shown_again_and_never_continued_under_other_settings(
     assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_path: Path) -> None:
     changes = ["deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=true", "evaluation.at_start=false"]
@@ -201,6 +203,18 @@ def test_zero_3_in_bf16_trains_and_its_checkpoint_gives_the_same_numbers(tmp_pat
     assert json.loads(stored.read_text()) == expected
 
 
+@pytest.mark.timeout(300)
+def test_a_signal_to_one_rank_ends_all_ranks_and_what_was_trained_is_saved(tmp_path: Path) -> None:
+    changes = [f"runs_dir={tmp_path}", *SHORT, "evaluation.at_start=false", "evaluation.raw_pixels=false"]
+    done = train("--set", *changes, num_ranks=2, **{VARIABLE: "step.update@1:3:signal=TERM"})
+    assert done.returncode == 75, done.stdout + done.stderr
+    steps = [line["step"] for line in lines(tmp_path / "demo_cpu", "train")]
+    assert steps in ([1, 2, 3], [1, 2, 3, 4])  # the signal is looked at before a step
+    names = [path.name for path in sorted((tmp_path / "demo_cpu" / "checkpoints").iterdir())]
+    assert names == ["latest", f"step-{steps[-1]:06d}"]
+
+
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "demo_cpu")
@@ -264,6 +278,7 @@ def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(t
     assert "train-00000" in done.stderr + done.stdout
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_damaged_images_are_skipped_named_and_counted_in_class_balanced_training_on_two_ranks(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
@@ -337,6 +352,7 @@ def test_a_rest_that_does_not_divide_is_refused_before_anything_is_written(train
     assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_a_stream_of_plain_shards_trains(tmp_path: Path) -> None:
     changes = [f"runs_dir={tmp_path}", *SHORT, "training.max_steps=3", "evaluation.at_start=false"]

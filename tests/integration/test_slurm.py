@@ -116,8 +116,8 @@ def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job
         return slurm.launch(*SUBMIT, *TWO_NODES, "--wait", *whole_nodes, *settings, DIST_PROXYGML_FAULT=fault)
 
     try:
-        # 1. The one whose time is short, by itself: SLURM tells it 20 to 50 seconds after its start.
-        limited = start("limited", *whole_nodes, "signal=USR2@10", "--time", "1")
+        # 1. The one whose time is short, by itself: SLURM tells it 30 to 60 seconds after its start.
+        limited = start("limited", *whole_nodes, "--time", "2")
         limited.wait_for_steps(34)
         # 2. Others, until they have come to where they are slow.
         preempted = start("preempted", *whole_nodes, "gres=slot:1")
@@ -236,7 +236,7 @@ def test_a_mistake_that_only_a_job_in_slurm_can_find_gives_its_message_and_statu
 
 @pytest.mark.timeout(120)
 def test_what_can_never_start_is_reported_and_what_slurm_refuses_is_passed_on(slurm: Slurm, tmp_path: Path) -> None:
-    settings = ("--set", f"runs_dir={tmp_path}", "training.batch_size=99")
+    settings = ("--set", f"runs_dir={tmp_path}", "training.batch_size=99", "data.drop_last=true")
     waiting = slurm.launch(*SUBMIT, "--nodes", "99", "--tasks-per-node", "1", *settings)
     output, errors = waiting.communicate(timeout=60)
     assert waiting.returncode == 1, output + errors

@@ -309,6 +309,14 @@ def test_a_value_that_deepspeed_would_stumble_over_is_refused(section: dict[str,
     assert expected in message_of(changed(deepspeed=section))
 
 
+@pytest.mark.parametrize("key", ["proxies__memory_budget", "evaluation__memory_budget", "data__cache_limit"])
+@pytest.mark.parametrize("size", ["0 B", "0.5 B", "9" * 400 + " TiB"])
+def test_a_number_of_bytes_that_nothing_fits_or_fills_is_refused(key: str, size: str) -> None:
+    message = message_of(changed(**{key: size}))
+    assert f"{key.replace('__', '.')}: expected from 1 B to 2^62 bytes, got {size[:40]}; change it" in message
+    assert len(message) < 300
+
+
 def test_no_number_of_ranks_is_proposed_where_none_divides() -> None:
     config = parse_config(changed(training__batch_size=64, deepspeed__gradient_accumulation_steps=3), source="a test")
     with pytest.raises(ValueError, match=r"multiple of 3, or another deepspeed\.gradient_accumulation_steps$"):

@@ -133,5 +133,5 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) ->
     images = ShardImages(index, RESIZE)
     last = int(np.flatnonzero(index.samples["shard"] == 1)[-1])
     cut(index.shard_paths[1], int(index.samples["offset"][last]) + 3)
-    with pytest.raises(ValueError, match=r"got 3: the file was cut"):
+    with pytest.raises(ValueError, match=r"got 3: "):
         images.image(last)

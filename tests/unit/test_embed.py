@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.shards import ShardSample, write_shard
+from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.data.verify import index_shards
 from dist_proxygml.embed import main
 from dist_proxygml.inference.embedder import Embedder
 from dist_proxygml.inference.embeddings import EmbeddingWriter, check_rows, open_embeddings
 from dist_proxygml.storage import folder as sealed_folder
+from dist_proxygml.storage.folder import hash_files
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
 
@@ -298,6 +301,29 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
         ValueError,
         match=r"expected dist-proxygml-embeddings of version 1 at .*manifest.json says no kind and no version.*; write",
     ):
+        open_embeddings(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("embeddings.npy", b""),
+        ("embeddings.npy", b"negative"),
+        ("embeddings.npy", pickle.dumps(print)),
+        ("ids.jsonl", b"[" * 200_000),
+    ],
+)
+def test_embeddings_whose_manifest_was_mended_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    out = tmp_path / "out"
+    with EmbeddingWriter(out, plan={}, embedding_dim=4) as writer:
+        writer.add(np.eye(4, dtype=np.float32), [ImageRecord(str(row)) for row in range(4)], [])
+        writer.finish({"model": {}, "data": {}})
+    before = (out / name).read_bytes()
+    (out / name).write_bytes(before.replace(b"(4, 4)", b"(-4,4)") if content == b"negative" else content)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"] = hash_files(out, list(manifest["files"]), num_threads=1)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"out is damaged: .*; write it with .*copy it again"):
         open_embeddings(out)
 
 

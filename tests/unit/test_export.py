@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from dist_proxygml.export import main
 from dist_proxygml.inference import export_folder
 from dist_proxygml.inference.export_check import original_backbone
 from dist_proxygml.inference.export_folder import export
-from dist_proxygml.storage.folder import seal
+from dist_proxygml.storage.folder import hash_files, seal
 from dist_proxygml.training.transfer import open_transfer
 from tests.harness import run_ranks
 from tests.trained_runs import configuration, read_class_names, write_class_names, write_run
@@ -389,6 +390,37 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "birds").iterdir()} == before
     assert names_below(tmp_path) == ["birds"]
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "pickle", "complex", "whole numbers"])
+def test_weights_that_are_none_are_refused_though_the_manifest_was_mended(
+    trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    checkpoint = run / "checkpoints" / CHECKPOINT
+    weights = load_file(path := checkpoint / "backbone.safetensors")
+    content = {"empty": b"", "half": path.read_bytes()[:999], "pickle": pickle.dumps(print)}.get(kind)
+    if content is None:
+        dtype = torch.complex64 if kind == "complex" else torch.int8
+        save_file({name: value.to(dtype) for name, value in weights.items()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"backbone.safetensors does not fit the configured backbone"):
+        load_backbone(checkpoint, build_backbone(load_config(run / "config.json").backbone))
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    manifest["files"] = hash_files(checkpoint, list(manifest["files"]), num_threads=1)
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert main(["--run", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert re.fullmatch(r"error: .*backbone.safetensors holds no weights: .*; copy it again\n", capsys.readouterr().err)
+    assert names_below(tmp_path) == ["run"]
+
+
+def test_a_bank_of_whole_numbers_is_no_bank(trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    export(trained[0], tmp_path / "birds")
+    for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        save_file({"proxies": torch.ones(7, 1, 4).to(dtype)}, tmp_path / "birds" / "bank.safetensors")
+        with pytest.raises(ValueError, match=r"bank.safetensors cannot be read: proxies of .*; export it again"):
+            trained_module.TrainedModel(tmp_path / "birds", 30, {}, export={"step": 30}).bank()
 
 
 @pytest.mark.parametrize("name", ["backbone.safetensors", "bank.safetensors", "classes.jsonl"])

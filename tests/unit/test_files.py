@@ -1,18 +1,30 @@
 """Absent and unreadable are told apart, logs are read whatever is in them, full disks and pipes are named."""
 
 import errno
+import math
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dist_proxygml.data.sources import FolderSource
+from dist_proxygml.checkpoint.model import read_class_table
+from dist_proxygml.data.sources import FolderSource, ImageRecord
 from dist_proxygml.evaluation.best import read_evaluations
+from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.storage import files
-from dist_proxygml.storage.files import in_words, mend_log, mode_of, paths_in, read_document, read_log, remove
+from dist_proxygml.storage.files import (
+    in_words,
+    mend_log,
+    mode_of,
+    parse_json,
+    paths_in,
+    read_document,
+    read_log,
+    remove,
+)
 from dist_proxygml.storage.folder import SealedKind, check_is_free, files_below, open_sealed
 from tests.closed_folders import closed
 
@@ -66,12 +78,27 @@ def test_whatever_is_there_is_removed_and_what_a_link_leads_to_stays(tmp_path: P
     assert os.listdir(tmp_path) == ["kept"]
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b"[" * 200_000, b'{"a": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b"[" * 200_000])
 def test_a_document_that_is_none_is_a_mistake_that_names_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json (is not valid JSON|holds list, expected a JSON object)"):
         read_document(path)
+
+
+def test_a_whole_number_that_no_tensor_holds_is_none() -> None:
+    read = parse_json(f"[{2**63 - 1}, {-(2**59)}, {10**30}, {'9' * 5000}]")
+    assert read == [2**63 - 1, -(2**59), 1e30, math.inf]
+    assert [type(number) for number in read] == [int, int, float, float]
+
+
+@pytest.mark.parametrize("read", [parse_json, ImageRecord.from_json, EvaluationResult.from_json, read_class_table])
+def test_brackets_without_an_end_are_a_mistake_whoever_reads_them(
+    tmp_path: Path, read: Callable[[Any], object]
+) -> None:
+    (tmp_path / "deep.json").write_bytes(b"[" * 200_000)
+    with pytest.raises(ValueError, match="brackets thousands deep"):
+        read(tmp_path / "deep.json" if read is read_class_table else b"[" * 200_000)
 
 
 @pytest.mark.timeout(20)
@@ -137,33 +164,3 @@ def test_shared_memory_that_is_full_is_told_from_the_disk(monkeypatch: pytest.Mo
         assert told.count("is on the file system") == 1
         assert "/dev/shm is on the file system /dev/shm, which has 5 of" in told
         assert "docker run --shm-size=8g" in told
-
-
-READ_BY_NOBODY = """
-import os, sys
-from dist_proxygml.cli import run_command
-
-def main():
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 1)
-    for number in range(20_000):
-        print("a line that nobody reads", number)
-    print("done", file=sys.stderr)
-    return 3
-
-run_command(main)
-"""
-
-
-@pytest.mark.timeout(60)
-def test_a_command_whose_reader_has_gone_comes_to_its_end_with_its_status() -> None:
-    command = [sys.executable, "-c", READ_BY_NOBODY]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
-    assert (done.returncode, done.stderr) == (3, "done\n")
-
-
-def test_every_command_ends_through_one_place() -> None:
-    for path in sorted([*(ROOT / "dist_proxygml").glob("*.py"), *(ROOT / "launchers").glob("*.py")]):
-        _, is_command, ending = path.read_text().rpartition('if __name__ == "__main__":\n')
-        assert not is_command or ending.lstrip().startswith(("run_command(", "run_launcher(")), path

@@ -198,6 +198,12 @@ def test_asking_finds_what_the_start_would_find(capsys: pytest.CaptureFixture[st
         assert re.match(f"error: .*{message}", capsys.readouterr().err)
 
 
+def test_a_model_to_start_from_that_is_not_there_is_told_before_the_start() -> None:
+    change = [f"data.shards={ROOT / 'shards' / 'demo'}", "checkpoint.init_from=/nowhere", "runs_dir=/nowhere"]
+    with pytest.raises(ValueError, match="at /nowhere, found no folder; correct the path"):
+        check_run(demo(*change), world_size=1)
+
+
 def test_an_epoch_without_a_step_is_refused() -> None:
     change = ["training.batch_size=4096", "data.drop_last=true", f"data.shards={ROOT / 'shards' / 'demo'}"]
     with pytest.raises(ValueError, match=r"drop_last|step"):

@@ -181,7 +181,7 @@ def test_changed_bytes_and_a_file_that_shrank_are_noticed_at_the_read(index: Sha
     with pytest.raises(ValueError, match="the index says 00000001: the bytes changed"):
         reader.read(0, **where, crc32=1)
     index.shard_paths[0].write_bytes(index.shard_paths[0].read_bytes()[: where["offset"] + 5])
-    with pytest.raises(ValueError, match=r"got 5: the file was cut"):
+    with pytest.raises(ValueError, match=r"got 5: "):
         reader.read(0, **where, crc32=int(row["crc32"]))
     index.shard_paths[1].unlink()
     with pytest.raises(ValueError, match="cannot be opened: No such file"):

@@ -515,6 +515,17 @@ def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path, capsys: 
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*1 lines are left out, the first is 1. no .step. in it")
+@pytest.mark.parametrize("data", [[], {"shards": None}, {"shards": -1}, {"test_split": []}, {"cache_directory": 1}])
+def test_a_configuration_of_other_types_costs_the_images_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: object
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"name": "a", "data": data}))
+    (tmp_path / "metrics.jsonl").write_text(f'{{"kind": "train", "step": {10**30}, "loss": 1.0}}\n')
+    assert main(["--run", str(tmp_path)]) == 0
+    assert "the page will have no images: " in capsys.readouterr().err
+
+
 def test_shards_that_lie_elsewhere_are_read_through_the_cache_of_the_run(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -309,6 +309,27 @@ def test_a_manifest_of_other_types_is_refused(
     assert told(capsys, place, place.path(0)).startswith(f"{place.index} is damaged: {found}; build it")
 
 
+@pytest.mark.parametrize("name", ["path", "run", "step"])
+def test_an_index_that_says_half_of_its_model_asks_for_one(
+    place: Place, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    rewrite_manifest(place.index, model={name: None})
+    assert "does not say which model it was made with; name it with --run" in told(capsys, place, place.path(0))
+    assert searched(place, place.path(0), "--run", place.run) == 0
+
+
+def test_a_page_is_written_wherever_an_index_says_its_images_lie_and_quotes_no_file_behind_a_link(
+    place: Place, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("my key")
+    (place.photos / "ATTRIBUTION.md").symlink_to(tmp_path / "secret")
+    for location in ("a" * 5000, "a\0b", str(place.photos)):
+        rewrite_manifest(place.index, data={"location": location})
+        assert searched(place, place.path(0), "--html", tmp_path / "found.html") == 0
+        assert "my key" not in (tmp_path / "found.html").read_text()
+        (tmp_path / "found.html").unlink()
+
+
 def test_only_the_model_of_the_index_may_search(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,13 +1,17 @@
 """Building, verifying, indexing and describing shards, through the command line."""
 
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +155,62 @@ def test_samples_that_cannot_be_indexed_are_named(
     error = capsys.readouterr().err
     assert "sample k" in error
     assert message in error
+
+
+def a_tar(path: Path, names: list[str]) -> bytes:
+    """Write a tar of the members, which hold a label or a picture, and return its bytes."""
+    picture(0).save(path.with_suffix(".png"))
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            content = b"0" if name.endswith(".cls") else path.with_suffix(".png").read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def test_files_without_a_key_or_a_suffix_are_no_samples(tmp_path: Path) -> None:
+    """As every reader of WebDataset takes them; archives of macOS and of whole folders have them."""
+    names = [".DS_Store", "README", "a/LICENSE", "._k.png", "k.cls", "k.png", "a/._k.png", "a/k.cls", "a/k.png"]
+    a_tar(tmp_path / "train-0.tar", names)
+    assert main(["index", str(tmp_path)]) == 0
+    assert open_index(tmp_path, "train").num_samples == 2
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (gzip.compress, "expected a plain tar, got a gzip file; unpack it with `gunzip`"),
+        (lzma.compress, "expected a plain tar, got an xz file; unpack it with `unxz`"),
+        (lambda tar: b"version https://git-lfs.github.com/spec/v1\n", "got a pointer of Git LFS; fetch the file"),
+        (lambda tar: b"<!DOCTYPE html>" + tar, "got a web page; download the shard again"),
+        (lambda tar: bytes(2 * 512), "expected samples in the split 'train', got none"),
+    ],
+)
+def test_what_is_no_tar_with_samples_is_named_and_leaves_no_index(
+    pack: Callable[[bytes], bytes], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train-0.tar"
+    path.write_bytes(pack(a_tar(path, ["BZh.cls", "BZh.png"])))
+    assert main(["index", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("index*"))
+    a_tar(path, ["BZh.cls", "BZh.png"])  # begins like a bzip2 file
+    assert main(["index", str(tmp_path)]) == 0
+
+
+def test_a_folder_of_packed_shards_and_a_member_without_its_zeros_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train-0.tar.gz").write_bytes(b"")
+    assert main(["index", str(tmp_path)]) == 2
+    assert "has no .tar files; unpack train-0.tar.gz" in capsys.readouterr().err
+    with open(tmp_path / "k.png", "wb") as stream:
+        stream.truncate(1 << 20)
+    (tmp_path / "k.cls").write_text("0")
+    subprocess.run(["tar", "-S", "-cf", "train-0.tar", "k.cls", "k.png"], cwd=tmp_path, check=True)
+    assert main(["index", str(tmp_path)]) == 2
+    assert "train-0.tar: k.png is stored without its zeros (tar -S)" in capsys.readouterr().err
 
 
 def theirs(path: Path, samples: list[tuple[str, int, dict[str, Any]]]) -> None:
@@ -360,6 +420,19 @@ def test_info_tells_counts_and_class_sizes(tmp_path: Path, capsys: pytest.Captur
     assert "train: 13 images, 5 classes, 3 shards" in output
     assert "images a class: 2 to 3, median 3" in output
     assert output.count("#") > 0
+
+
+def test_nothing_that_an_index_says_steers_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(shutil.copytree(Path(__file__).parents[2] / "shards" / "demo", tmp_path / "demo"))
+    document = json.loads((root / "index.json").read_text())
+    document["dataset"] = "\x1b[2J"
+    for command, status in (("info", 0), ("verify", 1)):
+        (root / "index.json").write_text(json.dumps(document))
+        document["splits"]["test"]["classes"]["sha256"] = "\x1b]0;owned\x07"
+        assert main([command, str(root)]) == status
+        told = capsys.readouterr()
+        assert "\\x1b" in told.out + told.err
+        assert "\x1b" not in told.out + told.err
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "index", "info"])

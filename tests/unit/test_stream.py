@@ -1,5 +1,6 @@
 """Batches from plain WebDataset shards without an index."""
 
+import dataclasses
 import io
 import itertools
 import multiprocessing
@@ -8,6 +9,7 @@ import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +18,10 @@ from PIL import Image
 
 from dist_proxygml.config import AffineJitterConfig, ResizeConfig
 from dist_proxygml.data.damage import Damage
-from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.data.pipeline import Batch, EpochOrder, RankShare
 from dist_proxygml.data.shards import ShardSample, shard_name, write_shard
 from dist_proxygml.data.stream import StreamLoader, build_stream_loader
-from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.data.transforms import Transform, build_transform
 
 RESIZE = build_transform(ResizeConfig(name="resize", size=4))
 JITTER = build_transform(AffineJitterConfig(name="affine_jitter", size=4, brightness=0.5))
@@ -44,8 +46,16 @@ def shards(tmp_path: Path) -> Path:
 
 def stream(shards: Path, **settings: object) -> StreamLoader:
     settings = {"num_classes": 7, "batch_size": 6, "num_images": 30, "shuffle_buffer": 8, **settings}
-    transform = settings.pop("transform", RESIZE)
-    return build_stream_loader(f"{shards}/train-{{000000..00000{NUM_SHARDS - 1}}}.tar", transform, **settings)
+    return loader_of(f"{shards}/train-{{000000..00000{NUM_SHARDS - 1}}}.tar", **settings)
+
+
+def loader_of(urls: str, *, transform: Transform = RESIZE, **settings: Any) -> StreamLoader:
+    """`build_stream_loader` with the settings of its two objects by name."""
+    order, share = (
+        kind(**{field.name: settings.pop(field.name) for field in dataclasses.fields(kind) if field.name in settings})
+        for kind in (EpochOrder, RankShare)
+    )
+    return build_stream_loader(urls, transform, order, share, **settings)
 
 
 def numbers_of(batches: list[Batch]) -> list[int]:
@@ -104,17 +114,17 @@ def test_what_is_no_sample_or_has_a_wrong_label_ends_a_stream_by_name_or_is_skip
     settings = {"num_classes": 1, "batch_size": 4, "num_images": 8, "shuffle_buffer": 1}
     url = f"{tmp_path}/train-000000.tar"
     with pytest.raises(ValueError, match=r"train-000000\.tar, sample train-8: the image does not decode"):
-        list(build_stream_loader(url, RESIZE, **settings))
-    batches = list(build_stream_loader(url, RESIZE, **settings, max_damaged=9))
+        list(loader_of(url, **settings))
+    batches = list(loader_of(url, **settings, max_damaged=9))
     assert [len(batch.images) for batch in batches] == [4, 4]
     damaged = [damage for batch in batches for damage in batch.damaged]
     assert {damage.image for damage in damaged} == {f"{url}, sample train-8"}
 
     write_shard(tmp_path / "train-000000.tar", [*good, ShardSample("train-9", "png", png(9), 3, {})])
     with pytest.raises(ValueError, match="sample train-9 has the label '3'; expected 0 to 0"):
-        list(build_stream_loader(url, RESIZE, **settings))
+        list(loader_of(url, **settings))
     with pytest.raises(ValueError, match=r"names 1 shards, expected plain files, got none at .*none\.tar"):
-        list(build_stream_loader(f"{tmp_path}/none.tar", RESIZE, **settings))
+        list(loader_of(f"{tmp_path}/none.tar", **settings))
 
 
 def write_members(path: Path, *members: tuple[str, bytes]) -> None:
@@ -201,7 +211,7 @@ def test_a_stream_that_becomes_empty_ends(shards: Path) -> None:
 def test_a_shard_that_is_not_there_ends_a_stream_whatever_is_skipped(shards: Path, max_damaged: int | None) -> None:
     def message(urls: str) -> str:
         with pytest.raises(ValueError, match=r"\w") as refusal:
-            list(build_stream_loader(urls, RESIZE, num_classes=7, batch_size=6, num_images=30, max_damaged=max_damaged))
+            list(loader_of(urls, num_classes=7, batch_size=6, num_images=30, max_damaged=max_damaged))
         return str(refusal.value)
 
     os.mkfifo(shards / "fifo.tar")
@@ -222,7 +232,7 @@ def test_a_shard_that_is_not_there_ends_a_stream_whatever_is_skipped(shards: Pat
 
 def test_a_program_that_gives_a_shard_may_give_more_than_the_tar(shards: Path) -> None:
     url = f"pipe:cat {shards}/train-000000.tar; head -c 300000 /dev/zero"
-    loader = build_stream_loader(url, RESIZE, num_classes=7, batch_size=6, num_images=30, shuffle_buffer=8)
+    loader = loader_of(url, num_classes=7, batch_size=6, num_images=30, shuffle_buffer=8)
     loader.check()
     assert set(numbers_of(list(loader))) == set(range(6))
 

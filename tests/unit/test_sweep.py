@@ -189,7 +189,7 @@ def test_what_the_start_of_a_point_would_refuse_is_told_once_before_any_point_st
 ) -> None:
     grid = ["--tasks-per-node", "1", "--grid", "data.test_split=test,train"]
     shards = f"data.shards={ROOT / 'shards' / 'demo'}"
-    assert sweep.run(arguments_of(tmp_path / "runs", shards, *grid, *how, seeds=2)) == 2
+    assert main(arguments_of(tmp_path / "runs", shards, *grid, *how, seeds=2)) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: expected classes in data.test_split 'train' that are not trained")
     assert told.endswith("(in test_split-train_seed-0)\n")
