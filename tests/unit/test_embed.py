@@ -298,7 +298,8 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
         open_embeddings(out)
     (out / "manifest.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"expected dist-proxygml-embeddings of version 1 at .*manifest.json is damaged.*; write"
+        ValueError,
+        match=r"expected dist-proxygml-embeddings of version 1 at .*manifest.json says no kind and no version.*; write",
     ):
         open_embeddings(out)
 
