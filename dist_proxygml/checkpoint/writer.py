@@ -354,7 +354,8 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
             run_on_rank_zero(context, _write_manifest, snapshot, partial, files)
             run_on_rank_zero(context, publish_folder, partial, final)
         except AgreedError as error:
-            message = in_words(error, directory)  # while the old one still takes space
+            # one text for all, while the old one still takes space
+            message = run_on_rank_zero(context, in_words, error, directory)
             run_on_rank_zero(context, remove, partial)
             raise type(error)(message) from error
     # 3. update the pointer, then prune

@@ -239,7 +239,7 @@ def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path
         (["training.batch_size=7", "deepspeed.gradient_accumulation_steps=2"], "does not divide over 1 ranks x 2"),
         (["deepspeed.train_batch_size=128"], "deepspeed.train_batch_size is 128"),
         (["deepspeed.optimizer.type=Adam"], "use the section optimizer"),
-        (["runs_dir=README.md"], "set runs_dir to a folder of yours"),
+        (["runs_dir=README.md"], "runs_dir=FOLDER"),
         (["backbone.name=timm/resnet5O"], "timm/resnet50"),
         (["backbone.pretrained=weights/none.pth"], "weights/none.pth"),
     ],
