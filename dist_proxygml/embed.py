@@ -1,7 +1,7 @@
 """Embed images with a trained model: `python -m dist_proxygml.embed --run runs/NAME --data photos --out OUT`.
 
 The images are any folder, or a split of shards; the result is a folder of rows, ids and a manifest
-(inference/embeddings.py). One process on one device. The same command goes on where it was stopped.
+(inference/embeddings.py). One process on one device. The same command resumes where it was stopped.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(printable(_embed(given)))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is finished", file=sys.stderr)
+        print("stopped; the same command resumes with what is finished", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         return refuse(error)

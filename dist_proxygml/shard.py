@@ -62,7 +62,7 @@ def _build(options: argparse.Namespace) -> int:
             raise
         raise ValueError(
             f"no room to write on in {options.out}: {in_words(problem, options.out)}; what is finished is kept, and "
-            "the same command goes on"
+            "the same command resumes"
         ) from problem
     if result.already_there:
         print(f"nothing to do: {options.out} holds this build; --overwrite builds it again, should files have changed")
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command(_parser, stopped="stopped; the same command goes on with what is finished")
+@command(_parser, stopped="stopped; the same command resumes with what is finished")
 def main(options: argparse.Namespace) -> int:
     """Run a command line; returns the exit code."""
     return int(options.run(options))

@@ -219,7 +219,7 @@ def train_without_telling(context: ParallelContext, config: Config) -> None:
 @pytest.mark.timeout(90)
 def test_the_best_is_kept_where_checkpoints_come_at_other_steps_than_evaluations(root: Path) -> None:
     checkpoint = {"keep_best": "map@r", "keep_last": 1, "every_steps": 1000}
-    evaluation = {"batch_size": 8, "recall_at": [1], "kmeans_seeds": 0, "at_start": False}
+    evaluation = {"batch_size": 8, "recall_at": [1], "kmeans_seeds": 0, "at_start": False, "allow_seen_classes": True}
     config = configuration(root, name="rare", epochs=3, checkpoint=checkpoint, evaluation=evaluation)
     run_ranks(train_without_telling, 1, config, timeout=80)
     scores = {

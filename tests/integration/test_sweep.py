@@ -61,7 +61,7 @@ def test_a_sweep_that_is_interrupted_goes_on_names_what_failed_and_trains_nothin
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "the same command goes on where the runs have saved" in output
+    assert "the same command resumes where the runs have saved" in output
     done = steps(trained)
     assert 2 < len(done) < NUM_STEPS
     assert (trained / "checkpoints" / "latest").read_text().strip() == f"step-{len(done):06d}"

@@ -482,7 +482,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
         ("timm/", {}, "expected a model name after the slash, got 'timm/'"),
         ("small_cnn", {"options": {"widht": 3}}, "options.widht of small_cnn; did you mean width"),
         ("small_cnn", {"options": {"width": "3"}}, "width of small_cnn must be .* integers"),
-        ("small_cnn", {"options": {"strides": [1, 0, 1, 1]}}, "at least 1, got "),
+        ("small_cnn", {"options": {"strides": [1, 0, 1, 1]}}, "strides of small_cnn must be .* from 1 "),
         ("small_cnn", {"options": {"strides": [1, 2]}}, "2 stages but residual_blocks"),
         ("bn_inception", {"options": {"width": 3}}, "bn_inception has none"),
         ("timm/resnet18", {"options": {"widht": 3}}, "timm does not accept .*'widht'"),

@@ -167,7 +167,7 @@ CONTRADICTIONS = [
         r"by data\.train_transform\.size.*set backbone\.options\.img_size to 32",
     ),
     ('backbone={"name": "torchvision/vit_b_16"}', r"set backbone\.options\.image_size to 32"),
-    ('backbone.options={"width": 1000000000}', "a section backbone that can be built, got RuntimeError"),
+    ('backbone.options={"width": 1000000000}', "width of small_cnn must be"),
     ('data.test_transform={"name": "center_crop", "resize": 1, "size": 8}', r"a section data\.test_transform that can"),
     ("data.train_transform.size=9999", "less than or equal to 4096"),
     ("data.num_workers=2", "expected num_workers 0 with cache_images"),

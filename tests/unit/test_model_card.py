@@ -124,7 +124,7 @@ def test_what_the_check_found_is_in_the_card(tmp_path: Path) -> None:
     assert "| `backbone.onnx` | float32 | 2.4e-07 | 50.00 | 50.00 | 0.00 |" in text
     assert "| `backbone.safetensors` | bfloat16 | 0.0e+00 |  |  |  |" in text
     assert "embedded 512 images of birds." in text
-    assert "Training and evaluation ran in bfloat16, the graphs compute with the same weights in float32" in text
+    assert "Training and evaluation ran in bfloat16, the graph computes with the same weights in float32" in text
 
 
 def test_a_users_text_stays_text(tmp_path: Path) -> None:
