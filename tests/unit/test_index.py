@@ -220,7 +220,7 @@ def test_listing_something_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train-000000.tar"
     for content in (b"<html>503</html>" * 100, b""):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="(download|copy or build) the shard again"):
+        with pytest.raises(ValueError, match=r"(download|copy or build) the shard again"):
             list_shard(path)
 
 
