@@ -114,8 +114,10 @@ class EmbeddingWriter:
         self._dim = embedding_dim
         self.num_done = self.num_rows = 0
         self.left_out: list[Damage] = []
+        self.differing: list[str] = []
+        """The parts of the plan in which an interrupted folder differs, so that it is written anew."""
         text = json.dumps(plan, sort_keys=True)
-        if not self._may_go_on(text):
+        if not self._may_resume(plan):
             make_empty(self._partial)
             (self._partial / ROWS_FILE).write_bytes(_header(0, embedding_dim))
             (self._partial / IDS_FILE).touch()
@@ -177,11 +179,14 @@ class EmbeddingWriter:
         for stream in (self._rows, self._ids, self._journal):
             stream.close()
 
-    def _may_go_on(self, plan: str) -> bool:
+    def _may_resume(self, plan: dict[str, Any]) -> bool:
         """Whether an interrupted folder of the same plan is there; it is cut after its last whole batch."""
         rows, ids, journal = (self._partial / name for name in (ROWS_FILE, IDS_FILE, _JOURNAL_FILE))
         try:
-            if (self._partial / _PLAN_FILE).read_text(encoding="utf-8") != plan:
+            earlier = parse_json((self._partial / _PLAN_FILE).read_bytes())
+            ours = json.loads(json.dumps(plan))
+            self.differing = [name.replace("_", " ") for name in ours if earlier.get(name) != ours[name]]
+            if self.differing:
                 return False
             header, num_bytes = len(_header(0, self._dim)), (rows.stat().st_size, ids.stat().st_size)
             whole, ids_end = [], 0
@@ -198,7 +203,7 @@ class EmbeddingWriter:
             os.truncate(rows, header + self.num_rows * 4 * self._dim)
             os.truncate(ids, ids_end)
             journal.write_bytes(b"".join(whole))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             self.num_done = self.num_rows = 0
             self.left_out = []
             return False

@@ -140,7 +140,7 @@ def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(
     # The same command goes on, now without that image.
     assert embedded(*options, "--out", tmp_path / "out", "--on-bad", "skip") == 0
     error = capsys.readouterr().err
-    assert "going on after 4 images" in error
+    assert "resuming after 4 images" in error
     assert f"2 images cannot be used and were left out:\n  {photos}/c/2.png: the image does not decode" in error
     assert f"  {photos}/z.png: the file cannot be read: No such file" in error
     rows, records, manifest = open_embeddings(tmp_path / "out")
@@ -196,7 +196,7 @@ def test_a_call_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
         stream.write(b"[8, 99")
     capsys.readouterr()
     assert embedded(*options, tmp_path / "out") == 0
-    assert "going on after 6 images of an interrupted call" in capsys.readouterr().err
+    assert "resuming after 6 images of an interrupted call" in capsys.readouterr().err
     assert len(calls) == 6  # three before, one stopped, two after: five batches in all
     for name in ("embeddings.npy", "ids.jsonl", "manifest.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -228,9 +228,15 @@ def test_a_writer_that_is_killed_while_it_hashes_has_lost_no_embedding(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("change", ["model", "images", "batches"])
-def test_what_was_begun_differently_begins_anew(
-    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+@pytest.mark.parametrize(("change", "part"), [("model", "model"), ("images", "data"), ("batches", "batch size")])
+def test_what_was_begun_differently_begins_anew_and_says_why(
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    part: str,
 ) -> None:
     real = Embedder.embed_prepared
     counts = iter(range(100))
@@ -249,7 +255,9 @@ def test_what_was_begun_differently_begins_anew(
         Image.new("RGB", (9, 9), "red").save(photos / "b.PNG")
     else:
         batch_size = 4
+    capsys.readouterr()
     assert embedded("--run", other, "--data", photos, "--batch-size", batch_size, "--out", tmp_path / "out") == 0
+    assert f"starting anew: the interrupted call had another {part}\n" in capsys.readouterr().err
     rows, records, _ = open_embeddings(tmp_path / "out")
     expected = Embedder.from_run(other).embed([photos / record.id for record in records], batch_size=batch_size)
     np.testing.assert_array_equal(rows, expected)
