@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from dist_proxygml.checkpoint.folder import MANIFEST_FILE, published_checkpoints, read_state, write_manifest
+from dist_proxygml.checkpoint.folder import MANIFEST_FILE, published_checkpoints, read_state, write_checkpoint_manifest
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.distributed.preemption import STOPPED_STATUS, StopRequested, StopSignals
@@ -162,7 +162,7 @@ def nudge(checkpoint: Path, *, num_weights: int | None) -> None:
             break
     torch.save(content, path)
     names = [name for name in files_below(checkpoint) if name != MANIFEST_FILE]
-    write_manifest(checkpoint, read_state(checkpoint), hash_files(checkpoint, names, num_threads=1))
+    write_checkpoint_manifest(checkpoint, read_state(checkpoint), hash_files(checkpoint, names, num_threads=1))
 
 
 def read(config: Config) -> Run:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ class Case(NamedTuple):
     stage: int
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
     is_bfloat16: bool = False
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] | None = None
 
 
 CASES = {
@@ -53,7 +52,7 @@ def parts(context: ParallelContext, case: Case, seed: int) -> dict[str, Any]:
     groups = [{"params": model[0].parameters(), "weight_decay": 0.1}, {"params": model[2].parameters(), "lr": 0.03}]
     settings = {
         "train_micro_batch_size_per_gpu": 6 // context.world_size,
-        "zero_optimization": {"stage": case.stage, **case.options},
+        "zero_optimization": {"stage": case.stage, **(case.options or {})},
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": case.is_bfloat16},
     }

@@ -283,9 +283,9 @@ def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(t
 def test_damaged_images_are_skipped_named_and_counted_in_class_balanced_training_on_two_ranks(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(ROOT / "shards" / "demo", shards)
-    train, test = open_index(shards, "train"), open_index(shards, "test")
-    first_step = EpochOrder(batch_size=32, images_per_class=4).of(train)[:32]
-    damaged = [(train, int(first_step[0])), (train, int(first_step[31])), (test, 5)]
+    trained, tested = open_index(shards, "train"), open_index(shards, "test")
+    first_step = EpochOrder(batch_size=32, images_per_class=4).of(trained)[:32]
+    damaged = [(trained, int(first_step[0])), (trained, int(first_step[31])), (tested, 5)]
     for index, sample_id in damaged:
         row = index.samples[sample_id]
         with open(index.shard_paths[row["shard"]], "r+b") as shard:

@@ -51,7 +51,7 @@ def test_the_site_leads_from_home_to_the_loss_and_finds_a_setting(site: str, bro
     page.get_by_role("link", name="the API", exact=True).click()
     described = page.locator(".doc-class", has=page.locator("#dist_proxygml\\.head\\.loss\\.ProxyGMLLoss"))
     assert "regularization_weight" in described.inner_text()
-    assert "partitioned over" in described.inner_text()
+    assert "classes are partitioned" in described.inner_text()
     assert page.locator("article [id^='dist_proxygml.']").count() >= 7
 
     page.get_by_role("button", name="Search").first.click()
