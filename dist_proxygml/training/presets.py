@@ -166,7 +166,8 @@ def suggest(
     # 4. Steps.
     num_ranks = machine.num_devices if train.num_samples >= 5_000 * machine.num_devices else 1
     _choose_steps(draft, machine, train.num_samples, side, num_ranks=num_ranks, is_pretrained=is_pretrained)
-    if train.num_samples * image_bytes * num_ranks <= min(_MOST_CACHED, machine.memory // 8):
+    cacheable = _MOST_CACHED if machine.device == "cuda" else min(_MOST_CACHED, machine.memory // 8)
+    if train.num_samples * image_bytes * num_ranks <= cacheable:
         draft.choose("all images, decoded, fit into memory", data={"num_workers": 0, "cache_images": True})
     else:
         workers = min(8, max(1, (machine.num_cores - 1) // num_ranks))

@@ -19,8 +19,10 @@ PACKAGE = "dist_proxygml"
 # other; inside a folder everything may.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers",),
-    ("init", "train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "export", "report")
-    + ("doctor", "plan"),
+    (
+        *("init", "train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "export", "report"),
+        *("doctor", "plan"),
+    ),
     ("inference", "cluster"),
     ("training",),
     ("reporting",),
