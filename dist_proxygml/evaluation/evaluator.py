@@ -39,6 +39,7 @@ from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions,
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import check_counts
+from dist_proxygml.rules import check_gallery_split
 from dist_proxygml.storage.files import parse_json
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")
@@ -378,11 +379,8 @@ def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Setting
     """
     num_queries = index.num_samples
     labels_n = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
-    if gallery is not None and (gallery.location, gallery.split) == (index.location, index.split):
-        raise ValueError(
-            f"expected a gallery of other images than the queries, got split {index.split!r} of {index.location} for "
-            "both, where every query would find itself; leave the gallery out to search each image among all others"
-        )
+    if gallery is not None and gallery.location == index.location:
+        check_gallery_split(gallery.split, query_split=index.split, setting="gallery", of=f"that of {index.location}")
     if gallery is not None and gallery.class_table_sha256 != index.class_table_sha256:
         raise ValueError(
             f"expected splits {index.split!r} and {gallery.split!r} of {index.location} to share their classes, got "

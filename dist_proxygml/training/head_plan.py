@@ -97,7 +97,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     """
     proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.num_trained_classes
     num_proxies = num_classes * proxies.per_class
-    topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk)
+    topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk, section="proxies.")
     num_negatives = topk - proxies.per_class
     micro = config.micro_batch_size(world_size)
     batch, budget = micro * world_size, proxies.memory_budget_bytes

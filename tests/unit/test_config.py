@@ -83,8 +83,8 @@ def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
     assert "'inshop' expects a gallery_split, got None" in message_of(changed(evaluation__protocol="inshop"))
     message = message_of(changed(evaluation__protocol="cub", evaluation__gallery_split="gallery"))
     assert "'cub' expects no gallery_split, got 'gallery'; remove it" in message
-    assert "cub, cars and sop, got protocol 'custom'" in message_of(changed(evaluation__legacy_proxygml=True))
-    assert "every query would find itself; remove gallery_split" in message_of(
+    assert "cub, cars, sop with legacy_proxygml, got 'custom'" in message_of(changed(evaluation__legacy_proxygml=True))
+    assert "every query would find itself; remove evaluation.gallery_split" in message_of(
         changed(evaluation__gallery_split="test")
     )
 
@@ -164,7 +164,7 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         ({"training__epochs": "three"}, "training.epochs: input should be a valid integer"),
         ({"training__epochs": 0}, "training.epochs: input should be greater than or equal to 1, got 0"),
         ({"proxies__ratio": 1.5}, "proxies.ratio: input should be less than or equal to 1, got 1.5"),
-        ({"proxies__topk": 3}, "exactly one of ratio and topk"),
+        ({"proxies__topk": 3}, "exactly one of proxies.ratio and proxies.topk"),
         ({"schedule__name": "step"}, "only 'step' has milestones"),
         ({"training__frozen_trunk_epochs": [4]}, "lie outside 1..3"),
         ({"deepspeed__optimizer": {"type": "Adam"}}, "use the section optimizer"),

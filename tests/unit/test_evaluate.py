@@ -65,7 +65,7 @@ def test_the_command_line_changes_split_gallery_and_protocol_together(
 
 
 def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cub, cars and sop, got protocol 'custom'"):
+    with pytest.raises(ValueError, match="legacy_proxygml, got 'custom'"):
         evaluated_with(tmp_path, "demo_cpu", "--legacy-proxygml")
 
 
