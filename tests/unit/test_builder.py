@@ -212,8 +212,8 @@ def test_skipping_gives_what_a_folder_without_those_images_gives_and_names_them(
     command = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--samples-per-shard", "5"]
     assert main([*command, "--on-bad", "skip"]) == 0
     captured = capsys.readouterr()
-    assert "5 images cannot be used and were left out" in captured.err
-    assert "5 images could not be used and were left out" in captured.out
+    assert "5 images cannot be used and were skipped" in captured.err
+    assert "5 images could not be used and were skipped" in captured.out
     skipped = json.loads((tmp_path / "out" / "index.json").read_text())["build"]["skipped"]
     assert {record["name"] for record in skipped} == set(reasons)
     assert all(record["reason"].startswith(reasons[record["name"]]) for record in skipped)
@@ -240,7 +240,7 @@ def test_what_is_kept_when_bad_images_are_skipped_decodes(
     assert main(command) == 0
     error = capsys.readouterr().err
     assert f"{raw}/class 2/wrong.png: the image does not decode" in error
-    assert "1 classes have no image left and are left out: 'class 9'" in error
+    assert "1 classes have no image left and are skipped: 'class 9'" in error
     assert main(["verify", "--deep", str(tmp_path / "out")]) == 0
     (raw / "class 9" / "only.jpg").unlink()
     (raw / "class 9").rmdir()

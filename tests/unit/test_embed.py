@@ -141,7 +141,7 @@ def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(
     assert embedded(*options, "--out", tmp_path / "out", "--on-bad", "skip") == 0
     error = capsys.readouterr().err
     assert "resuming after 4 images" in error
-    assert f"2 images cannot be used and were left out:\n  {photos}/c/2.png: the image does not decode" in error
+    assert f"2 images cannot be used and were skipped:\n  {photos}/c/2.png: the image does not decode" in error
     assert f"  {photos}/z.png: the file cannot be read: No such file" in error
     rows, records, manifest = open_embeddings(tmp_path / "out")
     names = [record.id for record in records]

@@ -16,7 +16,7 @@ from dist_proxygml.evaluation.best import read_evaluations
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.storage import files
 from dist_proxygml.storage.files import (
-    in_words,
+    describe_error,
     mend_log,
     mode_of,
     parse_json,
@@ -145,11 +145,11 @@ def test_a_full_disk_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "statvfs", lambda path: space(5))
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "runs" / "a"))
-    assert in_words(error) == (
+    assert describe_error(error) == (
         f"[Errno 28] No space left on device: '{tmp_path}/runs/a'; {tmp_path} is on the file system {tmp_path}, which "
         "has 5 of 67,108,864 bytes and 7 of 9 files left; make room there and start again"
     )
-    assert in_words(OSError(errno.EIO, "Input/output error")) == "[Errno 5] Input/output error"
+    assert describe_error(OSError(errno.EIO, "Input/output error")) == "[Errno 5] Input/output error"
 
 
 def test_shared_memory_that_is_full_is_told_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_shared_memory_that_is_full_is_told_from_the_disk(monkeypatch: pytest.Mo
         "[Errno 28] No space left on device",  # of a semaphore, which names no file
         "DataLoader worker is killed by signal: Bus error. Maybe it is out of shared memory.",
     ):
-        told = in_words(RuntimeError(text))
+        told = describe_error(RuntimeError(text))
         assert "\n" not in told
         assert told.count("is on the file system") == 1
         assert "/dev/shm is on the file system /dev/shm, which has 5 of" in told

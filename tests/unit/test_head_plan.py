@@ -67,7 +67,7 @@ def test_accumulation_repeats_the_messages_of_a_micro_batch() -> None:
 
 
 def test_no_negatives_is_refused() -> None:
-    with pytest.raises(ValueError, match="raise the ratio"):
+    with pytest.raises(ValueError, match=r"raise proxies\.ratio"):
         plan_head(load_config(ROOT / "configs" / "cub_1gpu.json", ["proxies.ratio=0.01"]), world_size=1)
 
 

@@ -260,7 +260,7 @@ def test_a_tile_that_does_not_fit_is_halved_until_it_does_and_says_so(error: Exc
     in_tiles(23, 16, failing_above(5, error, done), said.append)
     assert done == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 23)]
     assert len(said) == 2
-    assert "going on with 4" in said[1]
+    assert "continuing with 4" in said[1]
 
 
 def test_other_errors_and_a_single_query_that_does_not_fit_are_raised() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.storage.run_folder import RunFolder, by_step, step_in, step_name
-from dist_proxygml.training.run_folder import prepare_run_directory, where_to_continue
+from dist_proxygml.training.run_folder import find_continuation, prepare_run_directory
 from tests.closed_folders import closed
 from tests.trained_runs import configuration
 
@@ -44,8 +44,8 @@ def test_what_is_closed_to_this_user_is_named_before_anything_is_moved(folder: P
             shut(folder / "run" / name),
             pytest.raises(ValueError, match=r"expected to read.* may not; give it"),
         ):
-            where_to_continue(folder / "run", "auto")
-    assert where_to_continue(folder / "run", "auto") == (None, [])
+            find_continuation(folder / "run", "auto")
+    assert find_continuation(folder / "run", "auto") == (None, [])
     assert sorted(os.listdir(folder / "run")) == sorted([*FOLDERS, *LOGS])
 
 
@@ -57,12 +57,12 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
     (run / name).unlink() if name in LOGS else (run / name).rmdir()
     os.mkfifo(run / name)
     with pytest.raises(ValueError, match=rf"expected a \w+ at .*{name}, found something else; move it away"):
-        where_to_continue(run, "auto")
+        find_continuation(run, "auto")
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "unmounted")
     with pytest.raises(ValueError, match=rf"expected something behind the link .*{name}, found nothing"):
-        where_to_continue(run, "auto")
-    assert where_to_continue(run, "never") == (None, [])
+        find_continuation(run, "auto")
+    assert find_continuation(run, "never") == (None, [])
 
 
 def test_damaged_results_and_logs_are_set_aside_and_the_others_stay(tmp_path: Path) -> None:
