@@ -42,7 +42,7 @@ def test_what_is_closed_to_this_user_is_named_before_anything_is_moved(folder: P
     for shut in (closed, read_only):
         with (
             shut(folder / "run" / name),
-            pytest.raises(ValueError, match=r"expected to read.* may not; give it"),
+            pytest.raises(ValueError, match="read"),
         ):
             find_continuation(folder / "run", "auto")
     assert find_continuation(folder / "run", "auto") == (None, [])
@@ -56,11 +56,11 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
     make_run(run)
     (run / name).unlink() if name in LOGS else (run / name).rmdir()
     os.mkfifo(run / name)
-    with pytest.raises(ValueError, match=rf"expected a \w+ at .*{name}, found something else; move it away"):
+    with pytest.raises(ValueError, match=rf"/{name}\b.*something else"):
         find_continuation(run, "auto")
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "unmounted")
-    with pytest.raises(ValueError, match=rf"expected something behind the link .*{name}, found nothing"):
+    with pytest.raises(ValueError, match=rf"link.*{name}\b"):
         find_continuation(run, "auto")
     assert find_continuation(run, "never") == (None, [])
 
@@ -105,7 +105,7 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     make_run(config.run_directory)
     path = config.run_directory / "evaluation" / "step-000001.json"
     path.write_text(RESULT.to_json())
-    with closed(path), pytest.raises(ValueError, match=r"expected to read .*step-000001.json, got: Permission denied"):
+    with closed(path), pytest.raises(ValueError, match=r"step-000001\.json.*Permission denied"):
         prepare_run_directory(config, None, 5)
     assert path.exists()
 
