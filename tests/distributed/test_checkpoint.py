@@ -211,8 +211,8 @@ def load_elsewhere(context: ParallelContext, directory: Path, settings: dict[str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seed": 1, "class table": "abc"}, "seed was 0, is 1"),
-        ({"seed": 0}, "class table was abc, is None"),
+        ({"seed": 1, "class table": "abc"}, "seed.*0.*1"),
+        ({"seed": 0}, "class table.*abc.*None"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:

@@ -101,7 +101,7 @@ def test_a_shard_has_the_bytes_of_webdatasets_writer_and_is_listed_as_it_was_wri
 
 
 def test_keys_that_webdataset_would_cut_and_names_beyond_ustar_are_refused(tmp_path: Path) -> None:
-    for key, message in (("im.v1", "has a dot or a slash"), ("a/b", "a dot or a slash"), ("k" * 97, "has 101 bytes")):
+    for key, message in (("im.v1", "dot"), ("a/b", "slash"), ("k" * 97, "101 bytes")):
         with pytest.raises(ValueError, match=message):
             write_shard(tmp_path / "train-000000.tar", [ShardSample(key, "jpg", b"x", 0, {})])
     image = SourceImage("val.v2", "a", "a", "a.png", b"")

@@ -139,15 +139,15 @@ def test_the_random_state_stays_as_it_was(run: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.zeros(3, 8, 8), r"image 0: expected a tensor uint8 RGB \[3, h, w\], got torch.float32 \[3, 8, 8\]"),
-        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"got torch.uint8 \[8, 8, 3\]"),
-        (np.zeros((8, 8, 3)), r"image 0: expected an array uint8 .* got float64 \[8, 8, 3\]; .* from 0 to 255"),
-        (np.zeros((3, 8, 8), np.uint8), r"got uint8 \[3, 8, 8\]; .* colours last"),
-        (np.zeros((0, 8, 3), np.uint8), r"got uint8 \[0, 8, 3\]"),
-        ([np.zeros((8, 8, 3), np.uint8), 7], "image 1: expected a path, a PIL image, an array or a tensor, got int"),
-        ("no/such.jpg", r"no/such.jpg: the file cannot be read: No such file"),
-        (str(ROOT), r"the file cannot be read: Is a directory"),
-        (__file__, r"test_embedder.py: the image does not decode: expected JPEG, PNG, "),
+        (torch.zeros(3, 8, 8), r"image 0.*\[3, h, w\].*torch\.float32 \[3, 8, 8\]"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"torch\.uint8 \[8, 8, 3\]"),
+        (np.zeros((8, 8, 3)), r"image 0.*uint8.*float64 \[8, 8, 3\].*0 to 255"),
+        (np.zeros((3, 8, 8), np.uint8), r"uint8 \[3, 8, 8\]"),
+        (np.zeros((0, 8, 3), np.uint8), r"uint8 \[0, 8, 3\]"),
+        ([np.zeros((8, 8, 3), np.uint8), 7], r"image 1.*\bint\b"),
+        ("no/such.jpg", r"no/such\.jpg.*No such file"),
+        (str(ROOT), "Is a directory"),
+        (__file__, r"test_embedder\.py.*JPEG, PNG, "),
     ],
 )
 def test_what_is_no_image_is_named(embedder: Embedder, image: object, message: str) -> None:
@@ -182,7 +182,7 @@ def test_a_configuration_that_was_edited_after_the_training_is_refused(tmp_path:
     settings["data"]["test_transform"]["size"] = size + 8
     settings["data"]["num_workers"] = 7  # is free
     (run / "config.json").write_text(json.dumps(settings))
-    expected = rf"config.json is not what .*step-000030 was trained with: expected data.test_transform.size {size}, got"
+    expected = rf"config\.json.*step-000030.*data\.test_transform\.size {size}\b"
     with pytest.raises(ValueError, match=expected):
         Embedder.from_run(run)
     settings["data"]["test_transform"]["size"] = size

@@ -192,11 +192,11 @@ def test_fp16_on_a_cpu_is_refused() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"fp16": {"enabled": True}}, "too small by the loss scale; use stage 1, 2 or 3"),
-        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "too small by the loss scale"),
-        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "must be bfloat16, got 'float16'"),
-        ({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization": {"stage": 2}}, "got 'half'"),
-        ({"torch_autocast": {"enabled": True}}, "got None"),
+        ({"fp16": {"enabled": True}}, "loss scale.*stage 1, 2 or 3"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "loss scale"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "bfloat16.*'float16'"),
+        ({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization": {"stage": 2}}, "bfloat16.*'half'"),
+        ({"torch_autocast": {"enabled": True}}, "bfloat16.*None"),
     ],
 )
 def test_settings_under_which_the_loss_scale_goes_wrong_are_refused(section: dict[str, Any], message: str) -> None:

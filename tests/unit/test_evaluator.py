@@ -355,9 +355,9 @@ def test_an_unusable_embedding_is_named_by_its_image_where_others_were_left_out(
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([0, 1, 1, 2], "missing ids: 3; repeated ids: 1;"),
-        ([0, 1, 2], "got 3 rows; missing ids: 3;"),
-        ([0, 1, 2, 3, 9], "unknown ids: 9;"),
+        ([0, 1, 1, 2], "missing ids: 3.*repeated ids: 1"),
+        ([0, 1, 2], "3 rows.*missing ids: 3"),
+        ([0, 1, 2, 3, 9], "unknown ids: 9"),
     ],
 )
 def test_a_loader_that_repeats_or_misses_images_is_refused(ids: list[int], message: str) -> None:

@@ -158,22 +158,22 @@ def test_the_command_explains_a_mistake(
 
 
 CONTRADICTIONS = [
-    ("data.test_split=train", r"got 549 of 549 that are in 'train' too, such as '1st-place-medal'.*allow_seen_classes"),
+    ("data.test_split=train", r"549 of 549 .*'train'.*'1st-place-medal'.*allow_seen_classes"),
     ('deepspeed={"zero_optimization": {"stag": 2}}', "section deepspeed .*stag"),
     ('deepspeed={"data_types": {"grad_accum_dtype": "x"}}', "section deepspeed .*'x'"),
     ('deepspeed={"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}', "cpu_optimizer false"),
     (
         'backbone={"name": "timm/vit_tiny_patch16_224"}',
-        r"by data\.train_transform\.size.*set backbone\.options\.img_size to 32",
+        r"data\.train_transform\.size.*backbone\.options\.img_size.*\b32\b",
     ),
-    ('backbone={"name": "torchvision/vit_b_16"}', r"set backbone\.options\.image_size to 32"),
-    ('backbone.options={"width": 1000000000}', "width of small_cnn must be"),
-    ('data.test_transform={"name": "center_crop", "resize": 1, "size": 8}', r"a section data\.test_transform that can"),
-    ("data.train_transform.size=9999", "less than or equal to 4096"),
-    ("data.num_workers=2", "expected num_workers 0 with cache_images"),
-    ("optimizer.betas=[0.9,1.0]", r"optimizer\.betas\.1: input should be less than 1"),
-    ("evaluation.recall_at=[]", "at least 1 item"),
-    ("evaluation.protocol=[1]", "evaluation.protocol: input should be"),
+    ('backbone={"name": "torchvision/vit_b_16"}', r"backbone\.options\.image_size.*\b32\b"),
+    ('backbone.options={"width": 1000000000}', "width of small_cnn"),
+    ('data.test_transform={"name": "center_crop", "resize": 1, "size": 8}', r"data\.test_transform"),
+    ("data.train_transform.size=9999", r"data\.train_transform\S*\.size.*\b4096\b"),
+    ("data.num_workers=2", "num_workers 0.*cache_images"),
+    ("optimizer.betas=[0.9,1.0]", r"optimizer\.betas\.1.*\b1\b"),
+    ("evaluation.recall_at=[]", r"evaluation\.recall_at.*\b1 item"),
+    ("evaluation.protocol=[1]", r"evaluation\.protocol: "),
 ]
 
 

@@ -242,11 +242,11 @@ def test_a_faiss_file_of_another_kind_is_refused_before_faiss_reads_it(
 @pytest.mark.parametrize(
     ("rows", "ids", "message"),
     [
-        (ROWS[:3], ["a", "b"], r"expected embeddings \[n, D\] and n ids with n at least 1, got \[3, 16\] and 2 ids"),
-        (ROWS[:0], [], r"got \[0, 16\] and 0 ids"),
-        (ROWS[0], ["a"], r"got \[16\] and 1 ids"),
-        (2 * ROWS[:3], ["a", "b", "c"], r"expected rows of length 1, got 2 in row 0 \(a\); normalise"),
-        (np.full((1, 4), np.nan, np.float32), ["a"], r"got nan in row 0"),
+        (ROWS[:3], ["a", "b"], r"\[n, D\].*\[3, 16\].*\b2 ids"),
+        (ROWS[:0], [], r"\[0, 16\].*\b0 ids"),
+        (ROWS[0], ["a"], r" \[16\].*\b1 ids"),
+        (2 * ROWS[:3], ["a", "b", "c"], r"\b2 in row 0 \(a\)"),
+        (np.full((1, 4), np.nan, np.float32), ["a"], r"\bnan in row 0"),
     ],
 )
 def test_rows_that_cannot_be_searched_are_refused(rows: np.ndarray, ids: list[str], message: str) -> None:
