@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(
         parser,
         "--on-bad",
-        help="a query that cannot be read: fail and name it (default), or go on without it",
+        help="a query that cannot be read: fail and name it (default), or skip it",
     )
     parser.add_argument("--verify", action="store_true", help="compare every byte of the index with its manifest first")
     add_model_options(parser)

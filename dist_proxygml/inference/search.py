@@ -28,7 +28,7 @@ class Match(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What was found for a query."""
+    """Matches of a query."""
 
     query: Path
     matches: list[Match]  # as near as was asked for
@@ -114,7 +114,7 @@ def find(
     with tqdm(total=len(queries), desc="searching", unit=" images", delay=2.0, mininterval=0.5) as bar:
         for batch in loader:
             for damage in batch.damaged:
-                bar.write(printable(f"left out: {damage.image}: {damage.reason}"), file=sys.stderr)
+                bar.write(printable(f"skipped: {damage.image}: {damage.reason}"), file=sys.stderr)
             paths = [queries[number] for number in batch.ids.tolist()]
             rows_bD = embedder.embed_prepared(batch.images, names=[str(path) for path in paths])
             result = index.search(rows_bD, k)
@@ -151,7 +151,7 @@ def _nothing(answer: Answer, min_score: float | None) -> str:
 
 
 def as_json(index: Index, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
-    """What was found, for programs."""
+    """Results for programs, as a JSON object."""
     return {
         "index": str(path),
         "kind": index.kind,
@@ -206,7 +206,7 @@ def write_answers(
 
 
 def open_gallery(index: Index, typed: str | None) -> ImageSource | None:
-    """Where the images of the index lie, None if they are not at hand."""
+    """Source of the images of the index; None if they are not available."""
     data = index.data or {}
     location = typed or data.get("location")
     try:
@@ -216,6 +216,8 @@ def open_gallery(index: Index, typed: str | None) -> ImageSource | None:
             return FolderSource(Path(location), ())  # no walk through whatever folder an index names
         return open_source(location, split=data.get("split", "test"), is_typed=typed is not None)
     except (ValueError, OSError) as error:  # a location that is too long for a path
-        told = f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
-        print(told, file=sys.stderr)
+        warning = (
+            f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
+        )
+        print(warning, file=sys.stderr)
         return None

@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def write_page(path: Path, rows: Sequence[Row], *, title: str, lead: str, makers: str | None = None) -> None:
-    """Write the page, whole or not at all.
+    """Publish the page atomically.
 
     Args:
         path: the file.

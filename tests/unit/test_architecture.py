@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("storage",),
     ("config",),
-    ("protocols", "faults"),
+    ("protocols", "rules", "faults"),
 )
 
 OWNERS: dict[str, set[str]] = {
