@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
+from dist_proxygml.rules import check_gallery_split, check_ratio_or_topk, check_sparse_gradient
 
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
@@ -305,10 +306,7 @@ class ProxiesConfig(_Section):
 
     @model_validator(mode="after")
     def _one_way_to_say_k(self) -> "ProxiesConfig":
-        if (self.ratio is None) == (self.topk is None):
-            raise ValueError(
-                f"expected exactly one of ratio and topk, got ratio={self.ratio} and topk={self.topk}; remove one"
-            )
+        check_ratio_or_topk(self.ratio, self.topk, section="proxies.", at_least=1)
         return self
 
 
@@ -494,8 +492,8 @@ class EvaluationConfig(_Section):
             )
         if self.legacy_proxygml and self.protocol not in LEGACY_PROTOCOLS:
             raise ValueError(
-                f"legacy_proxygml reproduces the published evaluation of protocols cub, cars and sop, got protocol "
-                f"{self.protocol!r}; name one of them, or set it to false"
+                f"expected evaluation.protocol to be one of {', '.join(LEGACY_PROTOCOLS)} with legacy_proxygml, got "
+                f"{self.protocol!r}; name one of them, or set legacy_proxygml to false"
             )
         return self
 
@@ -694,16 +692,13 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sparse_adam_has_sparse_gradients(self) -> "Config":
-        weight = self.proxies.regularization_weight
-        if self.optimizer.proxies_rule == "sparse_adam" and weight > 0:
-            raise ValueError(
-                f"expected proxies.regularization_weight 0 for optimizer.proxies_name 'sparse_adam', got {weight}: the "
-                "regulariser gives every proxy a gradient; set it to 0, or proxies_name to rowwise_adagrad, sgd or adam"
-            )
-        if self.optimizer.proxies_rule == "sparse_adam" and self.proxies.selection == "gather":
-            raise ValueError(
-                "expected proxies.selection auto, candidates or histogram for optimizer.proxies_name 'sparse_adam', "
-                "got 'gather': the gradient of a gathered bank is dense; change one of them"
+        if self.optimizer.proxies_rule == "sparse_adam":
+            check_sparse_gradient(
+                selection=self.proxies.selection,
+                regularization_weight=self.proxies.regularization_weight,
+                section="proxies.",
+                wanted_by='optimizer.proxies_name "sparse_adam"',
+                instead="set proxies_name to rowwise_adagrad, sgd or adam",
             )
         return self
 
@@ -715,12 +710,12 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _queries_are_not_their_own_gallery(self) -> "Config":
-        if self.evaluation.gallery_split == self.data.test_split:
-            raise ValueError(
-                f"expected evaluation.gallery_split to be another split than data.test_split, got "
-                f"{self.data.test_split!r} for both, where every query would find itself; remove gallery_split to "
-                "search each image among all others"
-            )
+        check_gallery_split(
+            self.evaluation.gallery_split,
+            query_split=self.data.test_split,
+            setting="evaluation.gallery_split",
+            of="data.test_split",
+        )
         return self
 
     @model_validator(mode="after")

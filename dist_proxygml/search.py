@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(
         parser,
         "--on-bad",
-        help="a query that cannot be read: fail and name it (default), or go on without it",
+        help="a query that cannot be read: fail and name it (default), or skip it",
     )
     parser.add_argument("--verify", action="store_true", help="compare every byte of the index with its manifest first")
     add_model_options(parser)
@@ -74,7 +74,7 @@ def main(given: argparse.Namespace) -> None:
 
     queries = search.query_paths(given.images)
     index = Index.load(given.index, verify=given.verify)
-    gallery = search.open_gallery(index, given.data) if given.exclude_self else None
+    gallery = search.find_gallery(index, given.data) if given.exclude_self else None
     embedder = search.open_model(index, given.index, run=given.run, device=given.device)
     answers = search.find(
         index,

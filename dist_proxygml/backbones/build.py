@@ -477,7 +477,7 @@ def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
 
 @torch.no_grad()
 def _on_meta(module: nn.Module, images: Tensor) -> Any:
-    """What a module gives for images on the meta device, where tensors have shapes only."""
+    """Run a module on images on the meta device, where tensors have shapes only."""
     named = [*module.named_parameters(), *module.named_buffers()]
     shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
     return torch.func.functional_call(module, shapes_only, (images,))

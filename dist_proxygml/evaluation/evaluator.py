@@ -5,7 +5,7 @@ Every rank embeds its part of the images; ranks are counted on all of them (`ret
 with one rounding, and the k-means seeds shared out. Everything after the forward pass is float32 outside autocast,
 exact float64, or integers.
 
-Images of classes without another one in the gallery have no right answer: left out as queries, kept in the gallery as
+Images of classes without another one in the gallery have no right answer: skipped as queries, kept in the gallery as
 distractors, and counted. Metrics are fractions; only what is printed for people shows percent.
 
 `legacy_proxygml` adds the numbers that the authors' published evaluation gives, under names of their own. It differs:
@@ -39,6 +39,7 @@ from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions,
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import check_counts
+from dist_proxygml.rules import check_gallery_split
 from dist_proxygml.storage.files import parse_json
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")
@@ -46,7 +47,7 @@ LEGACY_SEED = 1234  # faiss's own, which the published run on Stanford Online Pr
 
 
 class Settings(NamedTuple):
-    """What a number depends on besides the model and the images; recorded in every result."""
+    """Settings that determine the numbers, besides the model and the images; recorded in every result."""
 
     recall_at: tuple[int, ...] = (1, 2, 4, 8)
     kmeans_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # none: no clustering
@@ -75,9 +76,9 @@ class EvaluationResult:
         num_images: evaluated images, queries and gallery together.
         num_classes: classes with at least one image.
         num_queries: queries with a right answer in the gallery.
-        num_lone: queries without one, which are left out; with every image against all others also the number of
+        num_lone: queries without one, which are skipped; with every image against all others also the number of
             classes with one image.
-        num_damaged: damaged images of the split, left out altogether.
+        num_damaged: damaged images of the split, skipped altogether.
         protocol: what two results must share to be compared.
         table: the embeddings that were evaluated; not part of the JSON nor of equality.
     """
@@ -168,13 +169,13 @@ def evaluate(
         embedding: how they become rows.
         context: this process among its peers.
         gallery: the split that is searched, with the same classes; None: the split itself. Its images follow those of
-            `split` in the table, with ids that go on from theirs.
+            `split` in the table, with ids that continue theirs.
         settings: what to measure; the numbers of images and classes of a published protocol are insisted on.
         options: how to search; no number depends on it.
-        hooks: what it is stopped by, and who hears of it. With blocks an evaluation that is cut short goes on.
+        hooks: requests to stop, blocks and progress messages. With blocks an interrupted evaluation resumes.
 
     Raises:
-        StopRequested: on every rank: a rank was told to stop while images were embedded or clustered.
+        StopRequested: on every rank: a rank was asked to stop while images were embedded or clustered.
         ValueError: on every rank: a damaged image or too many, no usable faiss, embeddings that are zero or not
             finite, a `recall_at` the split cannot give, no query with a right answer, or not the protocol's images.
     """
@@ -228,7 +229,7 @@ def evaluate_table(
         context, settings, options, hooks: as in `evaluate`.
 
     Raises:
-        StopRequested: on every rank: a rank was told to stop while points were clustered.
+        StopRequested: on every rank: a rank was asked to stop while points were clustered.
         ValueError: on every rank: no usable faiss, a `recall_at` the split cannot give, rows that are not of unit
             length, or no query with a right answer.
     """
@@ -344,7 +345,7 @@ def _legacy_metrics(
     settings: Settings,
     meanwhile: Callable[[], object],
 ) -> dict[str, float]:
-    """What the authors' evaluation of this protocol gives. Called on all ranks."""
+    """Compute the metrics of the authors' evaluation of this protocol. Called on all ranks."""
     first_rank = found.first_column_dropped if _drops_first_column(settings) else found.exact.first_rank
     assert first_rank is not None
     measured = {f"legacy_recall@{k}": int((first_rank <= k).sum()) / num_queries for k in settings.recall_at}
@@ -371,18 +372,15 @@ def _drops_first_column(settings: Settings) -> bool:
 
 
 def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Settings) -> None:
-    """Find what would fail after the embedding pass, before it.
+    """Find mistakes that would otherwise surface after the embedding pass.
 
     Raises:
         ValueError: as `evaluate`.
     """
     num_queries = index.num_samples
     labels_n = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
-    if gallery is not None and (gallery.location, gallery.split) == (index.location, index.split):
-        raise ValueError(
-            f"expected a gallery of other images than the queries, got split {index.split!r} of {index.location} for "
-            "both, where every query would find itself; leave the gallery out to search each image among all others"
-        )
+    if gallery is not None and gallery.location == index.location:
+        check_gallery_split(gallery.split, query_split=index.split, setting="gallery", of=f"that of {index.location}")
     if gallery is not None and gallery.class_table_sha256 != index.class_table_sha256:
         raise ValueError(
             f"expected splits {index.split!r} and {gallery.split!r} of {index.location} to share their classes, got "
@@ -401,7 +399,7 @@ def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Setting
 
 
 def check_settings(labels_n: np.ndarray, settings: Settings, is_query_n: np.ndarray, is_gallery_n: np.ndarray) -> None:
-    """Find what would fail after the embedding pass, before it.
+    """Find mistakes that would otherwise surface after the embedding pass.
 
     Raises:
         ValueError: as `evaluate_table`.

@@ -89,8 +89,8 @@ def retrieval_metrics(
 def rank_without_first_column(
     query_p: Int[np.ndarray, " p"], place_p: Int[np.ndarray, " p"], *, num_queries: int
 ) -> Int[np.ndarray, " q"]:
-    """The first right answer of each query when "self" is left out by dropping the first of K + 1 results, as the
-    published evaluation of Stanford Online Products does; NEVER if there is none.
+    """Rank of the first right answer of each query, when "self" is excluded by dropping the first of K + 1 results as
+    the published evaluation of Stanford Online Products does; NEVER if there is none.
 
     Where a copy of the query comes first, the copy is dropped, and the query itself stays and counts as a right answer.
 

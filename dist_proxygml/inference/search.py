@@ -38,7 +38,7 @@ class Match(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What was found for a query."""
+    """Matches of a query."""
 
     query: Path
     matches: list[Match]  # as near as was asked for
@@ -127,7 +127,7 @@ def find(
     with tqdm(total=len(queries), desc="searching", unit=" images", delay=2.0, mininterval=0.5) as bar:
         for batch in loader:
             for damage in batch.damaged:
-                bar.write(printable(f"left out: {damage.image}: {damage.reason}"), file=sys.stderr)
+                bar.write(printable(f"skipped: {damage.image}: {damage.reason}"), file=sys.stderr)
             paths = [queries[number] for number in batch.ids.tolist()]
             rows_bD = embedder.embed_prepared(batch.images, names=[str(path) for path in paths])
             if gallery is None:
@@ -196,7 +196,7 @@ def _nothing(answer: Answer, min_score: float | None) -> str:
 
 
 def as_json(index: Index, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
-    """What was found, for programs."""
+    """Results for programs, as a JSON object."""
     return {
         "index": str(path),
         "kind": index.kind,
@@ -240,12 +240,7 @@ def write_answers(
     """Write a page of the queries and what was found for them, and further ones (found-2.html, ...) for more than a
     hundred; `data` says where the images of the index at `path` lie now.
     """
-    try:
-        gallery: ImageSource | None = open_gallery(index, data)
-    except ValueError as error:
-        told = f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
-        print(told, file=sys.stderr)
-        gallery = None
+    gallery = open_gallery(index, data)
 
     def tile(match: Match) -> Tile:
         pixels = None
@@ -280,11 +275,23 @@ def write_answers(
     print(f"page: {page.resolve()}{f' and {num_pages - 1} more' if num_pages > 1 else ''}", file=sys.stderr)
 
 
-def open_gallery(index: Index, typed: str | None) -> ImageSource:
-    """Where the images of the index lie.
+def open_gallery(index: Index, typed: str | None) -> ImageSource | None:
+    """Source of the images of the index; None, with a warning, if they are not available."""
+    try:
+        return find_gallery(index, typed)
+    except ValueError as error:
+        warning = (
+            f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
+        )
+        print(warning, file=sys.stderr)
+        return None
+
+
+def find_gallery(index: Index, typed: str | None) -> ImageSource:
+    """Source of the images of the index.
 
     Raises:
-        ValueError: they are not at hand.
+        ValueError: they are not available.
     """
     data = index.data or {}
     location = typed or data.get("location")

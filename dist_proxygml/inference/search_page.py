@@ -52,7 +52,7 @@ def write_page(
     makers: str | None = None,
     pages: Sequence[str] = (),
 ) -> None:
-    """Write the page, whole or not at all.
+    """Publish the page atomically.
 
     Args:
         path: the file.

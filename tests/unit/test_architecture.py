@@ -20,8 +20,8 @@ PACKAGE = "dist_proxygml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers",),
     (
-        *("init", "train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "export", "report"),
-        *("doctor", "plan"),
+        *("init", "train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "serve", "export"),
+        *("report", "doctor", "plan"),
     ),
     ("inference", "cluster"),
     ("training",),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("storage",),
     ("config",),
-    ("protocols", "faults"),
+    ("protocols", "rules", "faults"),
 )
 
 OWNERS: dict[str, set[str]] = {
@@ -41,6 +41,7 @@ OWNERS: dict[str, set[str]] = {
     "faiss": {"evaluation.search", "inference.retrieval_index"},
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
+    "fastapi": {"inference.server"},
     "webdataset": {"data"},
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},

@@ -453,7 +453,7 @@ def test_queries_that_cannot_be_read_are_named(place: Place, capsys: pytest.Capt
     assert searched(place, place.photos, "-k", 1, "--on-bad", "skip") == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2 * 11
-    assert f"left out: {place.path(1)}: the image does not decode" in captured.err
+    assert f"skipped: {place.path(1)}: the image does not decode" in captured.err
     assert "none of the 1 images can be used" in told(capsys, place, place.path(1), "--on-bad", "skip")
     with pytest.raises(SystemExit):
         searched(place, place.path(0), "-k", "0")
