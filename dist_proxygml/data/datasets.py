@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,23 @@ PUBLISHED_COUNTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
 }
 
 
+class FileSlice(NamedTuple):
+    """The bytes of an image inside a larger file, read when its shard is written: no millions of images in memory."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+class SourcePair(NamedTuple):
+    """A pair of a verification set, by the names of its images."""
+
+    first: str
+    second: str
+    is_same: bool
+    fold: int
+
+
 @dataclass(frozen=True, slots=True)
 class SourceImage:
     """One image of a raw data set."""
@@ -42,7 +59,7 @@ class SourceImage:
     source_id: int | str  # the class's id in the source; labels follow its order
     class_name: str
     name: str  # the image's path or name in the source
-    content: Path | bytes  # path of the image file, or its bytes
+    content: Path | bytes | FileSlice  # path of the image file, its bytes, or where they are
     info: Mapping[str, Any] = field(default_factory=dict)  # metadata for the sample's JSON
 
 
@@ -55,6 +72,7 @@ class SourceDataset:
     # Groups of splits with one label space; the classes of all others must be disjoint.
     shared_classes: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()  # what was skipped and how the folder was interpreted, a line each
+    pairs: Mapping[str, Sequence[SourcePair]] = field(default_factory=dict)  # of the splits that are verification sets
 
     def label_space(self, split: str) -> tuple[str, ...]:
         """Return the splits that share their class table with `split`, including itself."""
@@ -465,7 +483,7 @@ def _check_names(images: Sequence[SourceImage], root: Path) -> None:
 
 def _on_disk(image: SourceImage) -> SourceImage | None:
     """Return the image with an existing path, where a copy has `.jpg` for the list's `.JPG` or vice versa."""
-    if isinstance(image.content, bytes) or image.content.is_file():
+    if not isinstance(image.content, Path) or image.content.is_file():
         return image
     for suffix in (image.content.suffix.lower(), image.content.suffix.upper()):
         if image.content.with_suffix(suffix).is_file():
