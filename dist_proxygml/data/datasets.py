@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 
 # Images and classes of each split (Wah et al. 2011; Krause et al. 2013; Oh Song et al. 2016; Liu et
-# al. 2016).
+# al. 2016; Zheng et al. 2015; Wei et al. 2018).
 PUBLISHED_COUNTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "cub200": {"train": (5_864, 100), "test": (5_924, 100)},
     "cars196": {"train": (8_054, 98), "test": (8_131, 98)},
     "sop": {"train": (59_551, 11_318), "test": (60_502, 11_316)},
     "inshop": {"train": (25_882, 3_997), "query": (14_218, 3_985), "gallery": (12_612, 3_985)},
+    # The distractors of Market-1501's gallery count as a class, its junk is left out.
+    "market1501": {"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 751)},
+    "msmt17": {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)},
 }
 
 

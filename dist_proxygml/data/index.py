@@ -4,7 +4,7 @@
     index.samples.SPLIT.npy      24 bytes per sample, memory-mapped: shard, label, offset, nbytes, crc32
     index.classes.SPLIT.jsonl    a line per label: name, source id, number of images; read when names are needed
     index.cameras.SPLIT.npy      int32 [n]: the camera of each sample, where every sample's JSON names one
-    index.pairs.SPLIT.tsv        pairs of a verification set: first and second sample, same (0 or 1), fold; with a header
+    index.pairs.SPLIT.tsv        pairs of a verification set under a header: first and second sample, same, fold
 
 The index alone defines an epoch; shards are only bytes. It is written last, so a folder without one is an unfinished
 build. Opening performs all cheap checks before any work: kind, version and type of every field, that each name is that
@@ -206,7 +206,7 @@ class ShardIndex:
         return dict(read_index(self.root)[0]["build"])
 
     def read_pairs(self) -> np.ndarray:
-        """Read the pairs of a verification set, int64 [num_pairs, 4]: first and second id, same (0 or 1), fold (0 to 9).
+        """Read the pairs of a verification set, int64 [num_pairs, 4]: first and second id, same (0, 1), fold (0 to 9).
 
         Raises ValueError if there are none, or one is damaged.
         """

@@ -1,18 +1,18 @@
 """Record files of face recognition to a list of images: MS1M, Glint360K, WebFace as insightface publishes them.
 
-    train.rec   records one after the other:  magic 0xced7230a u4 | 3 bits part, 29 bits length u4 | content | 0 to 4 bytes
+    train.rec   records: magic 0xced7230a u4 | 3 bits part, 29 bits length, u4 | content | zeros to a multiple of 4
     train.idx   a line per record: its number and its offset in train.rec
     property    number of classes, height, width; optional
     content     flag u4 | label f4 | id u8 | id2 u8 | `flag` labels f4, of which the first counts | the image file
 
-Little-endian throughout (dmlc-core's recordio.h, mxnet's image_recordio.h). Where content holds the magic at a multiple
-of 4, its writer cuts the record there: parts 1, 2, ..., 3 instead of 0, with the magic to be put back between them; that
-happens by chance to a handful of images among millions. In the older form record 0 is a header without an image, whose
-labels say where the images end and the records of identities, also without an image, begin; the newer form is images only.
+Little-endian throughout (recordio.h of dmlc-core, image_recordio.h of mxnet). Where content has the magic at a multiple
+of 4, it is cut there: parts 1, 2, ..., 3 instead of 0, with the magic to be put back between them; that happens to a few
+images among millions. In the older form record 0 is a header without an image, whose first label says at
+which number images end and records of identities begin, also without an image; the newer form has images only.
 
-Chosen: a pass over the records' headers with numpy on the mapped file, images read when their shard is written.
-Declined: mxnet, which ended; ranges of images in the records of identities, which say again what the images' own labels
-say, and as float32 not exactly beyond 2^24.
+Chosen: a pass over the records' headers with NumPy on the mapped file, images read when their shard is written.
+Declined: mxnet, which has ended; the ranges in the records of identities, which repeat what the images' labels say, and
+which as float32 are not exact beyond 2^24.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage, _find_layout
+from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage
 from dist_proxygml.data.images import MAX_BYTES
-from dist_proxygml.data.verification import with_pairs
+from dist_proxygml.data.published import find_layout
+from dist_proxygml.data.verification_sets import with_pairs
 
 MAGIC = 0xCED7230A
 _LENGTH = (1 << 29) - 1
@@ -59,11 +60,11 @@ def read_recordio(
     """Read `train.rec` and `train.idx`. All classes train, or the first `num_train_classes`, and the others test.
 
     `pairs` are verification sets such as `lfw.bin`, where they are or beside `train.rec`; each is a split of its own.
-    `allow_partial` leaves out records without an image.
+    `allow_partial` leaves out records without an image, and takes fewer than there should be.
 
     Raises ValueError naming the record if it is not where the index says, is cut, or has no image or no class.
     """
-    _, folder = _find_layout(root, {"record files": [("*.rec",), ("*.idx",)]})
+    _, folder = find_layout(root, {"record files": [("*.rec",), ("*.idx",)]})
     found = sorted(folder.glob("*.rec"))
     path = folder / "train.rec" if folder / "train.rec" in found else found[0]
     if path.name != "train.rec" and len(found) > 1:
@@ -140,31 +141,32 @@ def _images_among(path: Path, records: _Records, *, allow_partial: bool) -> tupl
     """Which records are images, bool [n], and what was left out."""
     has_image_n = (records.num_bytes > 0) | records.in_parts
     is_header_n = (records.number == 0) & records.has_labels & ~has_image_n
-    is_expected_n = ~is_header_n
-    if is_header_n.any():  # the older form: images up to the first record of an identity
+    is_empty_n = ~has_image_n & ~is_header_n
+    notes = []
+    if is_header_n.any():  # the older form
         stop = records.label[is_header_n][0]
-        is_expected_n &= records.number.astype(np.float32) < stop
-        is_between_n = ~is_header_n & ~is_expected_n & has_image_n
-        # As float32 the header's numbers are even from 2^24 on, multiples of 4 from 2^25 on, ...
-        is_between_n &= records.number.astype(np.float32) > stop
-        if not stop >= 2 or is_between_n.any():
-            first = records.number[is_between_n][:1]
-            raise ValueError(
-                f"{path}: record 0 says that the images are records 1 to {stop - 1:.0f}, but record "
-                f"{first[0] if len(first) else 1} is {'one' if len(first) else 'not'}; {_AGAIN}"
-            )
-        is_expected_n |= ~is_header_n & has_image_n
-    is_empty_n = is_expected_n & ~has_image_n
+        says = f"{path}: record 0 says that images are records 1 to {stop - 1:.0f}"
+        rounded_n = records.number.astype(np.float32)
+        is_behind_n = has_image_n & (rounded_n > stop if stop >= _EXACT else rounded_n >= stop)
+        if is_behind_n.any():
+            raise ValueError(f"{says}, but record {records.number[is_behind_n.argmax()]} is one, too; {_AGAIN}")
+        num_listed = int(((records.number > 0) & (records.number < stop)).sum())
+        if np.float32(num_listed + 1) != stop:
+            if not allow_partial:
+                raise ValueError(f"{says}, the index lists {num_listed}; {_AGAIN}, or pass --allow-partial")
+            notes.append(f"{says}, the index lists {num_listed}")
+        is_empty_n &= rounded_n < stop  # those behind are identities
     num_empty = int(is_empty_n.sum())
     if num_empty and not allow_partial:
         raise ValueError(
             f"{path}: record {records.number[is_empty_n.argmax()]} has no image, one of {num_empty}; {_AGAIN}, or pass "
             "--allow-partial to leave them out"
         )
-    is_image_n = is_expected_n & has_image_n
-    if not is_image_n.any():
+    if num_empty:
+        notes.append(f"{num_empty} records without an image were left out, first {records.number[is_empty_n.argmax()]}")
+    if not has_image_n.any():
         raise ValueError(f"{path} has no images; {_AGAIN}")
-    return is_image_n, [f"{num_empty} records without an image were left out"] if num_empty else []
+    return has_image_n, notes
 
 
 def _labels(path: Path, records: _Records) -> np.ndarray:
