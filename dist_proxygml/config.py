@@ -421,7 +421,7 @@ class EvaluationConfig(_Section):
     at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults early.")
     raw_pixels: bool = Field(False, description="Also evaluate raw pixels at the start, as a baseline.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass of one rank.")
-    protocol: Literal["custom", "cub", "cars", "sop", "inshop"] = Field(
+    protocol: Literal["custom", "cub", "cars", "sop", "inshop", "market1501", "msmt17"] = Field(
         "custom",
         description="A published protocol: sets K of Recall@K and requires its numbers of classes and images.",
     )
@@ -433,6 +433,11 @@ class EvaluationConfig(_Section):
     gallery_split: SplitName | None = Field(
         None,
         description="Split searched by the images of data.test_split; null searches each among all others.",
+    )
+    exclude_same: Literal["camera"] | None = Field(
+        None,
+        description="camera: images of the query's class by its own camera are left out of its ranking "
+        "(re-identification); market1501 and msmt17 do so.",
     )
     allow_seen_classes: bool = Field(False, description="Accept a test split with classes that are also trained.")
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
@@ -456,6 +461,11 @@ class EvaluationConfig(_Section):
     def memory_budget_bytes(self) -> int:
         """memory_budget as a number."""
         return parse_bytes(self.memory_budget)
+
+    @property
+    def excluded(self) -> str | None:
+        """exclude_same, or that of the protocol."""
+        return PROTOCOLS[self.protocol].exclude_same if self.protocol in PROTOCOLS else self.exclude_same
 
     @property
     def metrics(self) -> list[str]:
@@ -489,6 +499,11 @@ class EvaluationConfig(_Section):
                 f"protocol {self.protocol!r} expects "
                 f"{'no gallery_split' if protocol.num_gallery is None else 'a gallery_split'}, got "
                 f"{self.gallery_split!r}; {'remove it' if self.gallery_split else 'name it'}, or change the protocol"
+            )
+        if self.exclude_same not in (None, self.excluded):
+            raise ValueError(
+                f"protocol {self.protocol!r} excludes the query alone, got exclude_same {self.exclude_same!r}; "
+                'set it to null, or take protocol "custom"'
             )
         if self.legacy_proxygml and self.protocol not in LEGACY_PROTOCOLS:
             raise ValueError(

@@ -135,6 +135,8 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         changed |= {"evaluation.protocol": protocol, "evaluation.gallery_split": None}
         if protocol not in LEGACY_PROTOCOLS:
             changed["evaluation.legacy_proxygml"] = False
+        if protocol in PROTOCOLS:
+            changed["evaluation.exclude_same"] = None  # the protocol says what is excluded
     if protocol in PROTOCOLS:
         changed["evaluation.recall_at"] = list(PROTOCOLS[protocol].recall_at)
         is_divided = PROTOCOLS[protocol].num_gallery is not None

@@ -55,6 +55,7 @@ class Settings(NamedTuple):
     tie_tolerance: float = 1e-6  # inner products of unit rows differ by less than this between machines
     protocol: str = "custom"
     legacy_proxygml: bool = False
+    exclude_same: str | None = None  # "camera": images of the query's class by its own camera are no answers
 
 
 class Roles(NamedTuple):
@@ -204,8 +205,18 @@ def evaluate(
         "weights": sorted({str(parameter.dtype) for parameter in model.parameters()}),
     }
     roles = None if gallery is None else Roles(table.ids < index.num_samples, table.ids >= index.num_samples)
+    cameras_n = None
+    if settings.exclude_same is not None:
+        cameras_n = _cameras(index, None if gallery is None else gallery.index)[table.ids.numpy()]
     result = evaluate_table(
-        table, context=context, settings=settings, options=options, roles=roles, data=data, hooks=hooks
+        table,
+        context=context,
+        settings=settings,
+        options=options,
+        roles=roles,
+        cameras_n=cameras_n,
+        data=data,
+        hooks=hooks,
     )
     return dataclasses.replace(result, num_damaged=len(left_out))
 
@@ -217,6 +228,7 @@ def evaluate_table(
     settings: Settings,
     options: SearchOptions = SearchOptions(),  # noqa: B008
     roles: Roles | None = None,
+    cameras_n: np.ndarray | None = None,
     data: Mapping[str, Any] | None = None,
     hooks: PassHooks = PassHooks(),  # noqa: B008
 ) -> EvaluationResult:
@@ -225,6 +237,7 @@ def evaluate_table(
     Args:
         table: the same on every rank, as `embed` returns it: rows of unit length, ids ascending and unique.
         roles: which images ask and which are searched; None: all do both.
+        cameras_n: the camera of each row, int; needed with `exclude_same`, and used with nothing else.
         data: where the embeddings come from, for the record.
         context, settings, options, hooks: as in `evaluate`.
 
@@ -239,14 +252,16 @@ def evaluate_table(
         is_query_n, is_gallery_n = everyone_n, everyone_n
     else:
         is_query_n, is_gallery_n = (role.numpy() for role in roles)
-    run_together(context, check_settings, labels_n, settings, is_query_n, is_gallery_n)
+    if settings.exclude_same is None:
+        cameras_n = None
+    run_together(context, check_settings, labels_n, settings, is_query_n, is_gallery_n, cameras_n)
 
     fault_point("evaluate.search")
     # 1. Retrieval.
     _, class_n = np.unique(labels_n, return_inverse=True)
     rows_nD = run_together(context, round_rows, table.embeddings.numpy())
     found = retrieve(
-        Images(rows_nD, class_n, is_query_n, is_gallery_n),
+        Images(rows_nD, class_n, is_query_n, is_gallery_n, cameras_n),
         with_self=_drops_first_column(settings),
         tolerance=settings.tie_tolerance,
         context=context,
@@ -395,16 +410,40 @@ def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Setting
             location=index.location,
         )
     is_query_n = np.arange(len(labels_n)) < num_queries
-    check_settings(labels_n, settings, is_query_n, is_query_n if gallery is None else ~is_query_n)
+    cameras_n = None if settings.exclude_same is None else _cameras(index, gallery)
+    check_settings(labels_n, settings, is_query_n, is_query_n if gallery is None else ~is_query_n, cameras_n)
 
 
-def check_settings(labels_n: np.ndarray, settings: Settings, is_query_n: np.ndarray, is_gallery_n: np.ndarray) -> None:
+def _cameras(index: ShardIndex, gallery: ShardIndex | None) -> np.ndarray:
+    """The camera of every image, those of the gallery last, int32 [n]. Raises ValueError if there are none."""
+    parts = []
+    for one in (index, gallery):
+        if one is not None and one.cameras is None:
+            raise ValueError(
+                f"evaluation.exclude_same expects the camera of every image, got none in the index of {one.location} "
+                f"for split {one.split!r}; build the shards with `python -m dist_proxygml.shard build market1501` or "
+                '`msmt17`, or write "camera": NUMBER into each KEY.json and run `python -m dist_proxygml.shard index`'
+            )
+        if one is not None:
+            parts.append(one.cameras)
+    return np.concatenate(parts)
+
+
+def check_settings(
+    labels_n: np.ndarray,
+    settings: Settings,
+    is_query_n: np.ndarray,
+    is_gallery_n: np.ndarray,
+    cameras_n: np.ndarray | None = None,
+) -> None:
     """Find mistakes that would otherwise surface after the embedding pass.
 
     Raises:
         ValueError: as `evaluate_table`.
     """
     load_faiss()
+    if settings.exclude_same is not None and cameras_n is None:
+        raise ValueError("exclude_same expects the camera of every image, got none; pass cameras_n")
     has_itself = bool((is_query_n & is_gallery_n).any())
     most = int(is_gallery_n.sum()) - has_itself
     wrong = [k for k in settings.recall_at if not 1 <= k <= most]
@@ -414,12 +453,12 @@ def check_settings(labels_n: np.ndarray, settings: Settings, is_query_n: np.ndar
             f"because a query has {'the other ' if has_itself else ''}{most} images as neighbours; change "
             "evaluation.recall_at"
         )
-    _, class_n = np.unique(labels_n, return_inverse=True)
-    in_gallery_C = np.bincount(class_n[is_gallery_n], minlength=class_n.max() + 1)
-    if not (is_query_n & (in_gallery_C[class_n] - is_gallery_n > 0)).any():
+    if not (is_query_n & (metrics.count_right_answers(labels_n, is_gallery_n, cameras_n) > 0)).any():
         what = "two images" if has_itself else "an image among the queries and one in the gallery"
+        what += "" if cameras_n is None else " by two cameras"
+        num_classes = len(np.unique(labels_n))
         raise ValueError(
-            f"no class of the split has {what} ({len(labels_n)} images, {len(in_gallery_C)} classes), so no query has "
+            f"no class of the split has {what} ({len(labels_n)} images, {num_classes} classes), so no query has "
             "a right answer; evaluate a split with several images per class"
         )
 
@@ -444,7 +483,8 @@ def _protocol(settings: Settings, counts: Mapping[str, int], data: Mapping[str, 
         "num": dict(counts),
         "embeddings": "float32, unit length",
         "scores": "inner products of rows rounded to multiples of 2^-26, exact",
-        "self": "left out by id",
+        "self": "left out by id"
+        + ("" if settings.exclude_same is None else f", and images of its class by its own {settings.exclude_same}"),
         "ties": "score descending, then id ascending",
         "tie_tolerance": settings.tie_tolerance,
         "lone_images": "left out as queries, kept in the gallery",

@@ -79,6 +79,7 @@ def measured(config: Config, index: ShardIndex, *, kmeans_seeds: int | None = No
         kmeans_seeds=tuple(range(wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds)),
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
+        exclude_same=wanted.excluded,
     )
 
 
@@ -150,4 +151,6 @@ def result_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(mode="json", include=wanted)
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
+    if settings["evaluation"]["exclude_same"] is None:  # the names of results from before it was a setting
+        del settings["evaluation"]["exclude_same"]
     return dict(settings)
