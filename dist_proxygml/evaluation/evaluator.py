@@ -58,6 +58,27 @@ class Settings(NamedTuple):
     exclude_same: str | None = None  # "camera": images of the query's class by its own camera are no answers
 
 
+class ClassSet(NamedTuple):
+    """How many of the evaluated classes the model was trained on."""
+
+    num_seen: int
+    num_unseen: int
+
+    @property
+    def kind(self) -> str:
+        """closed: all of them; open: none; mixed: some."""
+        return "open" if not self.num_seen else "mixed" if self.num_unseen else "closed"
+
+    def __str__(self) -> str:
+        counts = {"seen": self.num_seen, "unseen": self.num_unseen}
+        shown = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        return f"{shown} classes ({self.kind} set)"
+
+    def as_entry(self) -> dict[str, Any]:
+        """The entry of a result's protocol."""
+        return {"set": self.kind, "seen": self.num_seen, "unseen": self.num_unseen}
+
+
 class Roles(NamedTuple):
     """Which images of a table ask, and which are searched. By default every image does both, and leaves itself out."""
 
@@ -72,6 +93,7 @@ class EvaluationResult:
     Attributes:
         metrics: fractions by name: recall@K for each K, r_precision, map@r, map, mrr, precision@1_macro; with
             clustering nmi, ami, f1 (means over the seeds) and nmi_sd, ... (sample standard deviations, 0 for one seed);
+            where some classes were trained, recall@1_seen and recall@1_unseen of the queries of either kind;
             legacy_recall@K and legacy_nmi where they were asked for.
         bounds: of each retrieval metric, and of recall@1 in any case: if every tie went wrong, if every tie went right.
         num_images: evaluated images, queries and gallery together.
@@ -98,6 +120,12 @@ class EvaluationResult:
     def recall_at_1_bounds(self) -> tuple[float, float]:
         """Recall@1 if every tie went wrong and if every tie went right."""
         return self.bounds["recall@1"]
+
+    @property
+    def class_set(self) -> ClassSet | None:
+        """How many classes were trained; None: unknown, or stored before this was recorded."""
+        found = self.protocol.get("classes")
+        return None if found is None else ClassSet(found["seen"], found["unseen"])
 
     @property
     def fingerprint(self) -> str:
@@ -132,6 +160,9 @@ class EvaluationResult:
                 document["bounds"] = {"recall@1": document["recall_at_1_bounds"]}
             if not all(isinstance(value, int | float) for value in document["metrics"].values()):
                 raise TypeError("a metric is no number")
+            counted = document["protocol"].get("classes", {"seen": 0, "unseen": 0})
+            if not all(type(counted[name]) is int for name in ("seen", "unseen")):
+                raise TypeError("a number of classes is no number")
             return cls(
                 metrics=dict(document["metrics"]),
                 bounds={name: (low, high) for name, (low, high) in document["bounds"].items()},
@@ -215,6 +246,7 @@ def evaluate(
         options=options,
         roles=roles,
         cameras_n=cameras_n,
+        seen_C=split.seen,
         data=data,
         hooks=hooks,
     )
@@ -229,6 +261,7 @@ def evaluate_table(
     options: SearchOptions = SearchOptions(),  # noqa: B008
     roles: Roles | None = None,
     cameras_n: np.ndarray | None = None,
+    seen_C: np.ndarray | None = None,
     data: Mapping[str, Any] | None = None,
     hooks: PassHooks = PassHooks(),  # noqa: B008
 ) -> EvaluationResult:
@@ -238,6 +271,7 @@ def evaluate_table(
         table: the same on every rank, as `embed` returns it: rows of unit length, ids ascending and unique.
         roles: which images ask and which are searched; None: all do both.
         cameras_n: the camera of each row, int; needed with `exclude_same`, and used with nothing else.
+        seen_C: bool by label, which classes were trained; None: unknown.
         data: where the embeddings come from, for the record.
         context, settings, options, hooks: as in `evaluate`.
 
@@ -268,7 +302,7 @@ def evaluate_table(
         options=options,
         say=hooks.say,
     )
-    measured, bounds = _retrieval_metrics(found, labels_n, settings)
+    measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
 
     def agree() -> None:
         if hooks.signals is not None:
@@ -303,18 +337,23 @@ def evaluate_table(
         num_queries=counts["queries"],
         num_lone=counts["queries_without_right_answer"],
         num_damaged=0,
-        protocol=_protocol(settings, counts, data or {}),
+        protocol=_protocol(settings, counts, data or {}, _count_classes(labels_n, seen_C)),
         table=table,
     )
 
 
 def _retrieval_metrics(
-    found: Retrieval, labels_n: np.ndarray, settings: Settings
+    found: Retrieval, labels_n: np.ndarray, settings: Settings, seen_C: np.ndarray | None
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """The metrics in the exact order, and with ties at their worst and at their best."""
     recall_at = dict.fromkeys((*settings.recall_at, 1))
     exact, worst, best = (
-        metrics.retrieval_metrics(scores, labels_n[found.position], recall_at=tuple(recall_at))
+        metrics.retrieval_metrics(
+            scores,
+            labels_n[found.position],
+            recall_at=tuple(recall_at),
+            seen_q=None if seen_C is None else seen_C[labels_n[found.position]],
+        )
         for scores in (found.exact, found.worst, found.best)
     )
     bounds = {name: (worst[name], best[name]) for name in exact}
@@ -463,7 +502,16 @@ def check_settings(
         )
 
 
-def _protocol(settings: Settings, counts: Mapping[str, int], data: Mapping[str, Any]) -> dict[str, Any]:
+def _count_classes(labels_n: np.ndarray, seen_C: np.ndarray | None) -> ClassSet | None:
+    if seen_C is None:
+        return None
+    is_seen = seen_C[np.unique(labels_n)]
+    return ClassSet(int(is_seen.sum()), int((~is_seen).sum()))
+
+
+def _protocol(
+    settings: Settings, counts: Mapping[str, int], data: Mapping[str, Any], classes: ClassSet | None
+) -> dict[str, Any]:
     """Everything that changes a number, in words and values; the number of ranks is not among it."""
     clustering = {
         "algorithm": "faiss k-means, Euclidean, all points, random start, one run a seed",
@@ -481,6 +529,7 @@ def _protocol(settings: Settings, counts: Mapping[str, int], data: Mapping[str, 
         "name": settings.protocol,
         "data": dict(data),
         "num": dict(counts),
+        **({} if classes is None else {"classes": classes.as_entry()}),
         "embeddings": "float32, unit length",
         "scores": "inner products of rows rounded to multiples of 2^-26, exact",
         "self": "left out by id"

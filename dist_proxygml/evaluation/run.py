@@ -131,7 +131,8 @@ def result_suffix(config: Config, own: Config, *, shards: str | None, digest: st
     if shards is None and settings == own_settings:
         return ""
     wanted = config.evaluation
-    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else []), config.data.test_split]
+    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else [])]
+    parts += [config.data.test_split] if config.data.test_split else []
     parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
     parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
     for said in (settings, own_settings):
