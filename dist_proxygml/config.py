@@ -850,7 +850,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold one JSON object, got {type(raw).__name__}")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8" and not json.dumps(raw, ensure_ascii=False).isascii():
         raise ValueError(
@@ -958,7 +958,12 @@ def _check_deepspeed_values(section: Mapping[str, Any]) -> None:
         raise ValueError(f"expected deepspeed.zero_optimization.stage 0, 1, 2 or 3, got {stage!r}; change it")
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set a key of a configuration that is still a dictionary: `a.b=value`, as `load_config` does.
+
+    Raises:
+        ValueError: it is no such text, or its value cannot be read.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"--set expects KEY=VALUE such as proxies.ratio=0.1, got {override!r}")
