@@ -28,6 +28,9 @@ from dist_proxygml.data.datasets import SourceDataset
 from dist_proxygml.data.imagefolder import read_imagefolder
 from dist_proxygml.data.index import INDEX_FILE
 from dist_proxygml.data.published import read_cars196, read_cub200, read_inshop, read_sop
+from dist_proxygml.data.recordio import read_recordio
+from dist_proxygml.data.reid import read_market1501, read_msmt17
+from dist_proxygml.data.verification_sets import read_pairs
 from dist_proxygml.data.verify import describe_shards, index_shards, verify_shards
 from dist_proxygml.storage.files import describe_error
 
@@ -114,6 +117,38 @@ _LAYOUTS = {
     "cars196": _published("Cars196", "cars196", read_cars196),
     "sop": _published("Stanford Online Products", "Stanford_Online_Products", read_sop),
     "inshop": _published("In-Shop Clothes Retrieval", "In-shop", read_inshop),
+    "market1501": _published("Market-1501", "Market-1501-v15.09.15", read_market1501),
+    "msmt17": _published("MSMT17", "MSMT17_V1", read_msmt17),
+    "recordio": _Layout(
+        "record files of face recognition: train.rec and train.idx, with verification sets beside them",
+        "faces_emore",
+        lambda options: read_recordio(
+            options.root,
+            allow_partial=options.allow_partial,
+            num_train_classes=options.split_classes,
+            pairs=options.pairs,
+        ),
+        {
+            "--split-classes": dict(
+                type=int, metavar="N", help="the first N classes train, the others test (default: all train)"
+            ),
+            "--pairs": dict(
+                type=Path,
+                nargs="+",
+                default=(),
+                metavar="FILE",
+                help="verification sets (lfw.bin ...), there or beside train.rec; each becomes a split",
+            ),
+            "--allow-partial": dict(
+                action="store_true", help="leave out records without an image, accept missing ones"
+            ),
+        },
+    ),
+    "pairs": _Layout(
+        "verification sets of face recognition alone: *.bin",
+        "faces_emore",
+        lambda options: read_pairs(options.root),
+    ),
     "imagefolder": _Layout(
         "folders of images: SPLIT/CLASS/image or CLASS/image",
         "photos",

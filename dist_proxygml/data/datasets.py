@@ -12,18 +12,38 @@ dead links), unpacking, and reading any pixels here.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 
 # Images and classes of each split (Wah et al. 2011; Krause et al. 2013; Oh Song et al. 2016; Liu et
-# al. 2016).
+# al. 2016; Zheng et al. 2015; Wei et al. 2018).
 PUBLISHED_COUNTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "cub200": {"train": (5_864, 100), "test": (5_924, 100)},
     "cars196": {"train": (8_054, 98), "test": (8_131, 98)},
     "sop": {"train": (59_551, 11_318), "test": (60_502, 11_316)},
     "inshop": {"train": (25_882, 3_997), "query": (14_218, 3_985), "gallery": (12_612, 3_985)},
+    # The distractors of Market-1501's gallery count as a class, its junk is left out.
+    "market1501": {"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 751)},
+    "msmt17": {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)},
 }
+
+
+class FileSlice(NamedTuple):
+    """The bytes of an image inside a larger file, read when its shard is written: no millions of images in memory."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+class SourcePair(NamedTuple):
+    """A pair of a verification set, by the names of its images."""
+
+    first: str
+    second: str
+    is_same: bool
+    fold: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +54,7 @@ class SourceImage:
     source_id: int | str  # the class's id in the source; labels follow its order
     class_name: str
     name: str  # the image's path or name in the source
-    content: Path | bytes  # path of the image file, or its bytes
+    content: Path | bytes | FileSlice  # path of the image file, its bytes, or where they are
     info: Mapping[str, Any] = field(default_factory=dict)  # metadata for the sample's JSON
 
 
@@ -47,6 +67,7 @@ class SourceDataset:
     # Groups of splits with one label space; the classes of all others must be disjoint.
     shared_classes: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()  # what was skipped and how the folder was interpreted, a line each
+    pairs: Mapping[str, Sequence[SourcePair]] = field(default_factory=dict)  # of the splits that are verification sets
 
     def label_space(self, split: str) -> tuple[str, ...]:
         """Return the splits that share their class table with `split`, including itself."""
@@ -131,7 +152,7 @@ def _check_names(images: Sequence[SourceImage], root: Path) -> None:
 
 def _on_disk(image: SourceImage) -> SourceImage | None:
     """Return the image with an existing path, where a copy has `.jpg` for the list's `.JPG` or vice versa."""
-    if isinstance(image.content, bytes) or image.content.is_file():
+    if not isinstance(image.content, Path) or image.content.is_file():
         return image
     for suffix in (image.content.suffix.lower(), image.content.suffix.upper()):
         if image.content.with_suffix(suffix).is_file():

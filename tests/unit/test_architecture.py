@@ -59,6 +59,7 @@ OWNERS: dict[str, set[str]] = {
 DISTRIBUTED = {
     "distributed.parallel",
     "distributed.collectives",
+    "distributed.row_tensors",
     "checkpoint.bank_storage",
     "checkpoint.writer",
     "distributed.engine",
