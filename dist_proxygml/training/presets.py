@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import build_backbone, can_fetch_weights
-from dist_proxygml.config import Config, apply_override, parse_config
+from dist_proxygml.config import Config, EvaluationConfig, apply_override, parse_config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
@@ -43,6 +43,7 @@ _MOST_IMAGES = {"cpu": 200_000, "cuda": 20_000_000}  # to train on, for each ran
 _MOST_EVALUATED = {"cpu": 100_000, "cuda": 10_000_000}
 _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k-means
 _MOST_CACHED = 1 << 30  # bytes of decoded images in memory
+_RECALL_AT = EvaluationConfig().recall_at
 _GPU_MEMORY = 24 << 30  # of a GPU that is not here
 _BYTES_AN_IMAGE = 160 << 20  # activations of a ResNet-50 at 224 pixels in float32, on the safe side
 
@@ -218,13 +219,16 @@ def _choose_splits(draft: _Draft, given: Mapping[str, Any]) -> tuple[ShardIndex,
     draft.choose("from the index", data={"num_classes": index.num_classes})
     if train != "train":
         draft.choose("the only split", data={"train_split": train})
-    others = [name for name in names if name not in (train, "gallery")]
-    wanted = next((name for name in ("test", "query") if name in others), others[0] if len(others) == 1 else None)
+    wanted = next((name for name in ("test", "query") if name in names and name != train), None)
+    others = [open_index(shards, name, is_typed=True) for name in names if name not in (train, "gallery")]
+    if wanted is None and len(others) == 1 and others[0].num_classes < others[0].num_samples:  # no verification set
+        wanted = others[0].split
     wanted = given.get("test_split", wanted)
     if wanted is None:
         draft.choose("there is no other split to evaluate on", data={"test_split": None})
         num_held_out = max(2, round(0.2 * index.num_classes))
-        if "validation_classes" not in given and index.num_classes - num_held_out >= 8:
+        fewest_images = int(np.sort(np.bincount(index.labels))[:num_held_out].sum())
+        if "validation_classes" not in given and index.num_classes >= 10 and fewest_images > max(_RECALL_AT):
             draft.choose(
                 "a fifth of the classes is held out and measured instead; null trains on all",
                 data={"validation_classes": num_held_out},
@@ -364,6 +368,9 @@ def _choose_steps(
 
 
 def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> None:
+    if test.num_samples <= max(_RECALL_AT) and "gallery_split" not in draft.raw["evaluation"]:
+        possible = [k for k in _RECALL_AT if k < test.num_samples]
+        draft.choose("there are no more images to find", evaluation={"recall_at": possible})
     if 5 * test.num_samples > _MOST_EVALUATED[machine.device]:
         draft.choose(
             f"{test.num_samples:,} test images take long: only at the start and the end", evaluation={"every_epochs": 0}
