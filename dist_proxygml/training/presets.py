@@ -123,16 +123,18 @@ def suggest(
     Raises:
         ValueError: the shards are unusable, the overrides do not fit, or the run does not fit the machine.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"data": {}, "backbone": {}}
     for text in overrides:
         apply_override(given, text)
+    if not (isinstance(given["data"], dict) and isinstance(given["backbone"], dict)):
+        raise ValueError(f"expected single settings such as data.num_workers=2 in --set, got {' '.join(overrides)}")
     draft = _Draft(name, shards)
 
     # 1. Data.
-    train, test = _choose_splits(draft, given.get("data", {}))
+    train, test = _choose_splits(draft, given["data"])
     counts = np.bincount(train.labels, minlength=train.num_classes)
     short_side, image_bytes, num_read = _sample_sizes(train)
-    held_out = given.get("data", {}).get("validation_classes", draft.raw["data"].get("validation_classes")) or 0
+    held_out = given["data"].get("validation_classes", draft.raw["data"].get("validation_classes")) or 0
     num_trained = train.num_classes - (round(held_out * train.num_classes) if held_out < 1 else held_out)
     if preset is None:
         is_many = num_trained >= _MANY_CLASSES
@@ -150,7 +152,7 @@ def suggest(
 
     # 2. Network and images.
     is_small = preset == "small-images" or (preset == "many-classes" and short_side <= _SMALL)
-    is_pretrained = _choose_network(draft, machine, given.get("backbone", {}), is_small=is_small)
+    is_pretrained = _choose_network(draft, machine, given["backbone"], is_small=is_small)
     side = _choose_transforms(draft, machine, short_side, is_small=is_small, is_pretrained=is_pretrained)
     if short_side > 2.5 * side:
         facts.append(

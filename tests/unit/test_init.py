@@ -57,7 +57,7 @@ def test_a_configuration_is_written_explained_and_followed_by_the_next_commands(
     commands = [line.strip() for line in told.partition("next:\n")[2].splitlines()]
     assert commands[1] == f"python -m dist_proxygml.train --config {shlex.quote(str(out))}"
     assert [command.split()[2].removeprefix("dist_proxygml.") for command in commands] == (
-        ["train", "train", "evaluate", "embed", "index", "search"]
+        ["train", "train", "evaluate", "embed", "index", "search", "serve"]
     )
     assert f"--run {config.run_directory}" in commands[2]
 
@@ -78,9 +78,21 @@ def test_an_earlier_file_is_replaced_only_if_that_is_said(
     assert load_config(out).name == "mine"
 
 
-@pytest.mark.parametrize("arguments", [[DEMO, "--out", "mine"], [DEMO, "--out", "mine.json", "--set", "training=1"]])
-def test_a_mistake_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
-    assert main(arguments) == 2
+@pytest.mark.parametrize(
+    ("out", "override", "message"),
+    [
+        ("mine", "seed=1", "mine.json"),
+        ("mine.json", "training=1", "training"),
+        ("mine.json", "data=1", "data=1"),
+        ("mine.json", "backbone.name=timm/resnet5", "timm/resnet50"),
+        ("mine.json", "data.test_split=nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_writes_nothing(
+    out: str, override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([DEMO, "--out", out, "--set", override]) == 2
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
