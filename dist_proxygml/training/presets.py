@@ -145,7 +145,7 @@ def suggest(
     facts = [
         f"shards: {train.num_samples:,} images of {train.num_classes:,} classes in split {train.split!r}, "
         f"{counts.min():,} to {counts.max():,} a class",
-        f"images: {short_side} pixels on the shorter side (median of {num_read})",
+        f"images: {short_side} pixels on the shorter side (median of {num_read} images)",
         f"machine: {machine}",
         f"preset: {preset}, {why}",
     ]
