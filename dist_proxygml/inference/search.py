@@ -175,7 +175,7 @@ def write_answers(
     """Write a page of the queries and what was found for them; `data` says where the images of the index at `path` lie
     now.
     """
-    gallery = _gallery(index, data)
+    gallery = open_gallery(index, data)
 
     def tile(match: Match) -> Tile:
         pixels = None
@@ -205,7 +205,7 @@ def write_answers(
     print(f"page: {page.resolve()}", file=sys.stderr)
 
 
-def _gallery(index: Index, typed: str | None) -> ImageSource | None:
+def open_gallery(index: Index, typed: str | None) -> ImageSource | None:
     """Source of the images of the index; None if they are not available."""
     data = index.data or {}
     location = typed or data.get("location")

@@ -19,7 +19,8 @@ PACKAGE = "dist_proxygml"
 # other; inside a folder everything may.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers",),
-    ("train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "export", "report", "doctor", "plan"),
+    ("train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "serve", "export", "report")
+    + ("doctor", "plan"),
     ("inference", "cluster"),
     ("training",),
     ("reporting",),
@@ -30,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("storage",),
     ("config",),
-    ("protocols", "rules", "faults"),
+    ("protocols", "faults"),
 )
 
 OWNERS: dict[str, set[str]] = {
@@ -38,6 +39,7 @@ OWNERS: dict[str, set[str]] = {
     "faiss": {"evaluation.search", "inference.retrieval_index"},
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
+    "fastapi": {"inference.server"},
     "webdataset": {"data"},
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
