@@ -384,10 +384,8 @@ def _data_findings(shards: str, config: "Config | None", source: str) -> list[Fi
         cache_directory=None if data.cache_directory is None else Path(data.cache_directory),
         cache_limit=data.cache_limit_bytes,
     )
-    wanted = [data.test_split] if data.mode == "stream" else [data.train_split, data.test_split]
-    if config.evaluation.gallery_split is not None:
-        wanted.append(config.evaluation.gallery_split)
-    for split in wanted:
+    wanted = [None if data.mode == "stream" else data.train_split, data.test_split, config.evaluation.gallery_split]
+    for split in filter(None, wanted):
         if split not in indices and not any(finding.name in ("shards", f"split {split}") for finding in findings):
             there = f"{shards} has {', '.join(indices) or 'no split'}"
             findings.append(Finding("problem", f"split {split}", f"{source} names it, but {there}", "name another"))

@@ -30,9 +30,9 @@ def check_sparse_gradient(
         )
 
 
-def check_gallery_split(gallery_split: str | None, *, query_split: str, setting: str, of: str) -> None:
+def check_gallery_split(gallery_split: str | None, *, query_split: str | None, setting: str, of: str) -> None:
     """Raise ValueError where `setting` makes the queries, the split that `of` names, their own gallery."""
-    if gallery_split == query_split:
+    if gallery_split is not None and gallery_split == query_split:
         raise ValueError(
             f"expected {setting} to be another split than {of}, got {query_split!r} for both, where every query would "
             f"find itself; remove {setting} to search each image among all others"

@@ -7,6 +7,7 @@ itself stays as it is.
 import argparse
 import socket
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from dist_proxygml.cli import add_options, at_least, build_parser, command, printable, run_command
@@ -56,23 +57,19 @@ def main(given: argparse.Namespace) -> None:
     from dist_proxygml.inference.retrieval_index import Index
     from dist_proxygml.inference.search import open_gallery, open_model
 
-    listening = _listen(given.host, given.port)
-    index = Index.load(given.index)
-    live = LiveIndex(index, given.index, given.changes or changes_folder(given.index))
-    try:
-        for note in live.notes:
-            print(printable(note), file=sys.stderr)
-        embedder = open_model(index, given.index, run=given.run, device=given.device)
-        service = Service(live, embedder, open_gallery(index, given.data), name=given.index.name)
-        app = build_app(service, hosts=_LOOPBACK if given.host in _LOOPBACK else None, can_change=not given.read_only)
-        host, port = listening.getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
-        print(f"search {len(live):,} images at http://{address}:{port} (Ctrl-C ends it)", flush=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
-        server.run(sockets=[listening])
-    finally:
-        live.close()
-        listening.close()
+    with _listen(given.host, given.port) as listening:
+        index = Index.load(given.index)
+        with closing(LiveIndex(index, given.index, given.changes or changes_folder(given.index))) as live:
+            for note in live.notes:
+                print(printable(note), file=sys.stderr)
+            embedder = open_model(index, given.index, run=given.run, device=given.device)
+            service = Service(live, embedder, open_gallery(index, given.data), name=given.index.name)
+            hosts = _LOOPBACK if given.host in _LOOPBACK else None
+            app = build_app(service, hosts=hosts, can_change=not given.read_only)
+            host, port = listening.getsockname()[:2]
+            address = f"[{host}]" if ":" in host else host
+            print(f"search {len(live):,} images at http://{address}:{port} (Ctrl-C ends it)", flush=True)
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

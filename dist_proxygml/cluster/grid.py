@@ -172,8 +172,11 @@ def metrics_measured(config: Config) -> list[str]:
 
 
 def last_evaluation(run_directory: Path) -> Evaluation | None:
-    """The evaluation of the run's last step that has one; None if there is none, or no whole one."""
-    steps = RunFolder(run_directory).evaluations()
+    """The evaluation of the run's last step that has one, on validation classes if the run has no test split; None if
+    there is none, or no whole one.
+    """
+    folder = RunFolder(run_directory)
+    steps = folder.evaluations() or folder.evaluations(of_validation=True)
     if not steps:
         return None
     try:

@@ -199,7 +199,7 @@ class StartedJobs:
         if status == 0:
             directory = self._sweep.folder / run.point.name
             evaluation, trained = last_evaluation(directory), trained_settings(directory)
-            if evaluation and trained and is_same_run(trained, run.config):
+            if (evaluation or not run.config.is_evaluated) and trained and is_same_run(trained, run.config):
                 return Result(run.point, "finished", evaluation, log=self._seen_from_sweep(log))
             return Result(run.point, "open", reason="trained under other settings, or its folder has changed")
         reason, failed_log = failure_in_logs(sorted(folder.glob(f"{job['job']}_*_log.out"), key=rank_of))

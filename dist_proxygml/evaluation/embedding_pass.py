@@ -46,10 +46,17 @@ class EmbeddingTable(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Images that are embedded, and where damaged ones are counted and skipped; else they are an error."""
+    """Images that are embedded.
+
+    Attributes:
+        index: they.
+        damage: where damaged ones are counted and skipped; None: they are an error.
+        seen: bool [C], which classes the model was trained on; None: unknown.
+    """
 
     index: ShardIndex
     damage: DamageLog | None = None
+    seen: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Queries(NamedTuple):
     rows: Float[np.ndarray, "q D"]  # rounded
     labels: Int[np.ndarray, " q"]
     own: Int[np.ndarray, " q"]  # position of the query itself in the gallery, or -1
+    cameras: Int[np.ndarray, " q"] | None = None
 
 
 class Gallery(NamedTuple):
@@ -89,10 +90,12 @@ class Gallery(NamedTuple):
     rows: Float[np.ndarray, "G D"]  # rounded
     members: Int[np.ndarray, " G"]  # positions sorted by label, then id
     starts: Int[np.ndarray, " C1"]  # where each label starts in `members`; one more for the end
+    cameras: Int[np.ndarray, " G"] | None = None  # images of a query's label and camera are left out of its ranking
 
 
 class RightAnswers(NamedTuple):
-    """The images of the queries' own classes, the queries themselves included where the gallery has them.
+    """The images of the queries' own classes, with those that are left out of the ranking: the query itself where the
+    gallery has it, and images by its own camera where there are cameras.
 
     Sorted by query, and for each query in the exact order.
     """
@@ -100,7 +103,7 @@ class RightAnswers(NamedTuple):
     query: Int[np.ndarray, " p"]  # row of the tile
     position: Int[np.ndarray, " p"]  # in the whole gallery
     score: Float[np.ndarray, " p"]  # exact
-    is_self: Bool[np.ndarray, " p"]
+    is_left_out: Bool[np.ndarray, " p"]
 
 
 class Limits(NamedTuple):
@@ -110,10 +113,17 @@ class Limits(NamedTuple):
     say: Callable[[str], object]
 
 
-def index_gallery(rows_GD: Float[np.ndarray, "G D"], labels_G: Int[np.ndarray, " G"], *, num_classes: int) -> Gallery:
+def index_gallery(
+    rows_GD: Float[np.ndarray, "G D"],
+    labels_G: Int[np.ndarray, " G"],
+    *,
+    num_classes: int,
+    cameras_G: Int[np.ndarray, " G"] | None = None,
+) -> Gallery:
     """Find the images of each label. Labels are 0 .. num_classes - 1."""
     counts_C = np.bincount(labels_G, minlength=num_classes)
-    return Gallery(rows_GD, np.argsort(labels_G, kind="stable"), np.concatenate([[0], np.cumsum(counts_C)]))
+    starts = np.concatenate([[0], np.cumsum(counts_C)])
+    return Gallery(rows_GD, np.argsort(labels_G, kind="stable"), starts, cameras_G)
 
 
 def find_right_answers(queries: Queries, gallery: Gallery) -> RightAnswers:
@@ -135,7 +145,11 @@ def find_right_answers(queries: Queries, gallery: Gallery) -> RightAnswers:
             scores_qR[:, columns] = scores_of_block(queries.rows[start:stop], gallery.rows[members[columns]])
     order_p = np.lexsort((position_p, -score_p, query_p))
     position_p = position_p[order_p]
-    return RightAnswers(query_p, position_p, score_p[order_p], position_p == queries.own[query_p])
+    is_left_out_p = position_p == queries.own[query_p]
+    if gallery.cameras is not None:
+        assert queries.cameras is not None
+        is_left_out_p |= gallery.cameras[position_p] == queries.cameras[query_p]
+    return RightAnswers(query_p, position_p, score_p[order_p], is_left_out_p)
 
 
 def count_wrong_before(

@@ -79,6 +79,7 @@ def measured(config: Config, index: ShardIndex, *, kmeans_seeds: int | None = No
         kmeans_seeds=tuple(range(wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds)),
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
+        exclude_same=wanted.excluded,
     )
 
 
@@ -130,7 +131,8 @@ def result_suffix(config: Config, own: Config, *, shards: str | None, digest: st
     if shards is None and settings == own_settings:
         return ""
     wanted = config.evaluation
-    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else []), config.data.test_split]
+    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else [])]
+    parts += [config.data.test_split] if config.data.test_split else []
     parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
     parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
     for said in (settings, own_settings):
@@ -150,4 +152,6 @@ def result_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(mode="json", include=wanted)
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
+    if settings["evaluation"]["exclude_same"] is None:  # the names of results from before it was a setting
+        del settings["evaluation"]["exclude_same"]
     return dict(settings)

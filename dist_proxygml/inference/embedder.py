@@ -91,7 +91,7 @@ class Embedder:
             config = load_run_config(run)
             trained.check_config(config, source=RunFolder(run).config)
             name, backbone, transform = config.name, config.backbone, config.data.test_transform
-            batch_size, test_split = config.evaluation.batch_size, config.data.test_split
+            batch_size, test_split = config.evaluation.batch_size, config.data.test_split or "test"
         with torch.random.fork_rng(devices=[]):  # its first weights are thrown away
             model = build_backbone(backbone, load_pretrained=False)
         load_backbone(trained.path, model)

@@ -104,7 +104,8 @@ def original_backbone(config: Config, folder: Path) -> EmbeddingModel:
 
 
 def check_images(config: Config, *, data: str | None = None) -> CheckImages:
-    """A sample of the run's test split; random images where its shards are not there.
+    """A sample of the run's test split, or of its training split if it has none; random images where its shards are
+    not there.
 
     Args:
         config: of the run.
@@ -114,7 +115,7 @@ def check_images(config: Config, *, data: str | None = None) -> CheckImages:
         ValueError: `data` cannot be opened, or an image is damaged.
     """
     try:
-        index = open_split(config, config.data.test_split, shards=data)
+        index = open_split(config, config.data.test_split or config.data.train_split, shards=data)
     except ValueError as problem:
         if data is not None:
             raise

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from dist_proxygml.data import builder
 from dist_proxygml.data.builder import BuildResult, build_shards, default_workers
-from dist_proxygml.data.datasets import SourceDataset, SourceImage, read_imagefolder
+from dist_proxygml.data.datasets import SourceDataset, SourceImage
+from dist_proxygml.data.imagefolder import read_imagefolder
 from dist_proxygml.data.images import ORIENTATION_TAG, opened, orientation
 from dist_proxygml.data.index import JOURNAL_FILE, open_index
 from dist_proxygml.data.pipeline import ShardImages

@@ -26,7 +26,7 @@ MISTAKES = {  # of each command, a few
         "info nowhere",
         "index nowhere",
         "build sop --root nowhere --out new",
-        "build sop --root . --out new --split-classes 2",
+        "build imagefolder --root nowhere --out new",
     ),
     "serve": ("--index nowhere --port 0", "--index nowhere --host 0.0.0.0"),
     "submit": ("--config nowhere.json --tasks-per-node 1",),

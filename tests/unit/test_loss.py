@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_proxygml import ProxyGMLLoss
+from dist_proxygml.head.reference import proxygml_loss
 from tests.problems import (
     ROUNDING,
     SELECTIONS,
@@ -233,6 +235,113 @@ def test_no_two_classes_start_with_the_same_proxies() -> None:
     assert len(proxies.unique(dim=0)) == 5000
 
 
+# Embeddings of any length and precision
+
+
+def raw_problem() -> tuple[Problem, torch.Tensor]:
+    problem = random_problem(num_classes=7, proxies_per_class=2, topk=6, regularization_weight=0.3, scale=3.0)
+    return problem, problem.embeddings * torch.linspace(0.1, 60, 7, dtype=torch.float64)[:, None]
+
+
+def test_embeddings_of_any_length_get_the_reference_s_loss_of_their_directions_and_its_gradient() -> None:
+    problem, raw = raw_problem()
+    results = []
+    for compute in (
+        build_loss(problem, normalize=True),
+        lambda rows, labels: proxygml_loss(
+            rows / rows.norm(dim=1, keepdim=True), labels, problem.proxies, topk=6, regularization_weight=0.3, scale=3.0
+        ),
+    ):
+        rows = raw.clone().requires_grad_()
+        total = compute(rows, problem.labels).total
+        total.backward()
+        assert rows.grad is not None
+        results.append((total.detach(), rows.grad))
+    assert relative_difference(results[0][0], results[1][0]) < ROUNDING
+    assert relative_difference(results[0][1], results[1][1]) < ROUNDING
+
+
+def test_embeddings_are_normalised_unless_the_caller_says_that_they_are() -> None:
+    torch.manual_seed(0)
+    raw, labels = torch.randn(5, 4), torch.arange(5)
+    expected = ProxyGMLLoss(6, 4, topk=3, normalize=False)(F.normalize(raw), labels).total
+    torch.testing.assert_close(ProxyGMLLoss(6, 4, topk=3)(50 * raw, labels).total, expected)
+
+
+def test_an_embedding_of_length_zero_gets_no_gradient_and_the_others_keep_theirs() -> None:
+    rows = torch.eye(4)[:3].clone()
+    rows[1] = 0
+    rows.requires_grad_()
+    loss = ProxyGMLLoss(6, 4, topk=3)
+    loss(rows, torch.tensor([0, 5, 2])).total.backward()
+    assert rows.grad is not None
+    assert rows.grad.isfinite().all()
+    assert rows.grad.any(dim=1).tolist() == [True, False, True]
+
+
+def test_an_embedding_whose_length_overflows_is_refused() -> None:
+    loss, embeddings, labels = good_batch()
+    with pytest.raises(ValueError, match="embeddings are too long"):
+        loss(1e30 * embeddings, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_precision_is_converted_to_that_of_the_proxies(dtype: torch.dtype, normalize: bool) -> None:
+    _, embeddings, labels = good_batch()
+    rows = embeddings.to(dtype)
+    grads = []
+    for batch in (rows.clone(), rows.float()):
+        loss = ProxyGMLLoss(6, 4, topk=3, normalize=normalize)
+        total = loss(batch.requires_grad_(), labels).total
+        total.backward()
+        assert total.dtype == torch.float32
+        assert batch.grad is not None
+        grads.append((total.detach(), batch.grad, loss.proxies.grad))
+    (half, half_grad, half_proxies), (single, single_grad, single_proxies) = grads
+    assert torch.equal(half, single)
+    assert torch.equal(half_proxies, single_proxies)
+    assert half_grad.dtype == dtype
+    assert torch.equal(half_grad, single_grad.to(dtype))
+
+
+def test_a_network_under_bfloat16_autocast_trains() -> None:
+    loss, images, labels = good_batch()
+    network = torch.nn.Linear(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings = network(images)
+        total = loss(embeddings, labels).total
+    assert embeddings.dtype == torch.bfloat16
+    total.backward()
+    assert network.weight.grad is not None
+    assert network.weight.grad.any()
+
+
+def test_embeddings_said_to_be_unit_rows_that_are_not_are_warned_about_once() -> None:
+    loss, embeddings, labels = ProxyGMLLoss(6, 4, topk=3, normalize=False), *good_batch()[1:]
+    embeddings[1] *= 4
+    with pytest.warns(UserWarning, match=r"normalize=False, got 1 of 3 rows .*up to 4\)") as caught:
+        loss(embeddings, labels)
+    assert Path(caught[0].filename) == Path(torch.nn.modules.module.__file__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(embeddings, labels)
+
+
+def test_unit_rows_rounded_to_bfloat16_are_unit_rows() -> None:
+    rows = F.normalize(torch.randn(200, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProxyGMLLoss(6, 64, topk=3, normalize=False)(rows, torch.zeros(200, dtype=torch.int64))
+
+
+def test_the_world_needs_a_process_group_and_no_other_group_goes_by_name() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        ProxyGMLLoss(6, 4, topk=3, group="world")
+    with pytest.raises(ValueError, match="'all'"):
+        ProxyGMLLoss(6, 4, topk=3, group="all")  # type: ignore[arg-type]
+
+
 # Bad batches
 
 
@@ -269,7 +378,6 @@ def test_wrong_shapes_and_types_are_refused_with_what_was_expected() -> None:
         (embeddings, labels[:2], r"\[3, 4\] and \[2\]"),
         (embeddings, labels[:, None], r"\[3, 1\]"),
         (embeddings.double(), labels, r"torch.float32.*torch.float64"),
-        (embeddings.half(), labels, r"torch.float16"),
         (embeddings, labels.int(), r"torch.int64.*torch.int32"),
         (embeddings, labels.float(), r"torch.int64.*torch.float32"),
         (embeddings[:0], labels[:0], "at least one image"),
