@@ -6,8 +6,8 @@
     content     flag u4 | label f4 | id u8 | id2 u8 | `flag` labels f4, of which the first counts | the image file
 
 Little-endian throughout (recordio.h of dmlc-core, image_recordio.h of mxnet). Where content has the magic at a multiple
-of 4, it is cut there: parts 1, 2, ..., 3 instead of 0, with the magic to be put back between them; that happens to a few
-images among millions. In the older form record 0 is a header without an image, whose first label says at
+of 4, it is cut there: parts 1, 2, ..., 3 instead of 0, with the magic to be put back between them; that happens to
+few images among millions. In the older form record 0 is a header without an image, whose first label says at
 which number images end and records of identities begin, also without an image; the newer form has images only.
 
 Chosen: a pass over the records' headers with NumPy on the mapped file, images read when their shard is written.
