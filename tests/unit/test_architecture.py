@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("storage",),
     ("config",),
-    ("protocols", "faults"),
+    ("protocols", "rules", "faults"),
 )
 
 OWNERS: dict[str, set[str]] = {
