@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from dist_proxygml.distributed.collectives import all_reduce_sum
 from dist_proxygml.distributed.parallel import ParallelContext, run_long, single_process
+from dist_proxygml.evaluation.exact import SCALE
 from dist_proxygml.protocols import far_metric
 
 SAME, DIFFERENT = 1, 0  # rows of counts
@@ -54,9 +55,9 @@ Blocks = Callable[[], Iterator[tuple[Tensor, int]]]
 class Pairs(NamedTuple):
     """Which images are compared: each two of `rows` once, or each row with each of `others`."""
 
-    rows: Float[np.ndarray, "r D"]  # rounded
+    rows: Float[np.ndarray, "r D"]  # unit rows, float32; rounded as they are used, so they may be mapped
     labels: Int[np.ndarray, " r"]
-    others: Float[np.ndarray, "c D"] | None = None  # rounded
+    others: Float[np.ndarray, "c D"] | None = None
     other_labels: Int[np.ndarray, " c"] | None = None
     own: Int[np.ndarray, " r"] | None = None  # the place of each row among the others, which it is not compared with
 
@@ -346,7 +347,7 @@ def _scores(pairs: Pairs, tile: tuple[int, int], context: ParallelContext) -> It
     own_starts = starts[context.rank :: context.world_size]
     for start in tqdm(own_starts, desc="comparing pairs", unit=" tiles", delay=5.0, disable=hidden):
         stop = min(start + tile[0], len(order_r))
-        rows_rD = torch.from_numpy(pairs.rows[order_r[start:stop]]).to(device).double()
+        rows_rD = _rounded(pairs.rows[order_r[start:stop]], device)
         # Columns of the rows' own classes; all others are pairs of different classes as a whole.
         first = start if is_within else int(np.searchsorted(label_c, label_r[start], side="left"))
         end = int(np.searchsorted(label_c, label_r[stop - 1], side="right"))
@@ -354,7 +355,7 @@ def _scores(pairs: Pairs, tile: tuple[int, int], context: ParallelContext) -> It
         for low, high, is_mixed in ((0, before, False), (first, end, True), (end, len(label_c), False)):
             for column in range(low, high, tile[1]):
                 place_c = np.arange(column, min(column + tile[1], high))
-                columns_cD = torch.from_numpy(columns[order_c[place_c]]).to(device).double()
+                columns_cD = _rounded(columns[order_c[place_c]], device)
                 scores_rc = rows_rD @ columns_cD.T
                 if not is_mixed:
                     yield scores_rc.view(-1), DIFFERENT
@@ -368,6 +369,11 @@ def _scores(pairs: Pairs, tile: tuple[int, int], context: ParallelContext) -> It
                 same_rc = label_c[place_c] == label_r[start:stop, None]
                 for kind in (DIFFERENT, SAME):
                     yield scores_rc[torch.from_numpy(counts_rc & (same_rc == bool(kind))).to(device)], kind
+
+
+def _rounded(rows_nD: np.ndarray, device: torch.device) -> Tensor:
+    """float64, multiples of 2^-26 as `round_rows` makes them; rounded rows stay as they are."""
+    return torch.from_numpy(rows_nD).to(device).double().mul_(SCALE).round_().mul_(1 / SCALE)
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------
