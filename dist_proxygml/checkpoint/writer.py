@@ -59,7 +59,7 @@ from dist_proxygml.distributed.parallel import ParallelContext, all_gather_objec
 from dist_proxygml.distributed.row_tensors import as_row_tensor
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
-from dist_proxygml.storage.files import in_words, remove
+from dist_proxygml.storage.files import describe_error, remove
 from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
 from dist_proxygml.storage.run_folder import step_name
 
@@ -353,7 +353,7 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
             run_on_rank_zero(context, publish_folder, partial, final)
         except AgreedError as error:
             # one text for all, while the old one still takes space
-            message = run_on_rank_zero(context, in_words, error, directory)
+            message = run_on_rank_zero(context, describe_error, error, directory)
             run_on_rank_zero(context, remove, partial)
             raise type(error)(message) from error
     # 3. update the pointer, then prune

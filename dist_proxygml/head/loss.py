@@ -57,6 +57,7 @@ from dist_proxygml.head.regularizer import (
 from dist_proxygml.head.selection import Exchange, num_kept_proxies, select_negatives
 from dist_proxygml.head.similarity import embedding_gradient, pair_similarities, proxy_gradient
 from dist_proxygml.head.traffic import cheapest_selection
+from dist_proxygml.rules import check_ratio_or_topk, check_sparse_gradient
 
 # How far from 1 the length of a unit row may be: rounding to bfloat16 changes it by up to 0.4 %.
 _UNIT_TOLERANCE = 0.01
@@ -166,15 +167,12 @@ class ProxyGMLLoss(nn.Module):
             raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
         if not memory_budget > 0:
             raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
-        if sparse and selection == "gather":
-            raise ValueError(
-                'expected selection "auto", "candidates" or "histogram" with a sparse gradient, got "gather": the '
-                "gradient of a gathered bank is dense; use sparse=False"
-            )
-        if sparse and regularization_weight > 0:
-            raise ValueError(
-                f"expected regularization_weight 0 with a sparse gradient, got {regularization_weight}: the "
-                "regulariser's gradient touches every proxy; use sparse=False"
+        if sparse:
+            check_sparse_gradient(
+                selection=selection,
+                regularization_weight=regularization_weight,
+                wanted_by="sparse=True",
+                instead="use sparse=False",
             )
         if not regularization_weight >= 0 or not scale > 0 or (regularization_anchors or 1) < 1:
             raise ValueError(
@@ -466,18 +464,19 @@ class ProxyGMLLoss(nn.Module):
         )
 
 
-def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | None, topk: int | None) -> int:
-    """k, from `topk` or `ratio` (default ratio 0.05), with N < k <= C*N.
+def checked_topk(
+    num_classes: int, proxies_per_class: int, *, ratio: float | None, topk: int | None, section: str = ""
+) -> int:
+    """k, from `topk` or `ratio` (default ratio 0.05), with N < k <= C*N; `section` precedes their names in errors.
 
     Raises:
         ValueError: both are given, a value is out of range, or k <= N.
     """
-    if ratio is not None and topk is not None:
-        raise ValueError(f"expected ratio or topk, got both (ratio={ratio}, topk={topk})")
+    check_ratio_or_topk(ratio, topk, section=section, at_least=0)
     if topk is None:
         ratio = 0.05 if ratio is None else ratio
         if not 0 < ratio <= 1:
-            raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
+            raise ValueError(f"expected {section}ratio above 0 and at most 1, got {ratio}; change it")
         topk = min(num_kept_proxies(num_classes, proxies_per_class, ratio), num_classes * proxies_per_class)
     num_proxies = num_classes * proxies_per_class
     if num_classes == 1:
@@ -486,11 +485,12 @@ def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | Non
             "gradient is 0; add classes"
         )
     if not proxies_per_class < topk <= num_proxies:
-        remedy = f"lower topk to at most {num_proxies}"
+        remedy = f"lower {section}topk to at most {num_proxies}"
         if topk <= proxies_per_class:
-            remedy = "raise the ratio" if ratio is not None else f"raise topk to at least {proxies_per_class + 1}"
+            at_least = f"topk to at least {proxies_per_class + 1}"
+            remedy = f"raise {section}{at_least if ratio is None else 'ratio'}"
         raise ValueError(
-            f"expected more than proxies_per_class = {proxies_per_class} and at most {num_proxies} kept proxies per "
+            f"expected more than {proxies_per_class} (proxies per class) and at most {num_proxies} kept proxies per "
             f"image, got k = {topk}: an image always keeps its own {proxies_per_class} proxies, and without a negative "
             f"every loss and gradient is 0; {remedy}"
         )
