@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -163,11 +164,12 @@ def _open_wandb(directory: Path, project: str, settings: dict[str, Any], known_i
 
     known_id = known_id or uuid.uuid4().hex[:12]
     options = {"project": project, "name": directory.name, "id": known_id, "resume": "allow", "config": settings}
-    options |= {"dir": directory, "settings": wandb.Settings(console="off", finish_timeout=_SECONDS_TO_UPLOAD / 2)}
+    options |= {"dir": directory, "settings": wandb.Settings(console="off", init_timeout=30, finish_timeout=300)}
     try:
         run = wandb.init(**options)
     except wandb.errors.Error as error:  # no key, or no network
         print(f"kept offline, send it with `wandb sync {directory / 'wandb'}/offline-run-*`: {error}", flush=True)
+        wandb.teardown()  # or the id would be in use
         run = wandb.init(**options, mode="offline")
     run.define_metric("*", step_metric="step")
     return _Run(known_id, lambda step, numbers: run.log({**numbers, "step": step}), run.finish)
@@ -249,4 +251,9 @@ def _main(name: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]))
+    try:
+        _main(sys.argv[1], Path(sys.argv[2]))
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
+        os._exit(1)  # without the library's exit handlers, which may wait for its server
