@@ -1,9 +1,9 @@
 """Logs of a run: metrics.jsonl, TensorBoard, a progress bar. Only rank 0 writes.
 
-metrics.jsonl is the record (one JSON object per line, appended, readable after a crash); TensorBoard shows the same
-numbers, and what training/board.py adds, in one folder even if a run is started several times. A resumed run removes
-the lines and points of steps that it will repeat. Nothing is measured on steps that are not logged, so that nothing
-waits for a GPU in between.
+metrics.jsonl is the record (one JSON object per line, appended, readable after a crash). TensorBoard shows the same
+numbers, and what training/board.py adds, in one folder even if a run is started several times; experiment trackers
+(trackers.py) get its curves. A resumed run removes the lines and points of steps that it will repeat. Nothing is
+measured on steps that are not logged, so that nothing waits for a GPU in between.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from dist_proxygml.distributed.memory import peak_memory
+from dist_proxygml.reporting.trackers import Trackers
 from dist_proxygml.storage.files import mend_log, paths_in
 from dist_proxygml.storage.run_folder import RunFolder
 
@@ -43,6 +44,8 @@ class Telemetry:
         self._enabled = enabled
         self.problems: list[str] = []
         """Messages about damaged lines in the earlier log."""
+        self.trackers: Trackers | None = None
+        """Get the numbers of TensorBoard's curves, too; ended by `close`."""
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
             folder = RunFolder(run_directory)
@@ -77,8 +80,7 @@ class Telemetry:
         numbers = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         numbers |= {"images_per_second": rate, **memory_gib()}
         self._write({"kind": "train", "step": step, "epoch": epoch, **numbers})
-        for name, value in numbers.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        self._draw({f"train/{name}": value for name, value in numbers.items()}, step)
         self._bar.set_description(f"epoch {epoch}", refresh=False)
         self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:,.0f} images/s", refresh=False)
 
@@ -86,8 +88,7 @@ class Telemetry:
         """Log the metrics of an evaluation after `step` steps, flushed to disk; `kind` says on which split."""
         if self._enabled:
             self._write({"kind": kind, "step": step, "epoch": epoch, **metrics})
-            for name, value in metrics.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._draw({f"{kind}/{name}": value for name, value in metrics.items()}, step)
         self.pause()
 
     def log_images(self, name: str, images: Tensor, step: int) -> None:
@@ -96,9 +97,9 @@ class Telemetry:
             self._board.add_images(name, images, step)
 
     def log_number(self, name: str, value: float, step: int) -> None:
-        """Log a point of a curve to TensorBoard only."""
+        """Log a point of a curve, which metrics.jsonl does not have."""
         if self._enabled:
-            self._board.add_scalar(name, value, step)
+            self._draw({name: value}, step)
 
     def log_values(self, name: str, values: Tensor, step: int) -> None:
         """Log a histogram of values, unless none is finite."""
@@ -162,6 +163,15 @@ class Telemetry:
             self._bar.close()
             self._board.close()
             self._lines.close()
+            if self.trackers is not None:
+                self.trackers.close()
+
+    def _draw(self, numbers: Mapping[str, float], step: int) -> None:
+        """Add a point to a curve each, by name."""
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self.trackers is not None:
+            self.trackers.log(step, numbers)
 
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")

@@ -31,6 +31,7 @@ from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.run import build_damage_log, open_gallery
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.reporting.trackers import Trackers
 from dist_proxygml.storage.lock import FolderLock
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.board import Board
@@ -104,6 +105,15 @@ def train(
             progress_bar=config.telemetry.progress_bar,
         ),
     )
+    settings = dict(flattened(config.model_dump(mode="json")))
+    if context.is_main and config.telemetry.trackers:
+        telemetry.trackers = Trackers(
+            config.telemetry.trackers,
+            run_directory,
+            project=config.telemetry.tracker_project,
+            settings=settings,
+            say=telemetry.say,
+        )
     for oddity in [*passed_over, *odd, *telemetry.problems]:
         telemetry.say(oddity)
     telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
@@ -133,7 +143,6 @@ def train(
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
-    settings = dict(flattened(config.model_dump(mode="json")))
     gallery = None if test_index is None else open_gallery(config, test_index)
     board = Board(state, telemetry, settings=settings, test_index=test_index, gallery=gallery)
     keep = Retention(
