@@ -93,8 +93,10 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
     settings = build_settings(seed=options.seed, samples_per_shard=options.samples_per_shard, resize=options.resize)
     if not options.overwrite:
         finished_build(options.out, dataset=options.dataset, settings=settings)
-    if options.split_classes is not None and options.dataset != "imagefolder":
-        raise ValueError(f"--split-classes is for imagefolder; {options.dataset} has a published split")
+    for name in ("split_classes", "allow_seen_classes"):
+        if getattr(options, name) and options.dataset != "imagefolder":
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for imagefolder; {options.dataset} has a published split")
     if os.path.realpath(options.out) == os.path.realpath(options.root):
         raise ValueError(f"expected another folder for the shards than that of the images, got {options.out} for both")
     if options.dataset == "imagefolder":
@@ -102,6 +104,7 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
             options.root,
             allow_partial=options.allow_partial,
             allow_empty=options.on_bad == "skip",
+            allow_seen_classes=options.allow_seen_classes,
             num_train_classes=options.split_classes,
         )
     return _READERS[options.dataset](options.root, allow_partial=options.allow_partial)
@@ -175,6 +178,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="imagefolder without splits: the first N classes train (default: half); also one with a class `train`",
+    )
+    build.add_argument(
+        "--allow-seen-classes",
+        action="store_true",
+        help="imagefolder: splits may share classes, such as new photos of known products "
+        "(train with evaluation.allow_seen_classes=true)",
     )
     build.add_argument(
         "--allow-partial",
