@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `deepspeed launchers/evaluate.py --run runs/demo_cpu`.
 
 With the run's own shards and number of threads this repeats the numbers of the training run to the last digit. One that
-was killed goes on with the images that it had not embedded yet.
+was killed resumes with the images that it had not embedded yet.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def main(given: Sequence[str] | None = None) -> None:
         build_damage_log,
         build_evaluation_model,
         evaluate_model,
+        result_suffix,
         store_evaluation,
-        what_is_other,
     )
     from dist_proxygml.reporting.page import format_metrics
     from dist_proxygml.storage.run_folder import RunFolder
@@ -100,7 +100,7 @@ def main(given: Sequence[str] | None = None) -> None:
     damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None
     own = load_run_config(arguments.run)
-    name = checkpoint.name + what_is_other(config, own, shards=arguments.data, digest=index.sha256)
+    name = checkpoint.name + result_suffix(config, own, shards=arguments.data, digest=index.sha256)
     if arguments.validation:
         name = f"validation-{name}"
     blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
@@ -148,6 +148,8 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         changed |= {"evaluation.protocol": protocol, "evaluation.gallery_split": None}
         if protocol not in LEGACY_PROTOCOLS:
             changed["evaluation.legacy_proxygml"] = False
+        if protocol in PROTOCOLS:
+            changed["evaluation.exclude_same"] = None  # the protocol says what is excluded
     if protocol in PROTOCOLS:
         changed["evaluation.recall_at"] = list(PROTOCOLS[protocol].recall_at)
         is_divided = PROTOCOLS[protocol].num_gallery is not None
@@ -163,7 +165,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def legacy_lines(metrics: Mapping[str, float]) -> list[str]:
-    """What the published evaluation would say, if it was asked."""
+    """Lines with the published evaluation's metrics, if they were computed."""
     return [
         f"{name.removeprefix('legacy_')} as in the published evaluation: {100 * value:.2f}"
         for name, value in metrics.items()

@@ -14,8 +14,7 @@ from jaxtyping import Bool
 
 from dist_proxygml.data.datasets import PUBLISHED_COUNTS
 from dist_proxygml.data.finding import Finding, run_check
-from dist_proxygml.data.index import INDEX_FILE, ClassEntry, ShardIndex, default_cache, open_index, read_index
-from dist_proxygml.data.remote import ShardCache, is_remote
+from dist_proxygml.data.index import INDEX_FILE, ClassEntry, ShardIndex, list_splits, open_index
 from dist_proxygml.data.shards import ShardReader
 
 _NUM_SAMPLED = 200  # images of each split whose bytes are read
@@ -36,16 +35,12 @@ def audit_shards(
     indices: dict[str, ShardIndex] = {}
 
     def opened() -> Iterator[Finding]:
-        root = Path(location)
         try:
-            if is_remote(location):
-                directory = cache_directory or default_cache()
-                root = ShardCache(location, directory, limit_bytes=cache_limit, is_typed=True).fetch_index()
-            document, _ = read_index(root)
+            names = list_splits(location, cache_directory=cache_directory, cache_limit=cache_limit)
         except (ValueError, OSError) as error:
             yield Finding("problem", "shards", str(error))
             return
-        for name in sorted(document["splits"], key=lambda name: (name != train_split, name)):
+        for name in sorted(names, key=lambda name: (name != train_split, name)):
             try:
                 index = open_index(
                     location, name, cache_directory=cache_directory, cache_limit=cache_limit, is_typed=True

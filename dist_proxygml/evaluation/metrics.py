@@ -1,6 +1,7 @@
 """Retrieval metrics from the ranks of right answers, clustering metrics from labels and clusters.
 
-    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself
+    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; with cameras also
+                   without those of its class by its own camera, as in re-identification (Zheng et al., ICCV 2015)
     R              number of its right answers
     Recall@K       1 if rank_1 <= K                              in the metric-learning sense: a hit rate
     R-Precision    #{j: rank_j <= R} / R
@@ -45,6 +46,22 @@ def count_positives(labels_n: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """R of every image when each is compared with all others: how many of them share its label."""
     _, class_n, counts = np.unique(labels_n, return_inverse=True, return_counts=True)
     return np.asarray(counts[class_n] - 1)
+
+
+def count_right_answers(
+    labels_n: Int[np.ndarray, " n"],
+    is_gallery_n: Bool[np.ndarray, " n"],
+    cameras_n: Int[np.ndarray, " n"] | None = None,
+) -> Int[np.ndarray, " n"]:
+    """R of every image when it asks: gallery images of its label but itself; with cameras those by other cameras."""
+
+    def in_gallery(groups_n: np.ndarray) -> np.ndarray:
+        _, group_n = np.unique(groups_n, axis=0, return_inverse=True)
+        return np.asarray(np.bincount(group_n[is_gallery_n], minlength=group_n.max(initial=-1) + 1)[group_n])
+
+    if cameras_n is None:
+        return in_gallery(labels_n) - is_gallery_n
+    return in_gallery(labels_n) - in_gallery(np.stack([labels_n, cameras_n], axis=1))
 
 
 def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"], *, num_queries: int) -> QueryScores:
@@ -104,8 +121,8 @@ def retrieval_metrics(
 def rank_without_first_column(
     query_p: Int[np.ndarray, " p"], place_p: Int[np.ndarray, " p"], *, num_queries: int
 ) -> Int[np.ndarray, " q"]:
-    """The first right answer of each query when "self" is left out by dropping the first of K + 1 results, as the
-    published evaluation of Stanford Online Products does; NEVER if there is none.
+    """Rank of the first right answer of each query, when "self" is excluded by dropping the first of K + 1 results as
+    the published evaluation of Stanford Online Products does; NEVER if there is none.
 
     Where a copy of the query comes first, the copy is dropped, and the query itself stays and counts as a right answer.
 

@@ -275,7 +275,7 @@ def _training_lines(path: Path) -> list[dict[str, Any]]:
     log = read_log(path, {"step": int, "kind": str})
     if log.odd:
         number, _, problem = log.odd[0]
-        warnings.warn(f"{path}: {len(log.odd)} lines are left out, the first is {number}: {problem}", stacklevel=2)
+        warnings.warn(f"{path}: {len(log.odd)} lines are skipped, the first is {number}: {problem}", stacklevel=2)
     by_step = {line["step"]: line for _, line in log.records if line["kind"] == "train"}
     return [by_step[step] for step in sorted(by_step)]
 

@@ -43,7 +43,7 @@ from dist_proxygml.training.evaluate import EvaluatedSplit
 from dist_proxygml.training.head_plan import HeadPlan, check_fits
 from dist_proxygml.training.loop import Loop, continue_at, load_state
 from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
-from dist_proxygml.training.run_folder import comparable_settings, lock_run, prepare_run_directory, where_to_continue
+from dist_proxygml.training.run_folder import comparable_settings, find_continuation, lock_run, prepare_run_directory
 from dist_proxygml.training.step import TrainState, build_train_state
 from dist_proxygml.training.transfer import Transfer, match_classes, open_transfer
 
@@ -81,7 +81,7 @@ def train(
     _check_same_data(data, test_index, context)
     locks: list[FolderLock] = []
     run_together(context, lock_run, context, run_directory, locks)
-    found, passed_over = run_on_rank_zero_for_long(context, where_to_continue, run_directory, resume)
+    found, passed_over = run_on_rank_zero_for_long(context, find_continuation, run_directory, resume)
     run_together(context, data.check, context)
     transfer = None if found else open_transfer(config, data.index, context)
 

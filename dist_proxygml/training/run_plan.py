@@ -72,7 +72,7 @@ class RunPlan:
         return self.checkpoint_bytes * self.num_checkpoints
 
     @property
-    def what_does_not_fit(self) -> str:
+    def shortage_message(self) -> str:
         """Error message for checkpoints that need more space than is free."""
         return (
             f"expected room for {self.num_checkpoints} checkpoints of {format_bytes(self.checkpoint_bytes)}, together "
