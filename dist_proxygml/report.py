@@ -110,7 +110,11 @@ def _compare(given: argparse.Namespace) -> None:
             listed = "; ".join(str(difference).removeprefix("versions.") for difference in small)
             of_whom = f" ({other.name})" if len(named) > 2 else ""
             print(f"note: also different{of_whom}, A | B: {printable(listed)}", file=sys.stderr)
-    reference = 0 if given.reference == "first" else best_of(named)
+    best = [0] if given.reference == "first" else best_of(named)
+    reference = best[0]
+    if len(best) > 1:
+        tied = ", ".join(named[number].name for number in best)
+        print(f"note: a tie for the best, the first of them is the reference: {printable(tied)}", file=sys.stderr)
     found = None
     if are_of_one_protocol and given.resamples:
         uncertainty = find_uncertainty(named, reference=reference, num_resamples=given.resamples, seed=given.seed)

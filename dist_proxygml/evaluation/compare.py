@@ -31,9 +31,15 @@ from dist_proxygml.evaluation.retrieval import Images, SearchOptions, retrieve
 from dist_proxygml.storage.files import is_folder, mode_of, read_document
 from dist_proxygml.storage.run_folder import RunFolder, step_name
 
-_NOT_OF_THE_PROTOCOL = ("versions.", "data.forward_batch_size", "data.weights", "data.preprocessing.size")
-_NOT_OF_THE_PROTOCOL += ("data.preprocessing.resize",)
+_NOT_OF_THE_PROTOCOL = (
+    "versions.",
+    "data.forward_batch_size",
+    "data.weights",
+    "data.preprocessing.size",
+    "data.preprocessing.resize",
+)
 _NOT_RECORDED_BEFORE = "classes."
+_BY_ID = "left out by id"  # as protocols say of the query itself
 _NOT_THERE = "(not there)"
 _MOST_CHARACTERS = 60
 
@@ -137,8 +143,8 @@ def image_difference(first: NamedResult, second: NamedResult) -> str | None:
     return f"{where}: all image files of this split are the same, but {INDEX_FILE} is not"
 
 
-def best_of(named: Sequence[NamedResult]) -> int:
-    """The first of the results with the highest Recall@1, or of whatever metric all have first.
+def best_of(named: Sequence[NamedResult]) -> list[int]:
+    """The results with the highest Recall@1, or of whatever metric all have first; several if they tie.
 
     Raises:
         ValueError: they have no metric in common.
@@ -147,7 +153,7 @@ def best_of(named: Sequence[NamedResult]) -> int:
     if not shared:
         raise ValueError("expected results with a common metric, got none; evaluate them again in the same way")
     scores = [other.result.metrics[shared[0]] for other in named]
-    return scores.index(max(scores))
+    return [number for number, score in enumerate(scores) if score == max(scores)]
 
 
 def find_uncertainty(
@@ -187,6 +193,8 @@ def _query_scores(named: NamedResult) -> tuple[dict[str, np.ndarray], np.ndarray
         raise ValueError(
             f"no embeddings of {named.name} are stored (a run keeps those of its newest evaluation of the test split)"
         )
+    if result.protocol.get("self", _BY_ID) != _BY_ID:
+        raise ValueError(f"{named.name} leaves out more than the query itself, which its embeddings do not tell")
     table = load_table(named.embeddings)
     labels_n, num = table.labels.numpy(), result.protocol.get("num", {})
     is_query_n = np.ones(len(labels_n), dtype=bool)
@@ -268,7 +276,7 @@ def _format_difference(
     points = f"{100 * (other - one):+.2f}"
     interval = None if found is None else found.intervals[number].get(metric)
     if interval is None:
-        return points
+        return f"{points} tie" if one == other else points
     shown = f"{points} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
     return f"{shown} tie" if interval.is_tie else shown
 

@@ -92,10 +92,9 @@ def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"],
 
 def query_metrics(scores: QueryScores, *, recall_at: Sequence[int]) -> dict[str, Float[np.ndarray, " q"]]:
     """The value of each query under the metrics that are means over queries, by name."""
-    found = {f"recall@{k}": scores.first_rank <= k for k in recall_at}
+    found = {f"recall@{k}": (scores.first_rank <= k).astype(np.float64) for k in recall_at}
     found |= {"r_precision": scores.r_precision, "map@r": scores.map_at_r}
-    found |= {"map": scores.map, "mrr": 1 / scores.first_rank}
-    return {name: np.asarray(values_q, dtype=np.float64) for name, values_q in found.items()}
+    return found | {"map": scores.map, "mrr": 1 / scores.first_rank}
 
 
 def retrieval_metrics(

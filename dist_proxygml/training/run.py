@@ -249,7 +249,8 @@ def _greeting(
 def _device_name(context: ParallelContext) -> str:
     if context.device.type == "cuda":
         return torch.cuda.get_device_name(context.device)
-    return f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    num_threads = torch.get_num_threads()
+    return f"CPU, {num_threads} {'thread' if num_threads == 1 else 'threads'} a rank"
 
 
 def _show(run_directory: Path, index: ShardIndex | None) -> None:
