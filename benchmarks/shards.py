@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dist_proxygml.data.builder import build_shards
-from dist_proxygml.data.datasets import read_imagefolder
+from dist_proxygml.data.imagefolder import read_imagefolder
 
 BAR = 0.8  # of tar's rate, with as many processes as cores
 IMAGES_PER_CLASS = 30

@@ -12,8 +12,9 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dist_proxygml.cli import add_options, at_least, build_parser, command, printable, run_command
 from dist_proxygml.data.builder import (
@@ -23,21 +24,16 @@ from dist_proxygml.data.builder import (
     default_workers,
     finished_build,
 )
-from dist_proxygml.data.datasets import (
-    SourceDataset,
-    read_cars196,
-    read_cub200,
-    read_imagefolder,
-    read_inshop,
-    read_sop,
-)
-from dist_proxygml.data.index import (
-    INDEX_FILE,
-)
+from dist_proxygml.data.datasets import SourceDataset
+from dist_proxygml.data.imagefolder import read_imagefolder
+from dist_proxygml.data.index import INDEX_FILE
+from dist_proxygml.data.published import read_cars196, read_cub200, read_inshop, read_sop
+from dist_proxygml.data.recordio import read_recordio
+from dist_proxygml.data.reid import read_market1501, read_msmt17
+from dist_proxygml.data.verification_sets import read_pairs
 from dist_proxygml.data.verify import describe_shards, index_shards, verify_shards
-from dist_proxygml.storage.files import in_words
+from dist_proxygml.storage.files import describe_error
 
-_READERS = {"cub200": read_cub200, "cars196": read_cars196, "sop": read_sop, "inshop": read_inshop}
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -61,18 +57,18 @@ def _build(options: argparse.Namespace) -> int:
         if problem.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f"no room to write on in {options.out}: {in_words(problem, options.out)}; what is finished is kept, and "
-            "the same command resumes"
+            f"no room to write on in {options.out}: {describe_error(problem, options.out)}; what is finished is kept, "
+            "and the same command resumes"
         ) from problem
     if result.already_there:
         print(f"nothing to do: {options.out} holds this build; --overwrite builds it again, should files have changed")
     if result.num_kept:
         print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
     if result.skipped:
-        print(printable(_told(result.skipped)), file=sys.stderr)
+        print(printable(_describe_skipped(result.skipped)), file=sys.stderr)
     if result.lost_classes:
         shown = ", ".join(map(repr, result.lost_classes[:20]))
-        print(f"{len(result.lost_classes)} classes have no image left and are left out: {shown}", file=sys.stderr)
+        print(f"{len(result.lost_classes)} classes have no image left and are skipped: {shown}", file=sys.stderr)
     if result.num_turned:
         print(
             f"viewers turn or mirror {result.num_turned} of the images (EXIF orientation), training and search see "
@@ -83,9 +79,9 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
-def _told(skipped: Sequence[UnusableImage]) -> str:
+def _describe_skipped(skipped: Sequence[UnusableImage]) -> str:
     first = "\n".join(f"  {image.where}: {image.reason}" for image in skipped[:20])
-    return f"{len(skipped)} images cannot be used and were left out; {INDEX_FILE} names them, the first are\n{first}"
+    return f"{len(skipped)} images cannot be used and were skipped; {INDEX_FILE} names them, the first are\n{first}"
 
 
 def _read_dataset(options: argparse.Namespace) -> SourceDataset:
@@ -93,18 +89,84 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
     settings = build_settings(seed=options.seed, samples_per_shard=options.samples_per_shard, resize=options.resize)
     if not options.overwrite:
         finished_build(options.out, dataset=options.dataset, settings=settings)
-    if options.split_classes is not None and options.dataset != "imagefolder":
-        raise ValueError(f"--split-classes is for imagefolder; {options.dataset} has a published split")
     if os.path.realpath(options.out) == os.path.realpath(options.root):
         raise ValueError(f"expected another folder for the shards than that of the images, got {options.out} for both")
-    if options.dataset == "imagefolder":
-        return read_imagefolder(
+    return _LAYOUTS[options.dataset].read(options)
+
+
+class _Layout(NamedTuple):
+    """A layout of raw data that can be built: a subcommand of `build`."""
+
+    help: str
+    root: str  # of the example
+    read: Callable[[argparse.Namespace], SourceDataset]
+    options: Mapping[str, Mapping[str, Any]] = {}  # of this layout alone, or changes to those of all
+
+
+def _published(name: str, root: str, read: Callable[..., SourceDataset]) -> _Layout:
+    return _Layout(
+        f"{name}, as published",
+        root,
+        lambda options: read(options.root, allow_partial=options.allow_partial),
+        {"--allow-partial": dict(help="leave out images that are missing; do not check the published counts")},
+    )
+
+
+_LAYOUTS = {
+    "cub200": _published("CUB-200-2011", "CUB_200_2011", read_cub200),
+    "cars196": _published("Cars196", "cars196", read_cars196),
+    "sop": _published("Stanford Online Products", "Stanford_Online_Products", read_sop),
+    "inshop": _published("In-Shop Clothes Retrieval", "In-shop", read_inshop),
+    "market1501": _published("Market-1501", "Market-1501-v15.09.15", read_market1501),
+    "msmt17": _published("MSMT17", "MSMT17_V1", read_msmt17),
+    "recordio": _Layout(
+        "record files of face recognition: train.rec and train.idx, with verification sets beside them",
+        "faces_emore",
+        lambda options: read_recordio(
+            options.root,
+            allow_partial=options.allow_partial,
+            num_train_classes=options.split_classes,
+            pairs=options.pairs,
+        ),
+        {
+            "--split-classes": dict(
+                type=int, metavar="N", help="the first N classes train, the others test (default: all train)"
+            ),
+            "--pairs": dict(
+                type=Path,
+                nargs="+",
+                default=(),
+                metavar="FILE",
+                help="verification sets (lfw.bin ...), there or beside train.rec; each becomes a split",
+            ),
+            "--allow-partial": dict(
+                action="store_true", help="leave out records without an image, accept missing ones"
+            ),
+        },
+    ),
+    "pairs": _Layout(
+        "verification sets of face recognition alone: *.bin",
+        "faces_emore",
+        lambda options: read_pairs(options.root),
+    ),
+    "imagefolder": _Layout(
+        "folders of images: SPLIT/CLASS/image or CLASS/image",
+        "photos",
+        lambda options: read_imagefolder(
             options.root,
             allow_partial=options.allow_partial,
             allow_empty=options.on_bad == "skip",
             num_train_classes=options.split_classes,
-        )
-    return _READERS[options.dataset](options.root, allow_partial=options.allow_partial)
+        ),
+        {
+            "--split-classes": dict(
+                type=int,
+                metavar="N",
+                help="without splits: the first N classes train (default: half); also one with a class `train`",
+            )
+        },
+    ),
+}
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -142,6 +204,25 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+# Of every layout, beside those that other commands have too.
+_BUILD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "--root": dict(type=Path, required=True, help="folder of the unpacked download"),
+    "--allow-partial": dict(
+        action="store_true", help="leave out images that are missing and classes without any; do not check counts"
+    ),
+    "--seed": dict(type=at_least(0), default=0, help="seed of the shuffle (default 0)"),
+    "--samples-per-shard": dict(type=at_least(1), default=500, metavar="N", help="images in a shard (default 500)"),
+    "--resize": dict(
+        type=at_least(1), metavar="SHORT", help="re-encode larger images with this shorter side in pixels"
+    ),
+    "--workers": dict(
+        type=at_least(1),
+        metavar="N",
+        help="processes that write (default: the usable cores, at most 8; 1 for few images)",
+    ),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser(
         "shard",
@@ -153,47 +234,25 @@ def _parser() -> argparse.ArgumentParser:
     build = build_parser(
         "build",
         "write the shards and the index of a raw data set",
-        "  python -m dist_proxygml.shard build sop --root downloads/Stanford_Online_Products --out shards/sop",
+        "  python -m dist_proxygml.shard build sop --root downloads/Stanford_Online_Products --out shards/sop\n"
+        "  python -m dist_proxygml.shard build imagefolder --help",
         within=commands,
     )
-    build.set_defaults(run=_build)
-    build.add_argument("dataset", choices=(*_READERS, "imagefolder"), help="layout of the raw data")
-    build.add_argument("--root", type=Path, required=True, help="folder of the unpacked download")
-    add_options(build, "--out", help="folder to write the shards to")
-    build.add_argument("--seed", type=at_least(0), default=0, help="seed of the shuffle (default 0)")
-    build.add_argument(
-        "--samples-per-shard", type=at_least(1), default=500, metavar="N", help="images in a shard (default 500)"
-    )
-    build.add_argument(
-        "--resize",
-        type=at_least(1),
-        metavar="SHORT",
-        help="re-encode larger images with this shorter side in pixels",
-    )
-    build.add_argument(
-        "--split-classes",
-        type=int,
-        metavar="N",
-        help="imagefolder without splits: the first N classes train (default: half); also one with a class `train`",
-    )
-    build.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="leave out images that are missing and classes without any; do not check published counts",
-    )
-    add_options(
-        build,
-        "--on-bad",
-        help="images that cannot be used: list them and fail (default), or decode every image first, leave them out "
-        "and name them in the index",
-    )
-    build.add_argument(
-        "--workers",
-        type=at_least(1),
-        metavar="N",
-        help="processes that write (default: the usable cores, at most 8; 1 for few images)",
-    )
-    add_options(build, "--overwrite", help="replace finished shards in --out")
+    layouts = build.add_subparsers(dest="dataset", required=True, metavar="LAYOUT", title="layouts of raw data")
+    for name, layout in _LAYOUTS.items():
+        example = f"  python -m dist_proxygml.shard build {name} --root {layout.root} --out shards/{name}"
+        one = build_parser(name, layout.help, example, within=layouts)
+        one.set_defaults(run=_build)
+        for option in dict.fromkeys(("--root", *layout.options, *_BUILD_OPTIONS)):
+            one.add_argument(option, **{**_BUILD_OPTIONS.get(option, {}), **layout.options.get(option, {})})
+        add_options(one, "--out", help="folder to write the shards to")
+        add_options(
+            one,
+            "--on-bad",
+            help="images that cannot be used: list them and fail (default), or decode every image first, leave them "
+            "out and name them in the index",
+        )
+        add_options(one, "--overwrite", help="replace finished shards in --out")
 
     for name, run, help, example in (
         ("verify", _verify, "check shards against their index", "--deep shards/sop"),

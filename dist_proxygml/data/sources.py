@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 from dist_proxygml.data.damage import Damage
-from dist_proxygml.data.datasets import IMAGE_SUFFIXES
+from dist_proxygml.data.datasets import IMAGE_SUFFIXES, is_hidden
 from dist_proxygml.data.images import decode_image, read_image_file
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, open_index
 from dist_proxygml.data.order import MicroBatch, evaluation_batches
@@ -243,11 +243,11 @@ def _image_names(root: Path) -> tuple[list[str], int]:
     seen = {os.path.realpath(root)}
     for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse_unreadable):
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(folders)}
-        folders[:] = [name for name in real if not _is_hidden(name) and real[name] not in seen]
+        folders[:] = [name for name in real if not is_hidden(name) and real[name] not in seen]
         seen.update(real[name] for name in folders)
         for file in files:
             name = os.path.relpath(os.path.join(folder, file), root)
-            if _is_hidden(file) or os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
+            if is_hidden(file) or os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
                 num_others += 1
                 continue
             try:
@@ -256,10 +256,6 @@ def _image_names(root: Path) -> tuple[list[str], int]:
                 raise ValueError(f"the name of {os.path.join(folder, file)!r} is not UTF-8; rename it") from None
             names.append(name)
     return sorted(names), num_others
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------

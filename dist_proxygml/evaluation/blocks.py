@@ -1,4 +1,4 @@
-"""What is embedded so far, on disk: an evaluation, or an `embed`, that was cut short resumes with what is missing.
+"""The finished part of an embedding pass on disk: an evaluation, or `embed`, that was interrupted resumes from it.
 
     runs/NAME/embeddings/step-000800.partial/test/000016-000031.block      of an evaluation
     embeddings/.NAME.partial/blocks/000016-000031.block                    of an `embed`
@@ -47,11 +47,11 @@ _MOST_BYTES = 1 << 28  # of rows that wait for the disk, besides those that are 
 
 
 class BlockFolder:
-    """Where a pass keeps what it has embedded until it is stored elsewhere; each split has a folder of its own in it.
+    """Folder for the embeddings of a pass until its result is stored; each split has a folder of its own in it.
 
     Args:
         path: the folder; it need not exist.
-        say: told on rank 0 what was found there.
+        say: called on rank 0 with messages about what was found there.
         seconds: work of a rank between two blocks, at least; 0 writes each batch before the next one is embedded.
     """
 
@@ -80,7 +80,7 @@ class Block(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What became of one file."""
+    """State of one file."""
 
     numbers: list[int]  # of its batches
     problem: str | None = None  # in what way its bytes are not those that were written
@@ -91,7 +91,7 @@ class EmbeddingBlocks:
     """The blocks of one pass over one split. Built on all ranks; a context manager around the pass.
 
     Args:
-        where: the folder, and who hears of it.
+        where: the folder, and where to report.
         split: name of the split.
         num_images, batch_size: of the pass.
         made_of: what a row depends on besides torch, by name, as JSON; asked for when it is needed.

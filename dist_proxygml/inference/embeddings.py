@@ -2,7 +2,7 @@
 
     embeddings.npy   float32 [n, D], unit rows; numpy.load maps it
     ids.jsonl        a line per row: {"id": "birds/wren.jpg"}, with label, class_name and sample where they are known
-    manifest.json    model, data, images that were left out, versions, bytes and sha256 of both files
+    manifest.json    model, data, images that were skipped, versions, bytes and sha256 of both files
 
 The folder is written from what `embed` has kept (evaluation/blocks.py). Before it is published every row is read again:
 finite and of length 1.
