@@ -1,4 +1,4 @@
-"""What the commands share: parsers, the options that several have, and how a command ends.
+"""Shared parts of the commands: parsers, common options, and how a command ends.
 
 A command is a parser and a function of what it parsed, called `main`; `run_command(main)` ends its process. What ranks
 do together ends by `distributed.parallel.run_launcher` instead, which knows who of them talks.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_proxygml.storage.files import in_words
+from dist_proxygml.storage.files import describe_error
 
 
 def build_parser(
@@ -111,7 +111,7 @@ def command(
     build_parser: Callable[[], argparse.ArgumentParser], *, stopped: str = "stopped"
 ) -> Callable[[Callable[[argparse.Namespace], int | None]], Callable[..., int]]:
     """Turn a function of what was parsed into one of the command line, which returns the exit status: 2 after a user's
-    mistake, told in one line, 130 after Ctrl-C, and then `stopped` is said.
+    mistake, reported in one line, 130 after Ctrl-C, with the message `stopped`.
     """
 
     def decorate(carry_out: Callable[[argparse.Namespace], int | None]) -> Callable[..., int]:
@@ -143,18 +143,18 @@ def printable(text: object) -> str:
 
 def refuse(error: Exception) -> int:
     """Print a user's mistake; returns the exit status for it."""
-    print(f"error: {printable(in_words(error))}", file=sys.stderr, flush=True)
+    print(f"error: {printable(describe_error(error))}", file=sys.stderr, flush=True)
     return 2
 
 
-def interrupted(told: str) -> int:
-    """Print what Ctrl-C has stopped; returns the exit status for it."""
-    print(told, file=sys.stderr, flush=True)
+def interrupted(message: str) -> int:
+    """Print the message after Ctrl-C; returns the exit status for it."""
+    print(message, file=sys.stderr, flush=True)
     return 130
 
 
 def outlive_readers() -> None:
-    """From now on what is printed goes nowhere once nobody reads it, as in `search ... | head`: a command comes to its
+    """Discard what is printed once nobody reads it, as in `search ... | head`: a command comes to its
     end, with its status, and what it was to write is there.
     """
     for name in ("stdout", "stderr"):

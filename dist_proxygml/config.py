@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
+from dist_proxygml.rules import check_gallery_split, check_ratio_or_topk, check_sparse_gradient
 
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
@@ -130,8 +131,10 @@ class DataConfig(_Section):
     )
     stream: StreamConfig | None = Field(None, description="Source of mode stream; evaluation reads data.shards.")
     train_split: SplitName = Field("train", description="Split of the index to train on.")
-    test_split: SplitName = Field(
-        "test", description="Split of the index to evaluate on; its classes are never trained."
+    test_split: SplitName | None = Field(
+        "test",
+        description="Split of the index to evaluate on; its classes are not trained, but for "
+        "evaluation.allow_seen_classes. null: only data.validation_classes are evaluated, if set.",
     )
     num_classes: int | None = Field(
         None,
@@ -305,10 +308,7 @@ class ProxiesConfig(_Section):
 
     @model_validator(mode="after")
     def _one_way_to_say_k(self) -> "ProxiesConfig":
-        if (self.ratio is None) == (self.topk is None):
-            raise ValueError(
-                f"expected exactly one of ratio and topk, got ratio={self.ratio} and topk={self.topk}; remove one"
-            )
+        check_ratio_or_topk(self.ratio, self.topk, section="proxies.", at_least=1)
         return self
 
 
@@ -421,7 +421,9 @@ class EvaluationConfig(_Section):
         1, ge=0, description="Evaluate every this many epochs, and after the last; 0 only after the last."
     )
     at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults early.")
-    raw_pixels: bool = Field(False, description="Also evaluate raw pixels at the start, as a baseline.")
+    raw_pixels: bool = Field(
+        False, description="Also evaluate raw pixels on the test split at the start, as a baseline."
+    )
     batch_size: int = Field(64, ge=1, description="Images per forward pass of one rank.")
     protocol: Literal["custom", "cub", "cars", "sop", "inshop", "market1501", "msmt17"] = Field(
         "custom",
@@ -441,7 +443,11 @@ class EvaluationConfig(_Section):
         description="camera: images of the query's class by its own camera are left out of its ranking "
         "(re-identification); market1501 and msmt17 do so.",
     )
-    allow_seen_classes: bool = Field(False, description="Accept a test split with classes that are also trained.")
+    allow_seen_classes: bool = Field(
+        False,
+        description="Accept a test split with trained classes, such as new photos of known products; results state the "
+        "numbers of seen and unseen classes.",
+    )
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
     legacy_proxygml: bool = Field(
         False, description="Also compute the published evaluation's metrics (cub, cars, sop), prefixed legacy_."
@@ -509,8 +515,8 @@ class EvaluationConfig(_Section):
             )
         if self.legacy_proxygml and self.protocol not in LEGACY_PROTOCOLS:
             raise ValueError(
-                f"legacy_proxygml reproduces the published evaluation of protocols cub, cars and sop, got protocol "
-                f"{self.protocol!r}; name one of them, or set it to false"
+                f"expected evaluation.protocol to be one of {', '.join(LEGACY_PROTOCOLS)} with legacy_proxygml, got "
+                f"{self.protocol!r}; name one of them, or set legacy_proxygml to false"
             )
         return self
 
@@ -536,7 +542,7 @@ class CheckpointConfig(_Section):
     keep_best: str | None = Field(
         None,
         description="Also keep the checkpoint with the best evaluation by this metric, such as recall@1, "
-        "on data.validation_classes if set, otherwise on the test split.",
+        "on data.validation_classes if set, otherwise on the test split; the newest if nothing is evaluated.",
     )
     init_from: str | None = Field(
         None,
@@ -660,6 +666,11 @@ class Config(_Section):
         return self.num_classes - self.num_validation_classes
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the run has images to evaluate: a test split or validation classes."""
+        return self.data.test_split is not None or self.data.validation_classes is not None
+
+    @property
     def run_directory(self) -> Path:
         """Folder of this run."""
         return Path(self.runs_dir) / self.name
@@ -709,16 +720,13 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sparse_adam_has_sparse_gradients(self) -> "Config":
-        weight = self.proxies.regularization_weight
-        if self.optimizer.proxies_rule == "sparse_adam" and weight > 0:
-            raise ValueError(
-                f"expected proxies.regularization_weight 0 for optimizer.proxies_name 'sparse_adam', got {weight}: the "
-                "regulariser gives every proxy a gradient; set it to 0, or proxies_name to rowwise_adagrad, sgd or adam"
-            )
-        if self.optimizer.proxies_rule == "sparse_adam" and self.proxies.selection == "gather":
-            raise ValueError(
-                "expected proxies.selection auto, candidates or histogram for optimizer.proxies_name 'sparse_adam', "
-                "got 'gather': the gradient of a gathered bank is dense; change one of them"
+        if self.optimizer.proxies_rule == "sparse_adam":
+            check_sparse_gradient(
+                selection=self.proxies.selection,
+                regularization_weight=self.proxies.regularization_weight,
+                section="proxies.",
+                wanted_by='optimizer.proxies_name "sparse_adam"',
+                instead="set proxies_name to rowwise_adagrad, sgd or adam",
             )
         return self
 
@@ -730,11 +738,22 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _queries_are_not_their_own_gallery(self) -> "Config":
-        if self.evaluation.gallery_split == self.data.test_split:
+        check_gallery_split(
+            self.evaluation.gallery_split,
+            query_split=self.data.test_split,
+            setting="evaluation.gallery_split",
+            of="data.test_split",
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _a_test_split_is_there_where_it_is_needed(self) -> "Config":
+        evaluation = self.evaluation
+        needing = {"protocol": evaluation.protocol != "custom", "gallery_split": evaluation.gallery_split is not None}
+        for name in (name for name, is_set in needing.items() if is_set and self.data.test_split is None):
             raise ValueError(
-                f"expected evaluation.gallery_split to be another split than data.test_split, got "
-                f"{self.data.test_split!r} for both, where every query would find itself; remove gallery_split to "
-                "search each image among all others"
+                f"expected data.test_split with evaluation.{name} {getattr(evaluation, name)!r}, got null; name the "
+                f"split, or set evaluation.{name} to {'custom' if name == 'protocol' else 'null'}"
             )
         return self
 
@@ -831,7 +850,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold one JSON object, got {type(raw).__name__}")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8" and not json.dumps(raw, ensure_ascii=False).isascii():
         raise ValueError(
@@ -939,7 +958,12 @@ def _check_deepspeed_values(section: Mapping[str, Any]) -> None:
         raise ValueError(f"expected deepspeed.zero_optimization.stage 0, 1, 2 or 3, got {stage!r}; change it")
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set a key of a configuration that is still a dictionary: `a.b=value`, as `load_config` does.
+
+    Raises:
+        ValueError: it is no such text, or its value cannot be read.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"--set expects KEY=VALUE such as proxies.ratio=0.1, got {override!r}")

@@ -58,9 +58,9 @@ def main(given: argparse.Namespace) -> None:
     left_out = manifest["left_out"]
     if left_out:
         shown = "\n".join(f"  {damage['image']}: {damage['reason']}" for damage in left_out[:20])
-        print(f"{len(left_out)} images cannot be used and were left out:\n{printable(shown)}", file=sys.stderr)
+        print(f"{len(left_out)} images cannot be used and were skipped:\n{printable(shown)}", file=sys.stderr)
     num_repeated = manifest["num_rows"] - manifest["num_ids"]
-    if num_repeated:  # under an index that was made before keys were told apart
+    if num_repeated:  # under an index that was made before keys were distinguished
         print(
             f"warning: {num_repeated:,} embeddings have the id of another; make the index again with `python -m "
             f"dist_proxygml.shard index {given.data}`, then embed again with --overwrite",

@@ -56,7 +56,7 @@ def main(given: argparse.Namespace) -> int:
     from dist_proxygml.inference.export_folder import export
 
     try:
-        told = export(
+        summary = export(
             given.run,
             given.out,
             checkpoint=given.checkpoint,
@@ -69,7 +69,7 @@ def main(given: argparse.Namespace) -> int:
     except ExportDiffersError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1
-    print(printable(told))
+    print(printable(summary))
     return 0
 
 

@@ -82,7 +82,7 @@ def own_faults() -> tuple[Fault, ...]:
 
 
 def fault_point(point: str) -> bool:
-    """A place where this process may be told to fail.
+    """Point at which this process may be made to fail.
 
     Returns:
         Whether the caller is to make its numbers NaN.

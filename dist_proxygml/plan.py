@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"{plan}\n{rest}", flush=True)
     check_fits(config, plan, memory=memory, device=given.device)
     if rest.needed_bytes > rest.free_bytes:
-        raise DoesNotFitError(rest.what_does_not_fit)
+        raise DoesNotFitError(rest.shortage_message)
     say(f"the head fits into {format_bytes(memory)}", flush=True)
     if given.measure:
         say(rehearse(config, join_world()).describe(config, rest))

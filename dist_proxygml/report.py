@@ -22,7 +22,7 @@ COMPARE_EXAMPLES = """\
 
 A run stands for its last evaluation. Results that hold under different protocols (other images, other preparation,
 other rules) are refused with exit code 2, and what differs is printed; versions of packages, the precision of the
-weights and the number of images in a forward pass are only told of.
+weights and the number of images in a forward pass are only reported.
 """
 
 

@@ -32,7 +32,7 @@ from dist_proxygml.data.recordio import read_recordio
 from dist_proxygml.data.reid import read_market1501, read_msmt17
 from dist_proxygml.data.verification_sets import read_pairs
 from dist_proxygml.data.verify import describe_shards, index_shards, verify_shards
-from dist_proxygml.storage.files import in_words
+from dist_proxygml.storage.files import describe_error
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -57,18 +57,18 @@ def _build(options: argparse.Namespace) -> int:
         if problem.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f"no room to write on in {options.out}: {in_words(problem, options.out)}; what is finished is kept, and "
-            "the same command resumes"
+            f"no room to write on in {options.out}: {describe_error(problem, options.out)}; what is finished is kept, "
+            "and the same command resumes"
         ) from problem
     if result.already_there:
         print(f"nothing to do: {options.out} holds this build; --overwrite builds it again, should files have changed")
     if result.num_kept:
         print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
     if result.skipped:
-        print(printable(_told(result.skipped)), file=sys.stderr)
+        print(printable(_describe_skipped(result.skipped)), file=sys.stderr)
     if result.lost_classes:
         shown = ", ".join(map(repr, result.lost_classes[:20]))
-        print(f"{len(result.lost_classes)} classes have no image left and are left out: {shown}", file=sys.stderr)
+        print(f"{len(result.lost_classes)} classes have no image left and are skipped: {shown}", file=sys.stderr)
     if result.num_turned:
         print(
             f"viewers turn or mirror {result.num_turned} of the images (EXIF orientation), training and search see "
@@ -79,9 +79,9 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
-def _told(skipped: Sequence[UnusableImage]) -> str:
+def _describe_skipped(skipped: Sequence[UnusableImage]) -> str:
     first = "\n".join(f"  {image.where}: {image.reason}" for image in skipped[:20])
-    return f"{len(skipped)} images cannot be used and were left out; {INDEX_FILE} names them, the first are\n{first}"
+    return f"{len(skipped)} images cannot be used and were skipped; {INDEX_FILE} names them, the first are\n{first}"
 
 
 def _read_dataset(options: argparse.Namespace) -> SourceDataset:

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command(
     _parser,
-    stopped="not followed any more; jobs in the queue go on, and the same command resumes them",
+    stopped="no longer followed; queued jobs continue, and the same command resumes them",
 )
 def main(given: argparse.Namespace) -> int:
     """Train or report; returns the exit status: 0; 1 if a run has not finished or will never start."""

@@ -1,7 +1,7 @@
 """Train a model: `deepspeed launchers/train.py --config configs/demo_cpu.json`.
 
 The deepspeed launcher starts one process per rank; plain python is one rank. Exit status: 0 done, 2 a mistake in what
-was asked for, 65 the numbers stay NaN, 75 stopped by a signal or a step that hung (start it again and it goes on), 1
+was asked for, 65 the numbers stay NaN, 75 stopped by a signal or a step that hung (start it again to resume), 1
 anything else.
 """
 

@@ -5,7 +5,7 @@
     6 npm packages of SVG -> rasterised at 128 px -> averaged to 64 px on white -> 64-colour PNG
 
 Kept are emoji drawn by at least 4 of the 6 sets; identical and blank drawings, skin tones, gendered
-and directional variants are left out. Classes are sorted by the sha1 of their name: the first half
+and directional variants are excluded. Classes are sorted by the sha1 of their name: the first half
 trains, the second half is never seen in training.
 
 Chosen: six sets under Apache-2.0, MIT and CC-BY-4.0, each pinned by version and sha256, so that the
@@ -417,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command(_parser, stopped="stopped; the same command goes on with what is finished")
+@command(_parser, stopped="stopped; the same command resumes")
 def main(given: argparse.Namespace) -> None:
     """Draw, write, and say what there is."""
     if not given.overwrite:  # before it draws: is there another build?

@@ -141,7 +141,7 @@ def parse_minutes(limit: str) -> int:
         raise ValueError(f"expected --time in minutes, HH:MM:SS or D-HH:MM:SS, got {limit!r}")
     days, _, clock = limit.rpartition("-")
     numbers = [int(number) for number in clock.split(":")]
-    if days:  # hours come first, whatever is left out
+    if days:  # hours come first, whatever is omitted
         hours, minutes, seconds = (*numbers, 0, 0)[:3]
     else:  # one or two numbers begin with minutes
         hours, minutes, seconds = numbers if len(numbers) == 3 else (0, *numbers, 0)[:3]
@@ -152,7 +152,7 @@ def parse_minutes(limit: str) -> int:
 
 
 def jobs_directory(config: Config) -> Path:
-    """Where logs and submission files of a run lie: beside its folder, which a new run of its name moves aside."""
+    """Folder of a run's logs and submission files: beside that of the run, which a new run of its name moves aside."""
     return config.run_directory.with_name(f"{config.name}.jobs").absolute()
 
 
@@ -261,7 +261,7 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def check_start(config: Config, *, num_ranks: int, uses_gpus: bool) -> None:
-    """Find what the job's start would find, before it waits in a queue.
+    """Find mistakes that the job's start would find, before it waits in a queue.
 
     Raises:
         ValueError: as `check_run`.

@@ -353,6 +353,19 @@ def open_index(
     return _open_split(root, split, document["dataset"], splits[split], digest, remote)
 
 
+def list_splits(
+    location: str | Path, *, cache_directory: Path | None = None, cache_limit: int | None = None
+) -> list[str]:
+    """List the splits of a local or remote folder of shards that the user named, sorted. Raises ValueError as
+    `open_index`.
+    """
+    root = Path(location)
+    if is_remote(str(location)):
+        cache = ShardCache(str(location), cache_directory or default_cache(), limit_bytes=cache_limit, is_typed=True)
+        root = cache.fetch_index()
+    return sorted(read_index(root)[0]["splits"])
+
+
 def read_index(root: Path) -> tuple[dict[str, Any], str]:
     """Read `index.json` and its sha256.
 

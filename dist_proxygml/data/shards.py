@@ -205,7 +205,7 @@ def list_shard(
 
 
 def _no_tar(content: mmap.mmap, problem: Exception) -> str:
-    """What to say of a file that tarfile cannot read."""
+    """Message about a file that tarfile cannot read."""
     for mark, (kind, remedy) in _PACKED.items():
         if content[: len(mark)] == mark:
             return f"expected a plain tar, got {kind}; {remedy}"

@@ -158,7 +158,7 @@ def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> li
 
 
 def verify_shards(root: Path, *, deep: bool = False, quiet: bool = False) -> list[str]:
-    """What is wrong with a folder of shards, one sentence each; empty when it is sound.
+    """List the problems of a folder of shards, one sentence each; none when it is sound.
 
     Plain: index, tables, pairs, presence and size of the shards. Deep: also the sha256 of every
     shard, the crc32 and label of every sample, and that every image decodes.
@@ -221,7 +221,7 @@ def describe_shards(root: Path) -> str:
     skipped = build.pop("skipped", [])
     lines = [f"{root}: {document['dataset']}, index {digest[:12]}, built with {build}"]
     if skipped:
-        lines.append(f"{len(skipped)} images could not be used and were left out; {root / INDEX_FILE} names them")
+        lines.append(f"{len(skipped)} images could not be used and were skipped; {root / INDEX_FILE} names them")
     for split in document["splits"]:
         index = open_index(root, split)
         counts = np.bincount(index.labels, minlength=index.num_classes)

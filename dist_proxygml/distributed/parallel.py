@@ -25,7 +25,7 @@ from dist_proxygml.cli import interrupted, outlive_readers, refuse
 from dist_proxygml.distributed.collectives import AgreedError, gather_objects
 from dist_proxygml.distributed.slurm import process_variables
 from dist_proxygml.faults import fault_point
-from dist_proxygml.storage.files import in_words, is_about_space
+from dist_proxygml.storage.files import describe_error, is_about_space
 
 T = TypeVar("T")
 
@@ -162,7 +162,9 @@ def run_together(context: ParallelContext, function: Callable[..., T], *args: ob
     try:
         result = function(*args)
     except (ValueError, OSError) as error:
-        failure = in_words(error) if context.world_size == 1 else f"{in_words(error)} (on rank {context.rank})"
+        failure = (
+            describe_error(error) if context.world_size == 1 else f"{describe_error(error)} (on rank {context.rank})"
+        )
     failures = all_gather_object(context, failure)
     first = next((message for message in failures if message is not None), None)
     if first is not None:
@@ -244,7 +246,7 @@ def run_launcher(main: Callable[[], object]) -> NoReturn:
 
 
 def status_of(main: Callable[[], object]) -> int:
-    """The exit status of a launcher's body, when what is to be said of it is said. Our own errors are raised."""
+    """Exit status of a launcher's body, after its messages have been printed. Our own errors are raised."""
     speaks = os.environ.get("RANK", "0") == "0"
     status = 0
     try:
@@ -260,11 +262,13 @@ def status_of(main: Callable[[], object]) -> int:
         return int(getattr(error, "status", 2))
     except Exception as ending:
         if is_about_space(str(ending)):
-            print(f"error: {in_words(ending)} (on rank {os.environ.get('RANK', '0')})", file=sys.stderr, flush=True)
+            print(
+                f"error: {describe_error(ending)} (on rank {os.environ.get('RANK', '0')})", file=sys.stderr, flush=True
+            )
             return 2
         is_early = isinstance(ending, RuntimeError) and (_is_starting() or not dist.is_initialized())
-        if is_early and (told := _missing_peer(ending)):
-            print(told, file=sys.stderr, flush=True)
+        if is_early and (message := _missing_peer(ending)):
+            print(message, file=sys.stderr, flush=True)
             return STOPPED_STATUS
         if not hasattr(ending, "status"):
             raise

@@ -1,4 +1,4 @@
-"""What an embedding pass has finished so far, on disk: a pass that was cut short goes on where it stopped.
+"""The finished part of an embedding pass on disk: an interrupted pass resumes where it stopped.
 
     runs/NAME/embeddings/step-000800.partial/test/000016-000031.block
         sha256 of what follows, then safetensors: ids, labels, embeddings; batch numbers, damaged images, key
@@ -11,8 +11,8 @@ bytes are not those that were written is reported, removed, and its images are e
 Chosen: a rank writes by the clock, when a quarter of a second and a fiftieth of the time that the pass has taken are
 not on disk yet. So a kill costs a fiftieth of the work, an hour is about 300 files, and a pass of no time leaves no
 trace. A thread does it, so that the network does not wait for the disk. Declined: blocks of so many images, which are
-minutes of work on one machine and milliseconds on another. A block that cannot be written is told of and done without:
-it would only have saved time.
+minutes of work on one machine and milliseconds on another. A block that cannot be written is reported and skipped: it
+would only have saved time.
 
 Dimension key: b images of some batches, D embedding.
 """
@@ -43,11 +43,11 @@ _SHARE_AT_RISK = 0.02  # of the time that a pass has taken: so much is not on di
 
 
 class BlockFolder:
-    """Where an evaluation keeps what it has embedded until it is stored; each split has a folder of its own in it.
+    """Folder for the embeddings of an evaluation until its result is stored; each split has a folder of its own in it.
 
     Args:
         path: the folder; it need not exist.
-        say: told on rank 0 what was found there.
+        say: called on rank 0 with messages about what was found there.
         seconds: work of a rank between two blocks, at least; 0 writes each batch before the next one is embedded.
     """
 
@@ -76,7 +76,7 @@ class Block(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What became of one file."""
+    """State of one file."""
 
     numbers: list[int]  # of its batches
     problem: str | None = None  # in what way its bytes are not those that were written
@@ -87,7 +87,7 @@ class EmbeddingBlocks:
     """The blocks of one pass over one split. Built on all ranks; a context manager around the pass.
 
     Args:
-        where: the folder, and who hears of it.
+        where: the folder, and where to report.
         split: name of the split.
         key: of this pass, as `pass_key`; asked for when it is needed.
         context: this process among its peers.

@@ -2,7 +2,7 @@
 
 Two numbers can be compared if they hold under one protocol: the same images, preparation, rules and settings. What
 differs is named entry by entry. Versions of packages, the number of images in a forward pass and the precision of the
-weights are told and do not count: they move numbers, not meanings, and a result would otherwise be comparable with
+weights are reported and do not count: they move numbers, not meanings, and a result would otherwise be comparable with
 nothing after any upgrade. A change of what a metric means has an entry of its own.
 """
 

@@ -3,7 +3,7 @@ table.
 
 Each rank embeds the batches that its loader gives it; the rows are gathered, sorted by sample id
 and checked, so every rank ends with the same table. What is embedded can be kept on disk (blocks.py),
-so that a pass that is cut short goes on later. No padding and no sampler that repeats images
+so that an interrupted pass resumes later. No padding and no sampler that repeats images
 to make ranks even: repeated rows are sure hits in a gallery. Rows are brought to unit length in
 float32 outside autocast, whatever precision the forward pass ran in.
 
@@ -41,20 +41,27 @@ class EmbeddingTable(NamedTuple):
 
     embeddings: Tensor  # float32 [n, D], unit rows, on the CPU
     labels: Tensor  # int64 [n]
-    ids: Tensor  # int64 [n], ascending: 0 .. n - 1 unless damaged images were left out
+    ids: Tensor  # int64 [n], ascending: 0 .. n - 1 unless damaged images were skipped
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images that are embedded, and where damaged ones are counted and left out; else they are an error."""
+    """Images that are embedded.
+
+    Attributes:
+        index: they.
+        damage: where damaged ones are counted and skipped; None: they are an error.
+        seen: bool [C], which classes the model was trained on; None: unknown.
+    """
 
     index: ShardIndex
     damage: DamageLog | None = None
+    seen: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How images become rows.
+    """Settings of the pass from images to rows.
 
     Attributes:
         transform: how an image becomes a row of a batch.
@@ -72,7 +79,7 @@ class PassSettings:
 
 @dataclass(frozen=True)
 class PassHooks:
-    """What a pass is stopped by, and who hears of it.
+    """Requests to stop, stored blocks and progress messages of a pass.
 
     Attributes:
         signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
@@ -164,7 +171,7 @@ def embed(
         numbers: with `blocks`, the number of each batch of `loader`.
 
     Raises:
-        StopRequested: on every rank, when one was told to stop.
+        StopRequested: on every rank, when one was asked to stop.
         ValueError: on every rank, when an id is missing, repeated or out of range, when an embedding is zero or not
             finite, or when more images are damaged than `damage` allows.
     """
@@ -235,7 +242,7 @@ def check_table(
     }
     for problem, (bad_n, remedy) in unusable.items():
         if bad_n.any():
-            bad = table.ids[bad_n]  # other numbers than those of the rows, where images were left out
+            bad = table.ids[bad_n]  # other numbers than those of the rows, where images were skipped
             first = "" if describe is None else f", the first is {describe(int(bad[0]))}"
             raise AgreedError(
                 f"the embeddings of {bad.numel()} of {num_samples} images are {problem} (ids "

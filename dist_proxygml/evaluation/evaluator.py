@@ -5,7 +5,7 @@ Every rank embeds its part of the images; ranks are counted on all of them (`ret
 with one rounding, and the k-means seeds shared out. Everything after the forward pass is float32 outside autocast,
 exact float64, or integers.
 
-Images of classes without another one in the gallery have no right answer: left out as queries, kept in the gallery as
+Images of classes without another one in the gallery have no right answer: skipped as queries, kept in the gallery as
 distractors, and counted. Metrics are fractions; only what is printed for people shows percent.
 
 `legacy_proxygml` adds the numbers that the authors' published evaluation gives, under names of their own. It differs:
@@ -39,6 +39,7 @@ from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions,
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import check_counts
+from dist_proxygml.rules import check_gallery_split
 from dist_proxygml.storage.files import parse_json
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")
@@ -46,7 +47,7 @@ LEGACY_SEED = 1234  # faiss's own, which the published run on Stanford Online Pr
 
 
 class Settings(NamedTuple):
-    """What a number depends on besides the model and the images; recorded in every result."""
+    """Settings that determine the numbers, besides the model and the images; recorded in every result."""
 
     recall_at: tuple[int, ...] = (1, 2, 4, 8)
     kmeans_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # none: no clustering
@@ -55,6 +56,27 @@ class Settings(NamedTuple):
     protocol: str = "custom"
     legacy_proxygml: bool = False
     exclude_same: str | None = None  # "camera": images of the query's class by its own camera are no answers
+
+
+class ClassSet(NamedTuple):
+    """How many of the evaluated classes the model was trained on."""
+
+    num_seen: int
+    num_unseen: int
+
+    @property
+    def kind(self) -> str:
+        """closed: all of them; open: none; mixed: some."""
+        return "open" if not self.num_seen else "mixed" if self.num_unseen else "closed"
+
+    def __str__(self) -> str:
+        counts = {"seen": self.num_seen, "unseen": self.num_unseen}
+        shown = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        return f"{shown} classes ({self.kind} set)"
+
+    def as_entry(self) -> dict[str, Any]:
+        """The entry of a result's protocol."""
+        return {"set": self.kind, "seen": self.num_seen, "unseen": self.num_unseen}
 
 
 class Roles(NamedTuple):
@@ -71,14 +93,15 @@ class EvaluationResult:
     Attributes:
         metrics: fractions by name: recall@K for each K, r_precision, map@r, map, mrr, precision@1_macro; with
             clustering nmi, ami, f1 (means over the seeds) and nmi_sd, ... (sample standard deviations, 0 for one seed);
+            where some classes were trained, recall@1_seen and recall@1_unseen of the queries of either kind;
             legacy_recall@K and legacy_nmi where they were asked for.
         bounds: of each retrieval metric, and of recall@1 in any case: if every tie went wrong, if every tie went right.
         num_images: evaluated images, queries and gallery together.
         num_classes: classes with at least one image.
         num_queries: queries with a right answer in the gallery.
-        num_lone: queries without one, which are left out; with every image against all others also the number of
+        num_lone: queries without one, which are skipped; with every image against all others also the number of
             classes with one image.
-        num_damaged: damaged images of the split, left out altogether.
+        num_damaged: damaged images of the split, skipped altogether.
         protocol: what two results must share to be compared.
         table: the embeddings that were evaluated; not part of the JSON nor of equality.
     """
@@ -97,6 +120,12 @@ class EvaluationResult:
     def recall_at_1_bounds(self) -> tuple[float, float]:
         """Recall@1 if every tie went wrong and if every tie went right."""
         return self.bounds["recall@1"]
+
+    @property
+    def class_set(self) -> ClassSet | None:
+        """How many classes were trained; None: unknown, or stored before this was recorded."""
+        found = self.protocol.get("classes")
+        return None if found is None else ClassSet(found["seen"], found["unseen"])
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +160,9 @@ class EvaluationResult:
                 document["bounds"] = {"recall@1": document["recall_at_1_bounds"]}
             if not all(isinstance(value, int | float) for value in document["metrics"].values()):
                 raise TypeError("a metric is no number")
+            counted = document["protocol"].get("classes", {"seen": 0, "unseen": 0})
+            if not all(type(counted[name]) is int for name in ("seen", "unseen")):
+                raise TypeError("a number of classes is no number")
             return cls(
                 metrics=dict(document["metrics"]),
                 bounds={name: (low, high) for name, (low, high) in document["bounds"].items()},
@@ -169,13 +201,13 @@ def evaluate(
         embedding: how they become rows.
         context: this process among its peers.
         gallery: the split that is searched, with the same classes; None: the split itself. Its images follow those of
-            `split` in the table, with ids that go on from theirs.
+            `split` in the table, with ids that continue theirs.
         settings: what to measure; the numbers of images and classes of a published protocol are insisted on.
         options: how to search; no number depends on it.
-        hooks: what it is stopped by, and who hears of it. With blocks an evaluation that is cut short goes on.
+        hooks: requests to stop, blocks and progress messages. With blocks an interrupted evaluation resumes.
 
     Raises:
-        StopRequested: on every rank: a rank was told to stop while images were embedded or clustered.
+        StopRequested: on every rank: a rank was asked to stop while images were embedded or clustered.
         ValueError: on every rank: a damaged image or too many, no usable faiss, embeddings that are zero or not
             finite, a `recall_at` the split cannot give, no query with a right answer, or not the protocol's images.
     """
@@ -214,6 +246,7 @@ def evaluate(
         options=options,
         roles=roles,
         cameras_n=cameras_n,
+        seen_C=split.seen,
         data=data,
         hooks=hooks,
     )
@@ -228,6 +261,7 @@ def evaluate_table(
     options: SearchOptions = SearchOptions(),  # noqa: B008
     roles: Roles | None = None,
     cameras_n: np.ndarray | None = None,
+    seen_C: np.ndarray | None = None,
     data: Mapping[str, Any] | None = None,
     hooks: PassHooks = PassHooks(),  # noqa: B008
 ) -> EvaluationResult:
@@ -237,11 +271,12 @@ def evaluate_table(
         table: the same on every rank, as `embed` returns it: rows of unit length, ids ascending and unique.
         roles: which images ask and which are searched; None: all do both.
         cameras_n: the camera of each row, int; needed with `exclude_same`, and used with nothing else.
+        seen_C: bool by label, which classes were trained; None: unknown.
         data: where the embeddings come from, for the record.
         context, settings, options, hooks: as in `evaluate`.
 
     Raises:
-        StopRequested: on every rank: a rank was told to stop while points were clustered.
+        StopRequested: on every rank: a rank was asked to stop while points were clustered.
         ValueError: on every rank: no usable faiss, a `recall_at` the split cannot give, rows that are not of unit
             length, or no query with a right answer.
     """
@@ -267,7 +302,7 @@ def evaluate_table(
         options=options,
         say=hooks.say,
     )
-    measured, bounds = _retrieval_metrics(found, labels_n, settings)
+    measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
 
     def agree() -> None:
         if hooks.signals is not None:
@@ -302,18 +337,23 @@ def evaluate_table(
         num_queries=counts["queries"],
         num_lone=counts["queries_without_right_answer"],
         num_damaged=0,
-        protocol=_protocol(settings, counts, data or {}),
+        protocol=_protocol(settings, counts, data or {}, _count_classes(labels_n, seen_C)),
         table=table,
     )
 
 
 def _retrieval_metrics(
-    found: Retrieval, labels_n: np.ndarray, settings: Settings
+    found: Retrieval, labels_n: np.ndarray, settings: Settings, seen_C: np.ndarray | None
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """The metrics in the exact order, and with ties at their worst and at their best."""
     recall_at = dict.fromkeys((*settings.recall_at, 1))
     exact, worst, best = (
-        metrics.retrieval_metrics(scores, labels_n[found.position], recall_at=tuple(recall_at))
+        metrics.retrieval_metrics(
+            scores,
+            labels_n[found.position],
+            recall_at=tuple(recall_at),
+            seen_q=None if seen_C is None else seen_C[labels_n[found.position]],
+        )
         for scores in (found.exact, found.worst, found.best)
     )
     bounds = {name: (worst[name], best[name]) for name in exact}
@@ -359,7 +399,7 @@ def _legacy_metrics(
     settings: Settings,
     meanwhile: Callable[[], object],
 ) -> dict[str, float]:
-    """What the authors' evaluation of this protocol gives. Called on all ranks."""
+    """Compute the metrics of the authors' evaluation of this protocol. Called on all ranks."""
     first_rank = found.first_column_dropped if _drops_first_column(settings) else found.exact.first_rank
     assert first_rank is not None
     measured = {f"legacy_recall@{k}": int((first_rank <= k).sum()) / num_queries for k in settings.recall_at}
@@ -386,18 +426,15 @@ def _drops_first_column(settings: Settings) -> bool:
 
 
 def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Settings) -> None:
-    """Find what would fail after the embedding pass, before it.
+    """Find mistakes that would otherwise surface after the embedding pass.
 
     Raises:
         ValueError: as `evaluate`.
     """
     num_queries = index.num_samples
     labels_n = index.labels if gallery is None else np.concatenate([index.labels, gallery.labels])
-    if gallery is not None and (gallery.location, gallery.split) == (index.location, index.split):
-        raise ValueError(
-            f"expected a gallery of other images than the queries, got split {index.split!r} of {index.location} for "
-            "both, where every query would find itself; leave the gallery out to search each image among all others"
-        )
+    if gallery is not None and gallery.location == index.location:
+        check_gallery_split(gallery.split, query_split=index.split, setting="gallery", of=f"that of {index.location}")
     if gallery is not None and gallery.class_table_sha256 != index.class_table_sha256:
         raise ValueError(
             f"expected splits {index.split!r} and {gallery.split!r} of {index.location} to share their classes, got "
@@ -438,7 +475,7 @@ def check_settings(
     is_gallery_n: np.ndarray,
     cameras_n: np.ndarray | None = None,
 ) -> None:
-    """Find what would fail after the embedding pass, before it.
+    """Find mistakes that would otherwise surface after the embedding pass.
 
     Raises:
         ValueError: as `evaluate_table`.
@@ -465,7 +502,16 @@ def check_settings(
         )
 
 
-def _protocol(settings: Settings, counts: Mapping[str, int], data: Mapping[str, Any]) -> dict[str, Any]:
+def _count_classes(labels_n: np.ndarray, seen_C: np.ndarray | None) -> ClassSet | None:
+    if seen_C is None:
+        return None
+    is_seen = seen_C[np.unique(labels_n)]
+    return ClassSet(int(is_seen.sum()), int((~is_seen).sum()))
+
+
+def _protocol(
+    settings: Settings, counts: Mapping[str, int], data: Mapping[str, Any], classes: ClassSet | None
+) -> dict[str, Any]:
     """Everything that changes a number, in words and values; the number of ranks is not among it."""
     clustering = {
         "algorithm": "faiss k-means, Euclidean, all points, random start, one run a seed",
@@ -483,6 +529,7 @@ def _protocol(settings: Settings, counts: Mapping[str, int], data: Mapping[str, 
         "name": settings.protocol,
         "data": dict(data),
         "num": dict(counts),
+        **({} if classes is None else {"classes": classes.as_entry()}),
         "embeddings": "float32, unit length",
         "scores": "inner products of rows rounded to multiples of 2^-26, exact",
         "self": "left out by id"

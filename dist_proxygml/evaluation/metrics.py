@@ -91,23 +91,32 @@ def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"],
 
 
 def retrieval_metrics(
-    scores: QueryScores, labels_q: Int[np.ndarray, " q"], *, recall_at: Sequence[int]
+    scores: QueryScores,
+    labels_q: Int[np.ndarray, " q"],
+    *,
+    recall_at: Sequence[int],
+    seen_q: Bool[np.ndarray, " q"] | None = None,
 ) -> dict[str, float]:
-    """The metrics over all queries, by name."""
+    """The metrics over all queries, by name; of queries of trained classes (`seen_q`) and of others where there are
+    both, Recall@1 apart.
+    """
     hit_q = scores.first_rank == 1
     _, class_q = np.unique(labels_q, return_inverse=True)
     class_means = np.bincount(class_q, weights=hit_q) / np.bincount(class_q)
     found = {f"recall@{k}": exact_mean(scores.first_rank <= k) for k in recall_at}
     found |= {"r_precision": exact_mean(scores.r_precision), "map@r": exact_mean(scores.map_at_r)}
     found |= {"map": exact_mean(scores.map), "mrr": exact_mean(1 / scores.first_rank)}
-    return found | {"precision@1_macro": exact_mean(class_means)}
+    found["precision@1_macro"] = exact_mean(class_means)
+    if seen_q is not None and seen_q.any() and not seen_q.all():
+        found |= {"recall@1_seen": exact_mean(hit_q[seen_q]), "recall@1_unseen": exact_mean(hit_q[~seen_q])}
+    return found
 
 
 def rank_without_first_column(
     query_p: Int[np.ndarray, " p"], place_p: Int[np.ndarray, " p"], *, num_queries: int
 ) -> Int[np.ndarray, " q"]:
-    """The first right answer of each query when "self" is left out by dropping the first of K + 1 results, as the
-    published evaluation of Stanford Online Products does; NEVER if there is none.
+    """Rank of the first right answer of each query, when "self" is excluded by dropping the first of K + 1 results as
+    the published evaluation of Stanford Online Products does; NEVER if there is none.
 
     Where a copy of the query comes first, the copy is dropped, and the query itself stays and counts as a right answer.
 
@@ -216,6 +225,8 @@ class MetricName(NamedTuple):
 
 _NAMES = (
     MetricName("recall@", "Recall@{}", "queries with a right answer among the first {}"),
+    MetricName("recall@1_seen", "Recall@1, seen", "Recall@1 of the queries of trained classes"),
+    MetricName("recall@1_unseen", "Recall@1, unseen", "Recall@1 of the queries of classes that were not trained"),
     MetricName("precision@1_macro", "Precision@1, classes", "Recall@1 with every class counting the same"),
     MetricName("r_precision", "R-Precision", "right answers among the first R, where a query has R of them"),
     MetricName("map@r", "MAP@R", "as R-Precision, earlier right answers counting more"),

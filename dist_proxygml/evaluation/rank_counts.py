@@ -6,7 +6,7 @@ Counted in three steps, for any number of queries at a time and any part of the 
 
     1  exact scores of each query with the images of its own class
     2  lists: the F best of the part by float32 score (faiss). What is not in the list is no better than its end, so for
-       right answers above the end the list tells how many wrong ones come before
+       right answers above the end the list shows how many wrong ones come before
     3  sweep: float32 products with the whole part for the queries that are left, no limit at F
 
 A float32 score decides a comparison only where it is decided by more than the error bound of `exact.py`; what is closer
@@ -40,7 +40,7 @@ MOST_NEAR_SHARE, MOST_NEAR = 1 / 16, 64
 
 
 class Searcher(Protocol):
-    """Whatever finds the rows of a part with the best float32 scores."""
+    """Search for the rows of a part with the best float32 scores."""
 
     def search(
         self, queries_qD: Float[np.ndarray, "q D"], num_neighbours: int
@@ -107,7 +107,7 @@ class RightAnswers(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What bounds memory, and what is printed when it had to be lowered."""
+    """Bound on memory, and where to report that it had to be lowered."""
 
     block_bytes: int  # of the scores of one block of a sweep
     say: Callable[[str], object]
@@ -162,8 +162,8 @@ def count_wrong_before(
     tolerance: float,
     limits: Limits,
 ) -> tuple[Int[np.ndarray, "p 3"], int]:
-    """How many wrong answers of the part come before each wanted right answer: in the exact order, if every tie goes
-    wrong, and if every tie goes right.
+    """Count the wrong answers of the part that come before each wanted right answer: in the exact order, if every tie
+    goes wrong, and if every tie goes right.
 
     Args:
         queries: the tile.
@@ -407,7 +407,7 @@ def _count_rows(
 
 
 def _counts_above(values: np.ndarray, thresholds: np.ndarray, *, inclusive: bool) -> Int[np.ndarray, " k"]:
-    """How many values lie above (or at) each threshold."""
+    """Count the values above (or at) each threshold."""
     if len(thresholds) <= 8:
         over = np.greater_equal if inclusive else np.greater
         return np.array([np.count_nonzero(over(values, threshold)) for threshold in thresholds], dtype=np.int64)
@@ -482,8 +482,8 @@ def _count_exactly(
 def in_tiles(
     num_rows: int, tile: int, work: Callable[[int, int], None], say: Callable[[str], object] = lambda _: None
 ) -> None:
-    """Call `work(start, stop)` for consecutive tiles of the rows. A tile that a GPU has no memory for is halved, says
-    so, and goes on; `work` must leave nothing behind when it fails.
+    """Call `work(start, stop)` for consecutive tiles of the rows. A tile that a GPU has no memory for is halved and
+    retried, with a message; `work` must leave nothing behind when it fails.
     """
     start = 0
     while start < num_rows:
@@ -495,7 +495,7 @@ def in_tiles(
                 raise
             torch.cuda.empty_cache()
             tile = (stop - start) // 2
-            say(f"evaluation: the GPU has no memory for {stop - start} queries at once; going on with {tile}")
+            say(f"evaluation: the GPU has no memory for {stop - start} queries at once; continuing with {tile}")
         else:
             start = stop
 

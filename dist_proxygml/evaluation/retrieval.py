@@ -44,7 +44,7 @@ from dist_proxygml.evaluation.search import MOST_NEIGHBOURS_ON_GPU, build_search
 
 LIST_LENGTH = 64  # neighbours that faiss looks for; right answers behind them are counted for by a sweep
 MOST_QUERIES = 4096  # of a tile
-FIRST_QUERIES = 512  # of the first tile, which tells whether lists pay
+FIRST_QUERIES = 512  # of the first tile, which shows whether lists pay
 MOST_SWEPT = 0.25  # of a tile's queries, for lists to pay
 SCORE_COLUMNS = (2, 6, 10)  # where `QueryScores` begin in a query's row of numbers
 NUM_COLUMNS = 15
@@ -61,17 +61,17 @@ class Images(NamedTuple):
 
 
 class SearchOptions(NamedTuple):
-    """How ranks are found: no number depends on it."""
+    """Options of the search; the numbers do not depend on them."""
 
     search: str = "faiss"  # or "counter": nothing but sweeps
     placement: str = "auto"  # or "replicated", "sharded"
     memory_budget: int = 256 << 20  # bytes of one rank while it searches, beyond embeddings and gallery
-    verify: bool = False  # search both ways, and refuse to go on if they differ
+    verify: bool = False  # search both ways, and raise if they differ
     list_length: int = LIST_LENGTH
 
 
 class Retrieval(NamedTuple):
-    """What was found, in the order of the ids of the queries with a right answer."""
+    """Scores of the queries with a right answer, in the order of their ids."""
 
     position: np.ndarray  # of the queries among the images
     exact: QueryScores
@@ -147,7 +147,7 @@ def retrieve(
 
 
 class _Job(NamedTuple):
-    """What all tiles of queries share."""
+    """State shared by all tiles of queries."""
 
     gallery: Gallery
     part: Part
@@ -176,7 +176,7 @@ def _is_sharded(
     if options.placement != "auto":
         choice = options.placement
     ranks = "" if context.world_size == 1 else f" over {context.world_size} ranks"
-    say(f"{size}; {choice}{ranks}{'' if options.placement == 'auto' else ', as told'}")
+    say(f"{size}; {choice}{ranks}{'' if options.placement == 'auto' else ', as configured'}")
     return choice == "sharded"
 
 

@@ -43,7 +43,7 @@ class Embedder:
         transform: images of any size -> uint8 [b, 3, S, S].
         device: where the model is.
         embedding_dim: D.
-        batch_size: images of a forward pass unless told otherwise: that of the run's evaluation.
+        batch_size: images of a forward pass by default: that of the run's evaluation.
         test_split: the split that the run was evaluated on.
         about: which model it is, as manifests store it; `model_difference` compares two.
     """
@@ -91,7 +91,7 @@ class Embedder:
             config = load_run_config(run)
             trained.check_config(config, source=RunFolder(run).config)
             name, backbone, transform = config.name, config.backbone, config.data.test_transform
-            batch_size, test_split = config.evaluation.batch_size, config.data.test_split
+            batch_size, test_split = config.evaluation.batch_size, config.data.test_split or "test"
         with torch.random.fork_rng(devices=[]):  # its first weights are thrown away
             model = build_backbone(backbone, load_pretrained=False)
         load_backbone(trained.path, model)
@@ -183,15 +183,15 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def loading_processes(num_images: int, wanted: int | None) -> int:
-    """How many processes read images, where nobody said: none for so few that starting them takes longer."""
+    """Default number of processes that read images: none for so few that starting them takes longer."""
     if wanted is not None:
         return wanted
     return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
 
 
 def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """What tells two models apart of which manifests say what `Embedder.about` says; None if embeddings of the one
-    compare with the other's. A run and its export are the same model.
+    """Name the first difference between two models, described as by `Embedder.about`; None if their embeddings are
+    comparable. A run and its export are the same model.
     """
     for name in ("weights_sha256", "backbone", "preprocessing"):
         if one.get(name) != other.get(name):

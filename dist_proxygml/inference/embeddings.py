@@ -2,9 +2,9 @@
 
     embeddings.npy   float32 [n, D], unit rows; numpy.load maps it
     ids.jsonl        a line per row: {"id": "birds/wren.jpg"}, with label, class_name and sample where they are known
-    manifest.json    model, data, images that were left out, versions, bytes and sha256 of both files
+    manifest.json    model, data, images that were skipped, versions, bytes and sha256 of both files
 
-Rows are appended batch by batch, a line of a journal after each, so that a writer that was killed goes on after its
+Rows are appended batch by batch, a line of a journal after each, so that a writer that was killed resumes after its
 last whole batch, if the model, the images and the batches are the same. Before the folder is published every row is
 read again: finite and of length 1.
 
@@ -94,11 +94,11 @@ def check_rows(rows_nD: Float[np.ndarray, "n D"], records: Sequence[ImageRecord]
 
 
 class EmbeddingWriter:
-    """Writes a folder of embeddings; `num_done` batches were there already.
+    """Writer of a folder of embeddings; `num_done` batches were there already.
 
     Args:
         out: where it will be.
-        plan: what must be the same for an interrupted folder to go on.
+        plan: what must be the same for an interrupted folder to be resumed.
         embedding_dim: D.
         overwrite: replace embeddings that are there.
 

@@ -73,7 +73,7 @@ def export(
     data: str | None = None,
     opset: int | None = None,
 ) -> str:
-    """Export a checkpoint of a run; returns what to tell.
+    """Export a checkpoint of a run; returns a summary.
 
     Args:
         run_directory: the run's folder.
@@ -140,7 +140,7 @@ def export(
         seal(partial, out, EXPORT, about=about)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _told(model, out, about, images, checks)
+    return _summary(model, out, about, images, checks)
 
 
 def _training_facts(model: TrainedModel) -> TrainingFacts:
@@ -212,7 +212,7 @@ def _write_bank(bank: StoredBank, path: Path) -> None:
 
 
 def _description(model: TrainedModel, bank: StoredBank, config: Config, formats: Sequence[str]) -> dict[str, Any]:
-    """What export.json says before its files are known."""
+    """Content of export.json before its files are known."""
     num_classes, per_class, embedding_dim = bank.shape
     packages = ["dist_proxygml", "torch", "torchvision", "timm", "safetensors"]
     packages += ["onnx", "onnxscript"] if "onnx" in formats else []
@@ -230,7 +230,7 @@ def _description(model: TrainedModel, bank: StoredBank, config: Config, formats:
     }
 
 
-def _told(
+def _summary(
     model: TrainedModel, out: Path, about: dict[str, Any], images: CheckImages | None, checks: Sequence[FileCheck]
 ) -> str:
     contents = []

@@ -178,7 +178,7 @@ class Index:
         return SearchResult(scores_qk, ids, rows_qk)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-        """Write the index into a folder, whole or not at all; returns its manifest.
+        """Publish the index atomically as a folder; returns its manifest.
 
         Raises:
             ValueError: the place is in use.
@@ -289,7 +289,7 @@ class Index:
             return self._index.search(queries_qD, k)
 
     def _look_hard_enough(self, rows_nD: np.ndarray, target_recall: float) -> None:
-        """Double the effort until searches find enough of the ten nearest of sampled rows, themselves left out."""
+        """Double the effort until searches find enough of the ten nearest of sampled rows, themselves excluded."""
         most = self.parameters["num_lists"] if self.kind == "ivf" else max(64, min(len(self), 4096))
         sampled = np.sort(np.random.default_rng(0).choice(len(rows_nD), min(_NUM_SAMPLED, len(rows_nD)), replace=False))
         num_neighbours = min(10, len(rows_nD) - 1)
@@ -329,7 +329,7 @@ def _check_manifest(kind: Any, parameters: dict[str, Any], manifest: dict[str, A
 
 
 class _FaissFile:
-    """Goes through a faiss file before faiss does: its reader follows whatever the file says, to files elsewhere, too
+    """Validation of a faiss file before faiss reads it: its reader follows whatever the file says, also to other files
     (lists of an IVF index that lie on a disk), and beyond the ends of arrays.
     """
 

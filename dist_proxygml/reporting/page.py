@@ -106,8 +106,9 @@ def format_metrics(rows: Mapping[str, Mapping[str, float]]) -> str:
     width = max(len(name) for name in ["percent", *rows])
     lines = ["  ".join([f"{'percent':<{width}}", *(f"{label:>9}" for label in columns.values())])]
     for name, values in rows.items():
-        cells = [f"{100 * values[key]:9.2f}" if key in values else f"{'-':>9}" for key in columns]
-        lines.append("  ".join([f"{name:<{width}}", *cells]))
+        cells = [f"{100 * values[key]:.2f}" if key in values else "-" for key in columns]
+        aligned = [f"{cell:>{max(9, len(label))}}" for cell, label in zip(cells, columns.values(), strict=True)]
+        lines.append("  ".join([f"{name:<{width}}", *aligned]))
     return "\n".join(lines)
 
 
@@ -274,7 +275,7 @@ def _training_lines(path: Path) -> list[dict[str, Any]]:
     log = read_log(path, {"step": int, "kind": str})
     if log.odd:
         number, _, problem = log.odd[0]
-        warnings.warn(f"{path}: {len(log.odd)} lines are left out, the first is {number}: {problem}", stacklevel=2)
+        warnings.warn(f"{path}: {len(log.odd)} lines are skipped, the first is {number}: {problem}", stacklevel=2)
     by_step = {line["step"]: line for _, line in log.records if line["kind"] == "train"}
     return [by_step[step] for step in sorted(by_step)]
 

@@ -40,7 +40,7 @@ class Board:
         state: the training state; its loss gets an observer, its embedding layer a hook.
         telemetry: the log.
         settings: the configuration, flat.
-        test_index: the split that is evaluated.
+        test_index: the split that is evaluated, if there is one.
         gallery: the split searched in, if it is another one.
     """
 
@@ -50,7 +50,7 @@ class Board:
         telemetry: Telemetry,
         *,
         settings: Mapping[str, object],
-        test_index: ShardIndex,
+        test_index: ShardIndex | None,
         gallery: ShardIndex | None,
     ) -> None:
         self._state = state
@@ -107,7 +107,7 @@ class Board:
 
     def show_evaluation(self, result: EvaluationResult) -> None:
         """Show queries and their neighbours; after the last evaluation, also the metrics as HParams."""
-        if self._state.context.is_main and result.table is not None:
+        if self._state.context.is_main and result.table is not None and self._test_index is not None:
             try:
                 picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
             except ValueError as error:
@@ -122,7 +122,7 @@ class Board:
         config, name = self._state.config, step_name(self._state.step)
         folder = RunFolder(config.run_directory)
         wanted, board, path = config.telemetry.projector, folder.board, folder.embeddings(name)
-        if wanted is False or not path.is_file() or has_projection(board, name):
+        if wanted is False or self._test_index is None or not path.is_file() or has_projection(board, name):
             return
         try:
             write_projection(

@@ -52,7 +52,7 @@ class Loop:
     state: TrainState
     data: TrainingData
     evaluated: list[EvaluatedSplit]
-    """The test split last."""
+    """The test split last; none if nothing is evaluated."""
     settings: dict[str, Any]
     telemetry: Telemetry
     board: Board
@@ -83,11 +83,11 @@ class Loop:
     def run(self) -> None:
         """Train and evaluate to the end of the run. An evaluation that was due when the run stopped is done first."""
         try:
-            if self.state.step == 0 and self.config.evaluation.raw_pixels:
+            if self.state.step == 0 and self.config.evaluation.raw_pixels and self.config.data.test_split is not None:
                 self._evaluate_raw_pixels()
             while True:
                 due = self._evaluations_due()
-                if due:
+                if due or (not self.evaluated and self._is_evaluation_due()):
                     self.board.show_proxies()
                 for split in due:
                     result = evaluate_run(self.state, split, self.telemetry, self.run_directory, signals=self.signals)
@@ -137,8 +137,8 @@ class Loop:
                     self.board.show_step()
             every_steps = config.checkpoint.every_steps
             is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
-            if config.checkpoint.keep_best is not None:  # the best evaluation needs a checkpoint of its step
-                is_due = is_due or self._is_evaluation_due()
+            if config.checkpoint.keep_best is not None and self.evaluated:
+                is_due = is_due or self._is_evaluation_due()  # the best evaluation needs a checkpoint of its step
             if is_due or state.is_finished:
                 with self.watchdog.paused():
                     self._save()

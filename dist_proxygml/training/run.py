@@ -12,7 +12,6 @@ from pathlib import Path
 from dist_proxygml.checkpoint.folder import Retention
 from dist_proxygml.checkpoint.writer import CheckpointWriter
 from dist_proxygml.config import Config, flattened
-from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.damage import DAMAGE_FILE
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache
@@ -42,7 +41,7 @@ from dist_proxygml.training.evaluate import EvaluatedSplit
 from dist_proxygml.training.head_plan import HeadPlan, check_fits
 from dist_proxygml.training.loop import Loop, continue_at, load_state
 from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
-from dist_proxygml.training.run_folder import comparable_settings, lock_run, prepare_run_directory, where_to_continue
+from dist_proxygml.training.run_folder import comparable_settings, find_continuation, lock_run, prepare_run_directory
 from dist_proxygml.training.step import TrainState, build_train_state
 from dist_proxygml.training.transfer import Transfer, match_classes, open_transfer
 
@@ -74,14 +73,13 @@ def train(
         lambda: check_run(config, world_size=context.world_size, device=context.device.type, is_start=True),
     )
     assert data is not None
-    assert test_index is not None
     run_directory = config.run_directory
     checkpoints = RunFolder(run_directory).checkpoints
     _check_memory(config, plan, context)
     _check_same_data(data, test_index, context)
     locks: list[FolderLock] = []
     run_together(context, lock_run, context, run_directory, locks)
-    found, passed_over = run_on_rank_zero_for_long(context, where_to_continue, run_directory, resume)
+    found, passed_over = run_on_rank_zero_for_long(context, find_continuation, run_directory, resume)
     run_together(context, data.check, context)
     transfer = None if found else open_transfer(config, data.index, context)
 
@@ -118,6 +116,7 @@ def train(
         EvaluatedSplit(
             index,
             build_damage_log(config, context, path, split=index.split, num_images=index.num_samples),
+            data.seen_classes(index),
             is_validation=index is data.validation,
         )
         for index in (data.validation, test_index)  # the test split last
@@ -135,7 +134,7 @@ def train(
 
     # 3. Train.
     settings = dict(flattened(config.model_dump(mode="json")))
-    gallery = open_gallery(config, test_index)
+    gallery = None if test_index is None else open_gallery(config, test_index)
     board = Board(state, telemetry, settings=settings, test_index=test_index, gallery=gallery)
     keep = Retention(
         config.checkpoint.keep_last,
@@ -181,13 +180,13 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
 
 
-def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
+def _check_same_data(data: TrainingData, test_index: ShardIndex | None, context: ParallelContext) -> None:
     """Refuse ranks that see different shards under the same name: their batches would be inconsistent."""
-    seen = all_gather_object(context, {**data.identity(), "test shards": test_index.sha256})
+    seen = all_gather_object(context, {**data.identity(), "test shards": test_index and test_index.sha256})
     other = next((rank for rank, identity in enumerate(seen) if identity != seen[0]), None)
     if other is not None:
         raise AgreedError(
-            f"ranks 0 and {other} found different shards at {test_index.location}; copy the folder to every node "
+            f"ranks 0 and {other} found different shards at {data.config.data.shards}; copy the folder to every node "
             "again, or wait until it has been replaced"
         )
 
@@ -211,7 +210,7 @@ def _trained_before(transfer: Transfer, data: TrainingData) -> str | None:
 def _greeting(
     state: TrainState,
     data: TrainingData,
-    test_index: ShardIndex,
+    test_index: ShardIndex | None,
     found: Path | None,
     moved: Path | None,
     transfer: Transfer | None,
@@ -222,17 +221,21 @@ def _greeting(
         start = f"resuming {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
-    shared = None if data.index is None else shared_classes(data.index, test_index)
-    kind = "" if shared is None else "seen " if shared else "unseen "  # numbers for names do not tell
+    tested = "no test split"
+    if test_index is not None:
+        seen_C = data.seen_classes(test_index)  # numbers for names do not tell
+        num_seen, num_all = 0 if seen_C is None else int(seen_C.sum()), test_index.num_classes
+        kind = "" if seen_C is None else "seen " if num_seen == num_all else "" if num_seen else "unseen "
+        some = f" ({num_seen:,} of them seen)" if 0 < num_seen < num_all else ""
+        tested = f"{test_index.num_samples:,} of {num_all:,} {kind}classes{some} to evaluate on"
     return (
-        f"{config.name}: {data} to train on, "
-        f"{test_index.num_samples:,} of {test_index.num_classes:,} {kind}classes to evaluate on"
+        f"{config.name}: {data} to train on, {tested}"
         f"{'' if validation is None else f', {validation.num_samples:,} of the validation classes to choose by'}; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )
 
 
-def _show(run_directory: Path, index: ShardIndex) -> None:
+def _show(run_directory: Path, index: ShardIndex | None) -> None:
     report = write_report(run_directory, index)
     print(format_table(run_directory), flush=True)
     print(f"report: {report.resolve()}", flush=True)

@@ -28,6 +28,7 @@ MISTAKES = {  # of each command, a few
         "build sop --root nowhere --out new",
         "build imagefolder --root nowhere --out new",
     ),
+    "serve": ("--index nowhere --port 0", "--index nowhere --host 0.0.0.0"),
     "submit": ("--config nowhere.json --tasks-per-node 1",),
     "sweep": ("--config nowhere.json --tasks-per-node 1",),
     "train": ("--config nowhere.json", "--config demo_cpu --set seed=no"),

@@ -141,7 +141,7 @@ def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(
     assert embedded(*options, "--out", tmp_path / "out", "--on-bad", "skip") == 0
     error = capsys.readouterr().err
     assert "resuming after 4 images" in error
-    assert f"2 images cannot be used and were left out:\n  {photos}/c/2.png: the image does not decode" in error
+    assert f"2 images cannot be used and were skipped:\n  {photos}/c/2.png: the image does not decode" in error
     assert f"  {photos}/z.png: the file cannot be read: No such file" in error
     rows, records, manifest = open_embeddings(tmp_path / "out")
     names = [record.id for record in records]
@@ -299,15 +299,15 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
     content = bytearray((out / "embeddings.npy").read_bytes())
     content[-1] ^= 1
     (out / "embeddings.npy").write_bytes(content)
-    with pytest.raises(ValueError, match=r"out is damaged: embeddings.npy has sha256 .*copy it again"):
+    with pytest.raises(ValueError, match=r"\bout\b.*embeddings\.npy.*sha256"):
         open_embeddings(out)
     (out / "embeddings.npy").unlink()
-    with pytest.raises(ValueError, match=r"embeddings.npy cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"embeddings\.npy.*No such file"):
         open_embeddings(out)
     (out / "manifest.json").write_text("{}")
     with pytest.raises(
         ValueError,
-        match=r"expected dist-proxygml-embeddings of version 1 at .*manifest.json says no kind and no version.*; write",
+        match=r"dist-proxygml-embeddings.*version 1.*manifest\.json",
     ):
         open_embeddings(out)
 
@@ -331,7 +331,7 @@ def test_embeddings_whose_manifest_was_mended_are_refused(tmp_path: Path, name: 
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["files"] = hash_files(out, list(manifest["files"]), num_threads=1)
     (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"out is damaged: .*; write it with .*copy it again"):
+    with pytest.raises(ValueError, match=r"\bout is damaged: "):
         open_embeddings(out)
 
 
@@ -344,7 +344,7 @@ def test_two_processes_do_not_write_the_same_embeddings(run: Path, photos: Path,
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "begun\n"
-        with pytest.raises(ValueError, match=r"out is in use by .*; wait until it has ended, or name another folder"):
+        with pytest.raises(ValueError, match=r"\bout is in use"):
             EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3)
         other.communicate("\n")
     assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 0
@@ -355,13 +355,13 @@ def test_rows_that_are_not_of_length_1_are_never_published(tmp_path: Path) -> No
     rows = np.eye(3, dtype=np.float32)
     check_rows(rows)
     rows[1, 1] = np.nan
-    with pytest.raises(ValueError, match="expected rows of length 1, got nan in row 1"):
+    with pytest.raises(ValueError, match=r"length 1.*nan in row 1"):
         check_rows(rows)
     rows[1, 1] = 0
     from dist_proxygml.data.sources import ImageRecord
 
     with EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3) as writer:
         writer.add(rows, [ImageRecord(name) for name in "abc"], [])
-        with pytest.raises(ValueError, match=r"got 0 in row 1 \(b\)"):
+        with pytest.raises(ValueError, match=r"\b0 in row 1 \(b\)"):
             writer.finish({})
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from dist_proxygml.evaluate import _parser, legacy_lines, overrides, ties_line
 from dist_proxygml.evaluation import run as evaluation_run
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.evaluation.run import what_is_other, what_numbers_depend_on
+from dist_proxygml.evaluation.run import result_settings, result_suffix
 from dist_proxygml.training import evaluate as training
 from tests.harness import run_command
 from tests.trained_runs import write_finished_run
@@ -65,7 +65,7 @@ def test_the_command_line_changes_split_gallery_and_protocol_together(
 
 
 def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cub, cars and sop, got protocol 'custom'"):
+    with pytest.raises(ValueError, match="legacy_proxygml, got 'custom'"):
         evaluated_with(tmp_path, "demo_cpu", "--legacy-proxygml")
 
 
@@ -75,17 +75,17 @@ def test_a_run_that_keeps_the_best_by_a_metric_is_evaluated_without_it(tmp_path:
     path.write_text(own.model_dump_json())
     of_command = overrides(_parser().parse_args(["--run", "runs/any"]))
     assert load_config(path, [*of_command, "evaluation.kmeans_seeds=0"]).evaluation.kmeans_seeds == 0
-    assert what_numbers_depend_on(load_config(path, of_command)) == what_numbers_depend_on(own)
+    assert result_settings(load_config(path, of_command)) == result_settings(own)
 
 
 def test_a_way_to_search_changes_no_number_and_anything_else_may() -> None:
     path = ROOT / "configs" / "demo_cpu.json"
-    own = what_numbers_depend_on(load_config(path))
+    own = result_settings(load_config(path))
     ways = ["evaluation.search=counter", "evaluation.gallery=sharded", "evaluation.memory_budget=1 GiB"]
     ways += ["data.num_workers=3", "data.cache_images=false", "data.cache_directory=elsewhere"]
-    assert what_numbers_depend_on(load_config(path, ways)) == own
-    assert what_numbers_depend_on(load_config(path, ["evaluation.recall_at=[1]"])) != own
-    assert what_numbers_depend_on(load_config(path, ["data.test_transform.size=24"])) != own
+    assert result_settings(load_config(path, ways)) == own
+    assert result_settings(load_config(path, ["evaluation.recall_at=[1]"])) != own
+    assert result_settings(load_config(path, ["data.test_transform.size=24"])) != own
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_result_that_measured_something_else_has_a_name_of_its_own(
     path.write_text(own.model_dump_json())
     given = _parser().parse_args(["--run", "runs/any", *arguments])
     config = load_config(path, [*overrides(given), *settings])
-    found = what_is_other(config, load_config(path), shards=given.data, digest="0123abcd4567")
+    found = result_suffix(config, load_config(path), shards=given.data, digest="0123abcd4567")
     assert re.fullmatch(expected, found), found
 
 
@@ -117,7 +117,7 @@ def test_other_settings_have_other_names() -> None:
     own = load_config(ROOT / "configs" / "sop_8gpu.json")
     changes = (["evaluation.kmeans_seeds=1"], ["evaluation.kmeans_seeds=2"], ["data.test_transform.size=256"])
     others = [load_config(ROOT / "configs" / "sop_8gpu.json", change) for change in changes]
-    assert len({what_is_other(other, own, shards=None, digest="") for other in others}) == 3
+    assert len({result_suffix(other, own, shards=None, digest="") for other in others}) == 3
 
 
 def test_the_help_has_examples() -> None:

@@ -172,7 +172,7 @@ def test_queries_are_searched_in_a_gallery_of_their_own(query_and_gallery: tuple
     assert 0 < result.metrics["nmi"] < 1  # of queries and gallery together
     as_many = evaluated(Projection(), query, gallery=gallery, recall_at=(24,), kmeans_seeds=0)
     assert as_many.metrics == as_many.metrics | {"recall@24": 1.0}
-    with pytest.raises(ValueError, match=r"from 1 to 24, because a query has 24 images"):
+    with pytest.raises(ValueError, match=r"1 to 24\b"):
         evaluated(Projection(), query, gallery=gallery, recall_at=(25,))
 
 
@@ -191,19 +191,19 @@ def test_a_gallery_of_other_classes_is_refused(
     index: ShardIndex, query_and_gallery: tuple[ShardIndex, ShardIndex], tmp_path: Path
 ) -> None:
     other = write_noise_shards(tmp_path, [3, 4])
-    with pytest.raises(ValueError, match="to share their classes"):
+    with pytest.raises(ValueError, match=r"'query' and 'test'.*classes"):
         evaluated(Projection(), query_and_gallery[0], gallery=other)
-    with pytest.raises(ValueError, match=r"of other images than the queries, got split 'test'.* would find itself"):
+    with pytest.raises(ValueError, match=r"gallery .*'test'"):
         evaluated(Projection(), index, gallery=index.open_sibling("test"))
 
 
 def test_a_published_protocol_insists_on_its_images(
     index: ShardIndex, query_and_gallery: tuple[ShardIndex, ShardIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected 100 classes, 5,924 images, got 8 classes, 37 images in .*custom"):
+    with pytest.raises(ValueError, match=r"100 classes, 5,924 images.*\b8 classes, 37 images"):
         evaluated(Projection(), index, protocol="cub")
     query, gallery = query_and_gallery
-    with pytest.raises(ValueError, match=r"12,612 gallery images, got 8 classes, 13 images, 24 gallery images"):
+    with pytest.raises(ValueError, match=r"12,612 gallery images.*\b8 classes, 13 images, 24 gallery images"):
         evaluated(Projection(), query, gallery=gallery, protocol="inshop")
     counts = PROTOCOLS["inshop"]._replace(num_classes=8, num_images=13, num_gallery=24)
     monkeypatch.setitem(PROTOCOLS, "inshop", counts)
@@ -238,7 +238,7 @@ def test_the_published_nmi_is_that_of_its_own_k_means(index: ShardIndex) -> None
 
 
 def test_rows_that_are_not_of_unit_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected rows of unit length, got 2 in row 1"):
+    with pytest.raises(ValueError, match=r"unit length.*2 in row 1"):
         evaluate_table(
             table_of([[1.0, 0.0], [2.0, 0.0]], [0, 0]),
             context=single_process(),
@@ -339,7 +339,7 @@ def test_unusable_embeddings_are_refused_with_the_ids_of_their_images(
 
     with pytest.raises(
         ValueError,
-        match=rf"2 of 37 images are {problem} \(ids 11, 36, the first is .*test-000000.tar",
+        match=rf"2 of 37 .*{problem}.*ids 11, 36.*test-000000\.tar",
     ):
         evaluated(Spoiling(), index)
 
@@ -348,16 +348,16 @@ def test_an_unusable_embedding_is_named_by_its_image_where_others_were_left_out(
     rows = torch.nn.functional.normalize(torch.ones(3, 2), dim=1)
     rows[1] = torch.nan
     table = EmbeddingTable(rows, torch.zeros(3, dtype=torch.int64), torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"1 of 4 images are not finite \(ids 2, the first is image 2\)"):
+    with pytest.raises(ValueError, match=r"1 of 4 .*finite.*ids 2\b.*image 2\b"):
         check_table(table, num_samples=4, num_left_out=1, describe=lambda number: f"image {number}")
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([0, 1, 1, 2], "missing ids: 3; repeated ids: 1;"),
-        ([0, 1, 2], "got 3 rows; missing ids: 3;"),
-        ([0, 1, 2, 3, 9], "unknown ids: 9;"),
+        ([0, 1, 1, 2], "missing ids: 3.*repeated ids: 1"),
+        ([0, 1, 2], "3 rows.*missing ids: 3"),
+        ([0, 1, 2, 3, 9], "unknown ids: 9"),
     ],
 )
 def test_a_loader_that_repeats_or_misses_images_is_refused(ids: list[int], message: str) -> None:
@@ -386,12 +386,12 @@ def test_a_recall_that_the_split_cannot_give_is_refused_before_embedding(
         def forward(self, images: Tensor) -> Tensor:
             raise AssertionError("embedded before checking")
 
-    with pytest.raises(ValueError, match=r"recall_at is .* from 1 to 36"):
+    with pytest.raises(ValueError, match=r"recall_at.*1 to 36\b"):
         evaluated(NeverCalled(), index, recall_at=recall_at)
 
 
 def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no class of the split has two images"):
+    with pytest.raises(ValueError, match="two images"):
         evaluated(Projection(), write_noise_shards(tmp_path, [1, 1, 1]), recall_at=(1,))
 
 
@@ -405,7 +405,7 @@ def test_the_result_comes_back_from_json_to_the_last_digit(index: ShardIndex) ->
     document = json.loads(result.to_json())
     document["recall_at_1_bounds"] = document.pop("bounds")["recall@1"]  # as earlier versions wrote it
     assert EvaluationResult.from_json(json.dumps(document)).recall_at_1_bounds == result.recall_at_1_bounds
-    with pytest.raises(ValueError, match="expected the JSON of an evaluation"):
+    with pytest.raises(ValueError, match="JSON of an evaluation"):
         EvaluationResult.from_json('{"metrics": {}}')
 
 
@@ -424,5 +424,5 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(again, table, strict=True))
     assert [file.name for file in path.parent.iterdir()] == ["step-000800.npz"]
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is not a table of embeddings"):
+    with pytest.raises(ValueError, match="table of embeddings"):
         load_table(path)

@@ -197,7 +197,7 @@ def test_rounding_changes_a_row_by_less_than_float32_does_and_only_once() -> Non
     assert rounded.dtype == np.float32
     assert 0 < np.abs(rounded - rows).max() <= 2.0**-27
     np.testing.assert_array_equal(round_rows(rounded), rounded)
-    with pytest.raises(ValueError, match="unit length, got 2 in row 7"):
+    with pytest.raises(ValueError, match=r"unit length.*2 in row 7"):
         round_rows(np.where(np.arange(100)[:, None] == 7, 2, 1) * rows)
 
 
@@ -226,7 +226,7 @@ def test_scores_of_lower_precision_are_noticed(monkeypatch: pytest.MonkeyPatch) 
             return torch.from_numpy(scores).bfloat16().float().numpy(), rows
 
     monkeypatch.setattr(retrieval, "build_searcher", Coarse)
-    with pytest.raises(RuntimeError, match="lower precision"):
+    with pytest.raises(RuntimeError, match="precision"):
         retrieved(problem(3, num_images=200))
 
 
@@ -240,7 +240,7 @@ def test_two_ways_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) ->
         return counted
 
     monkeypatch.setattr(rank_counts, "_count_in_lists", forgetful)
-    with pytest.raises(RuntimeError, match="faiss and counter differ"):
+    with pytest.raises(RuntimeError, match="faiss and counter"):
         retrieved(images, verify=True)
 
 
@@ -260,7 +260,7 @@ def test_a_tile_that_does_not_fit_is_halved_until_it_does_and_says_so(error: Exc
     in_tiles(23, 16, failing_above(5, error, done), said.append)
     assert done == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 23)]
     assert len(said) == 2
-    assert "going on with 4" in said[1]
+    assert "continuing with 4" in said[1]
 
 
 def test_other_errors_and_a_single_query_that_does_not_fit_are_raised() -> None:

@@ -282,7 +282,7 @@ def test_a_gallery_of_its_own_is_what_is_shown_and_counted(tmp_path: Path) -> No
     page = Page(write_report(run, queries).read_text())
     text = " ".join(page.text.split())
     assert "every one of 13 queries of 5 classes, looks for its own class among 25 images of a gallery." in text
-    assert "2 queries without a right answer there are left out." in text
+    assert "2 queries without a right answer there are skipped." in text
     assert f"of 15 queries, an image occurs {15 * 10 / 25:.1f} times on average" in text
     of_queries = {Thumbnails(queries).url(number) for number in range(15)}
     of_gallery = {Thumbnails(gallery).url(number) for number in range(25)}
@@ -515,7 +515,7 @@ def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path, capsys: 
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*1 lines are left out, the first is 1. no .step. in it")
+@pytest.mark.filterwarnings("ignore:.*1 lines are skipped, the first is 1. no .step. in it")
 @pytest.mark.parametrize("data", [[], {"shards": None}, {"shards": -1}, {"test_split": []}, {"cache_directory": 1}])
 def test_a_configuration_of_other_types_costs_the_images_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], data: object

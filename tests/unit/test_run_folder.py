@@ -10,7 +10,7 @@ import pytest
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.storage.run_folder import RunFolder, by_step, step_in, step_name
-from dist_proxygml.training.run_folder import prepare_run_directory, where_to_continue
+from dist_proxygml.training.run_folder import find_continuation, prepare_run_directory
 from tests.closed_folders import closed
 from tests.trained_runs import configuration
 
@@ -42,10 +42,10 @@ def test_what_is_closed_to_this_user_is_named_before_anything_is_moved(folder: P
     for shut in (closed, read_only):
         with (
             shut(folder / "run" / name),
-            pytest.raises(ValueError, match=r"expected to read.* may not; give it"),
+            pytest.raises(ValueError, match="read"),
         ):
-            where_to_continue(folder / "run", "auto")
-    assert where_to_continue(folder / "run", "auto") == (None, [])
+            find_continuation(folder / "run", "auto")
+    assert find_continuation(folder / "run", "auto") == (None, [])
     assert sorted(os.listdir(folder / "run")) == sorted([*FOLDERS, *LOGS])
 
 
@@ -56,13 +56,13 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
     make_run(run)
     (run / name).unlink() if name in LOGS else (run / name).rmdir()
     os.mkfifo(run / name)
-    with pytest.raises(ValueError, match=rf"expected a \w+ at .*{name}, found something else; move it away"):
-        where_to_continue(run, "auto")
+    with pytest.raises(ValueError, match=rf"/{name}\b.*something else"):
+        find_continuation(run, "auto")
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "unmounted")
-    with pytest.raises(ValueError, match=rf"expected something behind the link .*{name}, found nothing"):
-        where_to_continue(run, "auto")
-    assert where_to_continue(run, "never") == (None, [])
+    with pytest.raises(ValueError, match=rf"link.*{name}\b"):
+        find_continuation(run, "auto")
+    assert find_continuation(run, "never") == (None, [])
 
 
 def test_damaged_results_and_logs_are_set_aside_and_the_others_stay(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     make_run(config.run_directory)
     path = config.run_directory / "evaluation" / "step-000001.json"
     path.write_text(RESULT.to_json())
-    with closed(path), pytest.raises(ValueError, match=r"expected to read .*step-000001.json, got: Permission denied"):
+    with closed(path), pytest.raises(ValueError, match=r"step-000001\.json.*Permission denied"):
         prepare_run_directory(config, None, 5)
     assert path.exists()
 
