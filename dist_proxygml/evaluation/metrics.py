@@ -1,7 +1,7 @@
 """Retrieval metrics from the ranks of right answers, clustering metrics from labels and clusters.
 
-    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; with cameras also
-                   without those of its class by its own camera, as in re-identification (Zheng et al., ICCV 2015)
+    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; where there are
+                   cameras, also but those of its class by its own one (re-identification: Zheng et al., ICCV 2015)
     R              number of its right answers
     Recall@K       1 if rank_1 <= K                              in the metric-learning sense: a hit rate
     R-Precision    #{j: rank_j <= R} / R
