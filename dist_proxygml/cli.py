@@ -56,7 +56,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs of each machine; one rank each")
     parser.add_argument("--tasks-per-node", type=int, help="ranks of each machine on CPUs, instead of GPUs")
-    parser.add_argument("--cpus-per-task", type=int, help="CPU cores of each rank, data workers included")
+    parser.add_argument("--cpus-per-task", type=int, help="CPU cores of each rank (SLURM: data.num_workers + 2)")
     parser.add_argument("--partition", help="SLURM partition (default: the cluster's)")
     parser.add_argument(
         "--time", default="1-00:00:00", help="limit of one start: minutes, HH:MM:SS or D-HH:MM:SS (default: a day)"

@@ -383,6 +383,7 @@ def _data_findings(shards: str, config: "Config | None", source: str) -> list[Fi
         train_split=data.train_split,
         cache_directory=None if data.cache_directory is None else Path(data.cache_directory),
         cache_limit=data.cache_limit_bytes,
+        allow_seen_classes=config.evaluation.allow_seen_classes,
     )
     wanted = [None if data.mode == "stream" else data.train_split, data.test_split, config.evaluation.gallery_split]
     for split in filter(None, wanted):

@@ -55,9 +55,9 @@ def main(given: argparse.Namespace) -> None:
         raise ValueError(f"expected nothing at {given.out}, found a file; name another, or add --overwrite")
     import torch
 
+    from dist_proxygml.reporting.render import format_seconds
     from dist_proxygml.storage.files import publish_text
     from dist_proxygml.training.presets import estimate_seconds, find_machine, suggest
-    from dist_proxygml.training.rehearsal import format_seconds
 
     machine = find_machine(given.device)
     made = suggest(given.data, name, machine, preset=given.preset, overrides=given.set)
