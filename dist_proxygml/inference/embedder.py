@@ -33,6 +33,9 @@ from dist_proxygml.inference.hub import HUB, fetch
 from dist_proxygml.storage.files import sha256_of
 from dist_proxygml.storage.run_folder import RunFolder
 
+COMPARED = ("weights_sha256", "backbone", "preprocessing")
+"""Entries of `Embedder.about` on which embeddings depend."""
+
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -196,18 +199,20 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def loading_processes(num_images: int, wanted: int | None) -> int:
-    """Default number of processes that read images: none for so few that starting them takes longer."""
+def loading_processes(num_images: int, wanted: int | None, *, num_ranks: int = 1) -> int:
+    """Default number of processes that read images for each of the machine's ranks: none for so few that starting them
+    takes longer.
+    """
     if wanted is not None:
         return wanted
-    return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
+    return 0 if num_images < 512 else max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """Name the first difference between two models, described as by `Embedder.about`; None if their embeddings are
     comparable. A run and its export are the same model.
     """
-    for name in ("weights_sha256", "backbone", "preprocessing"):
+    for name in COMPARED:
         if one.get(name) != other.get(name):
             return name.replace("_sha256", "")
     return None
