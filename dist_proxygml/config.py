@@ -874,7 +874,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if path.name == str(path) and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
         path = _CONFIGS / f"{path}.json"
     if not path.is_file():
-        nearby = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        nearby = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.json")})
         nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
         raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
@@ -903,6 +903,13 @@ def load_run_config(run_directory: Path, overrides: typing.Sequence[str] = ()) -
     """Load the configuration of a run's folder, which may be untrusted: unless an override names the shards, they count
     as not typed by the user. Raises ValueError as `load_config`.
     """
+    if not (run_directory / "config.json").is_file():
+        places = (run_directory, run_directory.parent)
+        runs = sorted({str(path.parent) for place in places for path in place.glob("*/config.json")})
+        raise ValueError(
+            f"expected the folder of a run at {run_directory}, found no config.json in it; "
+            f"{'there are: ' + ', '.join(runs[:20]) if runs else 'correct the path'}"
+        )
     config = load_config(run_directory / "config.json", overrides)
     config.data._is_typed = any(override.partition("=")[0] in ("data", "data.shards") for override in overrides)
     return config
