@@ -2,7 +2,7 @@
 
 Each row has an image, kept as the bytes of its file, and a class: a ClassLabel with its names, a number or a text.
 Splits keep their names where train shares no class with the others; the usual division of classification sets, where
-each class trains and tests, is refused, and `num_train_classes` divides the classes of all splits instead.
+each class trains and tests, takes `allow_seen_classes`, or `num_train_classes` to divide the classes of all splits.
 
 Chosen: `datasets` opens, downloads and describes; the bytes of an image are then found in its mapped Arrow file by the
 address of their buffer, so that every writing process reads them there by offset, without `datasets` and without a
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage, check_disjoint
+from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage, check_classes
 
 _SAVED = ("dataset_dict.json", "state.json")  # of a folder of save_to_disk
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -35,6 +35,7 @@ def read_hf(
     *,
     columns: Mapping[str, str] | None = None,
     allow_partial: bool = False,
+    allow_seen_classes: bool = False,
     num_train_classes: int | None = None,
 ) -> SourceDataset:
     """Read a folder of `save_to_disk`, or the data set `NAME` or `NAME:CONFIGURATION` of the hub.
@@ -43,6 +44,7 @@ def read_hf(
         root: folder or name.
         columns: names of the columns image and label.
         allow_partial: leave out rows without an image or a class.
+        allow_seen_classes: let splits share classes.
         num_train_classes: the first of all classes, in the order of their numbers or names, train, the others test;
             None: the data set's own splits, and half of the classes where it has only one.
 
@@ -70,9 +72,9 @@ def read_hf(
     notes = (f"{num_left_out} rows without an image or a class were left out",) if num_left_out else ()
     dataset = SourceDataset("hf", images, (("query", "gallery"),), notes)
     try:
-        check_disjoint(dataset)
+        check_classes(dataset, allow_seen=allow_seen_classes)
     except ValueError as problem:
-        raise ValueError(f"{root}: {problem}; --split-classes N divides the classes of all splits anew") from None
+        raise ValueError(f"{root}: {problem}; or divide the classes of all splits anew with --split-classes N") from None
     return dataset
 
 

@@ -85,10 +85,13 @@ def test_classes_of_all_splits_are_divided_anew(tmp_path: Path, capsys: pytest.C
     arguments = ["build", "hf", "--root", root, "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "is in train and in test" in (error := capsys.readouterr().err)
-    assert "--split-classes N divides" in error
+    assert "--split-classes N" in error
+    assert main([*arguments, "--allow-seen-classes"]) == 0
+    assert [entry.name for entry in open_index(tmp_path / "out", "test").classes] == ["cat", "dog", "eel"]
+    arguments[-1] = str(tmp_path / "anew")
     assert main([*arguments, "--split-classes", "2"]) == 0
-    assert [entry.count for entry in open_index(tmp_path / "out", "train").classes] == [2, 2]
-    assert [entry.name for entry in open_index(tmp_path / "out", "test").classes] == ["eel"]
+    assert [entry.count for entry in open_index(tmp_path / "anew", "train").classes] == [2, 2]
+    assert [entry.name for entry in open_index(tmp_path / "anew", "test").classes] == ["eel"]
     for number in (0, 3):
         with pytest.raises(ValueError, match=f"has 3 classes, of which {number} would train"):
             read_hf(root, num_train_classes=number)
