@@ -31,7 +31,6 @@ USUAL_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "split": ("split",),
     "class_name": ("class_name",),
 }
-_OPTIONAL = ("split", "class_name")
 
 
 def read_table(
@@ -62,13 +61,18 @@ def read_table(
     if unknown:
         raise ValueError(f"--columns: expected {', '.join(USUAL_COLUMNS)}, got {unknown[0]!r}; write image=COLUMN")
     found = [_table_of(text) for text in tables] or [(None, path) for path in _metadata(root)]
+    folders = [path.parent for _, path in found]
+    top = root or Path(os.path.commonpath([os.path.realpath(folder) for folder in folders]))
+    places = _Places(top, template, is_confined=root is not None, several=several)
     rows: list[_Row] = []
     line_of: array[int] = array("Q")
     starts: list[int] = []  # of each table's rows
-    for given, path in found:
+    for (given, path), folder in zip(found, folders, strict=True):
         starts.append(len(rows))
         of_name = given or (_split_of_name(path) if len(found) > 1 else None) or ""
-        for line, row in _TableReader(path, root, columns, template, of_name, several=several).rows():
+        # Hugging Face's paths are those from the table; `root` is where the tables are.
+        base = root if root is not None and tables else folder
+        for line, row in _read(path, base, columns, of_name, places):
             rows.append(row)
             line_of.append(line)
 
@@ -104,7 +108,7 @@ def read_table(
     dataset = finish(
         "table",
         images,
-        root=root or found[0][1].parent,
+        root=top,
         allow_partial=allow_partial,
         shared_classes=(("query", "gallery"),),
         place=place,
@@ -152,98 +156,89 @@ class _Row(NamedTuple):
     info: Mapping[str, Any]
 
 
-class _TableReader:
-    """Rows of one table; `split` is that of those which say none."""
-
-    def __init__(
-        self,
-        path: Path,
-        root: Path | None,
-        columns: Mapping[str, str],
-        template: str | None,
-        split: str,
-        *,
-        several: bool,
-    ) -> None:
-        self.path = path
-        self.columns = columns
-        self.template = template
-        self.split = split
-        self.several = several
-        self.confined = root is not None
-        self.base = os.path.join(os.path.realpath(path.parent if root is None else root), "")
-
-    def rows(self) -> Iterator[tuple[int, _Row]]:
-        """Yield every image with its line."""
-        has_header = not (self.columns and all(name.isdigit() for name in self.columns.values()))
-        names: dict[str, str] | None = None
-        used: frozenset[str] = frozenset()
-        for line, row in Rows(self.path, has_header=has_header).read():
-            if names is None:
-                names = self._names(row)
-                # A column that makes part of a path only through the template is kept.
-                used = frozenset(names.values())
-            label = _text(row.get(names["label"]))
-            if not label:
-                raise ValueError(
-                    f"{self.path}, line {line}: expected a label in the column {names['label']!r}, found none; fill "
-                    "it in, or remove the row"
-                )
-            split = (_text(row.get(names["split"])) if "split" in names else "") or self.split
-            split = split.lower() if split.lower() in USUAL_SPLITS else split
-            class_name = _text(row.get(names["class_name"])) if "class_name" in names else ""
-            info = {
-                f"table.{name}" if name in _OWN else name: value if isinstance(value, str) else plain(value)
-                for name, value in row.items()
-                if name not in used
-            }
-            given = row.get(names["image"]) if "image" in names else ""
-            if not isinstance(given, str):
-                raise ValueError(
-                    f"{self.path}, line {line}: expected a path in the column {names['image']!r}, got "
-                    f"{type(given).__name__}; write the images into files of their own"
-                )
-            for image in given.split() if self.several else (given,):
-                name, content = self._place(line, image, row, names)
-                yield line, _Row(split, label, class_name or label, name, content, info)
-
-    def _names(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Return the column of each part of a row."""
-        names = {}
-        for part, usual in USUAL_COLUMNS.items():
-            asked = self.columns.get(part)
-            name = next((name for name in ((asked,) if asked else usual) if name in row), None)
-            if name is not None:
-                names[part] = name
-            elif asked or not (part in _OPTIONAL or (part == "image" and self.template)):
-                raise ValueError(
-                    f"{self.path}: expected a column {asked or ' or '.join(usual)}, found "
-                    f"{', '.join(list(row)[:12])}; name it with --columns {part}=COLUMN"
-                )
-        return names
-
-    def _place(self, line: int, image: str, row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
-        """Return the name and the path of an image."""
-        if self.template is not None:
-            try:
-                image = self.template.format_map({**row, names["image"]: image} if "image" in names else row)
-            except (KeyError, IndexError, AttributeError, ValueError, TypeError) as problem:
-                raise ValueError(
-                    f"{self.path}, line {line}: --image-path {self.template!r} cannot be filled in ({problem!r}); it "
-                    f"may name {', '.join(list(row)[:12])}"
-                ) from problem
-        if not image:
-            raise ValueError(f"{self.path}, line {line}: expected a path, found none; fill it in, or remove the row")
-        if image[0] not in "/." and "/." not in image and "//" not in image:  # nothing to normalise
-            return image, self.base + image
-        path = os.path.normpath(os.path.join(self.base, image))
-        if path.startswith(self.base):
-            return path[len(self.base) :], path
-        if self.confined:
+def _read(
+    path: Path, base: Path, columns: Mapping[str, str], split_of_table: str, places: "_Places"
+) -> Iterator[tuple[int, _Row]]:
+    """Yield every image of a table with its line."""
+    has_header = not (columns and all(name.isdigit() for name in columns.values()))
+    folder = os.path.join(os.path.realpath(base), "")
+    names: dict[str, str] | None = None
+    used: frozenset[str] = frozenset()
+    for line, row in Rows(path, has_header=has_header).read():
+        if names is None:
+            names = _names(path, row, columns, needs_image=places.template is None)
+            used = frozenset(names.values())
+        label = _text(row.get(names["label"]))
+        if not label:
             raise ValueError(
-                f"{self.path}, line {line}: {image} lies outside {self.base}; point --root higher up, or leave it out"
+                f"{path}, line {line}: expected a label in the column {names['label']!r}, found none; fill it in, or "
+                "remove the row"
             )
-        return path.lstrip("/"), path
+        split = (_text(row.get(names["split"])) if "split" in names else "") or split_of_table
+        split = split.lower() if split.lower() in USUAL_SPLITS else split
+        class_name = _text(row.get(names["class_name"])) if "class_name" in names else ""
+        info = {
+            f"table.{name}" if name in _OWN else name: value if isinstance(value, str) else plain(value)
+            for name, value in row.items()
+            if name not in used
+        }
+        for name, image in places.of_row(f"{path}, line {line}", row, names.get("image"), folder):
+            yield line, _Row(split, label, class_name or label, name, image, info)
+
+
+def _names(path: Path, row: Mapping[str, Any], columns: Mapping[str, str], *, needs_image: bool) -> dict[str, str]:
+    """Return the column of each part of a row. Raises ValueError if one is missing."""
+    names = {}
+    for part, usual in USUAL_COLUMNS.items():
+        asked = columns.get(part)
+        name = next((name for name in ((asked,) if asked else usual) if name in row), None)
+        if name is not None:
+            names[part] = name
+        elif asked or part == "label" or (part == "image" and needs_image):
+            raise ValueError(
+                f"{path}: expected a column {asked or ' or '.join(usual)}, found {', '.join(list(row)[:12])}; name it "
+                f"with --columns {part}=COLUMN"
+            )
+    return names
+
+
+class _Places:
+    """Where images lie, and what they are called: their paths below `top`, or whole ones without the first slash."""
+
+    def __init__(self, top: Path, template: str | None, *, is_confined: bool, several: bool) -> None:
+        self.top = os.path.join(os.path.realpath(top), "")
+        self.template = template
+        self.is_confined = is_confined
+        self.several = several
+
+    def of_row(self, where: str, row: Mapping[str, Any], column: str | None, folder: str) -> Iterator[tuple[str, str]]:
+        """Yield name and path of each image of a row. Raises ValueError saying `where`."""
+        given = "" if column is None else row.get(column)
+        if not isinstance(given, str):
+            raise ValueError(
+                f"{where}: expected a path in the column {column!r}, got {type(given).__name__}; write the images into "
+                "files of their own"
+            )
+        for image in given.split() if self.several else (given,):
+            if self.template is not None:
+                try:
+                    image = self.template.format_map(row if column is None else {**row, column: image})
+                except (KeyError, IndexError, AttributeError, ValueError, TypeError) as problem:
+                    raise ValueError(
+                        f"{where}: --image-path {self.template!r} cannot be filled in ({problem!r}); it may name "
+                        f"{', '.join(list(row)[:12])}"
+                    ) from problem
+            if not image:
+                raise ValueError(f"{where}: expected a path, found none; fill it in, or remove the row")
+            path = folder + image
+            if image[0] in "/." or "/." in image or "//" in image:
+                path = os.path.normpath(os.path.join(folder, image))
+            if path.startswith(self.top):
+                yield path[len(self.top) :], path
+            elif self.is_confined:
+                raise ValueError(f"{where}: {image} lies outside {self.top}; point --root higher up, or leave it out")
+            else:
+                yield path.lstrip("/"), path
 
 
 # Fields of a sample's JSON that are not the table's.
