@@ -22,7 +22,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers, imported when it is asked for: building shards and submitting jobs do without torch
+    """Import a public name on first use: building shards and submitting jobs do without torch
     (PEP 562).
     """
     if name in _MODULES:

@@ -29,7 +29,8 @@ from pydantic import (
     model_validator,
 )
 
-from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
+from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, far_metric
+from dist_proxygml.rules import check_gallery_split, check_ratio_or_topk, check_sparse_gradient
 
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
@@ -130,8 +131,10 @@ class DataConfig(_Section):
     )
     stream: StreamConfig | None = Field(None, description="Source of mode stream; evaluation reads data.shards.")
     train_split: SplitName = Field("train", description="Split of the index to train on.")
-    test_split: SplitName = Field(
-        "test", description="Split of the index to evaluate on; its classes are never trained."
+    test_split: SplitName | None = Field(
+        "test",
+        description="Split of the index to evaluate on; its classes are not trained, but for "
+        "evaluation.allow_seen_classes. null: only data.validation_classes are evaluated, if set.",
     )
     num_classes: int | None = Field(
         None,
@@ -305,10 +308,7 @@ class ProxiesConfig(_Section):
 
     @model_validator(mode="after")
     def _one_way_to_say_k(self) -> "ProxiesConfig":
-        if (self.ratio is None) == (self.topk is None):
-            raise ValueError(
-                f"expected exactly one of ratio and topk, got ratio={self.ratio} and topk={self.topk}; remove one"
-            )
+        check_ratio_or_topk(self.ratio, self.topk, section="proxies.", at_least=1)
         return self
 
 
@@ -414,6 +414,33 @@ class TrainingConfig(_Section):
     )
 
 
+class PairsConfig(_Section):
+    """Verification: TAR at FAR over pairs of images, and with listed pairs the accuracy over their folds."""
+
+    of: Literal["all", "listed"] = Field(
+        "all",
+        description="all: each two images of the evaluated split, or each query with the gallery; listed: the pairs "
+        "that come with the shards of a verification set, for the test split alone.",
+    )
+    far: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=lambda: [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
+        min_length=1,
+        max_length=100,
+        description="False accept rates; one below 1 / pairs of different classes is not measurable and left out.",
+    )
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that pairs give, without standard deviations."""
+        return [*map(far_metric, self.far), *(["pair_accuracy"] if self.of == "listed" else [])]
+
+    @model_validator(mode="after")
+    def _rates_differ(self) -> "PairsConfig":
+        if len(set(map(far_metric, self.far))) < len(self.far):
+            raise ValueError(f"expected different false accept rates, got far {self.far}; name each once")
+        return self
+
+
 class EvaluationConfig(_Section):
     """When and how the test split, and validation classes if there are any, are evaluated."""
 
@@ -421,9 +448,11 @@ class EvaluationConfig(_Section):
         1, ge=0, description="Evaluate every this many epochs, and after the last; 0 only after the last."
     )
     at_start: bool = Field(True, description="Evaluate before the first step: finds data and memory faults early.")
-    raw_pixels: bool = Field(False, description="Also evaluate raw pixels at the start, as a baseline.")
+    raw_pixels: bool = Field(
+        False, description="Also evaluate raw pixels on the test split at the start, as a baseline."
+    )
     batch_size: int = Field(64, ge=1, description="Images per forward pass of one rank.")
-    protocol: Literal["custom", "cub", "cars", "sop", "inshop"] = Field(
+    protocol: Literal["custom", "cub", "cars", "sop", "inshop", "market1501", "msmt17"] = Field(
         "custom",
         description="A published protocol: sets K of Recall@K and requires its numbers of classes and images.",
     )
@@ -436,8 +465,20 @@ class EvaluationConfig(_Section):
         None,
         description="Split searched by the images of data.test_split; null searches each among all others.",
     )
-    allow_seen_classes: bool = Field(False, description="Accept a test split with classes that are also trained.")
+    exclude_same: Literal["camera"] | None = Field(
+        None,
+        description="camera: images of the query's class by its own camera are left out of its ranking "
+        "(re-identification); market1501 and msmt17 do so.",
+    )
+    allow_seen_classes: bool = Field(
+        False,
+        description="Accept a test split with trained classes, such as new photos of known products; results state the "
+        "numbers of seen and unseen classes.",
+    )
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
+    pairs: PairsConfig | None = Field(
+        None, description="Also measure verification, TAR at FAR over pairs of images; {} for all pairs. null: do not."
+    )
     legacy_proxygml: bool = Field(
         False, description="Also compute the published evaluation's metrics (cub, cars, sop), prefixed legacy_."
     )
@@ -460,10 +501,16 @@ class EvaluationConfig(_Section):
         return parse_bytes(self.memory_budget)
 
     @property
+    def excluded(self) -> str | None:
+        """exclude_same, or that of the protocol."""
+        return PROTOCOLS[self.protocol].exclude_same if self.protocol in PROTOCOLS else self.exclude_same
+
+    @property
     def metrics(self) -> list[str]:
         """The metrics that an evaluation gives, without standard deviations."""
         names = [*(f"recall@{k}" for k in self.recall_at), "r_precision", "map@r", "map", "mrr", "precision@1_macro"]
         names += ["nmi", "ami", "f1"] if self.kmeans_seeds else []
+        names += self.pairs.metrics if self.pairs else []
         if self.legacy_proxygml:
             names += [f"legacy_recall@{k}" for k in self.recall_at] + (["legacy_nmi"] if self.kmeans_seeds else [])
         return names
@@ -492,10 +539,15 @@ class EvaluationConfig(_Section):
                 f"{'no gallery_split' if protocol.num_gallery is None else 'a gallery_split'}, got "
                 f"{self.gallery_split!r}; {'remove it' if self.gallery_split else 'name it'}, or change the protocol"
             )
+        if self.exclude_same not in (None, self.excluded):
+            raise ValueError(
+                f"protocol {self.protocol!r} excludes the query alone, got exclude_same {self.exclude_same!r}; "
+                'set it to null, or take protocol "custom"'
+            )
         if self.legacy_proxygml and self.protocol not in LEGACY_PROTOCOLS:
             raise ValueError(
-                f"legacy_proxygml reproduces the published evaluation of protocols cub, cars and sop, got protocol "
-                f"{self.protocol!r}; name one of them, or set it to false"
+                f"expected evaluation.protocol to be one of {', '.join(LEGACY_PROTOCOLS)} with legacy_proxygml, got "
+                f"{self.protocol!r}; name one of them, or set legacy_proxygml to false"
             )
         return self
 
@@ -521,7 +573,7 @@ class CheckpointConfig(_Section):
     keep_best: str | None = Field(
         None,
         description="Also keep the checkpoint with the best evaluation by this metric, such as recall@1, "
-        "on data.validation_classes if set, otherwise on the test split.",
+        "on data.validation_classes if set, otherwise on the test split; the newest if nothing is evaluated.",
     )
     init_from: str | None = Field(
         None,
@@ -550,6 +602,12 @@ class TelemetryConfig(_Section):
     projector: bool | Annotated[int, Field(ge=1, le=10_000)] = Field(
         True,
         description="Number of the last evaluation's embeddings in TensorBoard's projector; true: up to 10,000.",
+    )
+    trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
+        [], description="Experiment trackers that get the numbers, too: wandb, mlflow, trackio (extras of these names)."
+    )
+    tracker_project: str = Field(
+        "dist_proxygml", min_length=1, description="Project, or experiment, in which trackers show the run."
     )
 
 
@@ -645,6 +703,11 @@ class Config(_Section):
         return self.num_classes - self.num_validation_classes
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the run has images to evaluate: a test split or validation classes."""
+        return self.data.test_split is not None or self.data.validation_classes is not None
+
+    @property
     def run_directory(self) -> Path:
         """Folder of this run."""
         return Path(self.runs_dir) / self.name
@@ -694,16 +757,13 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sparse_adam_has_sparse_gradients(self) -> "Config":
-        weight = self.proxies.regularization_weight
-        if self.optimizer.proxies_rule == "sparse_adam" and weight > 0:
-            raise ValueError(
-                f"expected proxies.regularization_weight 0 for optimizer.proxies_name 'sparse_adam', got {weight}: the "
-                "regulariser gives every proxy a gradient; set it to 0, or proxies_name to rowwise_adagrad, sgd or adam"
-            )
-        if self.optimizer.proxies_rule == "sparse_adam" and self.proxies.selection == "gather":
-            raise ValueError(
-                "expected proxies.selection auto, candidates or histogram for optimizer.proxies_name 'sparse_adam', "
-                "got 'gather': the gradient of a gathered bank is dense; change one of them"
+        if self.optimizer.proxies_rule == "sparse_adam":
+            check_sparse_gradient(
+                selection=self.proxies.selection,
+                regularization_weight=self.proxies.regularization_weight,
+                section="proxies.",
+                wanted_by='optimizer.proxies_name "sparse_adam"',
+                instead="set proxies_name to rowwise_adagrad, sgd or adam",
             )
         return self
 
@@ -715,11 +775,22 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _queries_are_not_their_own_gallery(self) -> "Config":
-        if self.evaluation.gallery_split == self.data.test_split:
+        check_gallery_split(
+            self.evaluation.gallery_split,
+            query_split=self.data.test_split,
+            setting="evaluation.gallery_split",
+            of="data.test_split",
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _a_test_split_is_there_where_it_is_needed(self) -> "Config":
+        evaluation = self.evaluation
+        needing = {"protocol": evaluation.protocol != "custom", "gallery_split": evaluation.gallery_split is not None}
+        for name in (name for name, is_set in needing.items() if is_set and self.data.test_split is None):
             raise ValueError(
-                f"expected evaluation.gallery_split to be another split than data.test_split, got "
-                f"{self.data.test_split!r} for both, where every query would find itself; remove gallery_split to "
-                "search each image among all others"
+                f"expected data.test_split with evaluation.{name} {getattr(evaluation, name)!r}, got null; name the "
+                f"split, or set evaluation.{name} to {'custom' if name == 'protocol' else 'null'}"
             )
         return self
 
@@ -727,6 +798,8 @@ class Config(_Section):
     def _best_checkpoint_is_measured(self) -> "Config":
         wanted, evaluation = self.checkpoint.keep_best, self.evaluation
         measured = [name for name in evaluation.metrics if not name.startswith("legacy_")]
+        if evaluation.pairs and evaluation.pairs.of == "listed" and self.data.validation_classes is not None:
+            measured = [name for name in measured if name not in evaluation.pairs.metrics]  # they are of the test split
         if wanted is not None and wanted not in measured:
             raise ValueError(
                 f"checkpoint.keep_best is {wanted!r}, but the evaluation measures {', '.join(measured)}; take one of "
@@ -816,7 +889,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold one JSON object, got {type(raw).__name__}")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8" and not json.dumps(raw, ensure_ascii=False).isascii():
         raise ValueError(
@@ -924,7 +997,12 @@ def _check_deepspeed_values(section: Mapping[str, Any]) -> None:
         raise ValueError(f"expected deepspeed.zero_optimization.stage 0, 1, 2 or 3, got {stage!r}; change it")
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set a key of a configuration that is still a dictionary: `a.b=value`, as `load_config` does.
+
+    Raises:
+        ValueError: it is no such text, or its value cannot be read.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"--set expects KEY=VALUE such as proxies.ratio=0.1, got {override!r}")
@@ -937,7 +1015,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     section = raw
     for depth, parent in enumerate(parents):
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:  # a section that may be left out is null in the configuration of a run
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise ValueError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     section[last] = value

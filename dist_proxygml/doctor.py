@@ -1,4 +1,4 @@
-"""What is wrong with this machine, this installation or these shards, before a run finds out.
+"""Checks of this machine, this installation or these shards, before a run finds what is wrong.
 
     python -m dist_proxygml.doctor --config configs/demo_cpu.json
 
@@ -174,7 +174,7 @@ def check_devices() -> Iterator[Finding]:
 
 
 def _said_by(*command: str) -> str | None:
-    """What a program prints; None where it is missing, fails or prints nothing."""
+    """Output of a program; None where it is missing, fails or prints nothing."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -185,7 +185,7 @@ def _said_by(*command: str) -> str | None:
 
 
 def check_communication() -> Iterator[Finding]:
-    """What ranks talk through: NCCL on GPUs, gloo on CPUs."""
+    """Check the communication backend of the ranks: NCCL on GPUs, gloo on CPUs."""
     import torch
 
     from dist_proxygml.distributed.parallel import available_backends
@@ -383,11 +383,10 @@ def _data_findings(shards: str, config: "Config | None", source: str) -> list[Fi
         train_split=data.train_split,
         cache_directory=None if data.cache_directory is None else Path(data.cache_directory),
         cache_limit=data.cache_limit_bytes,
+        allow_seen_classes=config.evaluation.allow_seen_classes,
     )
-    wanted = [data.test_split] if data.mode == "stream" else [data.train_split, data.test_split]
-    if config.evaluation.gallery_split is not None:
-        wanted.append(config.evaluation.gallery_split)
-    for split in wanted:
+    wanted = [None if data.mode == "stream" else data.train_split, data.test_split, config.evaluation.gallery_split]
+    for split in filter(None, wanted):
         if split not in indices and not any(finding.name in ("shards", f"split {split}") for finding in findings):
             there = f"{shards} has {', '.join(indices) or 'no split'}"
             findings.append(Finding("problem", f"split {split}", f"{source} names it, but {there}", "name another"))
@@ -404,8 +403,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", "Check this machine, the installation and, if named, the shards of a run. Changes nothing.", _EXAMPLES
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--data", metavar="SHARDS", help="folder of shards, or where they lie: https://, s3://, gs://")
-    what.add_argument("--config", help="configuration of a run: checks its shards, folders and weights")
+    add_options(what, "--data", help="folder of shards, or where they lie: https://, s3://, gs://")
+    add_options(what, "--config", required=False, help="configuration of a run: checks its shards, folders and weights")
     add_options(parser, "--set")
     parser.add_argument("--json", action="store_true", help="print a list of objects for programs")
     return parser
@@ -427,18 +426,18 @@ def main(given: argparse.Namespace) -> int:
 
     findings: list[Finding] = []
 
-    def tell(new: list[Finding]) -> None:
+    def report(new: list[Finding]) -> None:
         findings.extend(new)
         for finding in [] if given.json else new:
             print(_shown(finding), flush=True)
 
     for name, check in _machine_checks(config):
-        tell(run_check(name, check))
+        report(run_check(name, check))
     if config is not None:
-        tell(run_check("weights", partial(check_weights, config)))
+        report(run_check("weights", partial(check_weights, config)))
     shards = given.data or (config.data.shards if config else None)
     if shards:
-        tell(run_check("shards", partial(_data_findings, shards, config, given.config or "")))
+        report(run_check("shards", partial(_data_findings, shards, config, given.config or "")))
     if given.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     return int(any(finding.status == "problem" for finding in findings))

@@ -1,12 +1,16 @@
 """Evaluate a checkpoint: `deepspeed launchers/evaluate.py --run runs/demo_cpu`.
 
 With the run's own shards and number of threads this repeats the numbers of the training run to the last digit. One that
-was killed goes on with the images that it had not embedded yet.
+was killed resumes with the images that it had not embedded yet.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dist_proxygml.cli import build_parser
 from dist_proxygml.config import load_run_config
@@ -21,11 +25,15 @@ from dist_proxygml.distributed.parallel import (
 )
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
+if TYPE_CHECKING:
+    from dist_proxygml.evaluation.verification import Verification
+
 EXAMPLES = """\
   deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --checkpoint step-000800 --data shards/other
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --validation
+  deepspeed launchers/evaluate.py --run runs/faces --split lfw --set evaluation.pairs.of=listed
   deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
 """
 
@@ -52,6 +60,12 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(_parser(), given)
     check_arguments(arguments)
     config = load_run_config(arguments.run, [*overrides(arguments), *arguments.set])
+    split = config.data.test_split
+    if split is None and not arguments.validation:
+        raise ValueError(
+            f"expected a split to evaluate, got none: run {config.name!r} has data.test_split null; name one with "
+            "--split, or add --validation for the classes that it held out"
+        )
     context = join_world(start_timeout=config.training.start_timeout)
 
     from dist_proxygml.checkpoint.folder import find_checkpoint, found_instead
@@ -63,12 +77,12 @@ def main(given: Sequence[str] | None = None) -> None:
         build_damage_log,
         build_evaluation_model,
         evaluate_model,
+        result_suffix,
         store_evaluation,
-        what_is_other,
     )
     from dist_proxygml.reporting.page import format_metrics
     from dist_proxygml.storage.run_folder import RunFolder
-    from dist_proxygml.training.data import open_split, open_validation
+    from dist_proxygml.training.data import open_split, open_validation, trained_classes
 
     checkpoints = RunFolder(arguments.run).checkpoints
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
@@ -78,8 +92,12 @@ def main(given: Sequence[str] | None = None) -> None:
         raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
     if arguments.validation:
         index = run_together(context, open_validation, config, checkpoint)
+        seen_C: np.ndarray | None = np.zeros(index.num_classes, dtype=bool)
     else:
-        index = run_together(context, lambda: open_split(config, config.data.test_split, shards=arguments.data))
+        index = run_together(context, lambda: open_split(config, str(split), shards=arguments.data))
+        seen_C, problem = run_together(context, trained_classes, checkpoint, index)
+        if problem and context.is_main:
+            print(f"which of the classes were trained is not known: {problem}")
     model = run_together(context, build_evaluation_model, config)
     run_together(context, load_backbone, checkpoint, model)
     model.to(context.device)
@@ -88,7 +106,7 @@ def main(given: Sequence[str] | None = None) -> None:
     damage = build_damage_log(config, context, damage_file, split=index.split, num_images=index.num_samples)
     say = print if context.is_main else lambda _: None
     own = load_run_config(arguments.run)
-    name = checkpoint.name + what_is_other(config, own, shards=arguments.data, digest=index.sha256)
+    name = checkpoint.name + result_suffix(config, own, shards=arguments.data, digest=index.sha256)
     if arguments.validation:
         name = f"validation-{name}"
     blocks = block_folder(arguments.run, f"evaluate-{name}", say=print)
@@ -96,7 +114,7 @@ def main(given: Sequence[str] | None = None) -> None:
         config,
         context,
         model,
-        Split(index, damage),
+        Split(index, damage, seen_C),
         verify=arguments.verify,
         hooks=PassHooks(blocks=blocks, say=say),
     )
@@ -105,7 +123,11 @@ def main(given: Sequence[str] | None = None) -> None:
         print(format_metrics({checkpoint.name: result.metrics}))
         for line in legacy_lines(result.metrics):
             print(line)
-        print(ties_line(result.bounds))
+        for line in pair_lines(result.pairs):
+            print(line)
+        if result.bounds:
+            print(ties_line(result.bounds))
+        print(f"classes: {result.class_set or 'which of them were trained is not known'}")
         print(f"written to {path}")
     blocks.remove(context)
 
@@ -135,6 +157,8 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         changed |= {"evaluation.protocol": protocol, "evaluation.gallery_split": None}
         if protocol not in LEGACY_PROTOCOLS:
             changed["evaluation.legacy_proxygml"] = False
+        if protocol in PROTOCOLS:
+            changed["evaluation.exclude_same"] = None  # the protocol says what is excluded
     if protocol in PROTOCOLS:
         changed["evaluation.recall_at"] = list(PROTOCOLS[protocol].recall_at)
         is_divided = PROTOCOLS[protocol].num_gallery is not None
@@ -150,12 +174,32 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def legacy_lines(metrics: Mapping[str, float]) -> list[str]:
-    """What the published evaluation would say, if it was asked."""
+    """Lines with the published evaluation's metrics, if they were computed."""
     return [
         f"{name.removeprefix('legacy_')} as in the published evaluation: {100 * value:.2f}"
         for name, value in metrics.items()
         if name.startswith("legacy_")
     ]
+
+
+def pair_lines(pairs: "Verification | None") -> list[str]:
+    """How well pairs are told apart, if it was asked."""
+    if pairs is None:
+        return []
+    lines = [f"pairs: {pairs.num_same:,} of the same class, {pairs.num_different:,} of different classes"]
+    if pairs.num_left_out:
+        lines[0] += f"; {pairs.num_left_out:,} left out, with a damaged image"
+    for point in pairs.points:
+        tar = 100 * point.num_same / pairs.num_same
+        lines.append(f"TAR at FAR {point.far:g}: {tar:.2f}, score >= {point.threshold:.4f}")
+    for far in pairs.not_measurable:
+        lines.append(
+            f"TAR at FAR {far:g}: not measurable, which takes {math.ceil(1 / far):,} pairs of different classes"
+        )
+    if pairs.accuracies:
+        mean, deviation = pairs.metrics["pair_accuracy"], pairs.metrics["pair_accuracy_sd"]
+        lines.append(f"accuracy over {len(pairs.accuracies)} folds: {100 * mean:.2f} ± {100 * deviation:.2f}")
+    return lines
 
 
 def ties_line(bounds: Mapping[str, tuple[float, float]]) -> str:

@@ -40,6 +40,7 @@ POINTS = (
     "step.update",
     "evaluate.batch",
     "evaluate.search",
+    "embed.batch",
 )
 _ACTIONS = r"kill9|raise|enospc|stop|nan|signal=(?:TERM|USR1|USR2|INT)|sleep=[0-9.]+"
 
@@ -82,7 +83,7 @@ def own_faults() -> tuple[Fault, ...]:
 
 
 def fault_point(point: str) -> bool:
-    """A place where this process may be told to fail.
+    """Point at which this process may be made to fail.
 
     Returns:
         Whether the caller is to make its numbers NaN.

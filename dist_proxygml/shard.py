@@ -31,9 +31,12 @@ from dist_proxygml.data.datasets import SourceDataset
 from dist_proxygml.data.imagefolder import read_imagefolder
 from dist_proxygml.data.index import INDEX_FILE
 from dist_proxygml.data.published import read_cars196, read_cub200, read_inshop, read_sop
+from dist_proxygml.data.recordio import read_recordio
+from dist_proxygml.data.reid import read_market1501, read_msmt17
 from dist_proxygml.data.table import read_table
+from dist_proxygml.data.verification_sets import read_pairs
 from dist_proxygml.data.verify import describe_shards, index_shards, verify_shards
-from dist_proxygml.storage.files import in_words
+from dist_proxygml.storage.files import describe_error
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -58,30 +61,30 @@ def _build(options: argparse.Namespace) -> int:
         if problem.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f"no room to write on in {options.out}: {in_words(problem, options.out)}; what is finished is kept, and "
-            "the same command resumes"
+            f"no room to write on in {options.out}: {describe_error(problem, options.out)}; what is finished is kept, "
+            "and the same command resumes"
         ) from problem
     if result.already_there:
         print(f"nothing to do: {options.out} holds this build; --overwrite builds it again, should files have changed")
     if result.num_kept:
         print(f"{result.num_kept} of {result.num_shards} shards were kept from a build that was interrupted")
     if result.skipped:
-        print(printable(_told(result.skipped)), file=sys.stderr)
+        print(printable(_describe_skipped(result.skipped)), file=sys.stderr)
     if result.lost_classes:
         shown = ", ".join(map(repr, result.lost_classes[:20]))
-        print(f"{len(result.lost_classes)} classes have no image left and are left out: {shown}", file=sys.stderr)
-    for line in _told_images(result):
+        print(f"{len(result.lost_classes)} classes have no image left and are skipped: {shown}", file=sys.stderr)
+    for line in _describe_images(result):
         print(printable(line), file=sys.stderr)
     print(printable(describe_shards(options.out)))
     return 0
 
 
-def _told(skipped: Sequence[UnusableImage]) -> str:
+def _describe_skipped(skipped: Sequence[UnusableImage]) -> str:
     first = "\n".join(f"  {image.where}: {image.reason}" for image in skipped[:20])
-    return f"{len(skipped)} images cannot be used and were left out; {INDEX_FILE} names them, the first are\n{first}"
+    return f"{len(skipped)} images cannot be used and were skipped; {INDEX_FILE} names them, the first are\n{first}"
 
 
-def _told_images(result: BuildResult) -> Iterator[str]:
+def _describe_images(result: BuildResult) -> Iterator[str]:
     if result.reencoded:
         counts = ", ".join(f"{number} {name}" for name, number in result.reencoded.items())
         yield f"{counts} files are stored as PNG, with the same pixels; JPEG, PNG and WebP keep their bytes"
@@ -164,6 +167,11 @@ _CLASS_OPTIONS: Mapping[str, Mapping[str, Any]] = {
         choices=("random", "name"),
         help="which ones: drawn by --seed (default), or the first in sorted order; the index records it",
     ),
+    "--allow-seen-classes": dict(
+        action="store_true",
+        help="splits may share classes, such as new photos of known products "
+        "(train with evaluation.allow_seen_classes=true)",
+    ),
     "--class-names": dict(
         type=Path, metavar="TABLE", help="display names: a folder's name or a label, and its name, in two columns"
     ),
@@ -175,6 +183,38 @@ _LAYOUTS = {
     "cars196": _published("Cars196", "cars196", read_cars196),
     "sop": _published("Stanford Online Products", "Stanford_Online_Products", read_sop),
     "inshop": _published("In-Shop Clothes Retrieval", "In-shop", read_inshop),
+    "market1501": _published("Market-1501", "Market-1501-v15.09.15", read_market1501),
+    "msmt17": _published("MSMT17", "MSMT17_V1", read_msmt17),
+    "recordio": _Layout(
+        "record files of face recognition: train.rec and train.idx, with verification sets beside them",
+        "--root faces_emore",
+        lambda options: read_recordio(
+            options.root,
+            allow_partial=options.allow_partial,
+            num_train_classes=options.split_classes,
+            pairs=options.pairs,
+        ),
+        {
+            "--split-classes": dict(
+                type=int, metavar="N", help="the first N classes train, the others test (default: all train)"
+            ),
+            "--pairs": dict(
+                type=Path,
+                nargs="+",
+                default=(),
+                metavar="FILE",
+                help="verification sets (lfw.bin ...), there or beside train.rec; each becomes a split",
+            ),
+            "--allow-partial": dict(
+                action="store_true", help="leave out records without an image, accept missing ones"
+            ),
+        },
+    ),
+    "pairs": _Layout(
+        "verification sets of face recognition alone: *.bin",
+        "--root faces_emore",
+        lambda options: read_pairs(options.root),
+    ),
     "imagefolder": _Layout(
         "folders of images: SPLIT/CLASS/image or CLASS/image",
         "--root photos",
@@ -182,6 +222,7 @@ _LAYOUTS = {
             options.root,
             allow_partial=options.allow_partial,
             allow_empty=options.on_bad == "skip",
+            allow_seen_classes=options.allow_seen_classes,
             split=_class_split(options),
             follow_links=options.follow_links,
         ),
@@ -208,6 +249,7 @@ _LAYOUTS = {
             template=options.image_path,
             several=options.several,
             allow_partial=options.allow_partial,
+            allow_seen_classes=options.allow_seen_classes,
             split=_class_split(options),
         ),
         {

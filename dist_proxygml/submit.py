@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command(_parser, stopped="not followed any more; a job in the queue goes on")
+@command(_parser, stopped="no longer followed; a queued job continues")
 def main(given: argparse.Namespace) -> int:
     """Submit; returns the exit status: 0; 1 if the job failed or will never start; with --wait, the job's."""
     return submit(given)

@@ -140,6 +140,7 @@ def build_loss(problem: Problem, *, group: Any = None, **options: Any) -> ProxyG
         "regularization_weight": problem.regularization_weight,
         "scale": problem.scale,
         "group": group,
+        "normalize": False,  # or the gradient would lose its part along the embedding
         **options,
     }
     with warnings.catch_warnings():

@@ -5,7 +5,7 @@
     6 npm packages of SVG -> rasterised at 128 px -> averaged to 64 px on white -> 64-colour PNG
 
 Kept are emoji drawn by at least 4 of the 6 sets; identical and blank drawings, skin tones, gendered
-and directional variants are left out. Classes are sorted by the sha1 of their name: the first half
+and directional variants are excluded. Classes are sorted by the sha1 of their name: the first half
 trains, the second half is never seen in training.
 
 Chosen: six sets under Apache-2.0, MIT and CC-BY-4.0, each pinned by version and sha256, so that the
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dist_proxygml.cli import add_options, build_parser, command, run_command
 from dist_proxygml.data.builder import build_settings, build_shards, default_workers, finished_build
-from dist_proxygml.data.datasets import SourceDataset, SourceImage, check_disjoint
+from dist_proxygml.data.datasets import SourceDataset, SourceImage, check_classes
 from dist_proxygml.data.verify import describe_shards
 from dist_proxygml.storage.files import publish
 
@@ -191,7 +191,7 @@ def read_emoji(sources: Path | None, *, cache: Path) -> SourceDataset:
             f"install the pinned renderer with `pip install resvg-py==0.5.0 pillow==13.0.0`"
         )
     dataset = SourceDataset("demo", images)
-    check_disjoint(dataset)
+    check_classes(dataset)
     return dataset
 
 
@@ -417,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command(_parser, stopped="stopped; the same command goes on with what is finished")
+@command(_parser, stopped="stopped; the same command resumes")
 def main(given: argparse.Namespace) -> None:
     """Draw, write, and say what there is."""
     if not given.overwrite:  # before it draws: is there another build?

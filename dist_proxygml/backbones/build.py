@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -173,7 +174,7 @@ def build_backbone(
     Names: `bn_inception`, `small_cnn`, `raw_pixels`, `timm/NAME` and `torchvision/NAME`
     (classification models). Options:
 
-    - small_cnn: `width`, `strides`, `residual_blocks`, see SmallCnn.
+    - small_cnn: `width`, `strides`, `residual_blocks`.
     - timm: those of timm.create_model, and `out_indices` with one index to cut the trunk early, as
       timm counts feature maps: for most CNNs 0 to 4 at strides 2 to 32, for transformers blocks.
     - torchvision: those of the model's own function, and `return_node` with a node of its graph to
@@ -357,6 +358,20 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
     return Trunk(trunk, preprocessing, image_size=size if isinstance(size, int) else size[-1])
 
 
+def can_fetch_weights(name: str) -> bool:
+    """Whether the weights that timm has for a network are in its cache, or its hub answers for them within seconds."""
+    hub_id = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) if timm.is_model(name) else None
+    if hub_id is None:
+        return False
+    if isinstance(try_to_load_from_cache(hub_id, "model.safetensors"), str):
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "model.safetensors"), timeout=5)
+    except Exception:  # networks and hubs raise many types
+        return False
+    return True
+
+
 def _single_index(value: Any) -> int:
     if isinstance(value, list) and len(value) == 1 and type(value[0]) is int:
         return value[0]
@@ -462,7 +477,7 @@ def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
 
 @torch.no_grad()
 def _on_meta(module: nn.Module, images: Tensor) -> Any:
-    """What a module gives for images on the meta device, where tensors have shapes only."""
+    """Run a module on images on the meta device, where tensors have shapes only."""
     named = [*module.named_parameters(), *module.named_buffers()]
     shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
     return torch.func.functional_call(module, shapes_only, (images,))

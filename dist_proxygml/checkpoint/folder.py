@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: what is whole, what is published how, what is kept, where a run goes on.
+"""The folder of a run's checkpoints: what is whole, what is published how, what is kept, where a run resumes.
 
     checkpoints/step-000800/
         ...                    what writer.py writes
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from dist_proxygml.cli import printable
 from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import (
-    in_words,
+    describe_error,
     is_folder,
     mode_of,
     paths_in,
@@ -42,7 +42,7 @@ _KIND = SealedKind("checkpoint", remedy="", manifest_file=MANIFEST_FILE, is_name
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint says about the run, besides tensors."""
+    """State of the run in a checkpoint, besides tensors."""
 
     step: int
     """Optimizer steps done."""
@@ -52,7 +52,7 @@ class RunState:
     """Images of that epoch's order that are done: the position in the data, for any number of ranks and batch size."""
     world_size: int
     settings: dict[str, Any]
-    """What a continued run must have in common with this one, by name: configuration, data, class table."""
+    """Values that a resumed run must share with this one, by name: configuration, data, class table."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class SavedCheckpoint(NamedTuple):
 
     path: Path
     problems: list[str]
-    """What went wrong after it was published, such as an old checkpoint that could not be deleted."""
+    """Problems after it was published, such as an old checkpoint that could not be deleted."""
 
 
 class Continuation(NamedTuple):
-    """Where a run goes on."""
+    """Checkpoint that a run resumes from."""
 
     checkpoint: Path | None
     """A checkpoint that verifies; None starts anew."""
@@ -97,7 +97,7 @@ def published_checkpoints(directory: Path) -> list[Path]:
 
 
 def verify_checkpoint(checkpoint: Path, *, deep: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, by file; nothing if it is whole.
+    """List the problems of a checkpoint, by file; none if it is whole.
 
     Args:
         checkpoint: its folder.
@@ -125,7 +125,7 @@ def find_checkpoint(directory: Path, wanted: str) -> Path | None:
     if wanted == "auto":
         found, damaged = _newest_whole(directory)
         for path, problems in damaged.items():
-            warnings.warn(printable(f"{_told(path, problems)}: passed over"), stacklevel=2)
+            warnings.warn(printable(f"{_damage_of(path, problems)}: passed over"), stacklevel=2)
         return found
     path = Path(wanted)
     if not is_folder(path):
@@ -134,22 +134,23 @@ def find_checkpoint(directory: Path, wanted: str) -> Path | None:
     problems = verify_checkpoint(path)
     if problems:
         others = ", ".join(p.name for p in published_checkpoints(directory) if p.resolve() != path.resolve()) or "none"
-        raise ValueError(f"{_told(path, problems)}; restore it from a copy, or take another one of: {others}")
+        raise ValueError(f"{_damage_of(path, problems)}; restore it from a copy, or take another one of: {others}")
     return path
 
 
 def found_instead(directory: Path) -> str:
-    """What to say where no checkpoint below `directory` is whole."""
+    """End of the message where no checkpoint below `directory` is whole."""
     _, damaged = _newest_whole(directory)
     if not damaged:
         return "found none; train the run first"
-    listed = "; ".join(_told(path, problems) for path, problems in damaged.items())
+    listed = "; ".join(_damage_of(path, problems) for path, problems in damaged.items())
     return f"found damaged ones only: {listed}; copy them again, or restore them from a backup"
 
 
 def checkpoint_to_continue(directory: Path, resume: str) -> Continuation:
-    """What --resume means for a run with checkpoints below `directory`: "never" none, "auto" the newest that verifies,
-    a path that one. On rank 0 only, at the start of a run that no other process writes checkpoints of.
+    """Find the checkpoint that --resume means for a run with checkpoints below `directory`: "never" none, "auto" the
+    newest that verifies, a path that one. On rank 0 only, at the start of a run whose checkpoints no other process
+    writes.
 
     What dead runs left half-written is removed. With "auto", newer checkpoints that do not verify are renamed to
     `step-N.damaged`: the run will come to their steps again, and they must not count among those that are kept.
@@ -245,19 +246,19 @@ def _newest_whole(directory: Path) -> tuple[Path | None, dict[Path, list[str]]]:
     return None, damaged
 
 
-def _told(checkpoint: Path, problems: list[str]) -> str:
+def _damage_of(checkpoint: Path, problems: list[str]) -> str:
     return f"checkpoint {checkpoint} is damaged: {shortened(problems)}"
 
 
 def _set_aside(checkpoint: Path, problems: list[str]) -> str:
-    """Rename a damaged checkpoint; returns what to tell about it."""
+    """Rename a damaged checkpoint; returns a message about it."""
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
     try:
         remove(aside)
         os.rename(checkpoint, aside)
     except OSError as error:
-        return f"{_told(checkpoint, problems)}: passed over, but it could not be renamed: {error}"
-    return f"{_told(checkpoint, problems)}: passed over, now {aside.name}"
+        return f"{_damage_of(checkpoint, problems)}: passed over, but it could not be renamed: {error}"
+    return f"{_damage_of(checkpoint, problems)}: passed over, now {aside.name}"
 
 
 def write_checkpoint_manifest(
@@ -270,20 +271,20 @@ def write_checkpoint_manifest(
 
 
 def tidy_up(final: Path, retention: Retention) -> list[str]:
-    """Point to the newest checkpoint and delete old ones; what fails is told, since the checkpoint is safe."""
+    """Point to the newest checkpoint and delete old ones; returns the failures, since the checkpoint is safe."""
     problems = []
     try:
         fault_point("save.published")
         publish_text(final.with_name(LATEST_FILE), f"{final.name}\n")
         fault_point("save.latest")
     except OSError as error:
-        problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {in_words(error, final)}")
+        problems.append(f"{final.with_name(LATEST_FILE)} could not be written: {describe_error(error, final)}")
     published = {}
     try:
         for path in published_checkpoints(final.parent):
             damage = verify_checkpoint(path, deep=False)
             if damage:  # neither counted nor deleted: somebody should look at it
-                problems.append(_told(path, damage))
+                problems.append(_damage_of(path, damage))
             else:
                 published[_step_of(path)] = path
     except ValueError as error:

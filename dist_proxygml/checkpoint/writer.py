@@ -27,7 +27,6 @@ publish its part separately.
 import contextlib
 import dataclasses
 import json
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -44,8 +43,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
 from dist_proxygml.checkpoint.folder import (
@@ -59,9 +56,10 @@ from dist_proxygml.checkpoint.folder import (
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
+from dist_proxygml.distributed.row_tensors import as_row_tensor
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.loss import ProxyGMLLoss
-from dist_proxygml.storage.files import in_words, remove
+from dist_proxygml.storage.files import describe_error, remove
 from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
 from dist_proxygml.storage.run_folder import step_name
 
@@ -355,7 +353,7 @@ def _write(snapshot: _Snapshot, directory: Path, context: ParallelContext, reten
             run_on_rank_zero(context, publish_folder, partial, final)
         except AgreedError as error:
             # one text for all, while the old one still takes space
-            message = run_on_rank_zero(context, in_words, error, directory)
+            message = run_on_rank_zero(context, describe_error, error, directory)
             run_on_rank_zero(context, remove, partial)
             raise type(error)(message) from error
     # 3. update the pointer, then prune
@@ -399,17 +397,8 @@ def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext
 
 def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: ParallelContext) -> dict[str, Tensor]:
     """Wrap this rank's rows [c, ...] as its part of [C, ...], under names independent of the number of ranks."""
-    if context.group is None:
-        return dict(tensors)
-    whole = {}
-    for name, value in tensors.items():
-        whole[name] = value
-        if value.ndim:  # otherwise a step counter
-            mesh = DeviceMesh.from_group(context.group, value.device.type)
-            shape = torch.Size((num_classes, *value.shape[1:]))
-            stride = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
-            whole[name] = DTensor.from_local(value, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-    return whole
+    # Without dimensions: a step counter.
+    return {n: as_row_tensor(v, num_classes, context.group) if v.ndim else v for n, v in tensors.items()}
 
 
 def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:

@@ -30,7 +30,7 @@ Grid = dict[str, list[Any]]
 """The values of each setting that is varied, by its dotted name."""
 
 Status = Literal["finished", "running", "failed", "open"]
-"""open: not started, or stopped on purpose; it goes on when the sweep is called again."""
+"""open: not started, or stopped on purpose; calling the sweep again resumes it."""
 
 # What the numbers of a run do not depend on.
 _FREE_SECTIONS = {"name", "runs_dir", "telemetry", "checkpoint"}
@@ -54,14 +54,14 @@ class Point(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What the last evaluation of a run says."""
+    """Numbers of the last evaluation of a run."""
 
     metrics: dict[str, float]
     fingerprint: str  # two results with other fingerprints measure different things
 
 
 class Result(NamedTuple):
-    """What became of a point."""
+    """State of a point."""
 
     point: Point
     status: Status
@@ -145,7 +145,7 @@ def _slug(value: Any) -> str:
     return text if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-# ---- what became of a point ------------------------------------------------------------------------------------------
+# ---- the state of a point ------------------------------------------------------------------------------------------
 
 
 def trained_settings(run_directory: Path) -> Config | None:
@@ -172,8 +172,11 @@ def metrics_measured(config: Config) -> list[str]:
 
 
 def last_evaluation(run_directory: Path) -> Evaluation | None:
-    """The evaluation of the run's last step that has one; None if there is none, or no whole one."""
-    steps = RunFolder(run_directory).evaluations()
+    """The evaluation of the run's last step that has one, on validation classes if the run has no test split; None if
+    there is none, or no whole one.
+    """
+    folder = RunFolder(run_directory)
+    steps = folder.evaluations() or folder.evaluations(of_validation=True)
     if not steps:
         return None
     try:
@@ -225,7 +228,7 @@ class Cell(NamedTuple):
 
     @property
     def word(self) -> str:
-        """What to say of seeds that have no number: the worst of it; empty if all have finished."""
+        """Worst state among the seeds that have no number; empty if all have finished."""
         return next((word for word in ("failed", "running", "open") if word in self.statuses), "")
 
 
@@ -356,12 +359,12 @@ def merge_problems(problems: Mapping[str, str], num_points: int) -> str:
                 head = line
                 heads.setdefault(head, []).append(name)
 
-    def told(line: str, names: list[str]) -> str:
+    def with_points(line: str, names: list[str]) -> str:
         which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return line if len(names) == num_points else f"{line} (in {which})"
 
     merged = []
     for head, names in heads.items():
-        merged.append(head if head in below else told(head, names))
-        merged += [told(line, names) for line, names in below.get(head, {}).items()]
+        merged.append(head if head in below else with_points(head, names))
+        merged += [with_points(line, names) for line, names in below.get(head, {}).items()]
     return "\n".join(merged)

@@ -1,4 +1,4 @@
-"""What every task of a SLURM job does: train as launchers/train.py does, with the peers that SLURM names.
+"""The task of a SLURM job: train as launchers/train.py does, with the peers that SLURM names.
 
 Before the time limit and at preemption all ranks stop between two steps and save; then rank 0 puts the job back into
 the queue, and its next start continues from there. submitit pickles a TrainingJob by the name of this module.
@@ -24,7 +24,7 @@ _MAX_FRUITLESS = 3
 
 
 class TrainingJob:
-    """What every task of a job does. submitit pickles it, and calls it again when the job starts again."""
+    """Callable of every task of a job. submitit pickles it, and calls it again when the job starts again."""
 
     def __init__(
         self, config: Config, *, source: str, resume: str, uses_gpus: bool, cpus_per_task: int | None, grace: float
@@ -114,7 +114,7 @@ class TrainingJob:
 
 
 class Requeue:
-    """Puts a job back into the queue when its ranks have stopped, by the handler that submitit has for its signal.
+    """Return of a job to the queue when its ranks have stopped, by the handler that submitit has for its signal.
 
     That handler would do so in the middle of a step; here it is called when everything is saved. On rank 0 it ends the
     job; the other ranks end by themselves, with status 0, since a failure would end rank 0 before it is done.
@@ -137,7 +137,7 @@ class Requeue:
 
     def give_up(self) -> None:
         """The time that SLURM gives is nearly over and the ranks have not stopped, because one of them hangs."""
-        os.write(2, b"not stopped in time: nothing is saved, the job goes on from its newest checkpoint\n")
+        os.write(2, b"not stopped in time: nothing is saved, the job resumes from its newest checkpoint\n")
         self._requeue()
 
     def leave_mark(self, status: int) -> None:

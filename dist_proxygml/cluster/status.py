@@ -1,4 +1,4 @@
-"""What has become of a job: what SLURM says of it, its logs, the marks that its ranks leave, and following them."""
+"""The status of a job: its state in SLURM, its logs, the marks that its ranks leave, and following them."""
 
 import re
 import subprocess
@@ -38,7 +38,7 @@ _FINISHED_STATES = {
 
 
 class JobState(NamedTuple):
-    """What SLURM says of a job."""
+    """State of a job in SLURM."""
 
     name: str  # PENDING, RUNNING, COMPLETED, ...
     reason: str
@@ -82,7 +82,7 @@ def exit_status(code: str) -> int:
 
 
 def hopeless_message(job_id: str, state: JobState) -> str:
-    """What to do about a job that will never start."""
+    """Message about a job that will never start, with the remedy."""
     return (
         f"job {job_id} will never start: its reason is {state.reason}. Compare --nodes, --gpus-per-node, --time and "
         f"--constraint with what `scontrol show partition` allows, then `scancel {job_id}` and submit again"
@@ -156,7 +156,7 @@ def follow_slurm(job_id: str, folder: Path, num_ranks: int) -> int:
 
 
 def follow_local(job: Any, folder: Path, num_ranks: int) -> int:
-    """As `follow_slurm`, for a job on this machine."""
+    """Follow a job on this machine, as `follow_slurm` does one on SLURM."""
     reader = LogReader(log_of(folder, job.job_id, 0))
     while not job.done():
         reader.copy()
@@ -171,7 +171,7 @@ def follow_local(job: Any, folder: Path, num_ranks: int) -> int:
 def report_mistakes(folder: Path, job_id: str, num_ranks: int) -> int:
     """Say which logs to read, and repeat the messages in them; 2 if there are any, else 0.
 
-    Exit statuses alone do not tell: the ranks that end because one of them has found a mistake end by a signal, whose
+    Exit statuses alone do not show it: ranks that end because one of them has found a mistake end by a signal, whose
     number is larger.
     """
     logs = [path for rank in range(num_ranks) if (path := log_of(folder, job_id, rank)).exists()]

@@ -71,7 +71,7 @@ class Sweep(NamedTuple):
 
     @property
     def jobs_folder(self) -> Path:
-        """Where logs and submission files lie; of local jobs in a folder of each point, for their numbers come back."""
+        """Folder of logs and submission files; of local jobs one for each point, as job numbers repeat."""
         return (self.folder / "jobs").absolute()
 
 
@@ -133,7 +133,7 @@ def build_sweep(arguments: argparse.Namespace) -> Sweep:
 
 
 def check_starts(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
-    """Find what the start of each run would find, before any of them starts; seeds make no difference.
+    """Find mistakes that the start of each run would find, before any of them starts; seeds make no difference.
 
     Raises:
         ValueError: with everything that is wrong with any of them.
@@ -150,7 +150,7 @@ def check_starts(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
         raise ValueError(merge_problems(problems, len(distinct)))
 
 
-# ---- what has become of it -------------------------------------------------------------------------------------------
+# ---- the state of the runs -------------------------------------------------------------------------------------------
 
 
 class StartedJobs:
@@ -186,7 +186,7 @@ class StartedJobs:
         self._queue = queued_jobs() if has_some else []
 
     def result(self, run: Run) -> Result:
-        """What has become of a point, by its folder, its newest job and the last look at the queue."""
+        """State of a point, by its folder, its newest job and the last look at the queue."""
         job = self._jobs.get(run.point.name)
         if job is None:
             return Result(run.point, "open")
@@ -199,11 +199,11 @@ class StartedJobs:
         if status == 0:
             directory = self._sweep.folder / run.point.name
             evaluation, trained = last_evaluation(directory), trained_settings(directory)
-            if evaluation and trained and is_same_run(trained, run.config):
+            if (evaluation or not run.config.is_evaluated) and trained and is_same_run(trained, run.config):
                 return Result(run.point, "finished", evaluation, log=self._seen_from_sweep(log))
             return Result(run.point, "open", reason="trained under other settings, or its folder has changed")
-        reason, told_in = failure_in_logs(sorted(folder.glob(f"{job['job']}_*_log.out"), key=rank_of))
-        where = self._seen_from_sweep(told_in or log)
+        reason, failed_log = failure_in_logs(sorted(folder.glob(f"{job['job']}_*_log.out"), key=rank_of))
+        where = self._seen_from_sweep(failed_log or log)
         return Result(run.point, "open" if status == _STOPPED_STATUS else "failed", reason=reason, log=where)
 
     def is_alive(self, point: Point) -> bool:
@@ -215,13 +215,13 @@ class StartedJobs:
             return is_local_job(job["job"], self._folder(point, job))
         return self._queue is not None and job["job"] in self._queue
 
-    def how_to_end(self, point: Point) -> str:
-        """The command that ends the point's job, and its name."""
+    def end_command(self, point: Point) -> str:
+        """Command that ends the point's job, and the point's name."""
         job = self._jobs[point.name]
         return f"{'kill' if job['cluster'] == 'local' else 'scancel'} {job['job']} ({point.name})"
 
     def verdict(self, runs: Sequence[Run], *, ask: Callable[[str], JobState | None]) -> str | None:
-        """What to do about an array of these runs that waits for what will never come; None if it does not."""
+        """Message about an array of these runs that will never start; None if it may."""
         job_ids = [self._jobs[run.point.name]["job"] for run in runs if self.is_alive(run.point)]
         state = ask(job_ids[0]) if job_ids else None
         return hopeless_message(job_ids[0].partition("_")[0], state) if state and state.is_hopeless else None
@@ -270,7 +270,7 @@ class Progress:
         print(f"{self.counts()}, of {len(results)} runs", flush=True)
 
     def counts(self) -> str:
-        """How many runs are finished, running, failed and still to do."""
+        """Counts of finished, running, failed and open runs, as text."""
         statuses = collections.Counter(result.status for result in self._results.values())
         return ", ".join(f"{statuses[status]} {word}" for status, word in _WORDS.items())
 
@@ -280,11 +280,11 @@ class Progress:
         self._results[result.point.name] = result
         if result.status == before.status:
             return
-        told = f": {printable(result.reason)}" if result.status == "failed" else ""
+        detail = f": {printable(result.reason)}" if result.status == "failed" else ""
         if result.evaluation:
             metric, value = next(iter(result.evaluation.metrics.items()))
-            told = f": {metric} {100 * value:.2f}"
-        print(f"[{self.counts()}] {result.point.name} {_WORDS[result.status]}{told}", flush=True)
+            detail = f": {metric} {100 * value:.2f}"
+        print(f"[{self.counts()}] {result.point.name} {_WORDS[result.status]}{detail}", flush=True)
 
 
 _WORDS: dict[Status, str] = {"finished": "finished", "running": "running", "failed": "failed", "open": "to do"}
@@ -377,10 +377,10 @@ def start(sweep: Sweep, jobs: StartedJobs, run: Run, arguments: argparse.Namespa
 def stop(running: Sequence[Any], interrupts: Interrupts) -> None:
     """End jobs as a preemption would, so that each saves first; a further interrupt ends them at once."""
     print(f"\nending {len(running)} runs, each saves first; Ctrl-C again ends them at once", flush=True)
-    num_told = 0
+    num_signalled = 0
     while alive := [job for job in running if not job.done()]:
-        if num_told < interrupts.count:
-            num_told = interrupts.count
+        if num_signalled < interrupts.count:
+            num_signalled = interrupts.count
             for job in alive:
                 os.kill(int(job.job_id), signal.SIGTERM)  # the controller passes it on
         time.sleep(0.1)
@@ -401,7 +401,8 @@ def submit_array(sweep: Sweep, jobs: StartedJobs, runs: Sequence[Run], arguments
 
 def build_executor(sweep: Sweep, runs: Sequence[Run], arguments: argparse.Namespace) -> Any:
     """submitit's executor for an array of the runs."""
-    executor = submit.slurm_executor(arguments, sweep.jobs_folder, f"{sweep.name}.sweep")
+    configs = [run.config for run in runs]
+    executor = submit.slurm_executor(arguments, sweep.jobs_folder, f"{sweep.name}.sweep", configs)
     executor.update_parameters(array_parallelism=arguments.parallel or len(runs))
     return executor
 
@@ -431,7 +432,7 @@ def follow(sweep: Sweep, jobs: StartedJobs) -> str | None:
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:
-    """Do what the command line says.
+    """Carry out the command line.
 
     Returns:
         Exit status: 0; 1 if a run has not finished or will never start; 130 after an interrupt that ended runs.
@@ -466,7 +467,7 @@ def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argp
     """Start what is to do and report when it is done, or say how to ask for that."""
     lock = FolderLock(sweep.folder)
     if arguments.cluster == "local":
-        alive = [jobs.how_to_end(run.point) for run in sweep.runs if jobs.is_alive(run.point)]
+        alive = [jobs.end_command(run.point) for run in sweep.runs if jobs.is_alive(run.point)]
         if alive:
             raise ValueError(
                 f"jobs of an earlier call still run or wait; wait for them, or end them first: {', '.join(alive)}"

@@ -157,7 +157,7 @@ def _paint_curve(figure: "Figure", grid: Grid, cells: Sequence[Cell], metric: st
 
 
 def _word(axes: "Axes", x: float, y: float, cell: Cell, **place: Any) -> None:
-    """What to say of seeds without a number, in the middle of a place."""
+    """Draw the state of seeds without a number, in the middle of a place."""
     number = f"{cell.num_finished} of {len(cell.statuses)}, " if cell.num_finished else ""
     colour = WRONG if cell.word == "failed" and not number else QUIET
     weight = "normal" if number else "bold"

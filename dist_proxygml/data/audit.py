@@ -5,16 +5,16 @@ which two different images of equal length share about once in four billion. Dec
 `python -m dist_proxygml.shard verify --deep` does, and near-duplicates, which need an embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
 from dist_proxygml.data.datasets import PUBLISHED_COUNTS
 from dist_proxygml.data.finding import Finding, run_check
-from dist_proxygml.data.index import INDEX_FILE, ShardIndex, default_cache, open_index, read_index
-from dist_proxygml.data.remote import ShardCache, is_remote
+from dist_proxygml.data.index import INDEX_FILE, ClassEntry, ShardIndex, list_splits, open_index
 from dist_proxygml.data.shards import ShardReader
 
 _NUM_SAMPLED = 200  # images of each split whose bytes are read
@@ -26,6 +26,7 @@ def audit_shards(
     train_split: str = "train",
     cache_directory: Path | None = None,
     cache_limit: int | None = None,
+    allow_seen_classes: bool = False,
 ) -> tuple[list[Finding], dict[str, ShardIndex]]:
     """Run all checks of a local or remote folder of shards; also return the splits that could be opened.
 
@@ -34,16 +35,12 @@ def audit_shards(
     indices: dict[str, ShardIndex] = {}
 
     def opened() -> Iterator[Finding]:
-        root = Path(location)
         try:
-            if is_remote(location):
-                directory = cache_directory or default_cache()
-                root = ShardCache(location, directory, limit_bytes=cache_limit, is_typed=True).fetch_index()
-            document, _ = read_index(root)
+            names = list_splits(location, cache_directory=cache_directory, cache_limit=cache_limit)
         except (ValueError, OSError) as error:
             yield Finding("problem", "shards", str(error))
             return
-        for name in sorted(document["splits"], key=lambda name: (name != train_split, name)):
+        for name in sorted(names, key=lambda name: (name != train_split, name)):
             try:
                 index = open_index(
                     location, name, cache_directory=cache_directory, cache_limit=cache_limit, is_typed=True
@@ -67,7 +64,8 @@ def audit_shards(
         findings += run_check(f"counts {name}", partial(check_counts, index))
     for name, index in indices.items():
         if train_split in indices and name != train_split:
-            findings += run_check("classes", partial(check_classes, indices[train_split], index))
+            check = partial(check_classes, indices[train_split], index, allow_seen=allow_seen_classes)
+            findings += run_check("classes", check)
             findings += run_check("duplicates", partial(check_duplicates, indices[train_split], index))
     return findings, indices
 
@@ -119,8 +117,10 @@ def check_counts(index: ShardIndex) -> Iterator[Finding]:
         )
 
 
-def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
-    """Check that no class is in both splits, because retrieval is measured on unseen classes."""
+def check_classes(train: ShardIndex, other: ShardIndex, *, allow_seen: bool = False) -> Iterator[Finding]:
+    """Check that no class is in both splits, because retrieval is measured on unseen classes, unless those of trained
+    classes are meant to be (`allow_seen`).
+    """
     shared = shared_classes(train, other)
     if shared is None:
         yield Finding(
@@ -130,12 +130,16 @@ def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
             "write the class's name into each sample's JSON as class_name, and make the index again",
         )
     elif shared:
+        known = f"{len(shared):,} of the {other.num_classes:,} classes of {other.split} are in {train.split} too"
+        if allow_seen:
+            yield Finding("ok", "classes", f"{known}, as evaluation.allow_seen_classes allows")
+            return
         yield Finding(
             "problem",
             "classes",
-            f"{len(shared):,} classes are in {train.split} and in {other.split}, such as {shared[0]!r}: retrieval "
-            "would be measured on classes that were trained",
-            "build the shards with splits by class",
+            f"{known}, such as {shared[0]!r}: retrieval would be measured on classes that were trained",
+            "build the shards with splits by class, or set evaluation.allow_seen_classes to true to measure on known "
+            "classes",
         )
     else:
         yield Finding("ok", "classes", f"{train.split} and {other.split} share none")
@@ -143,15 +147,33 @@ def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
 
 def shared_classes(train: ShardIndex, other: ShardIndex) -> list[str] | None:
     """List the names of classes in both splits, sorted; None if either has only numbers for names."""
-    if (train.location, train.split) == (other.location, other.split):
-        return sorted(entry.name for entry in other.classes)
-    train_names, other_names = _class_names(train), _class_names(other)
-    return sorted(train_names & other_names) if train_names and other_names else None
+    is_same = (train.location, train.split) == (other.location, other.split)
+    seen_C = seen_classes(train.classes, other, is_same_split=is_same)
+    return None if seen_C is None else sorted(other.classes[label].name for label in np.flatnonzero(seen_C))
 
 
-def _class_names(index: ShardIndex) -> set[str]:
-    """Return the names of the classes; none if they merely repeat the labels."""
-    return {entry.name for entry in index.classes if entry.name != str(entry.label)}
+def seen_classes(
+    trained: Sequence[ClassEntry], other: ShardIndex, *, is_same_split: bool
+) -> Bool[np.ndarray, " C"] | None:
+    """Find which classes of a split are trained, by name; None if either side has only numbers for names.
+
+    Args:
+        trained: the trained classes.
+        other: the split.
+        is_same_split: they are classes of this very split, where also numbers tell.
+    """
+    if is_same_split:
+        own = {(entry.name, entry.source_id) for entry in trained}
+        return np.array([(entry.name, entry.source_id) in own for entry in other.classes])
+    names, other_names = _class_names(trained), _class_names(other.classes)
+    if not (names and other_names):
+        return None
+    return np.array([entry.name in names & other_names for entry in other.classes])
+
+
+def _class_names(classes: Iterable[ClassEntry]) -> set[str]:
+    """Return the names of classes; none if they merely repeat the labels."""
+    return {entry.name for entry in classes if entry.name != str(entry.label)}
 
 
 def check_duplicates(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:

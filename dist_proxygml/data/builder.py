@@ -42,7 +42,7 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from dist_proxygml.data.datasets import SourceDataset, SourceImage
+from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage
 from dist_proxygml.data.images import (
     ORIENTATION_TAG,
     UPRIGHT,
@@ -66,7 +66,7 @@ _NUM_SHOWN = 20
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 
 _SHARD = re.compile(r"[^.]+-\d{6}\.tar")
-_TABLE = re.compile(r"index\.(samples\..+\.npy|classes\..+\.jsonl|json)")
+_TABLE = re.compile(r"index\.((samples|cameras)\..+\.npy|classes\..+\.jsonl|pairs\..+\.tsv|json)")
 # A folder of embeddings, a search index, an export, a run: replacing one later would delete the shards with it.
 _OF_OTHERS = ("manifest.json", "export.json", "config.json")
 _TEMPORARY = re.compile(rf"({_SHARD.pattern}|{_TABLE.pattern})\.tmp-\d+")
@@ -200,7 +200,11 @@ def build_shards(
         if counted["upright"]:
             build["exif"] = "applied"
         shards = {split: [(f, built[f]) for f in sorted(built) if f.rpartition("-")[0] == split] for split in classes}
-        write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes)
+        pairs = {split: _pair_ids(dataset, split, seed=seed) for split in dataset.pairs}
+        for split, pairs_n4 in pairs.items():
+            if len(pairs_n4) < len(dataset.pairs[split]):
+                build.setdefault("pairs_left_out", {})[split] = len(dataset.pairs[split]) - len(pairs_n4)
+        write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes, pairs=pairs)
     return _result(build, len(built), num_kept, skipped, already_there=False, lost_classes=lost_classes)
 
 
@@ -263,10 +267,12 @@ def _already_there(
 
 
 def source_sha256(dataset: SourceDataset) -> str:
-    """Hash split, name, class and metadata of all images; not their bytes, paths and times."""
+    """Hash split, name, class and metadata of all images, and pairs; not their bytes, paths and times."""
     digest = hashlib.sha256()
     for image in dataset.images:
         digest.update(_json([image.split, image.name, image.source_id, image.class_name, image.info]))
+    if dataset.pairs:
+        digest.update(_json(dataset.pairs))
     return digest.hexdigest()
 
 
@@ -281,7 +287,8 @@ def default_workers(num_images: int) -> int:
 class _Journal:
     """The lines of `build.unfinished.jsonl`; its lock keeps other builds out of the folder.
 
-    Removed on exit if the folder has its index.
+    The lock is the journal's own: a file beside the folder, as of storage/lock.py, would stay there, or be removed
+    under another build that waits for it. Removed on exit if the folder has its index.
     """
 
     def __init__(self, out: Path) -> None:
@@ -386,6 +393,18 @@ def _shuffled(images: list[SourceImage], *, split: str, seed: int) -> list[Sourc
     return [images[i] for i in np.argsort(draws, kind="stable")]
 
 
+def _pair_ids(dataset: SourceDataset, split: str, *, seed: int) -> np.ndarray:
+    """The pairs of a split as int64 [n, 4]: ids of both images, same, fold; without those of images left out."""
+    images = _shuffled([image for image in dataset.images if image.split == split], split=split, seed=seed)
+    id_of = {image.name: sample_id for sample_id, image in enumerate(images)}
+    pairs = [
+        (id_of[pair.first], id_of[pair.second], pair.is_same, pair.fold)
+        for pair in dataset.pairs[split]
+        if pair.first in id_of and pair.second in id_of
+    ]
+    return np.array(pairs, np.int64).reshape(-1, 4)
+
+
 def _shard_tasks(
     dataset: SourceDataset,
     out: Path,
@@ -472,12 +491,13 @@ def _fingerprint(task: _ShardTask) -> str:
         if isinstance(image.content, bytes):
             state = [hashlib.sha256(image.content).hexdigest()]
         else:
+            file, *part = image.content if isinstance(image.content, FileSlice) else (image.content,)
             try:
-                status = os.stat(image.content)
+                status = os.stat(file)
             except OSError:
-                state = [str(image.content)]  # reading it will report what is wrong
+                state = [str(file), *part]  # reading it will report what is wrong
             else:
-                state = [str(image.content), status.st_size, status.st_mtime_ns]
+                state = [str(file), *part, status.st_size, status.st_mtime_ns]
         digest.update(_json([image.split, label, image.name, image.source_id, image.class_name, image.info, state]))
     return digest.hexdigest()
 
@@ -513,7 +533,7 @@ def _load(
 
     Raises ValueError with the reason.
     """
-    payload = image.content if isinstance(image.content, bytes) else read_image_file(Path(image.content))
+    payload = _read(image.content)
     extension = image_extension(payload)
     about: dict[str, Any] = {}
     with opened(payload, upright=upright, avif=True) as picture:
@@ -545,6 +565,12 @@ def _as_png(picture: Image.Image) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     return stream.getvalue()
+
+
+def _read(content: Path | str | bytes | FileSlice) -> bytes:
+    if isinstance(content, FileSlice):
+        return read_image_file(content.file, offset=content.offset, num_bytes=content.num_bytes)
+    return content if isinstance(content, bytes) else read_image_file(Path(content))
 
 
 def _as_jpeg(picture: Image.Image, turned: int) -> bytes:

@@ -9,7 +9,7 @@ moves few others.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ def split_by_class(
 ) -> tuple[Callable[[int | str], str], dict[str, Any]]:
     """Return the split of each class, `train` or `test`, and what the index records of it.
 
-    Raises ValueError if one of them would have no class; `where` says what was found.
+    Raises ValueError if one of them would have no class, unless all are said to train; `where` says what was found.
     """
     classes = sorted(set(labels), key=lambda i: (isinstance(i, str), i))
     num_train = len(classes) // 2
@@ -45,10 +45,10 @@ def split_by_class(
         num_train = min(max(1, round(how.train * len(classes))), len(classes) - 1)
     elif how.train is not None:
         num_train = how.train
-    if not 0 < num_train < len(classes):
+    if not 0 < num_train <= len(classes) - (not isinstance(how.train, int)):
         raise ValueError(
-            f"expected at least one class to train and one to test, got {len(classes)} classes with images, of which "
-            f"{num_train} would train; {where}"
+            f"expected at least one class to train, and one to test unless --split-classes names them all, got "
+            f"{len(classes)} classes with images, of which {num_train} would train; {where}"
         )
     record = {"train": num_train, "test": len(classes) - num_train, "by": how.by}
     if how.by == "random":
@@ -56,3 +56,10 @@ def split_by_class(
         record["seed"] = how.seed
     train = set(classes[:num_train])
     return lambda label: "train" if label in train else "test", {"split_classes": record}
+
+
+def notes_of_split(record: Mapping[str, Any]) -> list[str]:
+    """Return what the user should know of what `split_by_class` recorded."""
+    if record and not record["split_classes"]["test"]:
+        return ["all classes train, so there is no test split: train with data.test_split=null"]
+    return []

@@ -1,4 +1,4 @@
-"""What a reader of raw data gives: a list of images with classes, checked before anything is built of it.
+"""The result of a reader of raw data: a list of images with classes, checked before anything is built of it.
 
 Training and test classes are disjoint, always: retrieval is measured on classes that training never saw. Counts of
 published data sets are checked against the literature, so that a half-unpacked download is noticed; `allow_partial`
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm"}
@@ -22,13 +22,33 @@ IMAGE_SUFFIXES = frozenset(
 USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
 
 # Images and classes of each split (Wah et al. 2011; Krause et al. 2013; Oh Song et al. 2016; Liu et
-# al. 2016).
+# al. 2016; Zheng et al. 2015; Wei et al. 2018).
 PUBLISHED_COUNTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "cub200": {"train": (5_864, 100), "test": (5_924, 100)},
     "cars196": {"train": (8_054, 98), "test": (8_131, 98)},
     "sop": {"train": (59_551, 11_318), "test": (60_502, 11_316)},
     "inshop": {"train": (25_882, 3_997), "query": (14_218, 3_985), "gallery": (12_612, 3_985)},
+    # The distractors of Market-1501's gallery count as a class, its junk is left out.
+    "market1501": {"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 751)},
+    "msmt17": {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)},
 }
+
+
+class FileSlice(NamedTuple):
+    """The bytes of an image inside a larger file, read when its shard is written: no millions of images in memory."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+class SourcePair(NamedTuple):
+    """A pair of a verification set, by the names of its images."""
+
+    first: str
+    second: str
+    is_same: bool
+    fold: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +59,8 @@ class SourceImage:
     source_id: int | str  # the class's id in the source; labels follow its order
     class_name: str
     name: str  # the image's path or name in the source
-    content: Path | str | bytes  # path of the image file (a str takes less memory), or its bytes
+    # The path of the image file (a str takes less memory), its bytes, or where they are.
+    content: Path | str | bytes | FileSlice
     info: Mapping[str, Any] = field(default_factory=dict)  # metadata for the sample's JSON
 
 
@@ -53,11 +74,8 @@ class SourceDataset:
     shared_classes: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()  # what was skipped and how the folder was interpreted, a line each
     build: Mapping[str, Any] = field(default_factory=dict)  # choices of the reader for the index to record
-
-    @property
-    def is_upright(self) -> bool:
-        """Whether EXIF orientation is applied. Published sets are seen as stored, as in all numbers on them."""
-        return self.name not in PUBLISHED_COUNTS
+    is_upright: bool = False  # EXIF orientation is applied; never to published sets, nor in all numbers on them
+    pairs: Mapping[str, Sequence[SourcePair]] = field(default_factory=dict)  # of the splits that are verification sets
 
     def label_space(self, split: str) -> tuple[str, ...]:
         """Return the splits that share their class table with `split`, including itself."""
@@ -70,6 +88,7 @@ def finish(
     *,
     root: Path,
     allow_partial: bool,
+    allow_seen_classes: bool = False,
     shared_classes: tuple[tuple[str, ...], ...] = (),
     place: Callable[[int], str] | None = None,
 ) -> SourceDataset:
@@ -101,7 +120,7 @@ def finish(
                     f"published, got {found[0]} of {found[1]} in {root}; unpack it again, "
                     "or pass --allow-partial"
                 )
-    check_disjoint(dataset)
+    check_classes(dataset, allow_seen=allow_seen_classes)
     return dataset
 
 
@@ -115,17 +134,18 @@ def count_images(dataset: SourceDataset) -> dict[str, tuple[int, int]]:
     return {split: (images[split], len(classes[split])) for split in images}
 
 
-def check_disjoint(dataset: SourceDataset) -> None:
-    """Raise ValueError if a class is on both sides of the split, or an id has two names."""
+def check_classes(dataset: SourceDataset, *, allow_seen: bool = False) -> None:
+    """Raise ValueError if an id has two names or, without `allow_seen`, a class is on both sides of the split."""
     home: dict[int | str, tuple[tuple[str, ...], str]] = {}
     for image in dataset.images:
         space = dataset.label_space(image.split)
         known_space, known_name = home.setdefault(image.source_id, (space, image.class_name))
-        if known_space != space:
+        if known_space != space and not allow_seen:
             raise ValueError(
                 f"class {image.source_id} ({image.class_name}) is in {'/'.join(known_space)} and "
-                f"in {image.split}; retrieval needs classes that training never saw, so move all "
-                "its images to one side (a table's classes are divided anew with --split-classes)"
+                f"in {image.split}, but retrieval is measured on classes that training never saw; move all its images "
+                "to one side, divide a table's classes anew with --split-classes, or pass --allow-seen-classes if the "
+                "test images are new ones of trained classes"
             )
         if known_name != image.class_name:
             raise ValueError(
@@ -146,7 +166,7 @@ def _check_names(images: Sequence[SourceImage], root: Path, place: Callable[[int
 
 def _on_disk(image: SourceImage) -> SourceImage | None:
     """Return the image with an existing path, where a copy has `.jpg` for the list's `.JPG` or vice versa."""
-    if isinstance(image.content, bytes) or os.path.isfile(image.content):
+    if isinstance(image.content, bytes | FileSlice) or os.path.isfile(image.content):
         return image
     stem, suffix = os.path.splitext(image.content)
     there = next((path for path in (stem + suffix.lower(), stem + suffix.upper()) if os.path.isfile(path)), None)

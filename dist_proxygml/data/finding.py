@@ -15,14 +15,14 @@ class Finding:
     name: str
     text: str
     remedy: str = ""
-    """What to do; empty where nothing is to be done."""
+    """Remedy; empty where nothing needs to be done."""
 
     def __str__(self) -> str:
         return f"{self.status:<8} {self.name:<14} {self.text}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 def run_check(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What a check finds, and a warning instead of the rest where it raises."""
+    """Collect the findings of a check, with a warning instead of the rest where it raises."""
     findings: list[Finding] = []
     try:
         findings.extend(check())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dist_proxygml.data.class_split import HALF, ClassSplit, split_by_class
+from dist_proxygml.data.class_split import HALF, ClassSplit, notes_of_split, split_by_class
 from dist_proxygml.data.datasets import (
     IMAGE_SUFFIXES,
     USUAL_SPLITS,
@@ -27,16 +27,18 @@ def read_imagefolder(
     *,
     allow_partial: bool = False,
     allow_empty: bool = False,
+    allow_seen_classes: bool = False,
     split: ClassSplit = HALF,
     follow_links: Sequence[Path] = (),
 ) -> SourceDataset:
     """Read folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or
     `root/CLASS/*`; folders inside a class belong to it. Common split names match in any case (`Train`).
 
-    The splits query and gallery share their classes. Without splits `split` divides the classes; if it says how many
-    train, a folder `train` is an ordinary class, unless another folder has the name of a split. Links out of `root`
-    and links to folders are refused unless they lead below one of `follow_links`, class folders without an image unless
-    `allow_partial` or `allow_empty`; hidden files are ignored, other non-image files are counted.
+    The splits query and gallery share their classes, others only with `allow_seen_classes`. Without splits `split`
+    divides the classes; if it says how many train, a folder `train` is an ordinary class, unless another folder has the
+    name of a split. Links out of `root` and links to folders are refused unless they lead below one of `follow_links`,
+    class folders without an image unless `allow_partial` or `allow_empty`; hidden files are ignored, other non-image
+    files are counted.
     """
     root = Path(os.path.realpath(root))
     if not root.is_dir():
@@ -98,9 +100,15 @@ def read_imagefolder(
         split_of_class, record = split_by_class((image.source_id for image in images), split, where=where)
         images = [replace(image, split=split_of_class(image.source_id)) for image in images]
     dataset = finish(
-        "imagefolder", images, root=root, allow_partial=allow_partial, shared_classes=(("query", "gallery"),)
+        "imagefolder",
+        images,
+        root=root,
+        allow_partial=allow_partial,
+        allow_seen_classes=allow_seen_classes,
+        shared_classes=(("query", "gallery"),),
     )
-    return replace(dataset, notes=(*dataset.notes, *notes), build=record)
+    notes += notes_of_split(record)
+    return replace(dataset, notes=(*dataset.notes, *notes), build=record, is_upright=True)
 
 
 def _class_folders(root: Path, num_levels: int) -> Iterator[str]:

@@ -101,9 +101,11 @@ def decode_small(payload: bytes, *, side: int, upright: bool = False) -> Image.I
     return small if turned == UPRIGHT else Image.fromarray(turn(np.asarray(small), turned))
 
 
-def read_image_file(path: Path) -> bytes:
-    """Read an image file. Raises ValueError with the reason if it cannot be read, has more than MAX_BYTES, or is not a
-    regular file.
+def read_image_file(path: Path, *, offset: int = 0, num_bytes: int | None = None) -> bytes:
+    """Read an image file, or the one that takes `num_bytes` of a file from `offset` on.
+
+    Raises ValueError with the reason if it cannot be read, has more than MAX_BYTES, ends early, or is not in a regular
+    file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -111,11 +113,15 @@ def read_image_file(path: Path) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("the file cannot be read: it is no regular file")
-            if status.st_size > MAX_BYTES:
-                raise ValueError(
-                    f"the file has {status.st_size:,} bytes, expected an image file of at most {MAX_BYTES:,}"
-                )
-            return stream.read()
+            size = status.st_size if num_bytes is None else num_bytes
+            if size > MAX_BYTES:
+                raise ValueError(f"the file has {size:,} bytes, expected an image file of at most {MAX_BYTES:,}")
+            if num_bytes is None:
+                return stream.read()
+            payload = os.pread(descriptor, num_bytes, offset)
+            if len(payload) != num_bytes:
+                raise ValueError(f"expected {num_bytes} bytes at offset {offset}, got {len(payload)}: the file was cut")
+            return payload
     except OSError as problem:
         raise ValueError(f"the file cannot be read: {problem.strerror}") from problem
 

@@ -3,10 +3,12 @@
     index.json                   kind, version, and per split: counts, hashes, shards (file, num_samples, bytes, sha256)
     index.samples.SPLIT.npy      24 bytes per sample, memory-mapped: shard, label, offset, nbytes, crc32
     index.classes.SPLIT.jsonl    a line per label: name, source id, number of images; read when names are needed
+    index.cameras.SPLIT.npy      int32 [n]: the camera of each sample, where every sample's JSON names one
+    index.pairs.SPLIT.tsv        pairs of a verification set under a header: first and second sample, same, fold
 
 The index alone defines an epoch; shards are only bytes. It is written last, so a folder without one is an unfinished
 build. Opening performs all cheap checks before any work: kind, version and type of every field, that each name is that
-of a file beside it, the hashes of both tables, that every row of the sample table has a class and lies in its shard,
+of a file beside it, the hashes of all tables, that every row of the sample table has a class and lies in its shard,
 and the presence and size of every shard. An untrusted index therefore cannot mislead a reader. `verify --deep` reads
 the rest.
 Declined: one JSON with a record per image or class, which takes seconds to parse and memory in every worker.
@@ -47,6 +49,9 @@ _TURNING_VERSION = 3  # where images are turned as they are read, which programs
 _NEAR = 16 << 10  # bytes next to an image in which its JSON is searched
 _MAX_HEADER_BYTES = 4096  # of a table that a server sends, before its rows
 _MAX_CLASS_BYTES = 4096  # of its class table, on average
+_MAX_PAIR_BYTES = 64  # of a line of its table of pairs
+PAIR_COLUMNS = ("first", "second", "same", "fold")
+NUM_FOLDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,8 @@ class ShardIndex:
     chosen: ChosenClasses | None = None  # None: all classes
     keys_repeat: bool = False  # from shard to shard; within one they never do
     upright: bool = False  # images are turned as their EXIF orientation says
+    cameras: np.ndarray | None = None  # int32 [n], where every sample has one
+    num_pairs: int = 0  # of a verification set: `read_pairs`
 
     @property
     def location(self) -> str:
@@ -175,6 +182,8 @@ class ShardIndex:
             num_classes=len(labels),
             samples=samples,
             chosen=ChosenClasses(self.split, labels),
+            cameras=None if self.cameras is None else self.cameras[label_n >= 0],
+            num_pairs=0,
         )
         return replace(part, class_table_sha256=class_table_sha256(part.classes))
 
@@ -197,6 +206,30 @@ class ShardIndex:
     def build_record(self) -> dict[str, Any]:
         """Read how the shards were built: seed, resizing, hash of the source. Raises ValueError as `read_index`."""
         return dict(read_index(self.root)[0]["build"])
+
+    def read_pairs(self) -> np.ndarray:
+        """Read the pairs of a verification set, int64 [num_pairs, 4]: first and second id, same (0, 1), fold (0 to 9).
+
+        Raises ValueError if there are none, or one is damaged.
+        """
+        if not self.num_pairs:
+            raise ValueError(
+                f"split {self.split!r} of {self.location} has no pairs; build a verification set with "
+                "`python -m dist_proxygml.shard build pairs`"
+            )
+        table = self.root / pair_table_name(self.split)
+        header, *lines = table.read_text(encoding="ascii", errors="replace").splitlines()
+        try:
+            pairs_n4 = np.array([[int(number) for number in line.split("\t")] for line in lines], np.int64)
+            is_right = (pairs_n4 >= 0) & (pairs_n4 < [self.num_samples, self.num_samples, 2, NUM_FOLDS])
+            if header != "\t".join(PAIR_COLUMNS) or is_right.shape != (self.num_pairs, 4) or not is_right.all():
+                raise ValueError("another header, number of pairs, or a number out of range")
+        except ValueError as problem:
+            raise ValueError(
+                f"{table}: expected {self.num_pairs} lines of {', '.join(PAIR_COLUMNS)}, ids below "
+                f"{self.num_samples}, got {problem}; build the verification set again"
+            ) from None
+        return pairs_n4
 
     def describe(self, sample_id: int) -> str:
         """Describe a sample for messages: shard file, key, label, and its source file."""
@@ -276,6 +309,16 @@ def class_table_name(split: str) -> str:
     return f"index.classes.{split}.jsonl"
 
 
+def camera_table_name(split: str) -> str:
+    """Return the file name of the cameras of a split's samples."""
+    return f"index.cameras.{split}.npy"
+
+
+def pair_table_name(split: str) -> str:
+    """Return the file name of the pairs of a verification set."""
+    return f"index.pairs.{split}.tsv"
+
+
 def default_cache() -> Path:
     """Return the default folder for remote shards."""
     return Path.home() / ".cache" / "dist_proxygml" / "shards"
@@ -310,6 +353,19 @@ def open_index(
             f"{root / INDEX_FILE} has the splits {', '.join(sorted(splits))}, not {split!r}; name one of them"
         )
     return _open_split(root, split, document, digest, remote)
+
+
+def list_splits(
+    location: str | Path, *, cache_directory: Path | None = None, cache_limit: int | None = None
+) -> list[str]:
+    """List the splits of a local or remote folder of shards that the user named, sorted. Raises ValueError as
+    `open_index`.
+    """
+    root = Path(location)
+    if is_remote(str(location)):
+        cache = ShardCache(str(location), cache_directory or default_cache(), limit_bytes=cache_limit, is_typed=True)
+        root = cache.fetch_index()
+    return sorted(read_index(root)[0]["splits"])
 
 
 def read_index(root: Path) -> tuple[dict[str, Any], str]:
@@ -377,9 +433,11 @@ def _garbled_field(document: Mapping[str, Any]) -> str | None:
     for split, entry in document["splits"].items():
         if not isinstance(entry, dict) or not _is_file_name(class_table_name(split)):
             return f"splits.{split}"
-        for name in ("samples", "classes"):
+        for name in ("samples", "classes", *({"cameras", "pairs"} & entry.keys())):
             if not isinstance(entry.get(name), dict) or not isinstance(entry[name].get("sha256"), str):
                 return f"splits.{split}.{name}.sha256"
+        if "pairs" in entry and not _is_count(entry["pairs"].get("num_pairs"), 2**31):
+            return f"splits.{split}.pairs.num_pairs"
         if not isinstance(entry.get("class_table_sha256"), str):
             return f"splits.{split}.class_table_sha256"
         for name, most in (("num_samples", 2**63), ("num_classes", MAX_LABEL + 1)):
@@ -428,10 +486,16 @@ def _open_split(
 
     remedy = f"copy the folder again or run `python -m dist_proxygml.shard index {root}`"
     table = root / sample_table_name(split)
-    for path, expected, max_bytes in (
-        (table, entry["samples"]["sha256"], _MAX_HEADER_BYTES + entry["num_samples"] * SAMPLE_DTYPE.itemsize),
-        (root / class_table_name(split), entry["classes"]["sha256"], entry["num_classes"] * _MAX_CLASS_BYTES),
+    num_samples, num_pairs = entry["num_samples"], entry.get("pairs", {}).get("num_pairs", 0)
+    for kind, path, max_bytes in (
+        ("samples", table, _MAX_HEADER_BYTES + num_samples * SAMPLE_DTYPE.itemsize),
+        ("classes", root / class_table_name(split), entry["num_classes"] * _MAX_CLASS_BYTES),
+        ("cameras", root / camera_table_name(split), _MAX_HEADER_BYTES + num_samples * 4),
+        ("pairs", root / pair_table_name(split), (1 + num_pairs) * _MAX_PAIR_BYTES),
     ):
+        if kind not in entry:
+            continue
+        expected = entry[kind]["sha256"]
         if remote is not None:
             remote.fetch_table(root, path.name, max_bytes=max_bytes, sha256=expected)
         if not path.is_file():
@@ -460,6 +524,7 @@ def _open_split(
             f"{num_classes} classes; {remedy}"
         )
     _check_places(table, samples, shards, remedy=remedy)
+    cameras = _read_cameras(root / camera_table_name(split), num_samples) if "cameras" in entry else None
     return ShardIndex(
         root,
         split,
@@ -472,7 +537,22 @@ def _open_split(
         remote,
         keys_repeat=entry.get("keys_repeat") is True,
         upright=document["version"] == _TURNING_VERSION,
+        cameras=cameras,
+        num_pairs=num_pairs,
     )
+
+
+def _read_cameras(table: Path, num_samples: int) -> np.ndarray:
+    try:
+        cameras = np.load(table, allow_pickle=False)
+        if cameras.dtype != np.dtype("<i4") or cameras.shape != (num_samples,):
+            raise ValueError(f"{cameras.shape} of {cameras.dtype}")
+    except Exception as problem:  # as of the table of samples
+        raise ValueError(
+            f"{table}: expected the cameras of {num_samples} samples, got {problem}; "
+            f"run `python -m dist_proxygml.shard index {table.parent}`"
+        ) from problem
+    return np.asarray(cameras)
 
 
 def _check_places(table: Path, samples: np.ndarray, shards: Sequence[ShardEntry], *, remedy: str) -> None:
@@ -517,15 +597,17 @@ def write_index(
     shards: Mapping[str, Sequence[tuple[str, ListedShard]]],
     classes: Mapping[str, Sequence[tuple[str, int | str]]],
     keys_repeat: Collection[str] = (),
+    pairs: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write the tables and, last, `index.json`.
 
     `shards` are the listed shard files of every split in order, `classes` the (name, source id)
     of every label of every split; `build` records how the shards were built,
-    `keys_repeat` names the splits in which two samples have one key. Two splits with the
+    `keys_repeat` names the splits in which two samples have one key; `pairs`, int64 [n, 4] with the columns
+    `PAIR_COLUMNS`, belongs to the splits that are verification sets. Two splits with the
     same class table share one label space (query and gallery).
     """
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split, files in shards.items():
         samples = np.concatenate([np.empty(0, SAMPLE_DTYPE), *(listed.rows for _, listed in files)])
         samples["shard"] = np.repeat(np.arange(len(files)), [len(listed.rows) for _, listed in files])
@@ -543,14 +625,24 @@ def write_index(
             "num_samples": len(samples),
             "num_classes": len(entries),
             "class_table_sha256": class_table_sha256(entries),
-            "samples": {"file": sample_table_name(split), "sha256": sha256_of(root / sample_table_name(split))},
-            "classes": {"file": class_table_name(split), "sha256": sha256_of(root / class_table_name(split))},
+            "samples": _table_record(root / sample_table_name(split)),
+            "classes": _table_record(root / class_table_name(split)),
             "shards": [
                 ShardEntry(file, len(listed.rows), listed.num_bytes, listed.sha256)._asdict() for file, listed in files
             ],
         }
         if split in keys_repeat:
             splits[split]["keys_repeat"] = True
+        cameras = [camera for _, listed in files for camera in listed.cameras]
+        if len(cameras) == len(samples) > 0:
+            with publish(root / camera_table_name(split)) as stream:
+                np.save(stream, np.array(cameras, "<i4"))
+            splits[split]["cameras"] = _table_record(root / camera_table_name(split))
+        if pairs is not None and split in pairs:
+            with publish(root / pair_table_name(split)) as stream:
+                np.savetxt(stream, pairs[split], "%d", "\t", header="\t".join(PAIR_COLUMNS), comments="")
+            record = _table_record(root / pair_table_name(split))
+            splits[split]["pairs"] = {**record, "num_pairs": len(pairs[split])}
     document = {
         "kind": INDEX_KIND,
         "version": _TURNING_VERSION if build.get("exif") == "applied" else INDEX_VERSION,
@@ -559,6 +651,10 @@ def write_index(
         "splits": splits,
     }
     publish_text(root / INDEX_FILE, _one_record_per_line(document))
+
+
+def _table_record(table: Path) -> dict[str, Any]:
+    return {"file": table.name, "sha256": sha256_of(table)}
 
 
 def _json_line(record: Sequence[Any]) -> bytes:

@@ -328,7 +328,7 @@ class Loading:
         num_workers: loading processes; 0 loads in this one.
         cache: keeps decoded images; with `num_workers` 0 only.
         pin_memory: into memory that a GPU copies from.
-        skip_damaged: in training another image takes a damaged one's place, in evaluation it is left out; else it is an
+        skip_damaged: in training another image takes a damaged one's place, in evaluation it is skipped; else it is an
             error.
     """
 

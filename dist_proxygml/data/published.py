@@ -24,14 +24,14 @@ def read_cub200(root: Path, *, allow_partial: bool = False) -> SourceDataset:
 
     Classes 1-100 train, 101-200 test.
     """
-    _, root = _find_layout(
+    _, root = find_layout(
         root, {"CUB_200_2011": [("images.txt",), ("image_class_labels.txt",), ("classes.txt",), ("images",)]}
     )
     names, labels, classes = (_table(root / table) for table in ("images.txt", "image_class_labels.txt", "classes.txt"))
     folder = _innermost(root / "images")
     boxes = {}
     if (root / "bounding_boxes.txt").is_file():
-        rows = _rows(root / "bounding_boxes.txt", 5)
+        rows = rows_of(root / "bounding_boxes.txt", 5)
         boxes = {image_id: _box(box, f"{root / 'bounding_boxes.txt'}, image {image_id}") for image_id, *box in rows}
     if names.keys() != labels.keys():
         one_sided = sorted(names.keys() ^ labels.keys(), key=lambda image_id: (len(image_id), image_id))
@@ -72,7 +72,7 @@ def read_cars196(root: Path, *, allow_partial: bool = False) -> SourceDataset:
         "devkit": _cars_devkit,
         "csv": _cars_csv,
     }
-    layout, root = _find_layout(root, _CARS_LAYOUTS)
+    layout, root = find_layout(root, _CARS_LAYOUTS)
     return finish("cars196", readers[layout](root), root=root, allow_partial=allow_partial)
 
 
@@ -153,10 +153,10 @@ def _csv_rows(path: Path) -> list[list[str]]:
 
 def read_sop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     """Read Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`; a header, 1-based ids."""
-    _, root = _find_layout(root, {"Stanford_Online_Products": [("Ebay_train.txt",), ("Ebay_test.txt",)]})
+    _, root = find_layout(root, {"Stanford_Online_Products": [("Ebay_train.txt",), ("Ebay_test.txt",)]})
     images = []
     for split in ("train", "test"):
-        rows = _rows(root / f"Ebay_{split}.txt", 4)
+        rows = rows_of(root / f"Ebay_{split}.txt", 4)
         header = next(rows, ())
         if header != ("image_id", "class_id", "super_class_id", "path"):
             raise ValueError(
@@ -183,14 +183,14 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     The splits are train, query and gallery; the last two share one label space and are scored
     against each other.
     """
-    _, root = _find_layout(root, {"In-shop Clothes Retrieval Benchmark": [_INSHOP_LISTS, _INSHOP_FOLDERS]})
+    _, root = find_layout(root, {"In-shop Clothes Retrieval Benchmark": [_INSHOP_LISTS, _INSHOP_FOLDERS]})
     table = _need(root, _INSHOP_LISTS)
     announced = next(iter(text_lines(table)), "").strip()
     if not announced.isdigit():
         raise ValueError(
             f"{table}: expected the number of images in line 1, got {announced[:80]!r}; unpack the download again"
         )
-    rows = _rows(table, 3, skip_lines=1)
+    rows = rows_of(table, 3, skip_lines=1)
     header = next(rows, ())
     if header != ("image_name", "item_id", "evaluation_status"):
         raise ValueError(
@@ -220,7 +220,7 @@ def read_inshop(root: Path, *, allow_partial: bool = False) -> SourceDataset:
     )
 
 
-def _find_layout(root: Path, layouts: Mapping[str, Sequence[tuple[str, ...]]]) -> tuple[str, Path]:
+def find_layout(root: Path, layouts: Mapping[str, Sequence[tuple[str, ...]]]) -> tuple[str, Path]:
     """Find the first layout that `root`, or a folder at most two levels below, contains completely.
 
     A layout is a list of required files, each with the places (patterns) where it may be.
@@ -269,7 +269,7 @@ def _innermost(folder: Path) -> Path:
     return folder
 
 
-def _rows(path: Path, num_fields: int, *, skip_lines: int = 0) -> Iterator[tuple[str, ...]]:
+def rows_of(path: Path, num_fields: int, *, skip_lines: int = 0) -> Iterator[tuple[str, ...]]:
     """Read the lines of a text table, split at white space; the last field may contain blanks."""
     for number, line in enumerate(text_lines(path), start=1):
         if number <= skip_lines or not line.strip():
@@ -285,7 +285,7 @@ def _rows(path: Path, num_fields: int, *, skip_lines: int = 0) -> Iterator[tuple
 def _table(path: Path) -> dict[str, str]:
     """Read a text table of two fields, the first of which is the key."""
     table: dict[str, str] = {}
-    for key, value in _rows(path, 2):
+    for key, value in rows_of(path, 2):
         if key in table:
             raise ValueError(f"{path} has the id {key} twice; unpack the download again")
         table[key] = value

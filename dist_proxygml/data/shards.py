@@ -68,6 +68,7 @@ class ListedShard(NamedTuple):
     rows: np.ndarray  # [n] of SAMPLE_DTYPE, with shard 0
     classes: dict[int, tuple[str, int | str]]  # label -> (name, source id)
     counted: Mapping[str, int] = {}  # by their JSON: `turned` (EXIF), `upright` (and to be), and former formats
+    cameras: tuple[int, ...] = ()  # the camera that the JSON of each sample names, if that of every sample does
 
 
 def sample_key(split: str, sample_id: int) -> str:
@@ -95,6 +96,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
     keys: list[str] = []
     rows: list[tuple[int, int, int, int, int]] = []
     classes: dict[int, tuple[str, int | str]] = {}
+    cameras: list[Any] = []
     digest = hashlib.sha256()
     pattern = _header_pattern()
     num_bytes = num_leaving = 0
@@ -130,9 +132,16 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
             rows.append((0, sample.label, offset, len(sample.image), zlib.crc32(sample.image)))
             _note_class(path, classes, sample.label, sample.info)
             _count(counted, sample.info)
+            cameras.append(sample.info.get("camera"))
             write(b"".join(parts))
         write(bytes(_END_MARK + -(num_bytes + _END_MARK) % tarfile.RECORDSIZE))
-    return ListedShard(num_bytes, digest.hexdigest(), keys, np.array(rows, SAMPLE_DTYPE), classes, counted)
+    table = np.array(rows, SAMPLE_DTYPE)
+    return ListedShard(num_bytes, digest.hexdigest(), keys, table, classes, counted, _numbers(cameras))
+
+
+def _numbers(cameras: list[Any]) -> tuple[int, ...]:
+    """Return the cameras of all samples, nothing if one of them has none that an int32 holds."""
+    return tuple(cameras) if all(type(camera) is int and 0 <= camera < 2**31 for camera in cameras) else ()
 
 
 def _header_pattern() -> bytes:
@@ -182,15 +191,18 @@ def list_shard(
         rows = np.zeros(len(samples), SAMPLE_DTYPE)
         classes: dict[int, tuple[str, int | str]] = {}
         counted = Counter[str]()
+        cameras = []
         for position, (key, members) in enumerate(samples.items()):
             label, (offset, num_bytes), info = _sample_fields(path, key, members, content)
             image = content[offset : offset + num_bytes]
             rows[position] = (0, label, offset, num_bytes, zlib.crc32(image))
             _note_class(path, classes, label, info)
             _count(counted, info)
+            cameras.append(info.get("camera"))
             if check_image is not None:
                 check_image(key, image, info)
-        return ListedShard(size, hashlib.sha256(content).hexdigest(), list(samples), rows, classes, counted)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return ListedShard(size, sha256, list(samples), rows, classes, counted, _numbers(cameras))
 
 
 def _count(counted: Counter[str], info: Mapping[str, Any]) -> None:
@@ -202,7 +214,7 @@ def _count(counted: Counter[str], info: Mapping[str, Any]) -> None:
 
 
 def _no_tar(content: mmap.mmap, problem: Exception) -> str:
-    """What to say of a file that tarfile cannot read."""
+    """Message about a file that tarfile cannot read."""
     for mark, (kind, remedy) in _PACKED.items():
         if content[: len(mark)] == mark:
             return f"expected a plain tar, got {kind}; {remedy}"

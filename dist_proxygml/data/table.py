@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_proxygml.data.class_split import HALF, ClassSplit, split_by_class
+from dist_proxygml.data.class_split import HALF, ClassSplit, notes_of_split, split_by_class
 from dist_proxygml.data.datasets import USUAL_SPLITS, SourceDataset, SourceImage, finish, listing
 from dist_proxygml.data.rows import TABLE_SUFFIXES, Rows, plain
 
@@ -41,6 +41,7 @@ def read_table(
     template: str | None = None,
     several: bool = False,
     allow_partial: bool = False,
+    allow_seen_classes: bool = False,
     split: ClassSplit = HALF,
 ) -> SourceDataset:
     """Read the tables `PATH` or `SPLIT=PATH`; none are the `metadata.*` in `root` and its folders.
@@ -52,6 +53,7 @@ def read_table(
         template: path of an image, with the row's values in braces: `train/{id[0]}/{id}.jpg`.
         several: whether the image column names several images of a class, separated by blanks.
         allow_partial: leave out rows whose image is not there.
+        allow_seen_classes: let splits share classes; query and gallery always may.
         split: division of the classes where no split is named; if it says how many train, splits are not looked at.
 
     Raises ValueError naming table and line.
@@ -110,10 +112,11 @@ def read_table(
         images,
         root=top,
         allow_partial=allow_partial,
+        allow_seen_classes=allow_seen_classes,
         shared_classes=(("query", "gallery"),),
         place=place,
     )
-    return replace(dataset, build=record)
+    return replace(dataset, notes=(*dataset.notes, *notes_of_split(record)), build=record, is_upright=True)
 
 
 def _table_of(text: str) -> tuple[str | None, Path]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from dist_proxygml.data.index import (
     INDEX_FILE,
     INDEX_KIND,
     JOURNAL_FILE,
+    NUM_FOLDS,
     ShardIndex,
     class_table_name,
     open_index,
+    pair_table_name,
     read_index,
     write_index,
 )
@@ -96,6 +98,7 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
     build.pop("exif", None)
     if any(listed.counted.get("upright") for files in shards.values() for _, listed in files):
         build["exif"] = "applied"  # by `build`, whatever has become of its index
+    pairs = {split: _same_pairs(root, split, changed) for split in classes if (root / pair_table_name(split)).exists()}
     write_index(
         root,
         dataset=dataset if isinstance(dataset, str) else root.resolve().name,
@@ -103,8 +106,24 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
         shards={split: shards[split] for split in classes},
         classes=classes,
         keys_repeat=[split for split, parts in key_hashes.items() if _repeat(np.concatenate(parts))],
+        pairs=pairs,
     )
     return sorted(changed)
+
+
+def _same_pairs(root: Path, split: str, changed: Collection[str]) -> np.ndarray:
+    """The pairs of a verification set, of which only the index that was there knows which samples they mean."""
+    try:
+        index = open_index(root, split)
+        if index.num_pairs and not changed:
+            return index.read_pairs()
+        problem = f"{len(changed)} shards changed" if changed else "the index that was there has no pairs"
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(
+        f"{root / pair_table_name(split)} has pairs of samples, and which is not certain any more: {problem}; build "
+        "the verification set again, or remove the file"
+    )
 
 
 def _repeat(values: np.ndarray) -> bool:
@@ -143,9 +162,9 @@ def _previous_classes(root: Path, split: str, previous: Mapping[str, Any]) -> li
 
 
 def verify_shards(root: Path, *, deep: bool = False, quiet: bool = False) -> list[str]:
-    """What is wrong with a folder of shards, one sentence each; empty when it is sound.
+    """List the problems of a folder of shards, one sentence each; none when it is sound.
 
-    Plain: index, tables, presence and size of the shards. Deep: also the sha256 of every
+    Plain: index, tables, pairs, presence and size of the shards. Deep: also the sha256 of every
     shard, the crc32 and label of every sample, and that every image decodes.
     """
     document, _ = read_index(root)
@@ -153,7 +172,10 @@ def verify_shards(root: Path, *, deep: bool = False, quiet: bool = False) -> lis
     indexes = []
     for split in document["splits"]:
         try:
-            indexes.append(open_index(root, split))
+            index = open_index(root, split)
+            if index.num_pairs:
+                index.read_pairs()
+            indexes.append(index)
         except ValueError as problem:
             problems.append(str(problem))
     if deep:
@@ -203,7 +225,7 @@ def describe_shards(root: Path) -> str:
     skipped = build.pop("skipped", [])
     lines = [f"{root}: {document['dataset']}, index {digest[:12]}, built with {build}"]
     if skipped:
-        lines.append(f"{len(skipped)} images could not be used and were left out; {root / INDEX_FILE} names them")
+        lines.append(f"{len(skipped)} images could not be used and were skipped; {root / INDEX_FILE} names them")
     for split in document["splits"]:
         index = open_index(root, split)
         counts = np.bincount(index.labels, minlength=index.num_classes)
@@ -215,6 +237,11 @@ def describe_shards(root: Path) -> str:
         )
         if index.keys_repeat:
             lines.append("  keys repeat from shard to shard, so images are called SHARD/KEY")
+        if index.cameras is not None:
+            lines.append(f"  {len(np.unique(index.cameras))} cameras")
+        if index.num_pairs:
+            num_same = int(index.read_pairs()[:, 2].sum())
+            lines.append(f"  {index.num_pairs} pairs in {NUM_FOLDS} folds, {num_same} of them the same")
         lines += _histogram(counts)
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from dist_proxygml.distributed.preemption import ignore_stop_signals, stop_signals_held_back
-from dist_proxygml.storage.files import in_words
+from dist_proxygml.storage.files import describe_error
 
 SECONDS_TO_START = (10.0, 30.0, 60.0, 120.0)
 """Per attempt. A process starts within milliseconds, or within seconds on an overloaded machine."""
@@ -99,7 +99,7 @@ def ready_to_leave(images: Tensor) -> Tensor:
     try:
         return images.share_memory_()
     except RuntimeError as problem:
-        raise ValueError(in_words(problem)) from None
+        raise ValueError(describe_error(problem)) from None
 
 
 def _until_one_dies(batches: Iterator[Any]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,24 @@ class NonFiniteError(AgreedError):
     """NaN or infinity where finite numbers are needed: training may skip a step or roll back, evaluation must end."""
 
     status = 65  # EX_DATAERR of sysexits.h: starting it again does not help
+
+
+def group_named(group: dist.ProcessGroup | Literal["world"] | None) -> dist.ProcessGroup | None:
+    """Return the default process group for "world"; anything else is returned as it is.
+
+    Raises:
+        ValueError: another string, or no process group has been initialised.
+    """
+    if not isinstance(group, str):
+        return group
+    if group != "world":
+        raise ValueError(f'expected group to be a process group, "world" or None, got {group!r}')
+    if not dist.is_initialized():
+        raise ValueError(
+            'expected a default process group for group="world", got none; call '
+            "torch.distributed.init_process_group() before, or use group=None for this process alone"
+        )
+    return dist.group.WORLD
 
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:
@@ -133,6 +151,46 @@ def gather_objects(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
     if group is not None:
         dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_to_rank_zero(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor | None:
+    """Concatenate all ranks' rows in rank order in memory of rank 0's CPU, part by part. Called on all ranks.
+
+    Returns:
+        [sum(row_counts), ...] on rank 0, a copy; None elsewhere.
+    """
+    rows = rows.detach().contiguous()
+    if rank_in(group) != 0:
+        if len(rows):
+            dist.send(rows, group_dst=0, group=group)
+        return None
+    whole = torch.empty((sum(row_counts), *rows.shape[1:]), dtype=rows.dtype)
+    for rank, part in enumerate(whole.split(list(row_counts))):
+        if rank and len(part):
+            received = rows.new_empty(part.shape)
+            dist.recv(received, group_src=rank, group=group)
+            part.copy_(received)
+        elif not rank:
+            part.copy_(rows)
+    return whole
+
+
+def scatter_from_rank_zero(
+    whole: Tensor | None, own: Tensor, *, row_counts: Sequence[int] | None, group: dist.ProcessGroup | None
+) -> None:
+    """Fill each rank's `own` with its rows of rank 0's `whole`; without `row_counts`, with all of it. Called on all
+    ranks; `own` is contiguous and of the type of `whole`.
+    """
+    if whole is None:
+        if own.numel():
+            dist.recv(own, group_src=0, group=group)
+        return
+    num_ranks = world_size_of(group)
+    parts = whole.split(list(row_counts)) if row_counts is not None else (whole,) * num_ranks
+    own.copy_(parts[0])
+    for rank in range(1, num_ranks):
+        if parts[rank].numel():
+            dist.send(parts[rank].to(own.device).contiguous(), group_dst=rank, group=group)
 
 
 class _GatherRows(torch.autograd.Function):

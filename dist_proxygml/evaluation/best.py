@@ -4,8 +4,9 @@
     best on validation classes    what the test split gives where classes that were held out are best: an honest choice
     best on test                  the best of many looks at the test split itself: optimistic, though often published
 
-All three are results on the test split. What is best goes by checkpoint.keep_best, else by Recall@K of the smallest K;
-of equal ones the newest is taken. An evaluation before the first step is none of a trained model, and does not count.
+All three are results on the test split, or on the validation classes of a run that has none. What is best goes by
+checkpoint.keep_best, else by Recall@K of the smallest K; of equal ones the newest is taken. An evaluation before the
+first step is none of a trained model, and does not count.
 """
 
 import math
@@ -31,20 +32,22 @@ class SelectedResult(NamedTuple):
 
 
 def select_results(run_directory: Path) -> dict[str, SelectedResult]:
-    """The results of a run that there are, by "last", "best on validation classes" and "best on test".
+    """The results of a run that there are, by "last", "best on validation classes" and "best on test". Without a test
+    split the first two are measured on the validation classes themselves.
 
     Raises:
         ValueError: a stored evaluation is not one.
     """
-    test = read_evaluations(run_directory)
-    test.pop(0, None)
-    if not test:
+    test, validation = read_evaluations(run_directory), read_evaluations(run_directory, of_validation=True)
+    measured = test or validation
+    measured.pop(0, None)
+    if not measured:
         return {}
     metric = selection_metric(run_directory)
     # A run that was stopped between two evaluations of a step has only one of them.
-    validation = {step: r for step, r in read_evaluations(run_directory, of_validation=True).items() if step in test}
-    steps = {LAST: max(test), BEST_ON_VALIDATION: _best(validation, metric), BEST_ON_TEST: _best(test, metric)}
-    return {name: SelectedResult(step, test[step]) for name, step in steps.items() if step is not None}
+    validation = {step: result for step, result in validation.items() if step in measured}
+    steps = {LAST: max(measured), BEST_ON_VALIDATION: _best(validation, metric), BEST_ON_TEST: _best(test, metric)}
+    return {name: SelectedResult(step, measured[step]) for name, step in steps.items() if step is not None}
 
 
 def selected_rows(run_directory: Path) -> dict[str, Mapping[str, float]]:

@@ -1,6 +1,7 @@
 """Retrieval metrics from the ranks of right answers, clustering metrics from labels and clusters.
 
-    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself
+    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; where there are
+                   cameras, also but those of its class by its own one (re-identification: Zheng et al., ICCV 2015)
     R              number of its right answers
     Recall@K       1 if rank_1 <= K                              in the metric-learning sense: a hit rate
     R-Precision    #{j: rank_j <= R} / R
@@ -27,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 NEVER = np.iinfo(np.int64).max  # the rank of a right answer that does not exist
 
@@ -45,6 +46,22 @@ def count_positives(labels_n: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """R of every image when each is compared with all others: how many of them share its label."""
     _, class_n, counts = np.unique(labels_n, return_inverse=True, return_counts=True)
     return np.asarray(counts[class_n] - 1)
+
+
+def count_right_answers(
+    labels_n: Int[np.ndarray, " n"],
+    is_gallery_n: Bool[np.ndarray, " n"],
+    cameras_n: Int[np.ndarray, " n"] | None = None,
+) -> Int[np.ndarray, " n"]:
+    """R of every image when it asks: gallery images of its label but itself; with cameras those by other cameras."""
+
+    def in_gallery(groups_n: np.ndarray) -> np.ndarray:
+        _, group_n = np.unique(groups_n, axis=0, return_inverse=True)
+        return np.asarray(np.bincount(group_n[is_gallery_n], minlength=group_n.max(initial=-1) + 1)[group_n])
+
+    if cameras_n is None:
+        return in_gallery(labels_n) - is_gallery_n
+    return in_gallery(labels_n) - in_gallery(np.stack([labels_n, cameras_n], axis=1))
 
 
 def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"], *, num_queries: int) -> QueryScores:
@@ -73,24 +90,38 @@ def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"],
     )
 
 
+def query_metrics(scores: QueryScores, *, recall_at: Sequence[int]) -> dict[str, Float[np.ndarray, " q"]]:
+    """The value of each query under the metrics that are means over queries, by name."""
+    found = {f"recall@{k}": (scores.first_rank <= k).astype(np.float64) for k in recall_at}
+    found |= {"r_precision": scores.r_precision, "map@r": scores.map_at_r}
+    return found | {"map": scores.map, "mrr": 1 / scores.first_rank}
+
+
 def retrieval_metrics(
-    scores: QueryScores, labels_q: Int[np.ndarray, " q"], *, recall_at: Sequence[int]
+    scores: QueryScores,
+    labels_q: Int[np.ndarray, " q"],
+    *,
+    recall_at: Sequence[int],
+    seen_q: Bool[np.ndarray, " q"] | None = None,
 ) -> dict[str, float]:
-    """The metrics over all queries, by name."""
+    """The metrics over all queries, by name; of queries of trained classes (`seen_q`) and of others where there are
+    both, Recall@1 apart.
+    """
     hit_q = scores.first_rank == 1
     _, class_q = np.unique(labels_q, return_inverse=True)
     class_means = np.bincount(class_q, weights=hit_q) / np.bincount(class_q)
-    found = {f"recall@{k}": exact_mean(scores.first_rank <= k) for k in recall_at}
-    found |= {"r_precision": exact_mean(scores.r_precision), "map@r": exact_mean(scores.map_at_r)}
-    found |= {"map": exact_mean(scores.map), "mrr": exact_mean(1 / scores.first_rank)}
-    return found | {"precision@1_macro": exact_mean(class_means)}
+    found = {name: exact_mean(values_q) for name, values_q in query_metrics(scores, recall_at=recall_at).items()}
+    found["precision@1_macro"] = exact_mean(class_means)
+    if seen_q is not None and seen_q.any() and not seen_q.all():
+        found |= {"recall@1_seen": exact_mean(hit_q[seen_q]), "recall@1_unseen": exact_mean(hit_q[~seen_q])}
+    return found
 
 
 def rank_without_first_column(
     query_p: Int[np.ndarray, " p"], place_p: Int[np.ndarray, " p"], *, num_queries: int
 ) -> Int[np.ndarray, " q"]:
-    """The first right answer of each query when "self" is left out by dropping the first of K + 1 results, as the
-    published evaluation of Stanford Online Products does; NEVER if there is none.
+    """Rank of the first right answer of each query, when "self" is excluded by dropping the first of K + 1 results as
+    the published evaluation of Stanford Online Products does; NEVER if there is none.
 
     Where a copy of the query comes first, the copy is dropped, and the query itself stays and counts as a right answer.
 
@@ -199,6 +230,8 @@ class MetricName(NamedTuple):
 
 _NAMES = (
     MetricName("recall@", "Recall@{}", "queries with a right answer among the first {}"),
+    MetricName("recall@1_seen", "Recall@1, seen", "Recall@1 of the queries of trained classes"),
+    MetricName("recall@1_unseen", "Recall@1, unseen", "Recall@1 of the queries of classes that were not trained"),
     MetricName("precision@1_macro", "Precision@1, classes", "Recall@1 with every class counting the same"),
     MetricName("r_precision", "R-Precision", "right answers among the first R, where a query has R of them"),
     MetricName("map@r", "MAP@R", "as R-Precision, earlier right answers counting more"),
@@ -207,16 +240,26 @@ _NAMES = (
     MetricName("nmi", "NMI", f"mutual information of {_CLUSTERS}"),
     MetricName("ami", "AMI", f"as NMI, less what chance gives: {_CLUSTERS}"),
     MetricName("f1", "F1", f"pairs of images that are together in both: {_CLUSTERS}"),
+    MetricName("pair_accuracy", "Pair accuracy", "listed pairs decided rightly by the threshold of the other folds"),
     MetricName("legacy_recall@", "Recall@{} as published", "what the authors' evaluation gives for Recall@{}"),
     MetricName("legacy_nmi", "NMI as published", "what the authors' evaluation gives for NMI"),
 )
 
 
+def _tar_name(key: str) -> MetricName:
+    far = key.partition("=")[2]
+    meaning = f"pairs of the same class accepted, where at most {far} of the pairs of different classes are"
+    return MetricName(key, f"TAR at FAR {far}", meaning)
+
+
 def name_metrics(keys: Iterable[str]) -> list[MetricName]:
     """The metrics among these keys, each once, in reading order."""
     found = set(keys)
+    rates = sorted((float(key.partition("=")[2]), key) for key in found if re.fullmatch(r"tar@far=[\d.]+e-\d+", key))
     named = []
     for name in _NAMES:
+        if name.key == "pair_accuracy":
+            named += [_tar_name(key) for _, key in rates]
         if name.key.endswith("@"):
             cuts = sorted(int(match[1]) for key in found if (match := re.fullmatch(rf"{name.key}(\d+)", key)))
             named += [MetricName(f"{name.key}{k}", name.label.format(k), name.meaning.format(k)) for k in cuts]

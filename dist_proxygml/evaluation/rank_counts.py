@@ -6,7 +6,7 @@ Counted in three steps, for any number of queries at a time and any part of the 
 
     1  exact scores of each query with the images of its own class
     2  lists: the F best of the part by float32 score (faiss). What is not in the list is no better than its end, so for
-       right answers above the end the list tells how many wrong ones come before
+       right answers above the end the list shows how many wrong ones come before
     3  sweep: float32 products with the whole part for the queries that are left, no limit at F
 
 A float32 score decides a comparison only where it is decided by more than the error bound of `exact.py`; what is closer
@@ -40,7 +40,7 @@ MOST_NEAR_SHARE, MOST_NEAR = 1 / 16, 64
 
 
 class Searcher(Protocol):
-    """Whatever finds the rows of a part with the best float32 scores."""
+    """Search for the rows of a part with the best float32 scores."""
 
     def search(
         self, queries_qD: Float[np.ndarray, "q D"], num_neighbours: int
@@ -81,6 +81,7 @@ class Queries(NamedTuple):
     rows: Float[np.ndarray, "q D"]  # rounded
     labels: Int[np.ndarray, " q"]
     own: Int[np.ndarray, " q"]  # position of the query itself in the gallery, or -1
+    cameras: Int[np.ndarray, " q"] | None = None
 
 
 class Gallery(NamedTuple):
@@ -89,10 +90,12 @@ class Gallery(NamedTuple):
     rows: Float[np.ndarray, "G D"]  # rounded
     members: Int[np.ndarray, " G"]  # positions sorted by label, then id
     starts: Int[np.ndarray, " C1"]  # where each label starts in `members`; one more for the end
+    cameras: Int[np.ndarray, " G"] | None = None  # images of a query's label and camera are left out of its ranking
 
 
 class RightAnswers(NamedTuple):
-    """The images of the queries' own classes, the queries themselves included where the gallery has them.
+    """The images of the queries' own classes, with those that are left out of the ranking: the query itself where the
+    gallery has it, and images by its own camera where there are cameras.
 
     Sorted by query, and for each query in the exact order.
     """
@@ -100,20 +103,27 @@ class RightAnswers(NamedTuple):
     query: Int[np.ndarray, " p"]  # row of the tile
     position: Int[np.ndarray, " p"]  # in the whole gallery
     score: Float[np.ndarray, " p"]  # exact
-    is_self: Bool[np.ndarray, " p"]
+    is_left_out: Bool[np.ndarray, " p"]
 
 
 class Limits(NamedTuple):
-    """What bounds memory, and what is printed when it had to be lowered."""
+    """Bound on memory, and where to report that it had to be lowered."""
 
     block_bytes: int  # of the scores of one block of a sweep
     say: Callable[[str], object]
 
 
-def index_gallery(rows_GD: Float[np.ndarray, "G D"], labels_G: Int[np.ndarray, " G"], *, num_classes: int) -> Gallery:
+def index_gallery(
+    rows_GD: Float[np.ndarray, "G D"],
+    labels_G: Int[np.ndarray, " G"],
+    *,
+    num_classes: int,
+    cameras_G: Int[np.ndarray, " G"] | None = None,
+) -> Gallery:
     """Find the images of each label. Labels are 0 .. num_classes - 1."""
     counts_C = np.bincount(labels_G, minlength=num_classes)
-    return Gallery(rows_GD, np.argsort(labels_G, kind="stable"), np.concatenate([[0], np.cumsum(counts_C)]))
+    starts = np.concatenate([[0], np.cumsum(counts_C)])
+    return Gallery(rows_GD, np.argsort(labels_G, kind="stable"), starts, cameras_G)
 
 
 def find_right_answers(queries: Queries, gallery: Gallery) -> RightAnswers:
@@ -135,7 +145,11 @@ def find_right_answers(queries: Queries, gallery: Gallery) -> RightAnswers:
             scores_qR[:, columns] = scores_of_block(queries.rows[start:stop], gallery.rows[members[columns]])
     order_p = np.lexsort((position_p, -score_p, query_p))
     position_p = position_p[order_p]
-    return RightAnswers(query_p, position_p, score_p[order_p], position_p == queries.own[query_p])
+    is_left_out_p = position_p == queries.own[query_p]
+    if gallery.cameras is not None:
+        assert queries.cameras is not None
+        is_left_out_p |= gallery.cameras[position_p] == queries.cameras[query_p]
+    return RightAnswers(query_p, position_p, score_p[order_p], is_left_out_p)
 
 
 def count_wrong_before(
@@ -148,8 +162,8 @@ def count_wrong_before(
     tolerance: float,
     limits: Limits,
 ) -> tuple[Int[np.ndarray, "p 3"], int]:
-    """How many wrong answers of the part come before each wanted right answer: in the exact order, if every tie goes
-    wrong, and if every tie goes right.
+    """Count the wrong answers of the part that come before each wanted right answer: in the exact order, if every tie
+    goes wrong, and if every tie goes right.
 
     Args:
         queries: the tile.
@@ -393,7 +407,7 @@ def _count_rows(
 
 
 def _counts_above(values: np.ndarray, thresholds: np.ndarray, *, inclusive: bool) -> Int[np.ndarray, " k"]:
-    """How many values lie above (or at) each threshold."""
+    """Count the values above (or at) each threshold."""
     if len(thresholds) <= 8:
         over = np.greater_equal if inclusive else np.greater
         return np.array([np.count_nonzero(over(values, threshold)) for threshold in thresholds], dtype=np.int64)
@@ -468,8 +482,8 @@ def _count_exactly(
 def in_tiles(
     num_rows: int, tile: int, work: Callable[[int, int], None], say: Callable[[str], object] = lambda _: None
 ) -> None:
-    """Call `work(start, stop)` for consecutive tiles of the rows. A tile that a GPU has no memory for is halved, says
-    so, and goes on; `work` must leave nothing behind when it fails.
+    """Call `work(start, stop)` for consecutive tiles of the rows. A tile that a GPU has no memory for is halved and
+    retried, with a message; `work` must leave nothing behind when it fails.
     """
     start = 0
     while start < num_rows:
@@ -481,7 +495,7 @@ def in_tiles(
                 raise
             torch.cuda.empty_cache()
             tile = (stop - start) // 2
-            say(f"evaluation: the GPU has no memory for {stop - start} queries at once; going on with {tile}")
+            say(f"evaluation: the GPU has no memory for {stop - start} queries at once; continuing with {tile}")
         else:
             start = stop
 

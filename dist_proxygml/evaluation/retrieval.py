@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows
 from dist_proxygml.distributed.memory import available_memory
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object
-from dist_proxygml.evaluation.metrics import QueryScores, rank_without_first_column, score_queries
+from dist_proxygml.evaluation.metrics import QueryScores, count_right_answers, rank_without_first_column, score_queries
+from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.evaluation.rank_counts import (
     BEST,
     EXACT,
@@ -44,7 +44,7 @@ from dist_proxygml.evaluation.search import MOST_NEIGHBOURS_ON_GPU, build_search
 
 LIST_LENGTH = 64  # neighbours that faiss looks for; right answers behind them are counted for by a sweep
 MOST_QUERIES = 4096  # of a tile
-FIRST_QUERIES = 512  # of the first tile, which tells whether lists pay
+FIRST_QUERIES = 512  # of the first tile, which shows whether lists pay
 MOST_SWEPT = 0.25  # of a tile's queries, for lists to pay
 SCORE_COLUMNS = (2, 6, 10)  # where `QueryScores` begin in a query's row of numbers
 NUM_COLUMNS = 15
@@ -57,20 +57,21 @@ class Images(NamedTuple):
     labels: np.ndarray  # 0 .. num_classes - 1
     is_query: np.ndarray
     is_gallery: np.ndarray
+    cameras: np.ndarray | None = None  # images of the query's class and camera are left out of its ranking
 
 
 class SearchOptions(NamedTuple):
-    """How ranks are found: no number depends on it."""
+    """Options of the search; the numbers do not depend on them."""
 
     search: str = "faiss"  # or "counter": nothing but sweeps
     placement: str = "auto"  # or "replicated", "sharded"
     memory_budget: int = 256 << 20  # bytes of one rank while it searches, beyond embeddings and gallery
-    verify: bool = False  # search both ways, and refuse to go on if they differ
+    verify: bool = False  # search both ways, and raise if they differ
     list_length: int = LIST_LENGTH
 
 
 class Retrieval(NamedTuple):
-    """What was found, in the order of the ids of the queries with a right answer."""
+    """Scores of the queries with a right answer, in the order of their ids."""
 
     position: np.ndarray  # of the queries among the images
     exact: QueryScores
@@ -87,16 +88,18 @@ def retrieve(
     context: ParallelContext,
     options: SearchOptions,
     say: Callable[[str], object] = lambda _: None,
+    follower: Follower | None = None,
 ) -> Retrieval:
     """Rank the right answers of every query that has one. Called on all ranks; the same result on all of them.
 
     Args:
         images: the same on every rank.
-        with_self: also find where the query itself stands, and rank queries without a right answer.
+        with_self: also find where the query itself stands, and rank queries without a right answer; without cameras.
         tolerance: scores that differ by no more are tied, for `worst` and `best`.
         context: this process among its peers.
         options: how to search.
         say: takes lines for people.
+        follower: is given the progress instead of a bar.
 
     Raises:
         ValueError: on every rank: no usable faiss, or with `verify` two ways to search that differ.
@@ -104,11 +107,14 @@ def retrieve(
     gallery_G = np.flatnonzero(images.is_gallery)
     num_classes = int(images.labels.max()) + 1
     rows_GD = images.rows if len(gallery_G) == len(images.rows) else images.rows[gallery_G]
-    gallery = index_gallery(rows_GD, images.labels[gallery_G], num_classes=num_classes)
+    assert not (with_self and images.cameras is not None)
+    cameras_G = None if images.cameras is None else images.cameras[gallery_G]
+    gallery = index_gallery(rows_GD, images.labels[gallery_G], num_classes=num_classes, cameras_G=cameras_G)
     own_n = np.full(len(images.labels), -1)
     own_n[gallery_G] = np.arange(len(gallery_G))
     # Queries by label, then id; those without a right answer only where they count.
-    num_right_n = np.diff(gallery.starts)[images.labels] - images.is_gallery
+    num_members_n = np.diff(gallery.starts)[images.labels]
+    num_right_n = count_right_answers(images.labels, images.is_gallery, images.cameras)
     asked_Q = np.flatnonzero(images.is_query & (with_self | (num_right_n > 0)))
     asked_Q = asked_Q[np.argsort(images.labels[asked_Q], kind="stable")]
     is_sharded = _is_sharded(rows_GD, context=context, options=options, say=say)
@@ -119,17 +125,19 @@ def retrieve(
         part = _part_of_rank(images, gallery, gallery_G, is_sharded, context, options._replace(search=search))
         job = _Job(gallery, part, is_sharded, with_self, tolerance, context, options, say)
         shared = asked_Q if is_sharded else _share(asked_Q, context)
-        tiles = _tiles(shared, num_right_n, width=rows_GD.shape[1], options=options)
+        tiles = _tiles(shared, num_members_n, width=rows_GD.shape[1], options=options)
         rows = [np.zeros((0, NUM_COLUMNS))]
-        hidden = None if context.is_main else True  # None: hidden unless a person looks at it
-        with tqdm(total=len(shared), desc="searching", unit=" queries", delay=5.0, disable=hidden) as bar:
+        with progress(
+            "searching", len(shared), unit=" queries", is_shown=context.is_main, follower=follower
+        ) as advance:
             for tile_q in tiles:
-                queries = Queries(images.rows[tile_q], images.labels[tile_q], own_n[tile_q])
+                cameras_q = None if images.cameras is None else images.cameras[tile_q]
+                queries = Queries(images.rows[tile_q], images.labels[tile_q], own_n[tile_q], cameras_q)
                 scores_qM, num_swept = _score_tile(queries, tile_q, job)
                 rows.append(scores_qM)
                 if num_swept > MOST_SWEPT * len(tile_q) and not options.verify:
                     job = job._replace(part=job.part._replace(searcher=None))
-                bar.update(len(tile_q))
+                advance(len(tile_q))
         del part, job  # before there may be another
         scores_QM = np.concatenate(rows)
         if not is_sharded:
@@ -142,7 +150,7 @@ def retrieve(
 
 
 class _Job(NamedTuple):
-    """What all tiles of queries share."""
+    """State shared by all tiles of queries."""
 
     gallery: Gallery
     part: Part
@@ -171,7 +179,7 @@ def _is_sharded(
     if options.placement != "auto":
         choice = options.placement
     ranks = "" if context.world_size == 1 else f" over {context.world_size} ranks"
-    say(f"{size}; {choice}{ranks}{'' if options.placement == 'auto' else ', as told'}")
+    say(f"{size}; {choice}{ranks}{'' if options.placement == 'auto' else ', as configured'}")
     return choice == "sharded"
 
 
@@ -213,9 +221,9 @@ def _share(asked_Q: np.ndarray, context: ParallelContext) -> np.ndarray:
     return asked_Q[cuts[0] : cuts[1]]
 
 
-def _tiles(asked: np.ndarray, num_right_n: np.ndarray, *, width: int, options: SearchOptions) -> Iterator[np.ndarray]:
-    """Consecutive queries whose rows, lists and right answers fit half of the budget; at least one."""
-    bytes_q = 8 * width + 40 * options.list_length + 200 * (num_right_n[asked] + 1)
+def _tiles(asked: np.ndarray, num_members_n: np.ndarray, *, width: int, options: SearchOptions) -> Iterator[np.ndarray]:
+    """Consecutive queries whose rows, lists and class members fit half of the budget; at least one."""
+    bytes_q = 8 * width + 40 * options.list_length + 200 * (num_members_n[asked] + 1)
     total_q = np.cumsum(bytes_q)
     start = 0
     while start < len(asked):
@@ -234,7 +242,7 @@ def _score_tile(queries: Queries, position_q: np.ndarray, job: _Job) -> tuple[np
     counts_p3, num_swept = count_wrong_before(
         queries,
         right,
-        ~right.is_self | job.with_self,
+        ~right.is_left_out | job.with_self,
         job.part,
         list_length=job.options.list_length,
         tolerance=job.tolerance,
@@ -245,7 +253,7 @@ def _score_tile(queries: Queries, position_q: np.ndarray, job: _Job) -> tuple[np
         counts_p3 = all_reduce_sum(counts, group=job.context.group).cpu().numpy()
     scores_qM = np.zeros((len(position_q), NUM_COLUMNS))
     scores_qM[:, 0] = position_q
-    others_p = ~right.is_self
+    others_p = ~right.is_left_out
     answered = np.unique(right.query[others_p])
     scores_qM[answered, 1] = 1
     query_p = np.searchsorted(answered, right.query[others_p])

@@ -21,7 +21,7 @@ from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.evaluation.blocks import BlockFolder
 from dist_proxygml.evaluation.embedding_pass import PassHooks, PassSettings, Split, save_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate
+from dist_proxygml.evaluation.evaluator import EvaluationResult, PairSettings, Settings, evaluate
 from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.storage.files import paths_in, publish_text
 from dist_proxygml.storage.run_folder import RunFolder
@@ -72,13 +72,17 @@ def evaluate_model(
 
 
 def measured(config: Config, index: ShardIndex, *, kmeans_seeds: int | None = None) -> Settings:
-    """What the configuration measures on a split: the published protocol is that of the test split alone."""
-    wanted, is_test = config.evaluation, index.split == config.data.test_split
+    """Build the settings for a split; the published protocol is that of the test split alone."""
+    wanted, is_test, pairs = config.evaluation, index.split == config.data.test_split, None
+    if wanted.pairs is not None and (is_test or wanted.pairs.of == "all"):
+        pairs = PairSettings(wanted.pairs.of == "listed", tuple(wanted.pairs.far), config.checkpoint.keep_best)
     return Settings(
         recall_at=tuple(wanted.recall_at),
         kmeans_seeds=tuple(range(wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds)),
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
+        exclude_same=wanted.excluded,
+        pairs=pairs,
     )
 
 
@@ -89,7 +93,7 @@ def open_gallery(config: Config, index: ShardIndex) -> ShardIndex | None:
 
 
 def block_folder(run_directory: Path, name: str, *, say: Callable[[str], object]) -> BlockFolder:
-    """Where the evaluation that will be stored as NAME keeps what it has embedded."""
+    """Blocks of the evaluation that will be stored as NAME."""
     return BlockFolder(RunFolder(run_directory).unfinished(name), say)
 
 
@@ -110,15 +114,15 @@ def store_evaluation(run_directory: Path, name: str, result: EvaluationResult, *
 def build_damage_log(
     config: Config, context: ParallelContext, path: Path, *, split: str, num_images: int
 ) -> DamageLog | None:
-    """Where damaged images are counted if the configuration skips them, else None. Called on all ranks."""
+    """Build the log of damaged images if the configuration skips them, else None. Called on all ranks."""
     if config.data.damaged_images == "fail":
         return None
     return DamageLog(path, split=split, num_images=num_images, max_share=config.data.max_damaged, context=context)
 
 
-def what_is_other(config: Config, own: Config, *, shards: str | None, digest: str) -> str:
-    """What to add to a checkpoint's name, so that a result is not stored in place of one that measured something else;
-    nothing where this is what the run itself measures.
+def result_suffix(config: Config, own: Config, *, shards: str | None, digest: str) -> str:
+    """Suffix of a checkpoint's name under which a result is stored, so that it does not replace one that measured
+    something else; empty where it measures what the run itself does.
 
     Args:
         config: what is measured.
@@ -126,11 +130,12 @@ def what_is_other(config: Config, own: Config, *, shards: str | None, digest: st
         shards: others than the run's, if there are any.
         digest: the sha256 of their index.
     """
-    settings, own_settings = what_numbers_depend_on(config), what_numbers_depend_on(own)
+    settings, own_settings = result_settings(config), result_settings(own)
     if shards is None and settings == own_settings:
         return ""
     wanted = config.evaluation
-    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else []), config.data.test_split]
+    parts = ["on", Path(shards or config.data.shards).name, *([digest[:8]] if shards else [])]
+    parts += [config.data.test_split] if config.data.test_split else []
     parts += ["in", wanted.gallery_split] if wanted.gallery_split else []
     parts += ["as", wanted.protocol] if wanted.protocol != "custom" else []
     for said in (settings, own_settings):
@@ -142,12 +147,15 @@ def what_is_other(config: Config, own: Config, *, shards: str | None, digest: st
     return "-" + "-".join(parts)
 
 
-def what_numbers_depend_on(config: Config) -> dict[str, Any]:
-    """The settings that an evaluation goes by, but for those that say when to evaluate, how to search and to load."""
+def result_settings(config: Config) -> dict[str, Any]:
+    """Settings that determine the numbers of an evaluation: all but when to evaluate, how to search and to load."""
     of_data = {"shards", "train_split", "validation_classes", "test_split", "test_transform"}
     of_data |= {"damaged_images", "max_damaged"}
     wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
     settings = config.model_dump(mode="json", include=wanted)
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
+    for name in ("exclude_same", "pairs"):
+        if settings["evaluation"][name] is None:  # the names of results from before it was a setting
+            del settings["evaluation"][name]
     return dict(settings)

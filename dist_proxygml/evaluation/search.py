@@ -132,7 +132,7 @@ def cluster(
 
 
 def load_faiss() -> ModuleType:
-    """The faiss module, told to use as many threads as torch does.
+    """Load faiss, set to as many threads as torch uses.
 
     Raises:
         ValueError: no faiss is installed, two packages claim the module, or the one there does not

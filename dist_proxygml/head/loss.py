@@ -22,8 +22,8 @@ lower case is this rank's slice.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,10 +37,14 @@ from dist_proxygml.distributed.collectives import (
     all_reduce_sum,
     gather_objects,
     gather_rows,
+    gather_to_rank_zero,
+    group_named,
     rank_in,
+    scatter_from_rank_zero,
     world_size_of,
 )
-from dist_proxygml.head.bank import Bank, Pairs, build_bank
+from dist_proxygml.distributed.row_tensors import as_row_tensor, own_rows
+from dist_proxygml.head.bank import NORM_FLOOR, Bank, Pairs, build_bank
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies
 from dist_proxygml.head.reference import LossTerms
@@ -53,6 +57,11 @@ from dist_proxygml.head.regularizer import (
 from dist_proxygml.head.selection import Exchange, num_kept_proxies, select_negatives
 from dist_proxygml.head.similarity import embedding_gradient, pair_similarities, proxy_gradient
 from dist_proxygml.head.traffic import cheapest_selection
+from dist_proxygml.rules import check_ratio_or_topk, check_sparse_gradient
+
+# How far from 1 the length of a unit row may be: rounding to bfloat16 changes it by up to 0.4 %.
+_UNIT_TOLERANCE = 0.01
+_OPTIMIZER_PREFIX = "optimizer."
 
 
 class KeptPairs(NamedTuple):
@@ -69,9 +78,12 @@ class KeptPairs(NamedTuple):
 class ProxyGMLLoss(nn.Module):
     """The ProxyGML loss and this rank's proxies.
 
-    Without a group it behaves like any other loss: call it with unit embeddings and labels, call backward, step an
+    Without a group it behaves like any other loss: call it with embeddings and labels, call backward, step an
     optimizer on its parameters. With a group, call it on all ranks, each with its own images; it returns the loss of
     the global batch.
+
+    On several ranks `state_dict()` holds the proxies as a DTensor over classes, which torch.distributed.checkpoint
+    saves and loads on any number of ranks; `full_state_dict()` gathers them, and an optimizer's state, for torch.save.
 
     Gradients: those of `proxies` are complete on their rank and must not be reduced or averaged over ranks, so keep
     this module outside DistributedDataParallel or a DeepSpeed engine. Those of the embeddings depend on
@@ -87,7 +99,10 @@ class ProxyGMLLoss(nn.Module):
         regularization_anchors: number of proxies drawn in each forward pass to estimate the regulariser. Default: all,
             where the class sums fit the memory budget; otherwise as many as the global batch has images.
         scale: softmax scale s of the classification term; 1 in every published run.
-        group: ranks over which the classes are partitioned; None for one process.
+        group: ranks over which the classes are partitioned: a process group, or "world", the default one, which must
+            have been initialised; None for this process alone.
+        normalize: divide every embedding by its length, in the precision of the proxies; one of length 0 stays 0 and
+            gets no gradient. False: the embeddings are unit rows already, which the first call checks.
         gradient_reduction: how the data-parallel engine reduces the backbone's gradients over ranks: "mean" (DeepSpeed,
             DDP) or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which the engine
             divides out again.
@@ -128,7 +143,8 @@ class ProxyGMLLoss(nn.Module):
         regularization_weight: float = 0.0,
         regularization_anchors: int | None = None,
         scale: float = 1.0,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | Literal["world"] | None = None,
+        normalize: bool = True,
         gradient_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["auto", "gather", "candidates", "histogram"] = "auto",
         memory_budget: int = 1 << 28,
@@ -151,21 +167,19 @@ class ProxyGMLLoss(nn.Module):
             raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
         if not memory_budget > 0:
             raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
-        if sparse and selection == "gather":
-            raise ValueError(
-                'expected selection "auto", "candidates" or "histogram" with a sparse gradient, got "gather": the '
-                "gradient of a gathered bank is dense; use sparse=False"
-            )
-        if sparse and regularization_weight > 0:
-            raise ValueError(
-                f"expected regularization_weight 0 with a sparse gradient, got {regularization_weight}: the "
-                "regulariser's gradient touches every proxy; use sparse=False"
+        if sparse:
+            check_sparse_gradient(
+                selection=selection,
+                regularization_weight=regularization_weight,
+                wanted_by="sparse=True",
+                instead="use sparse=False",
             )
         if not regularization_weight >= 0 or not scale > 0 or (regularization_anchors or 1) < 1:
             raise ValueError(
                 "regularization_weight must be at least 0, scale above 0 and regularization_anchors at least 1, got "
                 f"{regularization_weight}, {scale} and {regularization_anchors}"
             )
+        group = group_named(group)
         self.partition = ClassPartition(num_classes, world_size_of(group), rank_in(group))
         self.proxies_per_class = proxies_per_class
         self.topk = checked_topk(num_classes, proxies_per_class, ratio=ratio, topk=topk)
@@ -173,6 +187,7 @@ class ProxyGMLLoss(nn.Module):
         self.regularization_anchors = regularization_anchors
         self.scale = scale
         self.group = group
+        self.normalize = normalize
         self.gradient_reduction = gradient_reduction
         self.selection = selection
         self.memory_budget = memory_budget
@@ -182,6 +197,7 @@ class ProxyGMLLoss(nn.Module):
         self.seed = seed
         self.draw = 0
         self.observer = None
+        self._lengths_are_checked = normalize
         self.proxies = nn.Parameter(
             initial_proxies(self.partition, proxies_per_class, embedding_dim, seed=seed, initialization=initialization)
         )
@@ -190,7 +206,8 @@ class ProxyGMLLoss(nn.Module):
         """Compute the loss of the global batch. Called on all ranks, each with any number of images, even none.
 
         Args:
-            embeddings: [b, D] unit rows, float32 or float64 like the proxies.
+            embeddings: [b, D] rows of any length, or unit rows with `normalize=False`; of the proxies' precision, or
+                float16 or bfloat16, which is converted to it.
             labels: [b] int64 global class ids.
 
         Raises:
@@ -199,6 +216,7 @@ class ProxyGMLLoss(nn.Module):
         """
         row_counts = self._agree_on_rows(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = self._unit_rows(embeddings)
             classification, kept_classes = self._classification(embeddings, labels, row_counts)
             total, regularization = classification, classification.new_zeros(())
             if self.regularization_weight > 0:
@@ -207,7 +225,7 @@ class ProxyGMLLoss(nn.Module):
         if not bool(total.isfinite()):  # the same number on every rank, so they raise together
             raise NonFiniteError(
                 f"expected a finite loss, got {total.item()}; the embeddings are finite, so a proxy is NaN or infinite "
-                "(lower the learning rate of the proxies), or the embeddings are far from unit length (normalise them)"
+                "(lower the learning rate of the proxies), or the embeddings are too long (look at the backbone)"
             )
         self.draw += 1
         return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
@@ -226,12 +244,107 @@ class ProxyGMLLoss(nn.Module):
             may_gather=not self.sparse,
         )
 
+    def full_state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """Gather the proxies of all classes, on the CPU of rank 0; other ranks get {}. Called on all ranks.
+
+        The layout is that of one process, so what was saved on any number of ranks loads on any other, by
+        `load_full_state_dict`, and in one process by `load_state_dict`, too. Beyond the result, rank 0's device holds
+        one other rank's proxies at a time.
+
+        Args:
+            optimizer: also gather its state of the proxies, named "optimizer.exp_avg" and so on. Learning rates and
+                what it holds of other parameters are left out.
+        """
+        rows: dict[str, Any] = {"proxies": self.proxies.detach()}
+        if optimizer is not None:
+            state = optimizer.state.get(self.proxies, {})
+            rows |= {_OPTIMIZER_PREFIX + name: value for name, value in sorted(state.items())}
+        whole = {}
+        for name, value in rows.items():
+            if value.ndim:
+                whole[name] = gather_to_rank_zero(value, row_counts=self.partition.counts(), group=self.group)
+            else:  # a step counter, the same on every rank
+                whole[name] = value.detach().cpu().clone()
+        return {name: value for name, value in whole.items() if value is not None} if self.partition.rank == 0 else {}
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Load what `full_state_dict` returned, on any number of ranks. Called on all ranks.
+
+        Args:
+            state: on rank 0 all of it (torch.load(path, mmap=True) reads it part by part); ignored on other ranks.
+            optimizer: also replace its state of the proxies.
+
+        Raises:
+            ValueError: on every rank; there are no proxies, or those of other numbers of classes, proxies per class or
+                dimensions, or no state of the optimizer.
+        """
+        num_classes, rank = self.partition.num_classes, self.partition.rank
+        shape = (num_classes, *self.proxies.shape[1:])
+        wanted = {name: v for name, v in state.items() if name == "proxies" or optimizer is not None}
+        problem, kinds = None, {name: (tuple(v.shape), v.dtype) for name, v in wanted.items()}
+        if "proxies" not in wanted:
+            problem = f'expected "proxies" in the state of rank 0, got {sorted(state) or "nothing"}'
+        elif (found := kinds["proxies"][0]) != shape:
+            problem = f"expected proxies {list(shape)} (classes, per class, dimension) in the state, got {list(found)}"
+            problem += f"; build the loss with num_classes={found[0]}" if found[1:] == shape[1:] else ""
+        elif optimizer is not None and len(wanted) == 1:
+            problem = "expected an optimizer's state beside the proxies, got none; save full_state_dict(optimizer), or "
+            problem += "load without the optimizer if it starts anew or keeps no state"
+        problem, kinds = gather_objects((problem, kinds), group=self.group)[0]
+        if problem is not None:
+            raise AgreedError(problem)
+        own: dict[str, Tensor] = {}
+        for name, (size, dtype) in kinds.items():
+            rows = self.partition.num_local if size else 0
+            own[name] = torch.empty((rows, *size[1:]) if size else (), dtype=dtype, device=self.proxies.device)
+            counts = self.partition.counts() if size else None
+            scatter_from_rank_zero(wanted[name] if rank == 0 else None, own[name], row_counts=counts, group=self.group)
+        with torch.no_grad():
+            self.proxies.copy_(own.pop("proxies"))
+        if optimizer is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            index = next(i for i, parameter in enumerate(parameters) if parameter is self.proxies)
+            saved = {name.removeprefix(_OPTIMIZER_PREFIX): v if v.ndim else v.cpu() for name, v in own.items()}
+            before = optimizer.state_dict()
+            optimizer.load_state_dict(before | {"state": before["state"] | {index: saved}})
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.partition.world_size > 1:
+            name = prefix + "proxies"
+            destination[name] = as_row_tensor(destination[name], self.partition.num_classes, self.group)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        name = prefix + "proxies"
+        if name in state_dict:
+            state_dict = {**state_dict, name: own_rows(state_dict[name])}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         """Return the settings, for print(loss)."""
         return (
             f"num_classes={self.partition.num_classes}, proxies={tuple(self.proxies.shape)}, topk={self.topk}, "
             f"scale={self.scale}, regularization_weight={self.regularization_weight}"
         )
+
+    def _unit_rows(self, embeddings_bD: Tensor) -> Tensor:
+        """Bring the embeddings to the precision of the proxies and to length 1, or check once that they have it."""
+        embeddings_bD = embeddings_bD.to(self.proxies.dtype)
+        if not self.normalize and (self._lengths_are_checked or not len(embeddings_bD)):
+            return embeddings_bD
+        length_b1 = torch.linalg.vector_norm(embeddings_bD, dim=1, keepdim=True)
+        if self.normalize:  # division by infinity leaves a row of length 0 at 0, without a gradient
+            is_zero_b1, is_beyond_b1 = length_b1 < NORM_FLOOR, length_b1 == math.inf
+            return embeddings_bD / length_b1.masked_fill(is_beyond_b1, math.nan).masked_fill(is_zero_b1, math.inf)
+        self._lengths_are_checked = True
+        num_others = int(((length_b1 - 1).abs() > _UNIT_TOLERANCE).sum())
+        if num_others:
+            warnings.warn(
+                f"expected unit embeddings with normalize=False, got {num_others} of {len(length_b1)} rows of other "
+                f"lengths (up to {float(length_b1.max()):.3g}): similarities are not cosines then; use normalize=True",
+                stacklevel=4,
+            )
+        return embeddings_bD
 
     def _classification(self, embeddings_bD: Tensor, labels_b: Tensor, row_counts: list[int]) -> tuple[Tensor, Tensor]:
         """Mean loss and mean number of kept classes per image of the global batch."""
@@ -322,13 +435,13 @@ class ProxyGMLLoss(nn.Module):
             return f"expected embeddings [b, {dim}] and labels [b], got {shapes} {where}"
         if dtype not in (torch.float32, torch.float64):
             return f"expected float32 or float64 proxies, got {dtype} {where}; bfloat16 products: matmul_dtype"
-        if embeddings.dtype != dtype or labels.dtype != torch.int64:
+        if embeddings.dtype not in (dtype, torch.float16, torch.bfloat16) or labels.dtype != torch.int64:
             return (
-                f"expected {dtype} embeddings (like the proxies) and torch.int64 labels, got {embeddings.dtype} and "
-                f"{labels.dtype} {where}; convert them, or the loss with .to(dtype)"
+                f"expected {dtype} embeddings (like the proxies) or half precision, and torch.int64 labels, got "
+                f"{embeddings.dtype} and {labels.dtype} {where}; convert them, or the loss with .to(dtype)"
             )
         if self.fused and dtype != torch.float32:
-            return f"expected float32 proxies and embeddings with fused=True, got {dtype} {where}; use fused=False"
+            return f"expected float32 proxies with fused=True, got {dtype} {where}; use fused=False"
         return None
 
     def _problem_with(self, embeddings: Tensor, labels: Tensor) -> AgreedError | None:
@@ -352,18 +465,19 @@ class ProxyGMLLoss(nn.Module):
         )
 
 
-def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | None, topk: int | None) -> int:
-    """k, from `topk` or `ratio` (default ratio 0.05), with N < k <= C*N.
+def checked_topk(
+    num_classes: int, proxies_per_class: int, *, ratio: float | None, topk: int | None, section: str = ""
+) -> int:
+    """k, from `topk` or `ratio` (default ratio 0.05), with N < k <= C*N; `section` precedes their names in errors.
 
     Raises:
         ValueError: both are given, a value is out of range, or k <= N.
     """
-    if ratio is not None and topk is not None:
-        raise ValueError(f"expected ratio or topk, got both (ratio={ratio}, topk={topk})")
+    check_ratio_or_topk(ratio, topk, section=section, at_least=0)
     if topk is None:
         ratio = 0.05 if ratio is None else ratio
         if not 0 < ratio <= 1:
-            raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
+            raise ValueError(f"expected {section}ratio above 0 and at most 1, got {ratio}; change it")
         topk = min(num_kept_proxies(num_classes, proxies_per_class, ratio), num_classes * proxies_per_class)
     num_proxies = num_classes * proxies_per_class
     if num_classes == 1:
@@ -372,11 +486,12 @@ def checked_topk(num_classes: int, proxies_per_class: int, *, ratio: float | Non
             "gradient is 0; add classes"
         )
     if not proxies_per_class < topk <= num_proxies:
-        remedy = f"lower topk to at most {num_proxies}"
+        remedy = f"lower {section}topk to at most {num_proxies}"
         if topk <= proxies_per_class:
-            remedy = "raise the ratio" if ratio is not None else f"raise topk to at least {proxies_per_class + 1}"
+            at_least = f"topk to at least {proxies_per_class + 1}"
+            remedy = f"raise {section}{at_least if ratio is None else 'ratio'}"
         raise ValueError(
-            f"expected more than proxies_per_class = {proxies_per_class} and at most {num_proxies} kept proxies per "
+            f"expected more than {proxies_per_class} (proxies per class) and at most {num_proxies} kept proxies per "
             f"image, got k = {topk}: an image always keeps its own {proxies_per_class} proxies, and without a negative "
             f"every loss and gradient is 0; {remedy}"
         )

@@ -48,7 +48,7 @@ _FIRST_BATCHES = (1, 5)
 
 
 class CheckImages(NamedTuple):
-    """What both sides embed."""
+    """Images that both sides embed."""
 
     images: Tensor  # uint8 [n, 3, S, S]
     labels: Tensor | None  # int64 [n]; None for random images, which have no right answers
@@ -57,7 +57,7 @@ class CheckImages(NamedTuple):
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What became of one file; `passed` is whether it may be published."""
+    """Result for one file; `passed` is whether it may be published."""
 
     file: str
     format: str
@@ -72,7 +72,7 @@ class FileCheck:
 
     @property
     def recall_difference(self) -> float | None:
-        """How far the two are apart."""
+        """Difference of the two, as text."""
         if self.recall_at_1 is None or self.recall_at_1_exported is None:
             return None
         return abs(self.recall_at_1 - self.recall_at_1_exported)
@@ -83,7 +83,7 @@ class FileCheck:
         return self.largest_difference <= LIMIT and (self.recall_difference or 0.0) <= LIMIT
 
     def as_json(self) -> dict[str, Any]:
-        """For the export's manifest."""
+        """Entry of the export's manifest."""
         return asdict(self) | {"recall_at_1_difference": self.recall_difference}
 
 
@@ -104,7 +104,8 @@ def original_backbone(config: Config, folder: Path) -> EmbeddingModel:
 
 
 def check_images(config: Config, *, data: str | None = None) -> CheckImages:
-    """A sample of the run's test split; random images where its shards are not there.
+    """A sample of the run's test split, or of its training split if it has none; random images where its shards are
+    not there.
 
     Args:
         config: of the run.
@@ -114,7 +115,7 @@ def check_images(config: Config, *, data: str | None = None) -> CheckImages:
         ValueError: `data` cannot be opened, or an image is damaged.
     """
     try:
-        index = open_split(config, config.data.test_split, shards=data)
+        index = open_split(config, config.data.test_split or config.data.train_split, shards=data)
     except ValueError as problem:
         if data is not None:
             raise

@@ -7,7 +7,7 @@ one that the network was evaluated at: grids of pooling and places of transforme
 is recorded, and it refuses images of another one. Arithmetic is float32, whatever precision the weights were trained
 in: few runtimes have bfloat16.
 
-The graph comes from torch.export (dynamo=True), whose record of our source files is left out. TorchScript was declined:
+The graph comes from torch.export (dynamo=True), whose record of our source files is omitted. TorchScript was declined:
 torch.jit is deprecated in torch itself.
 """
 
@@ -28,7 +28,7 @@ Embed = Callable[[Tensor], Tensor]
 
 
 def check_onnx(*, opset: int | None, runs: bool) -> None:
-    """Refuse before any work what would fail after it.
+    """Refuse settings that would fail after the work is done.
 
     Args:
         opset: the operator set that is wanted, None for torch's choice.

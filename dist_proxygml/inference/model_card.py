@@ -2,7 +2,7 @@
 
 A YAML head for programs, by huggingface_hub, then prose and tables: templates/model_card.md. Every number in it
 comes from a file: metrics from the evaluation of the exported checkpoint, the rest from what the export itself says.
-What is not known is said to be unknown; a licence is left to whoever publishes the folder, as nobody has told us one.
+What is not known is said to be unknown; the licence is left to whoever publishes the folder.
 
 Names of runs, data sets and splits are a user's text: what cannot be printed becomes a space, and every sign that
 Markdown might read is escaped. Code blocks run in the folder; a test runs them.

@@ -3,21 +3,41 @@
 The model is the one that made the index; its weights must be the same, since scores of different models do not compare.
 """
 
+import csv
+import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from jaxtyping import Float
 from tqdm import tqdm
 
 from dist_proxygml.cli import printable
+from dist_proxygml.data.order import evaluation_batches
 from dist_proxygml.data.sources import FolderSource, ImageRecord, ImageSource, OnBad, open_source, read_image
 from dist_proxygml.inference.embedder import Embedder, loading_processes, model_difference
 from dist_proxygml.inference.retrieval_index import Index
 from dist_proxygml.inference.search_page import Row, Tile, write_page
 from dist_proxygml.reporting.render import read_makers
+from dist_proxygml.storage.files import publish_text
 from dist_proxygml.storage.run_folder import RunFolder, step_name
+
+_SAME_SCORE = 0.999  # at least, of two embeddings of the same pixels: rounding makes less than 1e-5
+_QUERIES_OF_A_PAGE = 100
+_PRECISION = 0.95  # answers are doubtful below the score from which on so many are right
+
+
+class Doubt(NamedTuple):
+    """The score below which answers are doubtful, as the index measured it."""
+
+    below: float  # above any score where none is good enough
+    precision: float  # from there on, as wanted
+    sentence: str
 
 
 class Match(NamedTuple):
@@ -28,11 +48,57 @@ class Match(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What was found for a query."""
+    """Matches of a query."""
 
     query: Path
     matches: list[Match]  # as near as was asked for
-    nearest: Match  # of all
+    nearest: Match | None  # of all; None where the index has nothing else than the query
+
+
+def score_for(index: Index, path: Path, precision: float) -> float:
+    """The lowest score from which on so many answers were right when scores were measured.
+
+    Raises:
+        ValueError: they were not measured, or no score is good enough.
+    """
+    if index.scores is None:
+        raise ValueError(
+            f"expected an index with measured scores for --precision, {path} has none: its rows have no class labels, "
+            "or it was built before scores were measured; build it again (`python -m dist_proxygml.index`) from "
+            "labelled embeddings or with --scores-from, or choose a --min-score"
+        )
+    found = index.scores.lowest_for(precision)
+    if found is None:
+        best = index.scores.best
+        raise ValueError(
+            f"expected a --precision that some score of {path} reaches, got {precision:g}; the most is "
+            f"{best.precision:.4f}, from a score of {best.score:.4f} on"
+        )
+    return found.score
+
+
+def doubt_about(index: Index, *, precision: float | None = None, min_score: float | None = None) -> Doubt | None:
+    """The score below which answers are doubtful: less than `precision` (0.95) of those from there on were right. None
+    where scores were not measured. The sentence also says what a `min_score` gave.
+    """
+    table, wanted = index.scores, precision or _PRECISION
+    if table is None:
+        return None
+    found, chosen = table.lowest_for(wanted), None if min_score is None else table.at(min_score)
+    if found is None:
+        text = (
+            f"All answers are doubtful: {table.best.precision:.1%} were right at best, from {table.best.score:.4f} on"
+        )
+    else:
+        text = (
+            f"Answers below {found.score:.4f} are doubtful: from there on {found.precision:.1%} were right, "
+            f"{found.recall:.1%} of the right ones"
+        )
+    if chosen is not None:
+        text += f"; from {min_score} on {chosen.precision:.1%} were right, {chosen.recall:.1%} of the right ones"
+    return Doubt(
+        2.0 if found is None else found.score, wanted, f"{text} (measured on {table.measured_on} when it was indexed)."
+    )
 
 
 def query_paths(images: Sequence[Path]) -> list[Path]:
@@ -98,15 +164,18 @@ def find(
     batch_size: int | None = None,
     num_workers: int | None = None,
     on_bad: OnBad = "fail",
+    gallery: ImageSource | None = None,
 ) -> list[Answer]:
-    """The k nearest images to each query, without those of a lower score.
+    """The k nearest images to each query, without those of a lower score; with `gallery`, the images of the index, also
+    without those that have the very pixels of the query: itself, and copies of it.
 
     Raises:
-        ValueError: a query cannot be used (with "fail"), or none can.
+        ValueError: a query cannot be used (with "fail"), or none can; or an image of the gallery is to be compared and
+            is not at hand.
     """
     loader = FolderSource(Path(), [str(path) for path in queries]).loader(
         embedder.transform,
-        batch_size=batch_size or embedder.batch_size,
+        evaluation_batches(len(queries), batch_size=batch_size or embedder.batch_size),
         num_workers=loading_processes(len(queries), num_workers),
         on_bad=on_bad,
     )
@@ -114,18 +183,47 @@ def find(
     with tqdm(total=len(queries), desc="searching", unit=" images", delay=2.0, mininterval=0.5) as bar:
         for batch in loader:
             for damage in batch.damaged:
-                bar.write(printable(f"left out: {damage.image}: {damage.reason}"), file=sys.stderr)
+                bar.write(printable(f"skipped: {damage.image}: {damage.reason}"), file=sys.stderr)
             paths = [queries[number] for number in batch.ids.tolist()]
             rows_bD = embedder.embed_prepared(batch.images, names=[str(path) for path in paths])
-            result = index.search(rows_bD, k)
-            for path, scores, rows in zip(paths, result.scores.tolist(), result.rows.tolist(), strict=True):
-                found = [Match(score, index.records[row]) for score, row in zip(scores, rows, strict=True)]
+            if gallery is None:
+                lists = _nearest(index, rows_bD, k)
+            else:
+                lists = [
+                    _others(index, row_D, k, query=p, gallery=gallery) for p, row_D in zip(paths, rows_bD, strict=True)
+                ]
+            for path, found in zip(paths, lists, strict=True):
                 matches = [match for match in found if min_score is None or match.score >= min_score]
-                answers.append(Answer(path, matches, found[0]))
+                answers.append(Answer(path, matches, found[0] if found else None))
             bar.update(len(paths) + len(batch.damaged))
     if not answers:
         raise ValueError(f"none of the {len(queries)} images can be used")
     return answers
+
+
+def _nearest(index: Index, rows_qD: Float[np.ndarray, "q D"], k: int) -> list[list[Match]]:
+    result = index.search(rows_qD, k)
+    return [
+        [Match(score, index.records[row]) for score, row in zip(scores, rows, strict=True)]
+        for scores, rows in zip(result.scores.tolist(), result.rows.tolist(), strict=True)
+    ]
+
+
+def _others(index: Index, row_D: Float[np.ndarray, " D"], k: int, *, query: Path, gallery: ImageSource) -> list[Match]:
+    """The k nearest images that have other pixels than the query, all of them if there are fewer."""
+    wanted, pixels = k, read_image(query)
+
+    def is_other(match: Match) -> bool:
+        try:
+            return match.score < _SAME_SCORE or not torch.equal(gallery.image(match.record), pixels)
+        except ValueError as error:
+            raise ValueError(f"{error}; --exclude-self compares it with {query}") from None
+
+    while True:
+        wanted = min(2 * wanted, len(index))
+        others = [match for match in _nearest(index, row_D[None], wanted)[0] if is_other(match)]
+        if len(others) >= k or wanted == len(index):
+            return others[:k]
 
 
 def as_table(answer: Answer, min_score: float | None) -> str:
@@ -135,7 +233,7 @@ def as_table(answer: Answer, min_score: float | None) -> str:
     lines = [_in_one_line(str(answer.query))]
     for rank, (score, record) in enumerate(answer.matches, start=1):
         name = "" if record.class_name is None else f"  {_in_one_line(record.class_name)}"
-        lines.append(f"{rank:4d}  {score:7.4f}  {_in_one_line(record.id)}{name}")
+        lines.append(f"{rank:4d}  {score:8.5f}  {_in_one_line(record.id)}{name}")
     return "\n".join(lines)
 
 
@@ -145,37 +243,69 @@ def _in_one_line(text: str) -> str:
 
 
 def _nothing(answer: Answer, min_score: float | None) -> str:
+    query = _in_one_line(str(answer.query))
+    if answer.nearest is None:
+        return f"{query}: the index holds nothing else"
     score, record = answer.nearest
-    found, near = _in_one_line(str(answer.query)), _in_one_line(record.id)
-    return f"{found}: nothing with a score of {min_score} or more; the nearest is {near} with {score:.4f}"
+    near = _in_one_line(record.id)
+    return f"{query}: nothing with a score of {min_score} or more; the nearest is {near} with {score:.5f}"
 
 
-def as_json(index: Index, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
-    """What was found, for programs."""
+def as_json(index: Index, path: Path, answers: Sequence[Answer], doubt: Doubt | None = None) -> dict[str, Any]:
+    """Results for programs, as a JSON object."""
     return {
         "index": str(path),
+        "doubtful_below": None if doubt is None else doubt.below,
+        "precision": None if doubt is None else doubt.precision,
         "kind": index.kind,
         "model": None if index.model is None else {name: index.model.get(name) for name in ("run", "step")},
-        "queries": [
-            {
-                "query": str(answer.query),
-                "matches": [
-                    {"rank": rank, "score": score, **json.loads(record.to_json())}
-                    for rank, (score, record) in enumerate(answer.matches, start=1)
-                ],
-            }
-            for answer in answers
-        ],
+        "queries": [_query_as_json(answer) for answer in answers],
     }
 
 
-def write_answers(
-    page: Path, index: Index, path: Path, answers: Sequence[Answer], *, data: str | None, min_score: float | None
-) -> None:
-    """Write a page of the queries and what was found for them; `data` says where the images of the index at `path` lie
-    now.
+def _query_as_json(answer: Answer) -> dict[str, Any]:
+    matches = [
+        {"rank": rank, "score": score, **json.loads(record.to_json())}
+        for rank, (score, record) in enumerate(answer.matches, start=1)
+    ]
+    return {"query": str(answer.query), "matches": matches}
+
+
+def write_file(path: Path, answers: Sequence[Answer]) -> None:
+    """Publish the answers atomically: to a .jsonl file a line for each query, as in `as_json`; to a .csv file a
+    row for each image found, and one without rank where nothing was.
     """
-    gallery = _gallery(index, data)
+    text = io.StringIO()
+    if path.suffix == ".jsonl":
+        text.writelines(json.dumps(_query_as_json(answer), ensure_ascii=False) + "\n" for answer in answers)
+    else:
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["query", "rank", "score", "id", "label", "class_name"])
+        for answer in answers:
+            rows.writerows(
+                [answer.query, rank, f"{score:.5f}", record.id, record.label, record.class_name]
+                for rank, (score, record) in enumerate(answer.matches, start=1)
+            )
+            if not answer.matches:
+                rows.writerow([answer.query, *[""] * 5])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    publish_text(path, text.getvalue())
+
+
+def write_answers(
+    page: Path,
+    index: Index,
+    path: Path,
+    answers: Sequence[Answer],
+    *,
+    data: str | None,
+    min_score: float | None,
+    doubt: Doubt | None = None,
+) -> None:
+    """Write a page of the queries and what was found for them, and further ones (found-2.html, ...) for more than a
+    hundred; `data` says where the images of the index at `path` lie now.
+    """
+    gallery = open_gallery(index, data)
 
     def tile(match: Match) -> Tile:
         pixels = None
@@ -184,38 +314,59 @@ def write_answers(
                 pixels = gallery.image(match.record)
             except ValueError as error:
                 print(f"not at hand: {printable(error)}", file=sys.stderr)
-        return Tile(match.record.id, pixels, match.score, match.record.class_name)
+        is_doubtful = doubt is not None and match.score < doubt.below
+        return Tile(match.record.id, pixels, match.score, match.record.class_name, is_doubtful)
 
-    rows = [
-        Row(
-            Tile(answer.query.name, read_image(answer.query)),
-            [tile(match) for match in answer.matches],
-            "" if answer.matches else _nothing(answer, min_score),
-        )
-        for answer in answers
-    ]
     model = "" if index.model is None else f" by {index.model.get('run')}, step {index.model.get('step')}"
-    write_page(
-        page,
-        rows,
-        title=f"Nearest images in {path.name}",
-        lead=f"Searched among {len(index):,} images, embedded{model}. Numbers are cosines: 1 is the same embedding.",
-        makers=read_makers(data or (index.data or {}).get("location")),
-    )
-    print(f"page: {page.resolve()}", file=sys.stderr)
+    lead = f"Searched among {len(index):,} images, embedded{model}. Numbers are cosines: 1 is the same embedding."
+    lead += "" if doubt is None else f" {doubt.sentence}"
+    num_pages = math.ceil(len(answers) / _QUERIES_OF_A_PAGE)
+    names = [page.name, *(f"{page.stem}-{number}{page.suffix}" for number in range(2, num_pages + 1))]
+    for number, name in enumerate(names):
+        rows = [
+            Row(
+                Tile(answer.query.name, read_image(answer.query)),
+                [tile(match) for match in answer.matches],
+                "" if answer.matches else _nothing(answer, min_score),
+            )
+            for answer in answers[number * _QUERIES_OF_A_PAGE : (number + 1) * _QUERIES_OF_A_PAGE]
+        ]
+        write_page(
+            page.with_name(name),
+            rows,
+            title=f"Nearest images in {path.name}",
+            lead=lead,
+            makers=read_makers(data or (index.data or {}).get("location")),
+            pages=names,
+        )
+    print(f"page: {page.resolve()}{f' and {num_pages - 1} more' if num_pages > 1 else ''}", file=sys.stderr)
 
 
-def _gallery(index: Index, typed: str | None) -> ImageSource | None:
-    """Where the images of the index lie, None if they are not at hand."""
+def open_gallery(index: Index, typed: str | None) -> ImageSource | None:
+    """Source of the images of the index; None, with a warning, if they are not available."""
+    try:
+        return find_gallery(index, typed)
+    except ValueError as error:
+        warning = (
+            f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
+        )
+        print(warning, file=sys.stderr)
+        return None
+
+
+def find_gallery(index: Index, typed: str | None) -> ImageSource:
+    """Source of the images of the index.
+
+    Raises:
+        ValueError: they are not available.
+    """
     data = index.data or {}
     location = typed or data.get("location")
+    if location is None:
+        raise ValueError("the index does not say where they are")
     try:
-        if location is None:
-            raise ValueError("the index does not say where they are")
         if typed is None and data.get("kind") == "folder" and Path(location).is_dir():
             return FolderSource(Path(location), ())  # no walk through whatever folder an index names
         return open_source(location, split=data.get("split", "test"), is_typed=typed is not None)
-    except (ValueError, OSError) as error:  # a location that is too long for a path
-        told = f"the page will lack the images that were found: {printable(error)[:1000]}; --data says where they are"
-        print(told, file=sys.stderr)
-        return None
+    except OSError as error:  # a location that is too long for a path
+        raise ValueError(str(error)) from None

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     pixels: torch.Tensor | None  # uint8 RGB [3, h, w]; None where the image is not at hand
     score: float | None = None  # None for a query
     class_name: str | None = None
+    is_doubtful: bool = False
 
     @property
     def picture(self) -> str | None:
@@ -43,15 +44,24 @@ class Row(NamedTuple):
     nothing: str  # what to say where nothing was
 
 
-def write_page(path: Path, rows: Sequence[Row], *, title: str, lead: str, makers: str | None = None) -> None:
-    """Write the page, whole or not at all.
+def write_page(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    title: str,
+    lead: str,
+    makers: str | None = None,
+    pages: Sequence[str] = (),
+) -> None:
+    """Publish the page atomically.
 
     Args:
         path: the file.
         rows: the queries in order.
         title, lead: its heading, and the sentence below.
         makers: who made the images, where that must be said with them.
+        pages: names of the files of all pages beside it, itself included; linked where there are several.
     """
-    page = render("search.html", rows=rows, title=title, lead=lead, makers=makers)
+    page = render("search.html", rows=rows, title=title, lead=lead, makers=makers, pages=pages, own_name=path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     publish_text(path, page)

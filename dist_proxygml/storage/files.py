@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 _SHARED_MEMORY = "/dev/shm"
-_TOLD = "is on the file system"
+_ON_FILE_SYSTEM = "is on the file system"
 _NEARLY_FULL = 16 * 2**20  # bytes
 
 
@@ -51,7 +51,7 @@ def is_folder(path: Path) -> bool:
 
 
 def paths_in(directory: Path, pattern: str = "*") -> list[Path]:
-    """What is in a folder under names like the pattern, in order; nothing where no folder is.
+    """List the paths in a folder that match the pattern, in order; none where there is no folder.
 
     Raises:
         ValueError: it cannot be read.
@@ -65,7 +65,7 @@ def paths_in(directory: Path, pattern: str = "*") -> list[Path]:
 
 
 def unreadable(path: Path, error: OSError) -> ValueError:
-    """What to raise where something is there and cannot be read."""
+    """Build the error for something that exists and cannot be read."""
     return ValueError(
         f"expected to read {path}, got: {error.strerror}; let this user read it, or move it away: what is in it is not "
         "known, so nothing was changed"
@@ -73,7 +73,7 @@ def unreadable(path: Path, error: OSError) -> ValueError:
 
 
 def refuse_unreadable(error: OSError) -> None:
-    """For `os.walk`, which otherwise passes over folders that it cannot read."""
+    """Raise for `os.walk`, which otherwise passes over folders that it cannot read."""
     raise unreadable(Path(error.filename), error) from None
 
 
@@ -112,7 +112,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, of a file that may be anybody's: brackets a hundred thousand deep are a ValueError, too, and a
+    """Parse JSON of a file that may be anybody's: brackets a hundred thousand deep are a ValueError, too, and a
     whole number that no int64 holds is a float, which no count, step or label is.
     """
     try:
@@ -126,7 +126,7 @@ def parse_json(text: str | bytes) -> Any:
 
 @contextlib.contextmanager
 def publish(path: Path, *, flush_folder: bool = True) -> Iterator[IO[bytes]]:
-    """Write a file whole or not at all: into a temporary one, flushed to disk, renamed to `path`.
+    """Publish a file atomically: written to a temporary one, flushed to disk, renamed to `path`.
 
     An interrupted block leaves no file named `path`; a killed process leaves at most `path` with
     suffix `.tmp-PID`. Without `flush_folder` the next file that is published beside it makes the new name durable.
@@ -220,26 +220,26 @@ def read_log(path: Path, fields: Mapping[str, type]) -> Log:
 def mend_log(
     path: Path, fields: Mapping[str, type], *, keep: Callable[[dict[str, Any]], bool] = lambda record: True
 ) -> list[str]:
-    """Make a log one that can be gone on with: a line that a kill cut short is dropped, odd lines go to `NAME.odd`, of
-    the others those stay that `keep` wants. Returns what to tell.
+    """Repair a log for appending: a line that a kill cut short is dropped, odd lines move to `NAME.odd`, and of the
+    others those stay that `keep` wants. Returns messages.
 
     Raises:
         ValueError: the file cannot be read. OSError: it cannot be written.
     """
     log = read_log(path, fields)
     kept = [line for line, record in log.records if keep(record)]
-    told = []
+    messages = []
     if log.odd:
         aside = path.with_name(f"{path.name}.odd")
         with aside.open("ab") as stream:
             stream.writelines(line + b"\n" for _, line, _ in log.odd)
         number, _, problem = log.odd[0]
         more = f" and {len(log.odd) - 1} more" if len(log.odd) > 1 else ""
-        told = [f"{path}: line {number}{more} cannot be used ({problem}): passed over, now in {aside.name}"]
+        messages = [f"{path}: line {number}{more} cannot be used ({problem}): passed over, now in {aside.name}"]
     if log.odd or not log.is_whole or len(kept) < len(log.records):
         with publish(path) as stream:
             stream.writelines(line + b"\n" for line in kept)
-    return told
+    return messages
 
 
 def _short(error: BaseException) -> str:
@@ -249,18 +249,18 @@ def _short(error: BaseException) -> str:
 # ---- disks that are full ---------------------------------------------------------------------------------------------
 
 
-def in_words(error: BaseException, *paths: Path) -> str:
-    """What to say of an error in one line; where a disk is full, also which one, and what to do. `paths` are what it
-    was about, where the caller names that.
+def describe_error(error: BaseException, *paths: Path) -> str:
+    """Describe an error in one line; where a disk is full, also which one, and the remedy. `paths` are those that it
+    concerns, where the caller names them.
     """
     text = str((paths and getattr(error, "strerror", None)) or error)
-    if not is_about_space(text) or _TOLD in text:
+    if not is_about_space(text) or _ON_FILE_SYSTEM in text:
         return text
-    return f"{text.strip().splitlines()[-1]}; {which_is_full(error, *paths)}"
+    return f"{text.strip().splitlines()[-1]}; {describe_full_disks(error, *paths)}"
 
 
 def is_about_space(text: str) -> bool:
-    """Whether an error's words say that a disk, or shared memory, is full."""
+    """Whether an error's text says that a disk, or shared memory, is full."""
     known = (
         "No space left",
         os.strerror(errno.EDQUOT),
@@ -271,14 +271,14 @@ def is_about_space(text: str) -> bool:
     return any(words in text for words in known)
 
 
-def which_is_full(error: BaseException, *paths: Path) -> str:
-    """Which file systems are full, of those that an error or `paths` name, or else of all that this process has files
-    on; with their numbers, and what to do.
+def describe_full_disks(error: BaseException, *paths: Path) -> str:
+    """Describe the full file systems among those that an error or `paths` name, or else among all that this process has
+    files on; with their numbers and the remedy.
     """
     named = [name for name in (getattr(error, "filename", None), *paths) if name is not None]
     if "shared memory" in str(error) or "</torch_" in str(error):
         named = [_SHARED_MEMORY]
-    told: dict[Path, tuple[bool, str]] = {}
+    by_root: dict[Path, tuple[bool, str]] = {}
     for place in map(Path, map(os.fsdecode, named or [*_open_files(), tempfile.gettempdir(), _SHARED_MEMORY, "."])):
         with contextlib.suppress(OSError):
             there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
@@ -286,18 +286,18 @@ def which_is_full(error: BaseException, *paths: Path) -> str:
             space = os.statvfs(root)
             free, files = space.f_bavail * space.f_frsize, space.f_favail
             is_full = free < _NEARLY_FULL or (space.f_files > 0 and files == 0)
-            text = f"{there} {_TOLD} {root}, which has {free:,} of {space.f_blocks * space.f_frsize:,} "
+            text = f"{there} {_ON_FILE_SYSTEM} {root}, which has {free:,} of {space.f_blocks * space.f_frsize:,} "
             text += f"bytes and {files:,} of {space.f_files:,} files left"
             if str(root) == _SHARED_MEMORY and (is_full or named):
                 text += (
                     ": shared memory, through which ranks and data loading processes talk; give it more (docker run "
                     "--shm-size=8g, mount -o remount,size=8g /dev/shm), or lower data.num_workers"
                 )
-            told.setdefault(root, (is_full, text))
-    full = [text for is_full, text in told.values() if is_full]
+            by_root.setdefault(root, (is_full, text))
+    full = [text for is_full, text in by_root.values() if is_full]
     if full:
         return f"{'; '.join(full)}; make room there and start again"
-    return f"nothing is full now: {'; '.join(text for _, text in told.values())}; make room or raise the quota"
+    return f"nothing is full now: {'; '.join(text for _, text in by_root.values())}; make room or raise the quota"
 
 
 def _open_files() -> list[str]:
@@ -309,5 +309,5 @@ def _open_files() -> list[str]:
 
 
 def _file_system(path: Path) -> Path:
-    """Where the file system of a path is mounted."""
+    """Mount point of the file system of a path."""
     return next(place for place in (path.resolve(), *path.resolve().parents) if place.is_mount())

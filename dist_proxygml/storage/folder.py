@@ -3,9 +3,9 @@
     FOLDER/...              files
     FOLDER/manifest.json    kind, version, what they are, bytes and sha256 of every file: written last
     .FOLDER.partial         where a folder is written, before one rename publishes it
-    .FOLDER.replaced        what was FOLDER until then; of the same kind
+    .FOLDER.replaced        the FOLDER before that, of the same kind
 
-A kind says what its manifest is called and has to say. Opening compares the sizes of all files, and with `deep` their
+A kind names its manifest and the entries in it. Opening compares the sizes of all files, and with `deep` their
 hashes.
 
 Declined: hashing while writing, as neither torch nor safetensors hands out its streams; files are read back, from
@@ -43,13 +43,13 @@ class SealedKind(NamedTuple):
     """A kind of folder."""
 
     name: str
-    """As its manifest says it."""
+    """Name in its manifest."""
     remedy: str
-    """What to do about a damaged one."""
+    """Remedy for a damaged one."""
     files: tuple[str, ...] = ()
-    """What it consists of at least."""
+    """Files that it has at least."""
     entries: Mapping[str, type | tuple[type, ...]] = {}
-    """What its manifest has to say, and in which types."""
+    """Required entries of its manifest, and their types."""
     manifest_file: str = "manifest.json"
     editable: Collection[str] = ()
     """Files that people may change."""
@@ -58,7 +58,7 @@ class SealedKind(NamedTuple):
 
 
 def check_is_free(out: Path, kind: SealedKind, *, overwrite: bool) -> None:
-    """Refuse a place that holds something else, or the same kind without `overwrite`.
+    """Refuse a path that holds something else, or the same kind without `overwrite`.
 
     Raises:
         ValueError: saying what is there.
@@ -87,18 +87,12 @@ def check_is_free(out: Path, kind: SealedKind, *, overwrite: bool) -> None:
         )
 
 
-def seal(
-    partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any], notes: Collection[str] = ()
-) -> dict[str, Any]:
-    """Write the manifest of the files in `partial` and publish the folder as `out`; returns the manifest. `notes` are
-    files that only an interrupted writer needs: they go last.
-    """
-    names = [name for name in files_below(partial) if name not in (kind.manifest_file, *notes)]
+def seal(partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest of the files in `partial` and publish the folder as `out`; returns the manifest."""
+    names = [name for name in files_below(partial) if name != kind.manifest_file]
     versions = {"written_with": {name: version(name) for name in ("dist_proxygml", "torch", "numpy")}}
     files = hash_files(partial, names, num_threads=len(os.sched_getaffinity(0)))
     manifest = write_manifest(partial, kind, versions | dict(about), files)
-    for name in notes:
-        (partial / name).unlink()
     publish_folder(partial, out)
     return manifest
 
@@ -123,7 +117,7 @@ def open_sealed(path: Path, kind: SealedKind, *, deep: bool = True) -> dict[str,
 
 
 def look_into(path: Path, kind: SealedKind, *, deep: bool) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest of a folder, None without a usable one; what is wrong with the folder, nothing if it is whole.
+    """Read the manifest of a folder, None without a usable one, and list the folder's problems, none if it is whole.
 
     Raises:
         ValueError: the manifest or a file that it lists is there and cannot be read.
@@ -169,7 +163,7 @@ def write_manifest(
 
 
 def _missing_entry(manifest: Mapping[str, Any], kind: SealedKind) -> str | None:
-    """What a manifest does not say, if anything."""
+    """Name the entry that a manifest lacks, if any."""
     for name, types in {"files": dict, **kind.entries}.items():
         if name not in manifest:
             return f"no entry {name!r}"
@@ -196,7 +190,7 @@ def _read_manifest(path: Path, kind: SealedKind) -> dict[str, Any]:
 
 
 def partial_path(final: Path) -> Path:
-    """Where a folder is written before it is published at `final`."""
+    """Path at which a folder is written before it is published at `final`."""
     return final.with_name(f".{final.name}.partial")
 
 
@@ -238,7 +232,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Rename, with what was there out of the way but not gone before that is done."""
+    """Rename, keeping what was there aside until that is done."""
     replaced = replaced_path(final)
     if os.path.lexists(final):
         remove(replaced)
@@ -258,19 +252,19 @@ def publish_folder(partial: Path, final: Path) -> None:
 
 
 def put_back(final: Path) -> None:
-    """What `final` was, where who published it was killed between taking it away and putting the new one there."""
+    """Restore `final` where its writer was killed between moving the old one away and publishing the new one."""
     replaced = replaced_path(final)
     if not replaced.is_symlink() and is_folder(replaced) and not os.path.lexists(final):
         os.rename(replaced, final)
 
 
 def replaced_path(final: Path) -> Path:
-    """Where what was at `final` waits until something else is there."""
+    """Path that keeps the old `final` until the new one is published."""
     return final.with_name(f".{final.name}.replaced")
 
 
 def file_problems(directory: Path, files: Mapping[str, Mapping[str, Any]], *, deep: bool = True) -> list[str]:
-    """What is wrong with the files that a manifest lists, in its order; nothing if all are as they were written.
+    """List the problems of the files in a manifest, in its order; none if all are as they were written.
 
     Args:
         directory: where they lie.

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from dist_proxygml.storage.files import in_words
+from dist_proxygml.storage.files import describe_error
 
 
 class FolderLock:
-    """Holds the lock of a folder, a file beside it, from its construction on; `elsewhere` says how to name another.
+    """Lock of a folder, a file beside it, held from construction on; `elsewhere` says how to name another.
 
     Raises:
         ValueError: another process has it, or it cannot be written.
@@ -33,13 +33,14 @@ class FolderLock:
         except OSError as error:
             parent = self._path.parent
             raise ValueError(
-                f"expected to write into {parent.resolve()}: {in_words(error, parent)}; {elsewhere}"
+                f"expected to write into {parent.resolve()}: {describe_error(error, parent)}; {elsewhere}"
             ) from None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
+            self._file.close()
             raise ValueError(f"{folder} is in use by {holder}; wait until it has ended, or {elsewhere}") from None
         except OSError:  # a file system without locks: nothing to hold on to
             return
@@ -48,7 +49,7 @@ class FolderLock:
         self._file.flush()
 
     def release(self, *, is_done: bool = False) -> None:
-        """Let others write; if all is done, without a trace."""
+        """Release the lock; with `is_done`, remove its file, too."""
         if is_done:
             self._path.unlink(missing_ok=True)
         self._file.close()

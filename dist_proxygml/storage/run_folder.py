@@ -2,11 +2,12 @@
 
 runs/NAME/config.json                                what was asked for (read by config.py)
           metrics.jsonl, report.html, tensorboard/
+          run.json                                   what it ran on, and how long
           checkpoints/step-000800/
           evaluation/step-000800.json                on the test split; validation-step-000800.json on classes that
                                                      are held out, pixels.json without a model, step-000800-on-...
                                                      on other data
-          embeddings/step-000800.npz, NAME.partial/  of the newest evaluation; of one that was cut short
+          embeddings/step-000800.npz, NAME.partial/  of the newest evaluation; of an interrupted one
           proxies/step-000800.json                   what the images kept of the proxies
 """
 
@@ -33,6 +34,11 @@ class RunFolder(NamedTuple):
         return self.path / "metrics.jsonl"
 
     @property
+    def facts(self) -> Path:
+        """What the run ran on, and for how long: ranks, device, parameters, seconds by phase."""
+        return self.path / "run.json"
+
+    @property
     def report(self) -> Path:
         """The page that shows it."""
         return self.path / "report.html"
@@ -56,11 +62,11 @@ class RunFolder(NamedTuple):
         return self.path / "embeddings" / f"{name}.npz"
 
     def unfinished(self, name: str) -> Path:
-        """Where an evaluation keeps what it has embedded."""
+        """Folder for the embeddings of an unfinished evaluation."""
         return self.path / "embeddings" / f"{name}.partial"
 
     def proxies(self, step: int) -> Path:
-        """What the images kept of the proxies before a step's evaluation."""
+        """Use of the proxies by the images before a step's evaluation."""
         return self.path / "proxies" / f"{step_name(step)}.json"
 
     def evaluations(self, *, of_validation: bool = False) -> dict[int, Path]:
@@ -69,7 +75,7 @@ class RunFolder(NamedTuple):
 
 
 def step_name(step: int, *, of_validation: bool = False) -> str:
-    """What belongs to a step is called so, from its checkpoint to its evaluations."""
+    """Name of everything that belongs to a step, from its checkpoint to its evaluations."""
     return f"{'validation-' if of_validation else ''}step-{step:06d}"
 
 
@@ -80,7 +86,7 @@ def step_in(name: str) -> int | None:
 
 
 def by_step(folder: Path, suffix: str = "", *, of_validation: bool = False) -> dict[int, Path]:
-    """What is called as `step_name` says, and nothing more, by step, in order.
+    """Paths whose names are exactly those of `step_name`, by step, in order.
 
     Raises:
         ValueError: the folder cannot be read.

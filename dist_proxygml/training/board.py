@@ -1,6 +1,6 @@
 """TensorBoard content of a run besides its curves, and the statistics of its proxies.
 
-    at the start        HParams: the settings; the final metrics are added after the last evaluation
+    at the start        HParams: the settings; its metrics are the last points of the curves of the evaluation
     on logged steps     histograms: similarities of kept positives and negatives, lengths of embeddings before they are
                         normalisation (rank 0's images)
     at each evaluation  a picture of queries and their neighbours; proxies/step-NNNNNN.json; lengths of the proxies, how
@@ -40,7 +40,7 @@ class Board:
         state: the training state; its loss gets an observer, its embedding layer a hook.
         telemetry: the log.
         settings: the configuration, flat.
-        test_index: the split that is evaluated.
+        test_index: the split that is evaluated, if there is one.
         gallery: the split searched in, if it is another one.
     """
 
@@ -50,7 +50,7 @@ class Board:
         telemetry: Telemetry,
         *,
         settings: Mapping[str, object],
-        test_index: ShardIndex,
+        test_index: ShardIndex | None,
         gallery: ShardIndex | None,
     ) -> None:
         self._state = state
@@ -67,7 +67,9 @@ class Board:
         if state.context.is_main:
             state.engine.module.get_submodule("embedding").register_forward_hook(self._keep_embeddings)
         if state.step == 0:  # a resumed run has written them
-            telemetry.log_settings(settings, state.config.evaluation.metrics)
+            kind = "evaluation" if test_index is not None else "validation"
+            measured = state.config.evaluation.metrics if state.config.is_evaluated else []
+            telemetry.log_settings(settings, [f"{kind}/{name}" for name in measured])
 
     def begin_step(self, *, is_logged: bool) -> None:
         """Begin a step."""
@@ -106,23 +108,21 @@ class Board:
         self._telemetry.log_number("proxies/dead_share", use.num_dead / (use.num_classes * use.per_class), step)
 
     def show_evaluation(self, result: EvaluationResult) -> None:
-        """Show queries and their neighbours; after the last evaluation, also the metrics as HParams."""
-        if self._state.context.is_main and result.table is not None:
+        """Show queries and their neighbours."""
+        if self._state.context.is_main and result.table is not None and self._test_index is not None:
             try:
                 picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
             except ValueError as error:
                 self._telemetry.say(f"TensorBoard gets no picture of the retrieval: {error}")
             else:
                 self._telemetry.log_images("evaluation/retrieval", picture[None], self._state.step)
-        if self._state.is_finished:
-            self._telemetry.log_results(self._state.step, result.metrics)
 
     def show_projection(self) -> None:
         """Write the projector of the finished run, if it is wanted and missing. On rank 0 only."""
         config, name = self._state.config, step_name(self._state.step)
         folder = RunFolder(config.run_directory)
         wanted, board, path = config.telemetry.projector, folder.board, folder.embeddings(name)
-        if wanted is False or not path.is_file() or has_projection(board, name):
+        if wanted is False or self._test_index is None or not path.is_file() or has_projection(board, name):
             return
         try:
             write_projection(

@@ -18,6 +18,7 @@ from dist_proxygml.distributed.engine import check_settings, engine_settings, re
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.evaluator import check_split
 from dist_proxygml.evaluation.run import measured, open_gallery
+from dist_proxygml.reporting.trackers import check_trackers
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
@@ -36,6 +37,7 @@ class CheckedRun(NamedTuple):
     data: TrainingData | None
     """None: no shards are available."""
     test_index: ShardIndex | None
+    """None: no shards are available, or no test split is configured."""
 
 
 def check_run(
@@ -61,6 +63,7 @@ def check_run(
         ValueError: the run cannot work.
     """
     # 1. Settings among each other.
+    check_trackers(config.telemetry.trackers)
     config = count_classes(config)
     if config.proxies.fused and device == "cpu":
         raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")
@@ -124,17 +127,17 @@ def _refused(section: str) -> Iterator[None]:
         ) from error
 
 
-def _open_data(config: Config) -> tuple[TrainingData, ShardIndex]:
-    """Open the training data and the index of the test split."""
+def _open_data(config: Config) -> tuple[TrainingData, ShardIndex | None]:
+    """Open the training data and the index of the test split, if there is one."""
     data = open_training_data(config)
-    test_index = open_split(config, config.data.test_split)
-    shared = None if data.index is None else shared_classes(data.index, test_index)
+    test_index = None if config.data.test_split is None else open_split(config, config.data.test_split)
+    shared = None if data.index is None or test_index is None else shared_classes(data.index, test_index)
     if shared and not config.evaluation.allow_seen_classes:
         raise ValueError(
-            f"expected classes in data.test_split {test_index.split!r} that are not trained, got {len(shared):,} of "
-            f"{test_index.num_classes:,} that are in {data.index.split!r} too, such as "  # type: ignore[union-attr]
-            f"{', '.join(map(repr, shared[:3]))}; build shards with splits by class, or set "
-            "evaluation.allow_seen_classes to true"
+            f"expected classes in data.test_split {config.data.test_split!r} that are not trained, got "
+            f"{len(shared):,} of {test_index.num_classes:,} "  # type: ignore[union-attr]
+            f"that are in {config.data.train_split!r} too, such as {', '.join(map(repr, shared[:3]))}; build shards "
+            "with splits by class, or set evaluation.allow_seen_classes to true to measure on known classes"
         )
     for index in (data.validation, test_index):
         if index is None:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
 from dist_proxygml.checkpoint.folder import read_state
+from dist_proxygml.checkpoint.model import TrainedModel
 from dist_proxygml.config import Config
+from dist_proxygml.data.audit import seen_classes
 from dist_proxygml.data.damage import num_allowed
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.order import count_steps, draw_validation_classes
@@ -92,6 +95,14 @@ class TrainingData:
         if isinstance(loader, StreamLoader):
             loader.check()
 
+    def seen_classes(self, index: ShardIndex) -> Bool[np.ndarray, " C"] | None:
+        """Find which classes of a split of these shards are trained; None if names do not tell."""
+        if index is self.validation:
+            return np.zeros(index.num_classes, dtype=bool)
+        if self.index is None:
+            return None
+        return seen_classes(self.index.classes, index, is_same_split=index.split == self.index.split)
+
     def identity(self) -> dict[str, str]:
         """Return the hashes that must match when the run is resumed."""
         if self.index is None:
@@ -162,6 +173,21 @@ def open_validation(config: Config, checkpoint: Path) -> ShardIndex:
             "data.shards at the shards it was trained with, and leave its settings as they were"
         )
     return data.validation
+
+
+def trained_classes(checkpoint: Path, index: ShardIndex) -> tuple[Bool[np.ndarray, " C"] | None, str | None]:
+    """Find which classes of a split a checkpoint was trained on, by its own class table; None if that is unknown, and
+    why where a table should have been there.
+    """
+    state = read_state(checkpoint)
+    trained = TrainedModel(checkpoint, state.step, state.settings)
+    if not trained.has_class_names:
+        return None, None
+    is_same = (index.sha256, index.split) == (state.settings["shards"], state.settings["data.train_split"])
+    try:
+        return seen_classes(trained.classes(), index, is_same_split=is_same), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex]:

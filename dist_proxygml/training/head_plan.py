@@ -97,7 +97,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     """
     proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.num_trained_classes
     num_proxies = num_classes * proxies.per_class
-    topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk)
+    topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk, section="proxies.")
     num_negatives = topk - proxies.per_class
     micro = config.micro_batch_size(world_size)
     batch, budget = micro * world_size, proxies.memory_budget_bytes
@@ -205,11 +205,11 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
     raise DoesNotFitError(
         f"expected a head of at most {format_bytes(memory)} per rank, the memory that is available, got {total} on "
         f"{plan.world_size} rank(s): bank {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
-        f"{working}{copy}; {_what_would_fit(config, plan, memory, device)}"
+        f"{working}{copy}; {_suggest_what_fits(config, plan, memory, device)}"
     )
 
 
-def _what_would_fit(config: Config, plan: HeadPlan, memory: int, device: str) -> str:
+def _suggest_what_fits(config: Config, plan: HeadPlan, memory: int, device: str) -> str:
     """Suggest single changes with which the head fits."""
 
     def fits(changes: dict[str, object], world_size: int) -> bool:

@@ -52,7 +52,7 @@ class Loop:
     state: TrainState
     data: TrainingData
     evaluated: list[EvaluatedSplit]
-    """The test split last."""
+    """The test split last; none if nothing is evaluated."""
     settings: dict[str, Any]
     telemetry: Telemetry
     board: Board
@@ -83,17 +83,24 @@ class Loop:
     def run(self) -> None:
         """Train and evaluate to the end of the run. An evaluation that was due when the run stopped is done first."""
         try:
-            if self.state.step == 0 and self.config.evaluation.raw_pixels:
-                self._evaluate_raw_pixels()
+            if self.state.step == 0 and self.config.evaluation.raw_pixels and self.config.data.test_split is not None:
+                with self.telemetry.phase("evaluation"):
+                    self._evaluate_raw_pixels()
             while True:
                 due = self._evaluations_due()
-                if due:
+                if due or (not self.evaluated and self._is_evaluation_due()):
                     self.board.show_proxies()
-                for split in due:
-                    result = evaluate_run(self.state, split, self.telemetry, self.run_directory, signals=self.signals)
-                    if not split.is_validation:
-                        self.board.show_evaluation(result)
+                with self.telemetry.phase("evaluation"):
+                    for split in due:
+                        result = evaluate_run(
+                            self.state, split, self.telemetry, self.run_directory, signals=self.signals
+                        )
+                        if not split.is_validation:
+                            self.board.show_evaluation(result)
+                self.telemetry.log_phases(self.state.step)
                 if self.state.is_finished:
+                    if due or not self.evaluated:  # else an earlier start has ended it
+                        self.telemetry.log_end(self.state.step)
                     break
                 self._train_epoch()
             self._report_saved(self.writer.close())
@@ -117,7 +124,8 @@ class Loop:
         batches = iter(loader)
         while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
             self.watchdog.beat()
-            micro_batches = _next_step(self.data, batches, context)
+            with self.telemetry.phase("data"):
+                micro_batches = _next_step(self.data, batches, context)
             self._count_damaged(micro_batches)
             if state.step == 0:
                 self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
@@ -137,8 +145,8 @@ class Loop:
                     self.board.show_step()
             every_steps = config.checkpoint.every_steps
             is_due = state.step % every_steps == 0 if every_steps else state.consumed == 0
-            if config.checkpoint.keep_best is not None:  # the best evaluation needs a checkpoint of its step
-                is_due = is_due or self._is_evaluation_due()
+            if config.checkpoint.keep_best is not None and self.evaluated:
+                is_due = is_due or self._is_evaluation_due()  # the best evaluation needs a checkpoint of its step
             if is_due or state.is_finished:
                 with self.watchdog.paused():
                     self._save()
@@ -193,12 +201,13 @@ class Loop:
 
     def _save(self) -> None:
         state = self.state
-        saved = self.writer.save(
-            state=RunState(state.step, state.epoch, state.consumed, self.context.world_size, self.settings),
-            engine=state.engine,
-            loss=state.loss,
-            bank_optimizer=state.bank_optimizer,
-        )
+        with self.telemetry.phase("checkpoint"):
+            saved = self.writer.save(
+                state=RunState(state.step, state.epoch, state.consumed, self.context.world_size, self.settings),
+                engine=state.engine,
+                loss=state.loss,
+                bank_optimizer=state.bank_optimizer,
+            )
         self.saved_step = state.step
         self._report_saved(saved)
         self.telemetry.pause()
@@ -238,7 +247,7 @@ class Loop:
             RawPixels().to(self.context.device),
             test_split,
             kmeans_seeds=min(1, self.config.evaluation.kmeans_seeds),
-            hooks=PassHooks(self.signals, blocks),
+            hooks=PassHooks(self.signals, blocks, follower=self.telemetry.follow),
         )
         run_on_rank_zero(
             self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False)

@@ -22,6 +22,7 @@ from dist_proxygml.data.pipeline import Batch, ImageCache
 from dist_proxygml.distributed.memory import format_bytes, peak_memory
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.evaluation.search import FlatIndex
+from dist_proxygml.reporting.render import format_seconds
 from dist_proxygml.training.data import TrainingData, open_training_data
 from dist_proxygml.training.run_plan import RunPlan, has_index
 from dist_proxygml.training.step import TrainState, build_train_state, train_step
@@ -67,7 +68,7 @@ class Rehearsal:
         if plan.steps_per_epoch is not None:
             rows.append(("an epoch", format_seconds(plan.steps_per_epoch * self.seconds_per_step)))
         whole = None if plan.num_steps is None else plan.num_steps * self.seconds_per_step
-        if plan.num_test_images is not None:
+        if plan.num_test_images:
             evaluation = self.evaluation_seconds(config, num_images=plan.num_test_images)
             rows.append(("an evaluation, about", format_seconds(evaluation)))
             if whole is not None and plan.num_evaluations is not None:
@@ -169,11 +170,3 @@ def _multiplication_seconds(config: Config) -> float:
 def _synchronise(context: ParallelContext) -> None:
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
-
-
-def format_seconds(seconds: float) -> str:
-    """Format a duration with at most two units: 3725 -> "1 h 2 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

@@ -9,10 +9,11 @@ receives a request to stop (distributed/preemption.py), when it cannot continue 
 import socket
 from pathlib import Path
 
+import torch
+
 from dist_proxygml.checkpoint.folder import Retention
 from dist_proxygml.checkpoint.writer import CheckpointWriter
 from dist_proxygml.config import Config, flattened
-from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.damage import DAMAGE_FILE
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache
@@ -32,6 +33,7 @@ from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.run import build_damage_log, open_gallery
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.reporting.trackers import Trackers
 from dist_proxygml.storage.lock import FolderLock
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.board import Board
@@ -42,7 +44,7 @@ from dist_proxygml.training.evaluate import EvaluatedSplit
 from dist_proxygml.training.head_plan import HeadPlan, check_fits
 from dist_proxygml.training.loop import Loop, continue_at, load_state
 from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
-from dist_proxygml.training.run_folder import comparable_settings, lock_run, prepare_run_directory, where_to_continue
+from dist_proxygml.training.prepare import comparable_settings, find_continuation, lock_run, prepare_run_directory
 from dist_proxygml.training.step import TrainState, build_train_state
 from dist_proxygml.training.transfer import Transfer, match_classes, open_transfer
 
@@ -74,14 +76,13 @@ def train(
         lambda: check_run(config, world_size=context.world_size, device=context.device.type, is_start=True),
     )
     assert data is not None
-    assert test_index is not None
     run_directory = config.run_directory
     checkpoints = RunFolder(run_directory).checkpoints
     _check_memory(config, plan, context)
     _check_same_data(data, test_index, context)
     locks: list[FolderLock] = []
     run_together(context, lock_run, context, run_directory, locks)
-    found, passed_over = run_on_rank_zero_for_long(context, where_to_continue, run_directory, resume)
+    found, passed_over = run_on_rank_zero_for_long(context, find_continuation, run_directory, resume)
     run_together(context, data.check, context)
     transfer = None if found else open_transfer(config, data.index, context)
 
@@ -106,10 +107,28 @@ def train(
             progress_bar=config.telemetry.progress_bar,
         ),
     )
+    settings = dict(flattened(config.model_dump(mode="json")))
+    if context.is_main and config.telemetry.trackers:
+        telemetry.trackers = Trackers(
+            config.telemetry.trackers,
+            run_directory,
+            project=config.telemetry.tracker_project,
+            settings=settings,
+            say=telemetry.say,
+        )
     for oddity in [*passed_over, *odd, *telemetry.problems]:
         telemetry.say(oddity)
     telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
     telemetry.say(str(plan))
+
+    telemetry.describe_run(
+        {
+            "ranks": context.world_size,
+            "device": _device_name(context),
+            "parameters": state.engine.num_parameters,
+            "proxies": config.num_trained_classes * config.proxies.per_class,
+        }
+    )
 
     # Known damage belongs to the run, not to this start of it.
     path, split = run_directory / DAMAGE_FILE, config.data.train_split
@@ -118,6 +137,7 @@ def train(
         EvaluatedSplit(
             index,
             build_damage_log(config, context, path, split=index.split, num_images=index.num_samples),
+            data.seen_classes(index),
             is_validation=index is data.validation,
         )
         for index in (data.validation, test_index)  # the test split last
@@ -134,8 +154,7 @@ def train(
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
-    settings = dict(flattened(config.model_dump(mode="json")))
-    gallery = open_gallery(config, test_index)
+    gallery = None if test_index is None else open_gallery(config, test_index)
     board = Board(state, telemetry, settings=settings, test_index=test_index, gallery=gallery)
     keep = Retention(
         config.checkpoint.keep_last,
@@ -181,13 +200,13 @@ def _check_memory(config: Config, plan: HeadPlan, context: ParallelContext) -> N
     run_together(context, lambda: check_fits(config, plan, memory=memory, device=context.device.type))
 
 
-def _check_same_data(data: TrainingData, test_index: ShardIndex, context: ParallelContext) -> None:
+def _check_same_data(data: TrainingData, test_index: ShardIndex | None, context: ParallelContext) -> None:
     """Refuse ranks that see different shards under the same name: their batches would be inconsistent."""
-    seen = all_gather_object(context, {**data.identity(), "test shards": test_index.sha256})
+    seen = all_gather_object(context, {**data.identity(), "test shards": test_index and test_index.sha256})
     other = next((rank for rank, identity in enumerate(seen) if identity != seen[0]), None)
     if other is not None:
         raise AgreedError(
-            f"ranks 0 and {other} found different shards at {test_index.location}; copy the folder to every node "
+            f"ranks 0 and {other} found different shards at {data.config.data.shards}; copy the folder to every node "
             "again, or wait until it has been replaced"
         )
 
@@ -211,7 +230,7 @@ def _trained_before(transfer: Transfer, data: TrainingData) -> str | None:
 def _greeting(
     state: TrainState,
     data: TrainingData,
-    test_index: ShardIndex,
+    test_index: ShardIndex | None,
     found: Path | None,
     moved: Path | None,
     transfer: Transfer | None,
@@ -222,17 +241,28 @@ def _greeting(
         start = f"resuming {found} in epoch {state.epoch + 1} after {state.consumed:,} of its images"
     if moved:
         start += f", the earlier run of this name is now {moved}"
-    shared = None if data.index is None else shared_classes(data.index, test_index)
-    kind = "" if shared is None else "seen " if shared else "unseen "  # numbers for names do not tell
+    tested = "no test split"
+    if test_index is not None:
+        seen_C = data.seen_classes(test_index)  # numbers for names do not tell
+        num_seen, num_all = 0 if seen_C is None else int(seen_C.sum()), test_index.num_classes
+        kind = "" if seen_C is None else "seen " if num_seen == num_all else "" if num_seen else "unseen "
+        some = f" ({num_seen:,} of them seen)" if 0 < num_seen < num_all else ""
+        tested = f"{test_index.num_samples:,} of {num_all:,} {kind}classes{some} to evaluate on"
     return (
-        f"{config.name}: {data} to train on, "
-        f"{test_index.num_samples:,} of {test_index.num_classes:,} {kind}classes to evaluate on"
+        f"{config.name}: {data} to train on, {tested}"
         f"{'' if validation is None else f', {validation.num_samples:,} of the validation classes to choose by'}; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )
 
 
-def _show(run_directory: Path, index: ShardIndex) -> None:
+def _device_name(context: ParallelContext) -> str:
+    if context.device.type == "cuda":
+        return torch.cuda.get_device_name(context.device)
+    num_threads = torch.get_num_threads()
+    return f"CPU, {num_threads} {'thread' if num_threads == 1 else 'threads'} a rank"
+
+
+def _show(run_directory: Path, index: ShardIndex | None) -> None:
     report = write_report(run_directory, index)
     print(format_table(run_directory), flush=True)
     print(f"report: {report.resolve()}", flush=True)

@@ -72,7 +72,7 @@ class RunPlan:
         return self.checkpoint_bytes * self.num_checkpoints
 
     @property
-    def what_does_not_fit(self) -> str:
+    def shortage_message(self) -> str:
         """Error message for checkpoints that need more space than is free."""
         return (
             f"expected room for {self.num_checkpoints} checkpoints of {format_bytes(self.checkpoint_bytes)}, together "
@@ -87,23 +87,32 @@ class RunPlan:
             return "unknown" if value is None else f"{value:,}"
 
         size = "unknown" if self.gallery_bytes is None else format_bytes(self.gallery_bytes)
-        rows = [
-            ("steps per epoch", number(self.steps_per_epoch)),
-            ("steps", number(self.num_steps)),
-            ("evaluations", number(self.num_evaluations)),
-            ("test images", number(self.num_test_images)),
-            ("their embeddings", size),
-            ("backbone parameters", number(self.num_parameters)),
-            ("its weights, per rank", format_bytes(self.backbone.weights)),
-            ("its gradients", format_bytes(self.backbone.gradients)),
-            ("its optimizer state", format_bytes(self.backbone.optimizer)),
-            ("a checkpoint", format_bytes(self.checkpoint_bytes)),
-            ("checkpoints on disk", f"{self.num_checkpoints} at most"),
-            ("together", format_bytes(self.needed_bytes)),
-            ("disk that is left", format_bytes(self.free_bytes)),
-        ]
-        table = "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
-        return f"plan of the run ({self.source}):\n{table}"
+        sections = {
+            f"plan of the run ({self.source})": [
+                ("steps per epoch", number(self.steps_per_epoch)),
+                ("steps", number(self.num_steps)),
+                ("evaluations", number(self.num_evaluations)),
+                ("evaluated images", number(self.num_test_images)),
+                ("backbone parameters", number(self.num_parameters)),
+            ],
+            "memory of the backbone, per rank, without activations": [
+                ("weights", format_bytes(self.backbone.weights)),
+                ("gradients", format_bytes(self.backbone.gradients)),
+                ("optimizer state", format_bytes(self.backbone.optimizer)),
+                ("together", format_bytes(self.backbone.total)),
+                ("in an evaluation: embeddings", size),
+            ],
+            f"disk, in {self.runs_dir}": [
+                ("a checkpoint", format_bytes(self.checkpoint_bytes)),
+                ("checkpoints", f"{self.num_checkpoints} at most"),
+                ("together", format_bytes(self.needed_bytes)),
+                ("left", format_bytes(self.free_bytes)),
+            ],
+        }
+        return "\n".join(
+            "\n".join([f"{title}:", *(f"  {name:<30}{value:>14}" for name, value in rows)])
+            for title, rows in sections.items()
+        )
 
 
 def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
@@ -120,7 +129,9 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
     if num_steps is not None and training.max_steps is not None:
         num_steps = min(num_steps, training.max_steps)
     num_evaluations = None
-    if steps_per_epoch is not None and num_steps is not None:
+    if not config.is_evaluated:
+        num_evaluations = 0
+    elif steps_per_epoch is not None and num_steps is not None:
         between = (num_steps - 1) // steps_per_epoch // evaluation.every_epochs if evaluation.every_epochs else 0
         num_evaluations = int(evaluation.at_start) + between + 1
 
@@ -199,7 +210,8 @@ def _counts(config: Config) -> tuple[str, int | None, int | None]:
     batch_size = config.training.batch_size
     is_dropped = config.data.drop_last or config.data.images_per_class is not None
     steps = num_train // batch_size if is_dropped else -(-num_train // batch_size)
-    return f"{missing}: published counts of {Path(shards).name}", max(1, steps), published["test"][0]
+    num_test = published["test"][0] if config.data.test_split else 0
+    return f"{missing}: published counts of {Path(shards).name}", max(1, steps), num_test
 
 
 def _existing(folder: Path) -> Path:

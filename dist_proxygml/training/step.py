@@ -109,6 +109,7 @@ def build_train_state(
         regularization_weight=config.proxies.regularization_weight,
         scale=config.proxies.scale,
         group=context.group,
+        normalize=False,  # the backbone's embeddings are unit rows
         regularization_anchors=config.proxies.regularization_anchors,
         selection=config.proxies.selection,
         memory_budget=config.proxies.memory_budget_bytes,

@@ -249,7 +249,7 @@ def refuse_numbers(context: ParallelContext, directory: Path) -> None:
     save(1)
     if context.rank == 1:
         save.loss.proxies.data[0, 0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"step-000002 was not written.*infinity in proxies \(on rank 1\)"):
+    with pytest.raises(NonFiniteError, match=r"step-000002.*proxies.*rank 1"):
         save.save(2)
     assert numbers_of(save.writer.close()) == [1]
     assert names_in(directory) == ["latest", "step-000001"]

@@ -93,7 +93,7 @@ def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(
 
     model = nn.Linear(5, 4)
     load_backbone(tmp_path / "step-000002", model)
-    with pytest.raises(ValueError, match="does not fit the configured backbone"):
+    with pytest.raises(ValueError, match="backbone"):
         load_backbone(tmp_path / "step-000002", nn.Linear(5, 3))
 
 
@@ -211,8 +211,8 @@ def load_elsewhere(context: ParallelContext, directory: Path, settings: dict[str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seed": 1, "class table": "abc"}, "seed was 0, is 1"),
-        ({"seed": 0}, "class table was abc, is None"),
+        ({"seed": 1, "class table": "abc"}, "seed.*0.*1"),
+        ({"seed": 0}, "class table.*abc.*None"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
@@ -237,7 +237,7 @@ def load_damaged(context: ParallelContext, directory: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["random-rank-001.pt", "engine/mp_rank_00_model_states.pt"])
 def test_a_file_that_is_something_else_ends_every_rank_with_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"restore .*step-000002 from a copy, .*: it cannot be loaded: .*\(on rank"):
+    with pytest.raises(ValueError, match=r"step-000002.*on rank"):
         run_ranks(load_damaged, 2, tmp_path, name)
 
 
@@ -261,12 +261,12 @@ def test_only_published_checkpoints_are_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
     assert find_checkpoint(tmp_path, str(tmp_path / "step-001000")) == tmp_path / "step-001000"
     assert read_state(tmp_path / "step-001000").step == 1000
-    with pytest.raises(ValueError, match=r"this run has: step-000900, step-001000"):
+    with pytest.raises(ValueError, match="step-000900, step-001000"):
         find_checkpoint(tmp_path, str(tmp_path / "step-002000"))
     (tmp_path / "step-002000").mkdir()  # published by nobody: no manifest
-    with pytest.warns(UserWarning, match=r"step-002000 is damaged: MANIFEST.json is missing.*: passed over"):
+    with pytest.warns(UserWarning, match=r"step-002000.*MANIFEST\.json"):
         assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-001000"
-    with pytest.raises(ValueError, match=r"MANIFEST.json is missing.* another one of: step-000900, step-001000"):
+    with pytest.raises(ValueError, match=r"MANIFEST\.json.*step-000900, step-001000"):
         find_checkpoint(tmp_path, str(tmp_path / "step-002000"))
 
 
@@ -275,7 +275,7 @@ def test_continuing_an_older_checkpoint_is_refused_while_newer_ones_would_mix_wi
     write_state(tmp_path / "mine" / "step-000900", 900)
     write_state(tmp_path / "mine" / "step-001000", 1000)
     older = str(tmp_path / "mine" / "step-000900")
-    with pytest.raises(ValueError, match=r"holds checkpoints newer than step-000900: step-001000"):
+    with pytest.raises(ValueError, match=r"step-000900.*step-001000"):
         checkpoint_to_continue(tmp_path / "mine", older)
     assert checkpoint_to_continue(tmp_path / "another-name", older) == (Path(older), [])
     assert checkpoint_to_continue(tmp_path / "mine", "auto") == (tmp_path / "mine" / "step-001000", [])

@@ -262,7 +262,7 @@ def test_a_checkpoint_that_cannot_take_the_place_of_an_earlier_one_leaves_it_the
         flush(path)
 
     monkeypatch.setattr(owner, *(("rename", failing_rename) if owner is os else ("flush", failing_flush)))
-    with pytest.raises(AgreedError, match=r"step-000001 was not written.*Input/output error"):
+    with pytest.raises(AgreedError, match=r"step-000001.*Input/output error"):
         save(1)
     assert contents(tmp_path) == before
     monkeypatch.undo()
@@ -402,7 +402,7 @@ def test_a_rank_whose_part_of_the_engine_cannot_be_written_keeps_no_rank_waiting
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(AgreedError, match=r"step-000001 was not written.*checkpoints"):
+    with pytest.raises(AgreedError, match=r"step-000001.*checkpoints"):
         Saver(single_process(), tmp_path / "checkpoints")(1)
 
 
@@ -499,7 +499,7 @@ def deny(*_: Any, **__: Any) -> None:
 def test_what_cannot_be_looked_at_is_refused_and_nothing_is_moved(
     tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A test runs as root where modes hold nobody back; that of the whole start is in tests/unit/test_run_folder.py."""
+    """A test runs as root where modes hold nobody back; that of the whole start is in tests/unit/test_prepare.py."""
     path = Saver(single_process(), tmp_path)(1).path
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
@@ -510,7 +510,7 @@ def test_what_cannot_be_looked_at_is_refused_and_nothing_is_moved(
             lambda: find_checkpoint(tmp_path, "auto"),
             lambda: published_checkpoints(tmp_path),
         ):
-            with pytest.raises(ValueError, match=r"expected to read .*, got: Permission denied"):
+            with pytest.raises(ValueError, match="Permission denied"):
                 look()
     assert contents(tmp_path) == before
 

@@ -22,7 +22,7 @@ def find_damage(context: ParallelContext, path: Path) -> tuple[list[str], int, s
         log.add([Damage("d", "empty")] if context.rank == 0 else [])
     except ValueError as error:
         message = str(error)
-        with pytest.raises(ValueError, match="4 of 25 images are damaged"):  # and so does the next start of the run
+        with pytest.raises(ValueError, match=r"4 of 25"):  # and so does the next start of the run
             DamageLog(path, **settings)
         other_split = DamageLog(path, **settings | {"split": "test"})
         return new, len(log) + len(other_split), message

@@ -176,14 +176,14 @@ def test_a_log_goes_back_after_so_many_steps_in_a_row_and_ends_after_so_many_tim
     assert not log.is_full
     log.add(10, "a reason", [])
     assert log.is_full
-    with pytest.raises(NonFiniteError, match=r"2 steps up to step 10 .* no checkpoint yet") as error:
+    with pytest.raises(NonFiniteError, match=r"2 steps.*step 10") as error:
         log.roll_back(10, None)
     assert error.value.status == 65
     assert "runs/a/step-000005" in log.roll_back(10, Path("runs/a/step-000005"))
     assert log.num_in_row == 0
     log.add(11, "a reason", [])
     log.add(12, "a reason", [])
-    with pytest.raises(NonFiniteError, match="1 rollbacks"):
+    with pytest.raises(NonFiniteError, match=r"\b1 rollback"):
         log.roll_back(12, Path("runs/a/step-000005"))
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [7, 9, 10, 10, 11, 12]

@@ -174,9 +174,7 @@ def test_a_port_that_another_program_holds_is_refused_with_the_way_to_another(mo
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
         for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(
-            parallel.OneRankError, match=rf"port {port} of 127\.0\.0\.1 to be free.*--master_port of deepspeed"
-        ):
+        with pytest.raises(parallel.OneRankError, match=rf"port {port}.*127\.0\.0\.1.*--master_port"):
             parallel.join_world()
 
 

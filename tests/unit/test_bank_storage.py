@@ -105,9 +105,9 @@ def test_a_table_of_contents_runs_no_code_and_names_no_file_elsewhere(tmp_path: 
         place.relative_path = str(tmp_path / "elsewhere")
     for hidden in (_Runs(marker), Metadata({}, storage_data=_Runs(marker)), elsewhere, {"proxies": 1}):
         path.write_bytes(pickle.dumps(hidden))
-        with pytest.raises(ValueError, match=r"\.metadata is no table of contents of a stored bank: .*; copy it again"):
+        with pytest.raises(ValueError, match=r"\.metadata.*table of contents"):
             TrainedModel(tmp_path, 1, {}).bank()
-        with pytest.raises(ValueError, match="no table of contents"):
+        with pytest.raises(ValueError, match="table of contents"):
             BankReader(tmp_path / "bank").read_metadata()
     assert not marker.exists()
 
@@ -120,7 +120,7 @@ def test_a_bank_with_a_gap_is_refused(tmp_path: Path) -> None:
     (chunk,) = contents.state_dict_metadata["proxies"].chunks
     chunk.sizes = torch.Size((4, 2, 3))
     path.write_bytes(pickle.dumps(contents))
-    with pytest.raises(ValueError, match=r"expected every proxy in .*bank once, got .*; copy the checkpoint again"):
+    with pytest.raises(ValueError, match=r"every proxy.*bank"):
         TrainedModel(tmp_path, 1, {}).bank()
 
 

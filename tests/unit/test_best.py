@@ -80,5 +80,5 @@ def test_the_table_of_a_run_ends_with_what_is_best_and_says_what_flatters(run: P
 
 def test_an_evaluation_that_cannot_be_read_is_named(run: Path) -> None:
     (run / "evaluation" / "step-000020.json").write_text("{")
-    with pytest.raises(ValueError, match=r"step-000020\.json: expected the JSON of an evaluation"):
+    with pytest.raises(ValueError, match=r"step-000020\.json"):
         select_results(run)

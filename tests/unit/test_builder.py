@@ -106,11 +106,11 @@ def test_a_shard_has_the_bytes_of_webdatasets_writer_and_is_listed_as_it_was_wri
 
 
 def test_keys_that_webdataset_would_cut_and_names_beyond_ustar_are_refused(tmp_path: Path) -> None:
-    for key, message in (("im.v1", "has a dot or a slash"), ("a/b", "a dot or a slash"), ("k" * 97, "has 101 bytes")):
+    for key, message in (("im.v1", "dot"), ("a/b", "slash"), ("k" * 97, "101 bytes")):
         with pytest.raises(ValueError, match=message):
             write_shard(tmp_path / "train-000000.tar", [ShardSample(key, "jpg", b"x", 0, {})])
     image = SourceImage("val.v2", "a", "a", "a.png", b"")
-    with pytest.raises(ValueError, match=r"the split 'val\.v2' cannot be part of a key"):
+    with pytest.raises(ValueError, match=r"'val\.v2'"):
         build_shards(SourceDataset("dotted", [image]), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -195,7 +195,7 @@ def test_all_images_that_cannot_be_used_are_listed_and_there_is_no_index(
     workers: int, raw: Path, tmp_path: Path
 ) -> None:
     reasons = damage(raw)
-    with pytest.raises(ValueError, match="5 of 26 images cannot be used") as caught:
+    with pytest.raises(ValueError, match="5 of 26") as caught:
         build(raw, tmp_path / "out", workers=workers, samples_per_shard=20)  # several in one shard
     for name, reason in reasons.items():
         assert f"raw/{name}: {reason}" in str(caught.value)
@@ -205,7 +205,7 @@ def test_all_images_that_cannot_be_used_are_listed_and_there_is_no_index(
 
 def test_a_long_list_of_unusable_images_is_cut(tmp_path: Path) -> None:
     images = [SourceImage("train", f"c{i % 2}", "c", f"{i:02d}.jpg", b"no image") for i in range(23)]
-    with pytest.raises(ValueError, match="and 3 more") as caught:
+    with pytest.raises(ValueError, match=r"\b3 more") as caught:
         build_shards(SourceDataset("bad", images), tmp_path, quiet=True)
     assert str(caught.value).count("\n") == 20 + 1 + 1
 
@@ -228,8 +228,8 @@ def test_skipping_gives_what_a_folder_without_those_images_gives_and_names_them(
     ]
     assert main([*command, "--on-bad", "skip"]) == 0
     captured = capsys.readouterr()
-    assert "5 images cannot be used and were left out" in captured.err
-    assert "5 images could not be used and were left out" in captured.out
+    assert "5 images cannot be used and were skipped" in captured.err
+    assert "5 images could not be used and were skipped" in captured.out
     skipped = json.loads((tmp_path / "out" / "index.json").read_text())["build"]["skipped"]
     assert {record["name"] for record in skipped} == set(reasons)
     assert all(record["reason"].startswith(reasons[record["name"]]) for record in skipped)
@@ -267,7 +267,7 @@ def test_what_is_kept_when_bad_images_are_skipped_decodes(
     assert main(command) == 0
     error = capsys.readouterr().err
     assert f"{raw}/class 2/wrong.png: the image does not decode" in error
-    assert "1 classes have no image left and are left out: 'class 9'" in error
+    assert "1 classes have no image left and are skipped: 'class 9'" in error
     assert main(["verify", "--deep", str(tmp_path / "out")]) == 0
     (raw / "class 9" / "only.jpg").unlink()
     (raw / "class 9").rmdir()
@@ -628,7 +628,7 @@ def test_two_builds_do_not_write_into_one_folder(raw: Path, tmp_path: Path) -> N
     thread.start()
     try:
         assert first.wait(TIMEOUT)
-        with pytest.raises(ValueError, match="another process builds shards in"):
+        with pytest.raises(ValueError, match="another process"):
             build_shards(dataset, tmp_path / "out", quiet=True)
     finally:
         second.set()
@@ -670,7 +670,7 @@ def test_a_finished_build_of_the_same_images_is_left_alone(
 
 def test_finished_shards_are_only_replaced_when_told_so(tmp_path: Path) -> None:
     build_shards(small_dataset(), tmp_path, samples_per_shard=3, quiet=True)
-    with pytest.raises(ValueError, match=r"already holds finished shards.*pass --overwrite"):
+    with pytest.raises(ValueError, match="--overwrite"):
         build_shards(small_dataset(), tmp_path, quiet=True)
     (tmp_path / "ATTRIBUTION.md").write_text("kept")
     build_shards(small_dataset(), tmp_path, samples_per_shard=20, overwrite=True, quiet=True)
@@ -704,7 +704,7 @@ def test_what_is_replaced_loses_its_index_first(raw: Path, tmp_path: Path, monke
 def test_tars_of_another_origin_are_not_deleted(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "photos-000000.tar").write_bytes(b"theirs")
-    with pytest.raises(ValueError, match=r"holds 1 tars that are not of this build, first photos-000000\.tar"):
+    with pytest.raises(ValueError, match=r"\b1 tars.*photos-000000\.tar"):
         build(raw, tmp_path / "out")
     assert (tmp_path / "out" / "photos-000000.tar").read_bytes() == b"theirs"
     build(raw, tmp_path / "out", overwrite=True)
@@ -716,7 +716,7 @@ def test_a_folder_of_something_else_takes_no_shards(raw: Path, tmp_path: Path, n
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("{}")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=rf"found {name}: something else is there; name another folder"):
+        with pytest.raises(ValueError, match=rf"\b{name}: "):
             build(raw, tmp_path / "out", overwrite=overwrite)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
@@ -728,7 +728,7 @@ def test_a_build_that_stops_leaves_no_index_and_can_be_run_again(tmp_path: Path)
     with pytest.raises(ValueError, match=r"bad\.png"):
         build_shards(broken, tmp_path / "out", samples_per_shard=5, quiet=True)
     (tmp_path / "out" / "train-000009.tar.tmp-123").write_bytes(b"left by a killed build")
-    with pytest.raises(ValueError, match=r"no index\.json; an unfinished build; run the same"):
+    with pytest.raises(ValueError, match=r"index\.json.*unfinished"):
         open_index(tmp_path / "out", "train")
     for name in ("out", "clean"):
         build_shards(dataset, tmp_path / name, samples_per_shard=5, quiet=True)
@@ -755,7 +755,7 @@ def test_a_build_that_finishes_while_another_waits_for_the_folder_is_not_deleted
         return found
 
     monkeypatch.setattr(builder, "_already_there", look_and_be_overtaken)
-    with pytest.raises(ValueError, match="already holds finished shards of small"):
+    with pytest.raises(ValueError, match=r"\bsmall\b"):
         build(raw, tmp_path / "out")
     build_shards(small_dataset(), tmp_path / "clean", samples_per_shard=5, quiet=True)
     assert digests(tmp_path / "out") == digests(tmp_path / "clean")
@@ -769,7 +769,7 @@ def test_a_lock_on_a_journal_that_has_gone_is_none(raw: Path, tmp_path: Path, mo
         (tmp_path / "out" / JOURNAL_FILE).unlink()
 
     monkeypatch.setattr(builder.fcntl, "flock", overtaken)
-    with pytest.raises(ValueError, match=r"finished its build in .* just now; run the command again"):
+    with pytest.raises(ValueError, match="run the command again"):
         build(raw, tmp_path / "out")
 
 
@@ -780,7 +780,7 @@ def test_finished_shards_are_only_deleted_for_images_that_can_be_used(on_bad: st
     spoilt = sorted(raw.rglob("*.jpg"))[: 24 if on_bad == "skip" else 1]
     for path in spoilt:
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"images can(not)? be used:\n.*expected JPEG, PNG, "):
+    with pytest.raises(ValueError, match="JPEG, PNG"):
         build(raw, tmp_path / "out", overwrite=True, on_bad=on_bad)
     assert digests(tmp_path / "out") == before
 

@@ -38,13 +38,13 @@ def test_a_class_more_moves_few_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "expected"), [(None, 3), (1, 1), (6, 6), (0.5, 4), (0.9, 6), (0.99, 6), (0.01, 1), (0.3, 2)]
+    ("train", "expected"), [(None, 3), (1, 1), (6, 6), (7, 7), (0.5, 4), (0.9, 6), (0.99, 6), (0.01, 1), (0.3, 2)]
 )
 def test_a_number_or_a_share_of_the_classes_trains(train: float | None, expected: int) -> None:
     assert len(training(ClassSplit(train), list("abcdefg"))) == expected
 
 
-@pytest.mark.parametrize("train", [0, 7, 8])
+@pytest.mark.parametrize("train", [0, 8])
 def test_both_sides_need_a_class(train: int) -> None:
     with pytest.raises(ValueError, match="found abc"):
         split_by_class(list("abcdefg"), ClassSplit(train), where="found abc")

@@ -39,7 +39,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def message_of(raw: dict[str, Any]) -> str:
-    with pytest.raises(ValueError, match="is not a valid configuration") as caught:
+    with pytest.raises(ValueError, match=r"^the test ") as caught:
         parse_config(raw, source="the test")
     return str(caught.value)
 
@@ -83,10 +83,23 @@ def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
     assert "'inshop' expects a gallery_split, got None" in message_of(changed(evaluation__protocol="inshop"))
     message = message_of(changed(evaluation__protocol="cub", evaluation__gallery_split="gallery"))
     assert "'cub' expects no gallery_split, got 'gallery'; remove it" in message
-    assert "cub, cars and sop, got protocol 'custom'" in message_of(changed(evaluation__legacy_proxygml=True))
-    assert "every query would find itself; remove gallery_split" in message_of(
+    assert "cub, cars, sop with legacy_proxygml, got 'custom'" in message_of(changed(evaluation__legacy_proxygml=True))
+    assert "every query would find itself; remove evaluation.gallery_split" in message_of(
         changed(evaluation__gallery_split="test")
     )
+
+
+def test_re_identification_leaves_out_the_querys_own_camera() -> None:
+    def excluded(**settings: object) -> str | None:
+        return parse_config(changed(**settings), source="the test").evaluation.excluded
+
+    assert excluded() is None
+    assert excluded(evaluation__exclude_same="camera") == "camera"
+    market = {"evaluation__protocol": "market1501", "evaluation__gallery_split": "gallery"}
+    assert excluded(**market) == excluded(**market, evaluation__exclude_same="camera") == "camera"
+    assert "evaluation" in message_of(changed(evaluation__exclude_same="clothes"))
+    message = message_of(changed(evaluation__protocol="cub", evaluation__exclude_same="camera"))
+    assert "'cub' excludes the query alone, got exclude_same 'camera'" in message
 
 
 @pytest.mark.parametrize(("wanted", "num_held_out"), [(None, 0), (3, 3), (0.25, 2), (0.36, 4), (9, 9)])
@@ -164,7 +177,7 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         ({"training__epochs": "three"}, "training.epochs: input should be a valid integer"),
         ({"training__epochs": 0}, "training.epochs: input should be greater than or equal to 1, got 0"),
         ({"proxies__ratio": 1.5}, "proxies.ratio: input should be less than or equal to 1, got 1.5"),
-        ({"proxies__topk": 3}, "exactly one of ratio and topk"),
+        ({"proxies__topk": 3}, "exactly one of proxies.ratio and proxies.topk"),
         ({"schedule__name": "step"}, "only 'step' has milestones"),
         ({"training__frozen_trunk_epochs": [4]}, "lie outside 1..3"),
         ({"deepspeed__optimizer": {"type": "Adam"}}, "use the section optimizer"),
@@ -228,24 +241,24 @@ def test_overrides_are_json_where_they_can_be_and_text_elsewhere(tmp_path: Path)
     config = load_config(path, changes)
     assert (config.seed, config.data.shards, config.schedule.warmup_steps) == (3, "/some/where", 5)
     assert config.deepspeed == {"bf16": {"enabled": True}}
-    with pytest.raises(ValueError, match="--set expects KEY=VALUE"):
+    with pytest.raises(ValueError, match=r"--set.*KEY=VALUE"):
         load_config(path, ["seed"])
-    with pytest.raises(ValueError, match="seed is a value, not a section"):
+    with pytest.raises(ValueError, match=r"--set seed\.deeper=1"):
         load_config(path, ["seed=1", "seed.deeper=1"])
 
 
 def test_a_file_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("{]")
-    with pytest.raises(ValueError, match=r"found no such file; there are: .*real\.json"):
+    with pytest.raises(ValueError, match=r"real\.json"):
         load_config(tmp_path / "reel.json")
-    with pytest.raises(ValueError, match="expected valid JSON"):
+    with pytest.raises(ValueError, match=r"JSON in .*\.json"):
         load_config(tmp_path / "real.json")
 
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     text = json.dumps(SMALLEST).replace('"ratio": 0.5', '"ratio": 0.5, "topk": null, "ratio": 0.1')
     (tmp_path / "twice.json").write_text(text)
-    with pytest.raises(ValueError, match=r"twice\.json, got: 'ratio' twice in one section; edit it$"):
+    with pytest.raises(ValueError, match=r"twice\.json.*'ratio'"):
         load_config(tmp_path / "twice.json")
 
 
@@ -260,7 +273,7 @@ def test_a_file_is_read_in_utf_8_with_or_without_a_mark_and_another_encoding_is_
     if named is None:
         assert load_config(path).runs_dir == "café"
     else:
-        with pytest.raises(ValueError, match=rf"odd\.json in UTF-8, got {named} .*; save it as UTF-8$"):
+        with pytest.raises(ValueError, match=rf"odd\.json.*UTF-8.*{named}"):
             load_config(path)
 
 
@@ -268,7 +281,7 @@ def test_what_a_plain_ascii_locale_cannot_say_is_refused(tmp_path: Path, monkeyp
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(changed(runs_dir="café")))
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
-    with pytest.raises(ValueError, match="got ascii; set LC_ALL"):
+    with pytest.raises(ValueError, match=r"ascii.*LC_ALL"):
         load_config(path)
 
 
@@ -319,18 +332,18 @@ def test_a_number_of_bytes_that_nothing_fits_or_fills_is_refused(key: str, size:
 
 def test_no_number_of_ranks_is_proposed_where_none_divides() -> None:
     config = parse_config(changed(training__batch_size=64, deepspeed__gradient_accumulation_steps=3), source="a test")
-    with pytest.raises(ValueError, match=r"multiple of 3, or another deepspeed\.gradient_accumulation_steps$"):
+    with pytest.raises(ValueError, match=r"\b3\b.*deepspeed\.gradient_accumulation_steps"):
         config.micro_batch_size(1)
 
 
 def test_the_batch_divides_over_ranks_and_micro_batches() -> None:
     config = parse_config(changed(deepspeed__gradient_accumulation_steps=2), source="the test")
     assert [config.micro_batch_size(ranks) for ranks in (1, 2, 3)] == [12, 6, 4]
-    with pytest.raises(ValueError, match=r"does not divide over 5 ranks x 2 micro-batches; use a multiple of 10"):
+    with pytest.raises(ValueError, match=r"\b5 ranks.*\b2 micro-batches.*\b10\b"):
         config.micro_batch_size(5)
     stated = parse_config(changed(deepspeed__train_micro_batch_size_per_gpu=8), source="the test")
     assert stated.micro_batch_size(3) == 8
-    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is 8, but"):
+    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu.*\b8\b"):
         stated.micro_batch_size(2)
 
 

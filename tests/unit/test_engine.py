@@ -164,39 +164,39 @@ def build_engine(model: nn.Module, *parameters: nn.Parameter, **options: Any) ->
 
 def test_a_bank_in_the_model_is_refused() -> None:
     model, loss = backbone_and_bank()
-    with pytest.raises(ValueError, match=r"got a ProxyGMLLoss at '2'.*rank 0's classes.*keep the loss out"):
+    with pytest.raises(ValueError, match=r"ProxyGMLLoss at '2'"):
         build_engine(nn.Sequential(*model, loss))
-    with pytest.raises(ValueError, match="got a ProxyGMLLoss at ''"):
+    with pytest.raises(ValueError, match="ProxyGMLLoss at ''"):
         build_engine(loss)
 
 
 def test_a_parameter_of_the_bank_in_the_model_is_refused() -> None:
     model, loss = backbone_and_bank()
     model[1].register_parameter("classifier", loss.proxies)
-    with pytest.raises(ValueError, match=r"got its parameter at '1\.classifier'.*average its gradient"):
+    with pytest.raises(ValueError, match=r"'1\.classifier'"):
         build_engine(model, outside=loss.parameters())
 
 
 def test_a_bank_in_the_optimizer_of_the_model_is_refused() -> None:
     model, loss = backbone_and_bank()
-    with pytest.raises(ValueError, match=r"holds another of shape \[7, 1, 5\].*an optimizer of their own"):
+    with pytest.raises(ValueError, match=r"\[7, 1, 5\].*optimizer"):
         build_engine(model, loss.proxies)
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
     model, _ = backbone_and_bank()
-    with pytest.raises(ValueError, match=r"fp16 is enabled, which needs a GPU.*use deepspeed.bf16"):
+    with pytest.raises(ValueError, match=r"fp16.*deepspeed\.bf16"):
         build_engine(model, settings={"fp16": {"enabled": True}})
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"fp16": {"enabled": True}}, "too small by the loss scale; use stage 1, 2 or 3"),
-        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "too small by the loss scale"),
-        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "must be bfloat16, got 'float16'"),
-        ({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization": {"stage": 2}}, "got 'half'"),
-        ({"torch_autocast": {"enabled": True}}, "got None"),
+        ({"fp16": {"enabled": True}}, "loss scale.*stage 1, 2 or 3"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "loss scale"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "bfloat16.*'float16'"),
+        ({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization": {"stage": 2}}, "bfloat16.*'half'"),
+        ({"torch_autocast": {"enabled": True}}, "bfloat16.*None"),
     ],
 )
 def test_settings_under_which_the_loss_scale_goes_wrong_are_refused(section: dict[str, Any], message: str) -> None:

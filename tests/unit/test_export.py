@@ -144,7 +144,7 @@ def test_a_run_on_a_stream_is_exported_without_names(
     told = export(trained[0].with_name("stream"), tmp_path / "stream")
     assert told.endswith("3 classes x 2 proxies of dimension 4, without class names, as it was trained on a stream")
     assert names_below(tmp_path / "stream") == ["README.md", "backbone.safetensors", "bank.safetensors", "export.json"]
-    with pytest.raises(ValueError, match="has no class names: it was trained on a stream"):
+    with pytest.raises(ValueError, match=r"class names.*stream"):
         open_trained(tmp_path / "stream").classes()
 
 
@@ -273,7 +273,7 @@ def test_a_graph_alone_is_nothing_to_train_from(trained: tuple[Path, dict[str, n
     told = export(trained[0], tmp_path / "birds", formats=["onnx"])
     assert re.search(r"birds: small_cnn, backbone.onnx in operator set \d+$", told)
     assert names_below(tmp_path / "birds") == ["README.md", "backbone.onnx", "export.json"]
-    with pytest.raises(ValueError, match=r"found a graph only \(onnx\); export it again with --format safetens"):
+    with pytest.raises(ValueError, match=r"onnx.*--format safetensors"):
         open_trained(tmp_path / "birds")
 
 
@@ -405,7 +405,7 @@ def test_weights_that_are_none_are_refused_though_the_manifest_was_mended(
         save_file({name: value.to(dtype) for name, value in weights.items()}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"backbone.safetensors does not fit the configured backbone"):
+    with pytest.raises(ValueError, match=r"backbone\.safetensors"):
         load_backbone(checkpoint, build_backbone(load_config(run / "config.json").backbone))
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
     manifest["files"] = hash_files(checkpoint, list(manifest["files"]), num_threads=1)
@@ -419,7 +419,7 @@ def test_a_bank_of_whole_numbers_is_no_bank(trained: tuple[Path, dict[str, np.nd
     export(trained[0], tmp_path / "birds")
     for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn):
         save_file({"proxies": torch.ones(7, 1, 4).to(dtype)}, tmp_path / "birds" / "bank.safetensors")
-        with pytest.raises(ValueError, match=r"bank.safetensors cannot be read: proxies of .*; export it again"):
+        with pytest.raises(ValueError, match=r"bank\.safetensors.*proxies"):
             trained_module.TrainedModel(tmp_path / "birds", 30, {}, export={"step": 30}).bank()
 
 
@@ -431,21 +431,19 @@ def test_a_damaged_export_is_not_used(trained: tuple[Path, dict[str, np.ndarray]
     path.write_bytes(content[:-1])
     with pytest.raises(
         ValueError,
-        match=rf"birds is damaged: {name} has {len(content) - 1} bytes, expected {len(content)}; export it again",
+        match=rf"\bbirds\b.*{name}.*\b{len(content) - 1} bytes.*\b{len(content)}\b",
     ):
         open_trained(tmp_path / "birds")
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"birds is damaged: {name} has sha256 .*, expected .*; export it again"):
+    with pytest.raises(ValueError, match=rf"\bbirds\b.*{name}.*sha256"):
         open_trained(tmp_path / "birds")
     path.unlink()
-    with pytest.raises(ValueError, match=rf"birds is damaged: {name} cannot be read: No such file"):
+    with pytest.raises(ValueError, match=rf"\bbirds\b.*{name}.*No such file"):
         open_trained(tmp_path / "birds")
     (tmp_path / "birds" / "export.json").write_text('{"kind": "dist-proxygml-export", "version": 2}')
-    with pytest.raises(
-        ValueError, match=r"expected dist-proxygml-export of version 1 at .*, but .*version 2.*; export"
-    ):
+    with pytest.raises(ValueError, match=r"dist-proxygml-export.*version 1.*version 2"):
         open_trained(tmp_path / "birds")
     (tmp_path / "birds" / "export.json").write_text('{"kind": "dist-proxygml-export", "version": 1, "files": {}}')
-    with pytest.raises(ValueError, match=r"export.json is damaged \(.*no entry 'run'.*\); export it again"):
+    with pytest.raises(ValueError, match=r"export\.json.*'run'"):
         open_trained(tmp_path / "birds")

@@ -100,11 +100,11 @@ def test_a_file_that_does_not_run_or_gives_something_else_is_no_export() -> None
     def broken() -> export_check.Embed:
         raise RuntimeError("no kernel for Foo(99)")
 
-    with pytest.raises(ExportDiffersError, match=r"a\.onnx was written but does not run: no kernel for Foo\(99\)"):
+    with pytest.raises(ExportDiffersError, match=r"a\.onnx.*: no kernel for Foo\(99\)"):
         check_file(broken, rows, images, file="a.onnx", format="onnx", precision="float32")
-    with pytest.raises(ExportDiffersError, match=r"a\.onnx gives torch\.float32 \[2, 1\], expected float32 \[2, 2\]"):
+    with pytest.raises(ExportDiffersError, match=r"a\.onnx.*torch\.float32 \[2, 1\].*float32 \[2, 2\]"):
         check(rows, rows[:, :1], [0, 0])
-    with pytest.raises(ExportDiffersError, match=r"gives torch\.float64"):
+    with pytest.raises(ExportDiffersError, match=r"torch\.float64"):
         check(rows, rows.double(), [0, 0])
 
 

@@ -44,7 +44,7 @@ def test_a_variable_is_read_as_point_rank_passage_and_action() -> None:
     "text", ["save.nowhere@0:1:kill9", "step.begin@0:0:nan", "step.begin:1:nan", "step.begin@0:1:explode"]
 )
 def test_what_cannot_be_done_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected DIST_PROXYGML_FAULT=.*; points: start.join, .*; actions: kill9"):
+    with pytest.raises(ValueError, match=r"DIST_PROXYGML_FAULT=.*start\.join.*kill9"):
         parse_faults(text)
 
 

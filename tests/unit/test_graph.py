@@ -94,12 +94,12 @@ def test_the_operator_set_is_the_one_that_was_asked_for(tmp_path: Path, monkeypa
     assert onnx.load(tmp_path / "a.onnx").opset_import[0].version == 21
     last = onnx.defs.onnx_opset_version()
     for opset in (17, last + 1):
-        with pytest.raises(ValueError, match=rf"expected an --opset from 18 to {last}, got {opset}"):
+        with pytest.raises(ValueError, match=rf"--opset.*\b18 to {last}\b.*\b{opset}\b"):
             check_onnx(opset=opset, runs=False)
     check_onnx(opset=last, runs=True)
 
     # torch keeps another one when its converter fails, and only logs that
-    with pytest.raises(ValueError, match=r"expected ONNX in operator set 17, but torch could write .* in 18"):
+    with pytest.raises(ValueError, match=r"\b17\b.*\b18\b"):
         write_onnx(model, tmp_path / "b.onnx", side=32, opset=17)
     assert not (tmp_path / "b.onnx").exists()
 
@@ -119,10 +119,10 @@ def test_weights_that_one_file_cannot_hold_lie_beside_the_graph(
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match=r"--format onnx expects .* found no onnxscript.*; pip install '\.\[export\]'"):
+    with pytest.raises(ValueError, match=r"--format onnx.*onnxscript.*\[export\]"):
         check_onnx(opset=None, runs=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"--format onnx --verify expects .* no onnxscript and no onnxruntime"):
+    with pytest.raises(ValueError, match=r"--format onnx --verify.*onnxscript.*onnxruntime"):
         check_onnx(opset=None, runs=True)
 
 
@@ -138,6 +138,6 @@ def test_a_network_that_decides_by_its_input_is_no_onnx(tmp_path: Path) -> None:
     model = EmbeddingModel(
         Decides(), embedding=nn.Identity(), preprocessing=Preprocessing((0.0,) * 3, (1.0,) * 3)
     ).eval()
-    with pytest.raises(ValueError, match=r"torch cannot write this backbone as ONNX .*; take --format safetensors"):
+    with pytest.raises(ValueError, match=r"ONNX.*--format safetensors"):
         write_onnx(model, tmp_path / "a.onnx", side=4)
     assert not (tmp_path / "a.onnx").exists()

@@ -237,9 +237,9 @@ def test_a_file_cut_anywhere_is_refused(kind: str) -> None:
 
 
 def test_an_empty_file_and_an_unknown_format_are_called_so() -> None:
-    with pytest.raises(ValueError, match=r"^the image file is empty \(0 bytes\)$"):
+    with pytest.raises(ValueError, match=r"empty \(0 bytes\)"):
         decode_image(b"")
-    with pytest.raises(ValueError, match=r"^the image does not decode: expected JPEG, PNG, .* by its first bytes$"):
+    with pytest.raises(ValueError, match=r"JPEG, PNG, "):
         decode_image(b"<html>not found</html>")
 
 
@@ -247,7 +247,7 @@ def test_an_empty_file_and_an_unknown_format_are_called_so() -> None:
 def test_garbage_after_a_good_beginning_is_refused(head: bytes) -> None:
     garbage = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8).tobytes()
     for payload in (head + garbage, head + bytes(5000), head + b"<html>not found</html>"):
-        with pytest.raises(ValueError, match="the image does not decode"):
+        with pytest.raises(ValueError, match="decode"):
             decode_image(payload)
 
 
@@ -268,7 +268,7 @@ def test_a_decompression_bomb_is_refused_before_it_takes_memory_and_without_a_wa
     try:
         for bomb in bombs:
             with no_warnings():
-                with pytest.raises(ValueError, match=r"DecompressionBombError.* pixels"):
+                with pytest.raises(ValueError, match="DecompressionBombError"):
                     decode_image(bomb)
         assert tracemalloc.get_traced_memory()[1] < 20 << 20  # a plane of one would take 180 MB
     finally:
@@ -290,7 +290,7 @@ def test_only_the_named_formats_are_tried(tmp_path: Path, monkeypatch: pytest.Mo
             payload = encode(smooth(64, 64), kind)
         except (OSError, KeyError):  # this Pillow has no such encoder
             continue
-        with pytest.raises(ValueError, match=r"expected JPEG, PNG, .* got .* by its first bytes"):
+        with pytest.raises(ValueError, match=r"JPEG, PNG, "):
             decode_image(payload)
         refused.add(kind)
     assert "EPS" in refused
@@ -375,7 +375,7 @@ def test_a_tile_that_is_larger_than_its_image_counts() -> None:
     tags = {256: 53, 257: 37, 258: 8, 259: 8, 262: 1, 277: 1, 322: 40_000, 323: 40_000, 324: 200, 325: 40}
     fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     payload = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields).ljust(300, b"\0")
-    with pytest.raises(ValueError, match=r"DecompressionBombError: 53 x 37 pixels"):
+    with pytest.raises(ValueError, match=r"DecompressionBombError.*\b53 x 37\b"):
         decode_image(payload)
 
 
@@ -400,13 +400,13 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "device.png").symlink_to("/dev/zero")
     for name in ("pipe", "folder", "device"):
-        with pytest.raises(ValueError, match=r"cannot be read: (it is no regular file|Is a directory)"):
+        with pytest.raises(ValueError, match=r"(regular file|Is a directory)"):
             images.read_image_file(tmp_path / f"{name}.png")
-    with pytest.raises(ValueError, match=r"cannot be read: No such file"):
+    with pytest.raises(ValueError, match="No such file"):
         images.read_image_file(tmp_path / "none.png")
     with open(tmp_path / "large.png", "wb") as stream:
         stream.truncate(MAX_BYTES + 1)
-    with pytest.raises(ValueError, match=r"has 1,073,741,825 bytes, expected"):
+    with pytest.raises(ValueError, match=r"\b1,073,741,825 bytes"):
         images.read_image_file(tmp_path / "large.png")
 
 
@@ -431,9 +431,7 @@ def test_the_limit_is_exact_and_pillow_warns_of_nothing_below_it(monkeypatch: py
     with no_warnings():
         for kind in ("JPEG", "PNG"):
             assert decode_image(encode(smooth(), kind)).shape == (3, 37, 53)
-            with pytest.raises(
-                ValueError, match=r"37 x 54 pixels in mode RGB take 13,986 bytes to decode, expected at most 13,727;"
-            ):
+            with pytest.raises(ValueError, match=r"\b37 x 54\b.*\bRGB\b.*\b13,986 bytes\b.*\b13,727\b"):
                 decode_image(encode(smooth(54, 37), kind))
 
 

@@ -104,7 +104,7 @@ def test_the_class_table_of_chosen_classes_has_their_lines(index: ShardIndex) ->
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere does not exist; build .*dist_proxygml\.shard"):
+    with pytest.raises(ValueError, match=r"nowhere.*dist_proxygml\.shard"):
         open_index(tmp_path / "nowhere", "train")
 
 
@@ -117,7 +117,7 @@ def test_a_folder_without_an_index_is_an_unfinished_build(index: ShardIndex) -> 
 
 
 def test_an_empty_folder_is_told_apart_from_an_unfinished_build(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"0 tar files and no index\.json; build the shards"):
+    with pytest.raises(ValueError, match=r"\b0 tar files.*index\.json"):
         open_index(tmp_path, "train")
 
 
@@ -181,13 +181,13 @@ def test_changed_bytes_and_a_file_that_shrank_are_noticed_at_the_read(index: Sha
     row = index.samples[0]
     reader = ShardReader(index.open_shard)
     where = {"offset": int(row["offset"]), "num_bytes": int(row["nbytes"])}
-    with pytest.raises(ValueError, match="the index says 00000001: the bytes changed"):
+    with pytest.raises(ValueError, match="00000001"):
         reader.read(0, **where, crc32=1)
     index.shard_paths[0].write_bytes(index.shard_paths[0].read_bytes()[: where["offset"] + 5])
-    with pytest.raises(ValueError, match=r"got 5: "):
+    with pytest.raises(ValueError, match=r"\b5: "):
         reader.read(0, **where, crc32=int(row["crc32"]))
     index.shard_paths[1].unlink()
-    with pytest.raises(ValueError, match="cannot be opened: No such file"):
+    with pytest.raises(ValueError, match="No such file"):
         reader.read(1, **where, crc32=0)
 
 
@@ -204,7 +204,7 @@ def test_a_tar_cut_between_two_samples_is_told_by_its_missing_end_mark(index: Sh
     with tarfile.open(path) as tar:
         second_sample = tar.getmembers()[3].offset
     path.write_bytes(path.read_bytes()[:second_sample])
-    with pytest.raises(ValueError, match="no end mark, so it was cut"):
+    with pytest.raises(ValueError, match="end mark"):
         list_shard(path)
 
 
@@ -215,7 +215,7 @@ def test_members_of_a_sample_that_are_apart_are_refused(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.size = 1
             tar.addfile(member, io.BytesIO(b"1"))
-    with pytest.raises(ValueError, match="the members of sample a are not adjacent"):
+    with pytest.raises(ValueError, match=r"sample a\b"):
         list_shard(path)
 
 
@@ -252,7 +252,7 @@ def test_a_server_cannot_send_a_table_that_is_larger_than_its_index_says(
     index: ShardIndex, tmp_path: Path, table: str
 ) -> None:
     location = f"pipe:cat {index.root}/{{}}; if [ {{}} = {table} ]; then yes; fi"
-    with pytest.raises(ValueError, match=r"attempt 1 of 5: it has more than the \d+ bytes of the index"):
+    with pytest.raises(ValueError, match=r"attempt 1 of 5.*\b\d+ bytes"):
         open_index(location, "test", cache_directory=tmp_path / "cache", is_typed=True)
 
 
@@ -383,7 +383,7 @@ def test_a_sample_table_that_is_none_is_refused(content: bytes, index: ShardInde
 @pytest.mark.parametrize("content", [b"3\n" * 3, b"[1,2,3]\n" * 3, b"[" * 99_999, b'["a",1]\n' * 3, b"\xff\n" * 3])
 def test_a_class_table_that_is_none_is_refused(content: bytes, index: ShardIndex) -> None:
     write_content(index, "classes", content)
-    with pytest.raises(ValueError, match=r"index.classes.test.jsonl: expected a line \[name, id, count\]"):
+    with pytest.raises(ValueError, match=r"index\.classes\.test\.jsonl.*\[name, id, count\]"):
         _ = open_index(index.root, "test").classes
 
 

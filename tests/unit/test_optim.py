@@ -220,20 +220,20 @@ def test_the_gradient_is_sparse_where_nothing_but_the_kept_classes_moves(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"proxies_momentum": 0.9}, "expected proxies_momentum 0 for 'adam', got 0.9.*set proxies_name to \"sgd\""),
-        ({"proxies_name": "sparse_adam", "proxies_momentum": 0.9}, "expected proxies_momentum 0 for 'sparse_adam'"),
+        ({"proxies_momentum": 0.9}, r"proxies_momentum.*'adam'.*\b0\.9\b.*proxies_name"),
+        ({"proxies_name": "sparse_adam", "proxies_momentum": 0.9}, "proxies_momentum.*'sparse_adam'"),
         (
             {"proxies_name": "rowwise_adagrad", "proxies_weight_decay": 1e-4},
-            "expected proxies_weight_decay 0 for 'rowwise_adagrad'.*got 0.0001; remove it",
+            r"proxies_weight_decay.*'rowwise_adagrad'.*\b0\.0001",
         ),
-        ({"proxies_name": "sparse_adam", "proxies_weight_decay": 1e-4}, "proxies_weight_decay 0 for 'sparse_adam'"),
+        ({"proxies_name": "sparse_adam", "proxies_weight_decay": 1e-4}, "proxies_weight_decay.*'sparse_adam'"),
         (
             {"proxies_name": "sparse_adam", "regularization_weight": 0.3},
-            "expected proxies.regularization_weight 0 .*'sparse_adam', got 0.3.*set it to 0",
+            r"proxies\.regularization_weight.*optimizer\.proxies_name.*\b0\.3\b",
         ),
         (
             {"proxies_name": "sparse_adam", "selection": "gather"},
-            "expected proxies.selection auto, .*'sparse_adam', got 'gather'.*change one of them",
+            r'proxies\.selection.*optimizer\.proxies_name.*"gather"',
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_an_epoch_visits_every_image_at_most_once_and_all_of_them_unless_it_says
     batch_size = per_slot * slots
     sizes = expected_sizes(num_samples, batch_size, drop_last)
     if not sizes or min(sizes) < slots:
-        with pytest.raises(ValueError, match="use fewer ranks or micro-batches, or another batch_size"):
+        with pytest.raises(ValueError, match=r"ranks.*micro-batches.*batch_size"):
             EpochPlan(order, batch_size, accumulation, world_size, drop_last)
         return
     plan = EpochPlan(order, batch_size, accumulation, world_size, drop_last)
@@ -103,7 +103,7 @@ def test_stopping_after_any_step_leaves_exactly_the_rest_in_order_for_any_batch_
         assert np.array_equal(np.concatenate([other.step(j) for j in range(other.num_steps)]), order[consumed:])
         consumed += len(whole.step(step))
     assert EpochPlan(order, batch_size, 1, 1, start=consumed).num_steps == 0
-    with pytest.raises(ValueError, match="start must lie in"):
+    with pytest.raises(ValueError, match=r"\bstart\b"):
         EpochPlan(order, batch_size, 1, 1, start=consumed + 1)
 
 
@@ -129,7 +129,7 @@ def test_class_balanced_batches_hold_m_classes_of_k_images_and_use_classes_and_i
     wanted = {"classes_per_batch": classes_per_batch, "images_per_class": images_per_class, "seed": seed}
     num_present = len(np.unique(labels))
     if classes_per_batch > num_present:
-        with pytest.raises(ValueError, match=f"expected at least {classes_per_batch} classes with images, got"):
+        with pytest.raises(ValueError, match=rf"\b{classes_per_batch} classes"):
             class_balanced_order(labels.astype("<i4"), **wanted, epoch=1)
         return
     order = class_balanced_order(labels.astype("<i4"), **wanted, epoch=1)
@@ -244,5 +244,5 @@ def test_validation_classes_are_drawn_by_seed_and_number_and_more_of_them_hold_t
 
 
 def test_a_shuffle_window_of_no_shards_is_refused() -> None:
-    with pytest.raises(ValueError, match="shuffle_window must be at least 1"):
+    with pytest.raises(ValueError, match=r"shuffle_window.*\b1\b"):
         epoch_order(shards_of(4, 2), seed=0, epoch=0, shuffle_window=0)

@@ -167,13 +167,13 @@ def test_drawing_takes_memory_for_the_anchors_only(num_proxies: int) -> None:
 
 @pytest.mark.parametrize("num_anchors", [0, 8])
 def test_a_draw_of_none_or_too_many_is_refused(num_anchors: int) -> None:
-    with pytest.raises(ValueError, match=f"1 to 7 anchors of 7 proxies, got {num_anchors}"):
+    with pytest.raises(ValueError, match=rf"\b1 to 7\b.*\b{num_anchors}$"):
         draw_anchors(7, num_anchors, seed=0, draw=0)
 
 
 @pytest.mark.parametrize("anchors", [[], [3, 1], [2, 2], [-1, 3], [0, 21]])
 def test_anchors_that_are_not_ascending_indices_are_refused(anchors: list[int]) -> None:
-    with pytest.raises(ValueError, match="from 0 to 20, ascending"):
+    with pytest.raises(ValueError, match=r"\b0 to 20\b"):
         sampled(random_proxies(7, 3, 2), torch.tensor(anchors, dtype=torch.int64))
 
 

@@ -228,19 +228,19 @@ def test_a_name_is_put_where_it_belongs(location: str, url: str) -> None:
 )
 @pytest.mark.parametrize("location", ["https://h/x", "pipe:cat {}"])
 def test_a_name_that_is_more_than_a_name_is_refused(location: str, name: str) -> None:
-    with pytest.raises(ValueError, match=r"expected letters.*rename"):
+    with pytest.raises(ValueError, match="letters"):
         file_url(location, name)
 
 
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("ais://bucket/x", "expected one of http, https, s3, gs, hf, pipe, got ais"),
-        ("shards/demo", "got a local path"),
-        ("pipe:cat shard.tar", "has no {}"),
-        ("https:///x", "expected https://host/folder"),
-        ("https://h/x#part", "without '#'"),
-        ("hf://name", "expected hf://datasets/USER/NAME"),
+        ("ais://bucket/x", "http, https, s3, gs, hf, pipe, got ais"),
+        ("shards/demo", "local path"),
+        ("pipe:cat shard.tar", "{}"),
+        ("https:///x", "https://host/folder"),
+        ("https://h/x#part", "'#'"),
+        ("hf://name", "hf://datasets/USER/NAME"),
     ],
 )
 def test_a_location_that_cannot_be_fetched_from_is_refused_at_once(tmp_path: Path, location: str, message: str) -> None:
@@ -250,7 +250,7 @@ def test_a_location_that_cannot_be_fetched_from_is_refused_at_once(tmp_path: Pat
 
 @pytest.mark.parametrize("setting", ["limit_bytes", "num_attempts", "stall_seconds"])
 def test_settings_must_be_positive(tmp_path: Path, setting: str) -> None:
-    with pytest.raises(ValueError, match=f"{setting} .* is 0, expected more than 0"):
+    with pytest.raises(ValueError, match=f"{setting}.*\\b0\\b.*\\b0\\b"):
         ShardCache("http://h", tmp_path, **{setting: 0})
 
 
@@ -519,7 +519,7 @@ def test_a_missing_library_is_named_with_the_command(
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == library else real(name, *rest))
-    with pytest.raises(ValueError, match=f"{scheme}://b needs {library}.*`pip install {library}`"):
+    with pytest.raises(ValueError, match=f"{scheme}://b.*{library}.*`pip install {library}`"):
         ShardCache(f"{scheme}://b", tmp_path)
 
 
@@ -844,7 +844,7 @@ def test_a_full_disk_with_nothing_to_evict_is_said(cache: ShardCache, monkeypatc
 
 def test_a_cache_that_cannot_be_written_is_named(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"shard cache .*file cannot be used: .*name a folder"):
+    with pytest.raises(ValueError, match=r"shard cache.*/file\b"):
         cache_of(server.url, tmp_path / "file").open_shard(**FIRST)
 
 
@@ -870,17 +870,17 @@ def test_an_index_that_was_cut_is_fetched_again(server: Server, cache: ShardCach
     server.replies = [Reply(num_sent=20, claimed=0), Reply(num_sent=0, claimed=0)]
     assert (cache.fetch_index() / "index.json").read_bytes() == INDEX
     server.replies = [Reply(num_sent=20, claimed=0)] * 3
-    with pytest.raises(ValueError, match=r"attempt 3 of 3: it is not JSON"):
+    with pytest.raises(ValueError, match=r"attempt 3 of 3.*JSON"):
         cache.fetch_index()
 
 
 def test_an_index_without_an_end_is_refused(server: Server, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
     server.files["index.json"] = b"[" * 200_000
-    with pytest.raises(ValueError, match="attempt 3 of 3: it is not JSON"):
+    with pytest.raises(ValueError, match=r"attempt 3 of 3.*JSON"):
         cache.fetch_index()
     monkeypatch.setattr(remote, "MAX_INDEX_BYTES", len(INDEX))
     server.files["index.json"] = INDEX + b" "
-    with pytest.raises(ValueError, match=f"attempt 1 of 3: it has more than the {len(INDEX)} bytes"):
+    with pytest.raises(ValueError, match=rf"attempt 1 of 3.*\b{len(INDEX)} bytes"):
         cache.fetch_index()
     assert list((cache.directory / "indexes").iterdir()) == []
 
@@ -888,7 +888,7 @@ def test_an_index_without_an_end_is_refused(server: Server, cache: ShardCache, m
 def test_a_table_that_is_larger_than_its_index_allows_is_refused(server: Server, cache: ShardCache) -> None:
     server.files.update({"index.json": INDEX, "index.samples.train.npy": TABLE})
     folder = cache.fetch_index()
-    with pytest.raises(ValueError, match="attempt 1 of 3: it has more than the 5000 bytes"):
+    with pytest.raises(ValueError, match=r"attempt 1 of 3.*\b5000 bytes"):
         cache.fetch_table(folder, "index.samples.train.npy", max_bytes=5_000, sha256=sha256(TABLE))
     assert [path.name for path in folder.iterdir()] == ["index.json"]
 
@@ -911,8 +911,8 @@ def test_a_table_is_fetched_once_and_again_when_damaged(server: Server, cache: S
 def test_a_table_with_another_hash_is_never_published(server: Server, cache: ShardCache) -> None:
     server.files.update({"index.json": INDEX, "index.samples.train.npy": TABLE})
     folder = cache.fetch_index()
-    with pytest.raises(ValueError, match=r"attempt 3 of 3: its 5001 bytes have the sha256 .* upload"):
+    with pytest.raises(ValueError, match=r"attempt 3 of 3.*\b5001 bytes.*sha256"):
         cache.fetch_table(folder, "index.samples.train.npy", max_bytes=len(TABLE), sha256=sha256(OTHER))
-    with pytest.raises(ValueError, match="expected letters"):
+    with pytest.raises(ValueError, match="letters"):
         cache.fetch_table(folder, "../index.samples.train.npy", max_bytes=len(TABLE), sha256=sha256(TABLE))
     assert [path.name for path in folder.iterdir()] == ["index.json"]

@@ -145,7 +145,7 @@ def test_what_is_saved_comes_back_the_same(index: Index, tmp_path: Path) -> None
     )  # fmt: skip
     for expected, got in zip(index.search(QUERIES, 7), loaded.search(QUERIES, 7), strict=True):
         np.testing.assert_array_equal(got, expected)
-    with pytest.raises(ValueError, match="add --overwrite"):
+    with pytest.raises(ValueError, match="--overwrite"):
         saved.save(tmp_path / "i")
     saved.save(tmp_path / "i", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
@@ -157,13 +157,13 @@ def test_an_index_of_other_rows_than_its_manifest_says_is_refused(tmp_path: Path
     manifest = json.loads(path.read_text())
     for name in ("num_rows", "embedding_dim"):
         path.write_text(json.dumps(manifest | {name: 3}))
-        with pytest.raises(ValueError, match=r"i is damaged: rows \[50, .*\] for 50 ids, expected .*3.*; build it"):
+        with pytest.raises(ValueError, match=r"\bi is damaged.*\[50, .*\b3\b"):
             Index.load(tmp_path / "i")
 
 
 @pytest.mark.parametrize("recall", [0, 1.5, float("nan")])
 def test_a_recall_that_no_search_can_have_is_refused(recall: float) -> None:
-    with pytest.raises(ValueError, match="expected a target_recall above 0 and at most 1"):
+    with pytest.raises(ValueError, match="target_recall"):
         Index.build(ROWS[:50], NAMES[:50], kind="ivf", target_recall=recall)
 
 
@@ -174,22 +174,22 @@ def test_a_damaged_index_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         path = tmp_path / "i" / name
         content = path.read_bytes()
         path.write_bytes(content[:-1])
-        with pytest.raises(ValueError, match=rf"i is damaged: {name} has .* bytes, expected .*; build it"):
+        with pytest.raises(ValueError, match=rf"\bi is damaged.*{name}.* bytes"):
             Index.load(tmp_path / "i")
         place = content.rindex(b"9.jpg") if name == "ids.jsonl" else len(content) - 1
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         assert len(Index.load(tmp_path / "i")) == 50  # of the size that it had: only a look at every byte sees it
-        with pytest.raises(ValueError, match=rf"i is damaged: {name} has sha256 .*, expected .*; build it"):
+        with pytest.raises(ValueError, match=rf"\bi is damaged.*{name}.*sha256"):
             Index.load(tmp_path / "i", verify=True)
         assert main(verify) == 2
         assert f"i is damaged: {name} has sha256" in capsys.readouterr().err
         path.write_bytes(content)
     assert main(verify) == 0
     assert "flat index of 50 rows, every byte as it was written" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"expected dist-proxygml-search-index at .*none, found no such folder; build"):
+    with pytest.raises(ValueError, match=r"dist-proxygml-search-index.*none\b"):
         Index.load(tmp_path / "none")
     (tmp_path / "i" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"manifest.json is missing.*; build it"):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
         Index.load(tmp_path / "i")
 
 
@@ -232,7 +232,7 @@ def test_a_faiss_file_of_another_kind_is_refused_before_faiss_reads_it(
     monkeypatch.setattr(faiss, "read_index", lambda path: pytest.fail("faiss reads it"))
     for other in (lists_on_disk, hidden, graph, distances):
         put_into(tmp_path / "i", other)
-        with pytest.raises(ValueError, match=r"index.faiss is no index of this kind, at byte .*; build it"):
+        with pytest.raises(ValueError, match=r"index\.faiss.*byte"):
             Index.load(tmp_path / "i")
     monkeypatch.setattr(faiss, "read_index", read)
     Index.build(rows, NAMES[:200], kind=kind).save(tmp_path / "i", overwrite=True)
@@ -242,11 +242,11 @@ def test_a_faiss_file_of_another_kind_is_refused_before_faiss_reads_it(
 @pytest.mark.parametrize(
     ("rows", "ids", "message"),
     [
-        (ROWS[:3], ["a", "b"], r"expected embeddings \[n, D\] and n ids with n at least 1, got \[3, 16\] and 2 ids"),
-        (ROWS[:0], [], r"got \[0, 16\] and 0 ids"),
-        (ROWS[0], ["a"], r"got \[16\] and 1 ids"),
-        (2 * ROWS[:3], ["a", "b", "c"], r"expected rows of length 1, got 2 in row 0 \(a\); normalise"),
-        (np.full((1, 4), np.nan, np.float32), ["a"], r"got nan in row 0"),
+        (ROWS[:3], ["a", "b"], r"\[n, D\].*\[3, 16\].*\b2 ids"),
+        (ROWS[:0], [], r"\[0, 16\].*\b0 ids"),
+        (ROWS[0], ["a"], r" \[16\].*\b1 ids"),
+        (2 * ROWS[:3], ["a", "b", "c"], r"\b2 in row 0 \(a\)"),
+        (np.full((1, 4), np.nan, np.float32), ["a"], r"\bnan in row 0"),
     ],
 )
 def test_rows_that_cannot_be_searched_are_refused(rows: np.ndarray, ids: list[str], message: str) -> None:
@@ -255,11 +255,11 @@ def test_rows_that_cannot_be_searched_are_refused(rows: np.ndarray, ids: list[st
 
 
 def test_queries_that_do_not_fit_are_refused(index: Index) -> None:
-    with pytest.raises(ValueError, match=r"expected queries \[q, 16\], as the index holds, got \[2, 8\]; embed them"):
+    with pytest.raises(ValueError, match=r"queries \[q, 16\].*\[2, 8\]"):
         index.search(ROWS[:2, :8])
-    with pytest.raises(ValueError, match="expected k of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"\bk\b.*\b0$"):
         index.search(QUERIES, 0)
-    with pytest.raises(ValueError, match="got 3 in row 1"):
+    with pytest.raises(ValueError, match=r"\b3 in row 1\b"):
         index.search(QUERIES[:2] * np.array([[1], [3]]))
     assert index.search(QUERIES[:0], 3).scores.shape == (0, 3)
 
@@ -271,7 +271,7 @@ def test_the_kind_goes_by_the_number_of_rows() -> None:
     assert count_lists(1) == 1
     assert count_lists(1_000_000) == 4000
     assert count_lists(6400) == 100  # 64 points a list
-    with pytest.raises(ValueError, match="expected a kind auto, flat, ivf or hnsw, got 'pq'"):
+    with pytest.raises(ValueError, match=r"kind.*'pq'"):
         Index.build(ROWS, NAMES, kind="pq")  # type: ignore[arg-type]
 
 
@@ -282,11 +282,11 @@ def test_a_single_row_is_a_gallery_too(kind: str) -> None:
 
 
 def test_the_command_builds_and_tells_its_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dist_proxygml.inference.embeddings import EmbeddingWriter
+    from dist_proxygml.inference.embeddings import write_embeddings
 
-    with EmbeddingWriter(tmp_path / "e", plan={}, embedding_dim=16) as writer:
-        writer.add(ROWS, [ImageRecord(name) for name in NAMES], [])
-        writer.finish({"model": {"run": "r", "step": 3}, "data": {"kind": "folder", "location": "/photos"}})
+    about = {"model": {"run": "r", "step": 3}, "data": {"kind": "folder", "location": "/photos"}}
+    rows = (ROWS, [ImageRecord(name) for name in NAMES], [])
+    write_embeddings(tmp_path / "new", tmp_path / "e", [rows], embedding_dim=16, about=about)
     options = ["--embeddings", str(tmp_path / "e"), "--out", str(tmp_path / "i")]
     assert main(options) == 0
     assert capsys.readouterr().out == (

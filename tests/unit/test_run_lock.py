@@ -32,7 +32,7 @@ def test_a_run_has_one_writer_and_a_killed_one_holds_nothing(tmp_path: Path) -> 
     process.start()
     child = here.recv()
     try:
-        with pytest.raises(ValueError, match=rf"demo is in use by process {process.pid} on .*--set name=NAME"):
+        with pytest.raises(ValueError, match=rf"\bdemo\b.*process {process.pid}\b.*--set name=NAME"):
             FolderLock(run)
         FolderLock(run.with_name("other"))
         process.kill()
@@ -45,7 +45,5 @@ def test_a_run_has_one_writer_and_a_killed_one_holds_nothing(tmp_path: Path) -> 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(
-        ValueError, match=r"expected to write into .*runs.*name another with --set name=NAME or runs_dir=FOLDER"
-    ):
+    with pytest.raises(ValueError, match=r"runs.*--set name=NAME.*runs_dir=FOLDER"):
         FolderLock(tmp_path / "runs" / "demo")

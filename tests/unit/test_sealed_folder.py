@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.storage import folder as sealed_folder
 from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
 
 KIND = SealedKind(
@@ -60,21 +59,21 @@ def test_what_was_written_is_read_and_a_card_may_be_edited(folder: Path) -> None
 def test_a_manifest_that_was_edited_is_damaged(folder: Path, changes: dict[str, Any], problem: str) -> None:
     manifest = json.loads((folder / "about.json").read_text())
     (folder / "about.json").write_text(json.dumps(manifest | changes))
-    with pytest.raises(ValueError, match=rf"about.json is damaged \(.*{problem}.*\); make it again"):
+    with pytest.raises(ValueError, match=rf"about\.json.*{problem}"):
         open_sealed(folder, KIND)
     del manifest[next(iter(changes))]
     (folder / "about.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=rf"damaged \(.*no entry '{next(iter(changes))}'"):
+    with pytest.raises(ValueError, match=rf"about\.json.*'{next(iter(changes))}'"):
         open_sealed(folder, KIND)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff", b'{"kind": '])
 def test_a_manifest_that_cannot_be_read_is_not_called_missing(folder: Path, content: bytes) -> None:
     (folder / "about.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"expected a-kind of version 1 at .*, but about.json is damaged \(.*make"):
+    with pytest.raises(ValueError, match=r"a-kind.*version 1.*about\.json is damaged"):
         open_sealed(folder, KIND)
     (folder / "about.json").unlink()
-    with pytest.raises(ValueError, match=r"but about.json is missing.*; make it again"):
+    with pytest.raises(ValueError, match=r"about\.json is missing"):
         open_sealed(folder, KIND)
 
 
@@ -85,39 +84,39 @@ def test_a_manifest_names_regular_files_of_its_folder_alone(folder: Path, name: 
     manifest = json.loads((folder / "about.json").read_text())
     manifest["files"][name] = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     (folder / "about.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=rf"is damaged: {name} (is no regular file|lies elsewhere); make it again"):
+    with pytest.raises(ValueError, match=rf"damaged: {name} (is no regular file|lies elsewhere)"):
         open_sealed(folder, KIND)
 
 
 def test_a_link_to_itself_is_no_place_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(ValueError, match=r"loop, found a link to nowhere; remove it"):
+    with pytest.raises(ValueError, match=r"\bloop\b.*link"):
         check_is_free(tmp_path / "loop", KIND, overwrite=True)
 
 
 def test_all_files_that_differ_are_named(folder: Path) -> None:
     (folder / "a.txt").write_text("aa")
     (folder / "sub" / "b.txt").unlink()
-    with pytest.raises(ValueError, match=r"a.txt has 2 bytes, expected 1; sub/b.txt cannot be read: No such .*again"):
+    with pytest.raises(ValueError, match=r"a\.txt.*\b2 bytes.*\b1; sub/b\.txt.*No such"):
         open_sealed(folder, KIND)
 
 
 def test_only_a_folder_of_the_same_kind_with_nothing_of_others_is_replaced(folder: Path) -> None:
     check_is_free(folder.parent / "new", KIND, overwrite=False)
-    with pytest.raises(ValueError, match="found a-kind; name another folder, or add --overwrite"):
+    with pytest.raises(ValueError, match=r"a-kind.*--overwrite"):
         check_is_free(folder, KIND, overwrite=False)
     check_is_free(folder, KIND, overwrite=True)
     (folder / "sub" / "mine.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"found sub/mine.txt besides, which would be lost; move what is yours"):
+    with pytest.raises(ValueError, match=r"sub/mine\.txt"):
         check_is_free(folder, KIND, overwrite=True)
     other = SealedKind("another-kind", remedy="", manifest_file="about.json")
-    with pytest.raises(ValueError, match=r"expected nothing or an earlier another-kind at .*, found something"):
+    with pytest.raises(ValueError, match=r"another-kind"):
         check_is_free(folder, other, overwrite=True)
 
 
 def test_a_folder_that_was_about_to_be_replaced_is_put_back(folder: Path) -> None:
     (folder.parent / "out").rename(folder.parent / ".out.replaced")
-    with pytest.raises(ValueError, match=r"found no such folder; an earlier one, .*, is .*/\.out\.replaced; make"):
+    with pytest.raises(ValueError, match=r"\.out\.replaced"):
         open_sealed(folder, KIND)
     check_is_free(folder, KIND, overwrite=True)
     assert open_sealed(folder, KIND)["count"] == 3
@@ -125,25 +124,5 @@ def test_a_folder_that_was_about_to_be_replaced_is_put_back(folder: Path) -> Non
 
 def test_a_folder_with_a_damaged_manifest_is_not_replaced(folder: Path) -> None:
     (folder / "about.json").write_text("{")
-    with pytest.raises(ValueError, match=r"found a damaged about.json; remove it, or name another"):
+    with pytest.raises(ValueError, match=r"damaged about\.json"):
         check_is_free(folder, KIND, overwrite=True)
-
-
-def test_notes_of_a_writer_are_kept_to_the_end_and_never_published(tmp_path: Path, monkeypatch: Any) -> None:
-    partial = partial_path(tmp_path / "out")
-    make_empty(partial)
-    for name in ("a.txt", "plan.json"):
-        (partial / name).write_text(name)
-
-    def killed(*_: object, **__: object) -> None:
-        assert (partial / "plan.json").exists()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sealed_folder, "hash_files", killed)
-        with pytest.raises(KeyboardInterrupt):
-            seal(partial, tmp_path / "out", KIND, about={"count": 1, "model": None}, notes=("plan.json",))
-    (partial / "about.json").write_text("of a writer that was killed later")
-    seal(partial, tmp_path / "out", KIND, about={"count": 1, "model": None}, notes=("plan.json",))
-    assert list(open_sealed(tmp_path / "out", KIND)["files"]) == ["a.txt"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.txt", "about.json"]

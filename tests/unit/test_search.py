@@ -74,7 +74,7 @@ def test_two_faiss_packages_are_refused_with_the_commands_that_help(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     installed(monkeypatch, "faiss-cpu", "faiss-gpu")
-    with pytest.raises(ValueError, match=r"found 2: faiss-cpu 1.15.1, faiss-gpu 1.15.1") as error:
+    with pytest.raises(ValueError, match=r"\b2: faiss-cpu 1\.15\.1, faiss-gpu 1\.15\.1") as error:
         search.load_faiss()
     assert "pip uninstall faiss-cpu faiss-gpu" in str(error.value)
 
@@ -91,12 +91,12 @@ def test_no_faiss_package_is_refused_with_the_command_that_helps(
 ) -> None:
     installed(monkeypatch)
     without_module(monkeypatch, ImportError("No module named 'faiss'"))
-    with pytest.raises(ValueError, match=r"none is installed .*pip install faiss-(cpu|gpu)"):
+    with pytest.raises(ValueError, match=r"pip install faiss-(cpu|gpu)"):
         search.load_faiss()
 
 
 def test_a_faiss_package_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "faiss-gpu")
     without_module(monkeypatch, RuntimeError("libcublas.so.12 not found"))
-    with pytest.raises(ValueError, match=r"faiss-gpu 1.15.1 is installed but does not start .libcublas"):
+    with pytest.raises(ValueError, match=r"faiss-gpu 1\.15\.1.*libcublas"):
         search.load_faiss()

@@ -1,6 +1,7 @@
 """The command that searches: what it prints and draws, and whom it refuses."""
 
 import builtins
+import csv
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from dist_proxygml.data import remote
 from dist_proxygml.data.sources import FolderSource
 from dist_proxygml.embed import main as embed_main
 from dist_proxygml.index import main as index_main
+from dist_proxygml.inference import search
 from dist_proxygml.inference.search_page import Row, Tile, write_page
 from dist_proxygml.search import main
 from tests.shards_of_noise import write_noise_shards
@@ -35,7 +37,7 @@ class Place:
             image = Image.fromarray(generator.integers(0, 256, (9, 9, 3), dtype=np.uint8))
             image.save(self.photos / f"{number:02d}.png")
         self.run = write_finished_run(root / "runs")
-        assert embed_main(["--run", str(self.run), "--data", str(self.photos), "--out", str(root / "e")]) == 0
+        embed_main(["--run", str(self.run), "--data", str(self.photos), "--out", str(root / "e")])
         assert index_main(["--embeddings", str(root / "e"), "--out", str(self.index)]) == 0
 
     def path(self, number: int) -> Path:
@@ -93,10 +95,10 @@ def test_a_table_names_the_nearest_first(place: Place, capsys: pytest.CaptureFix
     blocks = []
     for number, scores, ids in zip((3, 7), expected.scores.tolist(), expected.ids, strict=True):
         blocks.append(str(place.path(number)))
-        blocks += [f"   {rank}  {scores[rank - 1]:7.4f}  {ids[rank - 1]}" for rank in (1, 2, 3)]
+        blocks += [f"   {rank}  {scores[rank - 1]:8.5f}  {ids[rank - 1]}" for rank in (1, 2, 3)]
     assert lines == blocks
-    assert lines[1] == "   1   1.0000  03.png"
-    assert lines[5] == "   1   1.0000  07.png"
+    assert lines[1] == "   1   1.00000  03.png"
+    assert lines[5] == "   1   1.00000  07.png"
 
 
 def test_json_has_what_the_table_has(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +112,84 @@ def test_json_has_what_the_table_has(place: Place, capsys: pytest.CaptureFixture
         assert (first["rank"], first["id"], second["rank"]) == (1, f"{number:02d}.png", 2)
         assert first["score"] == pytest.approx(1, abs=1e-6)
         assert second["score"] < first["score"]
+
+
+def test_a_query_of_the_index_is_left_out_by_its_pixels_and_so_are_copies(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ordinary = Index.load(place.index).search(Embedder.from_run(place.run).embed([place.path(3), place.path(7)]), 4)
+    shutil.copy(place.path(3), tmp_path / "copy.png")
+    Image.open(place.path(7)).save(tmp_path / "other.bmp")  # the same pixels in another file
+    capsys.readouterr()
+    assert searched(place, tmp_path / "copy.png", tmp_path / "other.bmp", "-k", 3, "--exclude-self") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines if len(line) == 3] == ordinary.ids[0][1:] + ordinary.ids[1][1:]
+    # More copies than a first search finds, and an index of nothing else.
+    for number in (0, 1, 2, 4, 5, 6, 8, 9, 10):
+        shutil.copy(place.path(3), place.path(number))
+    embed_main(["--run", str(place.run), "--data", str(place.photos), "--out", str(tmp_path / "e2")])
+    assert index_main(["--embeddings", str(tmp_path / "e2"), "--out", str(tmp_path / "i2")]) == 0
+    place.index = tmp_path / "i2"
+    capsys.readouterr()
+    assert searched(place, place.path(3), "-k", 2, "--exclude-self") == 0
+    assert {line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]} == {"07.png", "11.png"}
+    for number in (7, 11):
+        shutil.copy(place.path(3), place.path(number))
+    arguments = ["--run", str(place.run), "--data", str(place.photos), "--out", str(tmp_path / "e3")]
+    embed_main(arguments)
+    assert index_main(["--embeddings", str(tmp_path / "e3"), "--out", str(place.index), "--overwrite"]) == 0
+    capsys.readouterr()
+    assert searched(place, place.path(3), "--exclude-self", "--html", tmp_path / "found.html") == 0
+    assert capsys.readouterr().out == f"{place.path(3)}: the index holds nothing else\n"
+
+
+def test_without_the_images_of_the_index_a_query_cannot_be_told_from_itself(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = shutil.copy(place.path(3), tmp_path / "query.png")
+    moved = place.photos.rename(tmp_path / "moved")
+    assert str(place.photos) in told(capsys, place, query, "--exclude-self")
+    assert searched(place, query, "--exclude-self", "--data", moved) == 0
+    (moved / "03.png").unlink()
+    error = told(capsys, place, query, "--exclude-self", "--data", moved)
+    assert "03.png" in error
+    assert "--exclude-self" in error
+
+
+def test_answers_to_a_folder_of_queries_go_to_a_file(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, lines = tmp_path / "new" / "answers.csv", tmp_path / "answers.jsonl"
+    capsys.readouterr()
+    assert searched(place, place.photos, "-k", 2, "--out", rows) == 0
+    assert capsys.readouterr().out == f"answers to 12 of 12 queries, written to {rows}\n"
+    table = list(csv.DictReader(rows.open(newline="")))
+    assert len(table) == 24
+    assert [row["id"] for row in table if row["rank"] == "1"] == [f"{number:02d}.png" for number in range(12)]
+    assert (table[0]["query"], table[0]["score"], table[0]["label"]) == (str(place.path(0)), "1.00000", "")
+    assert searched(place, place.path(5), place.path(6), "--min-score", 1, "--exclude-self", "--out", lines) == 0
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == [
+        {"query": str(place.path(number)), "matches": []} for number in (5, 6)
+    ]
+    assert "--overwrite" in told(capsys, place, place.path(0), "--out", rows)
+    assert searched(place, place.path(5), "--min-score", 1, "--exclude-self", "--out", rows, "--overwrite") == 0
+    assert list(csv.reader(rows.open(newline="")))[1:] == [[str(place.path(5)), "", "", "", "", ""]]
+    assert "answers.csv" in told(capsys, place, place.path(0), "--out", tmp_path / "answers.txt")
+
+
+def test_many_queries_are_spread_over_pages_that_link_each_other(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search, "_QUERIES_OF_A_PAGE", 5)
+    assert searched(place, place.photos, "-k", 1, "--html", tmp_path / "found here.html") == 0
+    assert "found here.html and 2 more" in capsys.readouterr().err
+    names = ["found here.html", "found here-2.html", "found here-3.html"]
+    for name, num_queries in zip(names, (5, 5, 2), strict=True):
+        page = Page(tmp_path / name)
+        links = [attributes for tag, attributes in page.tags if tag == "a"]
+        assert [link["href"] for link in links] == [name.replace(" ", "%20") for name in names]
+        assert [names[place] for place, link in enumerate(links) if "aria-current" in link] == [name]
+        assert len(page.images()) == 2 * num_queries
 
 
 def test_what_a_user_named_is_text_on_the_page(tmp_path: Path) -> None:
@@ -133,7 +213,7 @@ def test_nothing_found_is_said_with_the_nearest(place: Place, capsys: pytest.Cap
     capsys.readouterr()
     assert searched(place, stranger, "--min-score", 1, "--html", stranger.with_suffix(".html")) == 0
     name, score = result.ids[0][0], result.scores[0, 0]
-    sentence = f"{stranger}: nothing with a score of 1.0 or more; the nearest is {name} with {score:.4f}"
+    sentence = f"{stranger}: nothing with a score of 1.0 or more; the nearest is {name} with {score:.5f}"
     assert capsys.readouterr().out == f"{sentence}\n"
     assert sentence in Page(stranger.with_suffix(".html")).text
     assert searched(place, stranger, "--min-score", between) == 0
@@ -196,7 +276,7 @@ def test_a_page_finds_the_images_of_shards_and_names_their_makers(
     index = write_noise_shards(root, [4, 9])
     (root / "ATTRIBUTION.md").write_text("drawn by <nobody>")
     arguments = ["--run", str(place.run), "--data", str(root), "--out", str(tmp_path / "shards_e")]
-    assert embed_main(arguments) == 0
+    embed_main(arguments)
     assert index_main(["--embeddings", str(tmp_path / "shards_e"), "--out", str(tmp_path / "shards_i")]) == 0
     place.index = tmp_path / "shards_i"
     assert searched(place, place.path(0), "-k", 3, "--html", tmp_path / "found.html") == 0
@@ -357,7 +437,7 @@ def test_an_index_without_a_model_asks_for_one(place: Place, capsys: pytest.Capt
     Index.build(rows, [path.name for path in paths]).save(place.index, overwrite=True)
     assert "does not say which model it was made with; name it with --run" in told(capsys, place, place.path(0))
     assert searched(place, place.path(4), "-k", 1, "--run", place.run) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "   1   1.0000  04.png"
+    assert capsys.readouterr().out.splitlines()[1] == "   1   1.00000  04.png"
     wide = np.eye(5, dtype=np.float32)
     Index.build(wide, list("abcde")).save(place.index, overwrite=True)
     error = told(capsys, place, place.path(0), "--run", place.run)
@@ -373,7 +453,7 @@ def test_queries_that_cannot_be_read_are_named(place: Place, capsys: pytest.Capt
     assert searched(place, place.photos, "-k", 1, "--on-bad", "skip") == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2 * 11
-    assert f"left out: {place.path(1)}: the image does not decode" in captured.err
+    assert f"skipped: {place.path(1)}: the image does not decode" in captured.err
     assert "none of the 1 images can be used" in told(capsys, place, place.path(1), "--on-bad", "skip")
     with pytest.raises(SystemExit):
         searched(place, place.path(0), "-k", "0")

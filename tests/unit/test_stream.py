@@ -113,7 +113,7 @@ def test_what_is_no_sample_or_has_a_wrong_label_ends_a_stream_by_name_or_is_skip
     write_shard(tmp_path / "train-000000.tar", good[:2] + bad + good[2:])
     settings = {"num_classes": 1, "batch_size": 4, "num_images": 8, "shuffle_buffer": 1}
     url = f"{tmp_path}/train-000000.tar"
-    with pytest.raises(ValueError, match=r"train-000000\.tar, sample train-8: the image does not decode"):
+    with pytest.raises(ValueError, match=r"train-000000\.tar, sample train-8\b.*decode"):
         list(loader_of(url, **settings))
     batches = list(loader_of(url, **settings, max_damaged=9))
     assert [len(batch.images) for batch in batches] == [4, 4]
@@ -121,9 +121,9 @@ def test_what_is_no_sample_or_has_a_wrong_label_ends_a_stream_by_name_or_is_skip
     assert {damage.image for damage in damaged} == {f"{url}, sample train-8"}
 
     write_shard(tmp_path / "train-000000.tar", [*good, ShardSample("train-9", "png", png(9), 3, {})])
-    with pytest.raises(ValueError, match="sample train-9 has the label '3'; expected 0 to 0"):
+    with pytest.raises(ValueError, match=r"sample train-9\b.*'3'.*\b0 to 0\b"):
         list(loader_of(url, **settings))
-    with pytest.raises(ValueError, match=r"names 1 shards, expected plain files, got none at .*none\.tar"):
+    with pytest.raises(ValueError, match=r"\b1 shards.*none\.tar"):
         list(loader_of(f"{tmp_path}/none.tar", **settings))
 
 
@@ -176,7 +176,7 @@ def test_a_stream_without_a_usable_sample_ends_after_a_round_with_the_counts_of_
         write(tmp_path / shard_name("train", shard))
     loader = stream(tmp_path, max_damaged=0, **settings)
     for read in (lambda: list(loader), loader.check):
-        with pytest.raises(ValueError, match=r"expected samples to train from .*, got none in a round of") as refusal:
+        with pytest.raises(ValueError, match="samples") as refusal:
             read()
         assert f"train-000000.tar: {counts}; train-" in str(refusal.value)
         assert "\n" not in str(refusal.value)
@@ -188,13 +188,13 @@ def test_a_large_stream_is_given_up_after_a_hundred_unusable_samples_and_tells_t
     members = [(f"photo.v2.{number:04d}.{extension}", b"0") for number in range(300) for extension in ("png", "cls")]
     for shard in range(NUM_SHARDS):  # keys end at the first dot: one sample
         write_members(tmp_path / shard_name("train", shard), *members)
-    with pytest.raises(ValueError, match="keys end at the first dot") as refusal:
+    with pytest.raises(ValueError, match="first dot") as refusal:
         list(stream(tmp_path, max_damaged=1))
     assert len(str(refusal.value)) < 2000
     many = [ShardSample(f"train-{number}", "png", b"", 0, {}) for number in range(300)]
     for shard in range(NUM_SHARDS):
         write_shard(tmp_path / shard_name("train", shard), many)
-    with pytest.raises(ValueError, match=r"got 101 that cannot be used \(data\.max_damaged allows 1\)"):
+    with pytest.raises(ValueError, match=r"\b101\b.*data\.max_damaged.*\b1\b"):
         list(stream(tmp_path, max_damaged=1))
 
 
@@ -203,7 +203,7 @@ def test_a_stream_that_becomes_empty_ends(shards: Path) -> None:
     next(batches)
     for path in shards.glob("*.tar"):
         write_members(path)
-    with pytest.raises(ValueError, match=r"got none in a round of 5 shard\(s\): train-000000.tar: no samples"):
+    with pytest.raises(ValueError, match=r"\b5 shard.*train-000000\.tar"):
         list(batches)
 
 
@@ -226,7 +226,7 @@ def test_a_shard_that_is_not_there_ends_a_stream_whatever_is_skipped(shards: Pat
     next(vanishing)
     for path in shards.glob("train-*.tar"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"cannot be opened: .*No such file"):
+    with pytest.raises(ValueError, match="No such file"):
         list(vanishing)
 
 
@@ -242,7 +242,7 @@ def test_what_a_cut_shard_lacks_is_counted_and_named(shards: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     batches = list(stream(shards, max_damaged=9, resampled=False))
     assert {damage for batch in batches for damage in batch.damaged} == {Damage(str(path), "unexpected end of data")}
-    with pytest.raises(ValueError, match=r"train-000001\.tar: unexpected end of data"):
+    with pytest.raises(ValueError, match=r"train-000001\.tar"):
         list(stream(shards, resampled=False, num_images=300))
 
 
@@ -254,12 +254,12 @@ def test_a_loading_process_that_dies_ends_a_stream_with_a_sentence_and_not_befor
     process.kill()
     process.join()
     assert signal.getsignal(signal.SIGCHLD) is handler
-    with pytest.raises(ValueError, match=r"a data loading process died .* lower data\.num_workers"):
+    with pytest.raises(ValueError, match=r"data\.num_workers"):
         list(batches)
 
 
 def test_loading_processes_without_a_shard_are_refused(shards: Path) -> None:
-    with pytest.raises(ValueError, match="5 shards for 6 loading processes"):
+    with pytest.raises(ValueError, match=r"5 shards.*6 loading processes"):
         stream(shards, world_size=2, num_workers=3, resampled=False)
 
 

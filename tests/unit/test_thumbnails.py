@@ -43,5 +43,5 @@ def test_a_drawing_keeps_every_pixel_and_a_large_image_its_proportions(tmp_path:
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     index = write_picture_shards(tmp_path, {"test": [(b"\xff\xd8\xff no image", 0)]})["test"]
-    with pytest.raises(ValueError, match=r"test-00000000 \(label 0\): the image does not decode"):
+    with pytest.raises(ValueError, match=r"test-00000000\b.*label 0\b.*decode"):
         Thumbnails(index).url(0)

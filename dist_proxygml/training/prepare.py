@@ -1,4 +1,4 @@
-"""The folder of a run before its first step: its lock, the checkpoint to resume from, files of an earlier start."""
+"""Prepare the folder of a run before its first step: lock, the checkpoint to resume from, files of an earlier start."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from dist_proxygml.distributed.parallel import (
 )
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.storage.files import (
-    in_words,
+    describe_error,
     is_folder,
     mend_log,
     mode_of,
@@ -40,7 +40,7 @@ def lock_run(
         locks.append(FolderLock(run_directory))
 
 
-def where_to_continue(run_directory: Path, resume: str) -> Continuation:
+def find_continuation(run_directory: Path, resume: str) -> Continuation:
     """Check the run's folder, then find where to resume as `checkpoint_to_continue` does.
 
     Raises:
@@ -90,7 +90,7 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
                 path.unlink()
             elif path.name != "pixels.json" and step_in(path.name) is None:
                 continue  # not ours
-            elif problem := _what_is_odd(path):
+            elif problem := _document_problem(path):
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
                 odd.append(f"{problem}: passed over, now {path.name}.damaged")
         for name, fields in ((DAMAGE_FILE, DAMAGE_FIELDS), (NON_FINITE_FILE, NON_FINITE_FIELDS)):
@@ -100,13 +100,13 @@ def prepare_run_directory(config: Config, index: ShardIndex | None, step: int | 
         write_class_table(directory, index)
     except OSError as error:
         raise ValueError(
-            f"expected to write into {directory.resolve()}: {in_words(error, directory.parent)}; set runs_dir to a "
-            "folder of yours"
+            f"expected to write into {directory.resolve()}: {describe_error(error, directory.parent)}; set runs_dir to "
+            "a folder of yours"
         ) from None
     return aside, odd
 
 
-def _what_is_odd(path: Path) -> str | None:
+def _document_problem(path: Path) -> str | None:
     """Describe what is wrong with a stored evaluation or proxy statistics, if anything.
 
     Raises:

@@ -1,0 +1,39 @@
+"""Rules between settings, for a configuration and for the arguments of a call alike.
+
+`section` is what a configuration puts before a setting's name ("proxies."); a call puts nothing there.
+"""
+
+
+def check_ratio_or_topk(ratio: float | None, topk: int | None, *, section: str = "", at_least: int) -> None:
+    """Raise ValueError where k is given both as a share and as a number, or in fewer than `at_least` of these ways."""
+    num_given = (ratio is not None) + (topk is not None)
+    if not at_least <= num_given <= 1:
+        raise ValueError(
+            f"expected {'exactly' if at_least else 'at most'} one of {section}ratio and {section}topk, got "
+            f"ratio={ratio} and topk={topk}; {'remove' if num_given else 'set'} one"
+        )
+
+
+def check_sparse_gradient(
+    *, selection: str, regularization_weight: float, section: str = "", wanted_by: str, instead: str
+) -> None:
+    """Raise ValueError where the proxies' gradient, which `wanted_by` wants sparse, would be dense."""
+    if selection == "gather":
+        raise ValueError(
+            f'expected {section}selection "auto", "candidates" or "histogram" with {wanted_by}, got "gather": the '
+            f"gradient of a gathered bank is dense; change it, or {instead}"
+        )
+    if regularization_weight > 0:
+        raise ValueError(
+            f"expected {section}regularization_weight 0 with {wanted_by}, got {regularization_weight}: the regulariser "
+            f"gives every proxy a gradient; set it to 0, or {instead}"
+        )
+
+
+def check_gallery_split(gallery_split: str | None, *, query_split: str | None, setting: str, of: str) -> None:
+    """Raise ValueError where `setting` makes the queries, the split that `of` names, their own gallery."""
+    if gallery_split is not None and gallery_split == query_split:
+        raise ValueError(
+            f"expected {setting} to be another split than {of}, got {query_split!r} for both, where every query would "
+            f"find itself; remove {setting} to search each image among all others"
+        )

@@ -1,0 +1,190 @@
+"""A first configuration: it is valid, fits shards and machine, says why, and replaces nothing."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_proxygml.config import load_config
+from dist_proxygml.init import PRESETS, main
+from dist_proxygml.training import presets
+from dist_proxygml.training.presets import Machine, suggest
+from tests.shards_of_noise import write_noise_shards, write_query_and_gallery
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "shards" / "demo")
+GIB = 1 << 30
+LAPTOP, ONE_GPU, EIGHT_GPUS = (
+    Machine("cpu", 1, 8 * GIB, 4),
+    Machine("cuda", 1, 80 * GIB, 16),
+    Machine("cuda", 8, GIB, 64),
+)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No weights can be fetched, and runs/ is another folder."""
+    monkeypatch.setattr(presets, "can_fetch_weights", lambda name: False)
+    monkeypatch.chdir(tmp_path)
+
+
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets.importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_configuration_is_written_explained_and_followed_by_the_next_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_weights(monkeypatch)
+    out = tmp_path / "configs" / "mine.json"
+    assert main([DEMO, "--out", str(out), "--device", "cpu", "--set", "seed=7", "training.batch_size=50"]) == 0
+    told = capsys.readouterr().out
+    config = load_config(out)
+    assert (config.name, config.seed, config.data.num_classes) == ("mine", 7, 549)
+    assert (config.backbone.name, config.data.test_transform.size) == ("small_cnn", 64)
+    raw = json.loads(out.read_text())
+    explained = " ".join(line.partition("  # ")[0] for line in told.splitlines() if "  # " in line).split(" ")
+    for section, settings in raw.items():
+        for key in settings if isinstance(settings, dict) else ():
+            whole = f"{section}.{key}="
+            assert len([word for word in explained if word.startswith(whole)]) == 1 or key == "shards", whole
+    assert "training.batch_size=64" not in explained
+    assert "2,977 images of 549 classes" in told
+    assert "64 pixels on the shorter side" in told
+    assert "training takes about" in told
+    commands = [line.strip() for line in told.partition("next:\n")[2].splitlines()]
+    assert commands[1] == f"python -m dist_proxygml.train --config {shlex.quote(str(out))}"
+    assert [command.split()[2].removeprefix("dist_proxygml.") for command in commands] == (
+        ["train", "train", "evaluate", "embed", "index", "search", "serve"]
+    )
+    assert f"--run {config.run_directory}" in commands[2]
+
+
+def test_an_earlier_file_is_replaced_only_if_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_weights(monkeypatch)
+    out = tmp_path / "mine.json"
+    out.write_text("mine")
+    assert main([DEMO, "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    monkeypatch.setattr(presets, "estimate_seconds", lambda *_, **__: 1.0)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert main(["--data", DEMO, "--out", str(out), "--overwrite", "--device", "cpu"]) == 0
+    assert "warning: runs/mine is there already" in capsys.readouterr().out
+    assert load_config(out).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("out", "override", "message"),
+    [
+        ("mine", "seed=1", "mine.json"),
+        ("mine.json", "training=1", "training"),
+        ("mine.json", "data=1", "data=1"),
+        ("mine.json", "backbone.name=timm/resnet5", "timm/resnet50"),
+        ("mine.json", "data.test_split=nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_writes_nothing(
+    out: str, override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([DEMO, "--out", out, "--set", override]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def settings_of(suggestion: Any) -> dict[str, Any]:
+    config = suggestion.config
+    return {
+        "backbone": config.backbone.name,
+        "pretrained": config.backbone.pretrained,
+        "transform": config.data.train_transform.name,
+        "proxies": config.proxies.initialization,
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("small-images", {"transform": "affine_jitter", "proxies": "published"}),
+        ("photos", {"transform": "random_resized_crop", "proxies": "published"}),
+        ("many-classes", {"transform": "affine_jitter", "proxies": "unit"}),
+    ],
+)
+def test_every_preset_gives_a_run_that_can_start(preset: str, expected: dict[str, str]) -> None:
+    assert preset in PRESETS
+    made = suggest(DEMO, "mine", LAPTOP, preset=preset)
+    assert settings_of(made) == {"backbone": "timm/tf_efficientnet_lite0", "pretrained": "package", **expected}
+    assert made.num_ranks == 1
+
+
+def test_a_gpu_gets_a_larger_network_and_as_many_images_as_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "can_fetch_weights", lambda name: True)
+    made = suggest(DEMO, "mine", ONE_GPU, preset="photos")
+    assert settings_of(made)["backbone"] == "timm/resnet50"
+    assert settings_of(made)["pretrained"] == "timm"
+    monkeypatch.setattr(presets, "can_fetch_weights", lambda name: False)
+    assert settings_of(suggest(DEMO, "mine", ONE_GPU, preset="photos"))["pretrained"] == "package"
+    assert made.config.training.batch_size == 64
+    small = suggest(DEMO, "mine", EIGHT_GPUS, preset="photos").config
+    assert small.training.batch_size == 32  # 0.6 GiB of activations at 64 pixels
+
+
+def test_another_network_comes_with_weights_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["backbone.name=timm/resnet18", "training.epochs=3"]
+    made = suggest(DEMO, "mine", LAPTOP, preset="photos", overrides=overrides)
+    assert (made.config.backbone.name, made.config.backbone.pretrained) == ("timm/resnet18", None)
+    assert made.config.training.epochs == 3
+    assert not any(settings.startswith("training.epochs") for settings, _ in made.choices)
+    monkeypatch.setattr(presets, "can_fetch_weights", lambda name: name == "resnet18")
+    made = suggest(DEMO, "mine", LAPTOP, preset="photos", overrides=overrides)
+    assert made.config.backbone.pretrained == "timm"
+
+
+def test_a_run_on_cpus_ends_within_hours_whatever_the_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert suggest(DEMO, "mine", LAPTOP).config.training.epochs == 20
+    monkeypatch.setitem(presets._MOST_IMAGES, "cpu", 10_000)
+    assert suggest(DEMO, "mine", LAPTOP).config.training.epochs == 3
+    monkeypatch.setitem(presets._MOST_IMAGES, "cpu", 1_000)
+    monkeypatch.setitem(presets._MOST_EVALUATED, "cpu", 1_000)
+    monkeypatch.setitem(presets._MOST_KMEANS, "cpu", 1)
+    config = suggest(DEMO, "mine", LAPTOP).config
+    assert (config.training.epochs, config.training.max_steps) == (1, 1_000 // 64)
+    assert (config.evaluation.every_epochs, config.evaluation.kmeans_seeds) == (0, 0)
+
+
+def test_the_same_split_of_classes_twice_is_allowed_and_said() -> None:
+    made = suggest(DEMO, "mine", LAPTOP, overrides=["data.test_split=train"])
+    assert made.config.evaluation.allow_seen_classes
+    assert any("in both splits" in reason for _, reason in made.choices)
+
+
+def test_shards_without_a_test_split_hold_out_classes_or_train_on_all(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path / "many", [5] * 12)
+    write_noise_shards(tmp_path / "few", [3] * 12)
+    made = suggest(str(tmp_path / "many"), "mine", LAPTOP)
+    data = made.config.data
+    assert (data.train_split, data.test_split, data.validation_classes) == ("test", None, 2)
+    assert made.config.checkpoint.keep_best == "recall@1"
+    assert made.config.proxies.topk == 10  # of the classes that train
+    data = suggest(str(tmp_path / "few"), "mine", LAPTOP).config.data
+    assert (data.test_split, data.validation_classes) == (None, None)
+    whole = suggest(str(tmp_path / "many"), "mine", LAPTOP, overrides=["data.validation_classes=null"])
+    assert (whole.config.data.validation_classes, whole.config.proxies.topk) == (None, 12)
+
+
+def test_so_few_test_images_lower_k(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path / "shards", [2, 2, 3])
+    made = suggest(
+        str(tmp_path / "shards"), "mine", LAPTOP, overrides=["data.train_split=test", "data.test_split=test"]
+    )
+    assert made.config.evaluation.recall_at == [1, 2, 4]
+
+
+def test_a_gallery_beside_the_queries_is_searched(tmp_path: Path) -> None:
+    write_query_and_gallery(tmp_path / "shards", [4] * 6)
+    made = suggest(str(tmp_path / "shards"), "mine", LAPTOP, overrides=["data.train_split=gallery"])
+    assert (made.config.data.test_split, made.config.evaluation.gallery_split) == ("query", "gallery")
