@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dist_proxygml.data.damage import Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
@@ -31,6 +30,7 @@ from dist_proxygml.distributed.collectives import AgreedError, gather_rows
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, weights_sha256
+from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import publish
 
@@ -84,11 +84,13 @@ class PassHooks:
         signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
         blocks: where what is embedded is kept until the caller, who has stored the result, removes it.
         say: takes lines for people; give it on one rank.
+        follower: is given the progress instead of a bar.
     """
 
     signals: StopSignals | None = None
     blocks: BlockFolder | None = None
     say: Callable[[str], object] = lambda _: None
+    follower: Follower | None = None
 
 
 def embed_split(
@@ -137,11 +139,18 @@ def embed_split(
         skip_damaged=skip_damaged,
         done=frozenset() if kept is None else kept.done,
     )
-    hidden = None if context.is_main else True  # None: hidden unless a person looks at it
-    with tqdm(loader, desc=f"embedding {index.split}", unit="batch", delay=5.0, disable=hidden, leave=False) as batches:
+    with progress(
+        f"embedding {index.split}", len(loader), unit=" batches", is_shown=context.is_main, follower=hooks.follower
+    ) as advance:
+
+        def counted() -> Iterator[Batch]:
+            for batch in loader:
+                yield batch
+                advance(1)
+
         return embed(
             model,
-            batches,
+            counted(),
             context=context,
             num_samples=index.num_samples,
             describe=index.describe,
