@@ -603,6 +603,12 @@ class TelemetryConfig(_Section):
         True,
         description="Number of the last evaluation's embeddings in TensorBoard's projector; true: up to 10,000.",
     )
+    trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
+        [], description="Experiment trackers that get the numbers, too: wandb, mlflow, trackio (extras of these names)."
+    )
+    tracker_project: str = Field(
+        "dist_proxygml", min_length=1, description="Project, or experiment, in which trackers show the run."
+    )
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ EXAMPLES = """\
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos
   python -m dist_proxygml.index --embeddings embeddings/sop --out indexes/sop --kind ivf --target-recall 0.99
   python -m dist_proxygml.index --embeddings embeddings/photos --out indexes/photos --scores-from embeddings/held_out
-  python -m dist_proxygml.index --verify --out indexes/sop
+  python -m dist_proxygml.index --verify --index indexes/sop
 """
 
 
@@ -21,8 +21,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = build_parser("index", "Build a search index from a folder of embeddings.", EXAMPLES)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--embeddings", type=Path, help="folder that dist_proxygml.embed wrote")
-    what.add_argument("--verify", action="store_true", help="build nothing: compare every byte of the index in --out")
-    add_options(parser, "--out", "--overwrite")
+    what.add_argument("--verify", action="store_true", help="build nothing: compare every byte of the index in --index")
+    where = parser.add_mutually_exclusive_group(required=True)
+    add_options(where, "--out", required=False)
+    add_options(where, "--index", required=False, help="index to verify")
+    add_options(parser, "--overwrite")
     parser.add_argument(
         "--kind",
         choices=("auto", "flat", "ivf", "hnsw"),
@@ -59,9 +62,14 @@ def main(given: argparse.Namespace) -> None:
     from dist_proxygml.storage.folder import check_is_free
 
     if given.verify:
-        index = Index.load(given.out, verify=True)
-        print(f"{given.out}: {index.kind} index of {len(index):,} rows, every byte as it was written")
+        path = given.index or given.out  # which named it before
+        index = Index.load(path, verify=True)
+        print(f"{path}: {index.kind} index of {len(index):,} rows, every byte as it was written")
         return
+    if given.out is None:
+        raise ValueError(
+            "expected --out with --embeddings, got --index, which is for --verify; name the folder to write"
+        )
     check_is_free(Path(os.path.realpath(given.out)), KIND, overwrite=given.overwrite)
     embeddings = open_embeddings(given.embeddings)
     judged = embeddings

@@ -31,7 +31,7 @@ EXAMPLES = """\
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser("search", "Find the images of an index that are most like given ones.", EXAMPLES)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--index", required=True, type=Path, help="folder that dist_proxygml.index wrote")
+    add_options(parser, "--index")
     parser.add_argument("-k", type=at_least(1), default=10, metavar="N", help="images to find for each (default: 10)")
     least = parser.add_mutually_exclusive_group()
     least.add_argument("--min-score", type=cosine, metavar="S", help="leave out what has a lower score, -1 to 1")

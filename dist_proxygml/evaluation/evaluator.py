@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_long, run_together
 from dist_proxygml.evaluation import metrics
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassHooks, PassSettings, Split, embed_split
 from dist_proxygml.evaluation.exact import round_rows, scores_of_pairs
+from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions, retrieve
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
 from dist_proxygml.evaluation.verification import Pairs, Verification, count_allowed, verify_all, verify_listed
@@ -331,12 +331,15 @@ def evaluate_table(
             context=context,
             options=options,
             say=hooks.say,
+            follower=hooks.follower,
         )
         measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
 
         # 2. Clustering: each seed on one rank, its numbers on all of them.
         if settings.kmeans_seeds:
-            clusterings = _clusterings(table, context=context, settings=settings, meanwhile=agree)
+            clusterings = _clusterings(
+                table, context=context, settings=settings, meanwhile=agree, follower=hooks.follower
+            )
             for name, values in zip(CLUSTERING_METRICS, clusterings, strict=True):
                 measured[name] = statistics.fmean(values)
                 measured[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -396,7 +399,12 @@ def _retrieval_metrics(
 
 
 def _clusterings(
-    table: EmbeddingTable, *, context: ParallelContext, settings: Settings, meanwhile: Callable[[], object]
+    table: EmbeddingTable,
+    *,
+    context: ParallelContext,
+    settings: Settings,
+    meanwhile: Callable[[], object],
+    follower: Follower | None,
 ) -> tuple[list[float], ...]:
     """NMI, AMI and F1 of each seed, in the order of the seeds; rank r computes seeds r, r + W, ... Called on all
     ranks.
@@ -407,16 +415,19 @@ def _clusterings(
     def measure() -> dict[int, tuple[float, ...]]:
         of_own_seeds: dict[int, tuple[float, ...]] = {}
         own_seeds = settings.kmeans_seeds[context.rank :: context.world_size]
-        hidden = None if context.is_main else True  # None: hidden unless a person looks at it
-        for seed in tqdm(own_seeds, desc="clustering", unit=" seeds", delay=5.0, disable=hidden):
-            clusters_n = cluster(
-                embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
-            )
-            of_own_seeds[seed] = (
-                metrics.normalized_mutual_information(labels_n, clusters_n),
-                metrics.adjusted_mutual_information(labels_n, clusters_n),
-                metrics.pairwise_f1(labels_n, clusters_n),
-            )
+        with progress(
+            "clustering", len(own_seeds), unit=" seeds", is_shown=context.is_main, follower=follower
+        ) as advance:
+            for seed in own_seeds:
+                clusters_n = cluster(
+                    embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
+                )
+                of_own_seeds[seed] = (
+                    metrics.normalized_mutual_information(labels_n, clusters_n),
+                    metrics.adjusted_mutual_information(labels_n, clusters_n),
+                    metrics.pairwise_f1(labels_n, clusters_n),
+                )
+                advance(1)
         return of_own_seeds
 
     local = run_long(context, measure, meanwhile=meanwhile)
@@ -529,14 +540,15 @@ def _cameras(index: ShardIndex, gallery: ShardIndex | None) -> np.ndarray:
     """The camera of every image, those of the gallery last, int32 [n]. Raises ValueError if there are none."""
     parts = []
     for one in (index, gallery):
-        if one is not None and one.cameras is None:
+        if one is None:
+            continue
+        if one.cameras is None:
             raise ValueError(
                 f"evaluation.exclude_same expects the camera of every image, got none in the index of {one.location} "
                 f"for split {one.split!r}; build the shards with `python -m dist_proxygml.shard build market1501` or "
                 '`msmt17`, or write "camera": NUMBER into each KEY.json and run `python -m dist_proxygml.shard index`'
             )
-        if one is not None:
-            parts.append(one.cameras)
+        parts.append(one.cameras)
     return np.concatenate(parts)
 
 

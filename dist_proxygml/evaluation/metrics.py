@@ -1,7 +1,7 @@
 """Retrieval metrics from the ranks of right answers, clustering metrics from labels and clusters.
 
-    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; with cameras also
-                   without those of its class by its own camera, as in re-identification (Zheng et al., ICCV 2015)
+    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; where there are
+                   cameras, also but those of its class by its own one (re-identification: Zheng et al., ICCV 2015)
     R              number of its right answers
     Recall@K       1 if rank_1 <= K                              in the metric-learning sense: a hit rate
     R-Precision    #{j: rank_j <= R} / R
@@ -90,6 +90,13 @@ def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"],
     )
 
 
+def query_metrics(scores: QueryScores, *, recall_at: Sequence[int]) -> dict[str, Float[np.ndarray, " q"]]:
+    """The value of each query under the metrics that are means over queries, by name."""
+    found = {f"recall@{k}": (scores.first_rank <= k).astype(np.float64) for k in recall_at}
+    found |= {"r_precision": scores.r_precision, "map@r": scores.map_at_r}
+    return found | {"map": scores.map, "mrr": 1 / scores.first_rank}
+
+
 def retrieval_metrics(
     scores: QueryScores,
     labels_q: Int[np.ndarray, " q"],
@@ -103,9 +110,7 @@ def retrieval_metrics(
     hit_q = scores.first_rank == 1
     _, class_q = np.unique(labels_q, return_inverse=True)
     class_means = np.bincount(class_q, weights=hit_q) / np.bincount(class_q)
-    found = {f"recall@{k}": exact_mean(scores.first_rank <= k) for k in recall_at}
-    found |= {"r_precision": exact_mean(scores.r_precision), "map@r": exact_mean(scores.map_at_r)}
-    found |= {"map": exact_mean(scores.map), "mrr": exact_mean(1 / scores.first_rank)}
+    found = {name: exact_mean(values_q) for name, values_q in query_metrics(scores, recall_at=recall_at).items()}
     found["precision@1_macro"] = exact_mean(class_means)
     if seen_q is not None and seen_q.any() and not seen_q.all():
         found |= {"recall@1_seen": exact_mean(hit_q[seen_q]), "recall@1_unseen": exact_mean(hit_q[~seen_q])}
