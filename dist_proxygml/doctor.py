@@ -403,8 +403,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", "Check this machine, the installation and, if named, the shards of a run. Changes nothing.", _EXAMPLES
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--data", metavar="SHARDS", help="folder of shards, or where they lie: https://, s3://, gs://")
-    what.add_argument("--config", help="configuration of a run: checks its shards, folders and weights")
+    add_options(what, "--data", help="folder of shards, or where they lie: https://, s3://, gs://")
+    add_options(what, "--config", required=False, help="configuration of a run: checks its shards, folders and weights")
     add_options(parser, "--set")
     parser.add_argument("--json", action="store_true", help="print a list of objects for programs")
     return parser

@@ -6,13 +6,14 @@ The command line; inference/export_folder.py does it, and says what is in the fo
 import argparse
 import sys
 
-from dist_proxygml.cli import build_parser, command, printable, run_command
+from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
 
 FORMATS = ("safetensors", "onnx")
 EXAMPLES = """\
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu --format safetensors,onnx --verify
   python -m dist_proxygml.export --run runs/sop_8gpu --checkpoint step-000800 --out exports/sop --format onnx --opset 21
+  python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu --push-to-hub your-name/demo
 """
 
 
@@ -38,8 +39,13 @@ def _parser() -> argparse.ArgumentParser:
         help="embed 512 test images with the checkpoint and with every file written; if an embedding or Recall@1 "
         "differs by more than 1e-4, publish nothing and end with status 1",
     )
-    parser.add_argument("--data", help="shards for --verify (default: the run's own; random images without them)")
+    add_options(parser, "--data", help="shards for --verify (default: the run's own; random images without them)")
     parser.add_argument("--opset", type=int, help="ONNX operator set, 18 or later (default: torch's own choice)")
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="then upload it to ORGANISATION/NAME on the Hugging Face Hub, a private repository if it is new",
+    )
     return parser
 
 
@@ -65,6 +71,7 @@ def main(given: argparse.Namespace) -> int:
             verify=given.verify,
             data=given.data,
             opset=given.opset,
+            push_to=given.push_to_hub,
         )
     except ExportDiffersError as error:
         print(f"error: {printable(error)}", file=sys.stderr)

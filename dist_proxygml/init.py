@@ -89,6 +89,7 @@ def _next_commands(given: argparse.Namespace, config: "Config", num_ranks: int) 
         f"  {python}.embed --run {run_name} --data {data} --split {split} --out embeddings/{name}",
         f"  {python}.index --embeddings embeddings/{name} --out indexes/{name}",
         f"  {python}.search --index indexes/{name} QUERY.jpg --html found.html",
+        f"  {python}.serve --index indexes/{name}",
     ]
 
 

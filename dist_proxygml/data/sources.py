@@ -23,8 +23,16 @@ from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.datasets import IMAGE_SUFFIXES, is_hidden
 from dist_proxygml.data.images import decode_image, read_image_file
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, open_index
-from dist_proxygml.data.order import MicroBatch, evaluation_batches
-from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
+from dist_proxygml.data.order import MicroBatch
+from dist_proxygml.data.pipeline import (
+    Batch,
+    BatchLoader,
+    BatchSource,
+    ImageCache,
+    ShardImages,
+    sample_generators,
+    sent,
+)
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.data.transforms import Resize, Transform
 from dist_proxygml.storage.files import parse_json, paths_in, refuse_unreadable
@@ -71,11 +79,9 @@ class ImageSource(Protocol):
         """Decode an image, uint8 RGB [3, h, w]. Raises ValueError if it is no longer usable."""
 
     def loader(
-        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+        self, transform: Transform, batches: Sequence[np.ndarray], *, num_workers: int = 0, on_bad: OnBad = "fail"
     ) -> BatchLoader:
-        """Build a loader of batches that start at multiples of `batch_size`, without the first `start` batches. With
-        "skip" a batch omits and names unusable images.
-        """
+        """Build a loader of batches of these positions. With "skip" a batch omits and names unusable images."""
 
 
 def open_source(location: str | Path, *, split: str = "test", is_typed: bool = False) -> ImageSource:
@@ -156,12 +162,11 @@ class FolderSource:
         return read_image(path)
 
     def loader(
-        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+        self, transform: Transform, batches: Sequence[np.ndarray], *, num_workers: int = 0, on_bad: OnBad = "fail"
     ) -> BatchLoader:
         """As `ImageSource.loader`."""
         files = FolderImages([self.root / name for name in self.names], transform, on_bad=on_bad)
-        batches = _batches(self.num_images, batch_size)[start:]
-        return BatchLoader(files, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=False)
+        return _loader(files, batches, num_workers=num_workers)
 
 
 class FolderImages:
@@ -269,15 +274,13 @@ class ShardSource:
         return self._images.image(record.sample)
 
     def loader(
-        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+        self, transform: Transform, batches: Sequence[np.ndarray], *, num_workers: int = 0, on_bad: OnBad = "fail"
     ) -> BatchLoader:
         """As `ImageSource.loader`."""
         images = ShardImages(self.index, transform, damaged="leave_out" if on_bad == "skip" else "fail")
-        batches = _batches(self.num_images, batch_size)[start:]
-        return BatchLoader(images, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=False)
+        return _loader(images, batches, num_workers=num_workers)
 
 
-def _batches(num_images: int, batch_size: int) -> list[MicroBatch]:
-    """Return the batches of an evaluation on one rank."""
-    cut: list[np.ndarray] = evaluation_batches(num_images, batch_size=batch_size, rank=0, world_size=1)
-    return [MicroBatch(ids, len(ids), len(ids)) for ids in cut]
+def _loader(images: BatchSource, batches: Sequence[np.ndarray], *, num_workers: int) -> BatchLoader:
+    cut = [MicroBatch(ids, len(ids), len(ids)) for ids in batches]
+    return BatchLoader(images, cut, num_workers=num_workers, num_steps=len(cut), pin_memory=False)

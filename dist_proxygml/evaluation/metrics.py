@@ -1,7 +1,7 @@
 """Retrieval metrics from the ranks of right answers, clustering metrics from labels and clusters.
 
-    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; with cameras also
-                   without those of its class by its own camera, as in re-identification (Zheng et al., ICCV 2015)
+    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; where there are
+                   cameras, also but those of its class by its own one (re-identification: Zheng et al., ICCV 2015)
     R              number of its right answers
     Recall@K       1 if rank_1 <= K                              in the metric-learning sense: a hit rate
     R-Precision    #{j: rank_j <= R} / R
@@ -240,16 +240,26 @@ _NAMES = (
     MetricName("nmi", "NMI", f"mutual information of {_CLUSTERS}"),
     MetricName("ami", "AMI", f"as NMI, less what chance gives: {_CLUSTERS}"),
     MetricName("f1", "F1", f"pairs of images that are together in both: {_CLUSTERS}"),
+    MetricName("pair_accuracy", "Pair accuracy", "listed pairs decided rightly by the threshold of the other folds"),
     MetricName("legacy_recall@", "Recall@{} as published", "what the authors' evaluation gives for Recall@{}"),
     MetricName("legacy_nmi", "NMI as published", "what the authors' evaluation gives for NMI"),
 )
 
 
+def _tar_name(key: str) -> MetricName:
+    far = key.partition("=")[2]
+    meaning = f"pairs of the same class accepted, where at most {far} of the pairs of different classes are"
+    return MetricName(key, f"TAR at FAR {far}", meaning)
+
+
 def name_metrics(keys: Iterable[str]) -> list[MetricName]:
     """The metrics among these keys, each once, in reading order."""
     found = set(keys)
+    rates = sorted((float(key.partition("=")[2]), key) for key in found if re.fullmatch(r"tar@far=[\d.]+e-\d+", key))
     named = []
     for name in _NAMES:
+        if name.key == "pair_accuracy":
+            named += [_tar_name(key) for _, key in rates]
         if name.key.endswith("@"):
             cuts = sorted(int(match[1]) for key in found if (match := re.fullmatch(rf"{name.key}(\d+)", key)))
             named += [MetricName(f"{name.key}{k}", name.label.format(k), name.meaning.format(k)) for k in cuts]

@@ -29,8 +29,12 @@ from dist_proxygml.data.images import rgb_pixels
 from dist_proxygml.data.pipeline import sample_generators
 from dist_proxygml.data.sources import read_image
 from dist_proxygml.data.transforms import Transform, build_transform
+from dist_proxygml.inference.hub import HUB, fetch
 from dist_proxygml.storage.files import sha256_of
 from dist_proxygml.storage.run_folder import RunFolder
+
+COMPARED = ("weights_sha256", "backbone", "preprocessing")
+"""Entries of `Embedder.about` on which embeddings depend."""
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -113,6 +117,19 @@ class Embedder:
             test_split=test_split,
         )
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str = "auto", revision: str | None = None) -> "Embedder":
+        """The model of "hf-hub:ORGANISATION/NAME" (an export on the Hugging Face Hub, at a revision) or of a folder.
+
+        Raises:
+            ValueError: as `from_run`; or the Hub has no such export, or cannot be reached.
+        """
+        if str(name).startswith(HUB):
+            return cls.from_run(fetch(str(name), revision=revision), device=device)
+        if revision is not None:
+            raise ValueError(f"expected a revision with {HUB}NAME only, got the folder {name}; leave it out")
+        return cls.from_run(name, device=device)
+
     def embed(
         self, images: OneImage | Iterable[OneImage], *, batch_size: int | None = None
     ) -> Float[np.ndarray, "n D"]:
@@ -182,18 +199,20 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def loading_processes(num_images: int, wanted: int | None) -> int:
-    """Default number of processes that read images: none for so few that starting them takes longer."""
+def loading_processes(num_images: int, wanted: int | None, *, num_ranks: int = 1) -> int:
+    """Default number of processes that read images for each of the machine's ranks: none for so few that starting them
+    takes longer.
+    """
     if wanted is not None:
         return wanted
-    return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
+    return 0 if num_images < 512 else max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """Name the first difference between two models, described as by `Embedder.about`; None if their embeddings are
     comparable. A run and its export are the same model.
     """
-    for name in ("weights_sha256", "backbone", "preprocessing"):
+    for name in COMPARED:
         if one.get(name) != other.get(name):
             return name.replace("_sha256", "")
     return None

@@ -32,11 +32,12 @@ from dist_proxygml.reporting.charts import Chart, Series, line_chart
 from dist_proxygml.reporting.pictures import picture_parts
 from dist_proxygml.reporting.proxies import proxy_statistics
 from dist_proxygml.reporting.render import format_seconds, quoted, read_makers, render
+from dist_proxygml.reporting.verified import verification_part
 from dist_proxygml.storage.files import is_folder, mode_of, publish_text, read_document, read_file, read_log
 from dist_proxygml.storage.run_folder import RunFolder, by_step
 
 _MAX_LISTED = 20  # entries of a list in the protocol
-_HEADLINE = ("map@r", "nmi")  # beside Recall@K
+_HEADLINE = ("map@r", "nmi", "pair_accuracy")  # beside Recall@K
 _GUESS = "classification of a guess: ln(kept classes)"
 
 
@@ -154,6 +155,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         num_looks=len(run.evaluations) - (0 in run.evaluations),
         pictures=pictures,
         reason=reason,
+        verified=verification_part(rows),
         proxies=proxy_statistics(run_directory / "proxies"),
         charts=_charts(run),
         configuration=quoted(json.dumps(run.config, indent=2)) if run.config else None,
@@ -191,6 +193,9 @@ def _measured(result: EvaluationResult) -> dict[str, Any]:
 
 def _pictures(run: RunRecord, index: ShardIndex | None) -> tuple[dict[str, Any] | None, str]:
     """Return the page's data on images, or None and the reason."""
+    rows = list(run.rows.values())
+    if rows and not rows[-1].num_queries:
+        return None, "Which images are of one class is known of listed pairs only."
     settings = run.config.get("data")
     if not run.evaluations and isinstance(settings, dict) and settings.get("test_split", "") is None:
         return None, "This run has no test split, so there are no images to retrieve."
@@ -311,7 +316,7 @@ def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
 
 
 def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
-    """Return the main metrics of a table by key: Recall@K for all K, MAP@R, NMI."""
+    """Return the main metrics of a table by key: Recall@K for all K, MAP@R, NMI, accuracy of pairs."""
     names = name_metrics(key for row in rows for key in row)
     return {name.key: name.label for name in names if name.key.startswith("recall@") or name.key in _HEADLINE}
 

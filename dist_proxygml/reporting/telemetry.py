@@ -1,9 +1,9 @@
 """Logs of a run: metrics.jsonl, run.json, TensorBoard, a progress bar. Only rank 0 writes.
 
 metrics.jsonl is the record (one JSON object per line, appended, readable after a crash); TensorBoard shows the same
-numbers, and what training/board.py adds, in one folder even if a run is started several times. A resumed run removes
-the lines and points of steps that it will repeat. Nothing is measured on steps that are not logged, so that nothing
-waits for a GPU in between.
+numbers, and what training/board.py adds, in one folder even if a run is started several times; experiment trackers
+(trackers.py) get its curves. A resumed run removes the lines and points of steps that it will repeat. Nothing is
+measured on steps that are not logged, so that nothing waits for a GPU in between.
 
 run.json has what the run was started on last, and the seconds that all its starts took, by phase:
 
@@ -30,6 +30,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from dist_proxygml.distributed.memory import peak_memory
+from dist_proxygml.reporting.trackers import Trackers
 from dist_proxygml.storage.files import mend_log, paths_in, publish_text, read_document
 from dist_proxygml.storage.run_folder import RunFolder
 
@@ -59,6 +60,8 @@ class Telemetry:
         self._followed = 0.0
         self.problems: list[str] = []
         """Messages about damaged lines in the earlier log."""
+        self.trackers: Trackers | None = None
+        """Get the numbers of TensorBoard's curves, too; ended by `close`."""
         self._images_since, self._time_since = 0, time.perf_counter()
         if enabled:
             folder = self._folder
@@ -95,7 +98,7 @@ class Telemetry:
         numbers = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         numbers |= {"images_per_second": rate, **memory_gib()}
         self._write({"kind": "train", "step": step, "epoch": epoch, **numbers})
-        self._board.add_scalar("train/epoch", epoch, step)
+        self._draw({"train/epoch": epoch}, step)
         plotted = dict(numbers)
         if not plotted.get("regularization"):
             plotted.pop("classification", None)  # it is the loss
@@ -112,10 +115,11 @@ class Telemetry:
         self.pause()
 
     def _plot(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            is_unused = value == 0 and (name in _ZERO_IF_UNUSED or name.endswith("_sd"))
-            if not is_unused:
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        def is_unused(name: str, value: float) -> bool:
+            return value == 0 and (name in _ZERO_IF_UNUSED or name.endswith("_sd"))
+
+        shown = {f"{kind}/{name}": value for name, value in values.items() if not is_unused(name, value)}
+        self._draw(shown, step)
 
     def describe_run(self, facts: Mapping[str, Any]) -> None:
         """Store what this start of the run runs on."""
@@ -136,8 +140,8 @@ class Telemetry:
         if self._enabled:
             self._store_facts()
             if step > self._start_step or not self._start_step:  # else an earlier start has plotted it
-                for name, seconds in self._all_seconds().items():
-                    self._board.add_scalar(f"time/{name}_seconds", seconds, step)
+                seconds = self._all_seconds()
+                self._draw({f"time/{name}_seconds": value for name, value in seconds.items()}, step)
 
     def follow(self, what: str, done: int, total: int) -> None:
         """Show the progress of what is between steps, beside the bar."""
@@ -164,10 +168,10 @@ class Telemetry:
             self._board.add_images(name, images, step)
 
     def log_number(self, name: str, value: float, step: int) -> None:
-        """Log a point of a curve to TensorBoard only; the curve begins where it is not zero."""
+        """Log a point of a curve, which metrics.jsonl does not have; the curve begins where it is not zero."""
         if self._enabled and (value or self._start_step or name in self._has_points):
             self._has_points.add(name)
-            self._board.add_scalar(name, value, step)
+            self._draw({name: value}, step)
 
     def log_values(self, name: str, values: Tensor, step: int) -> None:
         """Log a histogram of values, unless none is finite."""
@@ -230,6 +234,15 @@ class Telemetry:
             self._bar.close()
             self._board.close()
             self._lines.close()
+            if self.trackers is not None:
+                self.trackers.close()
+
+    def _draw(self, numbers: Mapping[str, float], step: int) -> None:
+        """Add a point to a curve each, by name."""
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self.trackers is not None:
+            self.trackers.log(step, numbers)
 
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")

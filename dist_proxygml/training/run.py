@@ -33,6 +33,7 @@ from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.run import build_damage_log, open_gallery
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.reporting.trackers import Trackers
 from dist_proxygml.storage.lock import FolderLock
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.board import Board
@@ -43,7 +44,7 @@ from dist_proxygml.training.evaluate import EvaluatedSplit
 from dist_proxygml.training.head_plan import HeadPlan, check_fits
 from dist_proxygml.training.loop import Loop, continue_at, load_state
 from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
-from dist_proxygml.training.run_folder import comparable_settings, find_continuation, lock_run, prepare_run_directory
+from dist_proxygml.training.prepare import comparable_settings, find_continuation, lock_run, prepare_run_directory
 from dist_proxygml.training.step import TrainState, build_train_state
 from dist_proxygml.training.transfer import Transfer, match_classes, open_transfer
 
@@ -106,6 +107,15 @@ def train(
             progress_bar=config.telemetry.progress_bar,
         ),
     )
+    settings = dict(flattened(config.model_dump(mode="json")))
+    if context.is_main and config.telemetry.trackers:
+        telemetry.trackers = Trackers(
+            config.telemetry.trackers,
+            run_directory,
+            project=config.telemetry.tracker_project,
+            settings=settings,
+            say=telemetry.say,
+        )
     for oddity in [*passed_over, *odd, *telemetry.problems]:
         telemetry.say(oddity)
     telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
@@ -144,7 +154,6 @@ def train(
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
-    settings = dict(flattened(config.model_dump(mode="json")))
     gallery = None if test_index is None else open_gallery(config, test_index)
     board = Board(state, telemetry, settings=settings, test_index=test_index, gallery=gallery)
     keep = Retention(

@@ -46,12 +46,15 @@ OWNERS: dict[str, set[str]] = {
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
     "pydantic": {"config"},
-    "timm": {"backbones.build"},
+    "timm": {"backbones.build", "backbones.timm_folder"},
     "triton": {"head.fused"},
     "jinja2": {"reporting.render"},
-    "huggingface_hub": {"inference.model_card", "data.remote", "backbones.build"},
+    "huggingface_hub": {"inference.hub", "inference.model_card", "data.remote", "backbones.build"},
     "matplotlib": {"reporting.charts", "cluster.sweep_chart"},
+    "mlflow": {"reporting.trackers"},
     "tensorboard": {"reporting.projector"},
+    "trackio": {"reporting.trackers"},
+    "wandb": {"reporting.trackers"},
     "torch.utils.tensorboard": {"reporting.telemetry"},
 }
 
