@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage, check_disjoint
+from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage, check_classes
 
 _SAVED = ("dataset_dict.json", "state.json")  # of a folder of save_to_disk
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -70,7 +70,7 @@ def read_hf(
     notes = (f"{num_left_out} rows without an image or a class were left out",) if num_left_out else ()
     dataset = SourceDataset("hf", images, (("query", "gallery"),), notes)
     try:
-        check_disjoint(dataset)
+        check_classes(dataset)
     except ValueError as problem:
         raise ValueError(f"{root}: {problem}; --split-classes N divides the classes of all splits anew") from None
     return dataset
