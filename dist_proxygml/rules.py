@@ -15,9 +15,14 @@ def check_ratio_or_topk(ratio: float | None, topk: int | None, *, section: str =
 
 
 def check_sparse_gradient(
-    *, selection: str, regularization_weight: float, section: str = "", wanted_by: str, instead: str
+    *, negatives: str, selection: str, regularization_weight: float, section: str = "", wanted_by: str, instead: str
 ) -> None:
     """Raise ValueError where the proxies' gradient, which `wanted_by` wants sparse, would be dense."""
+    if negatives == "all":
+        raise ValueError(
+            f'expected {section}negatives "topk" or "sampled" with {wanted_by}, got "all", where every proxy has a '
+            f"gradient; change it, or {instead}"
+        )
     if selection == "gather":
         raise ValueError(
             f'expected {section}selection "auto", "candidates" or "histogram" with {wanted_by}, got "gather": the '
