@@ -112,7 +112,7 @@ def proxy_loss(
     if class_score == "sum":
         score_BC = similarity_BCN.where(competes_BCN, 0).sum(dim=2)
     elif class_score == "max":
-        score_BC = masked_BCN.max(dim=2).values
+        score_BC = masked_BCN.max(dim=2).values.where(is_in_BC, 0)
     else:
         weight_BCN = torch.softmax((masked_BCN / gamma).masked_fill(~is_in_BC[:, :, None], 0), dim=2)
         score_BC = (weight_BCN * similarity_BCN).sum(dim=2)
