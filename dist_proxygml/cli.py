@@ -1,5 +1,9 @@
 """Shared parts of the commands: parsers, common options, and how a command ends.
 
+One flag names one thing everywhere: --config, --run, --data (images or shards), --embeddings and --index are read,
+--out is what is written. Operands are for what a command takes several of, or shards alone: `search a.jpg b.jpg`,
+`report compare A B`, `shard info SHARDS`. A test reads all parsers.
+
 A command is a parser and a function of what it parsed, called `main`; `run_command(main)` ends its process. What ranks
 do together ends by `distributed.parallel.run_launcher` instead, which knows who of them talks.
 """
@@ -35,7 +39,7 @@ def build_parser(
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, *options: str, **changes: Any) -> None:
+def add_options(parser: argparse._ActionsContainer, *options: str, **changes: Any) -> None:
     """Add options that several commands have, where these say otherwise with `changes`."""
     for option in options:
         parser.add_argument(option, **_OPTIONS[option] | changes)
@@ -52,7 +56,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs of each machine; one rank each")
     parser.add_argument("--tasks-per-node", type=int, help="ranks of each machine on CPUs, instead of GPUs")
-    parser.add_argument("--cpus-per-task", type=int, help="CPU cores of each rank, data workers included")
+    parser.add_argument("--cpus-per-task", type=int, help="CPU cores of each rank (SLURM: data.num_workers + 2)")
     parser.add_argument("--partition", help="SLURM partition (default: the cluster's)")
     parser.add_argument(
         "--time", default="1-00:00:00", help="limit of one start: minutes, HH:MM:SS or D-HH:MM:SS (default: a day)"
@@ -182,7 +186,9 @@ class _UnreadOutput(io.FileIO):
 
 # The options that several commands have.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "--config": dict(required=True, help="JSON configuration, see configs/"),
+    "--config": dict(
+        required=True, help="JSON file (docs/settings.md), or the name of one that the package has: demo_cpu"
+    ),
     "--set": dict(nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings: seed=1"),
     "--resume": dict(
         default="auto",
@@ -193,6 +199,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--checkpoint": dict(help="name of a checkpoint of that run, such as step-000800 (default: the newest)"),
     "--data": dict(help="folder of shards, or where they lie: https://, s3://, gs:// (default: the run's own)"),
     "--split": dict(help="split of the shards (default: the run's test split)"),
+    "--index": dict(required=True, type=Path, help="folder that dist_proxygml.index wrote"),
     "--out": dict(required=True, type=Path, help="folder to write"),
     "--overwrite": dict(action="store_true", help="replace what is there already"),
     "--on-bad": dict(choices=("fail", "skip"), default="fail"),

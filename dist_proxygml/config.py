@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
+from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, far_metric
 from dist_proxygml.rules import check_gallery_split, check_ratio_or_topk, check_sparse_gradient
 
 # A byte count with a binary unit.
@@ -414,6 +414,33 @@ class TrainingConfig(_Section):
     )
 
 
+class PairsConfig(_Section):
+    """Verification: TAR at FAR over pairs of images, and with listed pairs the accuracy over their folds."""
+
+    of: Literal["all", "listed"] = Field(
+        "all",
+        description="all: each two images of the evaluated split, or each query with the gallery; listed: the pairs "
+        "that come with the shards of a verification set, for the test split alone.",
+    )
+    far: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=lambda: [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
+        min_length=1,
+        max_length=100,
+        description="False accept rates; one below 1 / pairs of different classes is not measurable and left out.",
+    )
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that pairs give, without standard deviations."""
+        return [*map(far_metric, self.far), *(["pair_accuracy"] if self.of == "listed" else [])]
+
+    @model_validator(mode="after")
+    def _rates_differ(self) -> "PairsConfig":
+        if len(set(map(far_metric, self.far))) < len(self.far):
+            raise ValueError(f"expected different false accept rates, got far {self.far}; name each once")
+        return self
+
+
 class EvaluationConfig(_Section):
     """When and how the test split, and validation classes if there are any, are evaluated."""
 
@@ -449,6 +476,9 @@ class EvaluationConfig(_Section):
         "numbers of seen and unseen classes.",
     )
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
+    pairs: PairsConfig | None = Field(
+        None, description="Also measure verification, TAR at FAR over pairs of images; {} for all pairs. null: do not."
+    )
     legacy_proxygml: bool = Field(
         False, description="Also compute the published evaluation's metrics (cub, cars, sop), prefixed legacy_."
     )
@@ -480,6 +510,7 @@ class EvaluationConfig(_Section):
         """The metrics that an evaluation gives, without standard deviations."""
         names = [*(f"recall@{k}" for k in self.recall_at), "r_precision", "map@r", "map", "mrr", "precision@1_macro"]
         names += ["nmi", "ami", "f1"] if self.kmeans_seeds else []
+        names += self.pairs.metrics if self.pairs else []
         if self.legacy_proxygml:
             names += [f"legacy_recall@{k}" for k in self.recall_at] + (["legacy_nmi"] if self.kmeans_seeds else [])
         return names
@@ -571,6 +602,12 @@ class TelemetryConfig(_Section):
     projector: bool | Annotated[int, Field(ge=1, le=10_000)] = Field(
         True,
         description="Number of the last evaluation's embeddings in TensorBoard's projector; true: up to 10,000.",
+    )
+    trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
+        [], description="Experiment trackers that get the numbers, too: wandb, mlflow, trackio (extras of these names)."
+    )
+    tracker_project: str = Field(
+        "dist_proxygml", min_length=1, description="Project, or experiment, in which trackers show the run."
     )
 
 
@@ -761,6 +798,8 @@ class Config(_Section):
     def _best_checkpoint_is_measured(self) -> "Config":
         wanted, evaluation = self.checkpoint.keep_best, self.evaluation
         measured = [name for name in evaluation.metrics if not name.startswith("legacy_")]
+        if evaluation.pairs and evaluation.pairs.of == "listed" and self.data.validation_classes is not None:
+            measured = [name for name in measured if name not in evaluation.pairs.metrics]  # they are of the test split
         if wanted is not None and wanted not in measured:
             raise ValueError(
                 f"checkpoint.keep_best is {wanted!r}, but the evaluation measures {', '.join(measured)}; take one of "
@@ -976,7 +1015,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     section = raw
     for depth, parent in enumerate(parents):
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:  # a section that may be left out is null in the configuration of a run
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise ValueError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     section[last] = value

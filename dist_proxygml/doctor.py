@@ -383,6 +383,7 @@ def _data_findings(shards: str, config: "Config | None", source: str) -> list[Fi
         train_split=data.train_split,
         cache_directory=None if data.cache_directory is None else Path(data.cache_directory),
         cache_limit=data.cache_limit_bytes,
+        allow_seen_classes=config.evaluation.allow_seen_classes,
     )
     wanted = [None if data.mode == "stream" else data.train_split, data.test_split, config.evaluation.gallery_split]
     for split in filter(None, wanted):
@@ -402,8 +403,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", "Check this machine, the installation and, if named, the shards of a run. Changes nothing.", _EXAMPLES
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--data", metavar="SHARDS", help="folder of shards, or where they lie: https://, s3://, gs://")
-    what.add_argument("--config", help="configuration of a run: checks its shards, folders and weights")
+    add_options(what, "--data", help="folder of shards, or where they lie: https://, s3://, gs://")
+    add_options(what, "--config", required=False, help="configuration of a run: checks its shards, folders and weights")
     add_options(parser, "--set")
     parser.add_argument("--json", action="store_true", help="print a list of objects for programs")
     return parser

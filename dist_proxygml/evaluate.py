@@ -6,7 +6,9 @@ was killed resumes with the images that it had not embedded yet.
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,11 +25,15 @@ from dist_proxygml.distributed.parallel import (
 )
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 
+if TYPE_CHECKING:
+    from dist_proxygml.evaluation.verification import Verification
+
 EXAMPLES = """\
   deepspeed --num_gpus 2 launchers/evaluate.py --run runs/demo_cpu
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --checkpoint step-000800 --data shards/other
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --validation
+  deepspeed launchers/evaluate.py --run runs/faces --split lfw --set evaluation.pairs.of=listed
   deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
 """
 
@@ -117,7 +123,10 @@ def main(given: Sequence[str] | None = None) -> None:
         print(format_metrics({checkpoint.name: result.metrics}))
         for line in legacy_lines(result.metrics):
             print(line)
-        print(ties_line(result.bounds))
+        for line in pair_lines(result.pairs):
+            print(line)
+        if result.bounds:
+            print(ties_line(result.bounds))
         print(f"classes: {result.class_set or 'which of them were trained is not known'}")
         print(f"written to {path}")
     blocks.remove(context)
@@ -171,6 +180,26 @@ def legacy_lines(metrics: Mapping[str, float]) -> list[str]:
         for name, value in metrics.items()
         if name.startswith("legacy_")
     ]
+
+
+def pair_lines(pairs: "Verification | None") -> list[str]:
+    """How well pairs are told apart, if it was asked."""
+    if pairs is None:
+        return []
+    lines = [f"pairs: {pairs.num_same:,} of the same class, {pairs.num_different:,} of different classes"]
+    if pairs.num_left_out:
+        lines[0] += f"; {pairs.num_left_out:,} left out, with a damaged image"
+    for point in pairs.points:
+        tar = 100 * point.num_same / pairs.num_same
+        lines.append(f"TAR at FAR {point.far:g}: {tar:.2f}, score >= {point.threshold:.4f}")
+    for far in pairs.not_measurable:
+        lines.append(
+            f"TAR at FAR {far:g}: not measurable, which takes {math.ceil(1 / far):,} pairs of different classes"
+        )
+    if pairs.accuracies:
+        mean, deviation = pairs.metrics["pair_accuracy"], pairs.metrics["pair_accuracy_sd"]
+        lines.append(f"accuracy over {len(pairs.accuracies)} folds: {100 * mean:.2f} ± {100 * deviation:.2f}")
+    return lines
 
 
 def ties_line(bounds: Mapping[str, tuple[float, float]]) -> str:

@@ -6,7 +6,7 @@ The command line; inference/export_folder.py does it, and says what is in the fo
 import argparse
 import sys
 
-from dist_proxygml.cli import build_parser, command, printable, run_command
+from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
 
 FORMATS = ("safetensors", "onnx")
 EXAMPLES = """\
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         help="embed 512 test images with the checkpoint and with every file written; if an embedding or Recall@1 "
         "differs by more than 1e-4, publish nothing and end with status 1",
     )
-    parser.add_argument("--data", help="shards for --verify (default: the run's own; random images without them)")
+    add_options(parser, "--data", help="shards for --verify (default: the run's own; random images without them)")
     parser.add_argument("--opset", type=int, help="ONNX operator set, 18 or later (default: torch's own choice)")
     return parser
 

@@ -40,6 +40,7 @@ POINTS = (
     "step.update",
     "evaluate.batch",
     "evaluate.search",
+    "embed.batch",
 )
 _ACTIONS = r"kill9|raise|enospc|stop|nan|signal=(?:TERM|USR1|USR2|INT)|sleep=[0-9.]+"
 

@@ -55,9 +55,9 @@ def main(given: argparse.Namespace) -> None:
         raise ValueError(f"expected nothing at {given.out}, found a file; name another, or add --overwrite")
     import torch
 
+    from dist_proxygml.reporting.render import format_seconds
     from dist_proxygml.storage.files import publish_text
     from dist_proxygml.training.presets import estimate_seconds, find_machine, suggest
-    from dist_proxygml.training.rehearsal import format_seconds
 
     machine = find_machine(given.device)
     made = suggest(given.data, name, machine, preset=given.preset, overrides=given.set)
@@ -89,6 +89,7 @@ def _next_commands(given: argparse.Namespace, config: "Config", num_ranks: int) 
         f"  {python}.embed --run {run_name} --data {data} --split {split} --out embeddings/{name}",
         f"  {python}.index --embeddings embeddings/{name} --out indexes/{name}",
         f"  {python}.search --index indexes/{name} QUERY.jpg --html found.html",
+        f"  {python}.serve --index indexes/{name}",
     ]
 
 

@@ -4,12 +4,13 @@ Memory, bytes and messages of the head (training/head_plan.py), steps, backbone 
 and, with --measure, times (training/rehearsal.py).
 """
 
+import argparse
 import os
 from collections.abc import Sequence
 
 import torch
 
-from dist_proxygml.cli import build_parser
+from dist_proxygml.cli import add_options, build_parser
 from dist_proxygml.config import load_config, parse_bytes
 from dist_proxygml.distributed.memory import available_memory, format_bytes
 from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
@@ -27,13 +28,7 @@ _EXAMPLES = """\
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Predict, say whether it fits, and measure where that is asked for.
-
-    Raises:
-        DoesNotFitError: with status 1.
-        ValueError: a mistake in what was asked for.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = build_parser(
         "plan",
         "Predict what a run needs: memory, bytes and messages of the head, steps, memory of the backbone, "
@@ -42,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *("--config", "--set", "--local_rank"),
     )
     parser.add_argument("--ranks", type=int, help="number of ranks (default: those started, or 1)")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the ranks"
-    )
+    add_options(parser, "--device", choices=("auto", "cpu", "cuda"), help="of the ranks (default: auto)")
     parser.add_argument(
         "--memory", help='memory of one rank, such as "80 GiB" (default: what is left on this machine, for one rank)'
     )
@@ -53,7 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="train for twelve steps on this machine and estimate the times of the run",
     )
-    given = parse_arguments(parser, arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Predict, say whether it fits, and measure where that is asked for.
+
+    Raises:
+        DoesNotFitError: with status 1.
+        ValueError: a mistake in what was asked for.
+    """
+    given = parse_arguments(_parser(), arguments)
+    if given.device == "auto":
+        given.device = "cuda" if torch.cuda.is_available() else "cpu"
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if given.ranks is None else given.ranks
     if ranks < 1:

@@ -58,3 +58,9 @@ def check_counts(name: str, *, num_classes: int, num_images: int, num_gallery: i
             f"shards from the whole data set (`python -m dist_proxygml.shard build {protocol.dataset}`), or evaluate "
             'with protocol "custom"'
         )
+
+
+def far_metric(far: float) -> str:
+    """Return the name of TAR at a false accept rate: tar@far=1e-4."""
+    mantissa, exponent = f"{far:.15e}".split("e")
+    return f"tar@far={float(mantissa):g}e{int(exponent)}"

@@ -16,11 +16,13 @@ from dist_proxygml.cli import (
     cosine,
     printable,
     run_command,
+    share,
 )
 
 EXAMPLES = """\
   python -m dist_proxygml.search --index indexes/photos bird.jpg -k 5
   python -m dist_proxygml.search --index indexes/photos queries --min-score 0.6 --html found.html
+  python -m dist_proxygml.search --index indexes/photos queries --precision 0.99
   python -m dist_proxygml.search --index indexes/photos photos --exclude-self --out answers.csv
   python -m dist_proxygml.search --index indexes/photos a.jpg b.jpg --json
 """
@@ -29,9 +31,16 @@ EXAMPLES = """\
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser("search", "Find the images of an index that are most like given ones.", EXAMPLES)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--index", required=True, type=Path, help="folder that dist_proxygml.index wrote")
+    add_options(parser, "--index")
     parser.add_argument("-k", type=at_least(1), default=10, metavar="N", help="images to find for each (default: 10)")
-    parser.add_argument("--min-score", type=cosine, metavar="S", help="leave out what has a lower score, -1 to 1")
+    least = parser.add_mutually_exclusive_group()
+    least.add_argument("--min-score", type=cosine, metavar="S", help="leave out what has a lower score, -1 to 1")
+    least.add_argument(
+        "--precision",
+        type=share,
+        metavar="SHARE",
+        help="leave out what has a lower score than gave so many right answers when the index was built, such as 0.99",
+    )
     parser.add_argument(
         "--exclude-self", action="store_true", help="leave out images with the query's own pixels: itself, and copies"
     )
@@ -74,6 +83,10 @@ def main(given: argparse.Namespace) -> None:
 
     queries = search.query_paths(given.images)
     index = Index.load(given.index, verify=given.verify)
+    min_score = given.min_score
+    if given.precision is not None:
+        min_score = search.score_for(index, given.index, given.precision)
+    doubt = search.doubt_about(index, precision=given.precision, min_score=given.min_score)
     gallery = search.find_gallery(index, given.data) if given.exclude_self else None
     embedder = search.open_model(index, given.index, run=given.run, device=given.device)
     answers = search.find(
@@ -81,22 +94,24 @@ def main(given: argparse.Namespace) -> None:
         embedder,
         queries,
         k=given.k,
-        min_score=given.min_score,
+        min_score=min_score,
         batch_size=given.batch_size,
         num_workers=given.num_workers,
         on_bad=given.on_bad,
         gallery=gallery,
     )
     if given.html is not None:
-        search.write_answers(given.html, index, given.index, answers, data=given.data, min_score=given.min_score)
+        search.write_answers(given.html, index, given.index, answers, data=given.data, min_score=min_score, doubt=doubt)
     if given.out is not None:
         search.write_file(given.out, answers)
         print(printable(f"answers to {len(answers):,} of {len(queries):,} queries, written to {given.out}"))
     if given.json:
-        document = json.dumps(search.as_json(index, given.index, answers), indent=2, ensure_ascii=False)
+        document = json.dumps(search.as_json(index, given.index, answers, doubt), indent=2, ensure_ascii=False)
         print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document))
     elif given.out is None:
-        print("\n".join(search.as_table(answer, given.min_score) for answer in answers))
+        print("\n".join(search.as_table(answer, min_score) for answer in answers))
+        if doubt is not None:
+            print(printable(doubt.sentence))
 
 
 if __name__ == "__main__":

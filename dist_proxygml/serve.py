@@ -22,7 +22,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser("serve", "Serve a page to search an index on, by dropping an image on it.", EXAMPLES)
-    parser.add_argument("--index", required=True, type=Path, help="folder that dist_proxygml.index wrote")
+    add_options(parser, "--index")
     add_options(
         parser, "--run", required=False, help="run, checkpoint or export with the model (default: where it was)"
     )

@@ -156,6 +156,7 @@ _LAYOUTS = {
             options.root,
             allow_partial=options.allow_partial,
             allow_empty=options.on_bad == "skip",
+            allow_seen_classes=options.allow_seen_classes,
             num_train_classes=options.split_classes,
         ),
         {
@@ -163,7 +164,12 @@ _LAYOUTS = {
                 type=int,
                 metavar="N",
                 help="without splits: the first N classes train (default: half); also one with a class `train`",
-            )
+            ),
+            "--allow-seen-classes": dict(
+                action="store_true",
+                help="splits may share classes, such as new photos of known products "
+                "(train with evaluation.allow_seen_classes=true)",
+            ),
         },
     ),
 }

@@ -8,9 +8,8 @@ what there is so far: results.csv, summary.csv, summary.md and the picture sweep
 """
 
 import argparse
-from pathlib import Path
 
-from dist_proxygml.cli import add_job_options, build_parser, command, run_command
+from dist_proxygml.cli import add_job_options, add_options, build_parser, command, run_command
 from dist_proxygml.cluster.sweep import run_sweep
 
 EXAMPLES = """\
@@ -33,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         help="settings to vary: every combination of their values is trained",
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="runs of each point, of seeds 0 to K-1")
-    parser.add_argument("--out", type=Path, help="folder of the sweep (default: RUNS_DIR/NAME.sweep)")
+    add_options(parser, "--out", required=False, help="folder of the sweep (default: RUNS_DIR/NAME.sweep)")
     parser.add_argument(
         "--parallel", type=int, metavar="M", help="runs at a time (default: 1 with local, with slurm as many as start)"
     )

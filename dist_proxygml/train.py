@@ -5,6 +5,7 @@ was asked for, 65 the numbers stay NaN, 75 stopped by a signal or a step that hu
 anything else.
 """
 
+import argparse
 from collections.abc import Sequence
 
 from dist_proxygml.cli import build_parser
@@ -19,8 +20,7 @@ EXAMPLES = """\
 """
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Parse, then show the plan or train."""
+def _parser() -> argparse.ArgumentParser:
     parser = build_parser(None, __doc__, EXAMPLES, "--config", "--set", "--resume", "--local_rank")
     parser.add_argument(
         "--dry-run",
@@ -30,7 +30,12 @@ def main(given: Sequence[str] | None = None) -> None:
         metavar="RANKS",
         help="print the resolved configuration and the plan for so many ranks (default: those started)",
     )
-    arguments = parse_arguments(parser, given)
+    return parser
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Parse, then show the plan or train."""
+    arguments = parse_arguments(_parser(), given)
     config = load_config(arguments.config, arguments.set)
     if arguments.dry_run is not None:
         _print_plan(config, world_size=arguments.dry_run)

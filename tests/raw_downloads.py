@@ -131,6 +131,38 @@ def inshop(root: Path) -> None:
     write_lines(root / "Eval" / "list_eval_partition.txt", [str(len(rows)), header, *lines])
 
 
+def market1501(root: Path) -> None:
+    names = {
+        "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0002_c2s1_000451_01.jpg", "0007_c6s3_070000_01.jpg"],
+        "query": ["0001_c1s1_001051_00.jpg", "0003_c3s3_064744_00.jpg"],
+        "bounding_box_test": [
+            "0001_c1s1_001051_03.jpg",
+            "0001_c2s1_001976_01.jpg",
+            "0003_c5s1_000551_01.jpg",
+            "0000_c1s1_000151_01.jpg",
+            "0000_c4s2_000301_02.jpg",
+        ],
+    }
+    for number, (folder, files) in enumerate(names.items()):
+        for i, file in enumerate(files):
+            write_image(root / "Market-1501-v15.09.15" / folder / file, 100 * number + i)
+        (root / "Market-1501-v15.09.15" / folder / "Thumbs.db").write_bytes(b"x")
+
+
+def msmt17(root: Path, *, folders: tuple[str, str] = ("train", "test")) -> None:
+    lists = {
+        "train": ["0000/0000_000_01_0303morning_0008_0.jpg 0", "0001/0001_000_15_0303noon_0008_0.jpg 1"],
+        "val": ["0001/0001_001_02_0303noon_0010_0.jpg 1"],
+        "query": ["0000/0000_000_04_0113morning_1157_0.jpg 0", "0001/0001_000_05_0113noon_0003_0.jpg 1"],
+        "gallery": ["0000/0000_002_12_0114morning_0008_0.jpg 0", "0001/0001_002_05_0114noon_0008_0.jpg 1"],
+    }
+    for number, (name, lines) in enumerate(lists.items()):
+        write_lines(root / "MSMT17_V1" / f"list_{name}.txt", lines)
+        for i, line in enumerate(lines):
+            folder = folders[name in ("query", "gallery")]
+            write_image(root / "MSMT17_V1" / folder / line.split()[0], 100 * number + i)
+
+
 LAYOUTS: list[tuple[str, Layout, dict[str, list[tuple[int | str, int]]]]] = [
     ("cub200", cub, {"train": [(1, 2), (100, 1)], "test": [(101, 2)]}),
     ("cars196", cars_one_folder, {"train": [(1, 1), (98, 1)], "test": [(99, 1), (196, 2)]}),
@@ -144,6 +176,24 @@ LAYOUTS: list[tuple[str, Layout, dict[str, list[tuple[int | str, int]]]]] = [
             "train": [("id_00000002", 2)],
             "query": [("id_00000005", 1), ("id_00000007", 0)],
             "gallery": [("id_00000005", 1), ("id_00000007", 1)],
+        },
+    ),
+    (
+        "market1501",
+        market1501,
+        {
+            "train": [(2, 2), (7, 1)],
+            "query": [(0, 0), (1, 1), (3, 1)],
+            "gallery": [(0, 2), (1, 2), (3, 1)],
+        },
+    ),
+    (
+        "msmt17",
+        msmt17,
+        {
+            "train": [("train/0000", 1), ("train/0001", 2)],
+            "query": [("test/0000", 1), ("test/0001", 1)],
+            "gallery": [("test/0000", 1), ("test/0001", 1)],
         },
     ),
 ]

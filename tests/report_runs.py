@@ -13,7 +13,7 @@ from dist_proxygml.data.shards import ShardSample, list_shard, sample_key, shard
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.embedding_pass import PassSettings, Split, save_table
-from dist_proxygml.evaluation.evaluator import Settings, evaluate
+from dist_proxygml.evaluation.evaluator import PairSettings, Settings, evaluate
 from tests.shards_of_noise import SIDE, Projection
 
 # An image file and its label.
@@ -41,7 +41,14 @@ def write_picture_shards(
     return {split: open_index(root, split) for split in splits}
 
 
-def write_run(directory: Path, index: ShardIndex, *, name: str, recall_at: Sequence[int] = (1, 2, 10)) -> Path:
+def write_run(
+    directory: Path,
+    index: ShardIndex,
+    *,
+    name: str,
+    recall_at: Sequence[int] = (1, 2, 10),
+    pairs: PairSettings | None = None,
+) -> Path:
     """A finished run: three evaluations, the newest embeddings, logged steps, statistics of its proxies."""
     (directory / "evaluation").mkdir(parents=True)
     (directory / "proxies").mkdir()
@@ -52,7 +59,7 @@ def write_run(directory: Path, index: ShardIndex, *, name: str, recall_at: Seque
             Split(index),
             PassSettings(transform),
             context=single_process(),
-            settings=Settings(recall_at=tuple(recall_at), kmeans_seeds=(0, 1)),
+            settings=Settings(recall_at=tuple(recall_at), kmeans_seeds=(0, 1), pairs=pairs),
         )
         (directory / "evaluation" / f"{stem}.json").write_text(result.to_json())
     assert result.table is not None

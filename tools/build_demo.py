@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dist_proxygml.cli import add_options, build_parser, command, run_command
 from dist_proxygml.data.builder import build_settings, build_shards, default_workers, finished_build
-from dist_proxygml.data.datasets import SourceDataset, SourceImage, check_disjoint
+from dist_proxygml.data.datasets import SourceDataset, SourceImage, check_classes
 from dist_proxygml.data.verify import describe_shards
 from dist_proxygml.storage.files import publish
 
@@ -191,7 +191,7 @@ def read_emoji(sources: Path | None, *, cache: Path) -> SourceDataset:
             f"install the pinned renderer with `pip install resvg-py==0.5.0 pillow==13.0.0`"
         )
     dataset = SourceDataset("demo", images)
-    check_disjoint(dataset)
+    check_classes(dataset)
     return dataset
 
 

@@ -360,7 +360,7 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
 
 def can_fetch_weights(name: str) -> bool:
     """Whether the weights that timm has for a network are in its cache, or its hub answers for them within seconds."""
-    hub_id = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    hub_id = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) if timm.is_model(name) else None
     if hub_id is None:
         return False
     if isinstance(try_to_load_from_cache(hub_id, "model.safetensors"), str):

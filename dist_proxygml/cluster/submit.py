@@ -156,8 +156,26 @@ def jobs_directory(config: Config) -> Path:
     return config.run_directory.with_name(f"{config.name}.jobs").absolute()
 
 
-def slurm_executor(arguments: argparse.Namespace, folder: Path, name: str) -> submitit.SlurmExecutor:
-    """submitit's executor with what the command line asks for. SLURM need not be there."""
+def cores_of_rank(given: int | None, configs: Sequence[Config]) -> int:
+    """The cores to ask SLURM for, for each rank: `given`, or one for each data worker of the run and two for the rank
+    itself. A warning where fewer are given.
+    """
+    num_workers = max(config.data.num_workers for config in configs)
+    if given is not None and given < num_workers + 2:
+        print(
+            f"warning: --cpus-per-task {given} is less than data.num_workers + 2 = {num_workers + 2}: a rank and its "
+            f"{num_workers} data workers will wait for each other; leave it out, or lower data.num_workers",
+            file=sys.stderr,
+        )
+    return given or num_workers + 2
+
+
+def slurm_executor(
+    arguments: argparse.Namespace, folder: Path, name: str, configs: Sequence[Config]
+) -> submitit.SlurmExecutor:
+    """submitit's executor with what the command line asks for, and enough cores for these runs. SLURM need not be
+    there.
+    """
 
     class Executor(submitit.SlurmExecutor):
         @classmethod
@@ -165,15 +183,15 @@ def slurm_executor(arguments: argparse.Namespace, folder: Path, name: str) -> su
             return 1  # or the constructor refuses a machine without srun, where --dry-run should work
 
     minutes = parse_minutes(arguments.time)
-    srun_arguments = ["--kill-on-bad-exit=1"]
-    if arguments.cpus_per_task:  # since SLURM 22.05 srun does not take it over from the batch script
-        srun_arguments.append(f"--cpus-per-task={arguments.cpus_per_task}")
+    num_cores = cores_of_rank(arguments.cpus_per_task, configs)
+    # Since SLURM 22.05 srun does not take the cores over from the batch script.
+    srun_arguments = ["--kill-on-bad-exit=1", f"--cpus-per-task={num_cores}"]
     parameters = {
         "job_name": name,
         "nodes": arguments.nodes,
         "ntasks_per_node": arguments.gpus_per_node or arguments.tasks_per_node,
         "gpus_per_node": arguments.gpus_per_node,
-        "cpus_per_task": arguments.cpus_per_task,
+        "cpus_per_task": num_cores,
         "partition": arguments.partition,
         "constraint": arguments.constraint,
         "time": minutes,
@@ -226,7 +244,10 @@ def submit_to_slurm(executor: submitit.SlurmExecutor, *jobs: TrainingJob) -> lis
     except submitit.core.utils.FailedJobError as error:
         said = [line for line in str(error).splitlines() if "sbatch: error:" in line]
         reason = "\n".join(line[line.index("sbatch: error:") :] for line in said) or str(error)
-        raise ValueError(f"SLURM does not take the job:\n{reason}") from None
+        cores = executor.parameters["cpus_per_task"]
+        raise ValueError(
+            f"SLURM does not take the job:\n{reason}\n(it asks for {cores} cores of each rank; --cpus-per-task)"
+        ) from None
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -244,7 +265,7 @@ def submit(arguments: argparse.Namespace) -> int:
     folder = jobs_directory(config)
     if arguments.cluster == "local":
         return _start_here(arguments, job, folder)
-    executor = slurm_executor(arguments, folder, config.name)
+    executor = slurm_executor(arguments, folder, config.name, [config])
     if arguments.dry_run:
         print(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"), end="")
         return 0

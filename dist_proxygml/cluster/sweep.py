@@ -401,7 +401,8 @@ def submit_array(sweep: Sweep, jobs: StartedJobs, runs: Sequence[Run], arguments
 
 def build_executor(sweep: Sweep, runs: Sequence[Run], arguments: argparse.Namespace) -> Any:
     """submitit's executor for an array of the runs."""
-    executor = submit.slurm_executor(arguments, sweep.jobs_folder, f"{sweep.name}.sweep")
+    configs = [run.config for run in runs]
+    executor = submit.slurm_executor(arguments, sweep.jobs_folder, f"{sweep.name}.sweep", configs)
     executor.update_parameters(array_parallelism=arguments.parallel or len(runs))
     return executor
 

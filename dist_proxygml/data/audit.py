@@ -26,6 +26,7 @@ def audit_shards(
     train_split: str = "train",
     cache_directory: Path | None = None,
     cache_limit: int | None = None,
+    allow_seen_classes: bool = False,
 ) -> tuple[list[Finding], dict[str, ShardIndex]]:
     """Run all checks of a local or remote folder of shards; also return the splits that could be opened.
 
@@ -63,7 +64,8 @@ def audit_shards(
         findings += run_check(f"counts {name}", partial(check_counts, index))
     for name, index in indices.items():
         if train_split in indices and name != train_split:
-            findings += run_check("classes", partial(check_classes, indices[train_split], index))
+            check = partial(check_classes, indices[train_split], index, allow_seen=allow_seen_classes)
+            findings += run_check("classes", check)
             findings += run_check("duplicates", partial(check_duplicates, indices[train_split], index))
     return findings, indices
 
@@ -115,8 +117,10 @@ def check_counts(index: ShardIndex) -> Iterator[Finding]:
         )
 
 
-def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
-    """Check that no class is in both splits, because retrieval is measured on unseen classes."""
+def check_classes(train: ShardIndex, other: ShardIndex, *, allow_seen: bool = False) -> Iterator[Finding]:
+    """Check that no class is in both splits, because retrieval is measured on unseen classes, unless those of trained
+    classes are meant to be (`allow_seen`).
+    """
     shared = shared_classes(train, other)
     if shared is None:
         yield Finding(
@@ -126,12 +130,16 @@ def check_classes(train: ShardIndex, other: ShardIndex) -> Iterator[Finding]:
             "write the class's name into each sample's JSON as class_name, and make the index again",
         )
     elif shared:
+        known = f"{len(shared):,} of the {other.num_classes:,} classes of {other.split} are in {train.split} too"
+        if allow_seen:
+            yield Finding("ok", "classes", f"{known}, as evaluation.allow_seen_classes allows")
+            return
         yield Finding(
             "problem",
             "classes",
-            f"{len(shared):,} classes are in {train.split} and in {other.split}, such as {shared[0]!r}: retrieval "
-            "would be measured on classes that were trained",
-            "build the shards with splits by class",
+            f"{known}, such as {shared[0]!r}: retrieval would be measured on classes that were trained",
+            "build the shards with splits by class, or set evaluation.allow_seen_classes to true to measure on known "
+            "classes",
         )
     else:
         yield Finding("ok", "classes", f"{train.split} and {other.split} share none")

@@ -80,6 +80,7 @@ def finish(
     *,
     root: Path,
     allow_partial: bool,
+    allow_seen_classes: bool = False,
     shared_classes: tuple[tuple[str, ...], ...] = (),
 ) -> SourceDataset:
     """Check names, files, counts and that classes are disjoint."""
@@ -108,7 +109,7 @@ def finish(
                     f"published, got {found[0]} of {found[1]} in {root}; unpack it again, "
                     "or pass --allow-partial"
                 )
-    check_disjoint(dataset)
+    check_classes(dataset, allow_seen=allow_seen_classes)
     return dataset
 
 
@@ -122,17 +123,17 @@ def count_images(dataset: SourceDataset) -> dict[str, tuple[int, int]]:
     return {split: (images[split], len(classes[split])) for split in images}
 
 
-def check_disjoint(dataset: SourceDataset) -> None:
-    """Raise ValueError if a class is on both sides of the split, or an id has two names."""
+def check_classes(dataset: SourceDataset, *, allow_seen: bool = False) -> None:
+    """Raise ValueError if an id has two names or, without `allow_seen`, a class is on both sides of the split."""
     home: dict[int | str, tuple[tuple[str, ...], str]] = {}
     for image in dataset.images:
         space = dataset.label_space(image.split)
         known_space, known_name = home.setdefault(image.source_id, (space, image.class_name))
-        if known_space != space:
+        if known_space != space and not allow_seen:
             raise ValueError(
                 f"class {image.source_id} ({image.class_name}) is in {'/'.join(known_space)} and "
-                f"in {image.split}; retrieval needs classes that training never saw, so move all "
-                "its images to one side"
+                f"in {image.split}, but retrieval is measured on classes that training never saw; move all its images "
+                "to one side, or pass --allow-seen-classes if the test images are new ones of trained classes"
             )
         if known_name != image.class_name:
             raise ValueError(

@@ -12,14 +12,20 @@ _USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
 
 
 def read_imagefolder(
-    root: Path, *, allow_partial: bool = False, allow_empty: bool = False, num_train_classes: int | None = None
+    root: Path,
+    *,
+    allow_partial: bool = False,
+    allow_empty: bool = False,
+    allow_seen_classes: bool = False,
+    num_train_classes: int | None = None,
 ) -> SourceDataset:
     """Read folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or
     `root/CLASS/*`; folders inside a class belong to it. Common split names match in any case (`Train`).
 
     Without splits the first `num_train_classes` classes in sorted order train and the others test;
-    None means half of them. With that number a folder `train` is an ordinary class, unless another folder has the name
-    of a split. Links out of `root`, links to folders and class folders without an image are refused (the last not with
+    None means half of them, and with all of them there is no other split. With that number a folder `train` is an
+    ordinary class, unless another folder has the name of a split. Splits share classes only with `allow_seen_classes`.
+    Links out of `root`, links to folders and class folders without an image are refused (the last not with
     `allow_partial` or `allow_empty`); hidden files are ignored, other non-image files are counted.
     """
     root = Path(os.path.realpath(root))
@@ -79,15 +85,19 @@ def read_imagefolder(
     if not own_split:
         classes = sorted({image.class_name for image in images})
         num_train = len(classes) // 2 if num_train_classes is None else num_train_classes
-        if not 0 < num_train < len(classes):
+        if not 0 < num_train <= len(classes) or (num_train_classes is None and len(classes) < 2):
             raise ValueError(
-                f"{root} has {len(classes)} classes with images, of which {num_train} would train; "
-                f"both sides need at least one. Found {listing(root)}; expected "
+                f"{root} has {len(classes)} classes with images, of which {num_train} would train; expected at least "
+                f"one, and one to test unless --split-classes names them all. Found {listing(root)}; expected "
                 "SPLIT/CLASS/image or CLASS/image"
             )
         train = set(classes[:num_train])
         images = [replace(image, split="train" if image.class_name in train else "test") for image in images]
-    dataset = finish("imagefolder", images, root=root, allow_partial=allow_partial)
+        if num_train == len(classes):
+            notes.append("all classes train, so there is no test split: train with data.test_split=null")
+    dataset = finish(
+        "imagefolder", images, root=root, allow_partial=allow_partial, allow_seen_classes=allow_seen_classes
+    )
     return replace(dataset, notes=(*dataset.notes, *notes))
 
 

@@ -6,7 +6,7 @@
     content     flag u4 | label f4 | id u8 | id2 u8 | `flag` labels f4, of which the first counts | the image file
 
 Little-endian throughout (recordio.h of dmlc-core, image_recordio.h of mxnet). Where content has the magic at a multiple
-of 4, it is cut there: parts 1, 2, ..., 3 instead of 0, with the magic to be put back between them; that happens to a few
+of 4, it is cut there: parts 1, 2, ..., 3 instead of 0, with the magic to be put back between them, as happens to a few
 images among millions. In the older form record 0 is a header without an image, whose first label says at
 which number images end and records of identities begin, also without an image; the newer form has images only.
 
@@ -15,6 +15,7 @@ Declined: mxnet, which has ended; the ranges in the records of identities, which
 which as float32 are not exact beyond 2^24.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +89,9 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: the record files need their index; {_AGAIN}")
     try:
-        table_n2 = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file without a line
+            table_n2 = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
         if table_n2.shape[1] != 2 or not len(table_n2):
             raise ValueError(f"{len(table_n2)} lines of {table_n2.shape[1]} numbers")
     except (ValueError, OverflowError) as problem:
@@ -145,7 +148,7 @@ def _images_among(path: Path, records: _Records, *, allow_partial: bool) -> tupl
     notes = []
     if is_header_n.any():  # the older form
         stop = records.label[is_header_n][0]
-        says = f"{path}: record 0 says that images are records 1 to {stop - 1:.0f}"
+        says = f"{path}: record 0 says that images are records 1 to {float(stop) - 1:.0f}"
         rounded_n = records.number.astype(np.float32)
         is_behind_n = has_image_n & (rounded_n > stop if stop >= _EXACT else rounded_n >= stop)
         if is_behind_n.any():
@@ -227,19 +230,18 @@ def _source_images(
 
 def _join_parts(path: Path, number: int, offset: int) -> bytes:
     """The content of a record that its writer cut at every aligned magic."""
-    content = b""
+    content, part = b"", 0
     with open(path, "rb") as stream:
         stream.seek(offset)
-        for expected in ({1}, *iter(lambda: {2, 3}, None)):
-            frame = np.frombuffer(stream.read(_FRAME), "<u4")
-            part, length = (int(frame[1] >> 29), int(frame[1] & _LENGTH)) if len(frame) == 2 else (-1, 0)
+        while part != 3:
+            expected = (2, 3) if part else (1,)
+            frame = np.frombuffer(stream.read(_FRAME).ljust(_FRAME, b"\0"), "<u4").tolist()
+            part, length = frame[1] >> 29, frame[1] & _LENGTH
             piece = stream.read(length + -length % 4)[:length] if len(content) + length <= MAX_BYTES else b""
-            if part not in expected or frame[0] != MAGIC or len(piece) != length:
+            if frame[0] != MAGIC or part not in expected or len(piece) != length:
                 raise ValueError(
                     f"{path}, record {number} at byte {offset} is cut after {len(content)} bytes: its next part is not "
                     f"there; {_AGAIN}"
                 )
             content += (MAGIC.to_bytes(4, "little") if part > 1 else b"") + piece
-            if part == 3:
-                return content
-    raise AssertionError("parts end with a 3, or an error")
+    return content

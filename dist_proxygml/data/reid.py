@@ -1,7 +1,7 @@
 """Person re-identification to a list of images with cameras: Market-1501 and MSMT17.
 
     Market-1501   bounding_box_train, query, bounding_box_test: 0002_c1s1_000451_03.jpg is person 2 at camera 1.
-                  -1 is junk, neither right nor wrong, so left out; 0000 are distractors of the gallery, right for nobody
+                  -1 is junk, neither right nor wrong, and left out; 0000 are distractors of the gallery, never right
     MSMT17        list_{train,val,query,gallery}.txt: 0000/0000_000_01_0303morning_0008_0.jpg 0 is person 0 at camera 1,
                   below train/ or test/; the images of val are of persons that train, and train too
 

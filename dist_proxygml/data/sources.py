@@ -12,11 +12,10 @@ Declined: interpreting folder names as classes, since many folders are only fold
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from dist_proxygml.data.damage import Damage
@@ -24,7 +23,15 @@ from dist_proxygml.data.datasets import IMAGE_SUFFIXES, is_hidden
 from dist_proxygml.data.images import decode_image, read_image_file
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, open_index
 from dist_proxygml.data.order import MicroBatch, evaluation_batches
-from dist_proxygml.data.pipeline import Batch, BatchLoader, ImageCache, ShardImages, sample_generators, sent
+from dist_proxygml.data.pipeline import (
+    Batch,
+    BatchLoader,
+    ImageCache,
+    ShardImages,
+    build_evaluation_loader,
+    sample_generators,
+    sent,
+)
 from dist_proxygml.data.remote import is_remote
 from dist_proxygml.data.transforms import Resize, Transform
 from dist_proxygml.storage.files import parse_json, paths_in, refuse_unreadable
@@ -71,10 +78,18 @@ class ImageSource(Protocol):
         """Decode an image, uint8 RGB [3, h, w]. Raises ValueError if it is no longer usable."""
 
     def loader(
-        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+        self,
+        transform: Transform,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        done: Collection[int] = (),
+        num_workers: int = 0,
+        on_bad: OnBad = "fail",
     ) -> BatchLoader:
-        """Build a loader of batches that start at multiples of `batch_size`, without the first `start` batches. With
-        "skip" a batch omits and names unusable images.
+        """Build a loader of this rank's batches, as `evaluation_batches` shares them out. With "skip" a batch omits
+        and names unusable images.
         """
 
 
@@ -156,11 +171,20 @@ class FolderSource:
         return read_image(path)
 
     def loader(
-        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+        self,
+        transform: Transform,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        done: Collection[int] = (),
+        num_workers: int = 0,
+        on_bad: OnBad = "fail",
     ) -> BatchLoader:
         """As `ImageSource.loader`."""
         files = FolderImages([self.root / name for name in self.names], transform, on_bad=on_bad)
-        batches = _batches(self.num_images, batch_size)[start:]
+        own = evaluation_batches(self.num_images, batch_size=batch_size, rank=rank, world_size=world_size, done=done)
+        batches = [MicroBatch(ids, len(ids), len(ids)) for ids in own]
         return BatchLoader(files, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=False)
 
 
@@ -269,15 +293,24 @@ class ShardSource:
         return self._images.image(record.sample)
 
     def loader(
-        self, transform: Transform, *, batch_size: int, start: int = 0, num_workers: int = 0, on_bad: OnBad = "fail"
+        self,
+        transform: Transform,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        done: Collection[int] = (),
+        num_workers: int = 0,
+        on_bad: OnBad = "fail",
     ) -> BatchLoader:
         """As `ImageSource.loader`."""
-        images = ShardImages(self.index, transform, damaged="leave_out" if on_bad == "skip" else "fail")
-        batches = _batches(self.num_images, batch_size)[start:]
-        return BatchLoader(images, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=False)
-
-
-def _batches(num_images: int, batch_size: int) -> list[MicroBatch]:
-    """Return the batches of an evaluation on one rank."""
-    cut: list[np.ndarray] = evaluation_batches(num_images, batch_size=batch_size, rank=0, world_size=1)
-    return [MicroBatch(ids, len(ids), len(ids)) for ids in cut]
+        return build_evaluation_loader(
+            self.index,
+            transform,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            skip_damaged=on_bad == "skip",
+            done=done,
+        )

@@ -83,6 +83,11 @@ class Engine:
         return self._engine.module
 
     @property
+    def num_parameters(self) -> int:
+        """Number of the module's parameters, whole ones under ZeRO 3 too."""
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+
+    @property
     def zero_stage(self) -> int:
         """ZeRO stage: partitions optimizer state (1), also gradients (2), also parameters (3)."""
         return int(self._engine.zero_optimization_stage())

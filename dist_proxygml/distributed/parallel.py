@@ -38,6 +38,12 @@ class OneRankError(ValueError):
     """A user's mistake that only this rank knows of, so this rank reports it."""
 
 
+class LostPeerError(OneRankError):
+    """Another rank has gone in the middle of work that the same command resumes."""
+
+    status = STOPPED_STATUS
+
+
 @dataclass(frozen=True)
 class ParallelContext:
     """This process among its peers."""
@@ -59,7 +65,7 @@ def single_process(device: str = "cpu") -> ParallelContext:
     return ParallelContext(rank=0, world_size=1, local_rank=0, device=torch.device(device), group=None)
 
 
-def join_world(*, start_timeout: float = 300.0) -> ParallelContext:
+def join_world(*, start_timeout: float = 300.0, device: str = "auto") -> ParallelContext:
     """Start the process group that the launcher described in the environment (RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR, MASTER_PORT). Under srun, its variables are converted to this form, for libraries too.
 
@@ -68,22 +74,23 @@ def join_world(*, start_timeout: float = 300.0) -> ParallelContext:
 
     Args:
         start_timeout: seconds that each wait for other ranks may take, from here until `has_started` is called.
+        device: "cpu" to leave GPUs alone.
     """
     os.environ.update(process_variables(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != "cpu":
         if local_rank >= torch.cuda.device_count():
             raise OneRankError(
                 f"local rank {local_rank} has no GPU: expected at least {local_rank + 1} on this host, found "
                 f"{torch.cuda.device_count()}; start fewer ranks per host"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        own_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own_device)
         backend = "nccl"
     else:
-        device = torch.device("cpu")
+        own_device = torch.device("cpu")
         backend = "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
             local_world_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
@@ -105,7 +112,7 @@ def join_world(*, start_timeout: float = 300.0) -> ParallelContext:
             ) from None
     else:  # no launcher: a world of one needs no address, so its port cannot be taken
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
-    return ParallelContext(rank, world_size, local_rank, device, dist.group.WORLD)
+    return ParallelContext(rank, world_size, local_rank, own_device, dist.group.WORLD)
 
 
 def has_started() -> None:
@@ -130,16 +137,22 @@ def _wait_at_most(timeout: timedelta) -> None:
             dist.set_timeout(timeout, group)
 
 
-def _missing_peer(error: Exception) -> str | None:
-    """Return a message for an error during the start of a run, if it is about missing ranks."""
+def peer_problem(error: Exception) -> str | None:
+    """Return what an error says, if it is about ranks that do not come, have gone or do not answer."""
     text = str(error).strip().partition("\n")[0]
     is_of_a_store = isinstance(error, dist.DistError) or "timeout" in text.lower()
-    if not is_of_a_store and "gloo" not in text:
+    return text[:200] if is_of_a_store or "gloo" in text else None
+
+
+def _missing_peer(error: Exception) -> str | None:
+    """Return a message for an error during the start of a run, if it is about missing ranks."""
+    text = peer_problem(error)
+    if text is None:
         return None
     rank, waits = os.environ.get("RANK", "0"), dist.distributed_c10d.default_pg_timeout.total_seconds()
     return (
         f"error: another rank has not come, has gone or does not answer, says rank {rank}, which waits {waits:g} s at "
-        f"most while a run starts (training.start_timeout): {text[:200]}; look at that rank's log, then start again"
+        f"most while a run starts (training.start_timeout): {text}; look at that rank's log, then start again"
     )
 
 
@@ -226,9 +239,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         return parser.parse_args(arguments)
 
 
-def run_launcher(main: Callable[[], object]) -> NoReturn:
+def run_launcher(main: Callable[[], object], *, stopped: str = "stopped") -> NoReturn:
     """Run a launcher's body and end the process: status 0, 2 after a user's mistake, 130 after Ctrl-C, 1 after any
-    other error, or the exception's own `status`: 65 if numbers stay NaN, 75 if the run was asked to stop.
+    other error, or the exception's own `status`: 65 if numbers stay NaN, 75 if the run was asked to stop. `stopped` is
+    said after Ctrl-C.
 
     Rank 0 prints what all ranks know: agreed errors, and any error before the world is joined, since all ranks read the
     same input. A rank prints what it alone knows. A launcher such as deepspeed then ends the other ranks. Any other
@@ -238,21 +252,21 @@ def run_launcher(main: Callable[[], object]) -> NoReturn:
     outlive_readers()
     threading.excepthook = _thread_ended
     try:
-        status = status_of(main)
+        status = status_of(main, stopped=stopped)
     except Exception:
         traceback.print_exc()
         status = 1
     _leave(status)
 
 
-def status_of(main: Callable[[], object]) -> int:
+def status_of(main: Callable[[], object], *, stopped: str = "stopped") -> int:
     """Exit status of a launcher's body, after its messages have been printed. Our own errors are raised."""
     speaks = os.environ.get("RANK", "0") == "0"
     status = 0
     try:
         main()
     except KeyboardInterrupt:
-        return interrupted("stopped") if speaks else 130
+        return interrupted(stopped) if speaks else 130
     except ValueError as error:
         is_shared = isinstance(error, AgreedError) or not dist.is_initialized()
         if not is_shared and not isinstance(error, OneRankError):

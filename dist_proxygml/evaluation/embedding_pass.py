@@ -12,7 +12,7 @@ Dimension key: b images of a batch, n images of the split, D embedding.
 
 import contextlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +21,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dist_proxygml.data.damage import Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.order import evaluation_batches
 from dist_proxygml.data.pipeline import Batch, build_evaluation_loader
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.distributed.collectives import AgreedError, gather_rows
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
-from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, pass_key
+from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, weights_sha256
+from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import publish
 
@@ -85,11 +84,13 @@ class PassHooks:
         signals: requests to stop that this process receives; such a rank waits for the others with its part undone.
         blocks: where what is embedded is kept until the caller, who has stored the result, removes it.
         say: takes lines for people; give it on one rank.
+        follower: is given the progress instead of a bar.
     """
 
     signals: StopSignals | None = None
     blocks: BlockFolder | None = None
     say: Callable[[str], object] = lambda _: None
+    follower: Follower | None = None
 
 
 def embed_split(
@@ -104,42 +105,52 @@ def embed_split(
     kept = None
     if hooks.blocks is not None:
         assert settings.preprocessing is not None, "blocks without the settings of the transform"
-        depends_on = {
-            "index_sha256": index.sha256,
-            "class_table_sha256": index.class_table_sha256,
-            "split": index.split,
-            "preprocessing": dict(settings.preprocessing),
-            "batch_size": batch_size,
-            "skip_damaged": skip_damaged,
-            "device": context.device.type,
-        }
-        kept = EmbeddingBlocks(hooks.blocks, index.split, key=lambda: pass_key(model, depends_on), context=context)
+
+        def made_of() -> dict[str, Any]:
+            return {
+                "weights": weights_sha256(model),
+                "index": index.sha256,
+                "class table": index.class_table_sha256,
+                "split": index.split,
+                "preprocessing": dict(settings.preprocessing or {}),
+                "batch size": batch_size,
+                "damaged images": "skip" if skip_damaged else "fail",
+                "device": context.device.type,
+            }
+
+        counts = {"num_images": index.num_samples, "batch_size": batch_size}
+        kept = EmbeddingBlocks(hooks.blocks, index.split, **counts, made_of=made_of, context=context)
         if kept.done and context.is_main:
-            num_done = sum(min(batch_size, index.num_samples - number * batch_size) for number in kept.done)
-            hooks.blocks.say(f"{num_done:,} of {index.num_samples:,} images of {index.split} are embedded already")
-    shares = {"batch_size": batch_size, "rank": context.rank, "world_size": context.world_size}
-    done = frozenset() if kept is None else kept.done
+            hooks.blocks.say(f"{kept.num_done:,} of {index.num_samples:,} images of {index.split} are embedded already")
     loader = build_evaluation_loader(
         index,
         settings.transform,
-        **shares,
+        batch_size=batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
         num_workers=settings.num_workers,
         pin_memory=context.device.type == "cuda",
         skip_damaged=skip_damaged,
-        done=done,
+        done=frozenset() if kept is None else kept.done,
     )
-    hidden = None if context.is_main else True  # None: hidden unless a person looks at it
-    with tqdm(loader, desc=f"embedding {index.split}", unit="batch", delay=5.0, disable=hidden, leave=False) as batches:
+    with progress(
+        f"embedding {index.split}", len(loader), unit=" batches", is_shown=context.is_main, follower=hooks.follower
+    ) as advance:
+
+        def counted() -> Iterator[Batch]:
+            for batch in loader:
+                yield batch
+                advance(1)
+
         return embed(
             model,
-            batches,
+            counted(),
             context=context,
             num_samples=index.num_samples,
             describe=index.describe,
             damage=split.damage,
             signals=hooks.signals,
             blocks=kept,
-            numbers=[int(ids[0]) // batch_size for ids in evaluation_batches(index.num_samples, **shares, done=done)],
         )
 
 
@@ -153,7 +164,6 @@ def embed(
     damage: DamageLog | None = None,
     signals: StopSignals | None = None,
     blocks: EmbeddingBlocks | None = None,
-    numbers: Sequence[int] = (),
 ) -> EmbeddingTable:
     """Embed a split: this rank's batches here, the other ranks' batches there, one table everywhere.
 
@@ -168,7 +178,6 @@ def embed(
         describe: what to call a sample in a message besides its id, such as `ShardIndex.describe`.
         damage, signals: as in `Split` and `PassHooks`.
         blocks: what an earlier pass did, so that it is not in `loader`, and where this one keeps what it does.
-        numbers: with `blocks`, the number of each batch of `loader`.
 
     Raises:
         StopRequested: on every rank, when one was asked to stop.
@@ -176,7 +185,7 @@ def embed(
             finite, or when more images are damaged than `damage` allows.
     """
     # 1. This rank's part. No collectives in here: a damaged image stops one rank only.
-    local, left_out = run_together(context, _embed_batches, model, loader, context.device, signals, blocks, numbers)
+    local, left_out = run_together(context, _embed_batches, model, loader, context.device, signals, blocks)
     if blocks is not None:
         blocks.tell_problems()
     if signals is not None:
@@ -280,7 +289,6 @@ def _embed_batches(
     device: torch.device,
     signals: StopSignals | None,
     blocks: EmbeddingBlocks | None,
-    numbers: Sequence[int],
 ) -> tuple[EmbeddingTable, list[Damage]]:
     rows, labels, ids = [], [], []
     left_out: list[Damage] = []
@@ -293,7 +301,7 @@ def _embed_batches(
         ids.append(block.ids)
     keeping = contextlib.nullcontext() if blocks is None else blocks
     with torch.inference_mode(), _evaluation_mode(model), keeping:
-        for place, batch in enumerate(loader):
+        for batch in loader:
             fault_point("evaluate.batch")
             if signals is not None and signals.received:
                 break
@@ -305,7 +313,7 @@ def _embed_batches(
                 labels.append(batch.labels)
                 ids.append(batch.ids)
             if blocks is not None:
-                blocks.add(numbers[place], batch, rows[-1] if len(batch.ids) else None)
+                blocks.add(batch, rows[-1] if len(batch.ids) else None)
     # Copies made outside inference mode are ordinary tensors, which collectives may write to.
     if not rows:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)

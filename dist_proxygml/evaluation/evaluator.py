@@ -28,22 +28,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_long, run_together
 from dist_proxygml.evaluation import metrics
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassHooks, PassSettings, Split, embed_split
-from dist_proxygml.evaluation.exact import round_rows
+from dist_proxygml.evaluation.exact import round_rows, scores_of_pairs
+from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions, retrieve
 from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
+from dist_proxygml.evaluation.verification import Pairs, Verification, count_allowed, verify_all, verify_listed
 from dist_proxygml.faults import fault_point
-from dist_proxygml.protocols import check_counts
+from dist_proxygml.protocols import check_counts, far_metric
 from dist_proxygml.rules import check_gallery_split
 from dist_proxygml.storage.files import parse_json
 
 CLUSTERING_METRICS = ("nmi", "ami", "f1")
 LEGACY_SEED = 1234  # faiss's own, which the published run on Stanford Online Products did not change
+
+
+class PairSettings(NamedTuple):
+    """Which pairs of images are told apart, and how."""
+
+    are_listed: bool  # with the split; otherwise all
+    fars: tuple[float, ...]
+    needed: str | None = None  # a metric that must be measurable, if it is one of pairs; not recorded
 
 
 class Settings(NamedTuple):
@@ -56,6 +65,7 @@ class Settings(NamedTuple):
     protocol: str = "custom"
     legacy_proxygml: bool = False
     exclude_same: str | None = None  # "camera": images of the query's class by its own camera are no answers
+    pairs: PairSettings | None = None
 
 
 class ClassSet(NamedTuple):
@@ -94,8 +104,9 @@ class EvaluationResult:
         metrics: fractions by name: recall@K for each K, r_precision, map@r, map, mrr, precision@1_macro; with
             clustering nmi, ami, f1 (means over the seeds) and nmi_sd, ... (sample standard deviations, 0 for one seed);
             where some classes were trained, recall@1_seen and recall@1_unseen of the queries of either kind;
-            legacy_recall@K and legacy_nmi where they were asked for.
+            tar@far=F and pair_accuracy, legacy_recall@K and legacy_nmi where they were asked for.
         bounds: of each retrieval metric, and of recall@1 in any case: if every tie went wrong, if every tie went right.
+            Of a verification set, where no image has another of its class, there are metrics of pairs only.
         num_images: evaluated images, queries and gallery together.
         num_classes: classes with at least one image.
         num_queries: queries with a right answer in the gallery.
@@ -104,6 +115,7 @@ class EvaluationResult:
         num_damaged: damaged images of the split, skipped altogether.
         protocol: what two results must share to be compared.
         table: the embeddings that were evaluated; not part of the JSON nor of equality.
+        pairs: how well scores tell pairs of images apart, where it was asked for.
     """
 
     metrics: dict[str, float]
@@ -115,11 +127,12 @@ class EvaluationResult:
     num_damaged: int
     protocol: dict[str, Any]
     table: EmbeddingTable | None = field(default=None, repr=False, compare=False)
+    pairs: Verification | None = None
 
     @property
-    def recall_at_1_bounds(self) -> tuple[float, float]:
-        """Recall@1 if every tie went wrong and if every tie went right."""
-        return self.bounds["recall@1"]
+    def recall_at_1_bounds(self) -> tuple[float, float] | None:
+        """Recall@1 if every tie went wrong and if every tie went right; None without retrieval."""
+        return self.bounds.get("recall@1")
 
     @property
     def class_set(self) -> ClassSet | None:
@@ -145,6 +158,8 @@ class EvaluationResult:
             "protocol": self.protocol,
             "fingerprint": self.fingerprint,
         }
+        if self.pairs is not None:
+            document["pairs"] = self.pairs.as_document()
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
@@ -172,6 +187,7 @@ class EvaluationResult:
                 num_lone=document["num_lone"],
                 num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
+                pairs=Verification.from_document(document["pairs"]) if "pairs" in document else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -239,6 +255,7 @@ def evaluate(
     cameras_n = None
     if settings.exclude_same is not None:
         cameras_n = _cameras(index, None if gallery is None else gallery.index)[table.ids.numpy()]
+    is_listed = settings.pairs is not None and settings.pairs.are_listed
     result = evaluate_table(
         table,
         context=context,
@@ -247,6 +264,7 @@ def evaluate(
         roles=roles,
         cameras_n=cameras_n,
         seen_C=split.seen,
+        listed_p4=run_together(context, index.read_pairs) if is_listed else None,
         data=data,
         hooks=hooks,
     )
@@ -262,6 +280,7 @@ def evaluate_table(
     roles: Roles | None = None,
     cameras_n: np.ndarray | None = None,
     seen_C: np.ndarray | None = None,
+    listed_p4: np.ndarray | None = None,
     data: Mapping[str, Any] | None = None,
     hooks: PassHooks = PassHooks(),  # noqa: B008
 ) -> EvaluationResult:
@@ -272,6 +291,8 @@ def evaluate_table(
         roles: which images ask and which are searched; None: all do both.
         cameras_n: the camera of each row, int; needed with `exclude_same`, and used with nothing else.
         seen_C: bool by label, which classes were trained; None: unknown.
+        listed_p4: the listed pairs, int64: first and second id, 1 for the same class, fold. Those of which an image is
+            missing are left out.
         data: where the embeddings come from, for the record.
         context, settings, options, hooks: as in `evaluate`.
 
@@ -291,42 +312,57 @@ def evaluate_table(
     run_together(context, check_settings, labels_n, settings, is_query_n, is_gallery_n, cameras_n)
 
     fault_point("evaluate.search")
-    # 1. Retrieval.
     _, class_n = np.unique(labels_n, return_inverse=True)
     rows_nD = run_together(context, round_rows, table.embeddings.numpy())
-    found = retrieve(
-        Images(rows_nD, class_n, is_query_n, is_gallery_n, cameras_n),
-        with_self=_drops_first_column(settings),
-        tolerance=settings.tie_tolerance,
-        context=context,
-        options=options,
-        say=hooks.say,
-    )
-    measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
+    measured: dict[str, float] = {}
+    bounds: dict[str, tuple[float, float]] = {}
+    found = None
 
     def agree() -> None:
         if hooks.signals is not None:
             hooks.signals.agree(context)
 
-    # 2. Clustering: each seed on one rank, its numbers on all of them.
-    if settings.kmeans_seeds:
-        clusterings = _clusterings(table, context=context, settings=settings, meanwhile=agree)
-        for name, values in zip(CLUSTERING_METRICS, clusterings, strict=True):
-            measured[name] = statistics.fmean(values)
-            measured[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    if has_right_answers(labels_n, is_query_n, is_gallery_n, cameras_n):
+        # 1. Retrieval.
+        found = retrieve(
+            Images(rows_nD, class_n, is_query_n, is_gallery_n, cameras_n),
+            with_self=_drops_first_column(settings),
+            tolerance=settings.tie_tolerance,
+            context=context,
+            options=options,
+            say=hooks.say,
+            follower=hooks.follower,
+        )
+        measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
 
-    # 3. What the published evaluation would say.
-    if settings.legacy_proxygml:
+        # 2. Clustering: each seed on one rank, its numbers on all of them.
+        if settings.kmeans_seeds:
+            clusterings = _clusterings(
+                table, context=context, settings=settings, meanwhile=agree, follower=hooks.follower
+            )
+            for name, values in zip(CLUSTERING_METRICS, clusterings, strict=True):
+                measured[name] = statistics.fmean(values)
+                measured[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
+
+    # 3. Pairs.
+    verified = None
+    if settings.pairs is not None:
+        verified = _verify(rows_nD, table, (is_query_n, is_gallery_n), listed_p4, settings.pairs, context, agree)
+        measured |= verified.metrics
+
+    # 4. What the published evaluation would say.
+    if settings.legacy_proxygml and found is not None:
         num_queries = int(is_query_n.sum())
         measured |= _legacy_metrics(
             found, table, num_queries=num_queries, context=context, settings=settings, meanwhile=agree
         )
 
+    num_answered = 0 if found is None else len(found.position)
     counts = {
         "images": len(labels_n),
         "classes": int(class_n.max()) + 1,
-        "queries": len(found.position),
-        "queries_without_right_answer": int(is_query_n.sum()) - len(found.position),
+        "queries": num_answered,
+        "queries_without_right_answer": int(is_query_n.sum()) - num_answered,
         "gallery": int(is_gallery_n.sum()),
     }
     return EvaluationResult(
@@ -338,6 +374,7 @@ def evaluate_table(
         num_lone=counts["queries_without_right_answer"],
         num_damaged=0,
         protocol=_protocol(settings, counts, data or {}, _count_classes(labels_n, seen_C)),
+        pairs=verified,
         table=table,
     )
 
@@ -362,7 +399,12 @@ def _retrieval_metrics(
 
 
 def _clusterings(
-    table: EmbeddingTable, *, context: ParallelContext, settings: Settings, meanwhile: Callable[[], object]
+    table: EmbeddingTable,
+    *,
+    context: ParallelContext,
+    settings: Settings,
+    meanwhile: Callable[[], object],
+    follower: Follower | None,
 ) -> tuple[list[float], ...]:
     """NMI, AMI and F1 of each seed, in the order of the seeds; rank r computes seeds r, r + W, ... Called on all
     ranks.
@@ -373,21 +415,60 @@ def _clusterings(
     def measure() -> dict[int, tuple[float, ...]]:
         of_own_seeds: dict[int, tuple[float, ...]] = {}
         own_seeds = settings.kmeans_seeds[context.rank :: context.world_size]
-        hidden = None if context.is_main else True  # None: hidden unless a person looks at it
-        for seed in tqdm(own_seeds, desc="clustering", unit=" seeds", delay=5.0, disable=hidden):
-            clusters_n = cluster(
-                embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
-            )
-            of_own_seeds[seed] = (
-                metrics.normalized_mutual_information(labels_n, clusters_n),
-                metrics.adjusted_mutual_information(labels_n, clusters_n),
-                metrics.pairwise_f1(labels_n, clusters_n),
-            )
+        with progress(
+            "clustering", len(own_seeds), unit=" seeds", is_shown=context.is_main, follower=follower
+        ) as advance:
+            for seed in own_seeds:
+                clusters_n = cluster(
+                    embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
+                )
+                of_own_seeds[seed] = (
+                    metrics.normalized_mutual_information(labels_n, clusters_n),
+                    metrics.adjusted_mutual_information(labels_n, clusters_n),
+                    metrics.pairwise_f1(labels_n, clusters_n),
+                )
+                advance(1)
         return of_own_seeds
 
     local = run_long(context, measure, meanwhile=meanwhile)
     of_seed = {seed: numbers for part in all_gather_object(context, local) for seed, numbers in part.items()}
     return tuple(list(values) for values in zip(*(of_seed[seed] for seed in settings.kmeans_seeds), strict=True))
+
+
+def _verify(
+    rows_nD: np.ndarray,
+    table: EmbeddingTable,
+    roles: tuple[np.ndarray, np.ndarray],
+    listed_p4: np.ndarray | None,
+    wanted: PairSettings,
+    context: ParallelContext,
+    meanwhile: Callable[[], object],
+) -> Verification:
+    """Tell pairs apart: the listed ones, else each two images, or each query and each image of the gallery. Called on
+    all ranks.
+    """
+    if listed_p4 is not None:
+        return run_together(context, _verify_listed, rows_nD, table.ids.numpy(), listed_p4, wanted.fars)
+    labels_n, (is_query_n, is_gallery_n) = table.labels.numpy(), roles
+    pairs = Pairs(rows_nD, labels_n)
+    if not is_query_n.all():
+        gallery = np.flatnonzero(is_gallery_n)
+        place_n = np.full(len(labels_n), -1)
+        place_n[gallery] = np.arange(len(gallery))
+        pairs = Pairs(
+            rows_nD[is_query_n], labels_n[is_query_n], rows_nD[gallery], labels_n[gallery], place_n[is_query_n]
+        )
+    return verify_all(pairs, fars=wanted.fars, context=context, meanwhile=meanwhile)
+
+
+def _verify_listed(
+    rows_nD: np.ndarray, ids_n: np.ndarray, listed_p4: np.ndarray, fars: tuple[float, ...]
+) -> Verification:
+    first_p, second_p, same_p, fold_p = listed_p4[np.isin(listed_p4[:, :2], ids_n).all(axis=1)].T
+    first_p, second_p = (np.searchsorted(ids_n, ids_p) for ids_p in (first_p, second_p))
+    score_p = scores_of_pairs(rows_nD, rows_nD, first_p, second_p)
+    verified = verify_listed(score_p, same_p == 1, fold_p, fars=fars)
+    return verified._replace(num_left_out=len(listed_p4) - len(score_p))
 
 
 def _legacy_metrics(
@@ -451,6 +532,8 @@ def check_split(index: ShardIndex, gallery: ShardIndex | None, settings: Setting
     is_query_n = np.arange(len(labels_n)) < num_queries
     cameras_n = None if settings.exclude_same is None else _cameras(index, gallery)
     check_settings(labels_n, settings, is_query_n, is_query_n if gallery is None else ~is_query_n, cameras_n)
+    if settings.pairs is not None and settings.pairs.are_listed:
+        _check_needed(settings.pairs, int((index.read_pairs()[:, 2] == 0).sum()))
 
 
 def _cameras(index: ShardIndex, gallery: ShardIndex | None) -> np.ndarray:
@@ -480,6 +563,10 @@ def check_settings(
     Raises:
         ValueError: as `evaluate_table`.
     """
+    are_listed = settings.pairs is not None and settings.pairs.are_listed
+    is_searched = has_right_answers(labels_n, is_query_n, is_gallery_n, cameras_n)
+    if are_listed and not is_searched:
+        return
     load_faiss()
     if settings.exclude_same is not None and cameras_n is None:
         raise ValueError("exclude_same expects the camera of every image, got none; pass cameras_n")
@@ -492,13 +579,39 @@ def check_settings(
             f"because a query has {'the other ' if has_itself else ''}{most} images as neighbours; change "
             "evaluation.recall_at"
         )
-    if not (is_query_n & (metrics.count_right_answers(labels_n, is_gallery_n, cameras_n) > 0)).any():
+    if not is_searched:
         what = "two images" if has_itself else "an image among the queries and one in the gallery"
         what += "" if cameras_n is None else " by two cameras"
         num_classes = len(np.unique(labels_n))
         raise ValueError(
             f"no class of the split has {what} ({len(labels_n)} images, {num_classes} classes), so no query has "
             "a right answer; evaluate a split with several images per class"
+        )
+    if settings.pairs is not None and not are_listed:
+        num_same = int((metrics.count_right_answers(labels_n, is_gallery_n) + is_gallery_n)[is_query_n].sum())
+        num_different = (int(is_query_n.sum()) * int(is_gallery_n.sum()) - num_same) // (1 + has_itself)
+        if num_different == 0:
+            raise ValueError(
+                "evaluation.pairs needs pairs of different classes, got images of one class; evaluate a split with "
+                "several classes, or set it to null"
+            )
+        _check_needed(settings.pairs, num_different)
+
+
+def has_right_answers(
+    labels_n: np.ndarray, is_query_n: np.ndarray, is_gallery_n: np.ndarray, cameras_n: np.ndarray | None
+) -> bool:
+    """Whether any query has a right answer."""
+    return bool((is_query_n & (metrics.count_right_answers(labels_n, is_gallery_n, cameras_n) > 0)).any())
+
+
+def _check_needed(wanted: PairSettings, num_different: int) -> None:
+    """Raise ValueError if a metric that is needed cannot be measured."""
+    missing = [far_metric(far) for far in wanted.fars if not count_allowed(far, num_different)]
+    if wanted.needed in missing:
+        raise ValueError(
+            f"checkpoint.keep_best is {wanted.needed!r}, which takes 1 / FAR pairs of different classes, got "
+            f"{num_different:,}; choose by a higher FAR of evaluation.pairs.far, or by another metric"
         )
 
 
@@ -524,6 +637,7 @@ def _protocol(
         name: _version(name)
         for name in ("dist_proxygml", "torch", "torchvision", "timm", "pillow", "numpy", "scipy", "scikit-learn")
     }
+    pairs = {} if settings.pairs is None else {"pairs": _pairs_protocol(settings.pairs)}
     return {
         "format": 2,
         "name": settings.protocol,
@@ -540,7 +654,19 @@ def _protocol(
         "recall_at": list(settings.recall_at),
         "clustering": clustering if settings.kmeans_seeds else None,
         "legacy_proxygml": _legacy_protocol(settings) if settings.legacy_proxygml else None,
+        **pairs,
         "versions": {**versions, "faiss": ", ".join(installed_faiss()) or "unknown"},
+    }
+
+
+def _pairs_protocol(wanted: PairSettings) -> dict[str, Any]:
+    return {
+        "of": "listed" if wanted.are_listed else "all",
+        "far": list(wanted.fars),
+        "accepted": "score >= threshold, the most with FAR <= the one wanted, not interpolated",
+        "accuracy": "threshold of the other folds, half way between scores, the highest of the best"
+        if wanted.are_listed
+        else None,
     }
 
 

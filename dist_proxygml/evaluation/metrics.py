@@ -1,7 +1,7 @@
 """Retrieval metrics from the ranks of right answers, clustering metrics from labels and clusters.
 
-    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; with cameras also
-                   without those of its class by its own camera, as in re-identification (Zheng et al., ICCV 2015)
+    rank_j         position (from 1) of a query's j-th right answer among all gallery images but itself; where there are
+                   cameras, also but those of its class by its own one (re-identification: Zheng et al., ICCV 2015)
     R              number of its right answers
     Recall@K       1 if rank_1 <= K                              in the metric-learning sense: a hit rate
     R-Precision    #{j: rank_j <= R} / R
@@ -90,6 +90,13 @@ def score_queries(query_p: Int[np.ndarray, " p"], rank_p: Int[np.ndarray, " p"],
     )
 
 
+def query_metrics(scores: QueryScores, *, recall_at: Sequence[int]) -> dict[str, Float[np.ndarray, " q"]]:
+    """The value of each query under the metrics that are means over queries, by name."""
+    found = {f"recall@{k}": (scores.first_rank <= k).astype(np.float64) for k in recall_at}
+    found |= {"r_precision": scores.r_precision, "map@r": scores.map_at_r}
+    return found | {"map": scores.map, "mrr": 1 / scores.first_rank}
+
+
 def retrieval_metrics(
     scores: QueryScores,
     labels_q: Int[np.ndarray, " q"],
@@ -103,9 +110,7 @@ def retrieval_metrics(
     hit_q = scores.first_rank == 1
     _, class_q = np.unique(labels_q, return_inverse=True)
     class_means = np.bincount(class_q, weights=hit_q) / np.bincount(class_q)
-    found = {f"recall@{k}": exact_mean(scores.first_rank <= k) for k in recall_at}
-    found |= {"r_precision": exact_mean(scores.r_precision), "map@r": exact_mean(scores.map_at_r)}
-    found |= {"map": exact_mean(scores.map), "mrr": exact_mean(1 / scores.first_rank)}
+    found = {name: exact_mean(values_q) for name, values_q in query_metrics(scores, recall_at=recall_at).items()}
     found["precision@1_macro"] = exact_mean(class_means)
     if seen_q is not None and seen_q.any() and not seen_q.all():
         found |= {"recall@1_seen": exact_mean(hit_q[seen_q]), "recall@1_unseen": exact_mean(hit_q[~seen_q])}
@@ -235,16 +240,26 @@ _NAMES = (
     MetricName("nmi", "NMI", f"mutual information of {_CLUSTERS}"),
     MetricName("ami", "AMI", f"as NMI, less what chance gives: {_CLUSTERS}"),
     MetricName("f1", "F1", f"pairs of images that are together in both: {_CLUSTERS}"),
+    MetricName("pair_accuracy", "Pair accuracy", "listed pairs decided rightly by the threshold of the other folds"),
     MetricName("legacy_recall@", "Recall@{} as published", "what the authors' evaluation gives for Recall@{}"),
     MetricName("legacy_nmi", "NMI as published", "what the authors' evaluation gives for NMI"),
 )
 
 
+def _tar_name(key: str) -> MetricName:
+    far = key.partition("=")[2]
+    meaning = f"pairs of the same class accepted, where at most {far} of the pairs of different classes are"
+    return MetricName(key, f"TAR at FAR {far}", meaning)
+
+
 def name_metrics(keys: Iterable[str]) -> list[MetricName]:
     """The metrics among these keys, each once, in reading order."""
     found = set(keys)
+    rates = sorted((float(key.partition("=")[2]), key) for key in found if re.fullmatch(r"tar@far=[\d.]+e-\d+", key))
     named = []
     for name in _NAMES:
+        if name.key == "pair_accuracy":
+            named += [_tar_name(key) for _, key in rates]
         if name.key.endswith("@"):
             cuts = sorted(int(match[1]) for key in found if (match := re.fullmatch(rf"{name.key}(\d+)", key)))
             named += [MetricName(f"{name.key}{k}", name.label.format(k), name.meaning.format(k)) for k in cuts]

@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows
 from dist_proxygml.distributed.memory import available_memory
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object
 from dist_proxygml.evaluation.metrics import QueryScores, count_right_answers, rank_without_first_column, score_queries
+from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.evaluation.rank_counts import (
     BEST,
     EXACT,
@@ -88,6 +88,7 @@ def retrieve(
     context: ParallelContext,
     options: SearchOptions,
     say: Callable[[str], object] = lambda _: None,
+    follower: Follower | None = None,
 ) -> Retrieval:
     """Rank the right answers of every query that has one. Called on all ranks; the same result on all of them.
 
@@ -98,6 +99,7 @@ def retrieve(
         context: this process among its peers.
         options: how to search.
         say: takes lines for people.
+        follower: is given the progress instead of a bar.
 
     Raises:
         ValueError: on every rank: no usable faiss, or with `verify` two ways to search that differ.
@@ -125,8 +127,9 @@ def retrieve(
         shared = asked_Q if is_sharded else _share(asked_Q, context)
         tiles = _tiles(shared, num_members_n, width=rows_GD.shape[1], options=options)
         rows = [np.zeros((0, NUM_COLUMNS))]
-        hidden = None if context.is_main else True  # None: hidden unless a person looks at it
-        with tqdm(total=len(shared), desc="searching", unit=" queries", delay=5.0, disable=hidden) as bar:
+        with progress(
+            "searching", len(shared), unit=" queries", is_shown=context.is_main, follower=follower
+        ) as advance:
             for tile_q in tiles:
                 cameras_q = None if images.cameras is None else images.cameras[tile_q]
                 queries = Queries(images.rows[tile_q], images.labels[tile_q], own_n[tile_q], cameras_q)
@@ -134,7 +137,7 @@ def retrieve(
                 rows.append(scores_qM)
                 if num_swept > MOST_SWEPT * len(tile_q) and not options.verify:
                     job = job._replace(part=job.part._replace(searcher=None))
-                bar.update(len(tile_q))
+                advance(len(tile_q))
         del part, job  # before there may be another
         scores_QM = np.concatenate(rows)
         if not is_sharded:

@@ -21,7 +21,7 @@ from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.evaluation.blocks import BlockFolder
 from dist_proxygml.evaluation.embedding_pass import PassHooks, PassSettings, Split, save_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate
+from dist_proxygml.evaluation.evaluator import EvaluationResult, PairSettings, Settings, evaluate
 from dist_proxygml.evaluation.retrieval import SearchOptions
 from dist_proxygml.storage.files import paths_in, publish_text
 from dist_proxygml.storage.run_folder import RunFolder
@@ -73,13 +73,16 @@ def evaluate_model(
 
 def measured(config: Config, index: ShardIndex, *, kmeans_seeds: int | None = None) -> Settings:
     """Build the settings for a split; the published protocol is that of the test split alone."""
-    wanted, is_test = config.evaluation, index.split == config.data.test_split
+    wanted, is_test, pairs = config.evaluation, index.split == config.data.test_split, None
+    if wanted.pairs is not None and (is_test or wanted.pairs.of == "all"):
+        pairs = PairSettings(wanted.pairs.of == "listed", tuple(wanted.pairs.far), config.checkpoint.keep_best)
     return Settings(
         recall_at=tuple(wanted.recall_at),
         kmeans_seeds=tuple(range(wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds)),
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
         exclude_same=wanted.excluded,
+        pairs=pairs,
     )
 
 
@@ -152,6 +155,7 @@ def result_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(mode="json", include=wanted)
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
-    if settings["evaluation"]["exclude_same"] is None:  # the names of results from before it was a setting
-        del settings["evaluation"]["exclude_same"]
+    for name in ("exclude_same", "pairs"):
+        if settings["evaluation"][name] is None:  # the names of results from before it was a setting
+            del settings["evaluation"][name]
     return dict(settings)

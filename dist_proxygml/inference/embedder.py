@@ -182,11 +182,13 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def loading_processes(num_images: int, wanted: int | None) -> int:
-    """Default number of processes that read images: none for so few that starting them takes longer."""
+def loading_processes(num_images: int, wanted: int | None, *, num_ranks: int = 1) -> int:
+    """Default number of processes that read images for each of the machine's ranks: none for so few that starting them
+    takes longer.
+    """
     if wanted is not None:
         return wanted
-    return 0 if num_images < 512 else min(8, len(os.sched_getaffinity(0)))
+    return 0 if num_images < 512 else max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:

@@ -4,28 +4,23 @@
     ids.jsonl        a line per row: {"id": "birds/wren.jpg"}, with label, class_name and sample where they are known
     manifest.json    model, data, images that were skipped, versions, bytes and sha256 of both files
 
-Rows are appended batch by batch, a line of a journal after each, so that a writer that was killed resumes after its
-last whole batch, if the model, the images and the batches are the same. Before the folder is published every row is
-read again: finite and of length 1.
+The folder is written from what `embed` has kept (evaluation/blocks.py). Before it is published every row is read again:
+finite and of length 1.
 
 Dimension key: n rows, D embedding.
 """
 
 import io
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.sources import ImageRecord
-from dist_proxygml.storage.files import parse_json
-from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
-from dist_proxygml.storage.lock import FolderLock
+from dist_proxygml.storage.folder import SealedKind, make_empty, open_sealed, seal
 
 ROWS_FILE = "embeddings.npy"
 IDS_FILE = "ids.jsonl"
@@ -35,8 +30,6 @@ KIND = SealedKind(
     files=(ROWS_FILE, IDS_FILE),
     entries={"num_rows": int, "embedding_dim": int, "model": dict, "data": dict, "left_out": list},
 )
-_PLAN_FILE = "plan.json"
-_JOURNAL_FILE = "done.jsonl"
 _ROWS_AT_A_TIME = 1 << 16
 
 
@@ -93,121 +86,51 @@ def check_rows(rows_nD: Float[np.ndarray, "n D"], records: Sequence[ImageRecord]
             )
 
 
-class EmbeddingWriter:
-    """Writer of a folder of embeddings; `num_done` batches were there already.
+def write_embeddings(
+    partial: Path,
+    out: Path,
+    parts: Iterable[tuple[Float[np.ndarray, "b D"], Sequence[ImageRecord], Sequence[Damage]]],
+    *,
+    embedding_dim: int,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a folder of embeddings in `partial`, check every row, and publish it as `out`; return its manifest.
 
     Args:
-        out: where it will be.
-        plan: what must be the same for an interrupted folder to be resumed.
+        partial: a folder that may be emptied.
+        out: where embeddings that are there are replaced.
+        parts: rows in order, one record for each, and images that cannot be used.
         embedding_dim: D.
-        overwrite: replace embeddings that are there.
+        about: model and data, for the manifest.
 
     Raises:
-        ValueError: `out` is in use, or another process writes there.
+        ValueError: there is no row, or one is not of length 1.
     """
-
-    def __init__(self, out: Path, *, plan: dict[str, Any], embedding_dim: int, overwrite: bool = False) -> None:
-        self.out = Path(os.path.realpath(out))  # a link stays one
-        check_is_free(self.out, KIND, overwrite=overwrite)
-        self._partial = partial_path(self.out)
-        self._lock = FolderLock(self.out, elsewhere="name another folder")
-        self._dim = embedding_dim
-        self.num_done = self.num_rows = 0
-        self.left_out: list[Damage] = []
-        self.differing: list[str] = []
-        """The parts of the plan in which an interrupted folder differs, so that it is written anew."""
-        text = json.dumps(plan, sort_keys=True)
-        if not self._may_resume(plan):
-            make_empty(self._partial)
-            (self._partial / ROWS_FILE).write_bytes(_header(0, embedding_dim))
-            (self._partial / IDS_FILE).touch()
-            (self._partial / _JOURNAL_FILE).touch()
-            (self._partial / _PLAN_FILE).write_text(text, encoding="utf-8")
-        self._rows: IO[bytes] = open(self._partial / ROWS_FILE, "ab")
-        self._ids: IO[bytes] = open(self._partial / IDS_FILE, "ab")
-        self._journal: IO[bytes] = open(self._partial / _JOURNAL_FILE, "ab")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-        self._lock.release()
-
-    def add(
-        self, rows_bD: Float[np.ndarray, "b D"], records: Sequence[ImageRecord], left_out: Sequence[Damage]
-    ) -> None:
-        """Append a batch, and the images of it that cannot be used."""
-        assert rows_bD.shape == (len(records), self._dim)
-        self._rows.write(np.ascontiguousarray(rows_bD, dtype="<f4").tobytes())
-        self._ids.writelines(f"{record.to_json()}\n".encode() for record in records)
-        self._rows.flush()
-        self._ids.flush()
-        self.num_rows += len(records)
-        self.num_done += 1
-        self.left_out += left_out
-        line = json.dumps([self.num_rows, self._ids.tell(), [list(damage) for damage in left_out]])
-        self._journal.write(f"{line}\n".encode())
-        self._journal.flush()
-
-    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Check every row, publish the folder; returns its manifest.
-
-        Raises:
-            ValueError: there is no row, or one is not of length 1.
-        """
-        self._close()
-        if not self.num_rows:
-            raise ValueError(f"none of the {len(self.left_out)} images can be used, the first is {self.left_out[0]}")
-        with open(self._partial / ROWS_FILE, "r+b") as stream:
-            stream.write(_header(self.num_rows, self._dim))
-        records = read_records(self._partial / IDS_FILE)
-        check_rows(np.load(self._partial / ROWS_FILE, mmap_mode="r"), records)
-        about = {
-            "num_rows": self.num_rows,
-            "embedding_dim": self._dim,
-            "num_ids": len({record.id for record in records}),
-            "rows": "float32, finite, unit length",
-            **about,
-            "left_out": [damage._asdict() for damage in self.left_out],
-        }
-        manifest = seal(self._partial, self.out, KIND, about=about, notes=(_PLAN_FILE, _JOURNAL_FILE))
-        self._lock.release(is_done=True)
-        return manifest
-
-    def _close(self) -> None:
-        for stream in (self._rows, self._ids, self._journal):
-            stream.close()
-
-    def _may_resume(self, plan: dict[str, Any]) -> bool:
-        """Whether an interrupted folder of the same plan is there; it is cut after its last whole batch."""
-        rows, ids, journal = (self._partial / name for name in (ROWS_FILE, IDS_FILE, _JOURNAL_FILE))
-        try:
-            earlier = parse_json((self._partial / _PLAN_FILE).read_bytes())
-            ours = json.loads(json.dumps(plan))
-            self.differing = [name.replace("_", " ") for name in ours if earlier.get(name) != ours[name]]
-            if self.differing:
-                return False
-            header, num_bytes = len(_header(0, self._dim)), (rows.stat().st_size, ids.stat().st_size)
-            whole, ids_end = [], 0
-            for line in journal.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):  # cut by a kill
-                    break
-                num_rows, end, left_out = parse_json(line)
-                if header + num_rows * 4 * self._dim > num_bytes[0] or end > num_bytes[1]:
-                    break
-                whole.append(line)
-                self.num_rows, ids_end = num_rows, end
-                self.left_out += [Damage(*damage) for damage in left_out]
-            self.num_done = len(whole)
-            os.truncate(rows, header + self.num_rows * 4 * self._dim)
-            os.truncate(ids, ids_end)
-            journal.write_bytes(b"".join(whole))
-        except (OSError, ValueError, TypeError, AttributeError):
-            self.num_done = self.num_rows = 0
-            self.left_out = []
-            return False
-        return True
+    make_empty(partial)
+    num_rows, left_out = 0, list[Damage]()
+    with open(partial / ROWS_FILE, "wb") as rows, open(partial / IDS_FILE, "wb") as ids:
+        rows.write(_header(0, embedding_dim))
+        for rows_bD, records, damaged in parts:
+            assert rows_bD.shape == (len(records), embedding_dim)
+            rows.write(np.ascontiguousarray(rows_bD, dtype="<f4").data)
+            ids.writelines(f"{record.to_json()}\n".encode() for record in records)
+            num_rows += len(records)
+            left_out += damaged
+        rows.seek(0)
+        rows.write(_header(num_rows, embedding_dim))
+    if not num_rows:
+        raise ValueError(f"none of the {len(left_out)} images can be used, the first is {left_out[0]}")
+    records = read_records(partial / IDS_FILE)
+    check_rows(np.load(partial / ROWS_FILE, mmap_mode="r"), records)
+    whole = {
+        "num_rows": num_rows,
+        "embedding_dim": embedding_dim,
+        "num_ids": len({record.id for record in records}),
+        "rows": "float32, finite, unit length",
+        **about,
+        "left_out": [damage._asdict() for damage in left_out],
+    }
+    return seal(partial, out, KIND, about=whole)
 
 
 def _header(num_rows: int, embedding_dim: int) -> bytes:

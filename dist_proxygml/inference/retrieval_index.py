@@ -33,10 +33,12 @@ from jaxtyping import Float, Int
 from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.evaluation.search import load_faiss
 from dist_proxygml.inference.embeddings import check_rows, read_records
+from dist_proxygml.inference.score_table import ScoreTable
 from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
 
 INDEX_FILE = "index.faiss"
 IDS_FILE = "ids.jsonl"
+SCORES_FILE = "scores.json"  # not in indexes of rows without class labels, nor in those from before there were any
 KIND = SealedKind(
     "dist-proxygml-search-index",
     remedy="build it with `python -m dist_proxygml.index`, or copy it again",
@@ -80,6 +82,7 @@ class Index:
         recall_at_10: share of the ten nearest that a search finds, measured while it was built; 1 for flat.
         model: which model made the embeddings, as `Embedder.about`; None if nobody said.
         data: where the images are, as a folder of embeddings says it; None if nobody said.
+        scores: precision and recall by score; None where they were not measured.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Index:
         self.recall_at_10 = recall_at_10
         self.model = model
         self.data = data
+        self.scores: ScoreTable | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -191,6 +195,8 @@ class Index:
             load_faiss().write_index(self._index, str(partial / INDEX_FILE))
             with open(partial / IDS_FILE, "w", encoding="utf-8") as stream:
                 stream.writelines(f"{record.to_json()}\n" for record in self.records)
+            if self.scores is not None:
+                (partial / SCORES_FILE).write_text(self.scores.to_json(), encoding="utf-8")
             about = {
                 "index": {"kind": self.kind, **self.parameters},
                 "num_rows": len(self),
@@ -223,6 +229,8 @@ class Index:
             faiss_index = faiss.read_index(str(path / INDEX_FILE))
             records = read_records(path / IDS_FILE)
             recall = float(manifest["recall_at_10"])
+            has_scores = SCORES_FILE in manifest["files"]
+            scores = ScoreTable.from_json((path / SCORES_FILE).read_bytes()) if has_scores else None
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}; {KIND.remedy}") from None
         found, expected = (faiss_index.ntotal, faiss_index.d), (manifest["num_rows"], manifest["embedding_dim"])
@@ -240,6 +248,7 @@ class Index:
             model=manifest["model"],
             data=manifest["data"],
         )
+        index.scores = scores
         if kind != "flat":
             index._set_effort(index._effort)
         return index

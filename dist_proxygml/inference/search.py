@@ -28,6 +28,15 @@ from dist_proxygml.storage.run_folder import RunFolder, step_name
 
 _SAME_SCORE = 0.999  # at least, of two embeddings of the same pixels: rounding makes less than 1e-5
 _QUERIES_OF_A_PAGE = 100
+_PRECISION = 0.95  # answers are doubtful below the score from which on so many are right
+
+
+class Doubt(NamedTuple):
+    """The score below which answers are doubtful, as the index measured it."""
+
+    below: float  # above any score where none is good enough
+    precision: float  # from there on, as wanted
+    sentence: str
 
 
 class Match(NamedTuple):
@@ -43,6 +52,52 @@ class Answer(NamedTuple):
     query: Path
     matches: list[Match]  # as near as was asked for
     nearest: Match | None  # of all; None where the index has nothing else than the query
+
+
+def score_for(index: Index, path: Path, precision: float) -> float:
+    """The lowest score from which on so many answers were right when scores were measured.
+
+    Raises:
+        ValueError: they were not measured, or no score is good enough.
+    """
+    if index.scores is None:
+        raise ValueError(
+            f"expected an index with measured scores for --precision, {path} has none: its rows have no class labels, "
+            "or it was built before scores were measured; build it again (`python -m dist_proxygml.index`) from "
+            "labelled embeddings or with --scores-from, or choose a --min-score"
+        )
+    found = index.scores.lowest_for(precision)
+    if found is None:
+        best = index.scores.best
+        raise ValueError(
+            f"expected a --precision that some score of {path} reaches, got {precision:g}; the most is "
+            f"{best.precision:.4f}, from a score of {best.score:.4f} on"
+        )
+    return found.score
+
+
+def doubt_about(index: Index, *, precision: float | None = None, min_score: float | None = None) -> Doubt | None:
+    """The score below which answers are doubtful: less than `precision` (0.95) of those from there on were right. None
+    where scores were not measured. The sentence also says what a `min_score` gave.
+    """
+    table, wanted = index.scores, precision or _PRECISION
+    if table is None:
+        return None
+    found, chosen = table.lowest_for(wanted), None if min_score is None else table.at(min_score)
+    if found is None:
+        text = (
+            f"All answers are doubtful: {table.best.precision:.1%} were right at best, from {table.best.score:.4f} on"
+        )
+    else:
+        text = (
+            f"Answers below {found.score:.4f} are doubtful: from there on {found.precision:.1%} were right, "
+            f"{found.recall:.1%} of the right ones"
+        )
+    if chosen is not None:
+        text += f"; from {min_score} on {chosen.precision:.1%} were right, {chosen.recall:.1%} of the right ones"
+    return Doubt(
+        2.0 if found is None else found.score, wanted, f"{text} (measured on {table.measured_on} when it was indexed)."
+    )
 
 
 def query_paths(images: Sequence[Path]) -> list[Path]:
@@ -195,10 +250,12 @@ def _nothing(answer: Answer, min_score: float | None) -> str:
     return f"{query}: nothing with a score of {min_score} or more; the nearest is {near} with {score:.5f}"
 
 
-def as_json(index: Index, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
+def as_json(index: Index, path: Path, answers: Sequence[Answer], doubt: Doubt | None = None) -> dict[str, Any]:
     """Results for programs, as a JSON object."""
     return {
         "index": str(path),
+        "doubtful_below": None if doubt is None else doubt.below,
+        "precision": None if doubt is None else doubt.precision,
         "kind": index.kind,
         "model": None if index.model is None else {name: index.model.get(name) for name in ("run", "step")},
         "queries": [_query_as_json(answer) for answer in answers],
@@ -235,7 +292,14 @@ def write_file(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def write_answers(
-    page: Path, index: Index, path: Path, answers: Sequence[Answer], *, data: str | None, min_score: float | None
+    page: Path,
+    index: Index,
+    path: Path,
+    answers: Sequence[Answer],
+    *,
+    data: str | None,
+    min_score: float | None,
+    doubt: Doubt | None = None,
 ) -> None:
     """Write a page of the queries and what was found for them, and further ones (found-2.html, ...) for more than a
     hundred; `data` says where the images of the index at `path` lie now.
@@ -249,10 +313,12 @@ def write_answers(
                 pixels = gallery.image(match.record)
             except ValueError as error:
                 print(f"not at hand: {printable(error)}", file=sys.stderr)
-        return Tile(match.record.id, pixels, match.score, match.record.class_name)
+        is_doubtful = doubt is not None and match.score < doubt.below
+        return Tile(match.record.id, pixels, match.score, match.record.class_name, is_doubtful)
 
     model = "" if index.model is None else f" by {index.model.get('run')}, step {index.model.get('step')}"
     lead = f"Searched among {len(index):,} images, embedded{model}. Numbers are cosines: 1 is the same embedding."
+    lead += "" if doubt is None else f" {doubt.sentence}"
     num_pages = math.ceil(len(answers) / _QUERIES_OF_A_PAGE)
     names = [page.name, *(f"{page.stem}-{number}{page.suffix}" for number in range(2, num_pages + 1))]
     for number, name in enumerate(names):

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     pixels: torch.Tensor | None  # uint8 RGB [3, h, w]; None where the image is not at hand
     score: float | None = None  # None for a query
     class_name: str | None = None
+    is_doubtful: bool = False
 
     @property
     def picture(self) -> str | None:

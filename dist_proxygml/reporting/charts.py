@@ -130,6 +130,35 @@ def line_chart(
     return Chart(title, f"over {x_label}", [(line.name, line.dashed) for line in shown], spoken, drawing)
 
 
+def roc_chart(title: str, series: Sequence[Series], *, x_label: str) -> Chart | None:
+    """Draw y, from 0 to 100, over shares x on a logarithmic axis up to 1; None if there is nothing to draw.
+
+    Args:
+        title: the meaning of y.
+        series: at most six lines, x ascending, drawn as steps, since a value holds until the next. Points at x = 0 are
+            omitted.
+        x_label: the meaning of x.
+    """
+    shown = [line._replace(points=[(x, y) for x, y in line.points if x > 0]) for line in series]
+    shown = [line for line in shown if line.points]
+    if not shown:
+        return None
+    lowest = min(line.points[0][0] for line in shown)
+
+    def paint(figure: "Figure") -> None:
+        axes = _axes(figure)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: _number(value))
+        for colour, line in zip(SERIES, shown, strict=False):
+            axes.step(*zip(*line.points, strict=True), where="post", color=colour, linewidth=2, clip_on=False)
+        axes.set_xlim(min(lowest, 0.1), 1)
+        axes.set_ylim(0, 100)
+
+    spoken = "; ".join(f"{line.name} begins at {_number(line.points[0][1])}" for line in shown)
+    drawing = draw(paint, name=title, width=WIDTH, height=HEIGHT)
+    return Chart(title, f"over the {x_label}", [(line.name, False) for line in shown], spoken, drawing)
+
+
 def histogram_chart(title: str, histograms: Sequence[Histogram], *, x_label: str) -> Chart | None:
     """Draw the outlines of histograms, each in percent of its own values; None if all are empty.
 

@@ -1,7 +1,7 @@
 """Results of a run: a table for the terminal, and an HTML page.
 
-    numbers before and after training -> what the model retrieves -> where it fails -> hubs, copies -> proxies ->
-    curves -> protocol and configuration
+    what the run was, numbers before and after training -> what the model retrieves -> where it fails -> every number
+    -> hubs, copies -> proxies -> curves -> protocol and configuration
 
 The page is self-contained: styles, curves (SVG) and thumbnails are embedded, nothing is fetched and no script runs. It
 is written from the run's folder alone, plus the images of the embeddings; the page states what a run does not have yet.
@@ -12,7 +12,9 @@ Run folder: config.json, metrics.jsonl, evaluation/{pixels,step-*}.json, embeddi
 """
 
 import json
+import math
 import re
+import statistics
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,19 +24,21 @@ from typing import Any
 import numpy as np
 
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.evaluation.best import read_evaluations, selected_rows
+from dist_proxygml.evaluation.best import BEST_ON_TEST, read_evaluations, selected_rows
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.evaluation.evaluator import ClassSet, EvaluationResult
 from dist_proxygml.evaluation.metrics import name_metrics
 from dist_proxygml.reporting.charts import Chart, Series, line_chart
 from dist_proxygml.reporting.pictures import picture_parts
 from dist_proxygml.reporting.proxies import proxy_statistics
-from dist_proxygml.reporting.render import quoted, read_makers, render
+from dist_proxygml.reporting.render import format_seconds, quoted, read_makers, render
+from dist_proxygml.reporting.verified import verification_part
 from dist_proxygml.storage.files import is_folder, mode_of, publish_text, read_document, read_file, read_log
 from dist_proxygml.storage.run_folder import RunFolder, by_step
 
 _MAX_LISTED = 20  # entries of a list in the protocol
-_HEADLINE = ("map@r", "nmi")  # beside Recall@K
+_HEADLINE = ("map@r", "nmi", "pair_accuracy")  # beside Recall@K
+_GUESS = "classification of a guess: ln(kept classes)"
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,21 @@ class RunRecord:
     chosen: dict[str, Mapping[str, float]]  # metrics of the best evaluations, if there were several
     pixels: EvaluationResult | None
     table: EmbeddingTable | None  # the newest
+    facts: dict[str, Any]  # what it ran on, and how long
+
+    @property
+    def measured(self) -> dict[int, EvaluationResult]:
+        """The evaluations that its results are: of the test split, or of validation classes if it has none."""
+        return self.evaluations or self.validation
 
     @property
     def rows(self) -> dict[str, EvaluationResult]:
         """The available rows of the results table."""
-        last = max(self.evaluations, default=0)
+        last = max(self.measured, default=0)
         rows = {
             "raw pixels": self.pixels,
-            "before training": self.evaluations.get(0),
-            "after training": self.evaluations[last] if last else None,
+            "before training": self.measured.get(0),
+            "after training": self.measured[last] if last else None,
         }
         return {name: result for name, result in rows.items() if result is not None}
 
@@ -89,6 +99,7 @@ def read_run(run_directory: Path) -> RunRecord:
         chosen=selected_rows(run_directory),
         pixels=EvaluationResult.from_json(read_file(pixels_file)) if mode_of(pixels_file) else None,
         table=_newest_table(list(by_step(folder.path / "embeddings", ".npz").values())),
+        facts=_stored_facts(folder.facts),
     )
 
 
@@ -136,12 +147,15 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         results=results,
         columns=_columns(results.values()),
         names=name_metrics(key for result in rows.values() for key in result.metrics),
-        last_step=max(run.evaluations, default=0),
-        is_unseen=index is not None and _classes_are_unseen(run, index),
-        has_choice=bool(run.chosen),
+        facts=_facts(run),
+        last_step=max(run.measured, default=0),
+        is_held_out=not run.evaluations,
+        class_set=_class_set(run, index) if rows else None,
+        has_choice=BEST_ON_TEST in " ".join(run.chosen),
         num_looks=len(run.evaluations) - (0 in run.evaluations),
         pictures=pictures,
         reason=reason,
+        verified=verification_part(rows),
         proxies=proxy_statistics(run_directory / "proxies"),
         charts=_charts(run),
         configuration=quoted(json.dumps(run.config, indent=2)) if run.config else None,
@@ -179,6 +193,11 @@ def _measured(result: EvaluationResult) -> dict[str, Any]:
 
 def _pictures(run: RunRecord, index: ShardIndex | None) -> tuple[dict[str, Any] | None, str]:
     """Return the page's data on images, or None and the reason."""
+    rows = list(run.rows.values())
+    if rows and not rows[-1].num_queries:
+        return None, "Which images are of one class is known of listed pairs only."
+    if not run.evaluations and run.config.get("data", {}).get("test_split", "") is None:
+        return None, "This run has no test split, so there are no images to retrieve."
     if run.table is None:
         return None, "No embeddings are stored for this run yet; they are written with the next evaluation."
     if index is None:
@@ -231,11 +250,16 @@ def _charts(run: RunRecord) -> list[Chart]:
     }
     if not any(line.get("regularization") for line in run.training):
         losses = {"loss": "total"}  # the other two would be equal to it and zero
+    guess = [
+        (line["step"], math.log(line["kept_classes"]))
+        for line in run.training
+        if isinstance(line.get("kept_classes"), int | float) and line["kept_classes"] >= 1
+    ]
     rates = {"lr_backbone": "backbone", "lr_embedding": "embedding layer", "lr_proxies": "proxies"}
     norms = {"gradient_norm_backbone": "backbone", "gradient_norm_proxies": "proxies"}
     charts = [
         _evaluation_chart(run),
-        line_chart("Loss", _training_series(run, losses), x_label="steps"),
+        line_chart("Loss", [*_training_series(run, losses), Series(_GUESS, guess, dashed=True)], x_label="steps"),
         line_chart("Learning rate", _training_series(run, rates), x_label="steps", logarithmic=True),
         line_chart("Gradient norm", _training_series(run, norms), x_label="steps", logarithmic=True),
     ]
@@ -244,18 +268,19 @@ def _charts(run: RunRecord) -> list[Chart]:
 
 def _evaluation_chart(run: RunRecord) -> Chart | None:
     """Draw Recall@1, MAP@R and NMI over steps, if there are at least two evaluations."""
-    if len(run.evaluations) < 2:
+    if len(run.measured) < 2:
         return None
-    columns = _columns(result.metrics for result in run.evaluations.values())
+    columns = _columns(result.metrics for result in run.measured.values())
     lines = []
     for key in ("recall@1", "map@r", "nmi"):
-        points = [(step, 100 * r.metrics[key]) for step, r in run.evaluations.items() if key in r.metrics]
+        points = [(step, 100 * r.metrics[key]) for step, r in run.measured.items() if key in r.metrics]
         lines.append(Series(columns.get(key, key), points))
-    held_out = [(s, 100 * r.metrics["recall@1"]) for s, r in run.validation.items() if "recall@1" in r.metrics]
-    lines.append(Series("Recall@1 of validation classes", held_out))
+    if run.evaluations:
+        held_out = [(s, 100 * r.metrics["recall@1"]) for s, r in run.validation.items() if "recall@1" in r.metrics]
+        lines.append(Series("Recall@1 of validation classes", held_out))
     if run.pixels is not None and "recall@1" in run.pixels.metrics:
         level = 100 * run.pixels.metrics["recall@1"]
-        ends = (min(run.evaluations), max(run.evaluations))
+        ends = (min(run.measured), max(run.measured))
         lines.append(Series("Recall@1 of raw pixels", [(end, level) for end in ends], dashed=True))
     return line_chart("Evaluation, percent", lines, x_label="steps", markers=True)
 
@@ -290,17 +315,53 @@ def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
 
 
 def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
-    """Return the main metrics of a table by key: Recall@K for all K, MAP@R, NMI."""
+    """Return the main metrics of a table by key: Recall@K for all K, MAP@R, NMI, accuracy of pairs."""
     names = name_metrics(key for row in rows for key in row)
     return {name.key: name.label for name in names if name.key.startswith("recall@") or name.key in _HEADLINE}
 
 
-def _classes_are_unseen(run: RunRecord, index: ShardIndex) -> bool:
-    """Whether no class of the split has the id of a training class. False if that is unknown."""
-    training = _training_split(run, index)
-    if training is None:
-        return False
-    return not {entry.source_id for entry in training.classes} & {entry.source_id for entry in index.classes}
+def _class_set(run: RunRecord, index: ShardIndex | None) -> ClassSet | None:
+    """How many of the evaluated classes were trained, as the result says; for one that does not, none if no class of
+    the split has the id of a training class. None if that is unknown.
+    """
+    result = list(run.rows.values())[-1]
+    training = None if result.class_set or index is None else _training_split(run, index)
+    if training is None or index is None:
+        return result.class_set
+    shared = {entry.source_id for entry in training.classes} & {entry.source_id for entry in index.classes}
+    return None if shared else ClassSet(0, result.num_classes)
+
+
+def _stored_facts(path: Path) -> dict[str, Any]:
+    """What a run ran on; nothing if that is not stored, as by earlier versions, or damaged."""
+    try:
+        return read_document(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path}: {error}", stacklevel=2)
+        return {}
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    """What the run was, as far as it is known: name of the fact -> value."""
+    seconds, backbone, found = run.facts.get("seconds"), run.config.get("backbone"), {}
+    if isinstance(seconds, dict) and all(isinstance(value, int | float) for value in seconds.values()):
+        parts = [f"{name} {format_seconds(value)}" for name, value in seconds.items() if value >= 0.05]
+        found["Duration"] = f"{format_seconds(math.fsum(seconds.values()))} ({', '.join(parts)})"
+    rates = [line["images_per_second"] for line in run.training if "images_per_second" in line]
+    if rates:
+        found["Images per second"] = f"{statistics.median(rates):,.0f} in training, median"
+    if "ranks" in run.facts:
+        found["Ranks"] = f"{run.facts['ranks']} on {run.facts.get('device', 'unknown devices')}"
+    if isinstance(backbone, dict) and "name" in backbone:
+        size = run.facts.get("parameters")
+        found["Backbone"] = f"{backbone['name']}{f', {size:,} parameters' if isinstance(size, int) else ''}"
+        if isinstance(backbone.get("embedding_dim"), int):
+            found["Backbone"] += f", {backbone['embedding_dim']:,} dimensions"
+    if isinstance(run.facts.get("proxies"), int):
+        found["Proxies"] = f"{run.facts['proxies']:,}"
+    return found
 
 
 def _readable(value: object) -> str:

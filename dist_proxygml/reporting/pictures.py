@@ -165,6 +165,7 @@ def _hubs(album: _Album) -> dict[str, Any]:
         "images": images,
         "length": places_mK.shape[1],
         "mean": places_mK.size / len(lists.gallery),
+        "wrong": float(wrong_mK.mean()),
         "skewness": hubs.skewness,
         "never": float((hubs.occurrences == 0).mean()),
     }

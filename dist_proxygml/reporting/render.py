@@ -51,6 +51,14 @@ def render(
     return environment.get_template(template).render(data)
 
 
+def format_seconds(seconds: float) -> str:
+    """Format a duration with at most two units: 3725 -> "1 h 2 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
 def read_makers(folder: str | Path | None) -> str | None:
     """The makers of images, where their folder names them: pictures must not travel without them. A link, which may
     lead to anything, is not followed.

@@ -87,18 +87,12 @@ def check_is_free(out: Path, kind: SealedKind, *, overwrite: bool) -> None:
         )
 
 
-def seal(
-    partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any], notes: Collection[str] = ()
-) -> dict[str, Any]:
-    """Write the manifest of the files in `partial` and publish the folder as `out`; returns the manifest. `notes` are
-    files that only an interrupted writer needs: they go last.
-    """
-    names = [name for name in files_below(partial) if name not in (kind.manifest_file, *notes)]
+def seal(partial: Path, out: Path, kind: SealedKind, *, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest of the files in `partial` and publish the folder as `out`; returns the manifest."""
+    names = [name for name in files_below(partial) if name != kind.manifest_file]
     versions = {"written_with": {name: version(name) for name in ("dist_proxygml", "torch", "numpy")}}
     files = hash_files(partial, names, num_threads=len(os.sched_getaffinity(0)))
     manifest = write_manifest(partial, kind, versions | dict(about), files)
-    for name in notes:
-        (partial / name).unlink()
     publish_folder(partial, out)
     return manifest
 

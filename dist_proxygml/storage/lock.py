@@ -40,6 +40,7 @@ class FolderLock:
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
+            self._file.close()
             raise ValueError(f"{folder} is in use by {holder}; wait until it has ended, or {elsewhere}") from None
         except OSError:  # a file system without locks: nothing to hold on to
             return

@@ -2,6 +2,7 @@
 
 runs/NAME/config.json                                what was asked for (read by config.py)
           metrics.jsonl, report.html, tensorboard/
+          run.json                                   what it ran on, and how long
           checkpoints/step-000800/
           evaluation/step-000800.json                on the test split; validation-step-000800.json on classes that
                                                      are held out, pixels.json without a model, step-000800-on-...
@@ -31,6 +32,11 @@ class RunFolder(NamedTuple):
     def metrics(self) -> Path:
         """The log, a JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def facts(self) -> Path:
+        """What the run ran on, and for how long: ranks, device, parameters, seconds by phase."""
+        return self.path / "run.json"
 
     @property
     def report(self) -> Path:

@@ -1,6 +1,6 @@
 """TensorBoard content of a run besides its curves, and the statistics of its proxies.
 
-    at the start        HParams: the settings; the final metrics are added after the last evaluation
+    at the start        HParams: the settings; its metrics are the last points of the curves of the evaluation
     on logged steps     histograms: similarities of kept positives and negatives, lengths of embeddings before they are
                         normalisation (rank 0's images)
     at each evaluation  a picture of queries and their neighbours; proxies/step-NNNNNN.json; lengths of the proxies, how
@@ -67,7 +67,9 @@ class Board:
         if state.context.is_main:
             state.engine.module.get_submodule("embedding").register_forward_hook(self._keep_embeddings)
         if state.step == 0:  # a resumed run has written them
-            telemetry.log_settings(settings, state.config.evaluation.metrics)
+            kind = "evaluation" if test_index is not None else "validation"
+            measured = state.config.evaluation.metrics if state.config.is_evaluated else []
+            telemetry.log_settings(settings, [f"{kind}/{name}" for name in measured])
 
     def begin_step(self, *, is_logged: bool) -> None:
         """Begin a step."""
@@ -106,7 +108,7 @@ class Board:
         self._telemetry.log_number("proxies/dead_share", use.num_dead / (use.num_classes * use.per_class), step)
 
     def show_evaluation(self, result: EvaluationResult) -> None:
-        """Show queries and their neighbours; after the last evaluation, also the metrics as HParams."""
+        """Show queries and their neighbours."""
         if self._state.context.is_main and result.table is not None and self._test_index is not None:
             try:
                 picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
@@ -114,8 +116,6 @@ class Board:
                 self._telemetry.say(f"TensorBoard gets no picture of the retrieval: {error}")
             else:
                 self._telemetry.log_images("evaluation/retrieval", picture[None], self._state.step)
-        if self._state.is_finished:
-            self._telemetry.log_results(self._state.step, result.metrics)
 
     def show_projection(self) -> None:
         """Write the projector of the finished run, if it is wanted and missing. On rank 0 only."""

@@ -18,6 +18,7 @@ from dist_proxygml.distributed.engine import check_settings, engine_settings, re
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.evaluator import check_split
 from dist_proxygml.evaluation.run import measured, open_gallery
+from dist_proxygml.reporting.trackers import check_trackers
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
@@ -62,6 +63,7 @@ def check_run(
         ValueError: the run cannot work.
     """
     # 1. Settings among each other.
+    check_trackers(config.telemetry.trackers)
     config = count_classes(config)
     if config.proxies.fused and device == "cpu":
         raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")

@@ -45,7 +45,7 @@ def evaluate_run(
         context,
         backbone_of_one_rank(state),
         split,
-        hooks=PassHooks(signals, blocks, telemetry.say),
+        hooks=PassHooks(signals, blocks, telemetry.say, telemetry.follow),
     )
     if result.num_damaged:
         telemetry.say(f"skipped {result.num_damaged} damaged images, see {run_directory / DAMAGE_FILE}")

@@ -84,16 +84,23 @@ class Loop:
         """Train and evaluate to the end of the run. An evaluation that was due when the run stopped is done first."""
         try:
             if self.state.step == 0 and self.config.evaluation.raw_pixels and self.config.data.test_split is not None:
-                self._evaluate_raw_pixels()
+                with self.telemetry.phase("evaluation"):
+                    self._evaluate_raw_pixels()
             while True:
                 due = self._evaluations_due()
                 if due or (not self.evaluated and self._is_evaluation_due()):
                     self.board.show_proxies()
-                for split in due:
-                    result = evaluate_run(self.state, split, self.telemetry, self.run_directory, signals=self.signals)
-                    if not split.is_validation:
-                        self.board.show_evaluation(result)
+                with self.telemetry.phase("evaluation"):
+                    for split in due:
+                        result = evaluate_run(
+                            self.state, split, self.telemetry, self.run_directory, signals=self.signals
+                        )
+                        if not split.is_validation:
+                            self.board.show_evaluation(result)
+                self.telemetry.log_phases(self.state.step)
                 if self.state.is_finished:
+                    if due or not self.evaluated:  # else an earlier start has ended it
+                        self.telemetry.log_end(self.state.step)
                     break
                 self._train_epoch()
             self._report_saved(self.writer.close())
@@ -117,7 +124,8 @@ class Loop:
         batches = iter(loader)
         while state.schedule_step < min((epoch + 1) * state.steps_per_epoch, state.num_steps):
             self.watchdog.beat()
-            micro_batches = _next_step(self.data, batches, context)
+            with self.telemetry.phase("data"):
+                micro_batches = _next_step(self.data, batches, context)
             self._count_damaged(micro_batches)
             if state.step == 0:
                 self.telemetry.log_images("train/images", micro_batches[0].images[:_NUM_LOGGED_IMAGES], 0)
@@ -193,12 +201,13 @@ class Loop:
 
     def _save(self) -> None:
         state = self.state
-        saved = self.writer.save(
-            state=RunState(state.step, state.epoch, state.consumed, self.context.world_size, self.settings),
-            engine=state.engine,
-            loss=state.loss,
-            bank_optimizer=state.bank_optimizer,
-        )
+        with self.telemetry.phase("checkpoint"):
+            saved = self.writer.save(
+                state=RunState(state.step, state.epoch, state.consumed, self.context.world_size, self.settings),
+                engine=state.engine,
+                loss=state.loss,
+                bank_optimizer=state.bank_optimizer,
+            )
         self.saved_step = state.step
         self._report_saved(saved)
         self.telemetry.pause()
@@ -238,7 +247,7 @@ class Loop:
             RawPixels().to(self.context.device),
             test_split,
             kmeans_seeds=min(1, self.config.evaluation.kmeans_seeds),
-            hooks=PassHooks(self.signals, blocks),
+            hooks=PassHooks(self.signals, blocks, follower=self.telemetry.follow),
         )
         run_on_rank_zero(
             self.context, lambda: store_evaluation(self.run_directory, "pixels", result, with_embeddings=False)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import build_backbone, can_fetch_weights
-from dist_proxygml.config import Config, apply_override, parse_config
+from dist_proxygml.config import Config, EvaluationConfig, apply_override, parse_config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
@@ -43,6 +43,7 @@ _MOST_IMAGES = {"cpu": 200_000, "cuda": 20_000_000}  # to train on, for each ran
 _MOST_EVALUATED = {"cpu": 100_000, "cuda": 10_000_000}
 _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k-means
 _MOST_CACHED = 1 << 30  # bytes of decoded images in memory
+_RECALL_AT = EvaluationConfig().recall_at
 _GPU_MEMORY = 24 << 30  # of a GPU that is not here
 _BYTES_AN_IMAGE = 160 << 20  # activations of a ResNet-50 at 224 pixels in float32, on the safe side
 
@@ -122,16 +123,18 @@ def suggest(
     Raises:
         ValueError: the shards are unusable, the overrides do not fit, or the run does not fit the machine.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"data": {}, "backbone": {}}
     for text in overrides:
         apply_override(given, text)
+    if not (isinstance(given["data"], dict) and isinstance(given["backbone"], dict)):
+        raise ValueError(f"expected single settings such as data.num_workers=2 in --set, got {' '.join(overrides)}")
     draft = _Draft(name, shards)
 
     # 1. Data.
-    train, test = _choose_splits(draft, given.get("data", {}))
+    train, test = _choose_splits(draft, given["data"])
     counts = np.bincount(train.labels, minlength=train.num_classes)
     short_side, image_bytes, num_read = _sample_sizes(train)
-    held_out = given.get("data", {}).get("validation_classes", draft.raw["data"].get("validation_classes")) or 0
+    held_out = given["data"].get("validation_classes", draft.raw["data"].get("validation_classes")) or 0
     num_trained = train.num_classes - (round(held_out * train.num_classes) if held_out < 1 else held_out)
     if preset is None:
         is_many = num_trained >= _MANY_CLASSES
@@ -142,14 +145,14 @@ def suggest(
     facts = [
         f"shards: {train.num_samples:,} images of {train.num_classes:,} classes in split {train.split!r}, "
         f"{counts.min():,} to {counts.max():,} a class",
-        f"images: {short_side} pixels on the shorter side (median of {num_read})",
+        f"images: {short_side} pixels on the shorter side (median of {num_read} images)",
         f"machine: {machine}",
         f"preset: {preset}, {why}",
     ]
 
     # 2. Network and images.
     is_small = preset == "small-images" or (preset == "many-classes" and short_side <= _SMALL)
-    is_pretrained = _choose_network(draft, machine, given.get("backbone", {}), is_small=is_small)
+    is_pretrained = _choose_network(draft, machine, given["backbone"], is_small=is_small)
     side = _choose_transforms(draft, machine, short_side, is_small=is_small, is_pretrained=is_pretrained)
     if short_side > 2.5 * side:
         facts.append(
@@ -218,13 +221,16 @@ def _choose_splits(draft: _Draft, given: Mapping[str, Any]) -> tuple[ShardIndex,
     draft.choose("from the index", data={"num_classes": index.num_classes})
     if train != "train":
         draft.choose("the only split", data={"train_split": train})
-    others = [name for name in names if name not in (train, "gallery")]
-    wanted = next((name for name in ("test", "query") if name in others), others[0] if len(others) == 1 else None)
+    wanted = next((name for name in ("test", "query") if name in names and name != train), None)
+    others = [open_index(shards, name, is_typed=True) for name in names if name not in (train, "gallery")]
+    if wanted is None and len(others) == 1 and others[0].num_classes < others[0].num_samples:  # no verification set
+        wanted = others[0].split
     wanted = given.get("test_split", wanted)
     if wanted is None:
         draft.choose("there is no other split to evaluate on", data={"test_split": None})
         num_held_out = max(2, round(0.2 * index.num_classes))
-        if "validation_classes" not in given and index.num_classes - num_held_out >= 8:
+        fewest_images = int(np.sort(np.bincount(index.labels))[:num_held_out].sum())
+        if "validation_classes" not in given and index.num_classes >= 10 and fewest_images > max(_RECALL_AT):
             draft.choose(
                 "a fifth of the classes is held out and measured instead; null trains on all",
                 data={"validation_classes": num_held_out},
@@ -364,6 +370,9 @@ def _choose_steps(
 
 
 def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> None:
+    if test.num_samples <= max(_RECALL_AT) and "gallery_split" not in draft.raw["evaluation"]:
+        possible = [k for k in _RECALL_AT if k < test.num_samples]
+        draft.choose("there are no more images to find", evaluation={"recall_at": possible})
     if 5 * test.num_samples > _MOST_EVALUATED[machine.device]:
         draft.choose(
             f"{test.num_samples:,} test images take long: only at the start and the end", evaluation={"every_epochs": 0}

@@ -22,6 +22,7 @@ from dist_proxygml.data.pipeline import Batch, ImageCache
 from dist_proxygml.distributed.memory import format_bytes, peak_memory
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.evaluation.search import FlatIndex
+from dist_proxygml.reporting.render import format_seconds
 from dist_proxygml.training.data import TrainingData, open_training_data
 from dist_proxygml.training.run_plan import RunPlan, has_index
 from dist_proxygml.training.step import TrainState, build_train_state, train_step
@@ -169,11 +170,3 @@ def _multiplication_seconds(config: Config) -> float:
 def _synchronise(context: ParallelContext) -> None:
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
-
-
-def format_seconds(seconds: float) -> str:
-    """Format a duration with at most two units: 3725 -> "1 h 2 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

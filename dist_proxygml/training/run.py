@@ -9,6 +9,8 @@ receives a request to stop (distributed/preemption.py), when it cannot continue 
 import socket
 from pathlib import Path
 
+import torch
+
 from dist_proxygml.checkpoint.folder import Retention
 from dist_proxygml.checkpoint.writer import CheckpointWriter
 from dist_proxygml.config import Config, flattened
@@ -31,6 +33,7 @@ from dist_proxygml.distributed.watchdog import Watchdog
 from dist_proxygml.evaluation.run import build_damage_log, open_gallery
 from dist_proxygml.reporting.page import format_table, write_report
 from dist_proxygml.reporting.telemetry import Telemetry
+from dist_proxygml.reporting.trackers import Trackers
 from dist_proxygml.storage.lock import FolderLock
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.board import Board
@@ -104,10 +107,28 @@ def train(
             progress_bar=config.telemetry.progress_bar,
         ),
     )
+    settings = dict(flattened(config.model_dump(mode="json")))
+    if context.is_main and config.telemetry.trackers:
+        telemetry.trackers = Trackers(
+            config.telemetry.trackers,
+            run_directory,
+            project=config.telemetry.tracker_project,
+            settings=settings,
+            say=telemetry.say,
+        )
     for oddity in [*passed_over, *odd, *telemetry.problems]:
         telemetry.say(oddity)
     telemetry.say(_greeting(state, data, test_index, found, moved, transfer))
     telemetry.say(str(plan))
+
+    telemetry.describe_run(
+        {
+            "ranks": context.world_size,
+            "device": _device_name(context),
+            "parameters": state.engine.num_parameters,
+            "proxies": config.num_trained_classes * config.proxies.per_class,
+        }
+    )
 
     # Known damage belongs to the run, not to this start of it.
     path, split = run_directory / DAMAGE_FILE, config.data.train_split
@@ -133,7 +154,6 @@ def train(
         transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
-    settings = dict(flattened(config.model_dump(mode="json")))
     gallery = None if test_index is None else open_gallery(config, test_index)
     board = Board(state, telemetry, settings=settings, test_index=test_index, gallery=gallery)
     keep = Retention(
@@ -233,6 +253,13 @@ def _greeting(
         f"{'' if validation is None else f', {validation.num_samples:,} of the validation classes to choose by'}; "
         f"{context.world_size} rank(s) on {context.device.type}; {start}"
     )
+
+
+def _device_name(context: ParallelContext) -> str:
+    if context.device.type == "cuda":
+        return torch.cuda.get_device_name(context.device)
+    num_threads = torch.get_num_threads()
+    return f"CPU, {num_threads} {'thread' if num_threads == 1 else 'threads'} a rank"
 
 
 def _show(run_directory: Path, index: ShardIndex | None) -> None:

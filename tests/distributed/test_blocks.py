@@ -15,6 +15,7 @@ from torch import Tensor
 from dist_proxygml.config import ResizeConfig
 from dist_proxygml.data.damage import DamageLog
 from dist_proxygml.data.index import ShardIndex, open_index
+from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
@@ -177,7 +178,7 @@ def test_blocks_of_other_weights_or_settings_are_removed_and_damaged_ones_told_o
         other.weights_FD[17, 3] += 1e-6
     evaluated(alone, root, other, said=said)
     assert other.num_embedded == 76
-    assert said == [f"40 blocks in {folder} are of other weights, images or settings: removed"]
+    assert said == [f"40 blocks in {folder} are of other weights: removed, to be embedded anew"]
 
 
 def test_two_blocks_of_one_batch_are_taken_once(root: Path) -> None:
@@ -221,14 +222,66 @@ def test_a_block_is_the_hash_of_a_safetensors_file_and_that_file(root: Path) -> 
     assert torch.equal(tensors["embeddings"], result.table.embeddings[result.table.ids.tolist().index(20) :][:2])
 
 
+def kept_alone(folder: Path, num_images: int, *, seconds: float = 0.25, **made_of: object) -> EmbeddingBlocks:
+    return EmbeddingBlocks(
+        BlockFolder(folder, print, seconds),
+        "test",
+        num_images=num_images,
+        batch_size=1,
+        made_of=lambda: made_of,
+        context=single_process(),
+    )
+
+
+def one_image(number: int) -> Batch:
+    return Batch(torch.zeros(1, 3, 1, 1), torch.zeros(1), torch.tensor([number]), 1, 1)
+
+
+def test_a_block_holds_consecutive_batches_and_is_written_before_memory_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = kept_alone(tmp_path, 4, seconds=0.0)
+    for number in range(4):
+        first.add(one_image(number), torch.zeros(1, 4))
+    for name in ("000000-000000", "000003-000003"):
+        (tmp_path / "test" / f"{name}.block").unlink()
+
+    second = kept_alone(tmp_path, 1_000_003, seconds=1000.0)
+    assert (sorted(second.done), second.num_done) == ([1, 2], 2)
+    monkeypatch.setattr("dist_proxygml.evaluation.blocks._MOST_BYTES", 64)  # four rows
+    for number in (0, 3, 4, 5, 6):
+        second.add(one_image(number), torch.zeros(1, 4))
+    assert second._writer is not None
+    second._writer.join()
+    assert [path.stem for path in second.paths()] == [
+        "000000-000000",
+        "000001-000001",
+        "000002-000002",
+        "000003-000005",
+    ]
+    second._numbers = iter([1_000_000])
+    second.add(one_image(1_000_000), torch.zeros(1, 4))
+    second.write()
+    assert [path.stem for path in second.paths()][-2:] == ["000006-000006", "1000000-1000000"]  # by number
+
+
+def test_what_a_block_was_made_of_differently_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ({"weights": 1, "size": (3, 3)}, {"weights": 1, "size": (3, 3)}, {"weights": 2, "size": (4, 4)}):
+        kept = kept_alone(tmp_path, 2, seconds=0.0, **more)
+        if not kept.done:
+            kept.add(one_image(0), torch.zeros(1, 4))
+    assert capsys.readouterr().out == (
+        f"1 blocks in {tmp_path / 'test'} are of other size and weights: removed, to be embedded anew\n"
+    )
+
+
 def test_blocks_are_written_by_the_clock(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image a second; the disk hangs from the 201st second to the 230th."""
-    from dist_proxygml.data.pipeline import Batch
     from dist_proxygml.evaluation import blocks
 
     clock, disk = SimpleNamespace(now=0.0), threading.Event()
     monkeypatch.setattr(blocks, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    kept = EmbeddingBlocks(BlockFolder(root / "kept", print), "test", key=lambda: "key", context=single_process())
+    kept = kept_alone(root / "kept", 300)
     write, written = kept._write, []
 
     def recorded(pending: list[Block]) -> None:
@@ -244,8 +297,7 @@ def test_blocks_are_written_by_the_clock(root: Path, monkeypatch: pytest.MonkeyP
             disk.set()
         if kept._writer is not None and not 200 <= number < 230:
             kept._writer.join()
-        batch = Batch(torch.zeros(1, 3, 1, 1), torch.zeros(1), torch.tensor([number]), 1, 1)
-        kept.add(number, batch, torch.zeros(1, 4))
+        kept.add(one_image(number), torch.zeros(1, 4))
     with kept:
         pass
     kept._writer.join()

@@ -12,8 +12,9 @@ from dist_proxygml.checkpoint.folder import Retention, RunState
 from dist_proxygml.checkpoint.writer import save_checkpoint
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.reporting.render import format_seconds
 from dist_proxygml.training.head_plan import plan_head
-from dist_proxygml.training.rehearsal import Rehearsal, format_seconds, rehearse
+from dist_proxygml.training.rehearsal import Rehearsal, rehearse
 from dist_proxygml.training.run_plan import plan_run
 from dist_proxygml.training.step import build_train_state, train_step
 from tests.harness import run_ranks

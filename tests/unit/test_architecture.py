@@ -51,7 +51,10 @@ OWNERS: dict[str, set[str]] = {
     "jinja2": {"reporting.render"},
     "huggingface_hub": {"inference.model_card", "data.remote", "backbones.build"},
     "matplotlib": {"reporting.charts", "cluster.sweep_chart"},
+    "mlflow": {"reporting.trackers"},
     "tensorboard": {"reporting.projector"},
+    "trackio": {"reporting.trackers"},
+    "wandb": {"reporting.trackers"},
     "torch.utils.tensorboard": {"reporting.telemetry"},
 }
 

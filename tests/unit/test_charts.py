@@ -3,9 +3,10 @@
 import re
 
 import matplotlib
+import numpy as np
 import pytest
 
-from dist_proxygml.reporting.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Histogram, Series
+from dist_proxygml.reporting.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Histogram, Series, roc_chart
 from dist_proxygml.reporting.charts import histogram_chart as draw_histograms
 from dist_proxygml.reporting.charts import line_chart as draw_lines
 
@@ -86,6 +87,19 @@ def test_equal_lines_are_drawn_once_under_both_names() -> None:
     chart = line_chart("Rate", [Series("one", points), Series("two", points)])
     assert len(paths(chart, "--series-")) == 1
     assert chart.legend == [("one, two", False)]
+
+
+def test_a_roc_is_a_step_curve_over_decades_and_has_no_point_at_zero() -> None:
+    points = [(0.0, 10.0), (1e-2, 25.0), (1e-1, 50.0), (1.0, 100.0)]
+    chart = roc_chart("TAR", [Series("after", points), Series("before", [(0.0, 1.0)])], x_label="FAR")
+    assert chart is not None
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    corners = [(0, 0.25), (0.5, 0.25), (0.5, 0.5), (1, 0.5), (1, 1.0)]
+    expected = [(LEFT + x * width, HEIGHT - BOTTOM - y * height) for x, y in corners]
+    found = [point for path in paths(chart, "stroke: var(--series-0)") for point in path]
+    assert np.array(found) == pytest.approx(np.array(expected), abs=1e-3)
+    assert (chart.legend, chart.spoken) == ([("after", False)], "after begins at 25")
+    assert roc_chart("TAR", [Series("after", [(0.0, 1.0)])], x_label="FAR") is None
 
 
 def test_a_histogram_has_the_area_of_its_shares_and_no_empty_ends() -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,8 @@ MISTAKES = {  # of each command, a few
     "doctor": ("--config nowhere.json", "--set seed=1"),
     "evaluate": ("--run nowhere", "--run nowhere --validation --split test"),
     "export": ("--run nowhere --out new", "--run nowhere --out new --opset 20", "--run nowhere --out new --data d"),
-    "index": ("--embeddings nowhere --out new",),
+    "index": ("--embeddings nowhere --out new", "--embeddings nowhere --index there"),
+    "init": ("nowhere --out new.json", "nowhere --out new"),
     "plan": ("--config nowhere.json", "--config demo_cpu --ranks 0", "--config demo_cpu --memory much"),
     "report": ("", "--run nowhere", "--run nowhere compare a b", "compare a b"),
     "search": ("--index nowhere a.jpg", "--index nowhere . --html a.jpg"),
@@ -102,3 +105,87 @@ def test_every_command_ends_through_one_place() -> None:
     for path in sorted([*(ROOT / "dist_proxygml").glob("*.py"), *(ROOT / "launchers").glob("*.py")]):
         _, is_command, ending = path.read_text().rpartition('if __name__ == "__main__":\n')
         assert not is_command or ending.lstrip().startswith(("run_command(", "run_launcher(")), path
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command, and of every subcommand, by the words that call it."""
+    found: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, parser: argparse.ArgumentParser) -> None:
+        found[name] = parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for word, below in action.choices.items():
+                    add(f"{name} {word}", below)
+
+    for path in sorted((ROOT / "dist_proxygml").glob("*.py")):
+        if "def _parser(" in path.read_text():
+            add(path.stem, importlib.import_module(f"dist_proxygml.{path.stem}")._parser())
+    return found
+
+
+PARSERS = parsers()
+SHOWN = {
+    name: {
+        option: action
+        for action in parser._actions
+        for option in action.option_strings
+        if option not in ("-h", "--help") and action.help != argparse.SUPPRESS
+    }
+    for name, parser in PARSERS.items()
+}
+# `train --dry-run RANKS` says for how many ranks the plan is; submit and sweep have no ranks to ask for.
+DIFFERENT = {"--dry-run"}
+OLD_NAMES = {"--root", "--directory", "--images", "--output", "--workers", "--gpus", "--force-overwrite"}
+
+
+def test_every_command_has_a_parser_that_is_looked_at() -> None:
+    commands = {path.stem for path in (ROOT / "dist_proxygml").glob("*.py") if "__main__" in path.read_text()}
+    assert {name.partition(" ")[0] for name in PARSERS} == commands
+
+
+def test_a_flag_means_the_same_in_every_command() -> None:
+    kinds: dict[str, dict[tuple[object, ...], list[str]]] = {}
+    for name, options in SHOWN.items():
+        for option, action in options.items():
+            shape = getattr(action.type, "__qualname__", action.type), action.nargs, type(action)
+            kinds.setdefault(option, {}).setdefault(shape, []).append(name)
+    assert {option: found for option, found in kinds.items() if len(found) > 1 and option not in DIFFERENT} == {}
+
+
+def test_a_thing_has_one_flag_and_older_names_are_not_shown() -> None:
+    of_readers = "shard build "  # where a layout of raw data says what it reads
+    shown = {(name, option) for name, options in SHOWN.items() for option in options if not name.startswith(of_readers)}
+    assert {(name, option) for name, option in shown if option in OLD_NAMES} == set()
+    assert {option for _, option in shown if option.startswith("--out")} == {"--out"}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_command_reads_every_option_that_its_help_shows(name: str) -> None:
+    command = name.partition(" ")[0]
+    source = (ROOT / "dist_proxygml" / f"{command}.py").read_text()
+    if command in ("submit", "sweep"):  # which pass on what was parsed
+        source += "".join(path.read_text() for path in (ROOT / "dist_proxygml" / "cluster").glob("*.py"))
+    unread = [
+        option
+        for option, action in SHOWN[name].items()
+        if not re.search(rf"\.{action.dest}\b|\"{action.dest}\"", source)
+    ]
+    assert unread == []
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_the_examples_in_a_help_are_commands_of_it_that_parse(name: str) -> None:
+    assert all(action.help for action in SHOWN[name].values())
+    epilog = (PARSERS[name].epilog or "").replace("\\\n", " ")
+    examples = [line.strip() for line in epilog.splitlines() if line.startswith("  ")]
+    assert examples
+    command = name.partition(" ")[0]
+    for example in examples:
+        program, _, rest = re.split(
+            rf"((?:launchers/{command}\.py|dist_proxygml\.{command})\b)", example, maxsplit=1
+        )
+        assert re.match(r"(python|deepspeed|torchrun)", program), example
+        words = shlex.split(rest)
+        if "--help" not in words:
+            PARSERS[command].parse_args(words)

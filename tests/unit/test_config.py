@@ -89,6 +89,19 @@ def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
     )
 
 
+def test_re_identification_leaves_out_the_querys_own_camera() -> None:
+    def excluded(**settings: object) -> str | None:
+        return parse_config(changed(**settings), source="the test").evaluation.excluded
+
+    assert excluded() is None
+    assert excluded(evaluation__exclude_same="camera") == "camera"
+    market = {"evaluation__protocol": "market1501", "evaluation__gallery_split": "gallery"}
+    assert excluded(**market) == excluded(**market, evaluation__exclude_same="camera") == "camera"
+    assert "evaluation" in message_of(changed(evaluation__exclude_same="clothes"))
+    message = message_of(changed(evaluation__protocol="cub", evaluation__exclude_same="camera"))
+    assert "'cub' excludes the query alone, got exclude_same 'camera'" in message
+
+
 @pytest.mark.parametrize(("wanted", "num_held_out"), [(None, 0), (3, 3), (0.25, 2), (0.36, 4), (9, 9)])
 def test_validation_classes_are_a_number_or_a_share_and_the_bank_has_the_others(
     wanted: float | int | None, num_held_out: int

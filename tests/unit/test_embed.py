@@ -16,9 +16,10 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.shards import ShardSample, write_shard
 from dist_proxygml.data.sources import ImageRecord
 from dist_proxygml.data.verify import index_shards
+from dist_proxygml.distributed.parallel import status_of
 from dist_proxygml.embed import main
 from dist_proxygml.inference.embedder import Embedder
-from dist_proxygml.inference.embeddings import EmbeddingWriter, check_rows, open_embeddings
+from dist_proxygml.inference.embeddings import check_rows, open_embeddings, write_embeddings
 from dist_proxygml.storage import folder as sealed_folder
 from dist_proxygml.storage.folder import hash_files
 from tests.shards_of_noise import write_noise_shards
@@ -54,7 +55,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def embedded(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
+    return status_of(lambda: main([str(argument) for argument in arguments]))
 
 
 def test_any_folder_of_images_is_embedded_in_the_order_of_its_paths(
@@ -140,7 +141,7 @@ def test_an_image_that_cannot_be_read_fails_by_name_or_is_left_out_by_name(
     # The same command goes on, now without that image.
     assert embedded(*options, "--out", tmp_path / "out", "--on-bad", "skip") == 0
     error = capsys.readouterr().err
-    assert "resuming after 4 images" in error
+    assert "resuming: 4 of 10 images are embedded already\n" in error
     assert f"2 images cannot be used and were skipped:\n  {photos}/c/2.png: the image does not decode" in error
     assert f"  {photos}/z.png: the file cannot be read: No such file" in error
     rows, records, manifest = open_embeddings(tmp_path / "out")
@@ -189,17 +190,18 @@ def test_a_call_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(Embedder, "embed_prepared", stopping)
     assert embedded(*options, tmp_path / "out") == 130
     assert not (tmp_path / "out").exists()
-    # What a kill leaves besides: half a batch of rows, half a line.
-    with open(tmp_path / ".out.partial" / "embeddings.npy", "ab") as stream:
-        stream.write(b"\1\2\3\4\5")
-    with open(tmp_path / ".out.partial" / "done.jsonl", "ab") as stream:
-        stream.write(b"[8, 99")
+    # What a kill leaves besides: half a block, half a folder.
+    blocks = tmp_path / ".out.partial" / "blocks"
+    (blocks / "000003-000003.block.tmp-17").write_bytes(b"half a block")
+    (tmp_path / ".out.partial" / "folder").mkdir()
+    (tmp_path / ".out.partial" / "folder" / "embeddings.npy").write_bytes(b"half of them")
     capsys.readouterr()
     assert embedded(*options, tmp_path / "out") == 0
-    assert "resuming after 6 images of an interrupted call" in capsys.readouterr().err
+    assert "resuming: 6 of 9 images are embedded already\n" in capsys.readouterr().err
     assert len(calls) == 6  # three before, one stopped, two after: five batches in all
     for name in ("embeddings.npy", "ids.jsonl", "manifest.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos", "whole"]
 
 
 @pytest.mark.parametrize("last", ["hash_files", "publish_folder"])
@@ -223,12 +225,12 @@ def test_a_writer_that_is_killed_while_it_hashes_has_lost_no_embedding(
         assert embedded(*options) == 130
     monkeypatch.setattr(Embedder, "embed_prepared", counted)
     assert embedded(*options) == 0
-    assert bool(calls) == (last == "publish_folder")  # its notes had gone
+    assert not calls
     for name in ("embeddings.npy", "ids.jsonl", "manifest.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("change", "part"), [("model", "model"), ("images", "data"), ("batches", "batch size")])
+@pytest.mark.parametrize(("change", "part"), [("model", "weights"), ("images", "images"), ("batches", "batch size")])
 def test_what_was_begun_differently_begins_anew_and_says_why(
     run: Path,
     photos: Path,
@@ -257,7 +259,7 @@ def test_what_was_begun_differently_begins_anew_and_says_why(
         batch_size = 4
     capsys.readouterr()
     assert embedded("--run", other, "--data", photos, "--batch-size", batch_size, "--out", tmp_path / "out") == 0
-    assert f"starting anew: the interrupted call had another {part}\n" in capsys.readouterr().err
+    assert f"are of other {part}: removed, to be embedded anew\n" in capsys.readouterr().err
     rows, records, _ = open_embeddings(tmp_path / "out")
     expected = Embedder.from_run(other).embed([photos / record.id for record in records], batch_size=batch_size)
     np.testing.assert_array_equal(rows, expected)
@@ -323,9 +325,8 @@ def test_embeddings_that_were_changed_are_refused(run: Path, photos: Path, tmp_p
 )
 def test_embeddings_whose_manifest_was_mended_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     out = tmp_path / "out"
-    with EmbeddingWriter(out, plan={}, embedding_dim=4) as writer:
-        writer.add(np.eye(4, dtype=np.float32), [ImageRecord(str(row)) for row in range(4)], [])
-        writer.finish({"model": {}, "data": {}})
+    rows = (np.eye(4, dtype=np.float32), [ImageRecord(str(row)) for row in range(4)], [])
+    write_embeddings(tmp_path / "new", out, [rows], embedding_dim=4, about={"model": {}, "data": {}})
     before = (out / name).read_bytes()
     (out / name).write_bytes(before.replace(b"(4, 4)", b"(-4,4)") if content == b"negative" else content)
     manifest = json.loads((out / "manifest.json").read_text())
@@ -335,17 +336,19 @@ def test_embeddings_whose_manifest_was_mended_are_refused(tmp_path: Path, name: 
         open_embeddings(out)
 
 
-def test_two_processes_do_not_write_the_same_embeddings(run: Path, photos: Path, tmp_path: Path) -> None:
+def test_two_processes_do_not_write_the_same_embeddings(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = (
-        "import sys; from pathlib import Path; from dist_proxygml.inference.embeddings import EmbeddingWriter\n"
-        "writer = EmbeddingWriter(Path(sys.argv[1]), plan={}, embedding_dim=3); print('begun', flush=True); input()"
+        "import sys; from pathlib import Path; from dist_proxygml.storage.lock import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1])); print('begun', flush=True); input()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "begun\n"
-        with pytest.raises(ValueError, match=r"\bout is in use"):
-            EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3)
+        assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 2
+        assert "out is in use by process" in capsys.readouterr().err
         other.communicate("\n")
     assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
@@ -358,10 +361,7 @@ def test_rows_that_are_not_of_length_1_are_never_published(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"length 1.*nan in row 1"):
         check_rows(rows)
     rows[1, 1] = 0
-    from dist_proxygml.data.sources import ImageRecord
-
-    with EmbeddingWriter(tmp_path / "out", plan={}, embedding_dim=3) as writer:
-        writer.add(rows, [ImageRecord(name) for name in "abc"], [])
-        with pytest.raises(ValueError, match=r"\b0 in row 1 \(b\)"):
-            writer.finish({})
+    parts = [(rows, [ImageRecord(name) for name in "abc"], [])]
+    with pytest.raises(ValueError, match=r"\b0 in row 1 \(b\)"):
+        write_embeddings(tmp_path / "new", tmp_path / "out", parts, embedding_dim=3, about={})
     assert not (tmp_path / "out").exists()

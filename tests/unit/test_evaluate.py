@@ -13,11 +13,12 @@ import torch
 
 from dist_proxygml.config import load_config
 from dist_proxygml.distributed.parallel import single_process
-from dist_proxygml.evaluate import _parser, legacy_lines, overrides, ties_line
+from dist_proxygml.evaluate import _parser, legacy_lines, overrides, pair_lines, ties_line
 from dist_proxygml.evaluation import run as evaluation_run
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
-from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.evaluation.run import result_settings, result_suffix
+from dist_proxygml.evaluation.evaluator import EvaluationResult, PairSettings
+from dist_proxygml.evaluation.run import measured, result_settings, result_suffix
+from dist_proxygml.evaluation.verification import Histogram, OperatingPoint, Verification
 from dist_proxygml.training import evaluate as training
 from tests.harness import run_command
 from tests.trained_runs import write_finished_run
@@ -111,6 +112,37 @@ def test_a_result_that_measured_something_else_has_a_name_of_its_own(
     config = load_config(path, [*overrides(given), *settings])
     found = result_suffix(config, load_config(path), shards=given.data, digest="0123abcd4567")
     assert re.fullmatch(expected, found), found
+
+
+def test_pairs_are_among_result_settings_and_without_them_names_stay() -> None:
+    path = ROOT / "configs" / "demo_cpu.json"
+    own, with_pairs = load_config(path), load_config(path, ["evaluation.pairs={}"])
+    fewer = load_config(path, ["evaluation.pairs.far=[0.1]"])
+    assert "pairs" not in result_settings(own)["evaluation"]
+    assert len({result_suffix(each, own, shards=None, digest="") for each in (own, with_pairs, fewer)}) == 3
+
+
+def test_pairs_are_measured_on_validation_classes_unless_they_are_listed() -> None:
+    path = ROOT / "configs" / "demo_cpu.json"
+    test, validation = (SimpleNamespace(split=split) for split in ("test", "validation"))
+    every = load_config(path, ["evaluation.pairs.far=[0.1]"])
+    assert measured(every, test).pairs == measured(every, validation).pairs == PairSettings(False, (0.1,))
+    listed = load_config(path, ['evaluation.pairs={"of": "listed", "far": [0.1]}', "checkpoint.keep_best=recall@1"])
+    assert measured(listed, test).pairs == PairSettings(True, (0.1,), "recall@1")
+    assert measured(listed, validation).pairs is None
+
+
+def test_what_pairs_say_is_printed_with_what_is_not_measurable() -> None:
+    points = [OperatingPoint(1e-3, 0.5, 30, 2), OperatingPoint(0.1, 0.25, 40, 200)]
+    pairs = Verification(40, 2000, points, [1e-4], [], Histogram(0, [40], [2000]), [0.75, 0.25], num_left_out=3)
+    assert pair_lines(pairs) == [
+        "pairs: 40 of the same class, 2,000 of different classes; 3 left out, with a damaged image",
+        "TAR at FAR 0.001: 75.00, score >= 0.5000",
+        "TAR at FAR 0.1: 100.00, score >= 0.2500",
+        "TAR at FAR 0.0001: not measurable, which takes 10,000 pairs of different classes",
+        "accuracy over 2 folds: 50.00 ± 35.36",
+    ]
+    assert pair_lines(None) == []
 
 
 def test_other_settings_have_other_names() -> None:

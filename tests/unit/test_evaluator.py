@@ -31,7 +31,7 @@ from dist_proxygml.evaluation.embedding_pass import (
     load_table,
     save_table,
 )
-from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate, evaluate_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult, Roles, Settings, evaluate, evaluate_table
 from dist_proxygml.evaluation.retrieval import SearchOptions, choose_placement
 from dist_proxygml.protocols import PROTOCOLS
 from tests.shards_of_noise import SIDE, Projection, write_noise_shards, write_query_and_gallery
@@ -144,6 +144,51 @@ def test_copies_of_an_image_under_another_label_are_not_taken_for_the_query_itse
     )
     assert result.metrics["recall@1"] == 0.25  # 2 and 3 both find 0 before 1, its equal: right for 2, wrong for 3
     assert result.recall_at_1_bounds == (0.0, 0.5)
+
+
+def at(*degrees: float) -> list[list[float]]:
+    return [[math.cos(math.radians(one)), math.sin(math.radians(one))] for one in degrees]
+
+
+def test_a_persons_images_by_the_querys_own_camera_are_no_answers() -> None:
+    """Worked by hand. Person 1 asks from camera 1 at 0 degrees, person 2 from cameras 1 and 2; label 0 is a distractor.
+
+    Ranking of person 1 without its image by camera 1 at 5 degrees: distractor, 1, 2, 1; AP (1/2 + 2/4) / 2.
+    Person 2 from camera 1: right at once, AP 1. From camera 2 it has no other image, so it is not counted.
+    """
+    labels = [1, 2, 2, 1, 0, 1, 2, 1]
+    cameras = np.array([1, 1, 2, 1, 1, 2, 2, 3])
+    table = table_of(at(0, 31, 29, 5, 10, 20, 30, 40), labels)
+    roles = Roles(torch.arange(8) < 3, torch.arange(8) >= 3)
+
+    def measured(exclude_same: str | None, cameras_n: np.ndarray | None) -> EvaluationResult:
+        settings = Settings(recall_at=(1, 2, 5), kmeans_seeds=(), exclude_same=exclude_same)
+        return evaluate_table(table, context=single_process(), settings=settings, roles=roles, cameras_n=cameras_n)
+
+    result = measured("camera", cameras)
+    assert [result.metrics[f"recall@{k}"] for k in (1, 2, 5)] == [0.5, 1.0, 1.0]
+    assert result.metrics["map"] == 0.75
+    assert result.metrics["mrr"] == 0.75
+    assert (result.num_queries, result.num_lone) == (2, 1)
+    assert result.protocol["self"] == "left out by id, and images of its class by its own camera"
+    without = measured(None, cameras)
+    assert without.metrics["recall@1"] == 1.0
+    assert (without.num_queries, without.protocol["self"]) == (3, "left out by id")
+    assert without.fingerprint != result.fingerprint
+    with pytest.raises(ValueError, match="the camera of every image, got none"):
+        measured("camera", None)
+    with pytest.raises(ValueError, match="one in the gallery by two cameras"):
+        measured("camera", np.ones(8, int))
+
+
+def test_images_that_search_each_other_leave_out_those_by_their_own_camera() -> None:
+    # Without a gallery: each finds its copy by the same camera first, which does not count.
+    table = table_of(at(0, 1, 40, 30), [0, 0, 0, 1])
+    settings = Settings(recall_at=(1, 2), kmeans_seeds=(), exclude_same="camera")
+    result = evaluate_table(table, context=single_process(), settings=settings, cameras_n=np.array([7, 7, 8, 7]))
+    assert (result.num_queries, result.num_lone) == (3, 1)
+    assert result.metrics["recall@1"] == 0.0  # the image at 30 degrees is nearer to all of them
+    assert result.metrics["map"] == pytest.approx((1 / 2 + 1 / 2 + (1 / 2 + 2 / 3) / 2) / 3)  # rounding of a sum
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from dist_proxygml.config import load_config
 from dist_proxygml.init import PRESETS, main
 from dist_proxygml.training import presets
 from dist_proxygml.training.presets import Machine, suggest
+from tests.shards_of_noise import write_noise_shards, write_query_and_gallery
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "shards" / "demo")
@@ -56,7 +57,7 @@ def test_a_configuration_is_written_explained_and_followed_by_the_next_commands(
     commands = [line.strip() for line in told.partition("next:\n")[2].splitlines()]
     assert commands[1] == f"python -m dist_proxygml.train --config {shlex.quote(str(out))}"
     assert [command.split()[2].removeprefix("dist_proxygml.") for command in commands] == (
-        ["train", "train", "evaluate", "embed", "index", "search"]
+        ["train", "train", "evaluate", "embed", "index", "search", "serve"]
     )
     assert f"--run {config.run_directory}" in commands[2]
 
@@ -77,9 +78,21 @@ def test_an_earlier_file_is_replaced_only_if_that_is_said(
     assert load_config(out).name == "mine"
 
 
-@pytest.mark.parametrize("arguments", [[DEMO, "--out", "mine"], [DEMO, "--out", "mine.json", "--set", "training=1"]])
-def test_a_mistake_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
-    assert main(arguments) == 2
+@pytest.mark.parametrize(
+    ("out", "override", "message"),
+    [
+        ("mine", "seed=1", "mine.json"),
+        ("mine.json", "training=1", "training"),
+        ("mine.json", "data=1", "data=1"),
+        ("mine.json", "backbone.name=timm/resnet5", "timm/resnet50"),
+        ("mine.json", "data.test_split=nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_writes_nothing(
+    out: str, override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([DEMO, "--out", out, "--set", override]) == 2
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,3 +160,31 @@ def test_the_same_split_of_classes_twice_is_allowed_and_said() -> None:
     made = suggest(DEMO, "mine", LAPTOP, overrides=["data.test_split=train"])
     assert made.config.evaluation.allow_seen_classes
     assert any("in both splits" in reason for _, reason in made.choices)
+
+
+def test_shards_without_a_test_split_hold_out_classes_or_train_on_all(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path / "many", [5] * 12)
+    write_noise_shards(tmp_path / "few", [3] * 12)
+    made = suggest(str(tmp_path / "many"), "mine", LAPTOP)
+    data = made.config.data
+    assert (data.train_split, data.test_split, data.validation_classes) == ("test", None, 2)
+    assert made.config.checkpoint.keep_best == "recall@1"
+    assert made.config.proxies.topk == 10  # of the classes that train
+    data = suggest(str(tmp_path / "few"), "mine", LAPTOP).config.data
+    assert (data.test_split, data.validation_classes) == (None, None)
+    whole = suggest(str(tmp_path / "many"), "mine", LAPTOP, overrides=["data.validation_classes=null"])
+    assert (whole.config.data.validation_classes, whole.config.proxies.topk) == (None, 12)
+
+
+def test_so_few_test_images_lower_k(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path / "shards", [2, 2, 3])
+    made = suggest(
+        str(tmp_path / "shards"), "mine", LAPTOP, overrides=["data.train_split=test", "data.test_split=test"]
+    )
+    assert made.config.evaluation.recall_at == [1, 2, 4]
+
+
+def test_a_gallery_beside_the_queries_is_searched(tmp_path: Path) -> None:
+    write_query_and_gallery(tmp_path / "shards", [4] * 6)
+    made = suggest(str(tmp_path / "shards"), "mine", LAPTOP, overrides=["data.train_split=gallery"])
+    assert (made.config.data.test_split, made.config.evaluation.gallery_split) == ("query", "gallery")

@@ -29,7 +29,7 @@ def unit_rows(num_rows: int, width: int, seed: int = 0, *, spread: float = 1.0) 
 
 def problem(seed: int, *, num_images: int = 0) -> Images:
     """Classes of 1 to 400 images, exact copies inside and across classes, images that differ in the last bit, and for
-    every third seed an embedding that has collapsed; for some a query split and a gallery split.
+    every third seed an embedding that has collapsed; for some a query split and a gallery split, for some cameras.
     """
     generator = np.random.default_rng(seed)
     num_images = num_images or int(generator.integers(5, 90))
@@ -45,7 +45,8 @@ def problem(seed: int, *, num_images: int = 0) -> Images:
     if seed % 4 == 1:
         is_query = np.arange(num_images) < num_images // 3
         is_gallery = ~is_query
-    return Images(rows, labels, is_query, is_gallery)
+    cameras = generator.integers(0, 1 + seed % 5, num_images) if seed % 5 else None  # from one camera for all to five
+    return Images(rows, labels, is_query, is_gallery, cameras)
 
 
 def full_sort(images: Images, tolerance: float = TOLERANCE) -> dict[int, Any]:
@@ -56,9 +57,12 @@ def full_sort(images: Images, tolerance: float = TOLERANCE) -> dict[int, Any]:
     assert (components == images.rows.astype(np.float64) * UNIT).all()
     wide = components  # sums of products stay below 2^53, by Cauchy and Schwarz
     slack = round(tolerance * 2.0**52)
-    gallery = np.flatnonzero(images.is_gallery)
     found = {}
     for query in np.flatnonzero(images.is_query):
+        gallery = np.flatnonzero(images.is_gallery)
+        if images.cameras is not None:  # images of the query's class by its own camera are nowhere
+            own = (images.labels == images.labels[query]) & (images.cameras == images.cameras[query])
+            gallery = np.flatnonzero(images.is_gallery & ~own)
         score = dict(zip(gallery.tolist(), (wide[gallery] @ wide[query]).tolist(), strict=True))
         order = sorted(score, key=lambda other: (-score[other], other))
         right = [other for other in order if other != query and images.labels[other] == images.labels[query]]
@@ -109,7 +113,11 @@ def _in_order(values: list[float]) -> float:
 
 def retrieved(images: Images, **options: Any) -> Retrieval:
     return retrieve(
-        images, with_self=True, tolerance=TOLERANCE, context=single_process(), options=SearchOptions(**options)
+        images,
+        with_self=images.cameras is None,
+        tolerance=TOLERANCE,
+        context=single_process(),
+        options=SearchOptions(**options),
     )
 
 

@@ -16,8 +16,11 @@ from PIL import Image
 
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, save_table
+from dist_proxygml.evaluation.evaluator import EvaluationResult, PairSettings
+from dist_proxygml.evaluation.verification import verify_listed
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.statistics import ProxyStatistics, write_proxy_use
+from dist_proxygml.protocols import far_metric
 from dist_proxygml.report import main
 from dist_proxygml.reporting import pictures as report_pictures
 from dist_proxygml.reporting.page import format_metrics, format_table, read_run, write_report
@@ -186,6 +189,43 @@ def test_the_best_evaluations_stand_beside_the_last_where_there_was_a_choice(run
     assert "Best on test (optimistic), step 10 90.0" in text
     assert "the best of 3 looks at the test images" in text
     assert "Recall@1 of validation classes" in text
+
+
+def test_what_pairs_say_has_a_part_of_its_own_with_what_is_not_measurable(tmp_path: Path, index: ShardIndex) -> None:
+    run = write_run(tmp_path / "run", index, name="run", pairs=PairSettings(False, (1e-6, 0.01, 0.5)))
+    page = Page(write_report(run, index).read_text())
+    text = " ".join(page.text.split())
+    rows = read_run(run).rows
+    pairs = rows["after training"].pairs
+    assert pairs is not None
+    assert f"{pairs.num_same:,} pairs of images of the same class and {pairs.num_different:,} of different" in text
+    assert "at FAR 1e-06 not measurable with so few pairs" in text
+    for point in pairs.points:
+        values = " ".join(f"{100 * row.metrics[far_metric(point.far)]:.2f}" for row in rows.values())
+        assert f"at FAR {point.far:g} {values} {point.threshold:.4f}" in text
+    assert "Pairs of one class accepted, percent" in text
+    assert "Accuracy" not in text
+    assert "TAR at FAR 1e-2" in text  # among all numbers
+    without = Page(write_report(write_run(tmp_path / "without", index, name="run"), index).read_text())
+    assert "pairs apart" not in without.text
+
+
+def test_a_verification_set_is_shown_by_its_pairs_alone(tmp_path: Path, index: ShardIndex) -> None:
+    run = write_run(tmp_path / "run", index, name="run")
+    listed = verify_listed(np.linspace(0, 1, 40), np.arange(40) % 3 > 0, np.arange(40) // 4, fars=(0.1,))
+    for path in (run / "evaluation").iterdir():
+        result = EvaluationResult.from_json(path.read_bytes())
+        protocol = result.protocol | {"pairs": {"of": "listed"}}
+        lone = {"num_queries": 0, "num_lone": 37, "bounds": {}}
+        alone = dataclasses.replace(result, metrics=listed.metrics, pairs=listed, protocol=protocol, **lone)
+        path.write_text(alone.to_json())
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    assert "After 20 training steps, 37 images are compared in pairs" in text
+    assert f"{listed.num_same} listed pairs of images of the same class" in text
+    mean, deviation = (f"{100 * listed.metrics[name]:.2f}" for name in ("pair_accuracy", "pair_accuracy_sd"))
+    assert f"by the threshold of the others {' '.join([f'{mean} ± {deviation}'] * 3)}" in text
+    assert "Recall@K" not in text
+    assert "What it retrieves" not in text
 
 
 def test_hubs_are_counted_over_the_ten_nearest_of_every_query(run: Path, index: ShardIndex) -> None:

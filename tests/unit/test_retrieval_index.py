@@ -282,11 +282,11 @@ def test_a_single_row_is_a_gallery_too(kind: str) -> None:
 
 
 def test_the_command_builds_and_tells_its_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dist_proxygml.inference.embeddings import EmbeddingWriter
+    from dist_proxygml.inference.embeddings import write_embeddings
 
-    with EmbeddingWriter(tmp_path / "e", plan={}, embedding_dim=16) as writer:
-        writer.add(ROWS, [ImageRecord(name) for name in NAMES], [])
-        writer.finish({"model": {"run": "r", "step": 3}, "data": {"kind": "folder", "location": "/photos"}})
+    about = {"model": {"run": "r", "step": 3}, "data": {"kind": "folder", "location": "/photos"}}
+    rows = (ROWS, [ImageRecord(name) for name in NAMES], [])
+    write_embeddings(tmp_path / "new", tmp_path / "e", [rows], embedding_dim=16, about=about)
     options = ["--embeddings", str(tmp_path / "e"), "--out", str(tmp_path / "i")]
     assert main(options) == 0
     assert capsys.readouterr().out == (

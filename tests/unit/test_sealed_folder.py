@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.storage import folder as sealed_folder
 from dist_proxygml.storage.folder import SealedKind, check_is_free, make_empty, open_sealed, partial_path, seal
 
 KIND = SealedKind(
@@ -127,23 +126,3 @@ def test_a_folder_with_a_damaged_manifest_is_not_replaced(folder: Path) -> None:
     (folder / "about.json").write_text("{")
     with pytest.raises(ValueError, match=r"damaged about\.json"):
         check_is_free(folder, KIND, overwrite=True)
-
-
-def test_notes_of_a_writer_are_kept_to_the_end_and_never_published(tmp_path: Path, monkeypatch: Any) -> None:
-    partial = partial_path(tmp_path / "out")
-    make_empty(partial)
-    for name in ("a.txt", "plan.json"):
-        (partial / name).write_text(name)
-
-    def killed(*_: object, **__: object) -> None:
-        assert (partial / "plan.json").exists()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sealed_folder, "hash_files", killed)
-        with pytest.raises(KeyboardInterrupt):
-            seal(partial, tmp_path / "out", KIND, about={"count": 1, "model": None}, notes=("plan.json",))
-    (partial / "about.json").write_text("of a writer that was killed later")
-    seal(partial, tmp_path / "out", KIND, about={"count": 1, "model": None}, notes=("plan.json",))
-    assert list(open_sealed(tmp_path / "out", KIND)["files"]) == ["a.txt"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.txt", "about.json"]

@@ -138,10 +138,23 @@ def test_the_batch_script_has_a_task_for_each_gpu_and_all_that_was_asked_for(
 def test_a_job_on_cpus_asks_for_no_gpu_and_a_short_one_is_signalled_in_its_middle(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options, command = dry_run(capsys, "--tasks-per-node", "2", "--time", "3")
+    options, _ = dry_run(capsys, "--tasks-per-node", "2", "--time", "3")
     assert {"--nodes=1", "--ntasks-per-node=2", "--time=3", "--signal=USR2@90"} <= options
-    assert not any("gpu" in option or "cpus" in option or "partition" in option for option in options)
-    assert "--cpus-per-task" not in command
+    assert not any("gpu" in option or "partition" in option for option in options)
+
+
+@pytest.mark.parametrize(("num_workers", "given", "cores"), [(8, None, 10), (0, None, 2), (3, "5", 5), (3, "4", 4)])
+def test_a_rank_gets_a_core_for_each_data_worker_and_two_for_itself_unless_told_otherwise(
+    capsys: pytest.CaptureFixture[str], num_workers: int, given: str | None, cores: int
+) -> None:
+    option = [] if given is None else ["--cpus-per-task", given]
+    arguments = ["--config", CONFIG, "--dry-run", "--tasks-per-node", "2", *option]
+    settings = ["data.cache_images=false", f"data.num_workers={num_workers}"]
+    assert main([*arguments, "--set", *settings]) == 0
+    told = capsys.readouterr()
+    assert f"#SBATCH --cpus-per-task={cores}\n" in told.out
+    assert f"--kill-on-bad-exit=1 --cpus-per-task={cores} " in told.out
+    assert ("data.num_workers + 2 = 5" in told.err) == (given == "4")
 
 
 def test_all_mistakes_are_told_at_once_and_nothing_is_submitted(
