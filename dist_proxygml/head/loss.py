@@ -126,7 +126,7 @@ class ProxyLoss(nn.Module):
     draw: int
     """Index of the next draw of anchors and classes; every forward pass increments it. A resumed run sets it."""
     log_scale: nn.Parameter | None
-    """[1, 1, 1], the logarithm of a learned scale; the same on every rank, as is its gradient."""
+    """The logarithm of a learned scale, a scalar; the same on every rank, as is its gradient."""
     observer: Callable[[KeptPairs], None] | None
     """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them."""
 
@@ -211,8 +211,7 @@ class ProxyLoss(nn.Module):
         self.proxies = nn.Parameter(
             initial_proxies(self.partition, proxies_per_class, embedding_dim, seed=seed, initialization=initialization)
         )
-        log_scale = torch.full((1, 1, 1), math.log(head.scale))
-        self.log_scale = nn.Parameter(log_scale) if head.learn_scale else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(head.scale))) if head.learn_scale else None
         needs_lengths = head.margin is not None and head.margin.needs_lengths
         self.length_statistics = LengthStatistics() if needs_lengths else None
 
@@ -272,14 +271,10 @@ class ProxyLoss(nn.Module):
             optimizer: also gather its state of the proxies, named "optimizer.exp_avg" and so on. Learning rates and
                 what it holds of other parameters are left out.
         """
-        rows: dict[str, Any] = {"proxies": self.proxies.detach()}
-        if optimizer is not None:
-            state = optimizer.state.get(self.proxies, {})
-            rows |= {_OPTIMIZER_PREFIX + name: value for name, value in sorted(state.items())}
         counts, group, whole = self.partition.counts(), self.group, {}
-        for name, value in rows.items():
+        for name, value in self.stored_tensors(optimizer).items():
             whole[name] = value.detach().cpu().clone() if not value.ndim else None
-            if value.ndim:  # otherwise a step counter, the same on every rank
+            if value.ndim:  # otherwise a scalar, the same on every rank
                 whole[name] = gather_to_rank_zero(value, row_counts=counts, group=group)
         return whole if self.partition.rank == 0 else {}
 
@@ -296,14 +291,18 @@ class ProxyLoss(nn.Module):
         """
         num_classes, rank = self.partition.num_classes, self.partition.rank
         shape = (num_classes, *self.proxies.shape[1:])
-        wanted = {name: v for name, v in state.items() if name == "proxies" or optimizer is not None}
+        is_all = optimizer is not None
+        wanted = {name: v for name, v in state.items() if is_all or not name.startswith(_OPTIMIZER_PREFIX)}
+        missing = [] if rank else [name for name in self.stored_tensors() if name not in wanted]
         problem, kinds = None, {name: (tuple(v.shape), v.dtype) for name, v in wanted.items()}
-        if "proxies" not in wanted:
-            problem = f'expected "proxies" in the state of rank 0, got {sorted(state) or "nothing"}'
+        if missing:
+            problem = (
+                f"expected {', '.join(map(repr, missing))} in the state of rank 0, got {sorted(state) or 'nothing'}"
+            )
         elif (found := kinds["proxies"][0]) != shape:
             problem = f"expected proxies {list(shape)} (classes, per class, dimension) in the state, got {list(found)}"
             problem += f"; build the loss with num_classes={found[0]}" if found[1:] == shape[1:] else ""
-        elif optimizer is not None and len(wanted) == 1:
+        elif is_all and not any(name.startswith(_OPTIMIZER_PREFIX) for name in wanted):
             problem = "expected an optimizer's state beside the proxies, got none; save full_state_dict(optimizer), or "
             problem += "load without the optimizer if it starts anew or keeps no state"
         problem, kinds = gather_objects((problem, kinds), group=self.group)[0]
@@ -315,14 +314,37 @@ class ProxyLoss(nn.Module):
             own[name] = torch.empty((rows, *size[1:]) if size else (), dtype=dtype, device=self.proxies.device)
             counts = self.partition.counts() if size else None
             scatter_from_rank_zero(wanted[name] if rank == 0 else None, own[name], row_counts=counts, group=self.group)
-        with torch.no_grad():
-            self.proxies.copy_(own.pop("proxies"))
+        self.restore(own, optimizer)
+
+    def stored_tensors(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """Return this rank's tensors that a resumed run needs: rows [c, ...], and scalars, the same on every rank.
+
+        Their order does not depend on the run's history, so that equal states give equal files. Not copied.
+        """
+        parameters = dict(self.named_parameters())
+        tensors = {name: value.detach() for name, value in [*parameters.items(), *self.named_buffers()]}
+        for name, parameter in parameters.items() if optimizer is not None else ():
+            prefix = _OPTIMIZER_PREFIX + ("" if parameter is self.proxies else f"{name}.")
+            tensors |= {prefix + key: value for key, value in sorted(optimizer.state.get(parameter, {}).items())}
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Take over what `stored_tensors` returned; `optimizer` gets the state that is among it, without a copy."""
+        parameters = dict(self.named_parameters())
+        own = self.stored_tensors()
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name in own:
+                own[name].copy_(value)
+            else:
+                owner, _, key = name.removeprefix(_OPTIMIZER_PREFIX).rpartition(".")
+                states.setdefault(owner or "proxies", {})[key] = value if value.ndim else value.cpu()
         if optimizer is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            index = next(i for i, parameter in enumerate(parameters) if parameter is self.proxies)
-            saved = {name.removeprefix(_OPTIMIZER_PREFIX): v if v.ndim else v.cpu() for name, v in own.items()}
+            order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
             before = optimizer.state_dict()
-            optimizer.load_state_dict(before | {"state": before["state"] | {index: saved}})
+            loaded = {order.index(id(parameters[name])): state for name, state in states.items()}
+            optimizer.load_state_dict(before | {"state": before["state"] | loaded})
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -411,7 +433,7 @@ class ProxyLoss(nn.Module):
             proxies_cND = proxies_of(proxies_cND, class_s, sparse=self.sparse)
         scale = embeddings_RD.new_full((), self.head.scale)
         if self.log_scale is not None:
-            scale = _SumGradient.apply(self.log_scale.exp().view(()), self.group)
+            scale = _SumGradient.apply(self.log_scale.exp(), self.group)
         settings = Settings(
             scoring=Scoring(self.head.class_score, self.head.gamma, self.head.margin),
             group=group,
