@@ -21,7 +21,7 @@ OPENING = """\
 # Every setting
 
 A run is described by one JSON file of the sections below; `--set section.key=VALUE` changes single settings of it. An
-unknown setting is refused with the nearest name. `python -m dist_proxygml.init shards/mine --out configs/mine.json`
+unknown setting is refused with the nearest name. `python -m dist_proxygml.init shards/mine --out mine.json`
 writes a file to begin with, and says why each setting is as it is. This page is written by `python
 tools/settings_page.py`.
 """

@@ -1,4 +1,4 @@
-"""What a reader of raw data gives: a list of images with classes, checked before anything is built of it.
+"""The result of a reader of raw data: a list of images with classes, checked before anything is built of it.
 
 Training and test classes are disjoint, always: retrieval is measured on classes that training never saw. Counts of
 published data sets are checked against the literature, so that a half-unpacked download is noticed; `allow_partial`

@@ -271,7 +271,7 @@ def _query_as_json(answer: Answer) -> dict[str, Any]:
 
 
 def write_file(path: Path, answers: Sequence[Answer]) -> None:
-    """Write the answers, whole or not at all: to a .jsonl file a line for each query, as in `as_json`; to a .csv file a
+    """Publish the answers atomically: to a .jsonl file a line for each query, as in `as_json`; to a .csv file a
     row for each image found, and one without rank where nothing was.
     """
     text = io.StringIO()

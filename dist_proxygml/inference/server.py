@@ -13,7 +13,7 @@ Nothing leaves the machine, and the page fetches nothing from elsewhere. A page 
 browser cannot ask for anything here: requests that name another host, or come from another origin, are refused.
 
 Chosen: FastAPI on uvicorn, which check, document and stream requests; one page of plain markup and script. Declined:
-gradio, which brings a front end of 70 MB, reports to its makers unless told otherwise, and has no paging.
+gradio, which brings a front end of 70 MB, reports to its makers by default, and has no paging.
 """
 
 import io
@@ -53,7 +53,7 @@ _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosni
 
 
 class Service:
-    """What the requests ask: a model, an index and the images of its gallery. Safe to use from several threads.
+    """State behind the requests: a model, an index and the images of its gallery. Safe to use from several threads.
 
     Args:
         live: the index, with its changes.
@@ -71,7 +71,7 @@ class Service:
         self.picture = lru_cache(_PICTURES)(self._picture)
 
     def about(self) -> dict[str, Any]:
-        """What is searched."""
+        """Description of the searched index."""
         model = self.live.index.model or {}
         with self._lock:
             num_images = len(self.live)

@@ -182,9 +182,7 @@ def test_the_examples_in_a_help_are_commands_of_it_that_parse(name: str) -> None
     assert examples
     command = name.partition(" ")[0]
     for example in examples:
-        program, _, rest = re.split(
-            rf"((?:launchers/{command}\.py|dist_proxygml\.{command})\b)", example, maxsplit=1
-        )
+        program, _, rest = re.split(rf"((?:launchers/{command}\.py|dist_proxygml\.{command})\b)", example, maxsplit=1)
         assert re.match(r"(python|deepspeed|torchrun)", program), example
         words = shlex.split(rest)
         if "--help" not in words:
