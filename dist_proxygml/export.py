@@ -13,6 +13,7 @@ EXAMPLES = """\
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu
   python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu --format safetensors,onnx --verify
   python -m dist_proxygml.export --run runs/sop_8gpu --checkpoint step-000800 --out exports/sop --format onnx --opset 21
+  python -m dist_proxygml.export --run runs/demo_cpu --out exports/demo_cpu --push-to-hub your-name/demo
 """
 
 
@@ -40,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(parser, "--data", help="shards for --verify (default: the run's own; random images without them)")
     parser.add_argument("--opset", type=int, help="ONNX operator set, 18 or later (default: torch's own choice)")
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="then upload it to ORGANISATION/NAME on the Hugging Face Hub, a private repository if it is new",
+    )
     return parser
 
 
@@ -65,6 +71,7 @@ def main(given: argparse.Namespace) -> int:
             verify=given.verify,
             data=given.data,
             opset=given.opset,
+            push_to=given.push_to_hub,
         )
     except ExportDiffersError as error:
         print(f"error: {printable(error)}", file=sys.stderr)

@@ -271,12 +271,13 @@ class ProxyLoss(nn.Module):
             optimizer: also gather its state of the proxies, named "optimizer.exp_avg" and so on. Learning rates and
                 what it holds of other parameters are left out.
         """
-        counts, group, whole = self.partition.counts(), self.group, {}
+        whole = {}
         for name, value in self.stored_tensors(optimizer).items():
-            whole[name] = value.detach().cpu().clone() if not value.ndim else None
-            if value.ndim:  # otherwise a scalar, the same on every rank
-                whole[name] = gather_to_rank_zero(value, row_counts=counts, group=group)
-        return whole if self.partition.rank == 0 else {}
+            if value.ndim:
+                whole[name] = gather_to_rank_zero(value, row_counts=self.partition.counts(), group=self.group)
+            else:  # a scalar, the same on every rank
+                whole[name] = value.detach().cpu().clone()
+        return {name: value for name, value in whole.items() if value is not None} if self.partition.rank == 0 else {}
 
     def load_full_state_dict(self, state: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load what `full_state_dict` returned, on any number of ranks. Called on all ranks.
@@ -356,7 +357,7 @@ class ProxyLoss(nn.Module):
         name = prefix + "proxies"
         if name in state_dict:
             state_dict = {**state_dict, name: own_rows(state_dict[name])}
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Return the settings, for print(loss)."""

@@ -29,6 +29,7 @@ from dist_proxygml.data.images import rgb_pixels
 from dist_proxygml.data.pipeline import sample_generators
 from dist_proxygml.data.sources import read_image
 from dist_proxygml.data.transforms import Transform, build_transform
+from dist_proxygml.inference.hub import HUB, fetch
 from dist_proxygml.storage.files import sha256_of
 from dist_proxygml.storage.run_folder import RunFolder
 
@@ -112,6 +113,19 @@ class Embedder:
             batch_size=batch_size,
             test_split=test_split,
         )
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str = "auto", revision: str | None = None) -> "Embedder":
+        """The model of "hf-hub:ORGANISATION/NAME" (an export on the Hugging Face Hub, at a revision) or of a folder.
+
+        Raises:
+            ValueError: as `from_run`; or the Hub has no such export, or cannot be reached.
+        """
+        if str(name).startswith(HUB):
+            return cls.from_run(fetch(str(name), revision=revision), device=device)
+        if revision is not None:
+            raise ValueError(f"expected a revision with {HUB}NAME only, got the folder {name}; leave it out")
+        return cls.from_run(name, device=device)
 
     def embed(
         self, images: OneImage | Iterable[OneImage], *, batch_size: int | None = None

@@ -3,6 +3,7 @@
     safetensors   backbone.safetensors   its weights, in the precision they were trained in
                   bank.safetensors       "proxies", float32 [classes, proxies per class, D], unnormalised
                   classes.jsonl          a line per row of the bank: name, source id, number of training images
+                  config.json, model.safetensors   a network of timm's once more, as timm opens it, see timm_folder.py
     onnx          backbone.onnx          the backbone as one graph in float32, see graph.py
     always        README.md              the model card
                   export.json            what it is: backbone, sizes, preprocessing, step, settings, versions, what the
@@ -30,12 +31,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from dist_proxygml.backbones.timm_folder import write_timm_folder
 from dist_proxygml.checkpoint.model import (
     BACKBONE_FILE,
     BANK_FILE,
     CARD_FILE,
     CLASSES_FILE,
     EXPORT,
+    EXPORT_FILE,
     PROXIES,
     StoredBank,
     TrainedModel,
@@ -54,6 +57,7 @@ from dist_proxygml.inference.export_check import (
     original_backbone,
 )
 from dist_proxygml.inference.graph import Embed, check_onnx, open_onnx, write_onnx
+from dist_proxygml.inference.hub import check_push, push
 from dist_proxygml.inference.model_card import TrainingFacts, find_evaluation, write_card
 from dist_proxygml.storage.folder import check_is_free, make_empty, partial_path, seal
 from dist_proxygml.storage.run_folder import RunFolder
@@ -72,6 +76,7 @@ def export(
     verify: bool = False,
     data: str | None = None,
     opset: int | None = None,
+    push_to: str | None = None,
 ) -> str:
     """Export a checkpoint of a run; returns a summary.
 
@@ -84,20 +89,23 @@ def export(
         verify: hold what every file gives against what the checkpoint gives.
         data: shards to do that with; None for the run's own.
         opset: ONNX's operator set; None for torch's own.
+        push_to: repository on the Hugging Face Hub to upload it to.
 
     Raises:
         ValueError: `out` is in use, there is no such whole checkpoint, it lacks its class names, a package is missing,
             or the network cannot be written in a format.
         ExportDiffersError: a file does not give what the checkpoint gives.
         OSError: `out` cannot be written.
-        In every case nothing is left of it.
+        In every case nothing is left of it, but after a push that failed, which the message says.
     """
     # 1. What can be refused before any work is.
     out = Path(os.path.realpath(out))  # a link stays one
     check_is_free(out, EXPORT, overwrite=overwrite)
     if "onnx" in formats:
         check_onnx(opset=opset, runs=verify)
-    if not RunFolder(run_directory).config.is_file():
+    if push_to is not None:
+        check_push(push_to)
+    if (run_directory / EXPORT_FILE).is_file() or not RunFolder(run_directory).config.is_file():
         raise ValueError(
             f"expected the folder of a run at {run_directory}, found no config.json in it; name the run, and one of "
             "its checkpoints with --checkpoint"
@@ -113,11 +121,16 @@ def export(
     partial = partial_path(out)
     try:
         make_empty(partial)
+        timm_embedding: str | None = None
         if "safetensors" in formats:
             _write_bank(bank, partial / BANK_FILE)
             shutil.copyfile(model.path / BACKBONE_FILE, partial / BACKBONE_FILE)
             if model.has_class_names:
                 shutil.copyfile(model.class_table(), partial / CLASSES_FILE)
+            transform = config.data.test_transform.model_dump(mode="json")
+            timm_embedding = write_timm_folder(
+                original_backbone(config, model.path), config.backbone, transform, partial
+            )
         found_opset = None
         if "onnx" in formats:
             print(f"writing {ONNX_FILE}", file=sys.stderr, flush=True)
@@ -130,6 +143,7 @@ def export(
         about = _description(model, bank, config, formats) | {
             "precision": precision,
             "opset": found_opset,
+            "timm_embedding": timm_embedding,
             "verification": None
             if images is None
             else {"images": images.source, "limit": LIMIT, "files": [check.as_json() for check in checks]},
@@ -140,7 +154,8 @@ def export(
         seal(partial, out, EXPORT, about=about)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _summary(model, out, about, images, checks)
+    summary = _summary(model, out, about, images, checks)
+    return summary if push_to is None else f"{summary}\npushed to {push(out, push_to)}"
 
 
 def _training_facts(model: TrainedModel) -> TrainingFacts:

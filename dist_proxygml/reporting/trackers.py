@@ -163,7 +163,13 @@ def _open_wandb(directory: Path, project: str, settings: dict[str, Any], known_i
     import wandb
 
     known_id = known_id or uuid.uuid4().hex[:12]
-    options = {"project": project, "name": directory.name, "id": known_id, "resume": "allow", "config": settings}
+    options: dict[str, Any] = {
+        "project": project,
+        "name": directory.name,
+        "id": known_id,
+        "resume": "allow",
+        "config": settings,
+    }
     options |= {"dir": directory, "settings": wandb.Settings(console="off", init_timeout=30, finish_timeout=300)}
     try:
         run = wandb.init(**options)
@@ -213,7 +219,7 @@ def _open_trackio(directory: Path, project: str, settings: dict[str, Any], known
     import trackio
 
     name = known_id or f"{directory.name}-{uuid.uuid4().hex[:6]}"  # runs are known by name there
-    options = {"resume": "allow", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    options: dict[str, Any] = {"resume": "allow", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
     run = trackio.init(project=project, name=name, config=settings, **options)
     return _Run(name, lambda step, numbers: run.log(numbers, step=step), run.finish)
 

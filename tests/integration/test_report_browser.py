@@ -16,6 +16,7 @@ LOOK = """() => ({
     broken: [...document.images].filter(image => !(image.complete && image.naturalWidth > 0)).map(image => image.alt),
     collapsed: [...document.images].filter(image => image.getBoundingClientRect().width < 40).map(image => image.alt),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    scrolled: [...document.querySelectorAll('.scroll')].filter(part => part.scrollWidth > part.clientWidth).length,
     outside: [...document.querySelectorAll('body *')].filter(element => !element.closest('.scroll, pre'))
         .filter(element => element.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
         .map(element => element.outerHTML.slice(0, 80)),
@@ -81,7 +82,7 @@ def test_everything_is_drawn_and_fits(browser: Any, report: Path, width: int, sc
     assert requests == [report.as_uri()]  # the page itself, and nothing else
     assert seen["images"] > 150
     assert (seen["broken"], seen["collapsed"]) == ([], [])
-    assert (seen["overflow"], seen["outside"]) == (0, [])
+    assert (seen["overflow"], seen["outside"], seen["scrolled"]) == (0, [], 0)
 
 
 def test_light_and_dark_are_what_the_reader_asks_for(browser: Any, report: Path) -> None:

@@ -340,6 +340,26 @@ def test_a_folders_own_split_is_kept_and_must_not_share_classes(
     folder_of_classes(raw / "test", "a")
     assert main([*arguments, "--overwrite"]) == 2
     assert "class a (a) is in test and in train" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--allow-seen-classes"]) == 0
+    splits = {split: open_index(tmp_path / "out", split) for split in ("train", "test")}
+    assert {split: [entry.name for entry in splits[split].classes] for split in splits} == {
+        "train": ["a", "b"],
+        "test": ["a"],
+    }
+
+
+def test_all_classes_may_train_where_they_are_all_named(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of_classes(raw)
+    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--split-classes"]
+    assert main([*arguments, "6"]) == 2
+    assert "has 5 classes with images, of which 6 would train" in capsys.readouterr().err
+    assert main([*arguments, "5"]) == 0
+    assert "data.test_split=null" in capsys.readouterr().err
+    assert open_index(tmp_path / "out", "train").num_classes == 5
+    with pytest.raises(ValueError, match="not 'test'"):
+        open_index(tmp_path / "out", "test")
 
 
 def test_splits_of_any_case_are_splits(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

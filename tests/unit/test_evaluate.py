@@ -202,7 +202,9 @@ def test_embeddings_replace_earlier_ones_and_what_a_killed_writer_left(tmp_path:
 def test_a_result_is_logged_before_it_counts_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int, str]] = []
     telemetry: Any = SimpleNamespace(
-        say=lambda text: None, log_evaluation=lambda step, epoch, metrics, *, kind: logged.append((step, kind))
+        say=lambda text: None,
+        follow=lambda what, done, total: None,
+        log_evaluation=lambda step, epoch, metrics, *, kind: logged.append((step, kind)),
     )
     engine = SimpleNamespace(zero_stage=0, module=torch.nn.Identity())
     state: Any = SimpleNamespace(config=None, context=single_process(), step=4, epoch=1, engine=engine)

@@ -471,3 +471,52 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="table of embeddings"):
         load_table(path)
+
+
+@pytest.mark.parametrize(
+    ("seen", "kind", "shown", "parts"),
+    [
+        ([], None, None, {}),
+        ([False, False, False], "open", "3 unseen classes (open set)", {}),
+        ([True, True, True], "closed", "3 seen classes (closed set)", {}),
+        # Label 1 is trained; its images 0 and 1 find theirs at 2 and 3, the others at 4 and 1.
+        ([False, True, True], "mixed", "2 seen and 1 unseen classes (mixed set)", {"seen": 0.0, "unseen": 0.5}),
+    ],
+)
+def test_trained_classes_are_counted_and_of_mixed_ones_recall_is_given_apart(
+    seen: list[bool], kind: str | None, shown: str | None, parts: dict[str, float]
+) -> None:
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 12.0, 90.0, 1.0]))
+    table = EmbeddingTable(torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([1, 1, 0, 0, 2]), torch.arange(5))
+    result = evaluate_table(
+        table,
+        context=single_process(),
+        settings=Settings(recall_at=(1,), kmeans_seeds=()),
+        seen_C=np.array(seen) if seen else None,
+    )
+    found = {name.removeprefix("recall@1_"): value for name, value in result.metrics.items() if "seen" in name}
+    assert found == parts
+    class_set = EvaluationResult.from_json(result.to_json()).class_set
+    assert (class_set and class_set.kind) == kind
+    assert (class_set and str(class_set)) == shown
+    assert ("classes" in result.protocol) == bool(seen)
+    assert (result.fingerprint == evaluate_unknown(table).fingerprint) == (not seen)
+
+
+def evaluate_unknown(table: EmbeddingTable) -> EvaluationResult:
+    return evaluate_table(table, context=single_process(), settings=Settings(recall_at=(1,), kmeans_seeds=()))
+
+
+def test_whoever_follows_an_evaluation_hears_of_every_part_of_it(index: ShardIndex) -> None:
+    heard: list[tuple[str, int, int]] = []
+    evaluate(
+        Projection(),
+        Split(index),
+        PassSettings(build_transform(ResizeConfig(name="resize", size=SIDE)), batch_size=7),
+        context=single_process(),
+        settings=Settings(recall_at=(1,), kmeans_seeds=(0, 1)),
+        hooks=PassHooks(follower=lambda what, done, total: heard.append((what, done, total))),
+    )
+    assert heard[:7] == [("embedding test", done, 6) for done in range(7)]  # 37 images in batches of 7
+    assert heard[-3:] == [("clustering", done, 2) for done in range(3)]
+    assert ("searching", 35, 35) in heard

@@ -38,6 +38,7 @@ ABOUT: dict[str, Any] = {
     "formats": ["safetensors", "onnx"],
     "precision": "float32",
     "opset": 20,
+    "timm_embedding": None,
     "embedding_dim": 128,
     "num_classes": 549,
     "backbone": {"name": "timm/resnet50", "pretrained": "/home/ada/weights.pth", "options": {}},

@@ -23,7 +23,7 @@ from dist_proxygml.head.statistics import ProxyStatistics, write_proxy_use
 from dist_proxygml.protocols import far_metric
 from dist_proxygml.report import main
 from dist_proxygml.reporting import pictures as report_pictures
-from dist_proxygml.reporting.page import format_metrics, format_table, read_run, write_report
+from dist_proxygml.reporting.page import _charts, format_metrics, format_table, read_run, write_report
 from dist_proxygml.reporting.thumbnails import MAX_BYTES, Thumbnails
 from tests.report_runs import proxy_statistics, write_picture_shards, write_run
 from tests.shards_of_noise import SIDE, write_noise_shards
@@ -585,3 +585,99 @@ def test_shards_that_lie_elsewhere_are_read_through_the_cache_of_the_run(
     assert main(["--run", str(copy), "--data", "https://host/shards"]) == 2
     cache = {"cache_directory": Path("/a/disk"), "cache_limit": 2048}
     assert opened == [("s3://b", cache | {"is_typed": False}), ("https://host/shards", cache | {"is_typed": True})]
+
+
+# ---- what the run was ------------------------------------------------------------------------------------------------
+
+
+def changed(path: Path, **entries: object) -> None:
+    """Change entries of a JSON document."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_the_page_begins_with_what_the_run_was_and_shows_images_before_all_numbers(
+    run: Path, index: ShardIndex
+) -> None:
+    facts = {"ranks": 8, "device": "a <GPU>", "parameters": 1_234_567, "proxies": 20}
+    seconds = {"training": 3600.0, "data": 0.0, "evaluation": 125.0, "checkpoint": 0.0}
+    (run / "run.json").write_text(json.dumps({**facts, "seconds": seconds}))
+    changed(run / "config.json", backbone={"name": "small_cnn", "embedding_dim": 128})
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write("\n")
+        for step, rate in ((21, 100.0), (22, 900.0), (23, 120.0)):
+            log.write(json.dumps({"kind": "train", "step": step, "loss": 1.0, "images_per_second": rate}) + "\n")
+    html = write_report(run, index).read_text()
+    text = " ".join(Page(html).text.split())
+    shown = [
+        "1 h 2 min (training 1 h 0 min, evaluation 2 min)",
+        "120 in training, median",
+        "8 on a <GPU>",
+        "small_cnn, 1,234,567 parameters, 128 dimensions",
+        "After 20 training steps",
+    ]
+    places = [text.index(words) for words in shown]
+    assert places == sorted(places)
+    sections = [html.index(f'<section id="{key}">') for key in ("retrieves", "fails", "numbers", "proxies")]
+    assert sections == sorted(sections)
+
+
+def test_damaged_facts_are_left_out(run: Path, index: ShardIndex) -> None:
+    (run / "run.json").write_text('{"ranks": 8, "seconds": {"training": "long"}}')
+    assert "8 on unknown devices" in write_report(run, index).read_text()
+    (run / "run.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"run\.json"):
+        page = write_report(run, index).read_text()
+    assert "unknown devices" not in page
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        (0, "images of 8 classes, none of them seen in training, looks for"),
+        (8, "images of 8 classes, all of them seen in training (other images of them), looks for"),
+        (3, "images of 8 classes, 3 of them seen in training and 5 not, looks for"),
+    ],
+)
+def test_the_first_sentence_says_whether_the_classes_were_trained(
+    run: Path, index: ShardIndex, seen: int, words: str
+) -> None:
+    path = run / "evaluation" / "step-000020.json"
+    protocol = json.loads(path.read_text())["protocol"]
+    changed(path, protocol={**protocol, "classes": {"set": "any", "seen": seen, "unseen": 8 - seen}})
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    assert words in text
+
+
+def test_wrong_answers_are_faded_where_a_query_has_no_right_one_left(run: Path, index: ShardIndex) -> None:
+    table = read_run(run).table
+    assert table is not None
+    parts = report_pictures.picture_parts(table, index, gallery=None, training=None)
+    places = [
+        (place, tile["is_right"], row["num_positives"])
+        for row in [*parts["random"], *parts["worst"]]
+        for place, tile in enumerate(row["tiles"], 1)
+    ]
+    expected = sum(place > num_positives and not is_right for place, is_right, num_positives in places)
+    page = Page(write_report(run, index).read_text())
+    assert len(page.all("figure", "beyond")) == expected
+    assert 0 < expected < len(page.all("figure", "wrong"))
+
+
+def test_hubs_have_the_share_of_wrong_entries_of_all_lists_beside_them(run: Path, index: ShardIndex) -> None:
+    table = read_run(run).table
+    assert table is not None
+    scores = (table.embeddings @ table.embeddings.T).fill_diagonal_(-torch.inf)
+    nearest = scores.topk(10, dim=1).indices
+    has_answer = torch.tensor([CLASS_SIZES[label] > 1 for label in table.labels.tolist()])
+    wrong = (table.labels[nearest] != table.labels[:, None])[has_answer].double().mean().item()
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    assert f"For comparison: {100 * wrong:.0f}% of all entries of the lists are wrong." in text
+
+
+def test_the_loss_stands_beside_that_of_a_guess(run: Path, index: ShardIndex) -> None:
+    assert "ln(kept classes)" not in write_report(run, index).read_text()
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write("\n" + json.dumps({"kind": "train", "step": 30, "loss": 2.8, "kept_classes": 28.0}) + "\n")
+    charts = {chart.title: chart for chart in _charts(read_run(run))}
+    assert charts["Loss"].legend[-1] == ("classification of a guess: ln(kept classes)", True)
+    assert "ln(kept classes) ends at 3.332" in charts["Loss"].spoken

@@ -32,7 +32,7 @@ def test_steps_and_evaluations_follow_from_the_index() -> None:
     plan = plan_run(demo(), world_size=1, bank_bytes=0)
     # 2,977 images: 46 batches of 64, and 33 images left, more than half a batch
     assert (plan.steps_per_epoch, plan.num_steps, plan.num_test_images) == (47, 47 * 40, 2981)
-    assert plan.num_evaluations == 2  # before the first step and after the last
+    assert plan.num_evaluations == 6  # before the first step, after every eighth epoch, and after the last, the 40th
     assert plan.gallery_bytes == 2981 * 128 * 4
     often = plan_run(demo("evaluation.every_epochs=3", "evaluation.at_start=false"), world_size=1, bank_bytes=0)
     assert often.num_evaluations == 13 + 1  # after epochs 3, 6, ... 39, and after the last
@@ -108,3 +108,24 @@ def test_the_command_refuses_checkpoints_that_do_not_fit_on_the_disk(
     told = capsys.readouterr()
     assert "steps per epoch" in told.out
     assert "expected room for 3 checkpoints of 10.1 MiB, together 30.4 MiB, got 20.0 MiB in runs" in told.err
+
+
+def test_memory_and_disk_are_apart() -> None:
+    lines = str(plan_run(demo(), world_size=1, bank_bytes=0)).splitlines()
+    titles = [line.removesuffix(":") for line in lines if not line.startswith("  ")]
+    assert titles == [
+        "plan of the run (counts of shards/demo)",
+        "memory of the backbone, per rank, without activations",
+        "disk, in runs",
+    ]
+    disk = lines[lines.index("disk, in runs:") :]
+    assert [line[:13].strip() for line in disk[1:]] == ["a checkpoint", "checkpoints", "together", "left"]
+
+
+def test_a_run_without_a_test_split_evaluates_nothing_or_its_validation_classes() -> None:
+    alone = plan_run(demo("data.test_split=null"), world_size=1, bank_bytes=0)
+    assert (alone.num_steps, alone.num_evaluations, alone.num_test_images) == (47 * 40, 0, 0)
+    held_out = plan_run(demo("data.test_split=null", "data.validation_classes=0.5"), world_size=1, bank_bytes=0)
+    assert held_out.num_evaluations == 6
+    assert held_out.num_test_images is not None
+    assert 1000 < held_out.num_test_images < 2000

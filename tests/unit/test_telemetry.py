@@ -69,12 +69,13 @@ def write_all_kinds(directory: Path, steps: list[int], *, start: int) -> None:
     telemetry = Telemetry(directory, enabled=True, num_steps=9, start_step=start, progress_bar=False)
     if start == 0:
         settings = {"optimizer.name": "adam", "training.epochs": 3, "proxies.topk": None, "proxies.fused": False}
-        telemetry.log_settings({**settings, "evaluation.recall_at": [1, 2]}, ["recall@1", "nmi"])
+        telemetry.log_settings({**settings, "evaluation.recall_at": [1, 2]}, ["evaluation/recall@1", "evaluation/nmi"])
     for step in steps:
         telemetry.log_number("share", step, step)
         telemetry.log_values("norm", torch.full((3,), float(step + start)), step)
         telemetry.log_images("picture", torch.full((1, 3, 2, 2), step + start, dtype=torch.uint8), step)
-    telemetry.log_results(steps[-1], {"recall@1": 0.25 + start, "nmi": 0.5})
+    telemetry.log_evaluation(steps[-1], 1, {"recall@1": 0.25 + start, "nmi": 0.5})
+    telemetry.log_end(steps[-1])
     telemetry.close()
 
 
@@ -86,7 +87,7 @@ def test_every_kind_of_point_stands_there_once_after_a_run_went_on(tmp_path: Pat
     norms = [(event.step, event.histogram_value.max) for event in board.Histograms("norm")]
     assert norms == [(1, 1), (2, 2), (3, 5), (4, 6)]
     assert [event.step for event in board.Images("picture")] == [1, 2, 3, 4]
-    assert [(event.step, event.value) for event in board.Scalars("hparam/recall@1")] == [(4, 2.25)]
+    assert [(event.step, event.value) for event in board.Scalars("evaluation/recall@1")] == [(4, 2.25)]
 
 
 def test_hparams_hold_the_settings_as_they_are_and_the_metrics_of_the_end(tmp_path: Path) -> None:
@@ -106,9 +107,10 @@ def test_hparams_hold_the_settings_as_they_are_and_the_metrics_of_the_end(tmp_pa
         "evaluation.recall_at": "[1, 2]",
     }
     assert {info.name for info in experiment.hparam_infos} == values.keys()
-    assert [info.name.tag for info in experiment.metric_infos] == ["hparam/recall@1", "hparam/nmi"]
+    assert [info.name.tag for info in experiment.metric_infos] == ["evaluation/recall@1", "evaluation/nmi"]
     assert any(part.HasField("session_end_info") for part in told)
-    assert [np.round(event.value, 6) for event in board.Scalars("hparam/nmi")] == [0.5]
+    assert [np.round(event.value, 6) for event in board.Scalars("evaluation/nmi")] == [0.5]
+    assert not [tag for tag in board.Tags()["scalars"] if tag.startswith("hparam")]  # each number has one curve
 
 
 def test_odd_lines_stop_nobody_and_are_told_by_the_next_start_alone(tmp_path: Path) -> None:
@@ -132,3 +134,56 @@ def test_steps_done_again_replace_the_earlier_ones_also_when_the_clock_went_back
         write(tmp_path, list(range(start + 1, 6)), start=start)
     points = read_board(tmp_path).Scalars("train/loss")
     assert [(event.step, event.value) for event in points] == [(1, 1), (2, 2), (3, 23), (4, 34), (5, 35)]
+
+
+def test_no_curve_is_zero_throughout_and_none_is_drawn_twice(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, enabled=True, num_steps=9, start_step=0, progress_bar=False)
+    for step, (regularization, damaged) in enumerate([(0.0, 0), (0.0, 2), (0.5, 2)], 1):
+        values = {"loss": 1.0, "classification": 1.0 - regularization, "regularization": regularization}
+        telemetry.log_training(step, 1, {**values, "damaged_images": damaged})
+    telemetry.log_evaluation(3, 1, {"nmi": 0.0, "nmi_sd": 0.0})
+    for step, share in enumerate((0.0, 0.25, 0.0), 1):
+        telemetry.log_number("proxies/dead_share", share, step)
+        telemetry.log_number("proxies/none", 0.0, step)
+    telemetry.close()
+    board = read_board(tmp_path)
+    steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    expected = {
+        "train/loss": [1, 2, 3],
+        "train/epoch": [1, 2, 3],
+        "train/classification": [3],
+        "train/regularization": [3],
+        "train/damaged_images": [2, 3],
+        "evaluation/nmi": [3],
+        "proxies/dead_share": [2, 3],
+    }
+    assert {tag: steps[tag] for tag in expected} == expected
+    assert not {"evaluation/nmi_sd", "proxies/none"} & steps.keys()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["regularization"] for line in lines[:3]] == [0.0, 0.0, 0.5]  # the record has all
+
+
+def test_the_time_of_each_phase_adds_up_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for start in (0, 4):
+        telemetry = Telemetry(tmp_path, enabled=True, num_steps=9, start_step=start, progress_bar=False)
+        telemetry.describe_run({"ranks": 2})
+        for phase, seconds in (("data", 1.0), ("evaluation", 5.0), ("data", 2.0)):
+            with telemetry.phase(phase):
+                now[0] += seconds
+        now[0] += 10.0
+        telemetry.log_phases(start)  # of the second start, what the first has plotted
+        telemetry.log_phases(start + 4)
+        telemetry.close()
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored == {"ranks": 2, "seconds": {"training": 20.0, "data": 6.0, "evaluation": 10.0, "checkpoint": 0.0}}
+    points = [(event.step, event.value) for event in read_board(tmp_path).Scalars("time/data_seconds")]
+    assert points == [(0, 3.0), (4, 3.0), (8, 6.0)]
+
+
+def test_the_bar_moves_while_an_evaluation_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = Telemetry(tmp_path, enabled=True, num_steps=9, start_step=0, progress_bar=True)
+    telemetry.follow("embedding test", 3, 1200)
+    telemetry.close()
+    assert "embedding test 3/1,200" in capsys.readouterr().err
