@@ -53,7 +53,7 @@ OF_RANK_0 = {"save.manifest", "save.publish", "save.published", "save.latest", "
 
 def sweep_of_kills() -> Iterator[str]:
     """A kill at every point, on every rank that comes to it; those of an evaluation last, where the run has one."""
-    points = [point for point in POINTS if not point.startswith("start")]  # `missing_at_start` has those
+    points = [point for point in POINTS if not point.startswith(("start", "embed"))]  # `missing_at_start` has the first
     for point in sorted(points, key=lambda point: point.startswith("evaluate")):
         for rank in range(1 if point in OF_RANK_0 else NUM_RANKS):
             yield f"{point}@{rank}:{1 if point.startswith('evaluate') else 2}:kill9"

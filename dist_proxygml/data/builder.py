@@ -264,7 +264,8 @@ def default_workers(num_images: int) -> int:
 class _Journal:
     """The lines of `build.unfinished.jsonl`; its lock keeps other builds out of the folder.
 
-    Removed on exit if the folder has its index.
+    The lock is the journal's own: a file beside the folder, as of storage/lock.py, would stay there, or be removed
+    under another build that waits for it. Removed on exit if the folder has its index.
     """
 
     def __init__(self, out: Path) -> None:

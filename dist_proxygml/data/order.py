@@ -206,7 +206,7 @@ class EpochPlan:
 
 
 def evaluation_batches(
-    num_samples: int, *, batch_size: int, rank: int, world_size: int, done: Collection[int] = ()
+    num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1, done: Collection[int] = ()
 ) -> list[np.ndarray]:
     """Return the batches of `rank` in an evaluation: batch j holds the ids j*batch_size ..
     (j+1)*batch_size - 1, the last one may be short.

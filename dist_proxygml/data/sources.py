@@ -12,23 +12,24 @@ Declined: interpreting folder names as classes, since many folders are only fold
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.datasets import IMAGE_SUFFIXES, is_hidden
 from dist_proxygml.data.images import decode_image, read_image_file
 from dist_proxygml.data.index import INDEX_FILE, ShardIndex, open_index
-from dist_proxygml.data.order import MicroBatch, evaluation_batches
+from dist_proxygml.data.order import MicroBatch
 from dist_proxygml.data.pipeline import (
     Batch,
     BatchLoader,
+    BatchSource,
     ImageCache,
     ShardImages,
-    build_evaluation_loader,
     sample_generators,
     sent,
 )
@@ -78,19 +79,9 @@ class ImageSource(Protocol):
         """Decode an image, uint8 RGB [3, h, w]. Raises ValueError if it is no longer usable."""
 
     def loader(
-        self,
-        transform: Transform,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        done: Collection[int] = (),
-        num_workers: int = 0,
-        on_bad: OnBad = "fail",
+        self, transform: Transform, batches: Sequence[np.ndarray], *, num_workers: int = 0, on_bad: OnBad = "fail"
     ) -> BatchLoader:
-        """Build a loader of this rank's batches, as `evaluation_batches` shares them out. With "skip" a batch omits
-        and names unusable images.
-        """
+        """Build a loader of batches of these positions. With "skip" a batch omits and names unusable images."""
 
 
 def open_source(location: str | Path, *, split: str = "test", is_typed: bool = False) -> ImageSource:
@@ -171,21 +162,11 @@ class FolderSource:
         return read_image(path)
 
     def loader(
-        self,
-        transform: Transform,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        done: Collection[int] = (),
-        num_workers: int = 0,
-        on_bad: OnBad = "fail",
+        self, transform: Transform, batches: Sequence[np.ndarray], *, num_workers: int = 0, on_bad: OnBad = "fail"
     ) -> BatchLoader:
         """As `ImageSource.loader`."""
         files = FolderImages([self.root / name for name in self.names], transform, on_bad=on_bad)
-        own = evaluation_batches(self.num_images, batch_size=batch_size, rank=rank, world_size=world_size, done=done)
-        batches = [MicroBatch(ids, len(ids), len(ids)) for ids in own]
-        return BatchLoader(files, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=False)
+        return _loader(files, batches, num_workers=num_workers)
 
 
 class FolderImages:
@@ -293,24 +274,13 @@ class ShardSource:
         return self._images.image(record.sample)
 
     def loader(
-        self,
-        transform: Transform,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        done: Collection[int] = (),
-        num_workers: int = 0,
-        on_bad: OnBad = "fail",
+        self, transform: Transform, batches: Sequence[np.ndarray], *, num_workers: int = 0, on_bad: OnBad = "fail"
     ) -> BatchLoader:
         """As `ImageSource.loader`."""
-        return build_evaluation_loader(
-            self.index,
-            transform,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            num_workers=num_workers,
-            skip_damaged=on_bad == "skip",
-            done=done,
-        )
+        images = ShardImages(self.index, transform, damaged="leave_out" if on_bad == "skip" else "fail")
+        return _loader(images, batches, num_workers=num_workers)
+
+
+def _loader(images: BatchSource, batches: Sequence[np.ndarray], *, num_workers: int) -> BatchLoader:
+    cut = [MicroBatch(ids, len(ids), len(ids)) for ids in batches]
+    return BatchLoader(images, cut, num_workers=num_workers, num_steps=len(cut), pin_memory=False)

@@ -101,6 +101,8 @@ class EmbeddingBlocks:
     Attributes:
         stored: what this rank has read of an earlier pass; together the ranks have all of it, each row once.
         done: numbers of the batches that some rank has read.
+        num_done: images of these.
+        batches: ids of each batch that is left to this rank, as `evaluation_batches`.
     """
 
     def __init__(
@@ -123,10 +125,9 @@ class EmbeddingBlocks:
         self._files: list[str] = []  # that this rank has read or written
         self.stored, self.done = self._open()
         shares = {"batch_size": batch_size, "rank": context.rank, "world_size": context.world_size}
-        own = evaluation_batches(num_images, **shares, done=self.done)
-        self._numbers = iter([int(ids[0]) // batch_size for ids in own])
+        self.batches = evaluation_batches(num_images, **shares, done=self.done)
+        self._numbers = iter([int(ids[0]) // batch_size for ids in self.batches])
         self.num_done = sum(min(batch_size, num_images - number * batch_size) for number in self.done)
-        """Images of the batches that some rank has read."""
         self._writer: threading.Thread | None = None
         self._started_at = self._began_to_write_at = time.monotonic()
 

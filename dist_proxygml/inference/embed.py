@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from dist_proxygml.cli import printable
 from dist_proxygml.data.damage import Damage
+from dist_proxygml.data.pipeline import BatchLoader
 from dist_proxygml.data.sources import ImageRecord, ImageSource, OnBad
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import (
@@ -40,7 +42,7 @@ from dist_proxygml.distributed.parallel import (
 )
 from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, read_block
 from dist_proxygml.faults import fault_point
-from dist_proxygml.inference.embedder import Embedder, loading_processes
+from dist_proxygml.inference.embedder import COMPARED, Embedder, loading_processes
 from dist_proxygml.inference.embeddings import KIND, write_embeddings
 from dist_proxygml.storage.files import is_folder, remove
 from dist_proxygml.storage.folder import check_is_free, partial_path
@@ -68,20 +70,109 @@ def embed_to_folder(
     """
     context = context or single_process()
     batch_size = batch_size or embedder.batch_size
-    out = Path(os.path.realpath(out))  # a link stays one
+    dim, num_images = embedder.embedding_dim, source.num_images
     data = run_together(context, source.about)
     if any(other != data for other in all_gather_object(context, data)):
         raise AgreedError(
             f"expected the same images on all ranks, found other ones on some below {data['location']}; put them where "
             "all machines see them, and do not change them meanwhile"
         )
-    locks: list[FolderLock] = []
-    run_on_rank_zero(context, _take, out, overwrite, locks)
+    with _taken(context, Path(os.path.realpath(out)), overwrite=overwrite) as (partial, final):  # a link stays one
+        folder = BlockFolder(partial, _say)
+        blocks = EmbeddingBlocks(
+            folder,
+            "blocks",
+            num_images=num_images,
+            batch_size=batch_size,
+            made_of=lambda: {
+                **{name.removesuffix("_sha256"): embedder.about[name] for name in COMPARED},
+                "images": data,
+                "batch size": batch_size,
+                "device": embedder.device.type,
+            },
+            context=context,
+            keep_rows=False,
+        )
+        if blocks.num_done and context.is_main:
+            _say(f"resuming: {blocks.num_done:,} of {num_images:,} images are embedded already")
+        left_out = all_gather_object(context, [damage for block in blocks.stored for damage in block.damaged])
+        if on_bad == "fail" and (found := [damage for part in left_out for damage in part]):
+            raise AgreedError(": ".join(found[0]))
+        num_ranks = all_gather_object(context, socket.gethostname()).count(socket.gethostname())
+        num_workers = loading_processes(num_images, num_workers, num_ranks=num_ranks)
+        loader = source.loader(embedder.transform, blocks.batches, num_workers=num_workers, on_bad=on_bad)
+        _embed_shares(embedder, source, loader, blocks, context)
+        paths = blocks.paths()
+        manifest = run_on_rank_zero_for_long(
+            context,
+            lambda: write_embeddings(
+                partial / "folder",
+                final,
+                _parts(paths, source, dim),
+                embedding_dim=dim,
+                about={"model": embedder.about, "data": data, "batch_size": batch_size},
+            ),
+        )
+        folder.remove(context)
+    return manifest
+
+
+def _embed_shares(
+    embedder: Embedder, source: ImageSource, loader: BatchLoader, blocks: EmbeddingBlocks, context: ParallelContext
+) -> None:
+    """Embed the batches of each rank's loader into blocks, until all are done. Called on all ranks."""
+    total, hidden, batches = source.num_images, not context.is_main, iter(loader)
+
+    def work() -> tuple[bool, int]:
+        """Whether this rank has finished; images of this round. No collective."""
+        num_images, until = 0, time.monotonic() + _SECONDS_OF_A_ROUND
+        for batch in batches:
+            fault_point("embed.batch")
+            names = [source.record(number).id for number in batch.ids.tolist()]
+            rows_bD = embedder.embed_prepared(batch.images, names=names)
+            blocks.add(batch, torch.from_numpy(rows_bD) if names else None)
+            blocks.raise_problem()
+            num_images += len(names) + len(batch.damaged)
+            bar.update(len(names) + len(batch.damaged))
+            if time.monotonic() >= until:
+                return False, num_images
+        return True, num_images
+
+    is_done = False
+    with tqdm(total=total, initial=blocks.num_done, desc="embedding", unit=" images", disable=hidden) as bar:
+        try:
+            while not is_done:
+                rounds = all_gather_object(context, run_together(context, work))
+                bar.update(sum(num_images for _, num_images in rounds[1:]))
+                is_done = all(done for done, _ in rounds)
+        finally:
+            blocks.write()
+    run_together(context, blocks.raise_problem)
+
+
+@contextmanager
+def _taken(context: ParallelContext, out: Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """Keep others from `out`; gives the folder of what is unfinished, and `out`. Called on all ranks.
+
+    Raises:
+        ValueError: it is in use, not all ranks see it, or later one has gone.
+    """
+    partial, locks = partial_path(out), list[FolderLock]()
+
+    def take() -> None:
+        check_is_free(out, KIND, overwrite=overwrite)
+        locks.append(FolderLock(out, elsewhere="name another folder"))
+        if (partial / "done.jsonl").exists():
+            _say(f"embedding anew: an older version of this package left {partial}, which this one does not resume")
+            remove(partial)
+        partial.mkdir(exist_ok=True)
+
     try:
-        manifest = _embed(embedder, source, out, data, context, batch_size, num_workers, on_bad)
+        run_on_rank_zero(context, take)
+        run_together(context, _check_is_shared, partial)
+        yield partial, out
         for lock in locks:
             lock.release(is_done=True)
-        return manifest
     except RuntimeError as error:
         problem = peer_problem(error)
         if problem is None:
@@ -95,107 +186,6 @@ def embed_to_folder(
             lock.release()
 
 
-def _take(out: Path, overwrite: bool, locks: list[FolderLock]) -> None:
-    """Keep others out, and make the folder of what is not finished. On rank 0 only."""
-    check_is_free(out, KIND, overwrite=overwrite)
-    locks.append(FolderLock(out, elsewhere="name another folder"))
-    partial = partial_path(out)
-    if (partial / "done.jsonl").exists():
-        _tell(f"embedding anew: an older version of this package left {partial}, which this one does not resume")
-        remove(partial)
-    partial.mkdir(exist_ok=True)
-
-
-def _embed(
-    embedder: Embedder,
-    source: ImageSource,
-    out: Path,
-    data: dict[str, Any],
-    context: ParallelContext,
-    batch_size: int,
-    num_workers: int | None,
-    on_bad: OnBad,
-) -> dict[str, Any]:
-    partial = partial_path(out)
-    run_together(context, _check_is_shared, partial)
-    folder = BlockFolder(partial, _tell)
-    blocks = EmbeddingBlocks(
-        folder,
-        "blocks",
-        num_images=source.num_images,
-        batch_size=batch_size,
-        made_of=lambda: {
-            "weights": embedder.about["weights_sha256"],
-            "backbone": embedder.about["backbone"],
-            "preprocessing": embedder.about["preprocessing"],
-            "images": data,
-            "batch size": batch_size,
-            "device": embedder.device.type,
-        },
-        context=context,
-        keep_rows=False,
-    )
-    if blocks.num_done and context.is_main:
-        _tell(f"resuming: {blocks.num_done:,} of {source.num_images:,} images are embedded already")
-    left_out = [damage for block in blocks.stored for damage in block.damaged]
-    if on_bad == "fail" and (found := [damage for part in all_gather_object(context, left_out) for damage in part]):
-        raise AgreedError(": ".join(found[0]))
-
-    # 1. Each rank its share, until all are done.
-    num_ranks = all_gather_object(context, socket.gethostname()).count(socket.gethostname())
-    batches = iter(
-        source.loader(
-            embedder.transform,
-            batch_size=batch_size,
-            rank=context.rank,
-            world_size=context.world_size,
-            done=blocks.done,
-            num_workers=loading_processes(source.num_images, num_workers, num_ranks=num_ranks),
-            on_bad=on_bad,
-        )
-    )
-    total = source.num_images
-    hidden = not context.is_main
-    try:
-        with tqdm(total=total, initial=blocks.num_done, desc="embedding", unit=" images", disable=hidden) as bar:
-
-            def work() -> tuple[bool, int]:
-                """Whether this rank's share is done; images of this round. No collective."""
-                num_images, until = 0, time.monotonic() + _SECONDS_OF_A_ROUND
-                for batch in batches:
-                    fault_point("embed.batch")
-                    names = [source.record(number).id for number in batch.ids.tolist()]
-                    rows_bD = embedder.embed_prepared(batch.images, names=names)
-                    blocks.add(batch, torch.from_numpy(rows_bD) if names else None)
-                    blocks.raise_problem()
-                    num_images += len(names) + len(batch.damaged)
-                    bar.update(len(names) + len(batch.damaged))
-                    if time.monotonic() >= until:
-                        return False, num_images
-                return True, num_images
-
-            is_done = False
-            while not is_done:
-                rounds = all_gather_object(context, run_together(context, work))
-                bar.update(sum(num_images for _, num_images in rounds[1:]))
-                is_done = all(done for done, _ in rounds)
-    finally:
-        blocks.write()
-    run_together(context, blocks.raise_problem)
-
-    # 2. One folder of all blocks.
-    paths = blocks.paths()
-
-    dim, about = embedder.embedding_dim, {"model": embedder.about, "data": data, "batch_size": batch_size}
-
-    def write() -> dict[str, Any]:
-        return write_embeddings(partial / "folder", out, _parts(paths, source, dim), embedding_dim=dim, about=about)
-
-    manifest = run_on_rank_zero_for_long(context, write)
-    folder.remove(context)
-    return manifest
-
-
 def _check_is_shared(partial: Path) -> None:
     if not is_folder(partial):
         raise ValueError(
@@ -207,7 +197,7 @@ def _check_is_shared(partial: Path) -> None:
 def _parts(
     paths: Sequence[Path], source: ImageSource, embedding_dim: int
 ) -> Iterator[tuple[np.ndarray, list[ImageRecord], list[Damage]]]:
-    """The rows of each block, with names and what was left out."""
+    """Rows of each block, with names and the images that were skipped."""
     num_images = 0
     for path in tqdm(paths, desc="writing", unit="block", delay=2.0):
         try:
@@ -220,5 +210,5 @@ def _parts(
     assert num_images == source.num_images
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)

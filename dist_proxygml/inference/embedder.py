@@ -33,6 +33,9 @@ from dist_proxygml.inference.hub import HUB, fetch
 from dist_proxygml.storage.files import sha256_of
 from dist_proxygml.storage.run_folder import RunFolder
 
+COMPARED = ("weights_sha256", "backbone", "preprocessing")
+"""Entries of `Embedder.about` on which embeddings depend."""
+
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -209,7 +212,7 @@ def model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """Name the first difference between two models, described as by `Embedder.about`; None if their embeddings are
     comparable. A run and its export are the same model.
     """
-    for name in ("weights_sha256", "backbone", "preprocessing"):
+    for name in COMPARED:
         if one.get(name) != other.get(name):
             return name.replace("_sha256", "")
     return None

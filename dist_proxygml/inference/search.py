@@ -18,6 +18,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from dist_proxygml.cli import printable
+from dist_proxygml.data.order import evaluation_batches
 from dist_proxygml.data.sources import FolderSource, ImageRecord, ImageSource, OnBad, open_source, read_image
 from dist_proxygml.inference.embedder import Embedder, loading_processes, model_difference
 from dist_proxygml.inference.retrieval_index import Index
@@ -174,7 +175,7 @@ def find(
     """
     loader = FolderSource(Path(), [str(path) for path in queries]).loader(
         embedder.transform,
-        batch_size=batch_size or embedder.batch_size,
+        evaluation_batches(len(queries), batch_size=batch_size or embedder.batch_size),
         num_workers=loading_processes(len(queries), num_workers),
         on_bad=on_bad,
     )

@@ -44,7 +44,7 @@ from dist_proxygml.training.evaluate import EvaluatedSplit
 from dist_proxygml.training.head_plan import HeadPlan, check_fits
 from dist_proxygml.training.loop import Loop, continue_at, load_state
 from dist_proxygml.training.nonfinite import NON_FINITE_FILE, NonFiniteLog
-from dist_proxygml.training.run_folder import comparable_settings, find_continuation, lock_run, prepare_run_directory
+from dist_proxygml.training.prepare import comparable_settings, find_continuation, lock_run, prepare_run_directory
 from dist_proxygml.training.step import TrainState, build_train_state
 from dist_proxygml.training.transfer import Transfer, match_classes, open_transfer
 

@@ -499,7 +499,7 @@ def deny(*_: Any, **__: Any) -> None:
 def test_what_cannot_be_looked_at_is_refused_and_nothing_is_moved(
     tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A test runs as root where modes hold nobody back; that of the whole start is in tests/unit/test_run_folder.py."""
+    """A test runs as root where modes hold nobody back; that of the whole start is in tests/unit/test_prepare.py."""
     path = Saver(single_process(), tmp_path)(1).path
     before = contents(tmp_path)
     with monkeypatch.context() as patch:

@@ -54,7 +54,7 @@ def embedded(
     embed.BlockFolder = functools.partial(BlockFolder, seconds=0.0)  # type: ignore[misc]
     embed._SECONDS_OF_A_ROUND = 0.0
     embedder, num_embedded, said = Embedder.from_run(run, device="cpu"), 0, list[str]()
-    embed._tell = said.append
+    embed._say = said.append
     real = embedder.embed_prepared
 
     def counted(images: object, **names: object) -> np.ndarray:

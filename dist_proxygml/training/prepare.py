@@ -1,4 +1,4 @@
-"""The folder of a run before its first step: its lock, the checkpoint to resume from, files of an earlier start."""
+"""Prepare the folder of a run before its first step: lock, the checkpoint to resume from, files of an earlier start."""
 
 import itertools
 import json

@@ -1,0 +1,109 @@
+"""The folder of a run that is started again: what is closed or odd in it is refused, or named and passed over."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.training.prepare import find_continuation, prepare_run_directory
+from tests.closed_folders import closed
+from tests.trained_runs import configuration
+
+FOLDERS = ("checkpoints", "evaluation", "embeddings", "proxies", "tensorboard")
+LOGS = ("metrics.jsonl", "damaged.jsonl", "nonfinite.jsonl")
+RESULT = EvaluationResult({"recall@1": 0.5}, {}, 3, 2, 3, 0, 0, {})
+
+
+@contextlib.contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    mode = path.stat().st_mode
+    path.chmod(0o555)
+    try:
+        yield
+    finally:
+        path.chmod(mode)
+
+
+def make_run(run: Path) -> None:
+    for name in FOLDERS:
+        (run / name).mkdir(parents=True)
+    for name in LOGS:
+        (run / name).touch()
+
+
+@pytest.mark.parametrize("name", ["", *FOLDERS, *LOGS])
+def test_what_is_closed_to_this_user_is_named_before_anything_is_moved(folder: Path, name: str) -> None:
+    make_run(folder / "run")
+    for shut in (closed, read_only):
+        with (
+            shut(folder / "run" / name),
+            pytest.raises(ValueError, match="read"),
+        ):
+            find_continuation(folder / "run", "auto")
+    assert find_continuation(folder / "run", "auto") == (None, [])
+    assert sorted(os.listdir(folder / "run")) == sorted([*FOLDERS, *LOGS])
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_what_is_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    make_run(run)
+    (run / name).unlink() if name in LOGS else (run / name).rmdir()
+    os.mkfifo(run / name)
+    with pytest.raises(ValueError, match=rf"/{name}\b.*something else"):
+        find_continuation(run, "auto")
+    (run / name).unlink()
+    (run / name).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match=rf"link.*{name}\b"):
+        find_continuation(run, "auto")
+    assert find_continuation(run, "never") == (None, [])
+
+
+def test_damaged_results_and_logs_are_set_aside_and_the_others_stay(tmp_path: Path) -> None:
+    config = configuration("run", tmp_path, 3)
+    run = config.run_directory
+    make_run(run)
+    for name in ("step-000001", "step-000002", "step-000009", "validation-step-000001", "pixels"):
+        (run / "evaluation" / f"{name}.json").write_text(RESULT.to_json())
+    for name in ("step-000002", "pixels", "step-x", "notes"):
+        (run / "evaluation" / f"{name}.json").write_bytes(b"\xff")
+    (run / "evaluation" / "validation-step-000001.json").write_text(
+        RESULT.to_json().replace("0.5", json.dumps("a half"))
+    )
+    (run / "proxies" / "step-000001.json").write_text("[" * 200_000)
+    (run / "damaged.jsonl").write_bytes(b'{"split": "train", "image": "a", "reason": "b"}\n\xff\n{"split": "tr')
+    aside, odd = prepare_run_directory(config, None, 5)
+    assert aside is None
+    assert sorted(os.listdir(run / "evaluation")) == [
+        "notes.json",
+        "pixels.json.damaged",
+        "step-000001.json",
+        "step-000002.json.damaged",
+        "step-x.json",
+        "validation-step-000001.json.damaged",
+    ]
+    assert os.listdir(run / "proxies") == ["step-000001.json.damaged"]
+    assert len((run / "damaged.jsonl").read_text().splitlines()) == 1
+    assert [text.partition("passed over, now ")[2] for text in odd] == [
+        "pixels.json.damaged",
+        "step-000002.json.damaged",
+        "validation-step-000001.json.damaged",
+        "step-000001.json.damaged",
+        "in damaged.jsonl.odd",
+    ]
+    assert prepare_run_directory(config, None, 5) == (None, [])
+
+
+def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, folder: Path) -> None:
+    config = configuration("run", folder, 3)
+    make_run(config.run_directory)
+    path = config.run_directory / "evaluation" / "step-000001.json"
+    path.write_text(RESULT.to_json())
+    with closed(path), pytest.raises(ValueError, match=r"step-000001\.json.*Permission denied"):
+        prepare_run_directory(config, None, 5)
+    assert path.exists()
