@@ -15,7 +15,7 @@ from typing import Literal
 
 from dist_proxygml.head.class_scores import ClassScore
 from dist_proxygml.head.margins import Margin
-from dist_proxygml.rules import check_ratio_or_topk
+from dist_proxygml.rules import check_head
 
 Negatives = Literal["topk", "all", "sampled"]
 
@@ -55,25 +55,15 @@ class Head:
             raise ValueError(f'expected class_score "sum", "softmax" or "max", got {self.class_score!r}')
         if not self.scale > 0 or not self.gamma > 0:
             raise ValueError(f"expected scale and gamma above 0, got {self.scale} and {self.gamma}")
-        if self.negatives != "topk" and (self.ratio is not None or self.topk is not None):
-            raise ValueError(
-                f'expected ratio and topk with negatives "topk" only, got ratio={self.ratio} and topk={self.topk} with '
-                f"{self.negatives!r}; remove them"
-            )
-        if (self.share is None) == (self.negatives == "sampled") or not 0 < (self.share or 1) <= 1:
-            raise ValueError(
-                f'expected a share above 0 and at most 1 with negatives "sampled", and with nothing else, got '
-                f"{self.share} with {self.negatives!r}; {'set' if self.share is None else 'change or remove'} it"
-            )
-        check_ratio_or_topk(self.ratio, self.topk, at_least=0)
-
-    def check_fits(self, proxies_per_class: int) -> None:
-        """Raise ValueError where a choice does not go with so many proxies per class."""
-        if self.margin is not None and self.margin.is_angular and self.class_score == "sum" and proxies_per_class > 1:
-            raise ValueError(
-                f'expected class_score "softmax" or "max" with a margin {self.margin.name!r} and {proxies_per_class} '
-                'proxies per class, got "sum", which is no cosine; change it, or take margin "cosface"'
-            )
+        if not 0 < (1 if self.share is None else self.share) <= 1:
+            raise ValueError(f"expected a share above 0 and at most 1, got {self.share}; change it")
+        check_head(
+            negatives=self.negatives,
+            ratio=self.ratio,
+            topk=self.topk,
+            share=self.share,
+            is_ratio_or_topk_needed=False,
+        )
 
     def describe(self, num_classes: int, proxies_per_class: int, topk: int | None) -> str:
         """Name the head: the method where it has a name, and what it is made of."""

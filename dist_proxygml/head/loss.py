@@ -63,7 +63,7 @@ from dist_proxygml.head.regularizer import (
 from dist_proxygml.head.sampling import competing_classes, draw_classes, proxies_of
 from dist_proxygml.head.selection import num_kept_proxies
 from dist_proxygml.head.traffic import cheapest_selection
-from dist_proxygml.rules import check_ratio_or_topk, check_sparse_gradient
+from dist_proxygml.rules import check_margin, check_ratio_or_topk, check_search, check_sparse_gradient
 
 # How far from 1 the length of a unit row may be: rounding to bfloat16 changes it by up to 0.4 %.
 _UNIT_TOLERANCE = 0.01
@@ -163,12 +163,9 @@ class ProxyLoss(nn.Module):
             raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
         if not memory_budget > 0:
             raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
-        head.check_fits(proxies_per_class)
-        if head.negatives != "topk" and (fused or selection != "auto"):
-            raise ValueError(
-                f'expected fused=False and selection="auto" with negatives {head.negatives!r}, got {fused} and '
-                f'{selection!r}; they belong to negatives "topk"'
-            )
+        margin = None if head.margin is None else head.margin.name
+        check_margin(margin, class_score=head.class_score, proxies_per_class=proxies_per_class)
+        check_search(head.negatives, selection=selection, fused=fused)
         if head.margin is not None and head.margin.needs_lengths and not normalize:
             raise ValueError(
                 f"expected normalize=True with a margin {head.margin.name!r}, which goes by the embeddings' lengths, "
@@ -245,7 +242,9 @@ class ProxyLoss(nn.Module):
         return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
 
     def selection_for(self, batch_size: int) -> str:
-        """Return the selection used for a global batch of this size: "gather", "candidates" or "histogram"."""
+        """Return the selection used for a global batch of this size: "gather", "candidates" or "histogram"; "none"
+        where not the top-k competes.
+        """
         if self.topk is None:
             return "none"
         if self.selection != "auto":
@@ -294,7 +293,7 @@ class ProxyLoss(nn.Module):
         shape = (num_classes, *self.proxies.shape[1:])
         is_all = optimizer is not None
         wanted = {name: v for name, v in state.items() if is_all or not name.startswith(_OPTIMIZER_PREFIX)}
-        missing = [] if rank else [name for name in self.stored_tensors() if name not in wanted]
+        missing = [name for name in self.stored_tensors() if name not in wanted]
         problem, kinds = None, {name: (tuple(v.shape), v.dtype) for name, v in wanted.items()}
         if missing:
             problem = (
@@ -324,9 +323,10 @@ class ProxyLoss(nn.Module):
         """
         parameters = dict(self.named_parameters())
         tensors = {name: value.detach() for name, value in [*parameters.items(), *self.named_buffers()]}
-        for name, parameter in parameters.items() if optimizer is not None else ():
+        states: Mapping[Any, dict[str, Tensor]] = {} if optimizer is None else optimizer.state
+        for name, parameter in parameters.items():
             prefix = _OPTIMIZER_PREFIX + ("" if parameter is self.proxies else f"{name}.")
-            tensors |= {prefix + key: value for key, value in sorted(optimizer.state.get(parameter, {}).items())}
+            tensors |= {prefix + key: value for key, value in sorted(states.get(parameter, {}).items())}
         return tensors
 
     @torch.no_grad()

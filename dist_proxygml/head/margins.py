@@ -52,11 +52,6 @@ class Margin:
         """Whether the embeddings' lengths matter."""
         return self.name == "adaface"
 
-    @property
-    def is_angular(self) -> bool:
-        """Whether scores must be cosines."""
-        return self.name != "cosface"
-
     def apply(self, score_o: Tensor, quality_o: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return psi and its slope at the scores; `quality_o` is q of adaface."""
         m = self.margin

@@ -64,7 +64,9 @@ class RowwiseAdagrad(_RowOptimizer):
         eps: added to the root of the sum.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, *, eps: float = 1e-8) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, *, eps: float = 1e-8
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "eps": eps})
 
     def _update(self, proxies_cND: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -99,7 +101,7 @@ class SparseAdam(_RowOptimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
