@@ -25,6 +25,7 @@ from dist_proxygml.data.builder import (
     finished_build,
 )
 from dist_proxygml.data.datasets import SourceDataset
+from dist_proxygml.data.hf import read_hf
 from dist_proxygml.data.imagefolder import read_imagefolder
 from dist_proxygml.data.index import INDEX_FILE
 from dist_proxygml.data.published import read_cars196, read_cub200, read_inshop, read_sop
@@ -112,6 +113,13 @@ def _published(name: str, root: str, read: Callable[..., SourceDataset]) -> _Lay
     )
 
 
+def _columns(text: str) -> list[tuple[str, str]]:
+    pairs = [one.split("=", 1) for one in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"expected image=COLUMN,label=COLUMN, got {text!r}")
+    return [(part, column) for part, column in pairs]
+
+
 _LAYOUTS = {
     "cub200": _published("CUB-200-2011", "CUB_200_2011", read_cub200),
     "cars196": _published("Cars196", "cars196", read_cars196),
@@ -139,9 +147,30 @@ _LAYOUTS = {
                 metavar="FILE",
                 help="verification sets (lfw.bin ...), there or beside train.rec; each becomes a split",
             ),
-            "--allow-partial": dict(
-                action="store_true", help="leave out records without an image, accept missing ones"
+            "--allow-partial": dict(help="leave out records without an image, accept missing ones"),
+        },
+    ),
+    "hf": _Layout(
+        "Hugging Face data sets: a folder of save_to_disk, or a name on the hub",
+        "user/name",
+        lambda options: read_hf(
+            options.root,
+            columns=dict(options.columns),
+            allow_partial=options.allow_partial,
+            num_train_classes=options.split_classes,
+        ),
+        {
+            "--root": dict(type=str, metavar="DIR|NAME", help="the folder, or NAME or NAME:CONFIGURATION of the hub"),
+            "--columns": dict(
+                type=_columns,
+                default=(),
+                metavar="image=COLUMN,label=COLUMN",
+                help="columns of image and class, if called otherwise",
             ),
+            "--split-classes": dict(
+                type=int, metavar="N", help="the first N classes of all splits train, the others test"
+            ),
+            "--allow-partial": dict(help="leave out rows without an image or a class"),
         },
     ),
     "pairs": _Layout(
