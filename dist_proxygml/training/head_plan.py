@@ -184,8 +184,11 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     num_blocks = -(-rows // block)
     exchange = {"none": 0, "gather": 0, "candidates": 2, "histogram": 5}[selection] * num_blocks
     messages = 1 + (3 if gathers_bank else 5 + exchange)
-    messages += proxies.learn_scale  # its gradient
-    messages += proxies.margin is not None and proxies.margin.name == "adaface"  # the embeddings' lengths
+    others, extra = world_size - 1, 0
+    if proxies.learn_scale:  # its gradient
+        messages, extra = messages + 1, 2 * others * _FLOAT // world_size
+    if proxies.margin is not None and proxies.margin.name == "adaface":  # the embeddings' lengths
+        messages, extra = messages + 1, extra + others * micro * _FLOAT
     if proxies.regularization_weight > 0:
         messages += 3 if anchors is None else 4
     return HeadPlan(
@@ -199,7 +202,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         gradient_bytes=gradient,
         optimizer_bytes=optimizer,
         working_bytes=working,
-        received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer),
+        received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer + extra),
         messages_per_step=0 if world_size == 1 else config.accumulation * messages,
         copy_bytes=bank + optimizer if config.checkpoint.asynchronous and device == "cpu" else 0,
     )
