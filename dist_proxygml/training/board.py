@@ -109,9 +109,10 @@ class Board:
 
     def show_evaluation(self, result: EvaluationResult) -> None:
         """Show queries and their neighbours."""
-        if self._state.context.is_main and result.table is not None and self._test_index is not None:
+        table = result.table if result.num_queries else None  # nobody has a right answer in a verification set
+        if self._state.context.is_main and table is not None and self._test_index is not None:
             try:
-                picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
+                picture = retrieval_gallery(table, self._test_index, gallery=self._gallery)
             except ValueError as error:
                 self._telemetry.say(f"TensorBoard gets no picture of the retrieval: {error}")
             else:

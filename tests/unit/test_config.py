@@ -363,3 +363,24 @@ def test_deepspeed_gets_its_section_as_it_is_and_the_batch_sizes() -> None:
 def test_the_resolved_configuration_reads_back_as_the_same() -> None:
     config = parse_config(SMALLEST, source="the test")
     assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["evaluation.gallery_split=gallery"], r"data\.test_split.*evaluation\.gallery_split 'gallery', got null"),
+        (["evaluation.protocol=cub"], r"data\.test_split.*evaluation\.protocol 'cub', got null"),
+    ],
+)
+def test_what_needs_a_test_split_is_refused_without_one(changes: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(ROOT / "configs" / "demo_cpu.json", ["data.test_split=null", *changes])
+
+
+def test_without_a_test_split_only_validation_classes_are_evaluated() -> None:
+    def is_evaluated(*changes: str) -> bool:
+        return load_config(ROOT / "configs" / "demo_cpu.json", changes).is_evaluated
+
+    assert is_evaluated()
+    assert not is_evaluated("data.test_split=null", "checkpoint.keep_best=recall@1")
+    assert is_evaluated("data.test_split=null", "data.validation_classes=0.1")
