@@ -361,8 +361,14 @@ class ProxyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings, for print(loss)."""
-        head = self.head.describe(self.partition.num_classes, self.proxies_per_class, self.topk)
-        return f"{head}; proxies={tuple(self.proxies.shape)}, regularization_weight={self.regularization_weight}"
+        return (
+            f"{self.described}; proxies={tuple(self.proxies.shape)}, regularization_weight={self.regularization_weight}"
+        )
+
+    @property
+    def described(self) -> str:
+        """The method's name and what it is made of."""
+        return self.head.describe(self.partition.num_classes, self.proxies_per_class, self.topk)
 
     @property
     def scale(self) -> float:
