@@ -30,7 +30,14 @@ from pydantic import (
 )
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, far_metric
-from dist_proxygml.rules import check_gallery_split, check_head, check_margin, check_search, check_sparse_gradient
+from dist_proxygml.rules import (
+    check_gallery_split,
+    check_head,
+    check_margin,
+    check_ratio_or_topk,
+    check_search,
+    check_sparse_gradient,
+)
 
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
@@ -340,7 +347,7 @@ class ProxiesConfig(_Section):
             ratio=self.ratio,
             topk=self.topk,
             share=self.share,
-            is_ratio_or_topk_needed=True,
+            is_ratio_or_topk_needed=False,  # where another loss takes the place of all of these
             section="proxies.",
         )
         check_search(self.negatives, selection=self.selection, fused=self.fused, section="proxies.")
@@ -351,6 +358,50 @@ class ProxiesConfig(_Section):
             section="proxies.",
         )
         return self
+
+
+class MinerConfig(_Section):
+    """A miner of pytorch-metric-learning."""
+
+    name: str = Field(description="Name in pytorch_metric_learning.miners, such as MultiSimilarityMiner.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its arguments.")
+
+
+class CrossBatchMemoryConfig(_Section):
+    """Earlier embeddings that a batch is compared with, too (Wang et al., CVPR 2020)."""
+
+    memory_size: int = Field(ge=1, le=1 << 32, description="Number of embeddings, at least those of a global batch.")
+    start_step: int = Field(
+        0, ge=0, description="Optimizer steps before the memory is filled and used, while embeddings still move fast."
+    )
+
+
+class LossConfig(_Section):
+    """A loss of pytorch-metric-learning in place of the head of proxies; null: the head of proxies."""
+
+    name: str = Field(
+        pattern=r"^pml/\w+$",
+        description="pml/NAME: a loss of pytorch_metric_learning.losses, such as pml/MultiSimilarityLoss.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Its arguments; distance, reducer and regularizers as {"name": ..., "options": {...}}.',
+    )
+    miner: MinerConfig | None = Field(None, description="Miner that chooses pairs or triplets; null: all.")
+    cross_batch_memory: CrossBatchMemoryConfig | None = Field(
+        None, description="Also compare with the embeddings of earlier batches; null: do not."
+    )
+
+    def arguments(self, accumulation: int) -> dict[str, Any]:
+        """The arguments of PmlLoss, for so many micro-batches per step."""
+        memory = self.cross_batch_memory
+        return {
+            "name": self.name.removeprefix("pml/"),
+            "options": self.options,
+            "miner": None if self.miner is None else (self.miner.name, self.miner.options),
+            "memory_size": None if memory is None else memory.memory_size,
+            "memory_after": 0 if memory is None else memory.start_step * accumulation,
+        }
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
@@ -686,7 +737,10 @@ class Config(_Section):
     seed: int = Field(0, ge=0, description="Seed of initialisation, sample order and augmentation.")
     data: DataConfig
     backbone: BackboneConfig
-    proxies: ProxiesConfig
+    proxies: ProxiesConfig = Field(default_factory=lambda: ProxiesConfig())
+    loss: LossConfig | None = Field(
+        None, description="A loss of pytorch-metric-learning in place of the head of proxies; null: that head."
+    )
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig
@@ -806,6 +860,37 @@ class Config(_Section):
                 section="proxies.",
                 wanted_by='optimizer.proxies_name "sparse_adam"',
                 instead="set proxies_name to rowwise_adagrad, sgd or adam",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_head_is_one_of_two(self) -> "Config":
+        proxies, loss = self.proxies, self.loss
+        if loss is None:
+            if proxies.negatives == "topk":
+                check_ratio_or_topk(proxies.ratio, proxies.topk, section="proxies.", at_least=1)
+            return self
+        for name, default in ProxiesConfig():
+            if getattr(proxies, name) != default:
+                raise ValueError(
+                    f"expected no settings of the section proxies with loss.name {loss.name!r}, which takes the place "
+                    f"of that head, got proxies.{name} {getattr(proxies, name)!r}; remove the section, or loss"
+                )
+        if self.optimizer.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
+            raise ValueError(
+                f'expected optimizer.proxies_name "adam", "adamw" or "sgd" with loss.name {loss.name!r}, whose '
+                f"gradients are dense, got {self.optimizer.proxies_name!r}; change it"
+            )
+        if self.checkpoint.init_from is not None and self.checkpoint.init_proxies:
+            raise ValueError(
+                f"expected checkpoint.init_proxies false with checkpoint.init_from and loss.name {loss.name!r}, which "
+                "has no proxies to find by class names, got true; set it to false to take over the backbone only"
+            )
+        num_images = -(-self.training.batch_size // self.accumulation)
+        if loss.cross_batch_memory is not None and loss.cross_batch_memory.memory_size < num_images:
+            raise ValueError(
+                f"expected loss.cross_batch_memory.memory_size of at least the {num_images} images of a batch, got "
+                f"{loss.cross_batch_memory.memory_size}; raise it, or lower training.batch_size"
             )
         return self
 

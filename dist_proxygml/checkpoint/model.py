@@ -67,6 +67,11 @@ class TrainedModel:
         """False if it was trained on a stream."""
         return "class table" in self.settings
 
+    @property
+    def pml_loss(self) -> str | None:
+        """loss.name, where it was trained with a loss of pytorch-metric-learning, and so has no bank."""
+        return self.settings.get("loss.name")
+
     def class_table(self) -> Path:
         """Path of its class table, which may be missing."""
         own, of_run = self.path / CLASSES_FILE, self.path.parent.parent / CLASSES_FILE
@@ -121,8 +126,13 @@ class TrainedModel:
         """Open the bank.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: it cannot be read, or there is none.
         """
+        if self.pml_loss is not None:
+            raise ValueError(
+                f"expected proxies in {self.path}, got a model that was trained with {self.pml_loss}, which has none "
+                "by class; set checkpoint.init_proxies to false to take over its backbone only"
+            )
         return _ExportedBank(self.path / BANK_FILE) if self.export else _CheckpointBank(self.path / "bank")
 
 

@@ -58,7 +58,7 @@ from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.distributed.row_tensors import as_row_tensor
 from dist_proxygml.faults import fault_point
-from dist_proxygml.head.loss import ProxyLoss
+from dist_proxygml.head.global_loss import GlobalLoss
 from dist_proxygml.storage.files import describe_error, remove
 from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
 from dist_proxygml.storage.run_folder import step_name
@@ -80,7 +80,8 @@ class _Snapshot:
     engine: _Savable
     weights: Mapping[str, Tensor]
     """The complete backbone; empty where this rank does not write it."""
-    num_classes: int
+    num_classes: int | None
+    """None: the tensors of `bank` are whole on every rank."""
     bank: Mapping[str, Tensor]
     """This rank's rows [c, ...] of the proxies and of their optimizer's state, and step counters, by name."""
     random: Mapping[str, Tensor]
@@ -122,7 +123,7 @@ class CheckpointWriter:
         return unreported
 
     def save(
-        self, *, state: RunState, engine: Engine, loss: ProxyLoss, bank_optimizer: torch.optim.Optimizer
+        self, *, state: RunState, engine: Engine, loss: GlobalLoss, bank_optimizer: torch.optim.Optimizer
     ) -> list[SavedCheckpoint]:
         """Save a checkpoint; if asynchronous, wait for the pending one, then only start to.
 
@@ -203,7 +204,7 @@ def save_checkpoint(
     *,
     state: RunState,
     engine: Engine,
-    loss: ProxyLoss,
+    loss: GlobalLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     retention: Retention,
@@ -227,7 +228,7 @@ def load_checkpoint(
     checkpoint: Path,
     *,
     engine: Engine,
-    loss: ProxyLoss,
+    loss: GlobalLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     settings: dict[str, Any],
@@ -289,7 +290,7 @@ def _nothing_was_written(final: Path) -> Iterator[None]:
 def _take_snapshot(
     state: RunState,
     engine: Engine,
-    loss: ProxyLoss,
+    loss: GlobalLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     *,
@@ -311,7 +312,7 @@ def _take_snapshot(
         state=state,
         engine=_together(context, "engine", engine.snapshot) if copy else engine,
         weights=_together(context, "backbone", _copied, own_weights) if copy else own_weights,
-        num_classes=loss.partition.num_classes,
+        num_classes=None if loss.partition is None else loss.partition.num_classes,
         bank=_together(context, "bank", _copied, tensors) if copy else tensors,
         random=_random_state(context),
     )
@@ -390,14 +391,20 @@ def _dcp_save(tensors: dict[str, Any], directory: Path, context: ParallelContext
     dcp.save(tensors, storage_writer=BankWriter(directory), process_group=context.group, no_dist=context.group is None)
 
 
-def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: ParallelContext) -> dict[str, Tensor]:
-    """Wrap this rank's rows [c, ...] as its part of [C, ...], under names independent of the number of ranks."""
+def _over_classes(
+    tensors: Mapping[str, Tensor], num_classes: int | None, context: ParallelContext
+) -> dict[str, Tensor]:
+    """Wrap this rank's rows [c, ...] as its part of [C, ...], under names independent of the number of ranks. Without
+    classes, tensors are whole on every rank, and one of them writes each.
+    """
+    if num_classes is None:
+        return dict(tensors)
     # Without dimensions: a step counter.
     return {n: as_row_tensor(v, num_classes, context.group) if v.ndim else v for n, v in tensors.items()}
 
 
-def _load_bank(loss: ProxyLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
-    """Read this rank's rows straight into the parameter and a newly allocated optimizer state.
+def _load_bank(loss: GlobalLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
+    """Read this rank's rows, or all, straight into the parameters and a newly allocated optimizer state.
 
     torch's optimizers allocate their state in the first step. The checkpoint's table of contents lists that state, so
     no such step, with a gradient as large as the bank, is needed.
@@ -407,11 +414,12 @@ def _load_bank(loss: ProxyLoss, optimizer: torch.optim.Optimizer, directory: Pat
     for name in (name for name in contents if name not in own):  # the optimizer's
         entry = contents[name]
         assert isinstance(entry, TensorStorageMetadata)
-        shape, device = (loss.partition.num_local, *entry.size[1:]), loss.proxies.device
+        num_rows = entry.size[:1] if loss.partition is None else (loss.partition.num_local,)
+        shape, device = (*num_rows, *entry.size[1:]), loss.device
         if not entry.size:  # a step counter: on the CPU; the optimizer moves it if needed
             shape, device = (), torch.device("cpu")
         own[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
-    tensors = _over_classes(own, loss.partition.num_classes, context)
+    tensors = _over_classes(own, None if loss.partition is None else loss.partition.num_classes, context)
     dcp.load(tensors, storage_reader=BankReader(directory), process_group=context.group, no_dist=context.group is None)
     loss.restore({name: value for name, value in own.items() if name not in loss.stored_tensors()}, optimizer)
 

@@ -50,6 +50,7 @@ from dist_proxygml.distributed.row_tensors import as_row_tensor, own_rows
 from dist_proxygml.head.bank import NORM_FLOOR
 from dist_proxygml.head.choices import Head
 from dist_proxygml.head.classification import KeptPairs, Scoring, Settings, Subgraph, negative_log_likelihood
+from dist_proxygml.head.global_loss import OPTIMIZER_PREFIX, GlobalLoss
 from dist_proxygml.head.margins import LengthStatistics
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies
@@ -67,10 +68,9 @@ from dist_proxygml.rules import check_margin, check_ratio_or_topk, check_search,
 
 # How far from 1 the length of a unit row may be: rounding to bfloat16 changes it by up to 0.4 %.
 _UNIT_TOLERANCE = 0.01
-_OPTIMIZER_PREFIX = "optimizer."
 
 
-class ProxyLoss(nn.Module):
+class ProxyLoss(GlobalLoss):
     """A classification loss on a partitioned proxy bank, and this rank's proxies.
 
     Without a group it behaves like any other loss: call it with embeddings and labels, call backward, step an
@@ -123,10 +123,7 @@ class ProxyLoss(nn.Module):
     """Ranks hold different parameters, so this module must not go into an engine that synchronises them."""
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
-    draw: int
-    """Index of the next draw of anchors and classes; every forward pass increments it. A resumed run sets it."""
-    log_scale: nn.Parameter | None
-    """The logarithm of a learned scale, a scalar; the same on every rank, as is its gradient."""
+    partition: ClassPartition
     observer: Callable[[KeptPairs], None] | None
     """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them."""
 
@@ -186,6 +183,7 @@ class ProxyLoss(nn.Module):
             )
         group = group_named(group)
         self.partition = ClassPartition(num_classes, world_size_of(group), rank_in(group))
+        self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.proxies_per_class = proxies_per_class
         self.head = head
         self.topk = None
@@ -224,7 +222,7 @@ class ProxyLoss(nn.Module):
             ValueError: wrong shape or type, a non-finite embedding (its rank and row are named), a label out of range,
                 a non-finite loss; the same error on every rank.
         """
-        row_counts = self._agree_on_rows(embeddings, labels)
+        row_counts = self.agree_on_rows(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
             quality_B = self._quality(embeddings, row_counts)
             embeddings = self._unit_rows(embeddings)
@@ -292,7 +290,7 @@ class ProxyLoss(nn.Module):
         num_classes, rank = self.partition.num_classes, self.partition.rank
         shape = (num_classes, *self.proxies.shape[1:])
         is_all = optimizer is not None
-        wanted = {name: v for name, v in state.items() if is_all or not name.startswith(_OPTIMIZER_PREFIX)}
+        wanted = {name: v for name, v in state.items() if is_all or not name.startswith(OPTIMIZER_PREFIX)}
         missing = [name for name in self.stored_tensors() if name not in wanted]
         problem, kinds = None, {name: (tuple(v.shape), v.dtype) for name, v in wanted.items()}
         if missing:
@@ -302,7 +300,7 @@ class ProxyLoss(nn.Module):
         elif (found := kinds["proxies"][0]) != shape:
             problem = f"expected proxies {list(shape)} (classes, per class, dimension) in the state, got {list(found)}"
             problem += f"; build the loss with num_classes={found[0]}" if found[1:] == shape[1:] else ""
-        elif is_all and not any(name.startswith(_OPTIMIZER_PREFIX) for name in wanted):
+        elif is_all and not any(name.startswith(OPTIMIZER_PREFIX) for name in wanted):
             problem = "expected an optimizer's state beside the proxies, got none; save full_state_dict(optimizer), or "
             problem += "load without the optimizer if it starts anew or keeps no state"
         problem, kinds = gather_objects((problem, kinds), group=self.group)[0]
@@ -315,37 +313,6 @@ class ProxyLoss(nn.Module):
             counts = self.partition.counts() if size else None
             scatter_from_rank_zero(wanted[name] if rank == 0 else None, own[name], row_counts=counts, group=self.group)
         self.restore(own, optimizer)
-
-    def stored_tensors(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-        """Return this rank's tensors that a resumed run needs: rows [c, ...], and scalars, the same on every rank.
-
-        Their order does not depend on the run's history, so that equal states give equal files. Not copied.
-        """
-        parameters = dict(self.named_parameters())
-        tensors = {name: value.detach() for name, value in [*parameters.items(), *self.named_buffers()]}
-        states: Mapping[Any, dict[str, Tensor]] = {} if optimizer is None else optimizer.state
-        for name, parameter in parameters.items():
-            prefix = _OPTIMIZER_PREFIX + ("" if parameter is self.proxies else f"{name}.")
-            tensors |= {prefix + key: value for key, value in sorted(states.get(parameter, {}).items())}
-        return tensors
-
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Take over what `stored_tensors` returned; `optimizer` gets the state that is among it, without a copy."""
-        parameters = dict(self.named_parameters())
-        own = self.stored_tensors()
-        states: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name in own:
-                own[name].copy_(value)
-            else:
-                owner, _, key = name.removeprefix(_OPTIMIZER_PREFIX).rpartition(".")
-                states.setdefault(owner or "proxies", {})[key] = value if value.ndim else value.cpu()
-        if optimizer is not None:
-            order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-            before = optimizer.state_dict()
-            loaded = {order.index(id(parameters[name])): state for name, state in states.items()}
-            optimizer.load_state_dict(before | {"state": before["state"] | loaded})
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -364,6 +331,16 @@ class ProxyLoss(nn.Module):
         return (
             f"{self.described}; proxies={tuple(self.proxies.shape)}, regularization_weight={self.regularization_weight}"
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the proxies."""
+        return self.proxies.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the proxies."""
+        return self.proxies.device
 
     @property
     def described(self) -> str:
@@ -481,64 +458,12 @@ class ProxyLoss(nn.Module):
             memory_budget=self.memory_budget,
         )
 
-    def _agree_on_rows(self, embeddings: Tensor, labels: Tensor) -> list[int]:
-        """Return the number of rows on every rank, once every rank's batch has been validated."""
-        valid = self._are_valid(embeddings, labels)
-        num_rows = labels.shape[0] if labels.ndim else 0
-        own_12 = torch.stack([valid.new_full((), num_rows, dtype=torch.int64), valid.long()])[None]
-        all_W2 = gather_rows(own_12, row_counts=[1] * self.partition.world_size, group=self.group).tolist()
-        if not all(valid for _, valid in all_W2):  # the same on every rank
-            problems = gather_objects(self._problem_with(embeddings, labels), group=self.group)
-            # Report wrong shapes and types before non-finite values.
-            raise min((p for p in problems if p is not None), key=lambda problem: isinstance(problem, NonFiniteError))
-        row_counts = [count for count, _ in all_W2]
-        if sum(row_counts) == 0:
-            raise AgreedError("expected at least one image in the global batch, got none on any rank")
-        return row_counts
-
-    def _are_valid(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Check this rank's batch; returns a bool on the device, so that ranks synchronise only once."""
-        if self._misshapen(embeddings, labels) is not None:
-            return torch.zeros((), dtype=torch.bool, device=self.proxies.device)
-        in_range = ((labels >= 0) & (labels < self.partition.num_classes)).all()
-        return embeddings.detach().isfinite().all() & in_range
-
     def _misshapen(self, embeddings: Tensor, labels: Tensor) -> str | None:
-        where = f"on rank {self.partition.rank}"
-        dim, dtype = self.proxies.shape[2], self.proxies.dtype
-        if embeddings.ndim != 2 or embeddings.shape[1] != dim or labels.shape != embeddings.shape[:1]:
-            shapes = f"{list(embeddings.shape)} and {list(labels.shape)}"
-            return f"expected embeddings [b, {dim}] and labels [b], got {shapes} {where}"
-        if dtype not in (torch.float32, torch.float64):
-            return f"expected float32 or float64 proxies, got {dtype} {where}; bfloat16 products: matmul_dtype"
-        if embeddings.dtype not in (dtype, torch.float16, torch.bfloat16) or labels.dtype != torch.int64:
-            return (
-                f"expected {dtype} embeddings (like the proxies) or half precision, and torch.int64 labels, got "
-                f"{embeddings.dtype} and {labels.dtype} {where}; convert them, or the loss with .to(dtype)"
-            )
-        if self.fused and dtype != torch.float32:
-            return f"expected float32 proxies with fused=True, got {dtype} {where}; use fused=False"
-        return None
-
-    def _problem_with(self, embeddings: Tensor, labels: Tensor) -> AgreedError | None:
-        misshapen = self._misshapen(embeddings, labels)
-        if misshapen is not None:
-            return AgreedError(misshapen)
-        if bool(self._are_valid(embeddings, labels)):
-            return None
-        where, num_classes = f"on rank {self.partition.rank}", self.partition.num_classes
-        finite_b = embeddings.detach().isfinite().all(dim=1)
-        if not bool(finite_b.all()):
-            rows = (~finite_b).nonzero().flatten().tolist()
-            return NonFiniteError(
-                f"expected finite embeddings, got NaN or infinity in row {rows[0]} {where} "
-                f"({len(rows)} of {len(labels)} rows); lower the learning rate or look at that image"
-            )
-        row = int(((labels < 0) | (labels >= num_classes)).nonzero()[0])
-        return AgreedError(
-            f"expected labels from 0 to {num_classes - 1}, got {int(labels[row])} in row {row} {where}; "
-            "num_classes does not fit the data"
-        )
+        problem = super()._misshapen(embeddings, labels)
+        if problem is None and self.fused and self.dtype != torch.float32:
+            where = f"on rank {self.partition.rank}"
+            return f"expected float32 proxies with fused=True, got {self.dtype} {where}; use fused=False"
+        return problem
 
 
 class ProxyGMLLoss(ProxyLoss):

@@ -1,7 +1,8 @@
 """Write what a run learned into a folder of its own, in the formats that are asked for.
 
     safetensors   backbone.safetensors   its weights, in the precision they were trained in
-                  bank.safetensors       "proxies", float32 [classes, proxies per class, D], unnormalised
+                  bank.safetensors       "proxies", float32 [classes, proxies per class, D], unnormalised; not where
+                                         loss.name is one of pytorch-metric-learning
                   classes.jsonl          a line per row of the bank: name, source id, number of training images
                   config.json, model.safetensors   a network of timm's once more, as timm opens it, see timm_folder.py
     onnx          backbone.onnx          the backbone as one graph in float32, see graph.py
@@ -113,7 +114,8 @@ def export(
     config = load_run_config(run_directory)
     model = open_trained(RunFolder(run_directory).checkpoints / checkpoint if checkpoint else run_directory)
     model.check_config(config, source=RunFolder(run_directory).config)
-    bank, facts = model.bank(), _training_facts(model)
+    bank = model.bank() if model.pml_loss is None else None
+    facts = _training_facts(model)
     evaluation = find_evaluation(run_directory, model.step)
     images = check_images(config, data=data) if verify else None
 
@@ -124,7 +126,8 @@ def export(
         precision = _precision(model.path / BACKBONE_FILE)
         timm_embedding: str | None = None
         if "safetensors" in formats:
-            _write_bank(bank, partial / BANK_FILE)
+            if bank is not None:
+                _write_bank(bank, partial / BANK_FILE)
             shutil.copyfile(model.path / BACKBONE_FILE, partial / BACKBONE_FILE)
             if model.has_class_names:
                 shutil.copyfile(model.class_table(), partial / CLASSES_FILE)
@@ -226,9 +229,15 @@ def _write_bank(bank: StoredBank, path: Path) -> None:
             bar.update(end - first)
 
 
-def _description(model: TrainedModel, bank: StoredBank, config: Config, formats: Sequence[str]) -> dict[str, Any]:
+def _description(
+    model: TrainedModel, bank: StoredBank | None, config: Config, formats: Sequence[str]
+) -> dict[str, Any]:
     """Content of export.json before its files are known."""
-    num_classes, per_class, embedding_dim = bank.shape
+    if bank is not None:
+        num_classes, per_class, embedding_dim = bank.shape
+    else:
+        num_classes = len(model.classes()) if model.has_class_names else config.num_trained_classes
+        per_class, embedding_dim = 0, config.backbone.embedding_dim
     packages = ["dist_proxygml", "torch", "torchvision", "timm", "safetensors"]
     packages += ["onnx", "onnxscript"] if "onnx" in formats else []
     return {
@@ -251,8 +260,12 @@ def _summary(
     contents = []
     if "safetensors" in about["formats"]:
         contents.append(
-            f"and {about['num_classes']:,} classes x {about['proxies_per_class']} proxies of dimension "
-            f"{about['embedding_dim']}"
+            (
+                f"and {about['num_classes']:,} classes x {about['proxies_per_class']} proxies of dimension "
+                f"{about['embedding_dim']}"
+                if model.pml_loss is None
+                else f"without proxies, of which {model.pml_loss} has none"
+            )
             + ("" if model.has_class_names else ", without class names, as it was trained on a stream")
         )
     if "onnx" in about["formats"]:

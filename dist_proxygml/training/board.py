@@ -59,9 +59,9 @@ class Board:
         self._gallery = gallery
         self._is_logged = False
         self._embeddings_bD: Tensor | None = None
-        loss = state.loss
         self._statistics = None
-        if loss.topk is not None:  # otherwise there are no kept pairs
+        if state.loss.topk is not None:  # otherwise there are no kept pairs
+            loss = state.bank
             self._statistics = ProxyStatistics(
                 loss.partition, loss.proxies_per_class, device=loss.proxies.device, group=loss.group
             )
@@ -99,7 +99,7 @@ class Board:
         if self._statistics is None or self._statistics.window_steps == 0:
             return
         step, run_directory = self._state.step, self._state.config.run_directory
-        sampled = self._statistics.sample(self._state.loss.proxies.detach())
+        sampled = self._statistics.sample(self._state.bank.proxies.detach())
         use = self._statistics.close_window()
         path = RunFolder(run_directory).proxies(step)
         run_on_rank_zero(

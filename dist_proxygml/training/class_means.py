@@ -63,10 +63,10 @@ def start_from_class_means(
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     ) as batches:
         replace_by_class_means_(
-            state.loss.proxies.detach(),
+            state.bank.proxies.detach(),
             (embedded(batch) for batch in batches),
             num_batches=len(loader),
-            partition=state.loss.partition,
+            partition=state.bank.partition,
             context=context,
         )
     model.train(was_training)

@@ -4,6 +4,9 @@ The head is the proxy bank, its gradient and optimizer state, and the working me
 DeepSpeed's. Training plans too: it prints the table and refuses at once what does not fit, suggesting what would. Only
 integers and the configuration; nothing here touches a process group.
 
+A loss of pytorch-metric-learning is planned as what it is: a copy of all its parameters on every rank, and at least six
+matrices of the batch's pairs or of its images and classes. Triplets, up to the cube of the batch, come on top.
+
 The working memory models head/selection.py and head/similarity.py; a test keeps it within 10 % of what is measured.
 A sparse gradient is planned at its maximum, as if no two images kept the same proxy.
 """
@@ -12,10 +15,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dist_proxygml.config import Config, parse_config
+from dist_proxygml.config import Config, LossConfig, parse_config
 from dist_proxygml.distributed.memory import format_bytes
 from dist_proxygml.head.loss import checked_topk
 from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.pml import try_pml_loss
 from dist_proxygml.head.regularizer import regularizer_anchors
 from dist_proxygml.head.selection import candidate_bytes_per_row, rows_per_block
 from dist_proxygml.head.similarity import chunk_width, sampled_bytes_per_row
@@ -33,6 +37,8 @@ _STATE = {
 }
 # Copies of a chunk's similarities where all proxies compete: similarities, scores, logits and weights.
 _CHUNKS_AT_A_TIME = 5
+# Matrices of a batch's pairs: distances, exponentials, masks and their gradients.
+_PAIR_MATRICES = 6
 # Maximum bytes of a kept pair until the end of backward: row, proxy, similarity, class, weight, and copies in another
 # order. They add to the memory of the search, because the C library keeps much of what was freed in between.
 _BYTES_PER_KEPT_PAIR = 120
@@ -50,6 +56,7 @@ class HeadPlan:
 
     world_size: int
     num_proxies: int
+    """0: a loss whose parameters, here called bank, are whole on every rank."""
     num_own_proxies: int
     topk: int | None
     """k; None where not the top-k competes."""
@@ -67,6 +74,11 @@ class HeadPlan:
     """Host copies of a background save, on CPUs; on GPUs the copy is not in the head's memory."""
 
     @property
+    def bank_name(self) -> str:
+        """What is trained, for people."""
+        return "bank" if self.num_proxies else "loss"
+
+    @property
     def total_bytes(self) -> int:
         """Peak memory of the head on one rank."""
         return self.bank_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes + self.copy_bytes
@@ -75,11 +87,11 @@ class HeadPlan:
         """Format the plan as a table."""
         rows = [
             ("ranks", f"{self.world_size}"),
-            ("proxies over all ranks", f"{self.num_proxies:,}"),
+            *([("proxies over all ranks", f"{self.num_proxies:,}")] if self.num_proxies else []),
             *([] if self.topk is None else [("kept per image k", f"{self.topk:,}"), ("selection", self.selection)]),
-            ("bank", format_bytes(self.bank_bytes)),
-            ("bank gradient", format_bytes(self.gradient_bytes)),
-            ("bank optimizer state", format_bytes(self.optimizer_bytes)),
+            (self.bank_name, format_bytes(self.bank_bytes)),
+            (f"{self.bank_name} gradient", format_bytes(self.gradient_bytes)),
+            (f"{self.bank_name} optimizer state", format_bytes(self.optimizer_bytes)),
             ("working memory", format_bytes(self.working_bytes)),
             ("together", format_bytes(self.total_bytes)),
             ("received per step", format_bytes(self.received_bytes_per_step)),
@@ -89,7 +101,7 @@ class HeadPlan:
         if self.copy_bytes:
             rows.insert(names.index("together"), ("copy for saves", format_bytes(self.copy_bytes)))
         if self.anchors is not None:
-            rows.insert(names.index("bank"), ("regulariser anchors", f"{self.anchors:,}"))
+            rows.insert(names.index(self.bank_name), ("regulariser anchors", f"{self.anchors:,}"))
         return "plan of the head, per rank:\n" + "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
 
 
@@ -99,6 +111,8 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     Raises:
         ValueError: k <= N, or the batch does not divide over the ranks.
     """
+    if config.loss is not None:
+        return _plan_pml(config, config.loss, world_size=world_size, device=device)
     proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.num_trained_classes
     num_proxies = num_classes * proxies.per_class
     topk = None
@@ -208,6 +222,43 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     )
 
 
+def _plan_pml(config: Config, loss: LossConfig, *, world_size: int, device: str) -> HeadPlan:
+    """Predict the resources of a loss of pytorch-metric-learning, of which every rank has all.
+
+    Raises:
+        ValueError: it cannot be built, or the batch does not divide over the ranks.
+    """
+    dim, others = config.backbone.embedding_dim, world_size - 1
+    micro = config.micro_batch_size(world_size)
+    batch = micro * world_size
+    arguments = loss.arguments(config.accumulation)
+    size = try_pml_loss(arguments, config.num_trained_classes, dim)
+    parameters = size.parameters * _FLOAT
+    per_element = _STATE[config.optimizer.proxies_rule][0] + (config.optimizer.proxies_momentum > 0)
+    compared = max(batch + (arguments["memory_size"] or 0), size.parameters // dim)
+    # counts of rows, embeddings, labels and the loss; then the embeddings' gradient
+    received = others * (2 * 8 + 2 * micro * dim * _FLOAT + micro * 8) + 2 * others * _FLOAT // world_size
+    return HeadPlan(
+        world_size=world_size,
+        num_proxies=0,
+        num_own_proxies=0,
+        topk=None,
+        selection="none",
+        anchors=None,
+        bank_bytes=parameters + size.memory_bytes,
+        gradient_bytes=2 * parameters,  # a rank's own, and the average
+        optimizer_bytes=per_element * parameters,
+        working_bytes=(4 * batch * dim + _PAIR_MATRICES * batch * compared) * _FLOAT,
+        received_bytes_per_step=config.accumulation * received + 2 * others * parameters // world_size,
+        messages_per_step=0 if world_size == 1 else config.accumulation * 5 + size.tensors,
+        copy_bytes=(
+            (1 + per_element) * parameters + size.memory_bytes
+            if config.checkpoint.asynchronous and device == "cpu"
+            else 0
+        ),
+    )
+
+
 def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cpu") -> None:
     """Refuse a head that does not fit into `memory` bytes of one rank.
 
@@ -223,13 +274,19 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
     copy = f", copy for saves in the background {format_bytes(plan.copy_bytes)}" if plan.copy_bytes else ""
     raise DoesNotFitError(
         f"expected a head of at most {format_bytes(memory)} per rank, the memory that is available, got {total} on "
-        f"{plan.world_size} rank(s): bank {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
+        f"{plan.world_size} rank(s): {plan.bank_name} {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
         f"{working}{copy}; {_suggest_what_fits(config, plan, memory, device)}"
     )
 
 
 def _suggest_what_fits(config: Config, plan: HeadPlan, memory: int, device: str) -> str:
     """Suggest single changes with which the head fits."""
+    if config.loss is not None:
+        return (
+            f"every rank holds all of {config.loss.name} for {config.num_trained_classes:,} classes; remove the section "
+            "loss and take a head of the section proxies, whose classes are divided over the ranks, or lower "
+            "training.batch_size or loss.cross_batch_memory.memory_size"
+        )
 
     def fits(changes: dict[str, object], world_size: int) -> bool:
         raw = config.model_dump(mode="json")

@@ -43,14 +43,15 @@ def build_backbone_optimizer(
 
 
 def build_bank_optimizer(
-    config: OptimizerConfig, proxies: nn.Parameter, log_scale: nn.Parameter | None = None
+    config: OptimizerConfig, proxies: nn.Parameter | list[nn.Parameter], log_scale: nn.Parameter | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of this rank's proxies [c, N, D], c may be 0, and of a learned scale, a scalar.
+    """Build the optimizer of this rank's proxies [c, N, D], c may be 0, and of a learned scale, a scalar; or of the
+    parameters of another loss, of which there may be none.
 
-    Its state is scalars and rows [c, ...].
+    Its state is scalars and tensors of the parameters' rows.
     """
     lr, weight_decay = config.proxies_lr, config.proxies_weight_decay
-    groups: list[dict[str, Any]] = [{"params": [proxies]}]
+    groups: list[dict[str, Any]] = [{"params": proxies if isinstance(proxies, list) else [proxies]}]
     if log_scale is not None:
         decays = config.proxies_rule in ("sgd", "adam", "adamw")
         groups.append({"params": [log_scale]} | ({"weight_decay": 0.0} if decays else {}))

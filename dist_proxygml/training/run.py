@@ -126,7 +126,7 @@ def train(
             "ranks": context.world_size,
             "device": _device_name(context),
             "parameters": state.engine.num_parameters,
-            "proxies": config.num_trained_classes * config.proxies.per_class,
+            "proxies": 0 if config.loss else config.num_trained_classes * config.proxies.per_class,
             "head": state.loss.described,
         }
     )
@@ -152,7 +152,8 @@ def train(
         warning = run_on_rank_zero(context, _trained_before, transfer, data)
         if warning:
             telemetry.say(warning)
-        transfer.load_proxies_(state.loss.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
+        if config.loss is None:
+            transfer.load_proxies_(state.bank.proxies.detach(), context, unit_norm=config.proxies.unit_norm)
 
     # 3. Train.
     gallery = None if test_index is None else open_gallery(config, test_index)

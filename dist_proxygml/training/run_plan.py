@@ -230,5 +230,7 @@ def describe_plans(config: Config, plan: HeadPlan) -> str:
 
 def plan_rest(config: Config, plan: HeadPlan) -> RunPlan:
     """Predict everything but the head: as `plan_run`, for the bank of a head's plan."""
-    whole_bank = plan.num_proxies * (plan.bank_bytes + plan.optimizer_bytes) // plan.num_own_proxies
-    return plan_run(config, world_size=plan.world_size, bank_bytes=whole_bank)
+    stored = plan.bank_bytes + plan.optimizer_bytes
+    if plan.num_own_proxies:  # otherwise every rank has a copy of all, of which one is written
+        stored = plan.num_proxies * stored // plan.num_own_proxies
+    return plan_run(config, world_size=plan.world_size, bank_bytes=stored)

@@ -23,9 +23,11 @@ from dist_proxygml.distributed.engine import Engine, engine_settings
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.choices import Head
+from dist_proxygml.head.global_loss import GlobalLoss
 from dist_proxygml.head.loss import ProxyLoss
 from dist_proxygml.head.margins import Margin
 from dist_proxygml.head.optim import bring_to_unit_length_, coalesced, squared_norm
+from dist_proxygml.head.pml import PmlLoss
 from dist_proxygml.head.reference import LossTerms
 from dist_proxygml.training.optim import (
     build_backbone_optimizer,
@@ -45,7 +47,7 @@ class TrainState:
     context: ParallelContext
     config: Config
     engine: Engine
-    loss: ProxyLoss
+    loss: GlobalLoss
     bank_optimizer: torch.optim.Optimizer
     num_steps: int  # of the whole run, at this batch size
     steps_per_epoch: int
@@ -57,6 +59,12 @@ class TrainState:
     def is_finished(self) -> bool:
         """Whether the run's last step is done; a run that was shortened may be beyond it."""
         return self.schedule_step >= self.num_steps
+
+    @property
+    def bank(self) -> ProxyLoss:
+        """The loss, where it is the head of proxies."""
+        assert isinstance(self.loss, ProxyLoss)
+        return self.loss
 
     @property
     def epoch(self) -> int:
@@ -99,6 +107,36 @@ def build_head(config: ProxiesConfig) -> Head:
     )
 
 
+def build_loss(config: Config, context: ParallelContext) -> GlobalLoss:
+    """Build the loss that a configuration names, its parameters the same on any number of ranks."""
+    if config.loss is not None:
+        arguments = config.loss.arguments(config.accumulation)
+        sizes = (config.num_trained_classes, config.backbone.embedding_dim)
+        name = arguments.pop("name")
+        return PmlLoss(name, *sizes, **arguments, group=context.group, seed=config.seed).to(context.device)
+    head = build_head(config.proxies)
+    loss = ProxyLoss(
+        config.num_trained_classes,
+        config.backbone.embedding_dim,
+        head,
+        proxies_per_class=config.proxies.per_class,
+        regularization_weight=config.proxies.regularization_weight,
+        group=context.group,
+        normalize=_needs_lengths(config),  # otherwise the backbone's embeddings are unit rows
+        regularization_anchors=config.proxies.regularization_anchors,
+        selection=config.proxies.selection,
+        memory_budget=config.proxies.memory_budget_bytes,
+        fused=config.proxies.fused,
+        matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
+        sparse=wants_sparse_gradient(config),
+        initialization="published" if config.proxies.initialization == "published" else "unit",
+        seed=config.seed,
+    ).to(context.device)
+    if config.proxies.unit_norm:
+        bring_to_unit_length_(loss.proxies)
+    return loss
+
+
 def build_train_state(
     config: Config, context: ParallelContext, *, steps_per_epoch: int, transfer: Transfer | None = None
 ) -> TrainState:
@@ -117,26 +155,9 @@ def build_train_state(
             transfer.load_backbone_(model)
         return model
 
-    head = build_head(config.proxies)
     model = run_together(context, build_model).to(context.device)
-    model.keeps_lengths = head.margin is not None and head.margin.needs_lengths
-    loss = ProxyLoss(
-        config.num_trained_classes,
-        config.backbone.embedding_dim,
-        head,
-        proxies_per_class=config.proxies.per_class,
-        regularization_weight=config.proxies.regularization_weight,
-        group=context.group,
-        normalize=model.keeps_lengths,  # otherwise the backbone's embeddings are unit rows
-        regularization_anchors=config.proxies.regularization_anchors,
-        selection=config.proxies.selection,
-        memory_budget=config.proxies.memory_budget_bytes,
-        fused=config.proxies.fused,
-        matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
-        sparse=wants_sparse_gradient(config),
-        initialization="published" if config.proxies.initialization == "published" else "unit",
-        seed=config.seed,
-    ).to(context.device)
+    model.keeps_lengths = _needs_lengths(config)
+    loss = build_loss(config, context)
     trunk, embedding = model.parameter_groups()
     engine = Engine(
         model,
@@ -145,8 +166,6 @@ def build_train_state(
         context=context,
         outside=loss.parameters(),
     )
-    if config.proxies.unit_norm:
-        bring_to_unit_length_(loss.proxies)
     num_steps = steps_per_epoch * config.training.epochs
     torch.manual_seed(config.seed + context.rank)  # dropout: a different mask per image
     return TrainState(
@@ -154,7 +173,11 @@ def build_train_state(
         config=config,
         engine=engine,
         loss=loss,
-        bank_optimizer=build_bank_optimizer(config.optimizer, loss.proxies, loss.log_scale),
+        bank_optimizer=(
+            build_bank_optimizer(config.optimizer, [loss.proxies], loss.log_scale)
+            if isinstance(loss, ProxyLoss)
+            else build_bank_optimizer(config.optimizer, list(loss.parameters()))
+        ),
         num_steps=min(num_steps, config.training.max_steps or num_steps),
         steps_per_epoch=steps_per_epoch,
     )
@@ -216,7 +239,7 @@ def train_step(
     if state.engine.step_was_applied():
         state.bank_optimizer.step()
         if config.proxies.unit_norm:
-            bring_to_unit_length_(state.loss.proxies, classes_u=kept_classes)
+            bring_to_unit_length_(state.bank.proxies, classes_u=kept_classes)
     elif failure is None and not state.engine.scales_loss:
         failure = "the gradient of the backbone is NaN or infinite"
     state.bank_optimizer.zero_grad()
@@ -236,30 +259,42 @@ def train_step(
 def _finish_bank_gradient(
     state: TrainState, accumulation: int, requests: Sequence[bool]
 ) -> tuple[float, Tensor | None, tuple[bool, ...]]:
-    """Prepare the bank's gradient for the optimizer: coalesce, average over micro-batches, clip.
+    """Prepare the gradient of the bank, or of another loss, for the optimizer: coalesce, average over micro-batches,
+    clip.
 
     Returns:
         Its norm over all ranks before clipping, its classes [u] (None: all), the requests of any rank.
     """
-    parameter = state.loss.proxies
-    values, kept_classes = parameter.new_zeros(0, 1), None
-    if parameter.grad is not None and parameter.grad.is_sparse:
-        parameter.grad = coalesced(parameter.grad)
-        kept_classes, values = parameter.grad.indices()[0], parameter.grad.values()  # the gradient's own memory
-    elif parameter.grad is not None:
-        values = parameter.grad
-    values /= accumulation
-    scale = state.loss.log_scale
+    loss, kept_classes, copies = state.loss, None, 1
+    values: list[Tensor] = []
+    if isinstance(loss, PmlLoss):
+        values, copies = loss.average_gradients_(), state.context.world_size
+    elif (gradient := state.bank.proxies.grad) is not None and gradient.is_sparse:
+        gradient = state.bank.proxies.grad = coalesced(gradient)
+        kept_classes, values = gradient.indices()[0], [gradient.values()]  # the gradient's own memory
+    elif gradient is not None:
+        values = [gradient]
+    for value in values:
+        value /= accumulation
+    scale = loss.log_scale
     if scale is not None and scale.grad is not None:  # the same on every rank, and no part of the norm
         scale.grad /= accumulation
-    # Partitions are disjoint, so squares add up over ranks. NaN and infinity propagate.
-    asked = torch.tensor([float(request) for request in requests], dtype=torch.float64, device=values.device)
-    sums = all_reduce_sum(torch.cat([squared_norm(values).reshape(1), asked]), group=state.context.group).tolist()
+    # Partitions are disjoint, so squares add up over ranks; copies are equal. NaN and infinity propagate.
+    asked = torch.tensor([0.0, *map(float, requests)], dtype=torch.float64, device=loss.device)
+    for value in values:
+        asked[0] += squared_norm(value) / copies
+    sums = all_reduce_sum(asked, group=state.context.group).tolist()
     norm = math.sqrt(sums[0])
     clip = state.config.optimizer.proxies_clip_norm
     if clip is not None:
-        clip_norm_(values, norm=torch.tensor(norm, dtype=torch.float64), max_norm=clip)
+        for value in values:
+            clip_norm_(value, norm=torch.tensor(norm, dtype=torch.float64), max_norm=clip)
     return norm, kept_classes, tuple(count > 0 for count in sums[1:])
+
+
+def _needs_lengths(config: Config) -> bool:
+    margin = build_head(config.proxies).margin
+    return margin is not None and margin.needs_lengths
 
 
 def _suspects(micro_batches: Sequence[Batch], detached_embeddings: Sequence[Tensor]) -> list[int]:

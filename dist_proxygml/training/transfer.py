@@ -78,7 +78,7 @@ class Transfer:
     def __str__(self) -> str:
         start = f"from {self.model.path}, step {self.model.step}"
         if self.rows_c is None:
-            return f"{start}: its backbone; the proxies of all {self.num_classes:,} classes are new"
+            return f"{start}: its backbone; what the loss learns of all {self.num_classes:,} classes is new"
         return (
             f"{start}: its backbone, and proxies of {self.num_kept:,} of {self.num_classes:,} classes "
             f"({self.num_new:,} new, {self.num_dropped:,} dropped)"

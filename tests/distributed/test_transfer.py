@@ -269,7 +269,7 @@ def test_a_backbone_alone_comes_in_the_precision_of_the_new_run(trained: tuple[P
     proxies = torch.ones(4, 2, 4)
     transfer.load_proxies_(proxies, single_process(), unit_norm=False)
     assert bool((proxies == 1).all())
-    assert str(transfer).endswith("step 30: its backbone; the proxies of all 4 classes are new")
+    assert str(transfer).endswith("step 30: its backbone; what the loss learns of all 4 classes is new")
 
 
 # ---- rows and names --------------------------------------------------------------------------------------------------

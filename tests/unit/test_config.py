@@ -189,7 +189,7 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         ({"training__epochs": "three"}, "training.epochs: input should be a valid integer"),
         ({"training__epochs": 0}, "training.epochs: input should be greater than or equal to 1, got 0"),
         ({"proxies__ratio": 1.5}, "proxies.ratio: input should be less than or equal to 1, got 1.5"),
-        ({"proxies__topk": 3}, "exactly one of proxies.ratio and proxies.topk"),
+        ({"proxies__topk": 3}, "one of proxies.ratio and proxies.topk"),
         ({"schedule__name": "step"}, "only 'step' has milestones"),
         ({"training__frozen_trunk_epochs": [4]}, "lie outside 1..3"),
         ({"deepspeed__optimizer": {"type": "Adam"}}, "use the section optimizer"),
