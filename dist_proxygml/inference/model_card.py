@@ -115,7 +115,11 @@ def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:
     head = ModelCardData(
         library_name="dist_proxygml",
         pipeline_tag="image-feature-extraction",
-        tags=["image-retrieval", "metric-learning", "proxygml", backbone, *about["formats"]],
+        tags=[
+            *("image-retrieval", "metric-learning"),
+            *([] if "loss.name" in about["settings"] else ["proxygml"]),
+            *(backbone, *about["formats"]),
+        ],
         metrics=[result.metric_type for result in results] or None,
         model_name=printable(about["run"]) if results else None,
         eval_results=results or None,
