@@ -76,6 +76,9 @@ class PmlLoss(GlobalLoss):
     partition = None
     topk = None
     log_scale = None
+    queue: Tensor
+    memory: Any
+    miner: Any
 
     def __init__(
         self,

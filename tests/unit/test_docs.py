@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dist_proxygml.config import load_config
+from dist_proxygml.training.head_plan import plan_head
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "shards").glob("*.md")])
@@ -191,6 +192,22 @@ def test_every_command_gives_a_valid_configuration(command: Command) -> None:
             values.setdefault(option, []).append(word)
     (path,) = values["--config"]
     load_config(ROOT / ("configs/imagefolder_1gpu.json" if path in WRITTEN else path), values.get("--set", []))
+
+
+@pytest.mark.parametrize("name", ["docs/heads.md", "docs/coming_from_pml.md", "docs/coming_from_partialfc.md"])
+def test_every_head_in_a_table_is_a_valid_configuration(name: str) -> None:
+    heads = [line.split() for line in command_lines(ROOT / name) if re.match(r"(proxies|loss)\.\w[\w.]*=", line)]
+    assert len(heads) >= 4
+    for settings in heads:
+        config = load_config(ROOT / "configs" / "demo_cpu.json", ["data.num_classes=5000", "proxies={}", *settings])
+        plan_head(config, world_size=1)
+    for block in blocks(ROOT / name, "json"):
+        plan_head(
+            load_config(
+                ROOT / "configs" / "demo_cpu.json", ["proxies={}", f"loss={json.dumps(json.loads(block)['loss'])}"]
+            ),
+            world_size=1,
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(ROOT / name, "python")])

@@ -143,6 +143,11 @@ PML: dict[str, tuple[Head, int, Callable[[], Any]]] = {
         4,
         lambda: losses.SoftTripleLoss(NUM_CLASSES, DIM, centers_per_class=4, la=20, gamma=0.1, margin=0.01),
     ),
+    "SubCenterArcFaceLoss": (
+        Head("all", class_score="max", margin=Margin("arcface", math.radians(28.6)), scale=64.0),
+        3,
+        lambda: losses.SubCenterArcFaceLoss(num_classes=NUM_CLASSES, embedding_size=DIM, margin=28.6, scale=64),
+    ),
     "NormalizedSoftmaxLoss": (
         Head("all", scale=20.0),
         1,
