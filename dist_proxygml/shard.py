@@ -196,7 +196,9 @@ _LAYOUTS = {
         ),
         {
             "--split-classes": dict(
-                type=int, metavar="N", help="the first N classes train, the others test (default: all train)"
+                type=_classes,
+                metavar="N|SHARE",
+                help="the first N classes, or that share of them, train, the others test (default: all train)",
             ),
             "--pairs": dict(
                 type=Path,

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dist_proxygml.data.class_split import count_training
 from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage
 from dist_proxygml.data.images import MAX_BYTES
 from dist_proxygml.data.published import find_layout
@@ -54,11 +55,12 @@ def read_recordio(
     root: Path,
     *,
     allow_partial: bool = False,
-    num_train_classes: int | None = None,
+    num_train_classes: int | float | None = None,
     pairs: Sequence[Path] = (),
     quiet: bool = False,
 ) -> SourceDataset:
-    """Read `train.rec` and `train.idx`. All classes train, or the first `num_train_classes`, and the others test.
+    """Read `train.rec` and `train.idx`. All classes train, or the first `num_train_classes`, a number or a share, and the
+    others test.
 
     `pairs` are verification sets such as `lfw.bin`, where they are or beside `train.rec`; each is a split of its own.
     `allow_partial` leaves out records without an image, and takes fewer than there should be.
@@ -76,7 +78,7 @@ def read_recordio(
     label_n = _labels(path, records)
     classes, class_n = np.unique(label_n, return_inverse=True)
     notes += _compare_property(path, records, label_n, len(classes))
-    num_train = len(classes) if num_train_classes is None else num_train_classes
+    num_train = len(classes) if num_train_classes is None else count_training(num_train_classes, len(classes))
     if num_train_classes is not None and not 0 < num_train < len(classes):
         raise ValueError(f"{path} has {len(classes)} classes, of which {num_train} would train; both sides need one")
     images = list(_source_images(path, records, classes.tolist(), class_n, num_train))
