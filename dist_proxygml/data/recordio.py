@@ -59,8 +59,8 @@ def read_recordio(
     pairs: Sequence[Path] = (),
     quiet: bool = False,
 ) -> SourceDataset:
-    """Read `train.rec` and `train.idx`. All classes train, or the first `num_train_classes`, a number or a share, and the
-    others test.
+    """Read `train.rec` and `train.idx`. All classes train, or the first `num_train_classes` (a share: of them), and
+    the others test.
 
     `pairs` are verification sets such as `lfw.bin`, where they are or beside `train.rec`; each is a split of its own.
     `allow_partial` leaves out records without an image, and takes fewer than there should be.
