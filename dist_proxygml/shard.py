@@ -28,6 +28,7 @@ from dist_proxygml.data.builder import (
 from dist_proxygml.data.class_names import with_class_names
 from dist_proxygml.data.class_split import ClassSplit
 from dist_proxygml.data.datasets import SourceDataset
+from dist_proxygml.data.hf import read_hf
 from dist_proxygml.data.imagefolder import read_imagefolder
 from dist_proxygml.data.index import INDEX_FILE
 from dist_proxygml.data.published import read_cars196, read_cub200, read_inshop, read_sop
@@ -178,6 +179,9 @@ _CLASS_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_COLUMNS: Mapping[str, Any] = dict(nargs="+", action="extend", type=_column, default=[], metavar="PART=COLUMN")
+
+
 _LAYOUTS = {
     "cub200": _published("CUB-200-2011", "CUB_200_2011", read_cub200),
     "cars196": _published("Cars196", "cars196", read_cars196),
@@ -191,25 +195,41 @@ _LAYOUTS = {
         lambda options: read_recordio(
             options.root,
             allow_partial=options.allow_partial,
-            num_train_classes=options.split_classes,
+            split=_class_split(options) if options.split_classes is not None else None,
             pairs=options.pairs,
         ),
         {
-            "--split-classes": dict(
-                type=_classes,
-                metavar="N|SHARE",
-                help="the first N classes, or that share of them, train, the others test (default: all train)",
-            ),
+            "--split-classes": {
+                **_CLASS_OPTIONS["--split-classes"],
+                "help": "how many classes train, or which share of them; the others test (default: all train)",
+            },
+            "--split-by": _CLASS_OPTIONS["--split-by"],
             "--pairs": dict(
                 type=Path,
                 nargs="+",
-                default=(),
+                action="extend",
+                default=[],
                 metavar="FILE",
                 help="verification sets (lfw.bin ...), there or beside train.rec; each becomes a split",
             ),
-            "--allow-partial": dict(
-                action="store_true", help="leave out records without an image, accept missing ones"
-            ),
+            "--allow-partial": dict(help="leave out records without an image, accept missing ones"),
+        },
+    ),
+    "hf": _Layout(
+        "Hugging Face data sets: a folder of save_to_disk, or a name on the hub",
+        "--root user/name",
+        lambda options: read_hf(
+            options.root,
+            columns=dict(options.columns),
+            allow_partial=options.allow_partial,
+            allow_seen_classes=options.allow_seen_classes,
+            split=_class_split(options),
+        ),
+        {
+            "--root": dict(type=str, metavar="DIR|NAME", help="the folder, or NAME or NAME:CONFIGURATION of the hub"),
+            "--columns": {**_COLUMNS, "help": "columns of the parts image and label, if called otherwise"},
+            **_CLASS_OPTIONS,
+            "--allow-partial": dict(help="leave out rows without an image or a class"),
         },
     ),
     "pairs": _Layout(
@@ -266,15 +286,11 @@ _LAYOUTS = {
             "--root": dict(
                 required=False, help="folder that paths are relative to and lie in (default: the table's, and anywhere)"
             ),
-            "--columns": dict(
-                nargs="+",
-                action="extend",
-                type=_column,
-                default=[],
-                metavar="PART=COLUMN",
-                help="columns of the parts image, label, split and class_name, if called otherwise; numbers from 1 in "
-                "a table without a header",
-            ),
+            "--columns": {
+                **_COLUMNS,
+                "help": "columns of the parts image, label, split and class_name, if called otherwise; numbers from 1 "
+                "in a table without a header",
+            },
             "--image-path": dict(
                 metavar="TEMPLATE", help="path of an image, with a row's values in braces: train/{id[0]}/{id}.jpg"
             ),

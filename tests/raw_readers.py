@@ -3,18 +3,21 @@
 Each writes a small data set below a folder and returns the arguments of `shard build` but for --out.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
 from dist_proxygml.data.images import ORIENTATION_TAG
-from tests.raw_downloads import Layout, cars_one_folder, cub, write_lines
+from tests.face_records import face_pairs, face_records
+from tests.raw_downloads import Layout, cars_one_folder, cub, msmt17, write_lines
 
 NUM_TRAIN, NUM_TEST, NUM_IMAGES = 5, 3, 4  # classes of each side, images of each class
 
@@ -134,6 +137,43 @@ def inshop(root: Path) -> list[str]:
     return ["inshop", "--root", str(root), "--allow-partial"]
 
 
+def recordio(root: Path) -> list[str]:
+    """Record files in their older form, with a verification set beside them."""
+    labels, images = [], []
+    for _, label, _, image in photographs():
+        stream = io.BytesIO()
+        image.save(stream, "JPEG")
+        labels.append(label)
+        images.append(stream.getvalue())
+    face_records(root / "faces", labels, images=images)
+    face_pairs(root / "faces" / "lfw.bin")
+    divided = ["--split-classes", str(NUM_TRAIN), "--pairs", "lfw.bin"]
+    return ["recordio", "--root", str(root / "faces"), *divided]
+
+
+def hf(root: Path) -> list[str]:
+    """A folder of `save_to_disk` with a split for each side."""
+    names = [f"thing {label}" for label in range(NUM_TRAIN + NUM_TEST)]
+    features = datasets.Features({"photo": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    splits = {}
+    for wanted in ("train", "test"):
+        rows = [(image, label) for side, label, _, image in photographs() if side == wanted]
+        columns = {"photo": [image for image, _ in rows], "label": [label for _, label in rows]}
+        splits[wanted] = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict(splits).save_to_disk(str(root / "saved"))
+    return ["hf", "--root", str(root / "saved"), "--columns", "image=photo"]
+
+
+def people(root: Path) -> list[str]:
+    """Market-1501 in small: a camera a photograph, junk and a distractor."""
+    for side, label, number, image in photographs():
+        folder = "bounding_box_train" if side == "train" else "query" if number < 2 else "bounding_box_test"
+        write(root / folder / f"{label + 1:04d}_c{number + 1}s1_{number:06d}_00.jpg", image)
+        if label == 0:
+            write(root / "bounding_box_test" / f"{('-1', '0000')[number % 2]}_c1s1_{number:06d}_00.jpg", image)
+    return ["market1501", "--root", str(root), "--allow-partial"]
+
+
 READERS: dict[str, Callable[[Path], list[str]]] = {
     "imagefolder": imagefolder,
     "split folders": split_folders,
@@ -144,4 +184,8 @@ READERS: dict[str, Callable[[Path], list[str]]] = {
     "cars196": partial(published, "cars196", cars_one_folder),
     "sop": sop,
     "inshop": inshop,
+    "market1501": people,
+    "msmt17": partial(published, "msmt17", msmt17),
+    "recordio": recordio,
+    "hf": hf,
 }

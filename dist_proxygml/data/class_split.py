@@ -32,11 +32,6 @@ class ClassSplit:
 HALF = ClassSplit()
 
 
-def count_training(train: int | float, num_classes: int) -> int:
-    """Return how many of the classes a number of them, or a share that leaves some on both sides, is."""
-    return min(max(1, round(train * num_classes)), num_classes - 1) if isinstance(train, float) else train
-
-
 def split_by_class(
     labels: Iterable[int | str], how: ClassSplit, *, where: str
 ) -> tuple[Callable[[int | str], str], dict[str, Any]]:
@@ -45,7 +40,11 @@ def split_by_class(
     Raises ValueError if one of them would have no class, unless all are said to train; `where` says what was found.
     """
     classes = sorted(set(labels), key=lambda i: (isinstance(i, str), i))
-    num_train = len(classes) // 2 if how.train is None else count_training(how.train, len(classes))
+    num_train = len(classes) // 2
+    if isinstance(how.train, float):
+        num_train = min(max(1, round(how.train * len(classes))), len(classes) - 1)
+    elif how.train is not None:
+        num_train = how.train
     if not 0 < num_train <= len(classes) - (not isinstance(how.train, int)):
         raise ValueError(
             f"expected at least one class to train, and one to test unless --split-classes names them all, got "

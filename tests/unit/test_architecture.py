@@ -42,6 +42,7 @@ OWNERS: dict[str, set[str]] = {
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
     "fastapi": {"inference.server"},
+    "datasets": {"data.hf"},
     "webdataset": {"data"},
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
