@@ -205,16 +205,15 @@ def build_shards(
             if len(pairs_n4) < len(dataset.pairs[split]):
                 build.setdefault("pairs_left_out", {})[split] = len(dataset.pairs[split]) - len(pairs_n4)
         write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes, pairs=pairs)
-    return _result(build, len(built), num_kept, skipped, already_there=False, lost_classes=lost_classes)
+    result = BuildResult(len(built), num_kept, skipped, already_there=False, lost_classes=lost_classes)
+    return _as_recorded(result, build)
 
 
-def _result(build: Mapping[str, Any], *counts: Any, **others: Any) -> BuildResult:
-    return BuildResult(
-        *counts,
+def _as_recorded(result: BuildResult, build: Mapping[str, Any]) -> BuildResult:
+    return result._replace(
         num_turned=build.get("num_turned", 0),
         is_upright=build.get("exif") == "applied",
         reencoded=build.get("reencoded", {}),
-        **others,
     )
 
 
@@ -263,7 +262,7 @@ def _already_there(
         num_shards = sum(len(open_index(out, split).shards) for split in read_index(out)[0]["splits"])
     except ValueError as problem:
         raise ValueError(f"{out} already holds this build, but damaged: {problem}; or {_OVERWRITE}") from problem
-    return _result(finished, num_shards, 0, [], already_there=True)
+    return _as_recorded(BuildResult(num_shards, 0, [], already_there=True), finished)
 
 
 def source_sha256(dataset: SourceDataset) -> str:

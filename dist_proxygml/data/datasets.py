@@ -170,7 +170,7 @@ def _on_disk(image: SourceImage) -> SourceImage | None:
         return image
     stem, suffix = os.path.splitext(image.content)
     there = next((path for path in (stem + suffix.lower(), stem + suffix.upper()) if os.path.isfile(path)), None)
-    return there and replace(image, content=there)
+    return None if there is None else replace(image, content=there)
 
 
 def is_hidden(name: str) -> bool:

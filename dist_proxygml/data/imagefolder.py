@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dist_proxygml.data.class_split import HALF, ClassSplit, notes_of_split, split_by_class
 from dist_proxygml.data.datasets import (
@@ -94,7 +95,7 @@ def read_imagefolder(
             f"train is taken for a split, so {', '.join(sorted(splits))} are splits; where they are classes, pass "
             "--split-classes N, of which N train"
         )
-    record = {}
+    record: dict[str, Any] = {}
     if not own_split:
         where = f"found {listing(root)} in {root}, expected SPLIT/CLASS/image or CLASS/image"
         split_of_class, record = split_by_class((image.source_id for image in images), split, where=where)

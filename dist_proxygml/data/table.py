@@ -86,7 +86,7 @@ def read_table(
         raise ValueError(f"{', '.join(str(path) for _, path in found)}: expected rows, found none; name another table")
     labels = _labels({row.label for row in rows})
     without = next((number for number, row in enumerate(rows) if not row.split), None)
-    split_of_class, record = None, {}
+    split_of_class, record = None, dict[str, Any]()
     if split.train is not None or not any(row.split for row in rows):
         where = "name other tables, or add a column split"
         split_of_class, record = split_by_class(labels.values(), split, where=where)

@@ -121,22 +121,22 @@ def export(
     partial = partial_path(out)
     try:
         make_empty(partial)
+        precision = _precision(model.path / BACKBONE_FILE)
         timm_embedding: str | None = None
         if "safetensors" in formats:
             _write_bank(bank, partial / BANK_FILE)
             shutil.copyfile(model.path / BACKBONE_FILE, partial / BACKBONE_FILE)
             if model.has_class_names:
                 shutil.copyfile(model.class_table(), partial / CLASSES_FILE)
-            transform = config.data.test_transform.model_dump(mode="json")
-            timm_embedding = write_timm_folder(
-                original_backbone(config, model.path), config.backbone, transform, partial
-            )
+            if config.backbone.name.startswith("timm/"):
+                transform = config.data.test_transform.model_dump(mode="json")
+                backbone = original_backbone(config, model.path)
+                timm_embedding = write_timm_folder(backbone, config.backbone, transform, partial)
         found_opset = None
         if "onnx" in formats:
             print(f"writing {ONNX_FILE}", file=sys.stderr, flush=True)
             backbone, side = original_backbone(config, model.path).float(), config.data.test_transform.size
             found_opset = write_onnx(backbone, partial / ONNX_FILE, side=side, opset=opset)
-        precision = _precision(model.path / BACKBONE_FILE)
         checks: list[FileCheck] = []
         if images is not None:
             checks = _check_files(config, model.path, partial, images, formats=formats, precision=precision)
