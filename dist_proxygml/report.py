@@ -147,13 +147,17 @@ def _write(run_directory: Path, data: str | None) -> None:
     try:
         settings = config.get("data", {})
         cache, limit = settings.get("cache_directory"), settings.get("cache_limit")
-        index = open_index(
-            data or settings.get("shards", "shards"),
-            settings.get("test_split", "test"),
-            cache_directory=None if cache is None else Path(cache),
-            cache_limit=None if limit is None else parse_bytes(limit),
-            is_typed=data is not None,
-        )
+        split = settings.get("test_split", "test")
+        if split is not None:
+            index = open_index(
+                data or settings.get("shards", "shards"),
+                split,
+                cache_directory=None if cache is None else Path(cache),
+                cache_limit=None if limit is None else parse_bytes(limit),
+                is_typed=data is not None,
+            )
+        elif data is not None:
+            raise ValueError("expected no --data for a run without a test split (data.test_split null); leave it out")
     except (ValueError, TypeError, AttributeError) as error:  # of a configuration that may be anybody's
         if data is not None:
             raise ValueError(str(error)) from None

@@ -540,14 +540,15 @@ def _cameras(index: ShardIndex, gallery: ShardIndex | None) -> np.ndarray:
     """The camera of every image, those of the gallery last, int32 [n]. Raises ValueError if there are none."""
     parts = []
     for one in (index, gallery):
-        if one is not None and one.cameras is None:
+        if one is None:
+            continue
+        if one.cameras is None:
             raise ValueError(
                 f"evaluation.exclude_same expects the camera of every image, got none in the index of {one.location} "
                 f"for split {one.split!r}; build the shards with `python -m dist_proxygml.shard build market1501` or "
                 '`msmt17`, or write "camera": NUMBER into each KEY.json and run `python -m dist_proxygml.shard index`'
             )
-        if one is not None:
-            parts.append(one.cameras)
+        parts.append(one.cameras)
     return np.concatenate(parts)
 
 

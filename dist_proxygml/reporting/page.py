@@ -196,7 +196,8 @@ def _pictures(run: RunRecord, index: ShardIndex | None) -> tuple[dict[str, Any] 
     rows = list(run.rows.values())
     if rows and not rows[-1].num_queries:
         return None, "Which images are of one class is known of listed pairs only."
-    if not run.evaluations and run.config.get("data", {}).get("test_split", "") is None:
+    settings = run.config.get("data")
+    if not run.evaluations and isinstance(settings, dict) and settings.get("test_split", "") is None:
         return None, "This run has no test split, so there are no images to retrieve."
     if run.table is None:
         return None, "No embeddings are stored for this run yet; they are written with the next evaluation."
@@ -359,7 +360,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
         found["Backbone"] = f"{backbone['name']}{f', {size:,} parameters' if isinstance(size, int) else ''}"
         if isinstance(backbone.get("embedding_dim"), int):
             found["Backbone"] += f", {backbone['embedding_dim']:,} dimensions"
-    if isinstance(run.facts.get("proxies"), int):
+    if isinstance(run.facts.get("head"), str):
+        found["Head"] = run.facts["head"]
+    elif isinstance(run.facts.get("proxies"), int):
         found["Proxies"] = f"{run.facts['proxies']:,}"
     return found
 

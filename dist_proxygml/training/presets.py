@@ -102,7 +102,8 @@ class _Draft:
 
     def explained(self) -> list[tuple[str, str]]:
         """List the settings that stand as they were chosen last, as --set takes them, and the reasons."""
-        lines, final = [], {}
+        lines: list[tuple[str, str]] = []
+        final: dict[str, int] = {}
         for number, (chosen, _) in enumerate(self.choices):
             final |= dict.fromkeys(chosen, number)
         for number, (chosen, reason) in enumerate(self.choices):
@@ -221,7 +222,7 @@ def _choose_splits(draft: _Draft, given: Mapping[str, Any]) -> tuple[ShardIndex,
     draft.choose("from the index", data={"num_classes": index.num_classes})
     if train != "train":
         draft.choose("the only split", data={"train_split": train})
-    wanted = next((name for name in ("test", "query") if name in names and name != train), None)
+    wanted: str | None = next((name for name in ("test", "query") if name in names and name != train), None)
     others = [open_index(shards, name, is_typed=True) for name in names if name not in (train, "gallery")]
     if wanted is None and len(others) == 1 and others[0].num_classes < others[0].num_samples:  # no verification set
         wanted = others[0].split

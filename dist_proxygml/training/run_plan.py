@@ -138,7 +138,7 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
     num_parameters, num_trained = _count_parameters(config)
     memory = plan_backbone(config, num_parameters=num_parameters, num_trained=num_trained, world_size=world_size)
     whole = plan_backbone(config, num_parameters=num_parameters, num_trained=num_trained, world_size=1)
-    kept = keep.keep_last + (keep.keep_best is not None)
+    kept = keep.keep_last + (keep.keep_best is not None and config.is_evaluated)
     if keep.keep_every is not None and num_steps is not None:
         kept += num_steps // keep.keep_every
     return RunPlan(

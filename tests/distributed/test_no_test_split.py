@@ -11,6 +11,7 @@ from dist_proxygml.config import Config, parse_config
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.evaluate import main as evaluate
 from dist_proxygml.evaluation.best import BEST_ON_VALIDATION, LAST, select_results
+from dist_proxygml.report import main as report
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import read_board
@@ -73,6 +74,16 @@ def test_a_run_that_evaluates_nothing_trains_reports_and_continues(runs: Path) -
     assert select_results(run) == {}
     assert last_evaluation(run) is None
     assert [path.name for path in sorted((run / "proxies").iterdir())][-1] == "step-000009.json"
+
+
+@pytest.mark.timeout(180)
+def test_its_page_can_be_written_again_but_has_no_use_for_shards(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(["--run", str(runs / "all")]) == 0
+    assert "no images" not in capsys.readouterr().err
+    assert report(["--run", str(runs / "all"), "--data", str(runs.parent / "shards")]) == 2
+    assert "test_split" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(180)

@@ -225,9 +225,7 @@ def test_whoever_looks_sees_how_far_the_embedding_pass_is(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at_once = {"delay": 0, "mininterval": 0, "disable": False}
-    monkeypatch.setattr(
-        "dist_proxygml.evaluation.embedding_pass.tqdm", lambda batches, **options: tqdm(batches, **(options | at_once))
-    )
+    monkeypatch.setattr("dist_proxygml.evaluation.progress.tqdm", lambda **options: tqdm(**(options | at_once)))
     evaluated(Projection(), index, kmeans_seeds=0)
     assert re.search(r"embedding test: 100%.* 6/6 ", capsys.readouterr().err)  # 37 images in batches of 7
 

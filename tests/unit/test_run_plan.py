@@ -119,7 +119,7 @@ def test_memory_and_disk_are_apart() -> None:
         "disk, in runs",
     ]
     disk = lines[lines.index("disk, in runs:") :]
-    assert [line[:13].strip() for line in disk[1:]] == ["a checkpoint", "checkpoints", "together", "left"]
+    assert [line[:32].strip() for line in disk[1:]] == ["a checkpoint", "checkpoints", "together", "left"]
 
 
 def test_a_run_without_a_test_split_evaluates_nothing_or_its_validation_classes() -> None:

@@ -292,6 +292,15 @@ def test_a_run_is_finished_when_its_job_ended_well_and_its_last_evaluation_count
     assert folder.result("ratio-0.05_seed-0").status == "failed"
 
 
+def test_a_run_that_evaluates_nothing_is_finished_without_a_number(tmp_path: Path, queue: Callable[..., None]) -> None:
+    folder = Folder(tmp_path, "--set", "data.test_split=null")
+    folder.end("ratio-0.05_seed-0", "12_0")
+    for path in (folder.run("ratio-0.05_seed-0").config.run_directory / "evaluation").iterdir():
+        path.unlink()
+    result = folder.result("ratio-0.05_seed-0")
+    assert (result.status, result.evaluation) == ("finished", None)
+
+
 def test_a_run_under_other_settings_is_not_finished_and_of_free_ones_it_is(
     tmp_path: Path, queue: Callable[..., None]
 ) -> None:
