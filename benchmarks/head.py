@@ -312,6 +312,7 @@ def build_head(name: str, size: Size, device: str, *, sparse: bool) -> Head:
         proxygml = ProxyGMLLoss(
             size.num_classes,
             size.embedding_dim,
+            normalize=False,
             proxies_per_class=size.proxies_per_class,
             ratio=size.ratio,
             topk=size.topk,
