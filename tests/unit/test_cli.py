@@ -134,8 +134,9 @@ SHOWN = {
     }
     for name, parser in PARSERS.items()
 }
-# `train --dry-run RANKS` says for how many ranks the plan is; submit and sweep have no ranks to ask for.
-DIFFERENT = {"--dry-run"}
+# `train --dry-run RANKS` says for how many ranks the plan is, submit and sweep have no ranks to ask for; raw data sets
+# are folders, but for one layout that also takes names.
+DIFFERENT = {"--dry-run", "--root"}
 OLD_NAMES = {"--root", "--directory", "--images", "--output", "--workers", "--gpus", "--force-overwrite"}
 
 
