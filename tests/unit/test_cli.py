@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_proxygml.__main__ import main as list_commands
 from dist_proxygml.cli import build_parser, command
 from dist_proxygml.distributed.parallel import status_of
 
@@ -134,14 +135,19 @@ SHOWN = {
     }
     for name, parser in PARSERS.items()
 }
-# `train --dry-run RANKS` says for how many ranks the plan is; submit and sweep have no ranks to ask for.
-DIFFERENT = {"--dry-run"}
+# `train --dry-run RANKS` says for how many ranks the plan is, submit and sweep have no ranks to ask for; raw data sets
+# are folders, but for one layout that also takes names.
+DIFFERENT = {"--dry-run", "--root"}
 OLD_NAMES = {"--root", "--directory", "--images", "--output", "--workers", "--gpus", "--force-overwrite"}
 
 
-def test_every_command_has_a_parser_that_is_looked_at() -> None:
-    commands = {path.stem for path in (ROOT / "dist_proxygml").glob("*.py") if "__main__" in path.read_text()}
+def test_every_command_has_a_parser_that_is_looked_at_and_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {path.stem for path in (ROOT / "dist_proxygml").glob("[a-z]*.py") if "__main__" in path.read_text()}
     assert {name.partition(" ")[0] for name in PARSERS} == commands
+    assert list_commands() == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in lines] == sorted(commands)
+    assert all(len(words) > 2 for words in lines)
 
 
 def test_a_flag_means_the_same_in_every_command() -> None:
