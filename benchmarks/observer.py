@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.head import SIZES
 from dist_proxygml import ProxyGMLLoss
-from dist_proxygml.head.loss import KeptPairs
+from dist_proxygml.head.classification import KeptPairs
 from dist_proxygml.head.optim import RowwiseAdagrad
 from dist_proxygml.head.statistics import ProxyStatistics
 

@@ -4,19 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_proxygml.head.loss import ProxyGMLLoss
+    from dist_proxygml.head.choices import Head
+    from dist_proxygml.head.loss import ProxyGMLLoss, ProxyLoss
+    from dist_proxygml.head.margins import Margin
     from dist_proxygml.head.reference import LossTerms
     from dist_proxygml.inference.embedder import Embedder
     from dist_proxygml.inference.retrieval_index import Index, SearchResult
 
-__all__ = ["Embedder", "Index", "LossTerms", "ProxyGMLLoss", "SearchResult", "__version__"]
+__all__ = ["Embedder", "Head", "Index", "LossTerms", "Margin", "ProxyGMLLoss", "ProxyLoss", "SearchResult"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "Embedder": "inference.embedder",
+    "Head": "head.choices",
     "Index": "inference.retrieval_index",
     "LossTerms": "head.reference",
+    "Margin": "head.margins",
     "ProxyGMLLoss": "head.loss",
+    "ProxyLoss": "head.loss",
     "SearchResult": "inference.retrieval_index",
 }
 

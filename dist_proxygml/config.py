@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, far_metric
-from dist_proxygml.rules import check_gallery_split, check_ratio_or_topk, check_sparse_gradient
+from dist_proxygml.rules import check_gallery_split, check_head, check_margin, check_search, check_sparse_gradient
 
 # A byte count with a binary unit.
 _BYTES = r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|TiB)"
@@ -251,14 +251,41 @@ class BackboneConfig(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
 
 
+class MarginConfig(_Section):
+    """Margin that the score of an image's own class must win by."""
+
+    name: Literal["cosface", "arcface", "adaface"] = Field(
+        description="cosface: subtracted from the score; arcface: added to the angle; adaface: both, by the length of "
+        "the embedding before it is normalised."
+    )
+    margin: float = Field(ge=0, lt=1.5707963, description="m; for arcface and adaface in radians.")
+    concentration: float = Field(
+        0.333, gt=0, description="h of adaface: how much the margin follows the embedding's length."
+    )
+
+
 class ProxiesConfig(_Section):
-    """The proxy bank and the ProxyGML loss."""
+    """The proxy bank and the loss on it: ProxyGML, or another head."""
 
     per_class: int = Field(1, ge=1, le=1 << 16, description="Proxies per class N.")
+    negatives: Literal["topk", "all", "sampled"] = Field(
+        "topk",
+        description="Which proxies an image is compared with: topk: the most similar of all, exactly (ProxyGML); all "
+        "(softmax, CosFace, ArcFace); sampled: those of a share of the classes, drawn anew in every step (PartialFC).",
+    )
+    share: float | None = Field(None, gt=0, le=1, description="Share of the classes that sampled draws in every step.")
+    class_score: Literal["sum", "softmax", "max"] = Field(
+        "sum",
+        description="A class's score from its compared proxies: sum (ProxyGML), softmax (SoftTriple) or max; with one "
+        "proxy per class they are the same.",
+    )
+    class_score_gamma: float = Field(0.1, gt=0, description="Temperature gamma of class_score softmax.")
+    margin: MarginConfig | None = Field(None, description="Margin on the image's own class; null is none.")
+    learn_scale: bool = Field(False, description="Train the scale, from its given value on.")
     ratio: float | None = Field(None, gt=0, le=1, description="Share r of all proxies kept per image: k = ceil(r*C*N).")
     topk: int | None = Field(None, ge=1, description="Number k of proxies kept per image; replaces ratio.")
     regularization_weight: float = Field(0.0, ge=0, description="Weight lambda of the proxy regulariser.")
-    scale: float = Field(1.0, gt=0, description="Softmax scale s; 1 in every published run.")
+    scale: float = Field(1.0, gt=0, description="Softmax scale s; 1 in every published run of ProxyGML.")
     regularization_anchors: int | None = Field(
         None,
         ge=1,
@@ -307,8 +334,22 @@ class ProxiesConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_say_k(self) -> "ProxiesConfig":
-        check_ratio_or_topk(self.ratio, self.topk, section="proxies.", at_least=1)
+    def _choices_go_together(self) -> "ProxiesConfig":
+        check_head(
+            negatives=self.negatives,
+            ratio=self.ratio,
+            topk=self.topk,
+            share=self.share,
+            is_ratio_or_topk_needed=True,
+            section="proxies.",
+        )
+        check_search(self.negatives, selection=self.selection, fused=self.fused, section="proxies.")
+        check_margin(
+            None if self.margin is None else self.margin.name,
+            class_score=self.class_score,
+            proxies_per_class=self.per_class,
+            section="proxies.",
+        )
         return self
 
 
@@ -759,6 +800,7 @@ class Config(_Section):
     def _sparse_adam_has_sparse_gradients(self) -> "Config":
         if self.optimizer.proxies_rule == "sparse_adam":
             check_sparse_gradient(
+                negatives=self.proxies.negatives,
                 selection=self.proxies.selection,
                 regularization_weight=self.proxies.regularization_weight,
                 section="proxies.",
@@ -874,7 +916,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if path.name == str(path) and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
         path = _CONFIGS / f"{path}.json"
     if not path.is_file():
-        nearby = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        nearby = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.json")})
         nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
         raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
@@ -903,6 +945,13 @@ def load_run_config(run_directory: Path, overrides: typing.Sequence[str] = ()) -
     """Load the configuration of a run's folder, which may be untrusted: unless an override names the shards, they count
     as not typed by the user. Raises ValueError as `load_config`.
     """
+    if not (run_directory / "config.json").is_file():
+        places = (run_directory, run_directory.parent)
+        runs = sorted({str(path.parent) for place in places for path in place.glob("*/config.json")})
+        raise ValueError(
+            f"expected the folder of a run at {run_directory}, found no config.json in it; "
+            f"{'there are: ' + ', '.join(runs[:20]) if runs else 'correct the path'}"
+        )
     config = load_config(run_directory / "config.json", overrides)
     config.data._is_typed = any(override.partition("=")[0] in ("data", "data.shards") for override in overrides)
     return config

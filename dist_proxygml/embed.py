@@ -55,7 +55,7 @@ def _world(device: str) -> ParallelContext:
     chosen = choose_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return single_process(str(chosen))
-    if chosen.index is not None:
+    if ":" in device:
         raise ValueError(
             f"expected --device auto, cpu or cuda for several processes, got {device}: each has its own GPU"
         )

@@ -23,7 +23,7 @@ from dist_proxygml.distributed.parallel import (
     run_on_rank_zero,
     run_together,
 )
-from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
+from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, shown_far
 
 if TYPE_CHECKING:
     from dist_proxygml.evaluation.verification import Verification
@@ -191,11 +191,10 @@ def pair_lines(pairs: "Verification | None") -> list[str]:
         lines[0] += f"; {pairs.num_left_out:,} left out, with a damaged image"
     for point in pairs.points:
         tar = 100 * point.num_same / pairs.num_same
-        lines.append(f"TAR at FAR {point.far:g}: {tar:.2f}, score >= {point.threshold:.4f}")
+        lines.append(f"TAR at FAR {shown_far(point.far)}: {tar:.2f}, score >= {point.threshold:.5f}")
     for far in pairs.not_measurable:
-        lines.append(
-            f"TAR at FAR {far:g}: not measurable, which takes {math.ceil(1 / far):,} pairs of different classes"
-        )
+        needed = f"{math.ceil(1 / far):,} pairs of different classes"
+        lines.append(f"TAR at FAR {shown_far(far)}: not measurable, it takes {needed}")
     if pairs.accuracies:
         mean, deviation = pairs.metrics["pair_accuracy"], pairs.metrics["pair_accuracy_sd"]
         lines.append(f"accuracy over {len(pairs.accuracies)} folds: {100 * mean:.2f} ± {100 * deviation:.2f}")

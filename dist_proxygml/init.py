@@ -53,6 +53,16 @@ def main(given: argparse.Namespace) -> None:
         raise ValueError(f"expected a file to write, named like configs/mine.json, with --out, got {given.out}")
     if given.out.exists() and not given.overwrite:
         raise ValueError(f"expected nothing at {given.out}, found a file; name another, or add --overwrite")
+    from dist_proxygml.data.remote import is_remote
+    from dist_proxygml.storage.files import paths_in, publish_text
+
+    place = Path(given.data)
+    if place.exists() and not is_remote(given.data) and not paths_in(place, "*.tar"):
+        how = f"imagefolder --root {place}" if place.is_dir() else f"table --table {place}"
+        raise ValueError(
+            f"expected shards at {place}, found {'a folder without any' if place.is_dir() else 'a file'}; build them "
+            f"with `python -m dist_proxygml.shard build {how} --out shards/{place.stem}`, and name that folder"
+        )
     import torch
 
     from dist_proxygml.reporting.render import format_seconds

@@ -62,5 +62,10 @@ def check_counts(name: str, *, num_classes: int, num_images: int, num_gallery: i
 
 def far_metric(far: float) -> str:
     """Return the name of TAR at a false accept rate: tar@far=1e-4."""
+    return f"tar@far={shown_far(far)}"
+
+
+def shown_far(far: float) -> str:
+    """Format a false accept rate: 1e-4."""
     mantissa, exponent = f"{far:.15e}".split("e")
-    return f"tar@far={float(mantissa):g}e{int(exponent)}"
+    return f"{float(mantissa):g}e{int(exponent)}"

@@ -14,10 +14,57 @@ def check_ratio_or_topk(ratio: float | None, topk: int | None, *, section: str =
         )
 
 
+def check_head(
+    *,
+    negatives: str,
+    ratio: float | None,
+    topk: int | None,
+    share: float | None,
+    is_ratio_or_topk_needed: bool,
+    section: str = "",
+) -> None:
+    """Raise ValueError where k or a share of the classes is given for another choice of `negatives`, or is missing."""
+    if negatives == "topk":
+        check_ratio_or_topk(ratio, topk, section=section, at_least=int(is_ratio_or_topk_needed))
+    elif ratio is not None or topk is not None:
+        raise ValueError(
+            f'expected {section}ratio and {section}topk with {section}negatives "topk" only, got ratio={ratio} and '
+            f'topk={topk} with "{negatives}"; remove them'
+        )
+    if (share is None) == (negatives == "sampled"):
+        raise ValueError(
+            f'expected {section}share with {section}negatives "sampled" and with nothing else, got {share} with '
+            f'"{negatives}"; {"set" if share is None else "remove"} it'
+        )
+
+
+def check_search(negatives: str, *, selection: str, fused: bool, section: str = "") -> None:
+    """Raise ValueError where settings of the search for the top-k are given, and there is none."""
+    if negatives != "topk" and (fused or selection != "auto"):
+        raise ValueError(
+            f'expected {section}fused false and {section}selection "auto" with {section}negatives "{negatives}", got '
+            f'{fused} and "{selection}", which are for "topk"; remove them'
+        )
+
+
+def check_margin(name: str | None, *, class_score: str, proxies_per_class: int, section: str = "") -> None:
+    """Raise ValueError where a margin is one of angles, and the class score is no cosine."""
+    if name in ("arcface", "adaface") and class_score == "sum" and proxies_per_class > 1:
+        raise ValueError(
+            f'expected {section}class_score "softmax" or "max" with the margin "{name}" and {proxies_per_class} '
+            'proxies per class, got "sum", which is no cosine; change it, or take the margin "cosface"'
+        )
+
+
 def check_sparse_gradient(
-    *, selection: str, regularization_weight: float, section: str = "", wanted_by: str, instead: str
+    *, negatives: str, selection: str, regularization_weight: float, section: str = "", wanted_by: str, instead: str
 ) -> None:
     """Raise ValueError where the proxies' gradient, which `wanted_by` wants sparse, would be dense."""
+    if negatives == "all":
+        raise ValueError(
+            f'expected {section}negatives "topk" or "sampled" with {wanted_by}, got "all", where every proxy has a '
+            f"gradient; change it, or {instead}"
+        )
     if selection == "gather":
         raise ValueError(
             f'expected {section}selection "auto", "candidates" or "histogram" with {wanted_by}, got "gather": the '

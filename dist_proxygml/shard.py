@@ -12,18 +12,21 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_proxygml.cli import add_options, at_least, build_parser, command, printable, run_command
 from dist_proxygml.data.builder import (
+    BuildResult,
     UnusableImage,
     build_settings,
     build_shards,
     default_workers,
     finished_build,
 )
+from dist_proxygml.data.class_names import with_class_names
+from dist_proxygml.data.class_split import ClassSplit
 from dist_proxygml.data.datasets import SourceDataset
 from dist_proxygml.data.hf import read_hf
 from dist_proxygml.data.imagefolder import read_imagefolder
@@ -31,6 +34,7 @@ from dist_proxygml.data.index import INDEX_FILE
 from dist_proxygml.data.published import read_cars196, read_cub200, read_inshop, read_sop
 from dist_proxygml.data.recordio import read_recordio
 from dist_proxygml.data.reid import read_market1501, read_msmt17
+from dist_proxygml.data.table import read_table
 from dist_proxygml.data.verification_sets import read_pairs
 from dist_proxygml.data.verify import describe_shards, index_shards, verify_shards
 from dist_proxygml.storage.files import describe_error
@@ -70,12 +74,8 @@ def _build(options: argparse.Namespace) -> int:
     if result.lost_classes:
         shown = ", ".join(map(repr, result.lost_classes[:20]))
         print(f"{len(result.lost_classes)} classes have no image left and are skipped: {shown}", file=sys.stderr)
-    if result.num_turned:
-        print(
-            f"viewers turn or mirror {result.num_turned} of the images (EXIF orientation), training and search see "
-            "them as they are stored; to change that turn the files, as `mogrify -auto-orient` does, and build again",
-            file=sys.stderr,
-        )
+    for line in _describe_images(result):
+        print(printable(line), file=sys.stderr)
     print(printable(describe_shards(options.out)))
     return 0
 
@@ -85,21 +85,43 @@ def _describe_skipped(skipped: Sequence[UnusableImage]) -> str:
     return f"{len(skipped)} images cannot be used and were skipped; {INDEX_FILE} names them, the first are\n{first}"
 
 
+def _describe_images(result: BuildResult) -> Iterator[str]:
+    if result.reencoded:
+        counts = ", ".join(f"{number} {name}" for name, number in result.reencoded.items())
+        yield f"{counts} files are stored as PNG, with the same pixels; JPEG, PNG and WebP keep their bytes"
+    if result.num_turned and result.is_upright:
+        yield (
+            f"{result.num_turned} of the images are stored turned or mirrored (EXIF orientation); training, evaluation "
+            "and search see them as viewers show them"
+        )
+    elif result.num_turned:
+        yield (
+            f"viewers turn or mirror {result.num_turned} of the images (EXIF orientation), training and search see "
+            "these shards as they are stored, as published results and earlier versions do"
+        )
+
+
 def _read_dataset(options: argparse.Namespace) -> SourceDataset:
     # Before hours of work: is there another build where it would go?
     settings = build_settings(seed=options.seed, samples_per_shard=options.samples_per_shard, resize=options.resize)
+    finished = None
     if not options.overwrite:
-        finished_build(options.out, dataset=options.dataset, settings=settings)
-    if os.path.realpath(options.out) == os.path.realpath(options.root):
+        finished = finished_build(options.out, dataset=options.dataset, settings=settings)
+    if options.root is not None and os.path.realpath(options.out) == os.path.realpath(options.root):
         raise ValueError(f"expected another folder for the shards than that of the images, got {options.out} for both")
-    return _LAYOUTS[options.dataset].read(options)
+    layout = _LAYOUTS[options.dataset]
+    if "--split-by" in layout.options and options.split_by is None:
+        # Builds that do not say how are of earlier versions, which divided classes by name.
+        options.split_by = "random" if finished is None else finished.get("split_classes", {"by": "name"})["by"]
+    dataset = layout.read(options)
+    return with_class_names(dataset, options.class_names) if getattr(options, "class_names", None) else dataset
 
 
 class _Layout(NamedTuple):
     """A layout of raw data that can be built: a subcommand of `build`."""
 
     help: str
-    root: str  # of the example
+    example: str  # but for --out
     read: Callable[[argparse.Namespace], SourceDataset]
     options: Mapping[str, Mapping[str, Any]] = {}  # of this layout alone, or changes to those of all
 
@@ -107,17 +129,57 @@ class _Layout(NamedTuple):
 def _published(name: str, root: str, read: Callable[..., SourceDataset]) -> _Layout:
     return _Layout(
         f"{name}, as published",
-        root,
+        f"--root {root}",
         lambda options: read(options.root, allow_partial=options.allow_partial),
         {"--allow-partial": dict(help="leave out images that are missing; do not check the published counts")},
     )
 
 
-def _columns(text: str) -> list[tuple[str, str]]:
-    pairs = [one.split("=", 1) for one in text.split(",")]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise argparse.ArgumentTypeError(f"expected image=COLUMN,label=COLUMN, got {text!r}")
-    return [(part, column) for part, column in pairs]
+def _class_split(options: argparse.Namespace) -> ClassSplit:
+    return ClassSplit(options.split_classes, options.split_by, options.seed)
+
+
+def _classes(text: str) -> int | float:
+    try:
+        number = int(text) if text.isdigit() else float(text)
+        if (isinstance(number, int) and number >= 1) or 0 < number < 1:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number of classes, or a share between 0 and 1, got {text!r}")
+
+
+def _column(text: str) -> tuple[str, str]:
+    part, equals, column = text.partition("=")
+    if not (part and equals and column):
+        raise argparse.ArgumentTypeError(f"expected PART=COLUMN such as image=path, got {text!r}")
+    return part, column
+
+
+# Of layouts whose source may have no split, or no names of its classes.
+_CLASS_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "--split-classes": dict(
+        type=_classes,
+        metavar="N|SHARE",
+        help="how many classes train, or which share of them, where no split is given (default: half); in a folder "
+        "with a class `train`, and in a table with a split, this is how to say that classes are to be divided",
+    ),
+    "--split-by": dict(
+        choices=("random", "name"),
+        help="which ones: drawn by --seed (default), or the first in sorted order; the index records it",
+    ),
+    "--allow-seen-classes": dict(
+        action="store_true",
+        help="splits may share classes, such as new photos of known products "
+        "(train with evaluation.allow_seen_classes=true)",
+    ),
+    "--class-names": dict(
+        type=Path, metavar="TABLE", help="display names: a folder's name or a label, and its name, in two columns"
+    ),
+}
+
+
+_COLUMNS: Mapping[str, Any] = dict(nargs="+", action="extend", type=_column, default=[], metavar="PART=COLUMN")
 
 
 _LAYOUTS = {
@@ -129,21 +191,24 @@ _LAYOUTS = {
     "msmt17": _published("MSMT17", "MSMT17_V1", read_msmt17),
     "recordio": _Layout(
         "record files of face recognition: train.rec and train.idx, with verification sets beside them",
-        "faces_emore",
+        "--root faces_emore",
         lambda options: read_recordio(
             options.root,
             allow_partial=options.allow_partial,
-            num_train_classes=options.split_classes,
+            split=_class_split(options) if options.split_classes is not None else None,
             pairs=options.pairs,
         ),
         {
-            "--split-classes": dict(
-                type=int, metavar="N", help="the first N classes train, the others test (default: all train)"
-            ),
+            "--split-classes": {
+                **_CLASS_OPTIONS["--split-classes"],
+                "help": "how many classes train, or which share of them; the others test (default: all train)",
+            },
+            "--split-by": _CLASS_OPTIONS["--split-by"],
             "--pairs": dict(
                 type=Path,
                 nargs="+",
-                default=(),
+                action="extend",
+                default=[],
                 metavar="FILE",
                 help="verification sets (lfw.bin ...), there or beside train.rec; each becomes a split",
             ),
@@ -152,53 +217,86 @@ _LAYOUTS = {
     ),
     "hf": _Layout(
         "Hugging Face data sets: a folder of save_to_disk, or a name on the hub",
-        "user/name",
+        "--root user/name",
         lambda options: read_hf(
             options.root,
             columns=dict(options.columns),
             allow_partial=options.allow_partial,
-            num_train_classes=options.split_classes,
+            allow_seen_classes=options.allow_seen_classes,
+            split=_class_split(options),
         ),
         {
             "--root": dict(type=str, metavar="DIR|NAME", help="the folder, or NAME or NAME:CONFIGURATION of the hub"),
-            "--columns": dict(
-                type=_columns,
-                default=(),
-                metavar="image=COLUMN,label=COLUMN",
-                help="columns of image and class, if called otherwise",
-            ),
-            "--split-classes": dict(
-                type=int, metavar="N", help="the first N classes of all splits train, the others test"
-            ),
+            "--columns": {**_COLUMNS, "help": "columns of the parts image and label, if called otherwise"},
+            **_CLASS_OPTIONS,
             "--allow-partial": dict(help="leave out rows without an image or a class"),
         },
     ),
     "pairs": _Layout(
         "verification sets of face recognition alone: *.bin",
-        "faces_emore",
+        "--root faces_emore",
         lambda options: read_pairs(options.root),
     ),
     "imagefolder": _Layout(
         "folders of images: SPLIT/CLASS/image or CLASS/image",
-        "photos",
+        "--root photos",
         lambda options: read_imagefolder(
             options.root,
             allow_partial=options.allow_partial,
             allow_empty=options.on_bad == "skip",
             allow_seen_classes=options.allow_seen_classes,
-            num_train_classes=options.split_classes,
+            split=_class_split(options),
+            follow_links=options.follow_links,
         ),
         {
-            "--split-classes": dict(
-                type=int,
-                metavar="N",
-                help="without splits: the first N classes train (default: half); also one with a class `train`",
+            "--root": dict(help="folder of class folders, or of splits"),
+            **_CLASS_OPTIONS,
+            "--follow-links": dict(
+                type=Path,
+                nargs="+",
+                action="extend",
+                default=[],
+                metavar="DIR",
+                help="follow links that lead below these folders (/ for all), also links to folders",
             ),
-            "--allow-seen-classes": dict(
-                action="store_true",
-                help="splits may share classes, such as new photos of known products "
-                "(train with evaluation.allow_seen_classes=true)",
+        },
+    ),
+    "table": _Layout(
+        "images that a table lists: CSV, TSV, Parquet, JSON lines or COCO's JSON",
+        "--table photos.csv --columns image=path label=product_id",
+        lambda options: read_table(
+            options.table,
+            options.root,
+            columns=dict(options.columns),
+            template=options.image_path,
+            several=options.several,
+            allow_partial=options.allow_partial,
+            allow_seen_classes=options.allow_seen_classes,
+            split=_class_split(options),
+        ),
+        {
+            "--table": dict(
+                nargs="+",
+                action="extend",
+                default=[],
+                metavar="[SPLIT=]FILE",
+                help="tables, each for a split if they have no such column and SPLIT or their names say so, as "
+                "train.csv; default: metadata.csv, .jsonl or .parquet in --root and its folders",
             ),
+            "--root": dict(
+                required=False, help="folder that paths are relative to and lie in (default: the table's, and anywhere)"
+            ),
+            "--columns": {
+                **_COLUMNS,
+                "help": "columns of the parts image, label, split and class_name, if called otherwise; numbers from 1 "
+                "in a table without a header",
+            },
+            "--image-path": dict(
+                metavar="TEMPLATE", help="path of an image, with a row's values in braces: train/{id[0]}/{id}.jpg"
+            ),
+            "--several": dict(action="store_true", help="the image column names several images, separated by blanks"),
+            **_CLASS_OPTIONS,
+            "--allow-partial": dict(help="leave out rows whose image is not there"),
         },
     ),
 }
@@ -275,7 +373,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     layouts = build.add_subparsers(dest="dataset", required=True, metavar="LAYOUT", title="layouts of raw data")
     for name, layout in _LAYOUTS.items():
-        example = f"  python -m dist_proxygml.shard build {name} --root {layout.root} --out shards/{name}"
+        example = f"  python -m dist_proxygml.shard build {name} {layout.example} --out shards/{name}"
         one = build_parser(name, layout.help, example, within=layouts)
         one.set_defaults(run=_build)
         for option in dict.fromkeys(("--root", *layout.options, *_BUILD_OPTIONS)):

@@ -54,21 +54,29 @@ def write_records(root: Path, records: Mapping[int, bytes], *, prop: str | None 
     return offsets
 
 
-def face_records(root: Path, labels: Sequence[int], *, labels_of: int = 1, header: bool = True) -> dict[int, int]:
+def face_records(
+    root: Path,
+    labels: Sequence[int],
+    *,
+    labels_of: int = 1,
+    header: bool = True,
+    images: Sequence[bytes] | None = None,
+) -> dict[int, int]:
     """Images of these classes, in the older form with a header and a record for each class, or in the newer one."""
-    images = {
-        number: content(label if labels_of == 1 else [label, *[7.0] * (labels_of - 1)], jpeg(number), number=number)
-        for number, label in enumerate(labels, start=int(header))
+    files = images or [jpeg(number) for number in range(int(header), len(labels) + int(header))]
+    records = {
+        number: content(label if labels_of == 1 else [label, *[7.0] * (labels_of - 1)], file, number=number)
+        for number, (label, file) in enumerate(zip(labels, files, strict=True), start=int(header))
     }
     classes = sorted(set(labels))
     if not header:
-        return write_records(root, images)
+        return write_records(root, records)
     stop = len(labels) + 1
     places = {label: [i for i, other in enumerate(labels, start=1) if other == label] for label in classes}
     identities = {
         stop + i: content([min(places[label]), max(places[label]) + 1], b"") for i, label in enumerate(classes)
     }
-    records = {0: content([stop, stop + len(classes)], b""), **images, **identities}
+    records = {0: content([stop, stop + len(classes)], b""), **records, **identities}
     return write_records(root, records, prop=f"{max(classes) + 1},112,112")
 
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from dist_proxygml.data.datasets import SourceDataset, SourceImage
+from dist_proxygml.shard import main
 
 Layout = Callable[[Path], None]
 
@@ -219,3 +221,15 @@ def samples_of(root: Path, split: str) -> list[dict[str, Any]]:
     """What plain WebDataset reads."""
     shards = sorted(str(path) for path in root.glob(f"{split}-*.tar"))
     return list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+
+
+def content_of(raw: Path, name: str, out: Path, *options: str) -> set[tuple[str, str, str, str, bytes]]:
+    """Split, class id and name, label and image of every sample of a build."""
+    assert main(["build", name, "--root", str(raw), "--out", str(out), "--allow-partial", *options]) == 0
+    found = set()
+    for split in json.loads((out / "index.json").read_text())["splits"]:
+        for sample in samples_of(out, split):
+            info = json.loads(sample["json"])
+            image = next(sample[kind] for kind in ("jpg", "png", "webp") if kind in sample)
+            found.add((split, str(info["source_id"]), info["class_name"], sample["cls"].decode(), image))
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 
 from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.backbones.small_cnn import SmallCnn
-from dist_proxygml.config import _DEEPSPEED_KEYS, Config
+from dist_proxygml.config import _DEEPSPEED_KEYS, Config, _sections_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 OPENING = """\
@@ -71,7 +71,8 @@ def _table(prefix: str, section: Mapping[str, Any], sections: Mapping[str, Any],
         yield f"| `{prefix}{name}` | {values} | {default} | {_escaped(entry.get('description', ''))} |"
         nested = next((ref for option in entry.get("anyOf", ()) if (ref := _referred(option))), None)
         if nested is not None:
-            yield from list(_table(f"{prefix}{name}.", sections[nested], sections))[2:]
+            (model_below,) = _sections_of(fields[name].annotation)
+            yield from list(_table(f"{prefix}{name}.", sections[nested], sections, model_below))[2:]
 
 
 def _values(entry: Mapping[str, Any], sections: Mapping[str, Any]) -> str:

@@ -81,6 +81,9 @@ class EmbeddingModel(nn.Module):
     trained. That is what the published recipe does.
     """
 
+    keeps_lengths = False
+    """Whether embeddings keep their lengths in training, for a loss that goes by them."""
+
     def __init__(
         self,
         trunk: nn.Module,
@@ -102,7 +105,8 @@ class EmbeddingModel(nn.Module):
         self.train(self.training)
 
     def forward(self, images: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b D"]:
-        """Compute embeddings, unit rows in float32, or in float64 if the embedding layer is.
+        """Compute embeddings, unit rows in float32, or in float64 if the embedding layer is; in training with
+        `keeps_lengths` as they come.
 
         Raises:
             ValueError: the images are not uint8 [b, 3, H, W].
@@ -116,6 +120,8 @@ class EmbeddingModel(nn.Module):
         features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool)
         embeddings_bD = self.embedding(features.to(_dtype_of(self.embedding)))
         wide = torch.promote_types(embeddings_bD.dtype, torch.float32)  # float64 stays what it is
+        if self.training and self.keeps_lengths:
+            return embeddings_bD.to(wide)
         return F.normalize(embeddings_bD.to(wide), dim=1)
 
     def train(self, mode: bool = True) -> Self:

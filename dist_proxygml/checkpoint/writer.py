@@ -58,15 +58,12 @@ from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.distributed.row_tensors import as_row_tensor
 from dist_proxygml.faults import fault_point
-from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.head.loss import ProxyLoss
 from dist_proxygml.storage.files import describe_error, remove
 from dist_proxygml.storage.folder import files_below, hash_files, make_empty, partial_path, publish_folder
 from dist_proxygml.storage.run_folder import step_name
 
 T = TypeVar("T")
-
-# Prefix of the names of the bank optimizer's state.
-_STATE_PREFIX = "optimizer."
 
 
 class _Savable(Protocol):
@@ -125,7 +122,7 @@ class CheckpointWriter:
         return unreported
 
     def save(
-        self, *, state: RunState, engine: Engine, loss: ProxyGMLLoss, bank_optimizer: torch.optim.Optimizer
+        self, *, state: RunState, engine: Engine, loss: ProxyLoss, bank_optimizer: torch.optim.Optimizer
     ) -> list[SavedCheckpoint]:
         """Save a checkpoint; if asynchronous, wait for the pending one, then only start to.
 
@@ -206,7 +203,7 @@ def save_checkpoint(
     *,
     state: RunState,
     engine: Engine,
-    loss: ProxyGMLLoss,
+    loss: ProxyLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     retention: Retention,
@@ -230,7 +227,7 @@ def load_checkpoint(
     checkpoint: Path,
     *,
     engine: Engine,
-    loss: ProxyGMLLoss,
+    loss: ProxyLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     settings: dict[str, Any],
@@ -292,7 +289,7 @@ def _nothing_was_written(final: Path) -> Iterator[None]:
 def _take_snapshot(
     state: RunState,
     engine: Engine,
-    loss: ProxyGMLLoss,
+    loss: ProxyLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     *,
@@ -300,8 +297,8 @@ def _take_snapshot(
 ) -> _Snapshot:
     """Take a snapshot if all numbers are finite; with `copy`, copy it to host memory. Called on all ranks."""
     weights = engine.full_state_dict()
-    bank = bank_optimizer.state[loss.proxies]
-    bad = all_gather_object(context, _together(context, "numbers", _non_finite, engine, weights, loss.proxies, bank))
+    tensors = loss.stored_tensors(bank_optimizer)
+    bad = all_gather_object(context, _together(context, "numbers", _non_finite, engine, weights, tensors))
     for rank, names in enumerate(bad):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -309,8 +306,6 @@ def _take_snapshot(
                 f"expected finite numbers, got NaN or infinity in {', '.join(names[:3])}{more} (on rank {rank}); "
                 "resume from the last checkpoint with a lower learning rate, a longer warm-up or gradient clipping"
             )
-    # Sorted independently of the run's history, so that equal states give equal files.
-    tensors = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: bank[name] for name in sorted(bank)}
     own_weights = weights if context.is_main else {}
     return _Snapshot(
         state=state,
@@ -401,26 +396,24 @@ def _over_classes(tensors: Mapping[str, Tensor], num_classes: int, context: Para
     return {n: as_row_tensor(v, num_classes, context.group) if v.ndim else v for n, v in tensors.items()}
 
 
-def _load_bank(loss: ProxyGMLLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
+def _load_bank(loss: ProxyLoss, optimizer: torch.optim.Optimizer, directory: Path, context: ParallelContext) -> None:
     """Read this rank's rows straight into the parameter and a newly allocated optimizer state.
 
     torch's optimizers allocate their state in the first step. The checkpoint's table of contents lists that state, so
     no such step, with a gradient as large as the bank, is needed.
     """
     contents = run_together(context, BankReader(directory).read_metadata).state_dict_metadata
-    state = {}
-    for name, entry in contents.items():
-        if name.startswith(_STATE_PREFIX):
-            assert isinstance(entry, TensorStorageMetadata)
-            if entry.size:
-                shape, device = (loss.partition.num_local, *entry.size[1:]), loss.proxies.device
-            else:  # a step counter: on the CPU; the optimizer moves it if needed
-                shape, device = (), torch.device("cpu")
-            state[name.removeprefix(_STATE_PREFIX)] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
-    rows = {"proxies": loss.proxies.detach()} | {_STATE_PREFIX + name: value for name, value in state.items()}
-    tensors = _over_classes(rows, loss.partition.num_classes, context)
+    own = loss.stored_tensors()
+    for name in (name for name in contents if name not in own):  # the optimizer's
+        entry = contents[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        shape, device = (loss.partition.num_local, *entry.size[1:]), loss.proxies.device
+        if not entry.size:  # a step counter: on the CPU; the optimizer moves it if needed
+            shape, device = (), torch.device("cpu")
+        own[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
+    tensors = _over_classes(own, loss.partition.num_classes, context)
     dcp.load(tensors, storage_reader=BankReader(directory), process_group=context.group, no_dist=context.group is None)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
+    loss.restore({name: value for name, value in own.items() if name not in loss.stored_tensors()}, optimizer)
 
 
 def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
@@ -471,15 +464,13 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _non_finite(engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]) -> list[str]:
+def _non_finite(engine: Engine, weights: dict[str, Tensor], bank: Mapping[str, Tensor]) -> list[str]:
     """List the tensors with non-finite numbers."""
     fault_point("save.begin")
-    return [name for name, value in _numbers(engine, weights, proxies, bank) if not _is_finite(value)]
+    return [name for name, value in _numbers(engine, weights, bank) if not _is_finite(value)]
 
 
-def _numbers(
-    engine: Engine, weights: dict[str, Tensor], proxies: Tensor, bank: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+def _numbers(engine: Engine, weights: dict[str, Tensor], bank: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor that a run resumes from, with a name for messages."""
     for name, value in weights.items():
         yield f"backbone {name}", value
@@ -489,9 +480,7 @@ def _numbers(
     for state in engine.optimizer.state.values():
         for name, value in state.items():
             yield f"the backbone's {name}", value
-    yield "proxies", proxies
-    for name, value in bank.items():
-        yield f"the proxies' {name}", value
+    yield from bank.items()
 
 
 def _is_finite(value: Any) -> bool:

@@ -12,7 +12,8 @@ match; all others are written again, so the result is identical to that of an un
 Chosen: a fork server for the processes, which forks without the caller's threads and locks; checking only an image's
 header and last bytes, since decoding takes ten times as long as storing. An image without its format's proper end is
 decoded in full, which finds truncated ones. `on_bad="skip"` decodes every image, so that what is kept also decodes in
-training.
+training. What is neither JPEG, PNG nor WebP is stored as PNG, of the pixels that training would see. A photograph that
+a camera stored turned keeps its bytes; the index says that reading turns it, unless the data set is a published one.
 Declined: keeping an interrupted process's partial shard; deciding about unusable images while shards are written,
 because a skipped image shifts all later ids (so `on_bad="skip"` checks every image first).
 """
@@ -46,10 +47,13 @@ from dist_proxygml.data.images import (
     ORIENTATION_TAG,
     UPRIGHT,
     image_extension,
+    is_cut,
     opened,
     orientation,
     read_image_file,
+    rgb_pixels,
     to_rgb,
+    turn,
 )
 from dist_proxygml.data.index import INDEX_FILE, JOURNAL_FILE, open_index, read_index, write_index
 from dist_proxygml.data.shards import ListedShard, ShardSample, list_shard, sample_key, shard_name, write_shard
@@ -59,7 +63,7 @@ _FORMAT = 2  # of the shards' bytes; raising it invalidates shards of earlier ve
 _IMAGES_PER_WORKER = 1000  # starting a process takes about as long as storing these
 _MAX_WORKERS = 8
 _NUM_SHOWN = 20
-_LAST_BYTES = {"jpg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
+_KEPT_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 
 _SHARD = re.compile(r"[^.]+-\d{6}\.tar")
 _TABLE = re.compile(r"index\.((samples|cameras)\..+\.npy|classes\..+\.jsonl|pairs\..+\.tsv|json)")
@@ -88,6 +92,8 @@ class BuildResult(NamedTuple):
     skipped: list[UnusableImage]
     already_there: bool  # the folder held this build; nothing was written
     num_turned: int = 0  # images with an EXIF orientation other than upright
+    is_upright: bool = False  # they are turned when they are read
+    reencoded: Mapping[str, int] = {}  # images by format that are stored as PNG
     lost_classes: tuple[str, ...] = ()  # none of whose images could be used
 
 
@@ -97,6 +103,7 @@ class _ShardTask(NamedTuple):
     images: list[SourceImage]
     labels: list[int]
     resize: int | None
+    upright: bool
     known: Mapping[str, Any] | None  # the journal's line
 
 
@@ -123,8 +130,9 @@ def build_shards(
     """Write all splits of a data set as shuffled shards and, last, an index.
 
     `resize` re-encodes images whose shorter side is longer than that many pixels (JPEG, quality 95), and those that are
-    neither JPEG nor PNG. `on_bad="skip"` skips unusable images and lists them in the index. `workers` is the number of
-    writing processes; 1 is this one. The bytes depend neither on `workers` nor on interruptions.
+    neither JPEG nor PNG; without it what is neither JPEG, PNG nor WebP becomes PNG. `on_bad="skip"` skips unusable
+    images and lists them in the index. `workers` is the number of writing processes; 1 is this one. The bytes depend
+    neither on `workers` nor on interruptions.
 
     With `overwrite` all images are checked before a finished build is deleted.
 
@@ -178,20 +186,34 @@ def build_shards(
             _remove(out, _TEMPORARY)  # of processes that were killed, now or in an earlier build
         build = {
             **settings,
+            **dataset.build,
             "source_sha256": source,
             "skipped": [{"split": i.split, "name": i.name, "reason": i.reason} for i in skipped],
         }
-        num_turned = sum(listed.num_turned for listed in built.values())
-        if num_turned:
-            build["num_turned"] = num_turned
+        counted = Counter[str]()
+        for listed in built.values():
+            counted.update(listed.counted)
+        if reencoded := {name: counted[name] for name in sorted(counted) if name not in ("turned", "upright")}:
+            build["reencoded"] = reencoded
+        if counted["turned"]:
+            build["num_turned"] = counted["turned"]
+        if counted["upright"]:
+            build["exif"] = "applied"
         shards = {split: [(f, built[f]) for f in sorted(built) if f.rpartition("-")[0] == split] for split in classes}
         pairs = {split: _pair_ids(dataset, split, seed=seed) for split in dataset.pairs}
         for split, pairs_n4 in pairs.items():
             if len(pairs_n4) < len(dataset.pairs[split]):
                 build.setdefault("pairs_left_out", {})[split] = len(dataset.pairs[split]) - len(pairs_n4)
         write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes, pairs=pairs)
-    return BuildResult(
-        len(built), num_kept, skipped, already_there=False, num_turned=num_turned, lost_classes=lost_classes
+    result = BuildResult(len(built), num_kept, skipped, already_there=False, lost_classes=lost_classes)
+    return _as_recorded(result, build)
+
+
+def _as_recorded(result: BuildResult, build: Mapping[str, Any]) -> BuildResult:
+    return result._replace(
+        num_turned=build.get("num_turned", 0),
+        is_upright=build.get("exif") == "applied",
+        reencoded=build.get("reencoded", {}),
     )
 
 
@@ -240,7 +262,7 @@ def _already_there(
         num_shards = sum(len(open_index(out, split).shards) for split in read_index(out)[0]["splits"])
     except ValueError as problem:
         raise ValueError(f"{out} already holds this build, but damaged: {problem}; or {_OVERWRITE}") from problem
-    return BuildResult(num_shards, 0, [], already_there=True, num_turned=finished.get("num_turned", 0))
+    return _as_recorded(BuildResult(num_shards, 0, [], already_there=True), finished)
 
 
 def source_sha256(dataset: SourceDataset) -> str:
@@ -399,7 +421,8 @@ def _shard_tasks(
             file = shard_name(split, first // samples_per_shard)
             part = images[first : first + samples_per_shard]
             labels = [label_of[image.source_id] for image in part]
-            yield _ShardTask(out / file, first, part, labels, resize, journal.lines.get(file))
+            known = journal.lines.get(file)
+            yield _ShardTask(out / file, first, part, labels, resize, dataset.is_upright, known)
 
 
 def _build_all(
@@ -458,8 +481,10 @@ class _UnusableImagesError(Exception):
 
 def _fingerprint(task: _ShardTask) -> str:
     """Hash everything that a shard's bytes depend on."""
-    program = PIL.__version__ if task.resize is not None else None  # encoders differ in their bytes
-    digest = hashlib.sha256(_json([_FORMAT, task.first_id, task.resize, program]))
+    kept = all(image.name.lower().endswith(_KEPT_SUFFIXES) for image in task.images)
+    program = None if kept and task.resize is None else PIL.__version__  # encoders differ in their bytes
+    upright = ["upright"] if task.upright else []  # published sets keep the fingerprint that they had
+    digest = hashlib.sha256(_json([_FORMAT, task.first_id, task.resize, program, *upright]))
     for image, label in zip(task.images, task.labels, strict=True):
         state: list[Any]
         if isinstance(image.content, bytes):
@@ -467,7 +492,7 @@ def _fingerprint(task: _ShardTask) -> str:
         else:
             file, *part = image.content if isinstance(image.content, FileSlice) else (image.content,)
             try:
-                status = file.stat()
+                status = os.stat(file)
             except OSError:
                 state = [str(file), *part]  # reading it will report what is wrong
             else:
@@ -481,52 +506,70 @@ def _samples(task: _ShardTask) -> Iterator[ShardSample]:
     unusable = []
     for sample_id, (image, label) in enumerate(zip(task.images, task.labels, strict=True), start=task.first_id):
         try:
-            payload, extension, (width, height), turned = _load(image, resize=task.resize)
+            payload, extension, about = _load(image, resize=task.resize, upright=task.upright)
         except ValueError as problem:
             unusable.append(_unusable(image, problem))
             continue
         if unusable:
             continue  # check the rest without writing
-        info = {
+        names = {
             "source": image.name,
             "source_id": image.source_id,
             "class_name": image.class_name,
             "split": image.split,
-            "width": width,
-            "height": height,
-            **({"orientation": turned} if turned != UPRIGHT else {}),
-            **image.info,
         }
+        info = {**image.info, **names, **about}
         yield ShardSample(sample_key(image.split, sample_id), extension, payload, label, info)
     if unusable:
         raise _UnusableImagesError(unusable)
 
 
-def _load(image: SourceImage, *, resize: int | None, decode: bool = False) -> tuple[bytes, str, tuple[int, int], int]:
-    """Return the image file for the shard, its extension, (width, height) and EXIF orientation, which is kept.
+def _load(
+    image: SourceImage, *, resize: int | None, upright: bool, decode: bool = False
+) -> tuple[bytes, str, dict[str, Any]]:
+    """Return the image file for the shard, its extension, and what its JSON says of it: width and height as training
+    sees it, EXIF orientation if it has one, former format if that was none of a shard's.
 
     Raises ValueError with the reason.
     """
     payload = _read(image.content)
     extension = image_extension(payload)
-    with opened(payload) as picture:
+    about: dict[str, Any] = {}
+    with opened(payload, upright=upright, avif=True) as picture:
         size, turned = picture.size, orientation(picture)
-        if resize is not None and (min(size) > resize or extension is None):
+        if turned != UPRIGHT:
+            about["orientation"] = turned
+        if resize is not None and (min(size) > resize or extension not in ("jpg", "png")):
             small = to_rgb(picture)
             factor = min(1.0, resize / min(small.size))
             size = (max(1, round(small.width * factor)), max(1, round(small.height * factor)))
             payload, extension = _as_jpeg(small.resize(size, Image.Resampling.LANCZOS), turned), "jpg"
-        elif decode or (extension is not None and not payload.endswith(_LAST_BYTES[extension])):  # probably truncated
+        elif extension is None:
+            about["reencoded"] = picture.format
+            pixels_hw3 = rgb_pixels(picture)
+            if upright:
+                pixels_hw3 = turn(pixels_hw3, turned)
+            size = (pixels_hw3.shape[1], pixels_hw3.shape[0])
+            payload, extension = _as_png(Image.fromarray(pixels_hw3)), "png"
+        elif decode or is_cut(payload):
             picture.load()
-    if extension is None:
-        raise ValueError("neither JPEG nor PNG; convert it, or pass --resize to re-encode")
-    return payload, extension, size, turned
+    if upright and turned != UPRIGHT:
+        about["exif"] = "applied"
+        if turned >= 5 and "reencoded" not in about:
+            size = size[::-1]
+    return payload, extension, {**about, "width": size[0], "height": size[1]}
 
 
-def _read(content: Path | bytes | FileSlice) -> bytes:
+def _as_png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _read(content: Path | str | bytes | FileSlice) -> bytes:
     if isinstance(content, FileSlice):
         return read_image_file(content.file, offset=content.offset, num_bytes=content.num_bytes)
-    return read_image_file(content) if isinstance(content, Path) else content
+    return content if isinstance(content, bytes) else read_image_file(Path(content))
 
 
 def _as_jpeg(picture: Image.Image, turned: int) -> bytes:
@@ -543,6 +586,7 @@ def _as_jpeg(picture: Image.Image, turned: int) -> bytes:
 class _CheckTask(NamedTuple):
     images: list[SourceImage]
     resize: int | None
+    upright: bool
     decode: bool
 
 
@@ -551,7 +595,10 @@ def _unusable_images(
 ) -> list[UnusableImage]:
     """Find the images that cannot become samples, sorted by split and name."""
     step = 500
-    tasks = (_CheckTask(dataset.images[i : i + step], resize, decode) for i in range(0, len(dataset.images), step))
+    tasks = (
+        _CheckTask(dataset.images[i : i + step], resize, dataset.is_upright, decode)
+        for i in range(0, len(dataset.images), step)
+    )
     found: list[UnusableImage] = []
     with (
         _progress(f"checking {dataset.name}", len(dataset.images), quiet) as bar,
@@ -567,14 +614,14 @@ def _check(task: _CheckTask) -> tuple[int, list[UnusableImage]]:
     unusable = []
     for image in task.images:
         try:
-            _load(image, resize=task.resize, decode=task.decode)
+            _load(image, resize=task.resize, upright=task.upright, decode=task.decode)
         except ValueError as problem:
             unusable.append(_unusable(image, problem))
     return len(task.images), unusable
 
 
 def _unusable(image: SourceImage, problem: ValueError) -> UnusableImage:
-    where = str(image.content) if isinstance(image.content, Path) else image.name
+    where = image.name if isinstance(image.content, bytes | FileSlice) else str(image.content)
     return UnusableImage(image.split, image.name, where, str(problem))
 
 

@@ -9,12 +9,17 @@ Each layout has a reader in a file of its own: `published`, `imagefolder`, `tabl
 dead links), unpacking, and reading any pixels here.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm"}
+)
+
+USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
 
 # Images and classes of each split (Wah et al. 2011; Krause et al. 2013; Oh Song et al. 2016; Liu et
 # al. 2016; Zheng et al. 2015; Wei et al. 2018).
@@ -54,7 +59,8 @@ class SourceImage:
     source_id: int | str  # the class's id in the source; labels follow its order
     class_name: str
     name: str  # the image's path or name in the source
-    content: Path | bytes | FileSlice  # path of the image file, its bytes, or where they are
+    # The path of the image file (a str takes less memory), its bytes, or where they are.
+    content: Path | str | bytes | FileSlice
     info: Mapping[str, Any] = field(default_factory=dict)  # metadata for the sample's JSON
 
 
@@ -67,6 +73,8 @@ class SourceDataset:
     # Groups of splits with one label space; the classes of all others must be disjoint.
     shared_classes: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()  # what was skipped and how the folder was interpreted, a line each
+    build: Mapping[str, Any] = field(default_factory=dict)  # choices of the reader for the index to record
+    is_upright: bool = False  # EXIF orientation is applied; never to published sets, nor in all numbers on them
     pairs: Mapping[str, Sequence[SourcePair]] = field(default_factory=dict)  # of the splits that are verification sets
 
     def label_space(self, split: str) -> tuple[str, ...]:
@@ -82,15 +90,18 @@ def finish(
     allow_partial: bool,
     allow_seen_classes: bool = False,
     shared_classes: tuple[tuple[str, ...], ...] = (),
+    place: Callable[[int], str] | None = None,
 ) -> SourceDataset:
-    """Check names, files, counts and that classes are disjoint."""
-    _check_names(images, root)
+    """Check names, files, counts and that classes are disjoint; `place` says where an image is listed, for messages."""
+    _check_names(images, root, place)
     on_disk = [_on_disk(image) for image in images]
-    missing = [image for image, there in zip(images, on_disk, strict=True) if there is None]
+    missing = [number for number, image in enumerate(on_disk) if image is None]
     if missing and not allow_partial:
+        places = "".join(f"\n  {place(number)}: {images[number].name}" for number in missing[:20]) if place else ""
+        first, separator = (f":{places}", "\n") if places else (f" {images[missing[0]].name}", "; ")
         raise ValueError(
             f"{len(missing)} of the {len(images)} images that {root} lists are missing or no files (links to nowhere, "
-            f"pipes), first {missing[0].name}; unpack it again, or pass --allow-partial to leave them out"
+            f"pipes), first{first}{separator}unpack it again, or pass --allow-partial to leave them out"
         )
     notes = (f"{len(missing)} listed images are not there and were left out (--allow-partial)",) if missing else ()
     dataset = SourceDataset(name, [image for image in on_disk if image is not None], shared_classes, notes)
@@ -133,7 +144,8 @@ def check_classes(dataset: SourceDataset, *, allow_seen: bool = False) -> None:
             raise ValueError(
                 f"class {image.source_id} ({image.class_name}) is in {'/'.join(known_space)} and "
                 f"in {image.split}, but retrieval is measured on classes that training never saw; move all its images "
-                "to one side, or pass --allow-seen-classes if the test images are new ones of trained classes"
+                "to one side, divide a table's classes anew with --split-classes, or pass --allow-seen-classes if the "
+                "test images are new ones of trained classes"
             )
         if known_name != image.class_name:
             raise ValueError(
@@ -141,11 +153,12 @@ def check_classes(dataset: SourceDataset, *, allow_seen: bool = False) -> None:
             )
 
 
-def _check_names(images: Sequence[SourceImage], root: Path) -> None:
+def _check_names(images: Sequence[SourceImage], root: Path, place: Callable[[int], str] | None) -> None:
     seen = set()
-    for image in images:
+    for number, image in enumerate(images):
         if image.name in seen:
-            raise ValueError(f"{root} lists {image.name} twice; unpack the download again")
+            listed = f"{place(number)} lists" if place else f"{root} lists"
+            raise ValueError(f"{listed} {image.name} twice; unpack the download again, or remove one")
         seen.add(image.name)
         if image.name.startswith("/") or ".." in image.name.split("/"):
             raise ValueError(f"{root} lists {image.name}, which leads out of it; unpack the download again")
@@ -153,12 +166,11 @@ def _check_names(images: Sequence[SourceImage], root: Path) -> None:
 
 def _on_disk(image: SourceImage) -> SourceImage | None:
     """Return the image with an existing path, where a copy has `.jpg` for the list's `.JPG` or vice versa."""
-    if not isinstance(image.content, Path) or image.content.is_file():
+    if isinstance(image.content, bytes | FileSlice) or os.path.isfile(image.content):
         return image
-    for suffix in (image.content.suffix.lower(), image.content.suffix.upper()):
-        if image.content.with_suffix(suffix).is_file():
-            return replace(image, content=image.content.with_suffix(suffix))
-    return None
+    stem, suffix = os.path.splitext(image.content)
+    there = next((path for path in (stem + suffix.lower(), stem + suffix.upper()) if os.path.isfile(path)), None)
+    return None if there is None else replace(image, content=there)
 
 
 def is_hidden(name: str) -> bool:

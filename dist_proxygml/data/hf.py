@@ -2,7 +2,7 @@
 
 Each row has an image, kept as the bytes of its file, and a class: a ClassLabel with its names, a number or a text.
 Splits keep their names where train shares no class with the others; the usual division of classification sets, where
-each class trains and tests, is refused, and `num_train_classes` divides the classes of all splits instead.
+each class trains and tests, takes `allow_seen_classes`, or a `split` of the classes of all of them.
 
 Chosen: `datasets` opens, downloads and describes; the bytes of an image are then found in its mapped Arrow file by the
 address of their buffer, so that every writing process reads them there by offset, without `datasets` and without a
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dist_proxygml.data.class_split import HALF, ClassSplit, notes_of_split, split_by_class
 from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage, check_classes
 
 _SAVED = ("dataset_dict.json", "state.json")  # of a folder of save_to_disk
@@ -35,7 +36,8 @@ def read_hf(
     *,
     columns: Mapping[str, str] | None = None,
     allow_partial: bool = False,
-    num_train_classes: int | None = None,
+    allow_seen_classes: bool = False,
+    split: ClassSplit = HALF,
 ) -> SourceDataset:
     """Read a folder of `save_to_disk`, or the data set `NAME` or `NAME:CONFIGURATION` of the hub.
 
@@ -43,8 +45,8 @@ def read_hf(
         root: folder or name.
         columns: names of the columns image and label.
         allow_partial: leave out rows without an image or a class.
-        num_train_classes: the first of all classes, in the order of their numbers or names, train, the others test;
-            None: the data set's own splits, and half of the classes where it has only one.
+        allow_seen_classes: let splits share classes.
+        split: division of the classes of a data set with one split; if it says how many train, of all splits together.
 
     Raises ValueError if there is no such data set or column, or naming the row that cannot be used.
     """
@@ -54,9 +56,9 @@ def read_hf(
         raise ValueError(f"--columns: expected {', '.join(_USUAL_COLUMNS)}, got {unknown[0]!r}; write image=COLUMN")
     images: list[SourceImage] = []
     num_left_out = 0
-    splits = _open(root)
-    for split, table in splits.items():
-        for image in _images(root, split, table, columns):
+    tables = _open(root)
+    for name, table in tables.items():
+        for image in _images(root, name, table, columns):
             if not isinstance(image, str):
                 images.append(image)
             elif not allow_partial:
@@ -65,14 +67,19 @@ def read_hf(
                 num_left_out += 1
     if not images:
         raise ValueError(f"{root} has no rows with an image and a class; name another data set")
-    if num_train_classes is not None or len(splits) == 1:
-        images = _divided(root, images, num_train_classes)
-    notes = (f"{num_left_out} rows without an image or a class were left out",) if num_left_out else ()
-    dataset = SourceDataset("hf", images, (("query", "gallery"),), notes)
+    notes = [f"{num_left_out} rows without an image or a class were left out"] if num_left_out else []
+    record: dict[str, Any] = {}
+    if split.train is not None or len(tables) == 1:
+        split_of, record = split_by_class((image.source_id for image in images), split, where=f"found in {root}")
+        images = [replace(image, split=split_of(image.source_id)) for image in images]
+        notes += notes_of_split(record)
+    dataset = SourceDataset("hf", images, (("query", "gallery"),), tuple(notes), build=record)
     try:
-        check_classes(dataset)
+        check_classes(dataset, allow_seen=allow_seen_classes)
     except ValueError as problem:
-        raise ValueError(f"{root}: {problem}; --split-classes N divides the classes of all splits anew") from None
+        raise ValueError(
+            f"{root}: {problem}; or divide the classes of all splits anew with --split-classes N"
+        ) from None
     return dataset
 
 
@@ -195,13 +202,3 @@ def _places(where: str, file: _File, column: Any) -> list[tuple[int, int] | None
         (start, end - start) if one else None
         for start, end, one in zip(starts[:-1], starts[1:], is_there.tolist(), strict=True)
     ]
-
-
-def _divided(root: str, images: list[SourceImage], num_train: int | None) -> list[SourceImage]:
-    """The images with the first classes in the split train, the others in test."""
-    classes = sorted({image.source_id for image in images}, key=lambda i: (isinstance(i, str), i))
-    num_train = len(classes) // 2 if num_train is None else num_train
-    if not 0 < num_train < len(classes):
-        raise ValueError(f"{root} has {len(classes)} classes, of which {num_train} would train; both sides need one")
-    train = set(classes[:num_train])
-    return [replace(image, split="train" if image.source_id in train else "test") for image in images]

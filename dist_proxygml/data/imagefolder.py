@@ -1,14 +1,26 @@
-"""Folders of images: `root/SPLIT/CLASS/image` or `root/CLASS/image`."""
+"""Folders of images: `root/SPLIT/CLASS/image` or `root/CLASS/image`.
+
+Links inside the folder are followed, others only below `follow_links`, since what lies there becomes part of shards
+that are passed on. No folder is read twice, whatever links lead to it.
+"""
 
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from dist_proxygml.data.datasets import IMAGE_SUFFIXES, SourceDataset, SourceImage, finish, is_hidden, listing
-
-_USUAL_SPLITS = frozenset({"train", "test", "val", "query", "gallery"})
+from dist_proxygml.data.class_split import HALF, ClassSplit, notes_of_split, split_by_class
+from dist_proxygml.data.datasets import (
+    IMAGE_SUFFIXES,
+    USUAL_SPLITS,
+    SourceDataset,
+    SourceImage,
+    finish,
+    is_hidden,
+    listing,
+)
 
 
 def read_imagefolder(
@@ -17,42 +29,43 @@ def read_imagefolder(
     allow_partial: bool = False,
     allow_empty: bool = False,
     allow_seen_classes: bool = False,
-    num_train_classes: int | None = None,
+    split: ClassSplit = HALF,
+    follow_links: Sequence[Path] = (),
 ) -> SourceDataset:
     """Read folders of images: `root/SPLIT/CLASS/*` with a split named train and at least one other, or
     `root/CLASS/*`; folders inside a class belong to it. Common split names match in any case (`Train`).
 
-    Without splits the first `num_train_classes` classes in sorted order train and the others test;
-    None means half of them, and with all of them there is no other split. With that number a folder `train` is an
-    ordinary class, unless another folder has the name of a split. Splits share classes only with `allow_seen_classes`.
-    Links out of `root`, links to folders and class folders without an image are refused (the last not with
-    `allow_partial` or `allow_empty`); hidden files are ignored, other non-image files are counted.
+    The splits query and gallery share their classes, others only with `allow_seen_classes`. Without splits `split`
+    divides the classes; if it says how many train, a folder `train` is an ordinary class, unless another folder has the
+    name of a split. Links out of `root` and links to folders are refused unless they lead below one of `follow_links`,
+    class folders without an image unless `allow_partial` or `allow_empty`; hidden files are ignored, other non-image
+    files are counted.
     """
     root = Path(os.path.realpath(root))
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; point --root at a folder of class folders")
     split_of = {}  # top folder -> split
     for folder in sorted(path.name for path in root.iterdir() if path.is_dir()):
-        split_of[folder] = folder.lower() if folder.lower() in _USUAL_SPLITS else folder
-    twice = [folder for folder, split in split_of.items() if list(split_of.values()).count(split) > 1]
+        split_of[folder] = folder.lower() if folder.lower() in USUAL_SPLITS else folder
+    twice = [folder for folder, name in split_of.items() if list(split_of.values()).count(name) > 1]
     own_split = "train" in split_of.values()
-    if num_train_classes is not None and len(_USUAL_SPLITS & set(split_of.values())) < 2:
+    if split.train is not None and len(USUAL_SPLITS & set(split_of.values())) < 2:
         own_split = False
     if own_split and twice:
         raise ValueError(f"{root} has two folders of one split, {twice[0]} and {twice[1]}; merge them")
-    if own_split and num_train_classes is not None:
+    if own_split and split.train is not None:
         raise ValueError(f"{root} has its own split (a folder train), so --split-classes cannot be given; leave it out")
     images: list[SourceImage] = []
     others: dict[str, list[str]] = {}  # class folder -> its non-image files; "" for those in no class folder
     num_levels = 1 + own_split
-    for name in _files_below(root):
+    for name in _Tree(root, follow_links).files():
         *folders, file = name.split("/")
         is_image = os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
         if not is_image or len(folders) < num_levels:
             others.setdefault("/".join(folders[:num_levels]) if len(folders) >= num_levels else "", []).append(file)
             continue
-        split, class_name = (split_of[folders[0]], folders[1]) if own_split else ("", folders[0])
-        images.append(SourceImage(split, class_name, class_name, name, root / name))
+        split_name, class_name = (split_of[folders[0]], folders[1]) if own_split else ("", folders[0])
+        images.append(SourceImage(split_name, class_name, class_name, name, f"{root}/{name}"))
     splits = {image.split for image in images}
     if own_split and (not images or (not allow_partial and (len(splits) < 2 or "train" not in splits))):
         raise ValueError(
@@ -77,28 +90,26 @@ def read_imagefolder(
             f"{len(left_out)} files were left out: no images by their suffix, or in no class folder: "
             f"{_by_suffix(left_out)}"
         )
-    if own_split and not splits <= _USUAL_SPLITS:
+    if own_split and not splits <= USUAL_SPLITS:
         notes.append(
             f"train is taken for a split, so {', '.join(sorted(splits))} are splits; where they are classes, pass "
             "--split-classes N, of which N train"
         )
+    record: dict[str, Any] = {}
     if not own_split:
-        classes = sorted({image.class_name for image in images})
-        num_train = len(classes) // 2 if num_train_classes is None else num_train_classes
-        if not 0 < num_train <= len(classes) or (num_train_classes is None and len(classes) < 2):
-            raise ValueError(
-                f"{root} has {len(classes)} classes with images, of which {num_train} would train; expected at least "
-                f"one, and one to test unless --split-classes names them all. Found {listing(root)}; expected "
-                "SPLIT/CLASS/image or CLASS/image"
-            )
-        train = set(classes[:num_train])
-        images = [replace(image, split="train" if image.class_name in train else "test") for image in images]
-        if num_train == len(classes):
-            notes.append("all classes train, so there is no test split: train with data.test_split=null")
+        where = f"found {listing(root)} in {root}, expected SPLIT/CLASS/image or CLASS/image"
+        split_of_class, record = split_by_class((image.source_id for image in images), split, where=where)
+        images = [replace(image, split=split_of_class(image.source_id)) for image in images]
     dataset = finish(
-        "imagefolder", images, root=root, allow_partial=allow_partial, allow_seen_classes=allow_seen_classes
+        "imagefolder",
+        images,
+        root=root,
+        allow_partial=allow_partial,
+        allow_seen_classes=allow_seen_classes,
+        shared_classes=(("query", "gallery"),),
     )
-    return replace(dataset, notes=(*dataset.notes, *notes))
+    notes += notes_of_split(record)
+    return replace(dataset, notes=(*dataset.notes, *notes), build=record, is_upright=True)
 
 
 def _class_folders(root: Path, num_levels: int) -> Iterator[str]:
@@ -116,24 +127,46 @@ def _by_suffix(files: Sequence[str]) -> str:
     return (shown or "empty") + (", ..." if len(counts) > 5 else "")
 
 
-def _files_below(root: Path, folder: str = "") -> Iterator[str]:
-    """Yield the path from `root` of every non-hidden file below it, in sorted order."""
-    with os.scandir(root / folder) as listing:
-        entries = sorted(listing, key=lambda entry: entry.name)
-    for entry in entries:
-        name = f"{folder}{entry.name}"
-        if is_hidden(entry.name):
-            continue
-        if entry.is_symlink():
-            if not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                raise ValueError(f"{entry.path} is a link out of {root}; copy the file, or point --root higher up")
-            if os.path.isdir(entry.path):
-                raise ValueError(f"{entry.path} is a link to a folder, whose images would count twice; remove it")
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"the name of {entry.path!r} is not UTF-8; rename it") from None
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(root, f"{name}/")
-        else:
-            yield name
+class _Tree:
+    """The files below a folder, and below the folders that links in it lead to."""
+
+    def __init__(self, root: Path, follow_links: Sequence[Path]) -> None:
+        self.root = root
+        self.allowed = [Path(os.path.realpath(folder)) for folder in follow_links]
+        self.entered = {root}
+        self.above: set[Path] = set()  # folders that hold one of those
+
+    def files(self, folder: str = "") -> Iterator[str]:
+        """Yield the path from the root of every file that is not hidden, folder by folder in sorted order."""
+        with os.scandir(self.root / folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            name = f"{folder}{entry.name}"
+            if is_hidden(entry.name):
+                continue
+            if entry.is_symlink():
+                self._check_link(entry.path)
+            try:
+                name.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"the name of {entry.path!r} is not UTF-8; rename it") from None
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                yield from self.files(f"{name}/")
+            else:
+                yield name
+
+    def _check_link(self, path: str) -> None:
+        real = Path(os.path.realpath(path))
+        is_allowed = any(real.is_relative_to(folder) for folder in self.allowed)
+        if not (is_allowed or real.is_relative_to(self.root)):
+            raise ValueError(
+                f"{path} is a link out of {self.root}, to {real}; copy the file, point --root higher up, or let it be "
+                f"followed with --follow-links {real.parent}"
+            )
+        if not os.path.isdir(path):
+            return
+        if not is_allowed or real in self.above or not self.entered.isdisjoint((real, *real.parents)):
+            more = "" if is_allowed or self.allowed else ", or pass --follow-links with the folder that it leads to"
+            raise ValueError(f"{path} is a link to a folder, whose images would count twice; remove it{more}")
+        self.entered.add(real)
+        self.above.update(real.parents)

@@ -1,4 +1,4 @@
-"""Image decoding: JPEG, PNG, BMP, GIF, TIFF, WebP and PPM become uint8 RGB, anything else is a ValueError.
+"""Image decoding: JPEG, PNG, BMP, GIF, TIFF, WebP, PPM and AVIF become uint8 RGB, anything else is a ValueError.
 
     1, L, I;16, I, F, P, CMYK, ...      -> RGB by value (16 bits are divided by 256, not clipped)
     LA, PA, RGBA, P with transparency   -> composited on white
@@ -10,8 +10,10 @@ file of a few kilobytes takes more memory than that.
 Chosen: Pillow opens every image, because it alone reads all modes and reports truncation; the pixels of an ordinary
 JPEG (grey or RGB) come from torchvision, a sixth faster and equal bit for bit. Pillow decodes what torchvision refuses,
 so Pillow alone decides what counts as damaged. Pixels stay in memory as decoded, channels last, which torch crops and
-resizes in half the time; large images are converted a few rows at a time. EXIF orientation is ignored, as in every
-published loader of these benchmarks.
+resizes in half the time; large images are converted a few rows at a time.
+EXIF orientation is applied (`upright`) to images of folders and tables, and never to those of published sets, whose
+loaders all ignore it. AVIF is decoded only from files that the user names (`avif`), never from shards: its header need
+not tell the size of the frame inside, which takes its decoder up to 2.5 GB.
 Declined: patching a damaged image with grey pixels (Pillow's LOAD_TRUNCATED_IMAGES); decoding JPEGs at a half or a
 quarter of their size (the pixels differ, and a crop of half a photograph's area must not be reduced at all).
 """
@@ -23,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -42,7 +44,7 @@ MAX_BYTES = 1 << 30  # of memory for decoding an image, and of an image file
 _STRIP_PIXELS = 1 << 22  # are converted at a time
 ORIENTATION_TAG = 0x0112  # of EXIF
 UPRIGHT = 1  # 2 to 8: turned or mirrored
-_FORMATS = "JPEG, PNG, BMP, GIF, TIFF, WebP or PPM"
+_FORMATS = "JPEG, PNG, BMP, GIF, TIFF, WebP or PPM"  # and AVIF
 # By their first bytes; WebP's come after a size.
 _OPENS: Mapping[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\xff\xd8\xff": JpegImageFile,
@@ -55,23 +57,36 @@ _OPENS: Mapping[bytes, Callable[[io.BytesIO], Image.Image]] = {
 }
 
 
-def decode_image(payload: bytes) -> "torch.Tensor":
-    """Decode an image file to uint8 RGB [3, height, width], channels last in memory.
+def decode_image(payload: bytes, *, upright: bool = False, avif: bool = False) -> "torch.Tensor":
+    """Decode an image file to uint8 RGB [3, height, width], channels last in memory; `upright` turns and mirrors it as
+    its EXIF orientation says, `avif` also takes that format.
 
     Raises ValueError with the decoder's reason if the bytes are empty, damaged, truncated or not an image, or, before
     decoding, if it would take more than MAX_BYTES.
     """
     import torch
 
-    with opened(payload) as image:
+    with opened(payload, upright=upright, avif=avif) as image:
+        turned = orientation(image) if upright else UPRIGHT
+        pixels_3hw = None
         if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
             pixels_3hw = _decode_jpeg(payload)
-            if pixels_3hw is not None:
-                return pixels_3hw
-        return torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1)
+        if pixels_3hw is None:
+            pixels_3hw = torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1)
+        if turned == UPRIGHT:
+            return pixels_3hw
+        return torch.from_numpy(turn(pixels_3hw.permute(1, 2, 0).numpy(), turned)).permute(2, 0, 1)
 
 
-def decode_small(payload: bytes, *, side: int) -> Image.Image:
+def turn(pixels_hw3: np.ndarray, turned: int) -> np.ndarray:
+    """Return pixels as a viewer shows them under an EXIF orientation (CIPA DC-008, tag 0x0112), a copy in memory."""
+    if turned >= 5:
+        pixels_hw3 = pixels_hw3.swapaxes(0, 1)
+    rows, columns = (slice(None, None, -1 if turned in flips else 1) for flips in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return np.ascontiguousarray(pixels_hw3[rows, columns])
+
+
+def decode_small(payload: bytes, *, side: int, upright: bool = False) -> Image.Image:
     """Decode an image file to a small RGB picture for display, at most `side` pixels wide and high.
 
     A JPEG is decoded at the smallest fraction of at least twice that size, several times faster, so these are not the
@@ -79,10 +94,11 @@ def decode_small(payload: bytes, *, side: int) -> Image.Image:
     """
     with opened(payload) as image:
         image.draft(None, (2 * side, 2 * side))
+        turned = orientation(image) if upright else UPRIGHT
         small = to_rgb(image)
         small.load()
     small.thumbnail((side, side))
-    return small
+    return small if turned == UPRIGHT else Image.fromarray(turn(np.asarray(small), turned))
 
 
 def read_image_file(path: Path, *, offset: int = 0, num_bytes: int | None = None) -> bytes:
@@ -111,17 +127,20 @@ def read_image_file(path: Path, *, offset: int = 0, num_bytes: int | None = None
 
 
 @contextmanager
-def opened(payload: bytes) -> Iterator[Image.Image]:
-    """Open an image and read its header; any failure inside the block becomes a ValueError."""
+def opened(payload: bytes, *, upright: bool = False, avif: bool = False) -> Iterator[Image.Image]:
+    """Open an image and read its header; any failure inside the block becomes a ValueError. Its memory is bounded for
+    what `decode_image` does with these arguments.
+    """
     if not payload:
         raise ValueError("the image file is empty (0 bytes)")
-    opens = _opener(payload)
+    opens = _avif_opener() if avif and _is_avif(payload) else _opener(payload)
     if opens is None:
-        raise ValueError(f"the image does not decode: expected {_FORMATS}, got none of them by its first bytes")
+        found = "AVIF, which is read from folders and tables only" if _is_avif(payload) else "none of them"
+        raise ValueError(f"the image does not decode: expected {_FORMATS}, got {found} by its first bytes")
     try:
         # Not through Image.open, which prints a warning about half its limit.
         with opens(io.BytesIO(payload)) as image:
-            num_bytes = _bytes_to_decode(image)
+            num_bytes = _bytes_to_decode(image, is_turned=upright and orientation(image) != UPRIGHT)
             if num_bytes > MAX_BYTES:
                 raise Image.DecompressionBombError(
                     f"{image.width} x {image.height} pixels in mode {image.mode} take {num_bytes:,} bytes to decode, "
@@ -139,9 +158,21 @@ def _opener(payload: bytes) -> Callable[[io.BytesIO], Image.Image] | None:
     return next((opens for start, opens in _OPENS.items() if payload.startswith(start)), None)
 
 
-def _bytes_to_decode(image: Image.Image) -> int:
+def _is_avif(payload: bytes) -> bool:
+    return payload[4:8] == b"ftyp" and (b"avif" in payload[8:64] or b"avis" in payload[8:64])
+
+
+def _avif_opener() -> Callable[[io.BytesIO], Image.Image]:
+    try:
+        from PIL.AvifImagePlugin import AvifImageFile
+    except ImportError:  # older than Pillow 11.3
+        raise ValueError("the image does not decode: AVIF needs Pillow 11.3 or later; install it") from None
+    return AvifImageFile
+
+
+def _bytes_to_decode(image: Image.Image, *, is_turned: bool = False) -> int:
     """Bound the memory of decoding from the header: Pillow's storage of the pixels plus the larger of the decoder's
-    buffers and the RGB result.
+    buffers and the RGB result, and the turned one.
     """
     num_pixels = image.width * image.height
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
@@ -156,7 +187,9 @@ def _bytes_to_decode(image: Image.Image) -> int:
         tags = image.tag_v2
         num_pixels = max(num_pixels, tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0))
         beside = max(beside, stored, max(tags.get(BITSPERSAMPLE, (1,))) * tags.get(SAMPLESPERPIXEL, 1) / 8)
-    return round(num_pixels * (stored + beside))
+    elif image.format == "AVIF":  # planes of 16 bits, with alpha, RGBA and a copy as bytes
+        beside = 16.0
+    return round(num_pixels * (stored + beside + 3 * is_turned))
 
 
 def _decode_jpeg(payload: bytes) -> "torch.Tensor | None":
@@ -178,6 +211,7 @@ def _decode_jpeg(payload: bytes) -> "torch.Tensor | None":
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture to RGB, if it is not; transparent parts become white."""
+    image.load()
     if _is_rgb(image):
         return image
     rgb = Image.new("RGB", image.size)
@@ -188,6 +222,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
     """Return the pixels of a picture, uint8 RGB [height, width, 3]; transparent parts become white."""
+    image.load()  # Pillow turns a TIFF as it says
     pixels_hw3 = np.empty((image.height, image.width, 3), np.uint8)
     for top, strip in _rgb_strips(image):
         pixels_hw3[top : top + strip.height] = np.asarray(strip)
@@ -200,7 +235,6 @@ def _is_rgb(image: Image.Image) -> bool:
 
 def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """Yield the first row and the RGB picture of a few rows at a time, because conversion takes several copies."""
-    image.load()
     # Numbers without a range of their own: to 255, or to 65,535 where any is greater.
     is_wide = image.mode != "F" or np.max(image.getextrema()) > 255
     num_rows = max(1, _STRIP_PIXELS // max(1, image.width))
@@ -232,9 +266,15 @@ def orientation(image: Image.Image) -> int:
 
 
 def image_extension(payload: bytes) -> str | None:
-    """Return "jpg" or "png" by the file's first bytes, None for any other format."""
-    if payload.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if payload.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return None
+    """Return "jpg", "png" or "webp", what shards hold, by the file's first bytes; None for any other format."""
+    return _EXTENSIONS.get(_opener(payload))
+
+
+_EXTENSIONS: Mapping[Any, str] = {JpegImageFile: "jpg", PngImageFile: "png", WebPImageFile: "webp"}
+
+
+def is_cut(payload: bytes) -> bool:
+    """Whether a JPEG, PNG or WebP file probably lacks its end."""
+    if payload.startswith(b"RIFF"):
+        return len(payload) < 8 + int.from_bytes(payload[4:8], "little")
+    return not payload.endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))

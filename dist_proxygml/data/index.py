@@ -45,6 +45,7 @@ INDEX_FILE = "index.json"
 JOURNAL_FILE = "build.unfinished.jsonl"  # of an unfinished build
 INDEX_KIND = "dist-proxygml-index"
 INDEX_VERSION = 2
+_TURNING_VERSION = 3  # where images are turned as they are read, which programs of version 2 would not do
 _NEAR = 16 << 10  # bytes next to an image in which its JSON is searched
 _MAX_HEADER_BYTES = 4096  # of a table that a server sends, before its rows
 _MAX_CLASS_BYTES = 4096  # of its class table, on average
@@ -94,6 +95,7 @@ class ShardIndex:
     remote: ShardCache | None = None  # where the shards come from if not from `root`
     chosen: ChosenClasses | None = None  # None: all classes
     keys_repeat: bool = False  # from shard to shard; within one they never do
+    upright: bool = False  # images are turned as their EXIF orientation says
     cameras: np.ndarray | None = None  # int32 [n], where every sample has one
     num_pairs: int = 0  # of a verification set: `read_pairs`
 
@@ -350,7 +352,7 @@ def open_index(
         raise ValueError(
             f"{root / INDEX_FILE} has the splits {', '.join(sorted(splits))}, not {split!r}; name one of them"
         )
-    return _open_split(root, split, document["dataset"], splits[split], digest, remote)
+    return _open_split(root, split, document, digest, remote)
 
 
 def list_splits(
@@ -402,10 +404,10 @@ def read_index(root: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(
             f"{path} is not a shard index: expected the kind {INDEX_KIND!r}; name a folder built by dist_proxygml.shard"
         )
-    if document.get("version") != INDEX_VERSION:
+    if document.get("version") not in (INDEX_VERSION, _TURNING_VERSION):
         raise ValueError(
-            f"{path} has version {document.get('version')}, this program reads version "
-            f"{INDEX_VERSION}; "
+            f"{path} has version {document.get('version')}, this program reads versions "
+            f"{INDEX_VERSION} and {_TURNING_VERSION}; "
             f"run `python -m dist_proxygml.shard index {root}` or use the program that wrote it"
         )
     garbled = _garbled_field(document)
@@ -426,6 +428,8 @@ def _garbled_field(document: Mapping[str, Any]) -> str | None:
             return name
     if not isinstance(document["build"].get("skipped", []), list):
         return "build.skipped"
+    if document["build"].get("exif") != ("applied" if document["version"] == _TURNING_VERSION else None):
+        return "build.exif"
     for split, entry in document["splits"].items():
         if not isinstance(entry, dict) or not _is_file_name(class_table_name(split)):
             return f"splits.{split}"
@@ -468,8 +472,9 @@ def _is_file_name(value: Any) -> bool:
 
 
 def _open_split(
-    root: Path, split: str, dataset: str, entry: Mapping[str, Any], digest: str, remote: ShardCache | None
+    root: Path, split: str, document: Mapping[str, Any], digest: str, remote: ShardCache | None
 ) -> ShardIndex:
+    entry = document["splits"][split]
     shards = tuple(ShardEntry(s["file"], s["num_samples"], s["bytes"], s["sha256"]) for s in entry["shards"])
     problems = shard_size_problems(root, shards) if remote is None else []
     if problems:
@@ -523,7 +528,7 @@ def _open_split(
     return ShardIndex(
         root,
         split,
-        dataset,
+        document["dataset"],
         num_classes,
         shards,
         entry["class_table_sha256"],
@@ -531,6 +536,7 @@ def _open_split(
         samples,
         remote,
         keys_repeat=entry.get("keys_repeat") is True,
+        upright=document["version"] == _TURNING_VERSION,
         cameras=cameras,
         num_pairs=num_pairs,
     )
@@ -639,7 +645,7 @@ def write_index(
             splits[split]["pairs"] = {**record, "num_pairs": len(pairs[split])}
     document = {
         "kind": INDEX_KIND,
-        "version": INDEX_VERSION,
+        "version": _TURNING_VERSION if build.get("exif") == "applied" else INDEX_VERSION,
         "dataset": dataset,
         "build": dict(build),
         "splits": splits,

@@ -15,6 +15,7 @@ workers) and persistent workers (they keep a transform's old epoch).
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -132,7 +133,7 @@ class ShardImages(Dataset[Batch]):
         """
         if self.cache is not None and (kept := self.cache.get(sample_id)) is not None:
             return kept
-        image = self.read(sample_id, decode_image)
+        image = self.read(sample_id, partial(decode_image, upright=self.index.upright))
         if self.cache is not None:
             self.cache.put(sample_id, image)
         return image

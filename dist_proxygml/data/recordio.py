@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dist_proxygml.data.class_split import ClassSplit, notes_of_split, split_by_class
 from dist_proxygml.data.datasets import FileSlice, SourceDataset, SourceImage
 from dist_proxygml.data.images import MAX_BYTES
 from dist_proxygml.data.published import find_layout
@@ -54,11 +55,11 @@ def read_recordio(
     root: Path,
     *,
     allow_partial: bool = False,
-    num_train_classes: int | None = None,
+    split: ClassSplit | None = None,
     pairs: Sequence[Path] = (),
     quiet: bool = False,
 ) -> SourceDataset:
-    """Read `train.rec` and `train.idx`. All classes train, or the first `num_train_classes`, and the others test.
+    """Read `train.rec` and `train.idx`. All classes train, unless `split` divides them.
 
     `pairs` are verification sets such as `lfw.bin`, where they are or beside `train.rec`; each is a split of its own.
     `allow_partial` leaves out records without an image, and takes fewer than there should be.
@@ -76,11 +77,11 @@ def read_recordio(
     label_n = _labels(path, records)
     classes, class_n = np.unique(label_n, return_inverse=True)
     notes += _compare_property(path, records, label_n, len(classes))
-    num_train = len(classes) if num_train_classes is None else num_train_classes
-    if num_train_classes is not None and not 0 < num_train < len(classes):
-        raise ValueError(f"{path} has {len(classes)} classes, of which {num_train} would train; both sides need one")
-    images = list(_source_images(path, records, classes.tolist(), class_n, num_train))
-    dataset = SourceDataset("recordio", images, notes=tuple(notes))
+    labels = classes.tolist()
+    split_of, record = split_by_class(labels, split or ClassSplit(len(labels)), where=f"found in {path}")
+    notes += [] if pairs else notes_of_split(record)
+    images = list(_source_images(path, records, labels, class_n, [split_of(label) for label in labels]))
+    dataset = SourceDataset("recordio", images, notes=tuple(notes), build=record if split else {})
     return with_pairs(dataset, [one if one.exists() else folder / one for one in pairs])
 
 
@@ -205,10 +206,9 @@ def _compare_property(path: Path, records: _Records, label_n: np.ndarray, num_cl
 
 
 def _source_images(
-    path: Path, records: _Records, classes: list[int], class_n: np.ndarray, num_train: int
+    path: Path, records: _Records, classes: list[int], class_n: np.ndarray, splits: list[str]
 ) -> Iterator[SourceImage]:
     names = [str(one) for one in classes]  # shared: there are millions of images
-    splits = ["train" if label < num_train else "test" for label in range(len(classes))]
     info: dict[str, object] = {}
     joined = 0
     # Columns to lists a block at a time, whose numbers take a multiple of the arrays' memory.

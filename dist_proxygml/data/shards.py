@@ -1,6 +1,6 @@
 """Shards: write a WebDataset tar, list it, read single images from it.
 
-A sample is three adjacent members, `<key>.jpg|png` (the image file), `<key>.cls` (its label in
+A sample is three adjacent members, `<key>.jpg|png|webp` (the image file), `<key>.cls` (its label in
 ASCII) and `<key>.json` (its origin), with key `{split}-{id:08d}`; the id is the sample's
 position in the split's index. Tars are USTAR with time 0 and fixed owner, so the same samples give
 the same bytes on any machine, and any WebDataset reader or `tar` opens them.
@@ -20,7 +20,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -29,7 +29,7 @@ import numpy as np
 
 from dist_proxygml.storage.files import parse_json, publish
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_LABEL = 2**31 - 1  # the range of SAMPLE_DTYPE
 _LEAVE_AFTER = 4 << 20  # buffered bytes of a shard being written
 _END_MARK = 2 * tarfile.BLOCKSIZE  # zero bytes after the last member
@@ -67,7 +67,7 @@ class ListedShard(NamedTuple):
     keys: list[str]
     rows: np.ndarray  # [n] of SAMPLE_DTYPE, with shard 0
     classes: dict[int, tuple[str, int | str]]  # label -> (name, source id)
-    num_turned: int = 0  # whose JSON has an orientation other than upright
+    counted: Mapping[str, int] = {}  # by their JSON: `turned` (EXIF), `upright` (and to be), and former formats
     cameras: tuple[int, ...] = ()  # the camera that the JSON of each sample names, if that of every sample does
 
 
@@ -99,7 +99,8 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
     cameras: list[Any] = []
     digest = hashlib.sha256()
     pattern = _header_pattern()
-    num_bytes = num_leaving = num_turned = 0
+    num_bytes = num_leaving = 0
+    counted = Counter[str]()
     with publish(path, flush_folder=False) as stream:  # the index comes after it
 
         def write(block: bytes) -> None:
@@ -130,12 +131,12 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> ListedShard:
             keys.append(sample.key)
             rows.append((0, sample.label, offset, len(sample.image), zlib.crc32(sample.image)))
             _note_class(path, classes, sample.label, sample.info)
-            num_turned += "orientation" in sample.info
+            _count(counted, sample.info)
             cameras.append(sample.info.get("camera"))
             write(b"".join(parts))
         write(bytes(_END_MARK + -(num_bytes + _END_MARK) % tarfile.RECORDSIZE))
     table = np.array(rows, SAMPLE_DTYPE)
-    return ListedShard(num_bytes, digest.hexdigest(), keys, table, classes, num_turned, _numbers(cameras))
+    return ListedShard(num_bytes, digest.hexdigest(), keys, table, classes, counted, _numbers(cameras))
 
 
 def _numbers(cameras: list[Any]) -> tuple[int, ...]:
@@ -189,19 +190,27 @@ def list_shard(
         samples = _members_by_sample(path, stream, content)
         rows = np.zeros(len(samples), SAMPLE_DTYPE)
         classes: dict[int, tuple[str, int | str]] = {}
-        num_turned = 0
+        counted = Counter[str]()
         cameras = []
         for position, (key, members) in enumerate(samples.items()):
             label, (offset, num_bytes), info = _sample_fields(path, key, members, content)
             image = content[offset : offset + num_bytes]
             rows[position] = (0, label, offset, num_bytes, zlib.crc32(image))
             _note_class(path, classes, label, info)
-            num_turned += "orientation" in info
+            _count(counted, info)
             cameras.append(info.get("camera"))
             if check_image is not None:
                 check_image(key, image, info)
         sha256 = hashlib.sha256(content).hexdigest()
-        return ListedShard(size, sha256, list(samples), rows, classes, num_turned, _numbers(cameras))
+        return ListedShard(size, sha256, list(samples), rows, classes, counted, _numbers(cameras))
+
+
+def _count(counted: Counter[str], info: Mapping[str, Any]) -> None:
+    """Count what the index says of all images together, by the JSON of one."""
+    counted["turned"] += "orientation" in info
+    counted["upright"] += info.get("exif") == "applied"
+    if "reencoded" in info:
+        counted[str(info["reencoded"])] += 1
 
 
 def _no_tar(content: mmap.mmap, problem: Exception) -> str:

@@ -4,7 +4,7 @@
     open_source("shards/sop", split="test")    every image of the split, in the order of its index
 
 Both yield batches in a fixed order for any number of loading processes, name unusable images, and find an image by its
-record, to show it. Images are decoded as in training and evaluation.
+record, to show it. Images are decoded as in training and evaluation, those of a folder upright (EXIF orientation).
 Chosen: a folder needs no labels and no layout; links are followed, each real folder once.
 Declined: interpreting folder names as classes, since many folders are only folders.
 """
@@ -144,6 +144,7 @@ class FolderSource:
             "location": str(self.root.resolve()),
             "num_images": self.num_images,
             "listing_sha256": digest.hexdigest(),
+            "exif": "applied",
         }
 
     def record(self, number: int) -> ImageRecord:
@@ -207,13 +208,13 @@ class FolderImages:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """Decode an image file, uint8 RGB [3, h, w].
+    """Decode an image file, uint8 RGB [3, h, w], as viewers show it (EXIF orientation).
 
     Raises:
         ValueError: it cannot be read or is not an image; the message names it.
     """
     try:
-        return decode_image(read_image_file(path))
+        return decode_image(read_image_file(path), upright=True, avif=True)
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
 

@@ -49,6 +49,7 @@ from dist_proxygml.data.shards import (
 )
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.data.workers import WorkerLoader, ready_to_leave
+from dist_proxygml.storage.files import parse_json
 
 _NUM_TRIED = 100  # unusable samples before a stream without any usable one is given up
 
@@ -250,7 +251,7 @@ class _StreamImages(IterableDataset[Batch | str]):
             reason = f"has the label {str(label)!r}; expected 0 to {self.num_classes - 1}, by data.num_classes"
             raise _UnusableError(url, name, "with a wrong label", reason)
         try:
-            return decode_image(payload), label
+            return decode_image(payload, upright=_is_upright(sample)), label
         except ValueError as problem:
             raise _UnusableError(url, name, "that cannot be decoded", str(problem)) from problem
 
@@ -292,6 +293,15 @@ class _UnusableError(ValueError):
         self.url = url
         self.kind = kind  # for counts
         self.damage = Damage(image, reason)
+
+
+def _is_upright(sample: Mapping[str, Any]) -> bool:
+    """Whether a shard of `build` says that its image is turned as it is read."""
+    text = sample.get("json", b"")
+    try:
+        return b'"exif"' in text and parse_json(text).get("exif") == "applied"
+    except (ValueError, AttributeError):
+        return False
 
 
 def _end(stream: IO[bytes] | Pipe, *, to_its_end: bool) -> int:

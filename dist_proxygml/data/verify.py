@@ -94,11 +94,15 @@ def index_shards(root: Path, *, quiet: bool = False) -> list[str]:
     expected = _previous_sha256(previous)
     changed = [f for files in shards.values() for f, listed in files if expected.get(f, listed.sha256) != listed.sha256]
     dataset, build = previous.get("dataset"), previous.get("build")
+    build = build if isinstance(build, dict) else {"layout": "unknown"}
+    build.pop("exif", None)
+    if any(listed.counted.get("upright") for files in shards.values() for _, listed in files):
+        build["exif"] = "applied"  # by `build`, whatever has become of its index
     pairs = {split: _same_pairs(root, split, changed) for split in classes if (root / pair_table_name(split)).exists()}
     write_index(
         root,
         dataset=dataset if isinstance(dataset, str) else root.resolve().name,
-        build=build if isinstance(build, dict) else {"layout": "unknown"},
+        build=build,
         shards={split: shards[split] for split in classes},
         classes=classes,
         keys_repeat=[split for split, parts in key_hashes.items() if _repeat(np.concatenate(parts))],
@@ -191,7 +195,7 @@ def _shard_problems(index: ShardIndex, number: int, bar: tqdm) -> list[str]:
     def check(key: str, image: bytes, info: Mapping[str, Any]) -> None:
         bar.update()
         try:
-            decode_image(image)
+            decode_image(image, upright=index.upright)
         except ValueError as problem:
             made_of = f" (made of {info['source']})" if "source" in info else ""
             problems.append(f"{path}: sample {key}{made_of}: {problem}")

@@ -118,8 +118,14 @@ def embed_split(
                 "device": context.device.type,
             }
 
-        counts = {"num_images": index.num_samples, "batch_size": batch_size}
-        kept = EmbeddingBlocks(hooks.blocks, index.split, **counts, made_of=made_of, context=context)
+        kept = EmbeddingBlocks(
+            hooks.blocks,
+            index.split,
+            num_images=index.num_samples,
+            batch_size=batch_size,
+            made_of=made_of,
+            context=context,
+        )
         if kept.done and context.is_main:
             hooks.blocks.say(f"{kept.num_done:,} of {index.num_samples:,} images of {index.split} are embedded already")
     loader = build_evaluation_loader(

@@ -1,39 +1,42 @@
-"""ProxyGML over a class-partitioned proxy bank, exact for any number of ranks.
+"""The head: a class-partitioned proxy bank and a classification loss on it, exact for any number of ranks.
 
     S = X P^T                    cosine similarities of images and proxies (both unit rows)
-    kept = top-k of each row     over ALL proxies, always including the row's own N (selection.py)
-    z_c = sum of kept S of class c                                  reverse label propagation
-    nll = log sum_{c with a kept proxy} exp(s*z_c) - s*z_label      masked softmax, mean over the GLOBAL batch
+    competing                    the top-k of each row over ALL proxies, always with the row's own N (selection.py); or
+                                 all proxies; or those of a share of the classes, drawn anew in every step (sampling.py)
+    z_c                          score of class c from its competing similarities (class_scores.py)
+    nll = log sum_c exp(s*z_c) - s*z_label   softmax over competing classes, mean over the GLOBAL batch
+                                 (classification.py); the own class's score less a margin (margins.py)
     total = nll + lambda * regulariser;   the regulariser classifies every proxy against the class sums of all proxies
 
+ProxyGML is top-k with the sum as the score: reverse label propagation and masked softmax. All proxies with a margin are
+CosFace and ArcFace; a drawn share of the classes is PartialFC.
+
 Each rank owns whole classes, so z is local and only vectors of length B cross ranks. There are two routes to the same
-numbers: gather the embeddings and agree on the selection by exchanging "candidates" or by a "histogram"; or "gather"
-the bank and process the rank's own images. Neither S [B, P] nor the logits [B, C] are ever materialised: after the
-selection only the B * k kept pairs remain, and only proxies in a kept pair have a gradient. Declined: gathering the
-logits (B x C on every rank), a one-hot [P, C] matrix for the class sums (a class's N proxies are adjacent).
+numbers: gather the embeddings and, for top-k, agree on the selection by exchanging "candidates" or by a "histogram"; or
+"gather" the bank and process the rank's own images. Neither S [B, P] nor the logits [B, C] are ever materialised.
+Declined: gathering the logits (B x C on every rank), a one-hot [P, C] matrix for the class sums (a class's N proxies
+are adjacent).
 
 Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
-2010.13636).
+2010.13636); An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by
+Partial FC", CVPR 2022 (arXiv 2203.15565).
 
 Dimension key: R rows (images) at hand, b/B images of this rank / over the group, c/C classes, p/P proxies, N proxies
-per class, D embedding, n kept negative pairs, g kept negative classes of all rows, o rows whose class this rank owns;
-lower case is this rank's slice.
+per class, D embedding, s classes of this rank that compete; lower case is this rank's slice.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dist_proxygml.distributed.collectives import (
     AgreedError,
     NonFiniteError,
-    all_reduce_max,
     all_reduce_sum,
     gather_objects,
     gather_rows,
@@ -44,7 +47,10 @@ from dist_proxygml.distributed.collectives import (
     world_size_of,
 )
 from dist_proxygml.distributed.row_tensors import as_row_tensor, own_rows
-from dist_proxygml.head.bank import NORM_FLOOR, Bank, Pairs, build_bank
+from dist_proxygml.head.bank import NORM_FLOOR
+from dist_proxygml.head.choices import Head
+from dist_proxygml.head.classification import KeptPairs, Scoring, Settings, Subgraph, negative_log_likelihood
+from dist_proxygml.head.margins import LengthStatistics
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies
 from dist_proxygml.head.reference import LossTerms
@@ -54,29 +60,18 @@ from dist_proxygml.head.regularizer import (
     regularizer_anchors,
     sampled_proxy_regularizer,
 )
-from dist_proxygml.head.selection import Exchange, num_kept_proxies, select_negatives
-from dist_proxygml.head.similarity import embedding_gradient, pair_similarities, proxy_gradient
+from dist_proxygml.head.sampling import competing_classes, draw_classes, proxies_of
+from dist_proxygml.head.selection import num_kept_proxies
 from dist_proxygml.head.traffic import cheapest_selection
-from dist_proxygml.rules import check_ratio_or_topk, check_sparse_gradient
+from dist_proxygml.rules import check_margin, check_ratio_or_topk, check_search, check_sparse_gradient
 
 # How far from 1 the length of a unit row may be: rounding to bfloat16 changes it by up to 0.4 %.
 _UNIT_TOLERANCE = 0.01
 _OPTIMIZER_PREFIX = "optimizer."
 
 
-class KeptPairs(NamedTuple):
-    """The pairs that a forward pass kept, over the proxies visible to this rank."""
-
-    negatives: Pairs
-    positives: Pairs
-    """N adjacent pairs for each image whose class is visible to this rank."""
-    partition: ClassPartition
-    """Classes of the visible proxies: this rank's, paired with the images of all ranks; or, where the bank was
-    gathered, all classes, paired with this rank's images."""
-
-
-class ProxyGMLLoss(nn.Module):
-    """The ProxyGML loss and this rank's proxies.
+class ProxyLoss(nn.Module):
+    """A classification loss on a partitioned proxy bank, and this rank's proxies.
 
     Without a group it behaves like any other loss: call it with embeddings and labels, call backward, step an
     optimizer on its parameters. With a group, call it on all ranks, each with its own images; it returns the loss of
@@ -92,13 +87,11 @@ class ProxyGMLLoss(nn.Module):
     Args:
         num_classes: C, over all ranks.
         embedding_dim: D.
+        head: which proxies compete, how they make a class's score, margin and scale. Default: ProxyGML.
         proxies_per_class: N.
-        ratio: r in (0, 1]; k = ceil(r*C*N) proxies are kept per image. Default 0.05, unless `topk` is given.
-        topk: k itself, instead of `ratio`.
         regularization_weight: lambda, weight of the proxy regulariser.
         regularization_anchors: number of proxies drawn in each forward pass to estimate the regulariser. Default: all,
             where the class sums fit the memory budget; otherwise as many as the global batch has images.
-        scale: softmax scale s of the classification term; 1 in every published run.
         group: ranks over which the classes are partitioned: a process group, or "world", the default one, which must
             have been initialised; None for this process alone.
         normalize: divide every embedding by its length, in the precision of the proxies; one of length 0 stays 0 and
@@ -106,17 +99,20 @@ class ProxyGMLLoss(nn.Module):
         gradient_reduction: how the data-parallel engine reduces the backbone's gradients over ranks: "mean" (DeepSpeed,
             DDP) or "sum". With "mean" the embeddings' gradient is multiplied by the number of ranks, which the engine
             divides out again.
-        selection: "gather" the bank, exchange "candidates", sum a "histogram", or "auto": whichever moves the fewest
-            bytes for the given batch.
+        selection: how ranks find the top-k: "gather" the bank, exchange "candidates", sum a "histogram", or "auto":
+            whichever moves the fewest bytes for the given batch.
         memory_budget: bytes for similarities during the search; each kept pair takes about 120 bytes in addition.
         matmul_dtype: torch.bfloat16 rounds the inputs of the similarity product; its result, the softmax and all
             gradients keep the precision of the proxies.
         fused: on an NVIDIA GPU, in float32: use kernels (fused.py, needs triton) instead of torch's operators for the
             gradients and, where k is at most 1/32 of a rank's proxies, for a search that never stores the similarities.
+            Top-k only.
         sparse: make `proxies.grad` a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) does, holding
-            only classes with a kept proxy. Not with a regulariser, whose gradient touches every proxy.
+            only classes with a competing proxy. Not where all compete, nor with a regulariser, whose gradients touch
+            every proxy.
         initialization: "published", uniform in +-1/sqrt(C*N), or "unit", random unit vectors.
-        seed: seeds the initial proxies, which do not depend on the number of ranks, and the anchors.
+        seed: seeds the initial proxies, which do not depend on the number of ranks, the anchors and the sampled
+            classes.
 
     Raises:
         ValueError: k <= N (no negative would be kept: loss and gradients would be 0), k > C*N, or a setting out of
@@ -128,21 +124,21 @@ class ProxyGMLLoss(nn.Module):
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
     draw: int
-    """Index of the next draw of anchors; every forward pass increments it. A resumed run sets it."""
+    """Index of the next draw of anchors and classes; every forward pass increments it. A resumed run sets it."""
+    log_scale: nn.Parameter | None
+    """The logarithm of a learned scale, a scalar; the same on every rank, as is its gradient."""
     observer: Callable[[KeptPairs], None] | None
-    """Called with the kept pairs of each forward pass, on every rank; must not change them."""
+    """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them."""
 
     def __init__(
         self,
         num_classes: int,
         embedding_dim: int,
+        head: Head = Head(),  # noqa: B008
         *,
         proxies_per_class: int = 1,
-        ratio: float | None = None,
-        topk: int | None = None,
         regularization_weight: float = 0.0,
         regularization_anchors: int | None = None,
-        scale: float = 1.0,
         group: dist.ProcessGroup | Literal["world"] | None = None,
         normalize: bool = True,
         gradient_reduction: Literal["mean", "sum"] = "mean",
@@ -167,25 +163,36 @@ class ProxyGMLLoss(nn.Module):
             raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
         if not memory_budget > 0:
             raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
+        margin = None if head.margin is None else head.margin.name
+        check_margin(margin, class_score=head.class_score, proxies_per_class=proxies_per_class)
+        check_search(head.negatives, selection=selection, fused=fused)
+        if head.margin is not None and head.margin.needs_lengths and not normalize:
+            raise ValueError(
+                f"expected normalize=True with a margin {head.margin.name!r}, which goes by the embeddings' lengths, "
+                "got False; pass embeddings that are not normalised"
+            )
         if sparse:
             check_sparse_gradient(
+                negatives=head.negatives,
                 selection=selection,
                 regularization_weight=regularization_weight,
                 wanted_by="sparse=True",
                 instead="use sparse=False",
             )
-        if not regularization_weight >= 0 or not scale > 0 or (regularization_anchors or 1) < 1:
+        if not regularization_weight >= 0 or (regularization_anchors or 1) < 1:
             raise ValueError(
-                "regularization_weight must be at least 0, scale above 0 and regularization_anchors at least 1, got "
-                f"{regularization_weight}, {scale} and {regularization_anchors}"
+                "regularization_weight must be at least 0 and regularization_anchors at least 1, got "
+                f"{regularization_weight} and {regularization_anchors}"
             )
         group = group_named(group)
         self.partition = ClassPartition(num_classes, world_size_of(group), rank_in(group))
         self.proxies_per_class = proxies_per_class
-        self.topk = checked_topk(num_classes, proxies_per_class, ratio=ratio, topk=topk)
+        self.head = head
+        self.topk = None
+        if head.negatives == "topk":
+            self.topk = checked_topk(num_classes, proxies_per_class, ratio=head.ratio, topk=head.topk)
         self.regularization_weight = regularization_weight
         self.regularization_anchors = regularization_anchors
-        self.scale = scale
         self.group = group
         self.normalize = normalize
         self.gradient_reduction = gradient_reduction
@@ -201,6 +208,9 @@ class ProxyGMLLoss(nn.Module):
         self.proxies = nn.Parameter(
             initial_proxies(self.partition, proxies_per_class, embedding_dim, seed=seed, initialization=initialization)
         )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(head.scale))) if head.learn_scale else None
+        needs_lengths = head.margin is not None and head.margin.needs_lengths
+        self.length_statistics = LengthStatistics() if needs_lengths else None
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> LossTerms:
         """Compute the loss of the global batch. Called on all ranks, each with any number of images, even none.
@@ -216,8 +226,9 @@ class ProxyGMLLoss(nn.Module):
         """
         row_counts = self._agree_on_rows(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
+            quality_B = self._quality(embeddings, row_counts)
             embeddings = self._unit_rows(embeddings)
-            classification, kept_classes = self._classification(embeddings, labels, row_counts)
+            classification, kept_classes = self._classification(embeddings, labels, quality_B, row_counts)
             total, regularization = classification, classification.new_zeros(())
             if self.regularization_weight > 0:
                 regularization = self._regularization(sum(row_counts))
@@ -231,7 +242,11 @@ class ProxyGMLLoss(nn.Module):
         return LossTerms(total, classification.detach(), regularization.detach(), kept_classes)
 
     def selection_for(self, batch_size: int) -> str:
-        """Return the selection used for a global batch of this size: "gather", "candidates" or "histogram"."""
+        """Return the selection used for a global batch of this size: "gather", "candidates" or "histogram"; "none"
+        where not the top-k competes.
+        """
+        if self.topk is None:
+            return "none"
         if self.selection != "auto":
             return self.selection
         return cheapest_selection(
@@ -255,15 +270,11 @@ class ProxyGMLLoss(nn.Module):
             optimizer: also gather its state of the proxies, named "optimizer.exp_avg" and so on. Learning rates and
                 what it holds of other parameters are left out.
         """
-        rows: dict[str, Any] = {"proxies": self.proxies.detach()}
-        if optimizer is not None:
-            state = optimizer.state.get(self.proxies, {})
-            rows |= {_OPTIMIZER_PREFIX + name: value for name, value in sorted(state.items())}
         whole = {}
-        for name, value in rows.items():
+        for name, value in self.stored_tensors(optimizer).items():
             if value.ndim:
                 whole[name] = gather_to_rank_zero(value, row_counts=self.partition.counts(), group=self.group)
-            else:  # a step counter, the same on every rank
+            else:  # a scalar, the same on every rank
                 whole[name] = value.detach().cpu().clone()
         return {name: value for name, value in whole.items() if value is not None} if self.partition.rank == 0 else {}
 
@@ -280,14 +291,18 @@ class ProxyGMLLoss(nn.Module):
         """
         num_classes, rank = self.partition.num_classes, self.partition.rank
         shape = (num_classes, *self.proxies.shape[1:])
-        wanted = {name: v for name, v in state.items() if name == "proxies" or optimizer is not None}
+        is_all = optimizer is not None
+        wanted = {name: v for name, v in state.items() if is_all or not name.startswith(_OPTIMIZER_PREFIX)}
+        missing = [name for name in self.stored_tensors() if name not in wanted]
         problem, kinds = None, {name: (tuple(v.shape), v.dtype) for name, v in wanted.items()}
-        if "proxies" not in wanted:
-            problem = f'expected "proxies" in the state of rank 0, got {sorted(state) or "nothing"}'
+        if missing:
+            problem = (
+                f"expected {', '.join(map(repr, missing))} in the state of rank 0, got {sorted(state) or 'nothing'}"
+            )
         elif (found := kinds["proxies"][0]) != shape:
             problem = f"expected proxies {list(shape)} (classes, per class, dimension) in the state, got {list(found)}"
             problem += f"; build the loss with num_classes={found[0]}" if found[1:] == shape[1:] else ""
-        elif optimizer is not None and len(wanted) == 1:
+        elif is_all and not any(name.startswith(_OPTIMIZER_PREFIX) for name in wanted):
             problem = "expected an optimizer's state beside the proxies, got none; save full_state_dict(optimizer), or "
             problem += "load without the optimizer if it starts anew or keeps no state"
         problem, kinds = gather_objects((problem, kinds), group=self.group)[0]
@@ -299,14 +314,38 @@ class ProxyGMLLoss(nn.Module):
             own[name] = torch.empty((rows, *size[1:]) if size else (), dtype=dtype, device=self.proxies.device)
             counts = self.partition.counts() if size else None
             scatter_from_rank_zero(wanted[name] if rank == 0 else None, own[name], row_counts=counts, group=self.group)
-        with torch.no_grad():
-            self.proxies.copy_(own.pop("proxies"))
+        self.restore(own, optimizer)
+
+    def stored_tensors(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """Return this rank's tensors that a resumed run needs: rows [c, ...], and scalars, the same on every rank.
+
+        Their order does not depend on the run's history, so that equal states give equal files. Not copied.
+        """
+        parameters = dict(self.named_parameters())
+        tensors = {name: value.detach() for name, value in [*parameters.items(), *self.named_buffers()]}
+        states: Mapping[Any, dict[str, Tensor]] = {} if optimizer is None else optimizer.state
+        for name, parameter in parameters.items():
+            prefix = _OPTIMIZER_PREFIX + ("" if parameter is self.proxies else f"{name}.")
+            tensors |= {prefix + key: value for key, value in sorted(states.get(parameter, {}).items())}
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Take over what `stored_tensors` returned; `optimizer` gets the state that is among it, without a copy."""
+        parameters = dict(self.named_parameters())
+        own = self.stored_tensors()
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name in own:
+                own[name].copy_(value)
+            else:
+                owner, _, key = name.removeprefix(_OPTIMIZER_PREFIX).rpartition(".")
+                states.setdefault(owner or "proxies", {})[key] = value if value.ndim else value.cpu()
         if optimizer is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            index = next(i for i, parameter in enumerate(parameters) if parameter is self.proxies)
-            saved = {name.removeprefix(_OPTIMIZER_PREFIX): v if v.ndim else v.cpu() for name, v in own.items()}
+            order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
             before = optimizer.state_dict()
-            optimizer.load_state_dict(before | {"state": before["state"] | {index: saved}})
+            loaded = {order.index(id(parameters[name])): state for name, state in states.items()}
+            optimizer.load_state_dict(before | {"state": before["state"] | loaded})
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -323,9 +362,27 @@ class ProxyGMLLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings, for print(loss)."""
         return (
-            f"num_classes={self.partition.num_classes}, proxies={tuple(self.proxies.shape)}, topk={self.topk}, "
-            f"scale={self.scale}, regularization_weight={self.regularization_weight}"
+            f"{self.described}; proxies={tuple(self.proxies.shape)}, regularization_weight={self.regularization_weight}"
         )
+
+    @property
+    def described(self) -> str:
+        """The method's name and what it is made of."""
+        return self.head.describe(self.partition.num_classes, self.proxies_per_class, self.topk)
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale s."""
+        return self.head.scale if self.log_scale is None else float(self.log_scale.detach().exp())
+
+    def _quality(self, embeddings_bD: Tensor, row_counts: list[int]) -> Tensor | None:
+        """q [B] of an adaface margin, by the lengths of all ranks' embeddings."""
+        if self.length_statistics is None or self.head.margin is None:
+            return None
+        length_b = torch.linalg.vector_norm(embeddings_bD.detach().to(self.proxies.dtype), dim=1)
+        length_B = gather_rows(length_b, row_counts=row_counts, group=self.group)
+        quality_B: Tensor = self.length_statistics(length_B, self.head.margin.concentration)
+        return quality_B
 
     def _unit_rows(self, embeddings_bD: Tensor) -> Tensor:
         """Bring the embeddings to the precision of the proxies and to length 1, or check once that they have it."""
@@ -346,40 +403,59 @@ class ProxyGMLLoss(nn.Module):
             )
         return embeddings_bD
 
-    def _classification(self, embeddings_bD: Tensor, labels_b: Tensor, row_counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Mean loss and mean number of kept classes per image of the global batch."""
-        num_rows = sum(row_counts)
+    def _classification(
+        self, embeddings_bD: Tensor, labels_b: Tensor, quality_B: Tensor | None, row_counts: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss and mean number of competing classes per image of the global batch."""
+        num_rows, rank = sum(row_counts), self.partition.rank
         if self.gradient_reduction == "mean":
             embeddings_bD = _ScaleGradient.apply(embeddings_bD, self.partition.world_size)
         selection = self.selection_for(num_rows)
         gathers_bank = selection == "gather"
         if gathers_bank:  # own images against all proxies
-            embeddings_RD, labels_R, row_counts = embeddings_bD, labels_b, [len(labels_b)]
+            embeddings_RD, labels_R = embeddings_bD, labels_b
+            quality_R = None if quality_B is None else quality_B.split(row_counts)[rank]
+            row_counts = [len(labels_b)]
             proxies_cND = gather_rows(self.proxies, row_counts=self.partition.counts(), group=self.group)
             partition, group = ClassPartition(self.partition.num_classes), None
         else:  # all images against own proxies
             embeddings_RD = gather_rows(embeddings_bD, row_counts=row_counts, group=self.group)
-            labels_R = gather_rows(labels_b, row_counts=row_counts, group=self.group)
+            labels_R, quality_R = gather_rows(labels_b, row_counts=row_counts, group=self.group), quality_B
             proxies_cND, partition, group = self.proxies, self.partition, self.group
-        settings = _Settings(
-            partition=partition,
-            num_negatives=self.topk - self.proxies_per_class,
-            scale=self.scale,
-            row_counts=row_counts,
+        own_class_R = labels_R - partition.start
+        subgraph = None
+        if self.topk is not None:
+            subgraph = Subgraph(
+                num_negatives=self.topk - self.proxies_per_class,
+                exchange="histogram" if selection == "histogram" else "candidates",
+                partition=partition,
+                row_counts=row_counts,
+                fused=self.fused,
+                sparse=self.sparse,
+                observer=self.observer,
+            )
+        elif self.head.share is not None:
+            is_drawn_c = draw_classes(partition, self.head.share, seed=self.seed, draw=self.draw)
+            class_s, own_class_R = competing_classes(torch.from_numpy(is_drawn_c).to(labels_R.device), own_class_R)
+            proxies_cND = proxies_of(proxies_cND, class_s, sparse=self.sparse)
+        scale = embeddings_RD.new_full((), self.head.scale)
+        if self.log_scale is not None:
+            scale = _SumGradient.apply(self.log_scale.exp(), self.group)
+        settings = Settings(
+            scoring=Scoring(self.head.class_score, self.head.gamma, self.head.margin),
             group=group,
-            exchange="histogram" if selection == "histogram" else "candidates",
             memory_budget=self.memory_budget,
             matmul_dtype=self.matmul_dtype,
-            fused=self.fused,
-            sparse=self.sparse,
-            observer=self.observer,
+            subgraph=subgraph,
         )
-        nll_R, kept_R = _Classification.apply(embeddings_RD, proxies_cND, labels_R, settings)
-        sums_2 = torch.stack([nll_R.sum(), kept_R.sum()])
+        nll_R, competing_R = negative_log_likelihood(
+            embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings
+        )
+        sums_2 = torch.stack([nll_R.sum(), competing_R.sum()])
         if gathers_bank:  # the rows were this rank's own
             sums_2 = all_reduce_sum(sums_2, group=self.group)
-        classification, kept_classes = (sums_2 / num_rows).unbind()
-        return classification, kept_classes.detach()
+        classification, competing = (sums_2 / num_rows).unbind()
+        return classification, competing.detach()
 
     def _regularization(self, batch_size: int) -> Tensor:
         """Mean cross entropy of all proxies, or an estimate of it from the next draw of anchors."""
@@ -465,6 +541,38 @@ class ProxyGMLLoss(nn.Module):
         )
 
 
+class ProxyGMLLoss(ProxyLoss):
+    """The ProxyGML loss and this rank's proxies: `ProxyLoss` whose head is top-k and sum.
+
+    Args:
+        num_classes: C, over all ranks.
+        embedding_dim: D.
+        proxies_per_class: N.
+        ratio: r in (0, 1]; k = ceil(r*C*N) proxies are kept per image. Default 0.05, unless `topk` is given.
+        topk: k itself, instead of `ratio`.
+        scale: softmax scale s of the classification term; 1 in every published run.
+        settings: regularization_weight, regularization_anchors, group, normalize, gradient_reduction, selection,
+            memory_budget, matmul_dtype, fused, sparse, initialization and seed, as of `ProxyLoss`.
+
+    Raises:
+        ValueError: as `ProxyLoss`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        proxies_per_class: int = 1,
+        ratio: float | None = None,
+        topk: int | None = None,
+        scale: float = 1.0,
+        **settings: Any,
+    ) -> None:
+        head = Head(ratio=ratio, topk=topk, scale=scale)
+        super().__init__(num_classes, embedding_dim, head, proxies_per_class=proxies_per_class, **settings)
+
+
 def checked_topk(
     num_classes: int, proxies_per_class: int, *, ratio: float | None, topk: int | None, section: str = ""
 ) -> int:
@@ -504,122 +612,6 @@ def checked_topk(
     return topk
 
 
-class _Settings(NamedTuple):
-    """Non-tensor arguments of the classification term."""
-
-    partition: ClassPartition
-    """Classes of the proxies passed in."""
-    num_negatives: int
-    scale: float
-    row_counts: Sequence[int]
-    group: dist.ProcessGroup | None
-    exchange: Exchange
-    memory_budget: int
-    matmul_dtype: torch.dtype
-    fused: bool
-    sparse: bool
-    observer: Callable[[KeptPairs], None] | None
-
-
-class _Classification(torch.autograd.Function):
-    """Negative log-likelihood [R] of each row's label among its kept classes, and the number of those [R].
-
-    Called on all ranks of the group; every rank returns the same values. Besides the selection, three vectors cross
-    ranks: one MAX, then SUM of two and a count. Backward: each rank returns the complete gradient of its own proxies
-    and its part of the embeddings' gradient; no communication.
-    """
-
-    @staticmethod
-    def forward(ctx, embeddings_RD, proxies_cND, labels_R, settings):  # type: ignore[no-untyped-def]
-        num_rows, num_per_class = len(embeddings_RD), proxies_cND.shape[1]
-        partition, group = settings.partition, settings.group
-        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype, fused=settings.fused)
-
-        # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
-        first_proxy_R = (labels_R - partition.start) * num_per_class
-        negatives = select_negatives(
-            embeddings_RD,
-            bank,
-            excluded_R2=torch.stack([first_proxy_R, first_proxy_R + num_per_class], dim=1),
-            num_negatives=settings.num_negatives,
-            row_counts=settings.row_counts,
-            proxy_counts=[count * num_per_class for count in partition.counts()],
-            group=group,
-            exchange=settings.exchange,
-            memory_budget=settings.memory_budget,
-        )
-        owned_o = ((labels_R >= partition.start) & (labels_R < partition.stop)).nonzero().flatten()
-        own_proxy_oN = first_proxy_R[owned_o, None] + torch.arange(num_per_class, device=labels_R.device)
-        own_row_oN = owned_o[:, None].expand_as(own_proxy_oN)
-        own = Pairs(own_row_oN.flatten(), own_proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
-        own = own._replace(similarity=pair_similarities(embeddings_RD, bank, own.row, own.proxy))
-        if settings.observer is not None:
-            settings.observer(KeptPairs(negatives, own, partition))
-
-        # 2. Reverse label propagation: a class's kept pairs are adjacent, and no rank owns a part of a class.
-        class_n = negatives.proxy // num_per_class
-        _, group_n = torch.unique_consecutive(negatives.row * partition.num_local + class_n, return_inverse=True)
-        num_groups = int(group_n[-1]) + 1 if len(group_n) else 0
-        row_g = negatives.row.new_empty(num_groups).index_copy_(0, group_n, negatives.row)
-        logit_g = embeddings_RD.new_zeros(num_groups).index_add_(0, group_n, settings.scale * negatives.similarity)
-        own_logit_o = settings.scale * own.similarity.view(-1, num_per_class).sum(dim=1)
-        target_R = embeddings_RD.new_zeros(num_rows).index_copy_(0, owned_o, own_logit_o)
-
-        # 3. Masked softmax over all ranks' kept classes.
-        local_max_R = embeddings_RD.new_full((num_rows,), -math.inf)
-        local_max_R.index_copy_(0, owned_o, own_logit_o).scatter_reduce_(0, row_g, logit_g, "amax")
-        row_max_R = all_reduce_max(local_max_R, group=group)  # finite, because the label's class is kept
-        exp_sum_R = embeddings_RD.new_zeros(num_rows).index_add_(0, row_g, (logit_g - row_max_R[row_g]).exp())
-        exp_sum_R.index_add_(0, owned_o, (own_logit_o - row_max_R[owned_o]).exp())
-        num_kept_R = torch.bincount(torch.cat([row_g, owned_o]), minlength=num_rows).to(target_R.dtype)
-        # A NaN or infinite proxy exceeds no bound and would go unnoticed: make the sum NaN on every rank.
-        exp_sum_R += 0 * bank.inverse_norm.sum()
-        sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_kept_R]), group=group)
-        log_sum_R = sums_3R[0].log() + row_max_R
-
-        # 4. Save for backward: the probability of each kept pair's class.
-        ctx.settings, ctx.num_negatives = settings, len(negatives.row)
-        probability_g = (logit_g - log_sum_R[row_g]).exp()
-        own_probability_o = (own_logit_o - log_sum_R[owned_o]).exp()
-        pairs = Pairs(*(torch.cat(parts) for parts in zip(negatives, own, strict=True)))
-        weight_n = torch.cat([probability_g[group_n], (own_probability_o - 1).repeat_interleave(num_per_class)])
-        ctx.save_for_backward(embeddings_RD, proxies_cND, bank.inverse_norm, weight_n * settings.scale, *pairs)
-        kept_classes_R = sums_3R[2].clone()
-        ctx.mark_non_differentiable(kept_classes_R)
-        return log_sum_R - sums_3R[1], kept_classes_R
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient_R, _):  # type: ignore[no-untyped-def]
-        embeddings_RD, proxies_cND, inverse_norm_p, weight_n, *pairs = ctx.saved_tensors
-        bank = Bank(proxies_cND.flatten(0, 1), inverse_norm_p, fused=ctx.settings.fused)
-        pairs = Pairs(*pairs)
-        weight_n = weight_n * gradient_R[pairs.row]
-        d_embeddings_RD = d_proxies_cND = None
-        if ctx.needs_input_grad[0]:
-            d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
-            for part in (slice(ctx.num_negatives), slice(ctx.num_negatives, None)):  # each of them ordered by row
-                ordered = Pairs(*(column[part] for column in pairs))
-                d_embeddings_RD += embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
-        if ctx.needs_input_grad[1]:
-            sparse = ctx.settings.sparse
-            proxy_u, d_proxies_uD = proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=sparse)
-            shape = proxies_cND.shape
-            d_proxies_cND = _by_class(proxy_u, d_proxies_uD, shape) if sparse else d_proxies_uD.view(shape)
-        return d_embeddings_RD, d_proxies_cND, None, None
-
-
-def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor:
-    """Turn the gradients of proxies u into a sparse gradient [c, N, D] over the classes that own any of them."""
-    num_per_class, dim = shape[1:]
-    class_t, position_u = torch.unique_consecutive(proxy_u // num_per_class, return_inverse=True)
-    if num_per_class > 1:
-        gradient_pD = gradient_uD.new_zeros(len(class_t) * num_per_class, dim)
-        gradient_uD = gradient_pD.index_copy_(0, position_u * num_per_class + proxy_u % num_per_class, gradient_uD)
-    values_tND = gradient_uD.view(-1, num_per_class, dim)
-    return torch.sparse_coo_tensor(class_t[None], values_tND, shape, is_coalesced=True, check_invariants=False)
-
-
 class _ScaleGradient(torch.autograd.Function):
     """Identity in forward; multiply the gradient by a factor in backward.
 
@@ -636,3 +628,16 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         return gradient * ctx.factor, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity in forward; sum the gradient over ranks in backward."""
+
+    @staticmethod
+    def forward(ctx, value, group):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return all_reduce_sum(gradient, group=ctx.group), None

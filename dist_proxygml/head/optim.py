@@ -7,7 +7,8 @@
     bring_to_unit_length_   proxies back to length 1 after an update
 
 A gradient is either dense, [c, N, D] like the bank, or sparse: torch's COO layout over classes, with indices [1, u] of
-the classes that an image kept and values [u, N, D]; then only those u classes are read or written.
+the classes that an image kept and values [u, N, D]; then only those u classes are read or written. A learned scale, a
+scalar, is updated by the same rules.
 Both are processed in blocks of classes, so that no temporary is as large as the bank.
 
 Row-wise Adagrad is that of Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation
@@ -63,7 +64,9 @@ class RowwiseAdagrad(_RowOptimizer):
         eps: added to the root of the sum.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, *, eps: float = 1e-8) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, *, eps: float = 1e-8
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "eps": eps})
 
     def _update(self, proxies_cND: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -73,7 +76,8 @@ class RowwiseAdagrad(_RowOptimizer):
 
         def update(gradient_xND: Tensor, proxies_xND: Tensor, squared_xN: Tensor) -> None:
             squared_xN += gradient_xND.square().mean(dim=-1)
-            proxies_xND -= gradient_xND * (lr / (squared_xN.sqrt() + eps)).unsqueeze(-1)
+            rate_xN = lr / (squared_xN.sqrt() + eps)
+            proxies_xND -= gradient_xND * (rate_xN.unsqueeze(-1) if gradient_xND.ndim else rate_xN)
 
         _update_in_blocks(update, gradient, [proxies_cND, state["squared_gradient"]])
 
@@ -97,7 +101,7 @@ class SparseAdam(_RowOptimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -159,6 +163,9 @@ def bring_to_unit_length_(proxies_cND: Tensor, *, classes_u: Tensor | None = Non
 def _update_in_blocks(update: Callable[..., None], gradient: Tensor, tensors: Sequence[Tensor]) -> None:
     """Call `update(gradient, *tensors)`, which modifies the tensors in place, block by block of classes."""
     size = _classes_per_block(gradient)
+    if not gradient.ndim:  # a learned scale
+        update(gradient, *tensors)
+        return
     if not gradient.is_sparse:
         for blocks in zip(gradient.split(size), *(tensor.split(size) for tensor in tensors), strict=True):
             update(*blocks)

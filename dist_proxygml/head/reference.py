@@ -10,6 +10,7 @@ Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Usi
 Dimension key: B images, C classes, N proxies per class, P = C*N proxies, D embedding.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,3 +71,50 @@ def proxygml_loss(
 
     total = classification + regularization_weight * regularization
     return LossTerms(total, classification, regularization, is_kept_BC.sum(dim=1).to(total.dtype).mean())
+
+
+def proxy_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    proxies_CND: Tensor,
+    *,
+    topk: int | None = None,
+    drawn_C: Tensor | None = None,
+    class_score: str = "sum",
+    gamma: float = 0.1,
+    margin: Callable[[Tensor], Tensor] = lambda score_B: score_B,
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """Compute the classification term of any head (choices.py) as a definition, differentiable in all floating inputs.
+
+    Args:
+        embeddings_BD, labels_B, proxies_CND: as in `proxygml_loss`.
+        topk: k of a top-k head; None: the proxies of all classes compete, or of those drawn.
+        drawn_C: bool, the classes drawn in this step; those of the batch compete, too.
+        class_score: "sum", "softmax" or "max" of a class's competing similarities.
+        gamma: temperature of the softmax over a class's proxies.
+        margin: psi, from the score of the own class to the one that is compared.
+        scale: s.
+    """
+    num_classes = len(proxies_CND)
+    similarity_BCN = torch.einsum("bd,cnd->bcn", embeddings_BD, proxies_CND / proxies_CND.norm(dim=2, keepdim=True))
+    is_own_BC = F.one_hot(labels_B, num_classes).bool()
+    competes_BCN = torch.ones_like(similarity_BCN, dtype=torch.bool)
+    if topk is not None:
+        ranked_BCN = similarity_BCN.masked_fill(is_own_BC[:, :, None], torch.inf)
+        order_BP = ranked_BCN.flatten(1).argsort(stable=True, dim=1, descending=True)
+        is_kept_BP = torch.zeros_like(order_BP, dtype=torch.bool).scatter(1, order_BP[:, :topk], True)
+        competes_BCN = is_kept_BP.view_as(similarity_BCN)
+    elif drawn_C is not None:
+        competes_BCN = (drawn_C | is_own_BC.any(dim=0))[None, :, None].expand_as(similarity_BCN)
+    masked_BCN = similarity_BCN.masked_fill(~competes_BCN, -torch.inf)
+    is_in_BC = competes_BCN.any(dim=2)
+    if class_score == "sum":
+        score_BC = similarity_BCN.where(competes_BCN, 0).sum(dim=2)
+    elif class_score == "max":
+        score_BC = masked_BCN.max(dim=2).values.where(is_in_BC, 0)
+    else:
+        weight_BCN = torch.softmax((masked_BCN / gamma).masked_fill(~is_in_BC[:, :, None], 0), dim=2)
+        score_BC = (weight_BCN * similarity_BCN).sum(dim=2)
+    score_BC = torch.where(is_own_BC, margin(score_BC), score_BC)
+    return F.cross_entropy((scale * score_BC).masked_fill(~is_in_BC, -torch.inf), labels_B)

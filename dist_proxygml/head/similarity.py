@@ -51,6 +51,14 @@ def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
     )
 
 
+def chunk_of_similarities(embeddings_RD: Tensor, bank: Bank, chunk: slice) -> Tensor:
+    """Compute S [w, R] of adjacent proxies.
+
+    Proxies by rows: a product with few columns is faster than one with few rows.
+    """
+    return _product(bank.proxies[chunk], embeddings_RD, bank.matmul_dtype).mul_(bank.inverse_norm[chunk, None])
+
+
 def pair_similarities(embeddings_RD: Tensor, bank: Bank, row_n: Tensor, proxy_n: Tensor) -> Tensor:
     """Compute S [n] of the given pairs, a few at a time."""
     dots = [
@@ -258,16 +266,15 @@ def _pairs_above(
 def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the first proxy and the similarities [w, R] of each chunk, w a multiple of the group size.
 
-    Proxies by rows: a product with few columns is faster than one with few rows, and whole groups are contiguous.
+    Whole groups are contiguous.
     """
     num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
     width = chunk_width(num_rows, memory_budget=memory_budget, device=embeddings_RD.device.type)
     for first in range(0, num_proxies, width):
         chunk = slice(first, first + width)
-        proxies_wD = bank.proxies[chunk]
-        similarity_wR = _product(proxies_wD, embeddings_RD, bank.matmul_dtype).mul_(bank.inverse_norm[chunk, None])
-        if len(proxies_wD) % _GROUP:
-            similarity_wR = F.pad(similarity_wR, (0, 0, 0, -len(proxies_wD) % _GROUP), value=-math.inf)
+        similarity_wR = chunk_of_similarities(embeddings_RD, bank, chunk)
+        if len(similarity_wR) % _GROUP:
+            similarity_wR = F.pad(similarity_wR, (0, 0, 0, -len(similarity_wR) % _GROUP), value=-math.inf)
         yield first, similarity_wR
 
 

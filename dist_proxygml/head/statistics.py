@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_objects, gather_rows
-from dist_proxygml.head.loss import KeptPairs
+from dist_proxygml.head.classification import KeptPairs
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.storage.files import publish_text
 

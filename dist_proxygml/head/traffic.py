@@ -21,12 +21,14 @@ def bytes_per_step(
     num_classes: int,
     proxies_per_class: int,
     embedding_dim: int,
-    topk: int,
+    topk: int | None,
     world_size: int,
 ) -> int:
     """Return the bytes that rank 0 receives for one micro-batch of `batch_size` images over all ranks, forward and
-    backward, without the regulariser. Assumes that the batch divides over the ranks; other ranks differ by the size of
-    the last partition.
+    backward, without the regulariser.
+
+    `selection` is "none" where not the top-k competes. Assumes that the batch divides over the ranks; other ranks
+    differ by the size of the last partition.
     """
     others = world_size - 1
     if others == 0:
@@ -42,7 +44,10 @@ def bytes_per_step(
     embeddings = 2 * others * own_rows * embedding_dim * _FLOAT
     labels = others * own_rows * _LABEL
     softmax = reduced * batch_size * 4 * _FLOAT
-    if selection == "candidates":
+    if selection == "none":
+        choice = 0
+    elif selection == "candidates":
+        assert topk is not None
         num_negatives = topk - proxies_per_class
         values = sum(own_rows * min(num_negatives, count) * _FLOAT for count in counts[1:])
         choice = values + others * own_rows * 16  # threshold and quota, float64

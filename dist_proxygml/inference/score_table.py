@@ -8,7 +8,7 @@ an answer is right if it is of the same class. Rows without another one of their
 search have such images, too. More than 10,000 rows are drawn from at random. Beside it stand histograms of the scores
 of all pairs of the asking rows and any other, of the same and of different classes (exact counts, verification.py).
 
-Stored in the index as scores.json. Chosen: counts in bins of 0.0005, which decide every threshold that people type;
+Stored in the index as scores.json. Chosen: counts in bins of 0.0001, as fine as people type thresholds;
 declined: a curve with a point for each answer, hundreds of times as large.
 
 Dimension key: n rows, q asking rows, k answers, D embedding.
@@ -28,8 +28,9 @@ from dist_proxygml.storage.files import parse_json
 
 NUM_ANSWERS = 10  # as `search` shows unless told otherwise
 MAX_QUERIES = 10_000
-BINS = 2000  # per unit of score
-_EDGES = np.arange(-BINS - 100, BINS + 101) / BINS  # unit rows may score a little above 1
+BINS = 10_000  # per unit of score
+_MOST = BINS * 21 // 20  # unit rows may score a little above 1
+_EDGES = np.arange(-_MOST, _MOST + 1) / BINS
 _QUERIES_AT_A_TIME = 1024
 
 Search = Callable[[Float[np.ndarray, "q D"], int], tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]]
@@ -52,7 +53,7 @@ class ScoreTable(NamedTuple):
         num_queries: rows that asked.
         num_rows: rows that were searched.
         num_possible: right answers that the lists could have held.
-        first_bin: bin b has the scores from b / 2000 on, below (b + 1) / 2000.
+        first_bin: bin b has the scores from b / 10,000 on, below (b + 1) / 10,000.
         right, wrong: answers in the bins from `first_bin` on.
         histogram: scores of pairs.
     """
@@ -106,7 +107,7 @@ class ScoreTable(NamedTuple):
         is_even = len(table.right) == len(table.wrong) and len(histogram.same) == len(histogram.different)
         if not is_even or min(counts) < 0 or table.num_possible < 1 or not sum(table.right) + sum(table.wrong):
             raise ValueError("expected counts of answers")
-        if table.first_bin < -BINS - 100 or len(table.right) > len(_EDGES):
+        if table.first_bin < -_MOST or len(table.right) > len(_EDGES):
             raise ValueError("expected scores from -1 to 1")
         return table
 
@@ -162,7 +163,7 @@ def measure_scores(
     pairs = Pairs(rows_nD, label_n)
     if len(asking_q) < len(label_n):
         pairs = Pairs(np.asarray(rows_nD[asking_q]), label_n[asking_q], rows_nD, label_n, asking_q)
-    first_bin = int(filled[0]) - BINS - 100
+    first_bin = int(filled[0]) - _MOST
     histogram = count_scores(pairs)
     return ScoreTable(measured_on, len(asking_q), len(label_n), possible, first_bin, right, wrong, histogram)
 

@@ -86,7 +86,9 @@ class Service:
         """The images on places skip + 1 to skip + k. Raises ValueError for no image, KeyError for an unknown id."""
         wanted = min(skip + k, _MOST)
         with self._lock:
-            pixels = decode_image(payload or b"") if like is None else self._pixels(self.live.record(like))
+            pixels = (
+                decode_image(payload or b"", upright=True) if like is None else self._pixels(self.live.record(like))
+            )
             found = self.live.search(self._embedder.embed([pixels])[0], wanted + 1, without=like)
         return {
             "matches": [
@@ -98,7 +100,7 @@ class Service:
 
     def add(self, payload: bytes, *, id: str, class_name: str | None) -> None:
         """Add an image. Raises ValueError for no image, or an id that is taken."""
-        pixels = decode_image(payload)
+        pixels = decode_image(payload, upright=True)
         with self._lock:
             self.live.add(ImageRecord(id, class_name=class_name), self._embedder.embed([pixels])[0], payload)
             self.picture.cache_clear()

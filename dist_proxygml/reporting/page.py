@@ -360,7 +360,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
         found["Backbone"] = f"{backbone['name']}{f', {size:,} parameters' if isinstance(size, int) else ''}"
         if isinstance(backbone.get("embedding_dim"), int):
             found["Backbone"] += f", {backbone['embedding_dim']:,} dimensions"
-    if isinstance(run.facts.get("proxies"), int):
+    if isinstance(run.facts.get("head"), str):
+        found["Head"] = run.facts["head"]
+    elif isinstance(run.facts.get("proxies"), int):
         found["Proxies"] = f"{run.facts['proxies']:,}"
     return found
 

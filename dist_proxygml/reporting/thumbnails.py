@@ -31,7 +31,8 @@ class Thumbnails:
     def url(self, sample_id: int) -> str:
         """Return a picture as a data URL."""
         if sample_id not in self._urls:
-            self._urls[sample_id] = data_url(self._images.read(sample_id, partial(decode_small, side=SIDE)))
+            decode = partial(decode_small, side=SIDE, upright=self.index.upright)
+            self._urls[sample_id] = data_url(self._images.read(sample_id, decode))
         return self._urls[sample_id]
 
     def file(self, sample_id: int) -> bytes:

@@ -5,7 +5,7 @@ from typing import Any
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.evaluation.verification import BINS_SHOWN, Verification
-from dist_proxygml.protocols import far_metric
+from dist_proxygml.protocols import far_metric, shown_far
 from dist_proxygml.reporting.charts import Chart, Histogram, Series, histogram_chart, roc_chart
 
 
@@ -19,7 +19,7 @@ def verification_part(rows: Mapping[str, EvaluationResult]) -> dict[str, Any] | 
     rates = []
     for far in sorted([*thresholds, *last.pairs.not_measurable]):
         values = [rows[name].metrics.get(far_metric(far)) for name in found]
-        rates.append({"far": f"{far:g}", "values": values, "threshold": thresholds.get(far)})
+        rates.append({"far": shown_far(far), "values": values, "threshold": thresholds.get(far)})
     return {
         "pairs": last.pairs,
         "of": (last.protocol.get("pairs") or {}).get("of"),

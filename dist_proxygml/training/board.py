@@ -60,10 +60,12 @@ class Board:
         self._is_logged = False
         self._embeddings_bD: Tensor | None = None
         loss = state.loss
-        self._statistics = ProxyStatistics(
-            loss.partition, loss.proxies_per_class, device=loss.proxies.device, group=loss.group
-        )
-        loss.observer = self._statistics.observe
+        self._statistics = None
+        if loss.topk is not None:  # otherwise there are no kept pairs
+            self._statistics = ProxyStatistics(
+                loss.partition, loss.proxies_per_class, device=loss.proxies.device, group=loss.group
+            )
+            loss.observer = self._statistics.observe
         if state.context.is_main:
             state.engine.module.get_submodule("embedding").register_forward_hook(self._keep_embeddings)
         if state.step == 0:  # a resumed run has written them
@@ -74,24 +76,27 @@ class Board:
     def begin_step(self, *, is_logged: bool) -> None:
         """Begin a step."""
         self._is_logged = is_logged
-        self._statistics.begin_step(is_logged=is_logged)
+        if self._statistics is not None:
+            self._statistics.begin_step(is_logged=is_logged)
 
     def show_step(self) -> None:
         """Write the histograms of the last logged step."""
         step = self._state.step
         if not _is_shown(step // self._state.config.telemetry.log_every_steps):
             return
-        similarities, edges = self._statistics.take_similarities(), bin_edges()
-        self._telemetry.log_counts("train/kept_positive_similarity", similarities.positive, edges, step)
-        self._telemetry.log_counts("train/kept_negative_similarity", similarities.negative, edges, step)
+        if self._statistics is not None:
+            similarities, edges = self._statistics.take_similarities(), bin_edges()
+            self._telemetry.log_counts("train/kept_positive_similarity", similarities.positive, edges, step)
+            self._telemetry.log_counts("train/kept_negative_similarity", similarities.negative, edges, step)
         if self._embeddings_bD is not None:
             norm_b = torch.linalg.vector_norm(self._embeddings_bD.float(), dim=1)
             self._telemetry.log_values("train/embedding_norm", norm_b, step)
             self._embeddings_bD = None
 
     def show_proxies(self) -> None:
-        """Write the proxy use since the last evaluation; called before each. Does nothing if no step was taken."""
-        if self._statistics.window_steps == 0:
+        """Write the proxy use since the last evaluation; called before each. Does nothing if no step was taken, or all
+        proxies are used."""
+        if self._statistics is None or self._statistics.window_steps == 0:
             return
         step, run_directory = self._state.step, self._state.config.run_directory
         sampled = self._statistics.sample(self._state.loss.proxies.detach())
@@ -109,9 +114,10 @@ class Board:
 
     def show_evaluation(self, result: EvaluationResult) -> None:
         """Show queries and their neighbours."""
-        if self._state.context.is_main and result.table is not None and self._test_index is not None:
+        table = result.table if result.num_queries else None  # nobody has a right answer in a verification set
+        if self._state.context.is_main and table is not None and self._test_index is not None:
             try:
-                picture = retrieval_gallery(result.table, self._test_index, gallery=self._gallery)
+                picture = retrieval_gallery(table, self._test_index, gallery=self._gallery)
             except ValueError as error:
                 self._telemetry.say(f"TensorBoard gets no picture of the retrieval: {error}")
             else:

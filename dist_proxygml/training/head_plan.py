@@ -10,6 +10,7 @@ A sparse gradient is planned at its maximum, as if no two images kept the same p
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.distributed.memory import format_bytes
@@ -30,6 +31,8 @@ _STATE = {
     "sgd": (0, 0),
     "rowwise_adagrad": (0, 1),
 }
+# Copies of a chunk's similarities where all proxies compete: similarities, scores, logits and weights.
+_CHUNKS_AT_A_TIME = 5
 # Maximum bytes of a kept pair until the end of backward: row, proxy, similarity, class, weight, and copies in another
 # order. They add to the memory of the search, because the C library keeps much of what was freed in between.
 _BYTES_PER_KEPT_PAIR = 120
@@ -48,7 +51,8 @@ class HeadPlan:
     world_size: int
     num_proxies: int
     num_own_proxies: int
-    topk: int
+    topk: int | None
+    """k; None where not the top-k competes."""
     selection: str
     anchors: int | None
     """Anchors of the regulariser in each micro-batch; None: none, or all proxies."""
@@ -72,8 +76,7 @@ class HeadPlan:
         rows = [
             ("ranks", f"{self.world_size}"),
             ("proxies over all ranks", f"{self.num_proxies:,}"),
-            ("kept per image k", f"{self.topk:,}"),
-            ("selection", self.selection),
+            *([] if self.topk is None else [("kept per image k", f"{self.topk:,}"), ("selection", self.selection)]),
             ("bank", format_bytes(self.bank_bytes)),
             ("bank gradient", format_bytes(self.gradient_bytes)),
             ("bank optimizer state", format_bytes(self.optimizer_bytes)),
@@ -82,10 +85,11 @@ class HeadPlan:
             ("received per step", format_bytes(self.received_bytes_per_step)),
             ("messages per step", f"{self.messages_per_step}"),
         ]
+        names = [name for name, _ in rows]
         if self.copy_bytes:
-            rows.insert(8, ("copy for saves", format_bytes(self.copy_bytes)))
+            rows.insert(names.index("together"), ("copy for saves", format_bytes(self.copy_bytes)))
         if self.anchors is not None:
-            rows.insert(4, ("regulariser anchors", f"{self.anchors:,}"))
+            rows.insert(names.index("bank"), ("regulariser anchors", f"{self.anchors:,}"))
         return "plan of the head, per rank:\n" + "\n".join(f"  {name:<24}{value:>14}" for name, value in rows)
 
 
@@ -97,12 +101,13 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     """
     proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.num_trained_classes
     num_proxies = num_classes * proxies.per_class
-    topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk, section="proxies.")
-    num_negatives = topk - proxies.per_class
+    topk = None
+    if proxies.negatives == "topk":
+        topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk, section="proxies.")
     micro = config.micro_batch_size(world_size)
     batch, budget = micro * world_size, proxies.memory_budget_bytes
     sparse = wants_sparse_gradient(config)
-    sizes = {
+    sizes: dict[str, Any] = {
         "batch_size": batch,
         "num_classes": num_classes,
         "proxies_per_class": proxies.per_class,
@@ -110,7 +115,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         "topk": topk,
         "world_size": world_size,
     }
-    selection: str = proxies.selection
+    selection: str = "none" if topk is None else proxies.selection
     if selection == "auto":
         selection = cheapest_selection(**sizes, may_gather=not sparse)
 
@@ -122,27 +127,36 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     optimizer = own_proxies * (per_element * dim + per_proxy) * _FLOAT
     gathers_bank = selection == "gather"
     rows, proxies_at_hand = (micro, num_proxies) if gathers_bank else (batch, own_proxies)
-    num_kept = rows * min(topk, proxies_at_hand)
+    competing = proxies_at_hand  # whose rows the step touches
+    if proxies.share is not None:
+        own_classes = proxies_at_hand // proxies.per_class
+        competing = min(own_classes, round(own_classes * proxies.share) + batch) * proxies.per_class
+    num_kept = rows * min(topk or proxies.per_class, proxies_at_hand)
     is_accumulated = config.accumulation > 1
     gradient = bank * (1 + is_accumulated)  # that of the next micro-batch, before the two are added
     if sparse:  # per class, with all its proxies; accumulated gradients are appended, then summed in a copy
-        touched = min(own_proxies // proxies.per_class, num_kept) * proxies.per_class * dim * _FLOAT
+        most = num_kept if topk is not None else competing // proxies.per_class
+        touched = min(own_proxies // proxies.per_class, most) * proxies.per_class * dim * _FLOAT
         gradient = touched * (config.accumulation + is_accumulated + (proxies.per_class > 1))
 
     # 2. Temporary, per micro-batch: the search for its pairs, then the computations on them.
-    choice = {"num_negatives": num_negatives, "num_proxies": proxies_at_hand}
+    block, choosing = rows, 0
     num_choosing = 1 if gathers_bank else world_size
-    block = rows_per_block(rows, **choice, budget=budget, world_size=num_choosing)
+    if topk is not None:
+        choice = {"num_negatives": topk - proxies.per_class, "num_proxies": proxies_at_hand}
+        block = rows_per_block(rows, **choice, budget=budget, world_size=num_choosing)
+        guessing = min(budget // 4, block * sampled_bytes_per_row(topk - proxies.per_class, proxies_at_hand))
+        choosing = max(guessing, block * candidate_bytes_per_row(**choice, world_size=num_choosing))
     width = min(chunk_width(block, memory_budget=budget, device=device), proxies_at_hand)
-    guessing = min(budget // 4, block * sampled_bytes_per_row(num_negatives, proxies_at_hand))
-    choosing = block * candidate_bytes_per_row(**choice, world_size=num_choosing)
     working = (
-        max(guessing, choosing)
+        choosing
         + num_kept * _BYTES_PER_KEPT_PAIR
-        + 2 * width * block * _FLOAT
+        + (2 if topk is not None else _CHUNKS_AT_A_TIME) * width * block * _FLOAT
         + 3 * rows * dim * _FLOAT
-        + proxies_at_hand * _FLOAT  # inverse lengths
+        + competing * _FLOAT  # inverse lengths
     )
+    if proxies.share is not None:  # the drawn classes' proxies and their gradient
+        working += 2 * competing * dim * _FLOAT
     if gathers_bank and world_size > 1:  # the gathered bank, padded and concatenated, and its gradient
         working += 3 * num_proxies * dim * _FLOAT
     anchors = None
@@ -168,8 +182,13 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. The regulariser: class
     # sums, their gradient and a number, or anchors, MAX, SUM and their gradient.
     num_blocks = -(-rows // block)
-    exchange = {"gather": 0, "candidates": 2, "histogram": 5}[selection] * num_blocks
+    exchange = {"none": 0, "gather": 0, "candidates": 2, "histogram": 5}[selection] * num_blocks
     messages = 1 + (3 if gathers_bank else 5 + exchange)
+    others, extra = world_size - 1, 0
+    if proxies.learn_scale:  # its gradient
+        messages, extra = messages + 1, 2 * others * _FLOAT // world_size
+    if proxies.margin is not None and proxies.margin.name == "adaface":  # the embeddings' lengths
+        messages, extra = messages + 1, extra + others * micro * _FLOAT
     if proxies.regularization_weight > 0:
         messages += 3 if anchors is None else 4
     return HeadPlan(
@@ -183,7 +202,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         gradient_bytes=gradient,
         optimizer_bytes=optimizer,
         working_bytes=working,
-        received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer),
+        received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer + extra),
         messages_per_step=0 if world_size == 1 else config.accumulation * messages,
         copy_bytes=bank + optimizer if config.checkpoint.asynchronous and device == "cpu" else 0,
     )

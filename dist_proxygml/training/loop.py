@@ -169,6 +169,7 @@ class Loop:
                 "lr_backbone": rates[0],
                 "lr_embedding": rates[1],
                 "lr_proxies": rates[2],
+                "scale": None if self.state.loss.log_scale is None else self.state.loss.scale,
                 "gradient_norm_backbone": report.backbone_norm,
                 "gradient_norm_proxies": report.proxies_norm,
                 "damaged_images": None if self.damage is None else len(self.damage),

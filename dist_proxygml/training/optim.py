@@ -21,6 +21,7 @@ three times the bank, and eight times as long on a CPU.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,35 +42,47 @@ def build_backbone_optimizer(
     return kind(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def build_bank_optimizer(config: OptimizerConfig, proxies: nn.Parameter) -> torch.optim.Optimizer:
-    """Build the optimizer of this rank's proxies [c, N, D]; c may be 0. Its state is scalars and rows [c, ...]."""
+def build_bank_optimizer(
+    config: OptimizerConfig, proxies: nn.Parameter, log_scale: nn.Parameter | None = None
+) -> torch.optim.Optimizer:
+    """Build the optimizer of this rank's proxies [c, N, D], c may be 0, and of a learned scale, a scalar.
+
+    Its state is scalars and rows [c, ...].
+    """
     lr, weight_decay = config.proxies_lr, config.proxies_weight_decay
+    groups: list[dict[str, Any]] = [{"params": [proxies]}]
+    if log_scale is not None:
+        decays = config.proxies_rule in ("sgd", "adam", "adamw")
+        groups.append({"params": [log_scale]} | ({"weight_decay": 0.0} if decays else {}))
     match config.proxies_rule:
         case "sgd":
             is_dense = not _sgd_leaves_unkept_proxies(config)
             return torch.optim.SGD(
-                [proxies], lr, momentum=config.proxies_momentum, weight_decay=weight_decay, fused=is_dense
+                groups, lr, momentum=config.proxies_momentum, weight_decay=weight_decay, fused=is_dense
             )
         case "rowwise_adagrad":
-            return RowwiseAdagrad([proxies], lr, eps=config.eps)
+            return RowwiseAdagrad(groups, lr, eps=config.eps)
         case "sparse_adam":
-            return SparseAdam([proxies], lr, betas=config.betas, eps=config.eps)
+            return SparseAdam(groups, lr, betas=config.betas, eps=config.eps)
         case name:
             kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-            return kind([proxies], lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, fused=True)
+            return kind(groups, lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, fused=True)
 
 
 def wants_sparse_gradient(config: Config) -> bool:
     """Whether the loss should give the proxies a sparse gradient.
 
     It should where the bank's update rule does not touch classes that no image kept, unless the gradient is dense
-    anyway: the regulariser's reaches every proxy, and that of a gathered bank is returned whole.
+    anyway: that of a head in which all compete and the regulariser's reach every proxy, and that of a gathered bank is
+    returned whole.
     """
     rule = config.optimizer.proxies_rule
     is_sparse_rule = rule in ("rowwise_adagrad", "sparse_adam") or (
         rule == "sgd" and _sgd_leaves_unkept_proxies(config.optimizer)
     )
-    return is_sparse_rule and config.proxies.regularization_weight == 0 and config.proxies.selection != "gather"
+    proxies = config.proxies
+    is_sparse = proxies.negatives != "all" and proxies.regularization_weight == 0 and proxies.selection != "gather"
+    return is_sparse_rule and is_sparse
 
 
 def learning_rate_factor(config: ScheduleConfig, *, step: int, steps_per_epoch: int, num_steps: int) -> float:

@@ -152,4 +152,9 @@ def comparable_settings(config: Config) -> dict[str, Any]:
         free.add("proxies.memory_budget")  # otherwise it decides how the regulariser is computed
     if config.schedule.name != "cosine":  # other schedules ignore the length, so such a run may be extended
         free |= {"training.epochs", "training.max_steps"}
-    return {name: value for name, value in flattened(whole) if name not in free}
+    if config.proxies.class_score != "softmax":
+        free.add("proxies.class_score_gamma")
+    # What earlier versions did, whose checkpoints do not say so.
+    earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
+    earlier |= {"proxies.share": None, "proxies.margin": None}
+    return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}

@@ -127,6 +127,7 @@ def train(
             "device": _device_name(context),
             "parameters": state.engine.num_parameters,
             "proxies": config.num_trained_classes * config.proxies.per_class,
+            "head": state.loss.described,
         }
     )
 

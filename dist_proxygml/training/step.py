@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
-from dist_proxygml.config import Config
+from dist_proxygml.config import Config, ProxiesConfig
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
 from dist_proxygml.distributed.engine import Engine, engine_settings
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.faults import fault_point
-from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.head.choices import Head
+from dist_proxygml.head.loss import ProxyLoss
+from dist_proxygml.head.margins import Margin
 from dist_proxygml.head.optim import bring_to_unit_length_, coalesced, squared_norm
 from dist_proxygml.head.reference import LossTerms
 from dist_proxygml.training.optim import (
@@ -43,7 +45,7 @@ class TrainState:
     context: ParallelContext
     config: Config
     engine: Engine
-    loss: ProxyGMLLoss
+    loss: ProxyLoss
     bank_optimizer: torch.optim.Optimizer
     num_steps: int  # of the whole run, at this batch size
     steps_per_epoch: int
@@ -81,6 +83,22 @@ class StepReport:
     requests: tuple[bool, ...]  # for each request, whether any rank made it
 
 
+def build_head(config: ProxiesConfig) -> Head:
+    """Build the choices that a configuration makes."""
+    margin = config.margin
+    return Head(
+        negatives=config.negatives,
+        ratio=config.ratio,
+        topk=config.topk,
+        share=config.share,
+        class_score=config.class_score,
+        gamma=config.class_score_gamma,
+        margin=None if margin is None else Margin(margin.name, margin.margin, margin.concentration),
+        scale=config.scale,
+        learn_scale=config.learn_scale,
+    )
+
+
 def build_train_state(
     config: Config, context: ParallelContext, *, steps_per_epoch: int, transfer: Transfer | None = None
 ) -> TrainState:
@@ -99,17 +117,17 @@ def build_train_state(
             transfer.load_backbone_(model)
         return model
 
+    head = build_head(config.proxies)
     model = run_together(context, build_model).to(context.device)
-    loss = ProxyGMLLoss(
+    model.keeps_lengths = head.margin is not None and head.margin.needs_lengths
+    loss = ProxyLoss(
         config.num_trained_classes,
         config.backbone.embedding_dim,
+        head,
         proxies_per_class=config.proxies.per_class,
-        ratio=config.proxies.ratio,
-        topk=config.proxies.topk,
         regularization_weight=config.proxies.regularization_weight,
-        scale=config.proxies.scale,
         group=context.group,
-        normalize=False,  # the backbone's embeddings are unit rows
+        normalize=model.keeps_lengths,  # otherwise the backbone's embeddings are unit rows
         regularization_anchors=config.proxies.regularization_anchors,
         selection=config.proxies.selection,
         memory_budget=config.proxies.memory_budget_bytes,
@@ -136,7 +154,7 @@ def build_train_state(
         config=config,
         engine=engine,
         loss=loss,
-        bank_optimizer=build_bank_optimizer(config.optimizer, loss.proxies),
+        bank_optimizer=build_bank_optimizer(config.optimizer, loss.proxies, loss.log_scale),
         num_steps=min(num_steps, config.training.max_steps or num_steps),
         steps_per_epoch=steps_per_epoch,
     )
@@ -162,7 +180,7 @@ def train_step(
     fault_point("step.begin")
     rates = learning_rates(state)
     set_learning_rates(state.engine.optimizer, rates[:2])
-    set_learning_rates(state.bank_optimizer, rates[2:])
+    set_learning_rates(state.bank_optimizer, rates[2:] * len(state.bank_optimizer.param_groups))
 
     # 1. Forward and backward, micro-batch by micro-batch. The loss's draws are indexed by the step, not by history.
     state.loss.draw = state.step * config.accumulation
@@ -231,6 +249,9 @@ def _finish_bank_gradient(
     elif parameter.grad is not None:
         values = parameter.grad
     values /= accumulation
+    scale = state.loss.log_scale
+    if scale is not None and scale.grad is not None:  # the same on every rank, and no part of the norm
+        scale.grad /= accumulation
     # Partitions are disjoint, so squares add up over ranks. NaN and infinity propagate.
     asked = torch.tensor([float(request) for request in requests], dtype=torch.float64, device=values.device)
     sums = all_reduce_sum(torch.cat([squared_norm(values).reshape(1), asked]), group=state.context.group).tolist()

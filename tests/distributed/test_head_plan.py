@@ -12,7 +12,9 @@ import torch.distributed as dist
 from dist_proxygml.config import load_config
 from dist_proxygml.distributed.collectives import count_bytes
 from dist_proxygml.distributed.parallel import ParallelContext
-from dist_proxygml.head.loss import ProxyGMLLoss
+from dist_proxygml.head.choices import Head
+from dist_proxygml.head.loss import ProxyLoss
+from dist_proxygml.head.margins import Margin
 from dist_proxygml.training.head_plan import plan_head
 from tests.harness import run_ranks
 
@@ -24,7 +26,12 @@ NAMES = (
 CALLS = (*NAMES, "all_reduce", "all_to_all_single")
 
 
-def traffic_of_a_step(context: ParallelContext, selection: str, weight: float, anchors: int | None) -> tuple[int, int]:
+PROXYGML = Head(ratio=0.5)
+
+
+def traffic_of_a_step(
+    context: ParallelContext, selection: str, weight: float, anchors: int | None, head: Head = PROXYGML
+) -> tuple[int, int]:
     count = 0
 
     def counted(original):  # type: ignore[no-untyped-def]
@@ -37,10 +44,10 @@ def traffic_of_a_step(context: ParallelContext, selection: str, weight: float, a
 
     for name in CALLS:
         setattr(dist, name, counted(getattr(dist, name)))
-    loss = ProxyGMLLoss(
+    loss = ProxyLoss(
         8,
         4,
-        ratio=0.5,
+        head,
         regularization_weight=weight,
         regularization_anchors=anchors,
         selection=selection,
@@ -88,3 +95,31 @@ def test_the_plan_counts_the_messages_and_bytes_of_a_step(selection: str, weight
     assert messages == plan.messages_per_step
     slack = 4 * 4 * 4 if anchors else 0  # anchors are padded to the rank that owns the most
     assert abs(received - plan.received_bytes_per_step) <= slack
+
+
+HEADS = {
+    "all": (Head("all"), {"negatives": "all"}),
+    "sampled, learned scale, adaface": (
+        Head("sampled", share=0.5, learn_scale=True, margin=Margin("adaface", 0.4)),
+        {
+            "negatives": "sampled",
+            "share": 0.5,
+            "learn_scale": True,
+            "margin": {"name": "adaface", "margin": 0.4},
+        },
+    ),
+}
+
+
+def traffic_of_heads(context: ParallelContext) -> dict[str, tuple[int, int]]:
+    return {name: traffic_of_a_step(context, "auto", 0.0, None, head) for name, (head, _) in HEADS.items()}
+
+
+def test_the_plan_counts_those_of_other_heads() -> None:
+    for name, counted in run_ranks(traffic_of_heads, 2)[0].items():
+        settings = {"per_class": 1, "ratio": None, "regularization_weight": 0.0, **HEADS[name][1]}
+        changes = {f"proxies.{key}": value for key, value in settings.items()}
+        changes |= {"data.num_classes": 8, "backbone.embedding_dim": 4, "training.batch_size": 6}
+        config = load_config(DEMO, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+        plan = plan_head(config, world_size=2)
+        assert counted == (plan.messages_per_step, plan.received_bytes_per_step), name

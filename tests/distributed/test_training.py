@@ -22,6 +22,7 @@ def trained_parameters(
     batch_norm: str,
     bf16: bool = False,
     float64: bool = False,
+    **sections: object,
 ) -> dict[str, np.ndarray]:
     """Backbone and this rank's proxies after NUM_STEPS steps: 5 epochs of 4 steps, the last one of 7 images."""
     from deepspeed.accelerator import get_accelerator
@@ -33,7 +34,7 @@ def trained_parameters(
         accelerator = get_accelerator()
         dtypes = [*accelerator.supported_dtypes(), torch.float64]
         accelerator.supported_dtypes = lambda: dtypes
-        for name in ("build_backbone", "ProxyGMLLoss"):
+        for name in ("build_backbone", "ProxyLoss"):
             build = getattr(step_module, name)
             setattr(step_module, name, lambda *args, build=build, **options: build(*args, **options).double())
     config = configuration(
@@ -44,6 +45,7 @@ def trained_parameters(
             "zero_optimization": {"stage": zero_stage},
             "bf16": {"enabled": bf16},
         },
+        **sections,
     )
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 3, 16, 16), dtype=np.uint8))
     labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
@@ -80,6 +82,7 @@ def trained_parameters(
     }
     return {name: (value if float64 else value.float()).numpy() for name, value in weights.items()} | {
         "proxies": state.loss.proxies.detach().numpy(),
+        "scale": np.array(state.loss.scale),
         "loss": report.terms.total.numpy(),
         "backbone_norm": np.array(report.backbone_norm),
     }
@@ -131,6 +134,26 @@ def test_in_float64_other_numbers_of_ranks_differ_by_its_rounding_alone() -> Non
         for name, values in expected.items():
             # whatever the ranks did not share out exactly would be as large here as in float32, where it hides
             np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-13, err_msg=name)
+
+
+HEADS: dict[str, dict[str, object]] = {
+    "all": {"negatives": "all", "per_class": 2, "class_score": "max", "margin": {"name": "adaface", "margin": 0.4}},
+    "sampled": {"negatives": "sampled", "share": 0.4, "margin": {"name": "cosface", "margin": 0.2}},
+}
+
+
+def trained_with(context: ParallelContext, head: str) -> dict[str, np.ndarray]:
+    proxies = HEADS[head] | {"scale": 8.0, "learn_scale": True}
+    return trained_parameters(context, 1, 0, "train", False, True, proxies=proxies)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("head", HEADS)
+def test_other_heads_too_train_alike_on_any_number_of_ranks(head: str) -> None:
+    expected, got = (whole(run_ranks(trained_with, world_size, head, timeout=120)) for world_size in (1, 3))
+    for name, values in expected.items():
+        np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-12, err_msg=name)
+    assert abs(expected["scale"] - 8) > 0.01
 
 
 @pytest.mark.timeout(300)

@@ -129,10 +129,10 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert told["embed"] == [
         f"{num_images} embeddings of dimension {dim} by photos, step 3, written to embeddings/photos\n"
     ]
-    assert told["index"] == [
+    assert told["index"][0].startswith(
         f"flat index of {num_images} rows of dimension {dim}, written to indexes/photos\n"
         "recall@10 against an exact search: 1.0000\n"
-    ]
+    )
     lines = told["search"][0].splitlines()
     assert lines[:2] == ["query.jpg", "   1   1.00000  IMG_0007.jpg"]
     assert len(lines) == 6

@@ -46,6 +46,7 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data"},
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
+    "pyarrow": {"data.rows"},
     "pydantic": {"config"},
     "timm": {"backbones.build", "backbones.timm_folder"},
     "triton": {"head.fused"},

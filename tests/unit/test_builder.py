@@ -1,6 +1,7 @@
 """Building shards: the same bytes from any number of processes, after any interruption; nothing lost in silence."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -14,18 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import webdataset
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from dist_proxygml.data import builder
 from dist_proxygml.data.builder import BuildResult, build_shards, default_workers
-from dist_proxygml.data.datasets import SourceDataset, SourceImage
+from dist_proxygml.data.class_split import ClassSplit
+from dist_proxygml.data.datasets import PUBLISHED_COUNTS, SourceDataset, SourceImage
 from dist_proxygml.data.imagefolder import read_imagefolder
-from dist_proxygml.data.images import ORIENTATION_TAG, opened, orientation
+from dist_proxygml.data.images import ORIENTATION_TAG, rgb_pixels
 from dist_proxygml.data.index import JOURNAL_FILE, open_index
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.shards import ShardSample, list_shard, write_shard
@@ -46,7 +49,8 @@ def raw(tmp_path: Path) -> Path:
 
 
 def build(raw: Path, out: Path, **options: Any) -> BuildResult:
-    return build_shards(read_imagefolder(raw), out, **{"samples_per_shard": 5, "quiet": True, **options})
+    dataset = read_imagefolder(raw, split=ClassSplit(by="name"))
+    return build_shards(dataset, out, **{"samples_per_shard": 5, "quiet": True, **options})
 
 
 # ---- the bytes -------------------------------------------------------------------------------------------------------
@@ -169,14 +173,14 @@ def damage(raw: Path) -> dict[str, str]:
     cut(raw / "class 0" / "4.jpg")
     (raw / "class 1" / "5.jpg").write_bytes(b"")
     (raw / "class 2" / "6.jpg").write_bytes(b"<html>404</html>")
-    picture(1).save(raw / "class 3" / "animation.gif")
+    (raw / "class 3" / "photo.heic.png").write_bytes(b"\0\0\0\x18ftypheic")
     write_image(raw / "class 3" / "7.png", 7, size=(90, 90))
     cut(raw / "class 3" / "7.png")
     return {
         "class 0/4.jpg": "the image does not decode: OSError: image file is truncated",
         "class 1/5.jpg": "the image file is empty (0 bytes)",
         "class 2/6.jpg": "the image does not decode: expected JPEG, PNG, BMP, GIF, TIFF, WebP or PPM",
-        "class 3/animation.gif": "neither JPEG nor PNG; convert it, or pass --resize to re-encode",
+        "class 3/photo.heic.png": "the image does not decode: expected JPEG, PNG, BMP, GIF, TIFF, WebP or PPM",
         "class 3/7.png": "the image does not decode: ",
     }
 
@@ -210,7 +214,18 @@ def test_skipping_gives_what_a_folder_without_those_images_gives_and_names_them(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reasons = damage(raw)
-    command = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--samples-per-shard", "5"]
+    command = [
+        "build",
+        "imagefolder",
+        "--split-by=name",
+        "--split-by=name",
+        "--root",
+        str(raw),
+        "--out",
+        str(tmp_path / "out"),
+        "--samples-per-shard",
+        "5",
+    ]
     assert main([*command, "--on-bad", "skip"]) == 0
     captured = capsys.readouterr()
     assert "5 images cannot be used and were skipped" in captured.err
@@ -237,7 +252,18 @@ def test_what_is_kept_when_bad_images_are_skipped_decodes(
     (raw / "class 2" / "wrong.png").write_bytes(content)
     (raw / "class 9").mkdir()
     (raw / "class 9" / "only.jpg").write_bytes(b"<html>")
-    command = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--on-bad", "skip"]
+    command = [
+        "build",
+        "imagefolder",
+        "--split-by=name",
+        "--split-by=name",
+        "--root",
+        str(raw),
+        "--out",
+        str(tmp_path / "out"),
+        "--on-bad",
+        "skip",
+    ]
     assert main(command) == 0
     error = capsys.readouterr().err
     assert f"{raw}/class 2/wrong.png: the image does not decode" in error
@@ -263,27 +289,105 @@ def test_what_is_kept_when_bad_images_are_skipped_decodes(
 
 
 @pytest.mark.parametrize("resize", [None, 10])
-def test_photographs_that_viewers_turn_are_counted_and_keep_their_orientation(
+def test_photographs_that_a_camera_stored_turned_are_counted_keep_their_bytes_and_are_seen_upright(
     resize: int | None, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = 6
     picture(3, size=(30, 20)).save(raw / "class 0" / "turned.jpg", exif=exif)
+    picture(5, size=(30, 20)).save(raw / "class 0" / "turned.webp", exif=exif, lossless=True)
     exif[ORIENTATION_TAG] = 1
     picture(4, size=(30, 20)).save(raw / "class 0" / "upright.jpg", exif=exif)
-    command = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    command = ["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(out)]
     assert main([*command, *([] if resize is None else ["--resize", str(resize)])]) == 0
-    assert "viewers turn or mirror 1 of the images (EXIF orientation)" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "index.json").read_text())["build"]["num_turned"] == 1
-    infos = {info["source"]: (info, sample["jpg"]) for sample in samples_of(tmp_path / "out", "train")
-             for info in [json.loads(sample["json"])]}  # fmt: skip
-    info, payload = infos["class 0/turned.jpg"]
-    with opened(payload) as image:
-        assert (info["orientation"], orientation(image)) == (6, 6)
-        assert image.size == ((30, 20) if resize is None else (15, 10))
-    assert "orientation" not in infos["class 0/upright.jpg"][0]
-    again = build(raw, tmp_path / "out", resize=resize, samples_per_shard=500)
-    assert (again.already_there, again.num_turned) == (True, 1)
+    assert "2 of the images are stored turned or mirrored (EXIF orientation)" in capsys.readouterr().err
+    document = json.loads((out / "index.json").read_text())
+    assert (document["build"]["num_turned"], document["build"]["exif"], document["version"]) == (2, "applied", 3)
+    assert main(["verify", "--deep", str(out)]) == 0
+    index = open_index(out, "train")
+    images = ShardImages(index, Resize(8))
+    infos = {}
+    for number, sample in enumerate(samples_of(out, "train")):
+        info = json.loads(sample["json"])
+        infos[info["source"]] = info
+        image = images.image(number)
+        assert (image.shape[2], image.shape[1]) == (info["width"], info["height"])
+        if resize is None:
+            shown = ImageOps.exif_transpose(Image.open(raw / info["source"])).convert("RGB")
+            difference = np.abs(np.asarray(shown).astype(int) - image.permute(1, 2, 0).numpy().astype(int))
+            assert difference.max() <= 1  # two JPEG decoders
+            kept = sample.get("jpg", sample.get("webp"))
+            assert kept == (raw / info["source"]).read_bytes()
+    for name in ("turned.jpg", "turned.webp"):
+        info = infos[f"class 0/{name}"]
+        assert (info["orientation"], info["exif"]) == (6, "applied")
+        assert (info["width"], info["height"]) == ((20, 30) if resize is None else (10, 15))
+    assert not {"orientation", "exif"} & infos["class 0/upright.jpg"].keys()
+    assert main([*command, *([] if resize is None else ["--resize", str(resize)])]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    # The index can be made again, with or without the one that was there.
+    before = (out / "index.json").read_bytes()
+    assert main(["index", str(out)]) == 0
+    assert (out / "index.json").read_bytes() == before
+    (out / "index.json").unlink()
+    assert main(["index", str(out)]) == 0
+    assert open_index(out, "train").upright
+
+
+def test_published_sets_and_earlier_shards_are_seen_as_they_are_stored(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    stream = io.BytesIO()
+    picture(3, size=(30, 20)).save(stream, "JPEG", exif=exif)
+    images = [SourceImage(split, split, split, f"{split}.jpg", stream.getvalue()) for split in ("train", "test")]
+    for name in PUBLISHED_COUNTS:
+        result = build_shards(SourceDataset(name, images), tmp_path / name, quiet=True)
+        assert (result.num_turned, result.is_upright) == (2, False)
+        build = json.loads((tmp_path / name / "index.json").read_text())
+        assert (build["version"], "exif" in build["build"], build["build"]["num_turned"]) == (2, False, 2)
+        index = open_index(tmp_path / name, "train")
+        assert ShardImages(index, Resize(8)).image(0).shape == (3, 20, 30)
+        # With a field of earlier shards: an orientation, and nobody who applies it.
+        assert main(["index", str(tmp_path / name)]) == 0
+        assert not open_index(tmp_path / name, "train").upright
+
+
+def test_what_shards_do_not_hold_is_stored_as_png_of_the_same_pixels_and_counted(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {}
+    for number, (kind, options) in enumerate(
+        {
+            "bmp": {},
+            "gif": {"save_all": True, "append_images": [picture(9, size=(30, 20))]},
+            "tif": {},
+            "ppm": {},
+            "avif": {},
+            "webp": {"lossless": True},
+        }.items()
+    ):
+        path = raw / "class 0" / f"x.{kind}"
+        picture(number, size=(30, 20)).save(path, **options)
+        shown[f"class 0/x.{kind}"] = np.asarray(Image.open(path).convert("RGB"))
+    wide = raw / "class 0" / "wide.tiff"
+    Image.fromarray((np.arange(600).reshape(20, 30) * 100).astype(np.uint16)).save(wide, tiffinfo={ORIENTATION_TAG: 6})
+    shown["class 0/wide.tiff"] = rgb_pixels(Image.open(io.BytesIO(wide.read_bytes())))
+    out = tmp_path / "out"
+    command = ["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(out)]
+    assert main([*command, "--on-bad", "skip"]) == 0
+    assert "1 AVIF, 1 BMP, 1 GIF, 1 PPM, 2 TIFF files are stored as PNG" in capsys.readouterr().err
+    document = json.loads((out / "index.json").read_text())
+    assert document["build"]["reencoded"] == {"AVIF": 1, "BMP": 1, "GIF": 1, "PPM": 1, "TIFF": 2}
+    images = ShardImages(open_index(out, "train"), Resize(8))
+    for number, sample in enumerate(samples_of(out, "train")):
+        source = json.loads(sample["json"])["source"]
+        if source in shown:
+            assert ("webp" if source.endswith("webp") else "png") in sample
+            assert np.array_equal(images.image(number).permute(1, 2, 0), shown.pop(source))
+    assert not shown
+    assert main([*command, "--on-bad", "skip"]) == 0
+    assert "1 AVIF, " in capsys.readouterr().err
 
 
 def test_a_jpeg_with_bytes_after_its_end_is_whole(raw: Path, tmp_path: Path) -> None:
@@ -435,7 +539,7 @@ def many(tmp_path: Path) -> Path:
 
 def command(raw: Path, out: Path) -> list[str]:
     options = ["--root", str(raw), "--out", str(out), "--samples-per-shard", "1", "--resize", "150", "--workers", "2"]
-    return ["build", "imagefolder", *options]
+    return ["build", "imagefolder", "--split-by=name", *options]
 
 
 @pytest.fixture
@@ -538,7 +642,7 @@ def test_two_builds_do_not_write_into_one_folder(raw: Path, tmp_path: Path) -> N
 def test_a_finished_build_of_the_same_images_is_left_alone(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     before = digests(tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -686,7 +790,7 @@ def test_a_place_that_cannot_be_a_folder_is_named(
     place: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("theirs")
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / place)]) == 2
+    assert main(["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(tmp_path / place)]) == 2
     assert f"{place} cannot be a folder to write shards to: " in capsys.readouterr().err
 
 
@@ -694,7 +798,18 @@ def test_a_place_that_cannot_be_a_folder_is_named(
 def test_a_full_disk_is_named_with_its_folder_and_the_same_command_goes_on(
     number: int, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--samples-per-shard", "5"]
+    arguments = [
+        "build",
+        "imagefolder",
+        "--split-by=name",
+        "--split-by=name",
+        "--root",
+        str(raw),
+        "--out",
+        str(tmp_path / "out"),
+        "--samples-per-shard",
+        "5",
+    ]
     rename = os.replace
 
     def full(source: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dist_proxygml.config import Config, load_config, parse_config
+from dist_proxygml.config import Config, load_config, load_run_config, parse_config
 from dist_proxygml.distributed.engine import engine_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +74,18 @@ def test_a_published_protocol_brings_its_k(protocol: str, recall_at: list[int]) 
     assert parse_config(config.model_dump(), source="the test") == config  # as a run stores it
     message = message_of(changed(evaluation__protocol=protocol, evaluation__recall_at=[1, 5]))
     assert f"'{protocol}' reports Recall@K for K {recall_at}, got recall_at [1, 5]; remove recall_at" in message
+
+
+def test_a_run_or_a_file_that_is_not_there_gets_those_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/one/config.json", "configs/mine.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    for wrong in ("runs/two", "runs"):
+        with pytest.raises(ValueError, match=rf"folder of a run at {wrong}, .* there are: runs/one$"):
+            load_run_config(Path(wrong))
+    with pytest.raises(ValueError, match=r"configs/mine\.json, .*demo_cpu"):
+        load_config("mine")
 
 
 def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:

@@ -365,3 +365,26 @@ def test_rows_that_are_not_of_length_1_are_never_published(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"\b0 in row 1 \(b\)"):
         write_embeddings(tmp_path / "new", tmp_path / "out", parts, embedding_dim=3, about={})
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_older_version_wrote_opens_and_what_it_left_unfinished_begins_anew(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    np.save(old / "embeddings.npy", np.eye(3, 4, dtype=np.float32))
+    (old / "ids.jsonl").write_text("".join(f'{{"id": "{name}.jpg"}}\n' for name in "abc"))
+    about = {"kind": "dist-proxygml-embeddings", "version": 1, "num_rows": 3, "embedding_dim": 4, "num_ids": 3}
+    about |= {"rows": "float32, finite, unit length", "model": {}, "data": {}, "batch_size": 2, "left_out": []}
+    about["files"] = hash_files(old, ["embeddings.npy", "ids.jsonl"], num_threads=1)
+    (old / "manifest.json").write_text(json.dumps(about))
+    assert [record.id for record in open_embeddings(old).records] == ["a.jpg", "b.jpg", "c.jpg"]
+
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    for name in ("embeddings.npy", "ids.jsonl", "plan.json", "done.jsonl"):
+        (partial / name).write_text("{}")
+    assert embedded("--run", run, "--data", photos, "--out", tmp_path / "out") == 0
+    assert f"embedding anew: an older version of this package left {partial}" in capsys.readouterr().err
+    assert len(open_embeddings(tmp_path / "out").rows) == 9
+    assert not partial.exists()

@@ -137,9 +137,9 @@ def test_what_pairs_say_is_printed_with_what_is_not_measurable() -> None:
     pairs = Verification(40, 2000, points, [1e-4], [], Histogram(0, [40], [2000]), [0.75, 0.25], num_left_out=3)
     assert pair_lines(pairs) == [
         "pairs: 40 of the same class, 2,000 of different classes; 3 left out, with a damaged image",
-        "TAR at FAR 0.001: 75.00, score >= 0.5000",
-        "TAR at FAR 0.1: 100.00, score >= 0.2500",
-        "TAR at FAR 0.0001: not measurable, which takes 10,000 pairs of different classes",
+        "TAR at FAR 1e-3: 75.00, score >= 0.50000",
+        "TAR at FAR 1e-1: 100.00, score >= 0.25000",
+        "TAR at FAR 1e-4: not measurable, it takes 10,000 pairs of different classes",
         "accuracy over 2 folds: 50.00 ± 35.36",
     ]
     assert pair_lines(None) == []

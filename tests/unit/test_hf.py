@@ -10,6 +10,7 @@ import datasets
 import pyarrow
 import pytest
 
+from dist_proxygml.data.class_split import ClassSplit
 from dist_proxygml.data.datasets import FileSlice, SourceDataset
 from dist_proxygml.data.hf import read_hf
 from dist_proxygml.data.index import open_index
@@ -64,7 +65,7 @@ def test_splits_names_and_bytes_are_those_of_the_data_set(tmp_path: Path) -> Non
 def test_several_files_with_several_batches_are_read_in_their_order(tmp_path: Path) -> None:
     labels = [i % 7 for i in range(2500)]  # a batch of a file has 1,000 rows
     table(labels, datasets.Value("int32")).save_to_disk(str(tmp_path / "raw"), num_shards=2)
-    dataset = read_hf(str(tmp_path / "raw"), num_train_classes=3)
+    dataset = read_hf(str(tmp_path / "raw"), split=ClassSplit(3, "name"))
     assert [image.source_id for image in dataset.images] == labels
     assert [image.split for image in dataset.images] == ["train" if label < 3 else "test" for label in labels]
     assert bytes_of(dataset) == [png(i) for i in range(2500)]
@@ -85,13 +86,15 @@ def test_classes_of_all_splits_are_divided_anew(tmp_path: Path, capsys: pytest.C
     arguments = ["build", "hf", "--root", root, "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "is in train and in test" in (error := capsys.readouterr().err)
-    assert "--split-classes N divides" in error
-    assert main([*arguments, "--split-classes", "2"]) == 0
-    assert [entry.count for entry in open_index(tmp_path / "out", "train").classes] == [2, 2]
-    assert [entry.name for entry in open_index(tmp_path / "out", "test").classes] == ["eel"]
-    for number in (0, 3):
-        with pytest.raises(ValueError, match=f"has 3 classes, of which {number} would train"):
-            read_hf(root, num_train_classes=number)
+    assert "--split-classes N" in error
+    assert main([*arguments, "--allow-seen-classes"]) == 0
+    assert [entry.name for entry in open_index(tmp_path / "out", "test").classes] == ["cat", "dog", "eel"]
+    arguments[-1] = str(tmp_path / "anew")
+    assert main([*arguments, "--split-classes", "2", "--split-by", "name"]) == 0
+    assert [entry.count for entry in open_index(tmp_path / "anew", "train").classes] == [2, 2]
+    assert [entry.name for entry in open_index(tmp_path / "anew", "test").classes] == ["eel"]
+    with pytest.raises(ValueError, match="3 classes with images, of which 4 would train"):
+        read_hf(root, split=ClassSplit(4))
 
 
 def test_texts_are_classes_and_columns_may_be_called_otherwise(tmp_path: Path) -> None:
@@ -101,7 +104,8 @@ def test_texts_are_classes_and_columns_may_be_called_otherwise(tmp_path: Path) -
         ValueError, match="expected a column 'image', got photo, product; name it with --columns image="
     ):
         read_hf(str(tmp_path / "raw"))
-    dataset = read_hf(str(tmp_path / "raw"), columns={"image": "photo", "label": "product"})
+    columns = {"image": "photo", "label": "product"}
+    dataset = read_hf(str(tmp_path / "raw"), columns=columns, split=ClassSplit(1, "name"))
     assert [(image.split, image.source_id) for image in dataset.images] == [
         ("test", "b"),
         ("train", "a"),

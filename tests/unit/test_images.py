@@ -169,6 +169,46 @@ def test_of_animations_and_other_formats_the_first_picture_is_taken() -> None:
         assert decode_image(several)[0].float().mean() > 190
 
 
+def test_every_orientation_is_turned_as_a_viewer_does_and_only_if_asked() -> None:
+    for kind, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("MPO", {})):
+        for value in range(1, 9):
+            exif = Image.Exif()
+            exif[images.ORIENTATION_TAG] = value
+            payload = encode(smooth(), kind, exif=exif, **options)
+            pixels = decode_image(payload, upright=True)
+            plain = decode_image(payload)
+            assert plain.shape == (3, 37, 53)
+            # Pixels alone, since decoders of JPEG differ in rounding.
+            shown = Image.fromarray(plain.permute(1, 2, 0).numpy())
+            shown.getexif()[images.ORIENTATION_TAG] = value
+            expected = torch.from_numpy(np.array(ImageOps.exif_transpose(shown))).permute(2, 0, 1)
+            assert (kind, value, torch.equal(pixels, expected)) == (kind, value, True)
+            assert pixels.stride() == expected.stride()  # channels last, in one piece
+            small = images.decode_small(payload, side=26, upright=True)
+            assert (small.width > small.height) == (value < 5)
+    assert np.array_equal(images.turn(np.arange(6).reshape(1, 2, 3), 1), np.arange(6).reshape(1, 2, 3))
+
+
+def test_a_picture_that_is_to_be_turned_counts_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[images.ORIENTATION_TAG] = 3
+    payload = encode(smooth(), "JPEG", exif=exif)
+    monkeypatch.setattr(images, "MAX_BYTES", 37 * 53 * 10 - 1)
+    assert decode_image(payload).shape == (3, 37, 53)
+    with pytest.raises(ValueError, match=r"take 19,610 bytes"):
+        decode_image(payload, upright=True)
+
+
+def test_avif_is_decoded_only_where_it_is_asked_for() -> None:
+    payload = encode(smooth(), "AVIF", quality=100, subsampling="4:4:4")
+    assert (decode_image(payload, avif=True).int() - by_pillow(payload).int()).abs().max() == 0
+    for start in range(4, 64, 4):
+        with pytest.raises(ValueError, match="does not decode"):
+            decode_image(payload[:start], avif=True)
+    with pytest.raises(ValueError, match="got AVIF, which is read from folders and tables only"):
+        decode_image(payload)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, and no error
 def test_the_orientation_is_ignored_and_damaged_metadata_too() -> None:
     exif = Image.Exif()
@@ -261,6 +301,8 @@ def picture_of(mode: str, side: int) -> Image.Image:
     return Image.new(mode, (side, side))
 
 
+TURNED = Image.Exif()
+TURNED[images.ORIENTATION_TAG] = 6
 LARGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grey": ("PNG", "L", {}),
     "grey16": ("PNG", "I;16", {}),
@@ -275,19 +317,26 @@ LARGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "float": ("TIFF", "F", {"compression": "tiff_adobe_deflate"}),
     "one strip": ("TIFF", "RGB", {"compression": "tiff_adobe_deflate", "strip_size": 1 << 30}),
     "turned": ("TIFF", "RGB", {"tiffinfo": {0x0112: 6}}),
+    "turned jpeg": ("JPEG", "RGB", {"exif": TURNED, "quality": 20}),
+    "turned cmyk": ("JPEG", "CMYK", {"exif": TURNED}),
+    "turned png": ("PNG", "RGBA", {"exif": TURNED}),
+    "avif": ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
 }
 
 DECODE = """
 import os, resource, sys, warnings
-from dist_proxygml.data.images import opened, rgb_pixels, _bytes_to_decode
+from dist_proxygml.data.images import UPRIGHT, opened, orientation, rgb_pixels, turn, _bytes_to_decode
 warnings.simplefilter("ignore")
 for path in sys.argv[1:]:
     if os.fork() == 0:
         payload = open(path, "rb").read()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with opened(payload) as image:
-            expected = _bytes_to_decode(image)
-            rgb_pixels(image)
+        with opened(payload, avif=True) as image:
+            turned = orientation(image)
+            expected = _bytes_to_decode(image, is_turned=turned != UPRIGHT)
+            pixels = rgb_pixels(image)
+            if turned != UPRIGHT:
+                turn(pixels, turned)
         print(expected, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), flush=True)
         os._exit(0)
     os.wait()
@@ -409,8 +458,8 @@ def test_an_rgb_image_is_its_own_rgb() -> None:
 
 
 def test_files_are_told_apart_by_their_first_bytes() -> None:
-    kinds = [image_extension(encode(smooth(), kind)) for kind in ("JPEG", "PNG", "BMP")]
-    assert [*kinds, image_extension(b"")] == ["jpg", "png", None, None]
+    kinds = [image_extension(encode(smooth(), kind)) for kind in ("JPEG", "PNG", "WEBP", "BMP")]
+    assert [*kinds, image_extension(b"")] == ["jpg", "png", "webp", None, None]
 
 
 def test_looking_at_files_needs_no_torch() -> None:

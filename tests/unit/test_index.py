@@ -123,7 +123,10 @@ def test_an_empty_folder_is_told_apart_from_an_unfinished_build(tmp_path: Path) 
 
 def test_another_version_kind_or_no_json_at_all_is_refused(index: ShardIndex) -> None:
     edit(index, version=1)
-    assert "has version 1, this program reads version 2" in message_of_opening(index)
+    assert "has version 1, this program reads versions 2 and 3" in message_of_opening(index)
+    for version, build in ((3, {}), (2, {"exif": "applied"}), (3, {"exif": "ignored"})):  # says one thing and another
+        edit(index, version=version, build=build)
+        assert "garbles the field 'build.exif'" in message_of_opening(index)
     edit(index, version=2, kind="other")
     assert "not a shard index" in message_of_opening(index)
     (index.root / "index.json").write_text("{")

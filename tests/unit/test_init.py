@@ -96,6 +96,17 @@ def test_a_mistake_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_images_that_are_no_shards_yet_get_the_command_that_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos" / "wren").mkdir(parents=True)
+    (tmp_path / "birds.csv").write_text("image,label")
+    assert main(["photos", "--out", "mine.json"]) == 2
+    assert "shard build imagefolder --root photos --out shards/photos`" in capsys.readouterr().err
+    assert main(["birds.csv", "--out", "mine.json"]) == 2
+    assert "shard build table --table birds.csv --out shards/birds`" in capsys.readouterr().err
+
+
 def settings_of(suggestion: Any) -> dict[str, Any]:
     config = suggestion.config
     return {

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dist_proxygml.head.bank import Pairs
-from dist_proxygml.head.loss import KeptPairs
+from dist_proxygml.head.classification import KeptPairs
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.statistics import DEAD_DEFINITION, ProxyStatistics, bin_edges, write_proxy_use
 

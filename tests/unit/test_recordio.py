@@ -9,6 +9,7 @@ import pytest
 
 from dist_proxygml.data import builder
 from dist_proxygml.data.builder import BuildResult, build_shards
+from dist_proxygml.data.class_split import ClassSplit
 from dist_proxygml.data.datasets import FileSlice, SourceDataset
 from dist_proxygml.data.recordio import read_recordio
 from dist_proxygml.shard import main
@@ -40,16 +41,16 @@ def test_images_and_classes_are_read_in_every_form(tmp_path: Path, header: bool,
     first = int(header)
     assert bytes_of(dataset) == {f"train.rec#{i}": jpeg(i) for i in range(first, first + len(LABELS))}
     assert all(isinstance(image.content, FileSlice) for image in dataset.images)  # no bytes in memory
-    assert len(dataset.notes) == int(header)  # property has a class more
+    assert len(dataset.notes) == int(header) + 1  # property has a class more, and all classes train
 
 
-def test_the_first_classes_train_and_the_others_test(tmp_path: Path) -> None:
+def test_classes_are_divided_where_that_is_wanted(tmp_path: Path) -> None:
     face_records(tmp_path, LABELS)
-    dataset = read_recordio(tmp_path, num_train_classes=2, quiet=True)
+    dataset = read_recordio(tmp_path, split=ClassSplit(2, "name"), quiet=True)
     assert [image.split for image in dataset.images] == ["train"] * 3 + ["test"] * 4
-    for number in (0, 4, -1):
-        with pytest.raises(ValueError, match=f"has 4 classes, of which {number} would train"):
-            read_recordio(tmp_path, num_train_classes=number, quiet=True)
+    assert dataset.build == {"split_classes": {"train": 2, "test": 2, "by": "name"}}
+    with pytest.raises(ValueError, match="4 classes with images, of which 5 would train"):
+        read_recordio(tmp_path, split=ClassSplit(5), quiet=True)
 
 
 @pytest.mark.parametrize("places", [(0,), (4,), (8, 12), (3,), (0, 40)])
@@ -147,7 +148,7 @@ def test_a_record_without_an_image_is_refused_or_left_out(tmp_path: Path) -> Non
 def test_property_is_compared(tmp_path: Path) -> None:
     face_records(tmp_path, LABELS)
     (tmp_path / "property").write_text("5,112,112\n")
-    assert read_recordio(tmp_path, quiet=True).notes == (f"{tmp_path / 'property'} announces 5 classes, 4 have images",)
+    assert f"{tmp_path / 'property'} announces 5 classes, 4 have images" in read_recordio(tmp_path, quiet=True).notes
     (tmp_path / "property").write_text("4,112,112")
     with pytest.raises(ValueError, match=r"record 7 has class 4, .*property announces 4 classes"):
         read_recordio(tmp_path, quiet=True)
@@ -209,7 +210,7 @@ def test_another_place_in_the_file_is_another_image_to_a_build_that_resumes(tmp_
     assert isinstance(image.content, FileSlice)
     places = [image.content, image.content._replace(offset=0), image.content._replace(num_bytes=1)]
     tasks = [
-        builder._ShardTask(tmp_path / "out.tar", 0, [replace(image, content=place)], [0], None, known=None)
+        builder._ShardTask(tmp_path / "out.tar", 0, [replace(image, content=place)], [0], None, True, None)
         for place in places
     ]
     assert len({builder._fingerprint(task) for task in tasks}) == 3

@@ -20,7 +20,7 @@ from dist_proxygml.evaluation.evaluator import EvaluationResult, PairSettings
 from dist_proxygml.evaluation.verification import verify_listed
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.statistics import ProxyStatistics, write_proxy_use
-from dist_proxygml.protocols import far_metric
+from dist_proxygml.protocols import far_metric, shown_far
 from dist_proxygml.report import main
 from dist_proxygml.reporting import pictures as report_pictures
 from dist_proxygml.reporting.page import _charts, format_metrics, format_table, read_run, write_report
@@ -199,10 +199,10 @@ def test_what_pairs_say_has_a_part_of_its_own_with_what_is_not_measurable(tmp_pa
     pairs = rows["after training"].pairs
     assert pairs is not None
     assert f"{pairs.num_same:,} pairs of images of the same class and {pairs.num_different:,} of different" in text
-    assert "at FAR 1e-06 not measurable with so few pairs" in text
+    assert "at FAR 1e-6 not measurable with so few pairs" in text
     for point in pairs.points:
         values = " ".join(f"{100 * row.metrics[far_metric(point.far)]:.2f}" for row in rows.values())
-        assert f"at FAR {point.far:g} {values} {point.threshold:.4f}" in text
+        assert f"at FAR {shown_far(point.far)} {values} {point.threshold:.5f}" in text
     assert "Pairs of one class accepted, percent" in text
     assert "Accuracy" not in text
     assert "TAR at FAR 1e-2" in text  # among all numbers

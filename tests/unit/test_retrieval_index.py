@@ -292,6 +292,7 @@ def test_the_command_builds_and_tells_its_recall(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == (
         f"flat index of 3,000 rows of dimension 16, written to {tmp_path / 'i'}\n"
         "recall@10 against an exact search: 1.0000\n"
+        "scores: not measured, 3,000 of 3,000 rows have no class label\n"
     )
     assert main(options) == 2
     assert "add --overwrite" in capsys.readouterr().err

@@ -18,8 +18,10 @@ from dist_proxygml import Embedder, Index
 from dist_proxygml.data import remote
 from dist_proxygml.data.sources import FolderSource
 from dist_proxygml.embed import main as embed_main
+from dist_proxygml.evaluation.verification import Histogram
 from dist_proxygml.index import main as index_main
 from dist_proxygml.inference import search
+from dist_proxygml.inference.score_table import ScoreTable, describe_scores
 from dist_proxygml.inference.search_page import Row, Tile, write_page
 from dist_proxygml.search import main
 from tests.shards_of_noise import write_noise_shards
@@ -481,3 +483,119 @@ def test_the_page_is_there_before_anything_is_printed(
     assert searched(place, place.path(0), "--html", page) == 0
     assert order
     assert all(order)
+
+
+# ---- scores that mean something --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(place: Place, tmp_path: Path) -> Place:
+    """A place with an index of labelled images."""
+    root = tmp_path / "shards"
+    write_noise_shards(root, [4, 9, 7])
+    assert embed_main(["--run", str(place.run), "--data", str(root), "--out", str(tmp_path / "labelled_e")]) == 0
+    place.index = tmp_path / "labelled_i"
+    assert index_main(["--embeddings", str(tmp_path / "labelled_e"), "--out", str(place.index)]) == 0
+    return place
+
+
+def test_an_index_of_labelled_images_says_what_scores_to_choose_and_one_without_labels_why_not(
+    labelled: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    again = ["--embeddings", str(tmp_path / "labelled_e"), "--out", str(labelled.index), "--overwrite"]
+    assert index_main(again) == 0
+    out = capsys.readouterr().out
+    assert f"scores, measured on {tmp_path / 'labelled_e'}: 20 of 20 rows asked for their 10 nearest" in out
+    scores = Index.load(labelled.index).scores
+    assert scores is not None
+    assert describe_scores(scores) in out
+    assert index_main(["--embeddings", str(tmp_path / "e"), "--out", str(tmp_path / "unlabelled")]) == 0
+    assert "scores: not measured, 12 of 12 rows have no class label" in capsys.readouterr().out
+    assert Index.load(tmp_path / "unlabelled").scores is None
+
+
+def test_scores_are_measured_on_other_images_of_the_same_model(
+    labelled: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, held_out = str(tmp_path / "e"), str(tmp_path / "labelled_e")
+    arguments = ["--embeddings", photos, "--out", str(tmp_path / "other"), "--scores-from"]
+    assert index_main([*arguments, held_out]) == 0
+    index = Index.load(tmp_path / "other")
+    assert (len(index), index.scores) == (12, Index.load(labelled.index).scores)
+    capsys.readouterr()
+    assert index_main([*arguments, photos, "--overwrite"]) == 2
+    assert "12 of 12 rows have no class label" in capsys.readouterr().err
+    other_run = write_finished_run(tmp_path / "other_runs", seed=1)
+    assert embed_main(["--run", str(other_run), "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "oe")]) == 0
+    assert index_main([*arguments, str(tmp_path / "oe"), "--overwrite"]) == 2
+    assert "expected embeddings by one model" in capsys.readouterr().err
+
+
+def test_a_precision_is_looked_up_and_what_is_doubtful_is_said(
+    labelled: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = Index.load(labelled.index).scores
+    assert scores is not None
+    wanted = scores.best.precision * 0.9
+    found = scores.lowest_for(wanted)
+    assert found is not None
+    capsys.readouterr()
+    assert searched(labelled, labelled.photos, "-k", 20, "--precision", wanted) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    shown = [float(line.split()[1]) for line in lines if line.startswith("   ")]
+    assert all(score >= found.score - 1e-5 for score in shown)
+    assert 0 < len(shown) < 20 * 12
+    assert last.startswith(
+        f"Answers below {found.score:.4f} are doubtful: from there on {found.precision:.1%} were right"
+    )
+    assert str(tmp_path / "labelled_e") in last
+    at = scores.at(0.5)
+    assert at is not None
+    assert searched(labelled, labelled.path(3), "--min-score", 0.5) == 0
+    assert f"; from 0.5 on {at.precision:.1%} were right" in capsys.readouterr().out
+    assert (
+        searched(labelled, labelled.path(3), "-k", 20, "--json", "--html", tmp_path / "a.html", "--precision", wanted)
+        == 0
+    )
+    document = json.loads(capsys.readouterr().out)
+    assert (document["doubtful_below"], document["precision"]) == (found.score, wanted)
+    page = Page(tmp_path / "a.html")
+    assert f"Answers below {found.score:.4f} are doubtful" in page.text
+    assert "doubtful\n" not in page.text  # they are left out
+
+
+def test_a_page_marks_doubtful_answers_where_they_are_not_left_out(labelled: Place, tmp_path: Path) -> None:
+    assert searched(labelled, labelled.path(3), "-k", 20, "--html", tmp_path / "a.html") == 0
+    below = search.doubt_about(Index.load(labelled.index)).below  # type: ignore[union-attr]
+    found = Index.load(labelled.index).search(Embedder.from_run(labelled.run).embed(labelled.path(3)), 20)
+    assert Page(tmp_path / "a.html").text.count(" doubtful") - 1 == int((found.scores < below).sum())  # and the lead
+
+
+def test_a_precision_that_cannot_be_had_is_refused_with_what_helps(
+    labelled: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = Index.load(labelled.index).scores
+    assert scores is not None
+    if scores.best.precision < 1:
+        message = told(capsys, labelled, labelled.path(3), "--precision", 1)
+        assert f"the most is {scores.best.precision:.4f}" in message
+    labelled.index = tmp_path / "index"  # of images without labels
+    message = told(capsys, labelled, labelled.path(3), "--precision", 0.9)
+    assert "--precision" in message
+    assert "--scores-from" in message
+    with pytest.raises(SystemExit):
+        searched(labelled, labelled.path(3), "--precision", 0.9, "--min-score", 0.5)
+
+
+def test_a_score_that_is_never_good_enough_makes_all_answers_doubtful() -> None:
+    table = ScoreTable("test", 2, 2, 2, 5000, [1], [3], Histogram(0, [1], [1]))
+    index = Index.build(np.eye(2, dtype=np.float32), ["a", "b"])
+    assert search.doubt_about(index) is None
+    index.scores = table
+    doubt = search.doubt_about(index)
+    assert doubt is not None
+    assert doubt.below > 1
+    assert doubt.sentence.startswith("All answers are doubtful: 25.0% were right at best, from 0.5000 on")
+    with pytest.raises(ValueError, match=r"--precision .* got 0.5; the most is 0.2500"):
+        search.score_for(index, Path("i"), 0.5)

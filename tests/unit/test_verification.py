@@ -2,6 +2,7 @@
 hand, brute force in float64 and scikit-learn.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -13,16 +14,19 @@ import pytest
 import torch
 from sklearn.metrics import roc_curve
 
-from dist_proxygml.config import parse_config
+from dist_proxygml.config import ResizeConfig, parse_config
+from dist_proxygml.data.index import ShardIndex, open_index
+from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation import verification
-from dist_proxygml.evaluation.embedding_pass import EmbeddingTable
+from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassSettings, Split
 from dist_proxygml.evaluation.evaluator import (
     EvaluationResult,
     PairSettings,
     Roles,
     Settings,
     check_settings,
+    evaluate,
     evaluate_table,
 )
 from dist_proxygml.evaluation.exact import round_rows
@@ -37,6 +41,7 @@ from dist_proxygml.evaluation.verification import (
     verify_listed,
 )
 from dist_proxygml.protocols import far_metric
+from tests.shards_of_noise import SIDE, Projection, write_noise_shards
 
 FARS = (1e-6, 1e-4, 1e-3, 1 / 300, 1e-2, 0.1, 0.5)
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo_cpu.json"
@@ -271,6 +276,38 @@ def test_a_verification_set_has_metrics_of_its_pairs_only_and_leaves_out_damaged
     assert result.pairs.num_left_out > 0
     assert (result.bounds, result.recall_at_1_bounds, result.num_queries, result.num_lone) == ({}, None, 0, 60)
     assert EvaluationResult.from_json(result.to_json()) == result
+
+
+def test_a_verification_set_is_evaluated_from_its_shards(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    index = write_noise_shards(tmp_path, [1] * 24)
+    pairs = np.stack([*generator.integers(0, 24, (2, 60)), np.arange(60) % 2, np.arange(60) % 10], 1)
+    document = json.loads((tmp_path / "index.json").read_text())
+    lines = ["first\tsecond\tsame\tfold", *("\t".join(map(str, pair)) for pair in pairs.tolist())]
+    table = "\n".join(lines) + "\n"
+    (tmp_path / "index.pairs.test.tsv").write_text(table)
+    digest = hashlib.sha256(table.encode()).hexdigest()
+    document["splits"]["test"]["pairs"] = {"file": "index.pairs.test.tsv", "sha256": digest, "num_pairs": 60}
+    (tmp_path / "index.json").write_text(json.dumps(document))
+
+    def evaluated(index: ShardIndex) -> EvaluationResult:
+        transform = build_transform(ResizeConfig(name="resize", size=SIDE))
+        settings = Settings(pairs=PairSettings(True, (0.1, 0.01)))
+        return evaluate(
+            Projection(), Split(index), PassSettings(transform), context=single_process(), settings=settings
+        )
+
+    result = evaluated(open_index(tmp_path, "test"))
+    assert result.table is not None
+    assert result.pairs is not None
+    rows = round_rows(result.table.embeddings.numpy()).astype(np.float64)
+    scores = (rows[pairs[:, 0]] * rows[pairs[:, 1]]).sum(axis=1)
+    expected = verify_listed(scores, pairs[:, 2] == 1, pairs[:, 3], fars=(0.1, 0.01))
+    assert result.pairs == expected
+    assert set(result.metrics) == {"tar@far=1e-1", "pair_accuracy", "pair_accuracy_sd"}
+    assert result.protocol["pairs"]["of"] == "listed"
+    with pytest.raises(ValueError, match="has no pairs"):
+        evaluated(index)
 
 
 def test_what_pairs_cannot_measure_is_refused_before_images_are_embedded() -> None:

@@ -1,0 +1,401 @@
+"""Classification of images by their classes' scores: the softmax term of the loss, over all ranks.
+
+    z_c  = score of class c from its proxies that compete (class_scores.py); the own class's with a margin (margins.py)
+    nll  = log sum_c exp(s * z_c) - s * z_label                  over the classes that compete and the own one
+
+Either only the proxies of the image's subgraph compete (selection.py), or all do, a chunk of classes at a time, whose
+scores are computed again in backward. In neither case does a matrix of images and classes exist. Each rank owns whole
+classes, so scores are local and only vectors of length R cross ranks: one MAX, then SUM of the exponentials, the
+targets and a count.
+
+Dimension key: R rows (images) at hand, c classes and p proxies of this rank, N proxies per class, D embedding, n kept
+negative pairs, g kept negative classes of all rows, o rows whose class this rank owns, w classes and v = w * N proxies
+of a chunk.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_proxygml.distributed.collectives import all_reduce_max, all_reduce_sum
+from dist_proxygml.head.bank import Bank, Pairs, build_bank
+from dist_proxygml.head.class_scores import ClassScore, scores, scores_of_groups
+from dist_proxygml.head.margins import Margin
+from dist_proxygml.head.partition import ClassPartition
+from dist_proxygml.head.selection import Exchange, select_negatives
+from dist_proxygml.head.similarity import (
+    chunk_of_similarities,
+    chunk_width,
+    embedding_gradient,
+    pair_similarities,
+    proxy_gradient,
+)
+
+
+class KeptPairs(NamedTuple):
+    """The pairs that a forward pass kept, over the proxies visible to this rank."""
+
+    negatives: Pairs
+    positives: Pairs
+    """N adjacent pairs for each image whose class is visible to this rank."""
+    partition: ClassPartition
+    """Classes of the visible proxies: this rank's, paired with the images of all ranks; or, where the bank was
+    gathered, all classes, paired with this rank's images."""
+
+
+class Scoring(NamedTuple):
+    """How similarities become a class's score."""
+
+    how: ClassScore = "sum"
+    gamma: float = 0.1
+    """Temperature of the softmax over a class's proxies."""
+    margin: Margin | None = None
+
+
+class Subgraph(NamedTuple):
+    """How the kept proxies are found."""
+
+    num_negatives: int
+    exchange: Exchange
+    partition: ClassPartition
+    """Classes of the proxies passed in."""
+    row_counts: Sequence[int]
+    fused: bool
+    sparse: bool
+    observer: Callable[[KeptPairs], None] | None
+
+
+class Settings(NamedTuple):
+    """Non-tensor arguments of the classification term."""
+
+    scoring: Scoring
+    group: dist.ProcessGroup | None
+    memory_budget: int
+    matmul_dtype: torch.dtype
+    subgraph: Subgraph | None
+    """None: all proxies compete."""
+
+
+def negative_log_likelihood(
+    embeddings_RD: Tensor,
+    proxies_cND: Tensor,
+    scale: Tensor,
+    own_class_R: Tensor,
+    quality_R: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """Compute the negative log-likelihood [R] of each row's class among those that compete, and their number [R].
+
+    Called on all ranks of the group; every rank returns the same values. Backward: each rank returns the complete
+    gradient of its own proxies and its part of that of embeddings and scale; no communication.
+
+    Args:
+        embeddings_RD: rows.
+        proxies_cND: of any length.
+        scale: s, a scalar.
+        own_class_R: int64, position of each row's class among the c; outside 0 .. c - 1 where another rank has it.
+        quality_R: q of an adaface margin.
+        settings: the rest.
+    """
+    function = _AllProxies if settings.subgraph is None else _KeptProxies
+    nll_R, count_R = function.apply(embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings)
+    return nll_R, count_R
+
+
+class _KeptProxies(torch.autograd.Function):
+    """Only the most similar proxies of each row compete: after the selection B * k kept pairs remain, and only proxies
+    in one of them have a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings):  # type: ignore[no-untyped-def]
+        num_rows, num_per_class = len(embeddings_RD), proxies_cND.shape[1]
+        subgraph, scoring = settings.subgraph, settings.scoring
+        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype, fused=subgraph.fused)
+
+        # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
+        first_proxy_R = own_class_R * num_per_class
+        negatives = select_negatives(
+            embeddings_RD,
+            bank,
+            excluded_R2=torch.stack([first_proxy_R, first_proxy_R + num_per_class], dim=1),
+            num_negatives=subgraph.num_negatives,
+            row_counts=subgraph.row_counts,
+            proxy_counts=[count * num_per_class for count in subgraph.partition.counts()],
+            group=settings.group,
+            exchange=subgraph.exchange,
+            memory_budget=settings.memory_budget,
+        )
+        own = _own_classes(embeddings_RD, bank, scale, own_class_R, quality_R, num_per_class, scoring)
+        if subgraph.observer is not None:
+            subgraph.observer(KeptPairs(negatives, own.pairs, subgraph.partition))
+
+        # 2. Scores: a class's kept pairs are adjacent, and no rank owns a part of a class.
+        class_n = negatives.proxy // num_per_class
+        _, group_n = torch.unique_consecutive(
+            negatives.row * subgraph.partition.num_local + class_n, return_inverse=True
+        )
+        num_groups = int(group_n[-1]) + 1 if len(group_n) else 0
+        row_g = negatives.row.new_empty(num_groups).index_copy_(0, group_n, negatives.row)
+        score_g, slope_n = scores_of_groups(
+            negatives.similarity, group_n, num_groups, how=scoring.how, gamma=scoring.gamma
+        )
+        logit_g = scale * score_g
+
+        # 3. Softmax over all ranks' kept classes.
+        max_R = embeddings_RD.new_full((num_rows,), -math.inf).scatter_reduce_(0, row_g, logit_g, "amax")
+
+        def exp_sums(row_max_R: Tensor) -> Tensor:
+            return torch.zeros_like(row_max_R).index_add_(0, row_g, (logit_g - row_max_R[row_g]).exp())
+
+        num_kept_R = torch.bincount(torch.cat([row_g, own.row]), minlength=num_rows).to(max_R.dtype)
+        softmax = _softmax_over_ranks(max_R, exp_sums, num_kept_R, own, bank, settings.group)
+
+        # 4. Save for backward: the probability of each kept pair's class.
+        ctx.subgraph, ctx.num_negatives = subgraph, len(negatives.row)
+        probability_g = (logit_g - softmax.log_sum[row_g]).exp()
+        own_excess_o = (own.logit - softmax.log_sum[own.row]).exp() - 1
+        pairs = Pairs(*(torch.cat(parts) for parts in zip(negatives, own.pairs, strict=True)))
+        probability_n = probability_g[group_n] if slope_n is None else probability_g[group_n] * slope_n
+        weight_n = torch.cat([probability_n, (own_excess_o[:, None] * own.slope).flatten()]) * scale
+        scale_slope_R = None
+        if ctx.needs_input_grad[2]:
+            scale_slope_R = embeddings_RD.new_zeros(num_rows).index_add_(0, row_g, probability_g * score_g)
+            scale_slope_R.index_add_(0, own.row, own_excess_o * own.value)
+        ctx.save_for_backward(embeddings_RD, proxies_cND, bank.inverse_norm, weight_n, scale_slope_R, *pairs)
+        ctx.mark_non_differentiable(softmax.num_classes)
+        return softmax.log_sum - softmax.target, softmax.num_classes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_R, _):  # type: ignore[no-untyped-def]
+        embeddings_RD, proxies_cND, inverse_norm_p, weight_n, scale_slope_R, *pairs = ctx.saved_tensors
+        bank = Bank(proxies_cND.flatten(0, 1), inverse_norm_p, fused=ctx.subgraph.fused)
+        pairs = Pairs(*pairs)
+        weight_n = weight_n * gradient_R[pairs.row]
+        d_embeddings_RD = d_proxies_cND = None
+        if ctx.needs_input_grad[0]:
+            d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
+            for part in (slice(ctx.num_negatives), slice(ctx.num_negatives, None)):  # each of them ordered by row
+                ordered = Pairs(*(column[part] for column in pairs))
+                d_embeddings_RD += embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
+        if ctx.needs_input_grad[1]:
+            sparse = ctx.subgraph.sparse
+            proxy_u, d_proxies_uD = proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=sparse)
+            shape = proxies_cND.shape
+            d_proxies_cND = _by_class(proxy_u, d_proxies_uD, shape) if sparse else d_proxies_uD.view(shape)
+        d_scale = None if scale_slope_R is None else (gradient_R * scale_slope_R).sum()
+        return d_embeddings_RD, d_proxies_cND, d_scale, None, None, None
+
+
+class _AllProxies(torch.autograd.Function):
+    """All proxies compete. Memory beyond the gradient of the proxies: a chunk."""
+
+    @staticmethod
+    def forward(ctx, embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings):  # type: ignore[no-untyped-def]
+        num_rows, (num_classes, num_per_class, _) = len(embeddings_RD), proxies_cND.shape
+        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype)
+        own = _own_classes(embeddings_RD, bank, scale, own_class_R, quality_R, num_per_class, settings.scoring)
+        chunks = _chunks(embeddings_RD, num_classes, num_per_class, own, own_class_R, settings.memory_budget)
+        max_R = embeddings_RD.new_full((num_rows,), -math.inf)
+        sum_R = embeddings_RD.new_zeros(num_rows)
+        for chunk in chunks:
+            logit_wR = _chunk_scores(embeddings_RD, bank, chunk, num_per_class, scale, settings.scoring).logit
+            higher_R = torch.maximum(max_R, logit_wR.amax(dim=0))
+            reference_R = higher_R.masked_fill(higher_R == -math.inf, 0)  # a chunk of the own class alone
+            sum_R = sum_R * (max_R - reference_R).exp() + logit_wR.sub_(reference_R).exp_().sum(dim=0)
+            max_R = higher_R
+
+        def exp_sums(row_max_R: Tensor) -> Tensor:
+            return sum_R * (max_R - row_max_R).exp()
+
+        counts_R = torch.full_like(max_R, num_classes)
+        softmax = _softmax_over_ranks(max_R, exp_sums, counts_R, own, bank, settings.group)
+        ctx.scoring, ctx.chunks, ctx.matmul_dtype = settings.scoring, chunks, settings.matmul_dtype
+        own_excess_o = (own.logit - softmax.log_sum[own.row]).exp() - 1
+        own_weight_n = (own_excess_o[:, None] * own.slope).flatten() * scale
+        own_scale_slope_R = torch.zeros_like(max_R).index_copy_(0, own.row, own_excess_o * own.value)
+        inputs = (embeddings_RD, proxies_cND, scale, bank.inverse_norm)
+        ctx.save_for_backward(*inputs, softmax.log_sum, own_weight_n, own_scale_slope_R, *own.pairs)
+        ctx.mark_non_differentiable(softmax.num_classes)
+        return softmax.log_sum - softmax.target, softmax.num_classes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_R, _):  # type: ignore[no-untyped-def]
+        embeddings_RD, proxies_cND, scale, inverse_norm_p, log_sum_R, *saved = ctx.saved_tensors
+        own_weight_n, own_scale_slope_R, *pairs = saved
+        bank = Bank(proxies_cND.flatten(0, 1), inverse_norm_p, ctx.matmul_dtype)
+        num_per_class = proxies_cND.shape[1]
+        d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
+        d_proxies_pD = torch.empty_like(bank.proxies)
+        scale_slope_R = own_scale_slope_R.clone()
+        for chunk in ctx.chunks:
+            part = _chunk_scores(embeddings_RD, bank, chunk, num_per_class, scale, ctx.scoring)
+            weight_wR = part.logit.sub_(log_sum_R).exp_()  # probabilities
+            if ctx.needs_input_grad[2]:
+                scale_slope_R += (weight_wR * part.score).sum(dim=0)
+            weight_wR *= gradient_R * scale
+            weight_vR = weight_wR
+            if part.slope is not None:
+                weight_vR = (weight_wR[:, None] * part.slope).flatten(0, 1)
+            elif num_per_class > 1:
+                weight_vR = weight_wR.repeat_interleave(num_per_class, dim=0)
+            inverse_v, proxies_vD = bank.inverse_norm[chunk.proxies], bank.proxies[chunk.proxies]
+            weight_vR *= inverse_v[:, None]
+            radial_v = torch.linalg.vecdot(weight_vR, part.similarity) * inverse_v
+            d_embeddings_RD.addmm_(weight_vR.T, proxies_vD)
+            block_vD = d_proxies_pD[chunk.proxies]
+            torch.mm(weight_vR, embeddings_RD, out=block_vD)
+            block_vD.addcmul_(proxies_vD, radial_v[:, None], value=-1)
+        own = Pairs(*pairs)
+        own_weight_n = own_weight_n * gradient_R[own.row]
+        d_embeddings_RD += embedding_gradient(own, bank, own_weight_n, num_rows=len(embeddings_RD))
+        proxy_u, d_own_uD = proxy_gradient(own, bank, embeddings_RD, own_weight_n, touched_only=True)
+        d_proxies_pD.index_add_(0, proxy_u, d_own_uD)
+        d_scale = (gradient_R * scale_slope_R).sum() if ctx.needs_input_grad[2] else None
+        return d_embeddings_RD, d_proxies_pD.view(proxies_cND.shape), d_scale, None, None, None
+
+
+class _OwnClasses(NamedTuple):
+    """The own classes of the rows, where this rank has them."""
+
+    row: Tensor
+    """[o]."""
+    pairs: Pairs
+    """[o * N]."""
+    logit: Tensor
+    """[o]."""
+    value: Tensor
+    """[o], the score with the margin."""
+    slope: Tensor
+    """[o, N], of the value in each similarity."""
+
+
+def _own_classes(
+    embeddings_RD: Tensor,
+    bank: Bank,
+    scale: Tensor,
+    own_class_R: Tensor,
+    quality_R: Tensor | None,
+    num_per_class: int,
+    scoring: Scoring,
+) -> _OwnClasses:
+    num_classes = len(bank.proxies) // num_per_class
+    row_o = ((own_class_R >= 0) & (own_class_R < num_classes)).nonzero().flatten()
+    proxy_oN = own_class_R[row_o, None] * num_per_class + torch.arange(num_per_class, device=row_o.device)
+    pairs = Pairs(row_o[:, None].expand_as(proxy_oN).flatten(), proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
+    pairs = pairs._replace(similarity=pair_similarities(embeddings_RD, bank, pairs.row, pairs.proxy))
+    similarity_oN = pairs.similarity.view(-1, num_per_class)
+    value_o, slope_oN = scores(similarity_oN, dim=1, how=scoring.how, gamma=scoring.gamma)
+    slope_oN = torch.ones_like(similarity_oN) if slope_oN is None else slope_oN
+    if scoring.margin is not None:
+        value_o, margin_slope_o = scoring.margin.apply(value_o, None if quality_R is None else quality_R[row_o])
+        slope_oN = slope_oN * margin_slope_o[:, None]
+    return _OwnClasses(row_o, pairs, scale * value_o, value_o, slope_oN)
+
+
+class _Softmax(NamedTuple):
+    """The softmax over all ranks' competing classes; each [R]."""
+
+    log_sum: Tensor
+    target: Tensor
+    num_classes: Tensor
+
+
+def _softmax_over_ranks(
+    max_R: Tensor,
+    exp_sums: Callable[[Tensor], Tensor],
+    num_classes_R: Tensor,
+    own: _OwnClasses,
+    bank: Bank,
+    group: dist.ProcessGroup | None,
+) -> _Softmax:
+    """Add this rank's own classes to its others, and reduce over ranks.
+
+    Args:
+        max_R: highest logit of the others.
+        exp_sums: gives the sums [R] of exp(logit - reference) of the others, for a reference [R].
+        num_classes_R: number of classes.
+        own, bank, group: as elsewhere.
+    """
+    local_max_R = max_R.index_copy(0, own.row, torch.maximum(max_R[own.row], own.logit))
+    row_max_R = all_reduce_max(local_max_R, group=group)  # finite, because the label's class competes
+    exp_sum_R = exp_sums(row_max_R)
+    exp_sum_R.index_add_(0, own.row, (own.logit - row_max_R[own.row]).exp())
+    # A NaN or infinite proxy exceeds no bound and would go unnoticed: make the sum NaN on every rank.
+    exp_sum_R += 0 * bank.inverse_norm.sum()
+    target_R = torch.zeros_like(row_max_R).index_copy_(0, own.row, own.logit)
+    sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_classes_R]), group=group)
+    return _Softmax(sums_3R[0].log() + row_max_R, sums_3R[1], sums_3R[2].clone())
+
+
+class _Chunk(NamedTuple):
+    """Some classes, and which of their scores belong to the rows' own classes."""
+
+    proxies: slice
+    own_class: Tensor
+    """Position in the chunk."""
+    own_row: Tensor
+
+
+def _chunks(
+    embeddings_RD: Tensor,
+    num_classes: int,
+    num_per_class: int,
+    own: _OwnClasses,
+    own_class_R: Tensor,
+    memory_budget: int,
+) -> list[_Chunk]:
+    """Cut the classes into chunks that stay in a CPU's cache, or take a part of the budget."""
+    proxies = chunk_width(len(embeddings_RD), memory_budget=memory_budget, device=embeddings_RD.device.type)
+    width = max(1, proxies // num_per_class)
+    class_o, order_o = torch.sort(own_class_R[own.row])
+    row_o = own.row[order_o]
+    firsts = list(range(0, num_classes, width))
+    ends = torch.searchsorted(class_o, torch.tensor([*firsts, num_classes], device=class_o.device)).tolist()
+    chunks = []
+    for first, start, stop in zip(firsts, ends, ends[1:], strict=False):
+        proxies_of = slice(first * num_per_class, min(first + width, num_classes) * num_per_class)
+        chunks.append(_Chunk(proxies_of, class_o[start:stop] - first, row_o[start:stop]))
+    return chunks
+
+
+class _ChunkScores(NamedTuple):
+    """Scores of a chunk's classes."""
+
+    similarity: Tensor
+    """[v, R]."""
+    score: Tensor
+    """[w, R]."""
+    slope: Tensor | None
+    """[w, N, R]."""
+    logit: Tensor
+    """[w, R]; -inf for the rows' own classes, which are counted apart."""
+
+
+def _chunk_scores(
+    embeddings_RD: Tensor, bank: Bank, chunk: _Chunk, num_per_class: int, scale: Tensor, scoring: Scoring
+) -> _ChunkScores:
+    similarity_vR = chunk_of_similarities(embeddings_RD, bank, chunk.proxies)
+    similarity_wNR = similarity_vR.unflatten(0, (-1, num_per_class))
+    score_wR, slope_wNR = scores(similarity_wNR, dim=1, how=scoring.how, gamma=scoring.gamma)
+    logit_wR = score_wR * scale
+    logit_wR[chunk.own_class, chunk.own_row] = -math.inf
+    return _ChunkScores(similarity_vR, score_wR, slope_wNR, logit_wR)
+
+
+def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor:
+    """Turn the gradients of proxies u into a sparse gradient [c, N, D] over the classes that own any of them."""
+    num_per_class, dim = shape[1:]
+    class_t, position_u = torch.unique_consecutive(proxy_u // num_per_class, return_inverse=True)
+    if num_per_class > 1:
+        gradient_pD = gradient_uD.new_zeros(len(class_t) * num_per_class, dim)
+        gradient_uD = gradient_pD.index_copy_(0, position_u * num_per_class + proxy_u % num_per_class, gradient_uD)
+    values_tND = gradient_uD.view(-1, num_per_class, dim)
+    return torch.sparse_coo_tensor(class_t[None], values_tND, shape, is_coalesced=True, check_invariants=False)
