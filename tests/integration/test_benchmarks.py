@@ -188,7 +188,13 @@ def test_a_baseline_that_does_not_fit_the_machine_is_not_run() -> None:
 def test_the_published_formulation_is_this_head(regularization_weight: float) -> None:
     torch.manual_seed(0)
     head = ProxyGMLLoss(
-        7, 5, proxies_per_class=3, topk=9, regularization_weight=regularization_weight, initialization="unit"
+        7,
+        5,
+        proxies_per_class=3,
+        topk=9,
+        regularization_weight=regularization_weight,
+        initialization="unit",
+        normalize=False,
     )
     published = PublishedProxyGML(
         head.proxies.detach().flatten(0, 1), num_classes=7, topk=9, regularization_weight=regularization_weight

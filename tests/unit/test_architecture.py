@@ -46,7 +46,7 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data"},
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
-    "pyarrow": {"data.rows"},
+    "pyarrow": {"data.rows", "data.hf"},
     "pydantic": {"config"},
     "timm": {"backbones.build", "backbones.timm_folder"},
     "triton": {"head.fused"},
