@@ -59,7 +59,7 @@ def main(given: argparse.Namespace) -> None:
 
     place = Path(given.data)
     if place.exists() and not is_remote(given.data) and not (place.is_dir() and paths_in(place, "*.tar")):
-        how = f"imagefolder --root {place}" if place.is_dir() else f"table --table {place}"
+        how = f"imagefolder --data {place}" if place.is_dir() else f"table --table {place}"
         raise ValueError(
             f"expected shards at {place}, found {'a folder without any' if place.is_dir() else 'a file'}; build them "
             f"with `python -m dist_proxygml.shard build {how} --out shards/{place.stem}`, and name that folder"

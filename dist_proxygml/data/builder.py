@@ -663,7 +663,7 @@ def _in_processes(
     except BrokenProcessPool as problem:
         raise ChildProcessError(
             f"one of the {workers} worker processes was killed, most likely for want of memory; "
-            "run the same command again, perhaps with fewer --workers: what is finished is kept"
+            "run the same command again, perhaps with fewer --num-workers: what is finished is kept"
         ) from problem
     finally:
         pool.shutdown(cancel_futures=True)

@@ -29,8 +29,8 @@ MISTAKES = {  # of each command, a few
         "verify nowhere",
         "info nowhere",
         "index nowhere",
-        "build sop --root nowhere --out new",
-        "build imagefolder --root nowhere --out new",
+        "build sop --data nowhere --out new",
+        "build imagefolder --data nowhere --out new",
     ),
     "serve": ("--index nowhere --port 0", "--index nowhere --host 0.0.0.0"),
     "submit": ("--config nowhere.json --tasks-per-node 1",),
@@ -135,9 +135,8 @@ SHOWN = {
     }
     for name, parser in PARSERS.items()
 }
-# `train --dry-run RANKS` says for how many ranks the plan is, submit and sweep have no ranks to ask for; raw data sets
-# are folders, but for one layout that also takes names.
-DIFFERENT = {"--dry-run", "--root"}
+# `train --dry-run RANKS` says for how many ranks the plan is, submit and sweep have no ranks to ask for.
+DIFFERENT = {"--dry-run"}
 OLD_NAMES = {"--root", "--directory", "--images", "--output", "--workers", "--gpus", "--force-overwrite"}
 
 
@@ -160,8 +159,7 @@ def test_a_flag_means_the_same_in_every_command() -> None:
 
 
 def test_a_thing_has_one_flag_and_older_names_are_not_shown() -> None:
-    of_readers = "shard build "  # where a layout of raw data says what it reads
-    shown = {(name, option) for name, options in SHOWN.items() for option in options if not name.startswith(of_readers)}
+    shown = {(name, option) for name, options in SHOWN.items() for option in options}
     assert {(name, option) for name, option in shown if option in OLD_NAMES} == set()
     assert {option for _, option in shown if option.startswith("--out")} == {"--out"}
 
