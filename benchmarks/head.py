@@ -1,4 +1,4 @@
-"""Time and memory of the ProxyGML head and of other heads in one process.
+"""Time and memory of this project's heads and of others in one process.
 
     python -m benchmarks.head                                        sop cars 100k 1m 10m
     python -m benchmarks.head --sizes sop --heads published proxygml --json sop.jsonl
@@ -47,7 +47,8 @@ from benchmarks.baselines import (
     bytes_needed,
     metric_learning_loss,
 )
-from dist_proxygml import ProxyGMLLoss
+from dist_proxygml import Head as Choices
+from dist_proxygml import ProxyGMLLoss, ProxyLoss
 from dist_proxygml.distributed.memory import peak_memory
 from dist_proxygml.head.optim import RowwiseAdagrad
 
@@ -92,7 +93,8 @@ SIZES = {
 DEFAULT_SIZES = ("sop", "cars", "100k", "1m", "10m")
 PRODUCTS = ("product", "onednn_product")
 PROXYGML = ("proxygml", "proxygml_fused")
-HEADS = (*PRODUCTS, *BASELINES, *PROXYGML)
+OURS = (*PROXYGML, "all", "sampled")
+HEADS = (*PRODUCTS, *BASELINES, *OURS)
 # Heads that only one kind of device has.
 ONLY_ON = {"onednn_product": "cpu", "proxygml_fused": "cuda"}
 
@@ -166,12 +168,12 @@ def rows_of(size: Size, heads: tuple[str, ...]) -> Iterator[tuple[str, str | Non
             continue
         if head in PRODUCTS:
             yield head, None
-        elif head not in PROXYGML:
+        elif head not in OURS:
             yield head, "adam"
         else:
             if size.dense:
                 yield from ((head, optimizer) for optimizer in ("adam", "sgd"))
-            if size.regularization_weight == 0:  # its gradient touches every proxy
+            if size.regularization_weight == 0 and head != "all":  # else every proxy has a gradient
                 yield from ((head, optimizer) for optimizer in ROW_SPARSE)
 
 
@@ -308,10 +310,24 @@ def repeated(repeats: int) -> Iterator[None]:
 def build_head(name: str, size: Size, device: str, *, sparse: bool) -> Head:
     """A head with its initial proxies."""
     matmul_dtype = getattr(torch, size.matmul_dtype)
+    if name in ("all", "sampled"):
+        choices = Choices("all", scale=20.0) if name == "all" else Choices("sampled", share=0.1, scale=20.0)
+        loss = ProxyLoss(
+            size.num_classes,
+            size.embedding_dim,
+            choices,
+            proxies_per_class=size.proxies_per_class,
+            regularization_weight=size.regularization_weight,
+            normalize=False,
+            matmul_dtype=matmul_dtype,
+            sparse=sparse,
+        ).to(device)
+        return Head(lambda embeddings, labels: loss(embeddings, labels).total, [loss.proxies])
     if name in (*PROXYGML, "published"):
         proxygml = ProxyGMLLoss(
             size.num_classes,
             size.embedding_dim,
+            normalize=False,
             proxies_per_class=size.proxies_per_class,
             ratio=size.ratio,
             topk=size.topk,
@@ -546,6 +562,11 @@ def bars(rows: list[Row]) -> Iterator[str]:
             work = larger["num_classes"] * larger["embedding_dim"] / (row["num_classes"] * row["embedding_dim"])
             text = f"10m: step with {optimizer} over that of 1m, per P*D"
             yield line(text, larger["step_ms"] / row["step_ms"] / work, 1.5, at_least=False)
+    everything = found.get(("1m", "all", "adam"))
+    if everything is not None:
+        text = "1m: forward + backward of all proxies over the bare product"
+        yield line(text, everything["forward_backward_over_product"], 3.3, at_least=False)
+        yield line("1m: extra memory of all proxies, MiB", everything["extra_mib"], 100, at_least=False)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def measure(name: str, *, repeats: int, device: torch.device) -> str:
     loss = ProxyGMLLoss(
         size.num_classes,
         size.embedding_dim,
+        normalize=False,
         proxies_per_class=size.proxies_per_class,
         ratio=size.ratio,
         topk=size.topk,

@@ -180,6 +180,7 @@ def build_head(name: str, size: Size, group: dist.ProcessGroup) -> Head:
         proxygml = ProxyGMLLoss(
             size.num_classes,
             size.embedding_dim,
+            normalize=False,
             topk=size.topk,
             group=group,
             selection=name,

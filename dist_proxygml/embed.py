@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _world(device: str) -> ParallelContext:
-    """All processes that a launcher has started, or this one."""
+    """Join the processes that a launcher has started, or take this one alone."""
     from dist_proxygml.inference.embedder import choose_device
 
     chosen = choose_device(device)

@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
@@ -57,8 +58,8 @@ def main(given: argparse.Namespace) -> None:
     from dist_proxygml.storage.files import paths_in, publish_text
 
     place = Path(given.data)
-    if place.exists() and not is_remote(given.data) and not paths_in(place, "*.tar"):
-        how = f"imagefolder --root {place}" if place.is_dir() else f"table --table {place}"
+    if place.exists() and not is_remote(given.data) and not (place.is_dir() and paths_in(place, "*.tar")):
+        how = f"imagefolder --data {place}" if place.is_dir() else f"table --table {place}"
         raise ValueError(
             f"expected shards at {place}, found {'a folder without any' if place.is_dir() else 'a file'}; build them "
             f"with `python -m dist_proxygml.shard build {how} --out shards/{place.stem}`, and name that folder"
@@ -66,7 +67,6 @@ def main(given: argparse.Namespace) -> None:
     import torch
 
     from dist_proxygml.reporting.render import format_seconds
-    from dist_proxygml.storage.files import publish_text
     from dist_proxygml.training.presets import estimate_seconds, find_machine, suggest
 
     machine = find_machine(given.device)

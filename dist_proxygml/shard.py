@@ -1,6 +1,6 @@
 """Command line around shards: build them from raw downloads, verify, index and describe them.
 
-    python -m dist_proxygml.shard build sop --root Stanford_Online_Products --out shards/sop
+    python -m dist_proxygml.shard build sop --data Stanford_Online_Products --out shards/sop
     python -m dist_proxygml.shard verify --deep shards/sop
 
 A build (data/builder.py) shuffles each split once by seed, writes the tars and, last, the index; equal inputs give
@@ -46,7 +46,7 @@ def _build(options: argparse.Namespace) -> int:
     dataset = _read_dataset(options)
     for note in dataset.notes:
         print(printable(note), file=sys.stderr)
-    workers = default_workers(len(dataset.images)) if options.workers is None else options.workers
+    workers = default_workers(len(dataset.images)) if options.num_workers is None else options.num_workers
     try:
         result = build_shards(
             dataset,
@@ -107,7 +107,7 @@ def _read_dataset(options: argparse.Namespace) -> SourceDataset:
     finished = None
     if not options.overwrite:
         finished = finished_build(options.out, dataset=options.dataset, settings=settings)
-    if options.root is not None and os.path.realpath(options.out) == os.path.realpath(options.root):
+    if options.data is not None and os.path.realpath(options.out) == os.path.realpath(options.data):
         raise ValueError(f"expected another folder for the shards than that of the images, got {options.out} for both")
     layout = _LAYOUTS[options.dataset]
     if "--split-by" in layout.options and options.split_by is None:
@@ -129,8 +129,8 @@ class _Layout(NamedTuple):
 def _published(name: str, root: str, read: Callable[..., SourceDataset]) -> _Layout:
     return _Layout(
         f"{name}, as published",
-        f"--root {root}",
-        lambda options: read(options.root, allow_partial=options.allow_partial),
+        f"--data {root}",
+        lambda options: read(Path(options.data), allow_partial=options.allow_partial),
         {"--allow-partial": dict(help="leave out images that are missing; do not check the published counts")},
     )
 
@@ -191,9 +191,9 @@ _LAYOUTS = {
     "msmt17": _published("MSMT17", "MSMT17_V1", read_msmt17),
     "recordio": _Layout(
         "record files of face recognition: train.rec and train.idx, with verification sets beside them",
-        "--root faces_emore",
+        "--data faces_emore",
         lambda options: read_recordio(
-            options.root,
+            Path(options.data),
             allow_partial=options.allow_partial,
             split=_class_split(options) if options.split_classes is not None else None,
             pairs=options.pairs,
@@ -217,16 +217,16 @@ _LAYOUTS = {
     ),
     "hf": _Layout(
         "Hugging Face data sets: a folder of save_to_disk, or a name on the hub",
-        "--root user/name",
+        "--data user/name",
         lambda options: read_hf(
-            options.root,
+            options.data,
             columns=dict(options.columns),
             allow_partial=options.allow_partial,
             allow_seen_classes=options.allow_seen_classes,
             split=_class_split(options),
         ),
         {
-            "--root": dict(type=str, metavar="DIR|NAME", help="the folder, or NAME or NAME:CONFIGURATION of the hub"),
+            "--data": dict(metavar="DIR|NAME", help="the folder, or NAME or NAME:CONFIGURATION of the hub"),
             "--columns": {**_COLUMNS, "help": "columns of the parts image and label, if called otherwise"},
             **_CLASS_OPTIONS,
             "--allow-partial": dict(help="leave out rows without an image or a class"),
@@ -234,14 +234,14 @@ _LAYOUTS = {
     ),
     "pairs": _Layout(
         "verification sets of face recognition alone: *.bin",
-        "--root faces_emore",
-        lambda options: read_pairs(options.root),
+        "--data faces_emore",
+        lambda options: read_pairs(Path(options.data)),
     ),
     "imagefolder": _Layout(
         "folders of images: SPLIT/CLASS/image or CLASS/image",
-        "--root photos",
+        "--data photos",
         lambda options: read_imagefolder(
-            options.root,
+            Path(options.data),
             allow_partial=options.allow_partial,
             allow_empty=options.on_bad == "skip",
             allow_seen_classes=options.allow_seen_classes,
@@ -249,7 +249,7 @@ _LAYOUTS = {
             follow_links=options.follow_links,
         ),
         {
-            "--root": dict(help="folder of class folders, or of splits"),
+            "--data": dict(help="folder of class folders, or of splits"),
             **_CLASS_OPTIONS,
             "--follow-links": dict(
                 type=Path,
@@ -266,7 +266,7 @@ _LAYOUTS = {
         "--table photos.csv --columns image=path label=product_id",
         lambda options: read_table(
             options.table,
-            options.root,
+            None if options.data is None else Path(options.data),
             columns=dict(options.columns),
             template=options.image_path,
             several=options.several,
@@ -281,9 +281,9 @@ _LAYOUTS = {
                 default=[],
                 metavar="[SPLIT=]FILE",
                 help="tables, each for a split if they have no such column and SPLIT or their names say so, as "
-                "train.csv; default: metadata.csv, .jsonl or .parquet in --root and its folders",
+                "train.csv; default: metadata.csv, .jsonl or .parquet in --data and its folders",
             ),
-            "--root": dict(
+            "--data": dict(
                 required=False, help="folder that paths are relative to and lie in (default: the table's, and anywhere)"
             ),
             "--columns": {
@@ -339,7 +339,7 @@ def _info(options: argparse.Namespace) -> int:
 
 # Of every layout, beside those that other commands have too.
 _BUILD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "--root": dict(type=Path, required=True, help="folder of the unpacked download"),
+    "--data": dict(required=True, help="folder of the unpacked download"),
     "--allow-partial": dict(
         action="store_true", help="leave out images that are missing and classes without any; do not check counts"
     ),
@@ -348,7 +348,7 @@ _BUILD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--resize": dict(
         type=at_least(1), metavar="SHORT", help="re-encode larger images with this shorter side in pixels"
     ),
-    "--workers": dict(
+    "--num-workers": dict(
         type=at_least(1),
         metavar="N",
         help="processes that write (default: the usable cores, at most 8; 1 for few images)",
@@ -356,18 +356,22 @@ _BUILD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# What options were called, and still may be.
+_FORMER_NAMES = {"--data": ("--root",), "--num-workers": ("--workers",)}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser(
         "shard",
         "Build, verify, index and describe WebDataset shards.",
-        "  python -m dist_proxygml.shard build cub200 --root CUB_200_2011 --out shards/cub200",
+        "  python -m dist_proxygml.shard build cub200 --data CUB_200_2011 --out shards/cub200",
     )
     commands = parser.add_subparsers(required=True, metavar="{build,verify,index,info}")
 
     build = build_parser(
         "build",
         "write the shards and the index of a raw data set",
-        "  python -m dist_proxygml.shard build sop --root downloads/Stanford_Online_Products --out shards/sop\n"
+        "  python -m dist_proxygml.shard build sop --data downloads/Stanford_Online_Products --out shards/sop\n"
         "  python -m dist_proxygml.shard build imagefolder --help",
         within=commands,
     )
@@ -376,8 +380,10 @@ def _parser() -> argparse.ArgumentParser:
         example = f"  python -m dist_proxygml.shard build {name} {layout.example} --out shards/{name}"
         one = build_parser(name, layout.help, example, within=layouts)
         one.set_defaults(run=_build)
-        for option in dict.fromkeys(("--root", *layout.options, *_BUILD_OPTIONS)):
-            one.add_argument(option, **{**_BUILD_OPTIONS.get(option, {}), **layout.options.get(option, {})})
+        for option in dict.fromkeys(("--data", *layout.options, *_BUILD_OPTIONS)):
+            names = [option, *_FORMER_NAMES.get(option, ())]
+            action = one.add_argument(*names, **{**_BUILD_OPTIONS.get(option, {}), **layout.options.get(option, {})})
+            action.option_strings = [option]  # help and errors say no other
         add_options(one, "--out", help="folder to write the shards to")
         add_options(
             one,

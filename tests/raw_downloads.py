@@ -225,7 +225,7 @@ def samples_of(root: Path, split: str) -> list[dict[str, Any]]:
 
 def content_of(raw: Path, name: str, out: Path, *options: str) -> set[tuple[str, str, str, str, bytes]]:
     """Split, class id and name, label and image of every sample of a build."""
-    assert main(["build", name, "--root", str(raw), "--out", str(out), "--allow-partial", *options]) == 0
+    assert main(["build", name, "--data", str(raw), "--out", str(out), "--allow-partial", *options]) == 0
     found = set()
     for split in json.loads((out / "index.json").read_text())["splits"]:
         for sample in samples_of(out, split):

@@ -57,7 +57,7 @@ def imagefolder(root: Path) -> list[str]:
     write_lines(root / "names.csv", [f"class {label},Thing No. {label}" for label in range(NUM_TRAIN)])
     return [
         "imagefolder",
-        *("--root", str(root / "raw"), "--follow-links", str(root / "pool"), "--class-names", str(root / "names.csv")),
+        *("--data", str(root / "raw"), "--follow-links", str(root / "pool"), "--class-names", str(root / "names.csv")),
         *("--split-classes", str(NUM_TRAIN)),
     ]
 
@@ -67,7 +67,7 @@ def split_folders(root: Path) -> list[str]:
     for side, label, number, image in photographs():
         split = side if side == "train" else "query" if number < 2 else "gallery"
         write(root / split / f"{label}" / f"{number}.jpg", image)
-    return ["imagefolder", "--root", str(root)]
+    return ["imagefolder", "--data", str(root)]
 
 
 def table(root: Path) -> list[str]:
@@ -104,13 +104,13 @@ def coco_table(root: Path) -> list[str]:
     for side, document in documents.items():
         document["categories"] = [{"id": label, "name": f"species {label}"} for label in range(NUM_TRAIN + NUM_TEST)]
         (root / f"{side}2021.json").write_text(json.dumps(document))
-    return ["table", "--root", str(root), "--table", *(str(root / f"{side}2021.json") for side in documents)]
+    return ["table", "--data", str(root), "--table", *(str(root / f"{side}2021.json") for side in documents)]
 
 
 def published(name: str, layout: Layout, root: Path) -> list[str]:
     """A few images of a published set, in the format of its download."""
     layout(root)
-    return [name, "--root", str(root), "--allow-partial"]
+    return [name, "--data", str(root), "--allow-partial"]
 
 
 def sop(root: Path) -> list[str]:
@@ -121,7 +121,7 @@ def sop(root: Path) -> list[str]:
         lines[side].append(f"{10 * label + number} {label} 1 bicycle_final/{label}_{number}.JPG")
     for side, listed in lines.items():
         write_lines(root / f"Ebay_{side}.txt", listed)
-    return ["sop", "--root", str(root), "--allow-partial"]
+    return ["sop", "--data", str(root), "--allow-partial"]
 
 
 def inshop(root: Path) -> list[str]:
@@ -134,7 +134,7 @@ def inshop(root: Path) -> list[str]:
         lines.append(f"{name} id_{label:08d} {status}")
     header = "image_name item_id evaluation_status"
     write_lines(root / "Eval" / "list_eval_partition.txt", [str(len(lines)), header, *lines])
-    return ["inshop", "--root", str(root), "--allow-partial"]
+    return ["inshop", "--data", str(root), "--allow-partial"]
 
 
 def recordio(root: Path) -> list[str]:
@@ -148,7 +148,7 @@ def recordio(root: Path) -> list[str]:
     face_records(root / "faces", labels, images=images)
     face_pairs(root / "faces" / "lfw.bin")
     divided = ["--split-classes", str(NUM_TRAIN), "--pairs", "lfw.bin"]
-    return ["recordio", "--root", str(root / "faces"), *divided]
+    return ["recordio", "--data", str(root / "faces"), *divided]
 
 
 def hf(root: Path) -> list[str]:
@@ -161,7 +161,7 @@ def hf(root: Path) -> list[str]:
         columns = {"photo": [image for image, _ in rows], "label": [label for _, label in rows]}
         splits[wanted] = datasets.Dataset.from_dict(columns, features=features)
     datasets.DatasetDict(splits).save_to_disk(str(root / "saved"))
-    return ["hf", "--root", str(root / "saved"), "--columns", "image=photo"]
+    return ["hf", "--data", str(root / "saved"), "--columns", "image=photo"]
 
 
 def people(root: Path) -> list[str]:
@@ -171,7 +171,7 @@ def people(root: Path) -> list[str]:
         write(root / folder / f"{label + 1:04d}_c{number + 1}s1_{number:06d}_00.jpg", image)
         if label == 0:
             write(root / "bounding_box_test" / f"{('-1', '0000')[number % 2]}_c1s1_{number:06d}_00.jpg", image)
-    return ["market1501", "--root", str(root), "--allow-partial"]
+    return ["market1501", "--data", str(root), "--allow-partial"]
 
 
 READERS: dict[str, Callable[[Path], list[str]]] = {

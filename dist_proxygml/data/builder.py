@@ -103,8 +103,8 @@ class _ShardTask(NamedTuple):
     images: list[SourceImage]
     labels: list[int]
     resize: int | None
-    upright: bool
     known: Mapping[str, Any] | None  # the journal's line
+    upright: bool = False
 
 
 class _BuiltShard(NamedTuple):
@@ -422,7 +422,7 @@ def _shard_tasks(
             part = images[first : first + samples_per_shard]
             labels = [label_of[image.source_id] for image in part]
             known = journal.lines.get(file)
-            yield _ShardTask(out / file, first, part, labels, resize, dataset.is_upright, known)
+            yield _ShardTask(out / file, first, part, labels, resize, known, dataset.is_upright)
 
 
 def _build_all(
@@ -663,7 +663,7 @@ def _in_processes(
     except BrokenProcessPool as problem:
         raise ChildProcessError(
             f"one of the {workers} worker processes was killed, most likely for want of memory; "
-            "run the same command again, perhaps with fewer --workers: what is finished is kept"
+            "run the same command again, perhaps with fewer --num-workers: what is finished is kept"
         ) from problem
     finally:
         pool.shutdown(cancel_futures=True)

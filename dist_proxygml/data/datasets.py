@@ -108,7 +108,7 @@ def finish(
     if not dataset.images:
         raise ValueError(
             f"{root} has none of the {len(missing)} listed images of {name}; found {listing(root)}; "
-            "point --root at the unpacked download"
+            "point --data at the unpacked download"
         )
     counts = count_images(dataset)
     if not allow_partial:

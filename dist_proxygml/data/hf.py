@@ -73,7 +73,7 @@ def read_hf(
         split_of, record = split_by_class((image.source_id for image in images), split, where=f"found in {root}")
         images = [replace(image, split=split_of(image.source_id)) for image in images]
         notes += notes_of_split(record)
-    dataset = SourceDataset("hf", images, (("query", "gallery"),), tuple(notes), build=record)
+    dataset = SourceDataset("hf", images, (("query", "gallery"),), tuple(notes), build=record, is_upright=True)
     try:
         check_classes(dataset, allow_seen=allow_seen_classes)
     except ValueError as problem:

@@ -43,7 +43,7 @@ def read_imagefolder(
     """
     root = Path(os.path.realpath(root))
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder; point --root at a folder of class folders")
+        raise ValueError(f"{root} is no folder; point --data at a folder of class folders")
     split_of = {}  # top folder -> split
     for folder in sorted(path.name for path in root.iterdir() if path.is_dir()):
         split_of[folder] = folder.lower() if folder.lower() in USUAL_SPLITS else folder
@@ -71,7 +71,7 @@ def read_imagefolder(
         raise ValueError(
             f"{root}: expected images of the split train and of at least one other (root/SPLIT/CLASS/image), "
             f"got only {', '.join(sorted(splits)) or 'other files'} in {listing(root)}; add the missing split, "
-            "point --root at the folder of classes itself to split it by class, or pass --allow-partial; train is "
+            "point --data at the folder of classes itself to split it by class, or pass --allow-partial; train is "
             "taken for a split: where it is a class, pass --split-classes N, of which N train"
         )
     have_images = {"/".join(image.name.split("/")[:num_levels]) for image in images}
@@ -160,7 +160,7 @@ class _Tree:
         is_allowed = any(real.is_relative_to(folder) for folder in self.allowed)
         if not (is_allowed or real.is_relative_to(self.root)):
             raise ValueError(
-                f"{path} is a link out of {self.root}, to {real}; copy the file, point --root higher up, or let it be "
+                f"{path} is a link out of {self.root}, to {real}; copy the file, point --data higher up, or let it be "
                 f"followed with --follow-links {real.parent}"
             )
         if not os.path.isdir(path):

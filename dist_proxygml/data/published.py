@@ -236,7 +236,7 @@ def find_layout(root: Path, layouts: Mapping[str, Sequence[tuple[str, ...]]]) ->
         ]
         if len({folder for _, folder in found}) > 1:
             folders = ", ".join(str(folder) for _, folder in found)
-            raise ValueError(f"{root} has several downloads: {folders}; point --root at one of them")
+            raise ValueError(f"{root} has several downloads: {folders}; point --data at one of them")
         if found:
             return found[0]
         entries = [entry for folder in level if folder.is_dir() for entry in sorted(folder.iterdir())]
@@ -245,7 +245,7 @@ def find_layout(root: Path, layouts: Mapping[str, Sequence[tuple[str, ...]]]) ->
     looked_for = "; or ".join(
         f"{', '.join(' or '.join(places) for places in needed)} ({layout})" for layout, needed in layouts.items()
     )
-    unpack = f"unpack {', '.join(archives[:5])}" if archives else "point --root at the unpacked download"
+    unpack = f"unpack {', '.join(archives[:5])}" if archives else "point --data at the unpacked download"
     raise ValueError(
         f"{root} is not a download that is known: looked for {looked_for}, there and two levels below; "
         f"found {listing(root)}; {unpack}"

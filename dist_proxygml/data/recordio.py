@@ -70,7 +70,7 @@ def read_recordio(
     found = sorted(folder.glob("*.rec"))
     path = folder / "train.rec" if folder / "train.rec" in found else found[0]
     if path.name != "train.rec" and len(found) > 1:
-        raise ValueError(f"{folder} has {len(found)} .rec files and no train.rec; point --root at a folder with one")
+        raise ValueError(f"{folder} has {len(found)} .rec files and no train.rec; point --data at a folder with one")
     records = _read_headers(path, *_read_index(path.with_suffix(".idx")), quiet=quiet)
     is_image_n, notes = _images_among(path, records, allow_partial=allow_partial)
     records = _Records(*(column[is_image_n] for column in records))

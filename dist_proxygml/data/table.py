@@ -130,7 +130,7 @@ def _table_of(text: str) -> tuple[str | None, Path]:
 def _metadata(root: Path | None) -> list[Path]:
     """Return the tables that Hugging Face's `imagefolder` would read."""
     if root is None:
-        raise ValueError("expected tables (--table), or --root with a folder that has metadata.csv; got neither")
+        raise ValueError("expected tables (--table), or --data with a folder that has metadata.csv; got neither")
     paths = [*root.glob("metadata.*"), *root.glob("*/metadata.*")]
     found = sorted(path for path in paths if path.suffix in TABLE_SUFFIXES)
     if not found:
@@ -239,7 +239,7 @@ class _Places:
             if path.startswith(self.top):
                 yield path[len(self.top) :], path
             elif self.is_confined:
-                raise ValueError(f"{where}: {image} lies outside {self.top}; point --root higher up, or leave it out")
+                raise ValueError(f"{where}: {image} lies outside {self.top}; point --data higher up, or leave it out")
             else:
                 yield path.lstrip("/"), path
 

@@ -290,7 +290,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def read_block(path: Path) -> tuple[dict[str, Any], Block]:
-    """What a block was made of, and the block.
+    """Read what a block was made of, and the block.
 
     Raises:
         ValueError: its bytes are not those that were written.

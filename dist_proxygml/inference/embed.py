@@ -124,7 +124,7 @@ def _embed_shares(
     total, hidden, batches = source.num_images, not context.is_main, iter(loader)
 
     def work() -> tuple[bool, int]:
-        """Whether this rank has finished; images of this round. No collective."""
+        """Embed for a while; return whether this rank has finished, and the number of images. No collective."""
         num_images, until = 0, time.monotonic() + _SECONDS_OF_A_ROUND
         for batch in batches:
             fault_point("embed.batch")
@@ -197,7 +197,7 @@ def _check_is_shared(partial: Path) -> None:
 def _parts(
     paths: Sequence[Path], source: ImageSource, embedding_dim: int
 ) -> Iterator[tuple[np.ndarray, list[ImageRecord], list[Damage]]]:
-    """Rows of each block, with names and the images that were skipped."""
+    """Read the rows of each block, with names and the images that were skipped."""
     num_images = 0
     for path in tqdm(paths, desc="writing", unit="block", delay=2.0):
         try:

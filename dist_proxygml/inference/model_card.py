@@ -73,6 +73,7 @@ def write_card(
     """
     measured = None if evaluation is None else evaluation.result
     data = {
+        "settings": {},
         **about,
         "backbone": {**about["backbone"], "pretrained": _file_name(about["backbone"]["pretrained"])},
         "files": {name: _size((path.parent / name).stat().st_size) for name in sorted(files_below(path.parent))},
@@ -117,7 +118,7 @@ def _head(about: Mapping[str, Any], evaluation: StoredEvaluation | None) -> str:
         pipeline_tag="image-feature-extraction",
         tags=[
             *("image-retrieval", "metric-learning"),
-            *([] if "loss.name" in about["settings"] else ["proxygml"]),
+            *([] if "loss.name" in about.get("settings", {}) else ["proxygml"]),
             *(backbone, *about["formats"]),
         ],
         metrics=[result.metric_type for result in results] or None,

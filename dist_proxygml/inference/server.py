@@ -37,6 +37,7 @@ from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.sources import ImageRecord, ImageSource, read_image
 from dist_proxygml.inference.embedder import Embedder
 from dist_proxygml.inference.live_index import LiveIndex
+from dist_proxygml.inference.search import doubt_about
 from dist_proxygml.reporting.render import render
 
 MAX_UPLOAD = 64 << 20  # bytes
@@ -72,7 +73,7 @@ class Service:
 
     def about(self) -> dict[str, Any]:
         """Description of the searched index."""
-        model = self.live.index.model or {}
+        model, doubt = self.live.index.model or {}, doubt_about(self.live.index)
         with self._lock:
             num_images = len(self.live)
         return {
@@ -80,6 +81,7 @@ class Service:
             "num_images": num_images,
             "kind": self.live.index.kind,
             "model": {name: model.get(name) for name in ("run", "step")},
+            "doubt": None if doubt is None else {"below": doubt.below, "sentence": doubt.sentence},
         }
 
     def search(self, payload: bytes | None, *, like: str | None, k: int, skip: int) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class Telemetry:
         plotted = dict(numbers)
         if not plotted.get("regularization"):
             plotted.pop("classification", None)  # it is the loss
+        if plotted.get("lr_embedding") == plotted.get("lr_backbone"):
+            plotted.pop("lr_embedding", None)  # one curve
         self._plot("train", plotted, step)
         self._bar.set_description(f"epoch {epoch}", refresh=False)
         self._bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:,.0f} images/s", refresh=False)

@@ -259,10 +259,11 @@ def test_a_block_holds_consecutive_batches_and_is_written_before_memory_fills(
         "000002-000002",
         "000003-000005",
     ]
-    second._numbers = iter([1_000_000])
-    second.add(one_image(1_000_000), torch.zeros(1, 4))
-    second.write()
-    assert [path.stem for path in second.paths()][-2:] == ["000006-000006", "1000000-1000000"]  # by number
+    second._numbers = iter([999_999, 1_000_000])
+    for number in (999_999, 1_000_000):
+        second.add(one_image(number), torch.zeros(1, 4))
+        second.write()
+    assert [path.stem for path in second.paths()][-2:] == ["999999-999999", "1000000-1000000"]  # by number
 
 
 def test_what_a_block_was_made_of_differently_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -192,11 +193,15 @@ def test_too_many_damaged_images_stop_all_ranks_with_the_same_words(alone_and_ra
     assert "5 of 37 images are damaged" in messages.pop()
 
 
-def search_in_every_way(context: ParallelContext) -> list[str]:
-    """Documents of one table, which must all be one: with copies, lone images, tiny tiles, and by both searches."""
+def search_in_every_way(context: ParallelContext) -> list[tuple[str, ...]]:
+    """Documents of one table, which must all be one: with copies, lone images, tiny tiles, and by both searches; as
+    published and without the query's own camera.
+    """
     table = close_neighbours()
     table.embeddings[100:140] = table.embeddings[7]
-    settings = Settings(recall_at=(1, 5, 400), kmeans_seeds=(), protocol="sop", legacy_proxygml=True)
+    cameras_n = np.arange(700) % 3
+    published = Settings(recall_at=(1, 5, 400), kmeans_seeds=(), protocol="sop", legacy_proxygml=True)
+    by_camera = Settings(recall_at=(1, 5), kmeans_seeds=(), exclude_same="camera")
     ways = [
         SearchOptions(search, placement, memory_budget, list_length=list_length)
         for search, placement, memory_budget, list_length in (
@@ -205,13 +210,20 @@ def search_in_every_way(context: ParallelContext) -> list[str]:
             ("counter", "sharded", 100_000, 64),
         )
     ]
-    return [evaluate_table(table, context=context, settings=settings, options=way).to_json() for way in ways]
+    return [
+        tuple(
+            evaluate_table(table, context=context, settings=settings, cameras_n=cameras_n, options=way).to_json()
+            for settings in (published, by_camera)
+        )
+        for way in ways
+    ]
 
 
 def test_no_way_to_share_out_the_search_changes_the_result() -> None:
     expected = search_in_every_way(single_process())
     assert len(set(expected)) == 1
-    metrics = json.loads(expected[0])["metrics"]
+    metrics, by_camera = (json.loads(document)["metrics"] for document in expected[0])
+    assert 0 < by_camera["map"] < metrics["map"]
     assert 0 < metrics["map"] < 1
     assert 0 < metrics["legacy_recall@1"] < 1
     for world_size in (2, 3, 7):

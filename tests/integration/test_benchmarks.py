@@ -120,7 +120,7 @@ def test_the_benchmark_of_other_numbers_of_ranks_compares_a_run_with_its_like(tm
 
 @pytest.mark.timeout(120)
 def test_the_benchmark_of_the_loader_measures_every_row(tmp_path: Path) -> None:
-    arguments = ("--images", "photographs", "--num-photographs", "192", "--workers", "1", "--repeats", "1")
+    arguments = ("--images", "photographs", "--num-photographs", "192", "--num-workers", "1", "--repeats", "1")
     rows, printed = run("benchmarks.loader", *arguments, "--num-samples", "3000", json_file=tmp_path / "rows.jsonl")
     loaders = {row["loader"]: row for row in rows if "loader" in row}
     assert list(loaders) == ["memory", "in_loader", "ours", "webdataset", "imagefolder"]
@@ -188,7 +188,13 @@ def test_a_baseline_that_does_not_fit_the_machine_is_not_run() -> None:
 def test_the_published_formulation_is_this_head(regularization_weight: float) -> None:
     torch.manual_seed(0)
     head = ProxyGMLLoss(
-        7, 5, proxies_per_class=3, topk=9, regularization_weight=regularization_weight, initialization="unit"
+        7,
+        5,
+        proxies_per_class=3,
+        topk=9,
+        regularization_weight=regularization_weight,
+        initialization="unit",
+        normalize=False,
     )
     published = PublishedProxyGML(
         head.proxies.detach().flatten(0, 1), num_classes=7, topk=9, regularization_weight=regularization_weight

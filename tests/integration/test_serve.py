@@ -20,6 +20,7 @@ from PIL import Image
 from dist_proxygml.embed import main as embed_main
 from dist_proxygml.index import main as index_main
 from dist_proxygml.serve import main as serve_main
+from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import write_finished_run
 
 NUM_PHOTOS = 40
@@ -42,6 +43,7 @@ class Server(NamedTuple):
     url: str
     photos: Path
     index: Path
+    run: Path
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
         request = urllib.request.Request(self.url + path, body, headers, method=method)
@@ -53,14 +55,14 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(photos: Path, index: Path, *options: str) -> Iterator[Server]:
+def serving(photos: Path, index: Path, run: Path, *options: str) -> Iterator[Server]:
     """The command, until the block ends; it must end by itself when it is asked to."""
     command = [sys.executable, "-m", "dist_proxygml.serve", "--index", str(index), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            yield Server(line.split()[4], photos, index)
+            yield Server(line.split()[4], photos, index, run)
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 130
         finally:
@@ -79,7 +81,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     run = write_finished_run(root / "runs")
     embed_main(["--run", str(run), "--data", str(root / "photos"), "--out", str(root / "e")])
     assert index_main(["--embeddings", str(root / "e"), "--out", str(root / "index")]) == 0
-    with serving(root / "photos", root / "index") as started:
+    with serving(root / "photos", root / "index", run) as started:
         yield started
 
 
@@ -189,11 +191,17 @@ def test_a_second_server_needs_changes_of_its_own_and_may_be_read_only(
     command = ["--index", str(server.index), "--port"]
     assert subprocess.run([sys.executable, "-m", "dist_proxygml.serve", *command, "0"], timeout=60).returncode == 2
     assert "--changes" in capfd.readouterr().err
-    with serving(server.photos, server.index, "--changes", str(tmp_path / "c"), "--read-only") as other:
+    write_noise_shards(tmp_path / "shards", [4, 9, 7])
+    embed_main(["--run", str(server.run), "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "e")])
+    assert index_main(["--embeddings", str(tmp_path / "e"), "--out", str(tmp_path / "labelled")]) == 0
+    with serving(server.photos, tmp_path / "labelled", server.run, "--read-only") as other:
+        doubt = other.ask("GET", "/api/index").json["doubt"]  # measured where classes are known
+        assert "doubtful" in doubt["sentence"]
+        assert -1 <= doubt["below"] <= 2
         assert other.ask("POST", "/api/search", photo(server, 0)).status == 200
         assert other.ask("POST", "/api/images?id=x", photo(server, 0)).status == 404
         assert other.ask("DELETE", f"/api/images?id={quote('07 é.png')}").status == 404
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "labelled.changes").exists()
     port = str(urlsplit(server.url).port)
     assert serve_main([*command, port]) == 2
     assert f":{port}" in capfd.readouterr().err

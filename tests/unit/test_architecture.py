@@ -18,7 +18,7 @@ PACKAGE = "dist_proxygml"
 # Top to bottom. A name is a folder, or a module of the package's root. What stands in one line does not import each
 # other; inside a folder everything may.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("launchers",),
+    ("launchers", "__main__"),
     (
         *("init", "train", "evaluate", "submit", "sweep", "shard", "embed", "index", "search", "serve", "export"),
         *("report", "doctor", "plan"),
@@ -46,7 +46,7 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data"},
     "submitit": {"cluster"},
     "psutil": {"distributed.memory"},
-    "pyarrow": {"data.rows"},
+    "pyarrow": {"data.rows", "data.hf"},
     "pytorch_metric_learning": {"head.pml"},
     "pydantic": {"config"},
     "timm": {"backbones.build", "backbones.timm_folder"},

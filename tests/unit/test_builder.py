@@ -219,7 +219,7 @@ def test_skipping_gives_what_a_folder_without_those_images_gives_and_names_them(
         "imagefolder",
         "--split-by=name",
         "--split-by=name",
-        "--root",
+        "--data",
         str(raw),
         "--out",
         str(tmp_path / "out"),
@@ -257,7 +257,7 @@ def test_what_is_kept_when_bad_images_are_skipped_decodes(
         "imagefolder",
         "--split-by=name",
         "--split-by=name",
-        "--root",
+        "--data",
         str(raw),
         "--out",
         str(tmp_path / "out"),
@@ -299,7 +299,7 @@ def test_photographs_that_a_camera_stored_turned_are_counted_keep_their_bytes_an
     exif[ORIENTATION_TAG] = 1
     picture(4, size=(30, 20)).save(raw / "class 0" / "upright.jpg", exif=exif)
     out = tmp_path / "out"
-    command = ["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(out)]
+    command = ["build", "imagefolder", "--split-by=name", "--data", str(raw), "--out", str(out)]
     assert main([*command, *([] if resize is None else ["--resize", str(resize)])]) == 0
     assert "2 of the images are stored turned or mirrored (EXIF orientation)" in capsys.readouterr().err
     document = json.loads((out / "index.json").read_text())
@@ -374,7 +374,7 @@ def test_what_shards_do_not_hold_is_stored_as_png_of_the_same_pixels_and_counted
     Image.fromarray((np.arange(600).reshape(20, 30) * 100).astype(np.uint16)).save(wide, tiffinfo={ORIENTATION_TAG: 6})
     shown["class 0/wide.tiff"] = rgb_pixels(Image.open(io.BytesIO(wide.read_bytes())))
     out = tmp_path / "out"
-    command = ["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(out)]
+    command = ["build", "imagefolder", "--split-by=name", "--data", str(raw), "--out", str(out)]
     assert main([*command, "--on-bad", "skip"]) == 0
     assert "1 AVIF, 1 BMP, 1 GIF, 1 PPM, 2 TIFF files are stored as PNG" in capsys.readouterr().err
     document = json.loads((out / "index.json").read_text())
@@ -538,7 +538,18 @@ def many(tmp_path: Path) -> Path:
 
 
 def command(raw: Path, out: Path) -> list[str]:
-    options = ["--root", str(raw), "--out", str(out), "--samples-per-shard", "1", "--resize", "150", "--workers", "2"]
+    options = [
+        "--data",
+        str(raw),
+        "--out",
+        str(out),
+        "--samples-per-shard",
+        "1",
+        "--resize",
+        "150",
+        "--num-workers",
+        "2",
+    ]
     return ["build", "imagefolder", "--split-by=name", *options]
 
 
@@ -642,7 +653,7 @@ def test_two_builds_do_not_write_into_one_folder(raw: Path, tmp_path: Path) -> N
 def test_a_finished_build_of_the_same_images_is_left_alone(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--split-by=name", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     before = digests(tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -790,7 +801,7 @@ def test_a_place_that_cannot_be_a_folder_is_named(
     place: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("theirs")
-    assert main(["build", "imagefolder", "--split-by=name", "--root", str(raw), "--out", str(tmp_path / place)]) == 2
+    assert main(["build", "imagefolder", "--split-by=name", "--data", str(raw), "--out", str(tmp_path / place)]) == 2
     assert f"{place} cannot be a folder to write shards to: " in capsys.readouterr().err
 
 
@@ -803,7 +814,7 @@ def test_a_full_disk_is_named_with_its_folder_and_the_same_command_goes_on(
         "imagefolder",
         "--split-by=name",
         "--split-by=name",
-        "--root",
+        "--data",
         str(raw),
         "--out",
         str(tmp_path / "out"),

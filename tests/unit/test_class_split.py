@@ -53,7 +53,7 @@ def test_both_sides_need_a_class(train: int) -> None:
 @pytest.mark.parametrize("option", ["0", "-1", "1.5", "0.0", "nan", "half"])
 def test_a_number_of_classes_that_makes_no_sense_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["build", "imagefolder", "--root", ".", "--out", "x", f"--split-classes={option}"])
+        main(["build", "imagefolder", "--data", ".", "--out", "x", f"--split-classes={option}"])
     assert "--split-classes: expected a number of classes, or a share" in capsys.readouterr().err
 
 
@@ -64,7 +64,7 @@ def test_classes_have_display_names_and_those_of_one_name_keep_their_label(
         write_image(tmp_path / "raw" / f"n0{number}" / "im.jpg", number)
     names = tmp_path / "names.csv"
     write_lines(names, ["folder,name,more", 'n00,"tench, Tinca",1', "n01,crane,2", "n02,crane,3", "n09,none,4"])
-    arguments = ["build", "imagefolder", "--root", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--split-by=name", "--split-classes=4", "--class-names", str(names)]) == 0
     classes = [(entry.source_id, entry.name) for entry in open_index(tmp_path / "out", "train").classes]
     assert classes == [("n00", "tench, Tinca"), ("n01", "crane (n01)"), ("n02", "crane (n02)"), ("n03", "n03")]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_proxygml.__main__ import main as list_commands
 from dist_proxygml.cli import build_parser, command
 from dist_proxygml.distributed.parallel import status_of
 
@@ -28,8 +29,8 @@ MISTAKES = {  # of each command, a few
         "verify nowhere",
         "info nowhere",
         "index nowhere",
-        "build sop --root nowhere --out new",
-        "build imagefolder --root nowhere --out new",
+        "build sop --data nowhere --out new",
+        "build imagefolder --data nowhere --out new",
     ),
     "serve": ("--index nowhere --port 0", "--index nowhere --host 0.0.0.0"),
     "submit": ("--config nowhere.json --tasks-per-node 1",),
@@ -134,14 +135,18 @@ SHOWN = {
     }
     for name, parser in PARSERS.items()
 }
-# `train --dry-run RANKS` says for how many ranks the plan is; submit and sweep have no ranks to ask for.
+# `train --dry-run RANKS` says for how many ranks the plan is, submit and sweep have no ranks to ask for.
 DIFFERENT = {"--dry-run"}
 OLD_NAMES = {"--root", "--directory", "--images", "--output", "--workers", "--gpus", "--force-overwrite"}
 
 
-def test_every_command_has_a_parser_that_is_looked_at() -> None:
-    commands = {path.stem for path in (ROOT / "dist_proxygml").glob("*.py") if "__main__" in path.read_text()}
+def test_every_command_has_a_parser_that_is_looked_at_and_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {path.stem for path in (ROOT / "dist_proxygml").glob("[a-z]*.py") if "__main__" in path.read_text()}
     assert {name.partition(" ")[0] for name in PARSERS} == commands
+    assert list_commands() == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in lines] == sorted(commands)
+    assert all(len(words) > 2 for words in lines)
 
 
 def test_a_flag_means_the_same_in_every_command() -> None:
@@ -154,8 +159,7 @@ def test_a_flag_means_the_same_in_every_command() -> None:
 
 
 def test_a_thing_has_one_flag_and_older_names_are_not_shown() -> None:
-    of_readers = "shard build "  # where a layout of raw data says what it reads
-    shown = {(name, option) for name, options in SHOWN.items() for option in options if not name.startswith(of_readers)}
+    shown = {(name, option) for name, options in SHOWN.items() for option in options}
     assert {(name, option) for name, option in shown if option in OLD_NAMES} == set()
     assert {option for _, option in shown if option.startswith("--out")} == {"--out"}
 

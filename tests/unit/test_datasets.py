@@ -42,7 +42,7 @@ def test_a_raw_layout_becomes_the_metric_learning_split_with_its_own_bytes(
 ) -> None:
     layout(raw)
     out = tmp_path / "out"
-    arguments = ["build", name, "--root", str(raw), "--out", str(out), "--allow-partial"]
+    arguments = ["build", name, "--data", str(raw), "--out", str(out), "--allow-partial"]
     assert main([*arguments, "--samples-per-shard", "2"]) == 0
     assert main(["verify", "--deep", str(out)]) == 0
     originals = {path.read_bytes() for path in raw.rglob("*.[jJ]*")}
@@ -82,7 +82,7 @@ def test_published_counts_are_asserted(
     name: str, layout: Layout, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout(raw)
-    assert main(["build", name, "--root", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert main(["build", name, "--data", str(raw), "--out", str(tmp_path / "out")]) == 2
     images, classes = datasets.PUBLISHED_COUNTS[name]["train"]
     error = capsys.readouterr().err
     assert f"{name} train: expected {images} images of {classes} classes as published" in error
@@ -95,17 +95,17 @@ def test_a_wrong_layout_says_what_was_looked_for_and_found(
     name: str, raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_image(raw / "pictures" / "a.jpg", 1)
-    assert main(["build", name, "--root", str(raw), "--out", str(raw / "out")]) == 2
+    assert main(["build", name, "--data", str(raw), "--out", str(raw / "out")]) == 2
     error = capsys.readouterr().err
     assert "looked for" in error
     assert "found pictures/" in error
-    assert "--root" in error
+    assert "--data" in error
 
 
 def test_missing_images_are_counted_or_left_out(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sop(raw)
     next(raw.rglob("*_3.JPG")).unlink()
-    arguments = ["build", "sop", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "sop", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "1 of the 5 images" in capsys.readouterr().err
     assert main([*arguments, "--allow-partial"]) == 0
@@ -144,7 +144,7 @@ def test_garbled_tables_are_refused(
     if "seven" in new:
         labels = raw / "CUB_200_2011" / "image_class_labels.txt"
         labels.write_text(labels.read_text().replace("7 1\n", "seven 1\n"))
-    assert main(["build", name, "--root", str(raw), "--out", str(raw / "out")]) == 2
+    assert main(["build", name, "--data", str(raw), "--out", str(raw / "out")]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -266,27 +266,27 @@ def test_what_is_still_packed_is_named(raw: Path, capsys: pytest.CaptureFixture[
     inshop(raw)
     shutil.rmtree(raw / "Img" / "img")
     (raw / "Img" / "img.zip").write_bytes(b"PK")
-    assert main(["build", "inshop", "--root", str(raw), "--out", str(raw / "out")]) == 2
+    assert main(["build", "inshop", "--data", str(raw), "--out", str(raw / "out")]) == 2
     assert "unpack Img/img.zip" in capsys.readouterr().err
-    assert main(["build", "cub200", "--root", str(raw / "Img" / "img.zip"), "--out", str(raw / "out")]) == 2
+    assert main(["build", "cub200", "--data", str(raw / "Img" / "img.zip"), "--out", str(raw / "out")]) == 2
     assert "found a file, no folder" in capsys.readouterr().err
 
 
 def test_two_downloads_below_one_root_are_not_mixed_up(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sop(raw)
     shutil.copytree(raw / "Stanford_Online_Products", raw / "copy")
-    assert main(["build", "sop", "--root", str(raw), "--out", str(raw / "out"), "--allow-partial"]) == 2
+    assert main(["build", "sop", "--data", str(raw), "--out", str(raw / "out"), "--allow-partial"]) == 2
     assert "has several downloads" in capsys.readouterr().err
 
 
 def test_cars_without_the_test_labels_says_so(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cars_devkit(raw)
     move(raw / WITH_LABELS, raw / "devkit" / "cars_test_annos.mat")
-    assert main(["build", "cars196", "--root", str(raw), "--out", str(raw / "out")]) == 2
+    assert main(["build", "cars196", "--data", str(raw), "--out", str(raw / "out")]) == 2
     assert "cars_test_annos_withlabels" in capsys.readouterr().err
     shutil.copy(raw / "devkit" / "cars_meta.mat", raw / WITH_LABELS)
-    assert main(["build", "cars196", "--root", str(raw), "--out", str(raw / "out")]) == 2
+    assert main(["build", "cars196", "--data", str(raw), "--out", str(raw / "out")]) == 2
     assert "cars_test_annos_withlabels.mat has no variable 'annotations'" in capsys.readouterr().err
     (raw / WITH_LABELS).write_bytes(b"<html>404</html>")
-    assert main(["build", "cars196", "--root", str(raw), "--out", str(raw / "out")]) == 2
+    assert main(["build", "cars196", "--data", str(raw), "--out", str(raw / "out")]) == 2
     assert "is not a readable MATLAB file" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_proxygml.data.images import ORIENTATION_TAG
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.shards import ShardSample, write_shard
 from dist_proxygml.data.sources import ImageRecord
@@ -56,6 +57,22 @@ def photos(tmp_path: Path) -> Path:
 
 def embedded(*arguments: object) -> int:
     return status_of(lambda: main([str(argument) for argument in arguments]))
+
+
+def test_photographs_that_a_camera_stored_turned_are_embedded_as_viewers_show_them(run: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo.save(folder / "0.png")
+    photo.transpose(Image.Transpose.ROTATE_90).save(folder / "1.png", exif=exif)
+    photo.transpose(Image.Transpose.ROTATE_90).save(folder / "2.png")
+    assert embedded("--run", run, "--data", folder, "--out", tmp_path / "out") == 0
+    upright, turned, another = open_embeddings(tmp_path / "out").rows
+    np.testing.assert_allclose(upright, turned, atol=1e-6)  # of one batch
+    assert abs(upright - another).max() > 1e-3
+    assert open_embeddings(tmp_path / "out").manifest["data"]["exif"] == "applied"
 
 
 def test_any_folder_of_images_is_embedded_in_the_order_of_its_paths(

@@ -55,6 +55,7 @@ def evaluated_with(folder: Path, config: str, *arguments: str) -> tuple[str, str
         ("sop_8gpu", ["--split", "train"], ("train", None, "custom", [1, 10, 100, 1000], False)),
         ("demo_cpu", ["--protocol", "cub", "--legacy-proxygml"], ("test", None, "cub", [1, 2, 4, 8], True)),
         ("sop_8gpu", ["--protocol", "inshop"], ("query", "gallery", "inshop", [1, 10, 20, 30, 40, 50], False)),
+        ("sop_8gpu", ["--protocol", "market1501"], ("query", "gallery", "market1501", [1, 5, 10], False)),
         ("inshop_8gpu", ["--protocol", "custom"], ("query", None, "custom", [1, 10, 20, 30, 40, 50], False)),
         ("cub_1gpu", ["--split", "q", "--gallery-split", "g"], ("q", "g", "custom", [1, 2, 4, 8], False)),
     ],
@@ -63,6 +64,18 @@ def test_the_command_line_changes_split_gallery_and_protocol_together(
     tmp_path: Path, config: str, arguments: list[str], expected: tuple[str, str | None, str, list[int], bool]
 ) -> None:
     assert evaluated_with(tmp_path, config, *arguments) == expected
+
+
+def test_a_protocol_says_itself_whether_the_own_camera_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    by_camera = ["evaluation.protocol=custom", "evaluation.exclude_same=camera"]
+    path.write_text(load_config(ROOT / "configs" / "sop_8gpu.json", by_camera).model_dump_json())
+
+    def excluded(*arguments: str) -> str | None:
+        return load_config(path, overrides(_parser().parse_args(["--run", "any", *arguments]))).evaluation.excluded
+
+    assert excluded() == excluded("--split", "other") == excluded("--protocol", "msmt17") == "camera"
+    assert excluded("--protocol", "cub") is None
 
 
 def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_command_builds_shards_with_any_number_of_processes(tmp_path: Path) 
     root = saved(tmp_path / "raw", train=table([0, 0, 2], NAMES), test=table([3, 1, 1], NAMES, first=3))
     for workers in (1, 2):
         out = tmp_path / f"{workers}"
-        arguments = ["--root", root, "--out", str(out), "--workers", f"{workers}", "--samples-per-shard", "2"]
+        arguments = ["--data", root, "--out", str(out), "--num-workers", f"{workers}", "--samples-per-shard", "2"]
         assert main(["build", "hf", *arguments]) == 0
         assert [entry.name for entry in open_index(out, "test").classes] == ["dog", "fox"]
         assert {sample["png"] for sample in samples_of(out, "train")} == {png(i) for i in range(3)}
@@ -83,7 +83,7 @@ def test_the_command_builds_shards_with_any_number_of_processes(tmp_path: Path) 
 
 def test_classes_of_all_splits_are_divided_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = saved(tmp_path / "raw", train=table([0, 1, 2], NAMES), test=table([0, 1, 2], NAMES, first=3))
-    arguments = ["build", "hf", "--root", root, "--out", str(tmp_path / "out")]
+    arguments = ["build", "hf", "--data", root, "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "is in train and in test" in (error := capsys.readouterr().err)
     assert "--split-classes N" in error

@@ -30,7 +30,7 @@ def folder_of_classes(root: Path, names: Iterable[str] = "abcde") -> None:
 def test_class_folders_are_split_by_class(option: list[str], num_train: int, raw: Path, tmp_path: Path) -> None:
     folder_of_classes(raw)
     out = str(tmp_path / "out")
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", out, "--split-by", "name", *option]) == 0
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", out, "--split-by", "name", *option]) == 0
     train, test = open_index(out, "train"), open_index(out, "test")
     assert [entry.name for entry in train.classes] == list("abcde")[:num_train]
     assert [entry.name for entry in test.classes] == list("abcde")[num_train:]
@@ -42,7 +42,7 @@ def test_a_folders_own_split_is_kept_and_must_not_share_classes(
 ) -> None:
     folder_of_classes(raw / "train", "ab")
     folder_of_classes(raw / "val", "cd")
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     assert open_index(tmp_path / "out", "val").num_samples == 3
     assert main([*arguments, "--overwrite", "--split-classes", "1"]) == 2
@@ -62,7 +62,7 @@ def test_all_classes_may_train_where_they_are_all_named(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder_of_classes(raw)
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--split-classes"]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out"), "--split-classes"]
     assert main([*arguments, "6"]) == 2
     assert "got 5 classes with images, of which 6 would train" in capsys.readouterr().err
     assert main([*arguments, "5"]) == 0
@@ -76,7 +76,7 @@ def test_splits_of_any_case_are_splits(raw: Path, tmp_path: Path, capsys: pytest
     folder_of_classes(raw / "Train", "ab")
     folder_of_classes(raw / "TEST", "cd")
     folder_of_classes(raw / "Extra", "ef")
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     for split, names in (("train", "ab"), ("test", "cd"), ("Extra", "ef")):
         assert [entry.name for entry in open_index(tmp_path / "out", split).classes] == list(names)
@@ -88,7 +88,7 @@ def test_splits_of_any_case_are_splits(raw: Path, tmp_path: Path, capsys: pytest
 def test_a_split_without_another_is_refused(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_of_classes(raw / "train", "ab")
     (raw / "test").mkdir()
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "expected images of the split train and of at least one other" in error
@@ -129,7 +129,7 @@ def test_a_class_folder_without_an_image_is_an_error_unless_allowed_and_its_file
     (top / "phone" / "IMG_2").write_bytes(b"x")
     (top / "zebra" / "deeper").mkdir(parents=True)
     capsys.readouterr()
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     before = "train/" if own_split else ""
     said = f"class folders without an image: '{before}phone' (1 .HEIC, 1 without suffix), '{before}zebra' (empty)"
@@ -145,7 +145,7 @@ def test_a_class_that_is_called_train_is_taken_for_a_split_unless_classes_are_co
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder_of_classes(raw, ["bus", "car", "train", "truck"])
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "train is taken for a split: where it is a class, pass --split-classes N" in error
@@ -155,21 +155,21 @@ def test_a_class_that_is_called_train_is_taken_for_a_split_unless_classes_are_co
     folders = tmp_path / "folders"
     for name in ("car/sedan", "train/steam", "bus/city"):
         write_image(folders / name / "im.png", 1)
-    assert main(["build", "imagefolder", "--root", str(folders), "--out", str(tmp_path / "other")]) == 0
+    assert main(["build", "imagefolder", "--data", str(folders), "--out", str(tmp_path / "other")]) == 0
     assert "train is taken for a split, so bus, car, train are splits; where they are" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--root", "--out"])
+@pytest.mark.parametrize("option", ["--data", "--out"])
 def test_a_link_to_itself_is_no_folder_and_no_image(
     option: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder_of_classes(raw)
     (tmp_path / "loop").symlink_to("loop")
-    places = {"--root": str(raw), "--out": str(tmp_path / "out"), option: str(tmp_path / "loop")}
+    places = {"--data": str(raw), "--out": str(tmp_path / "out"), option: str(tmp_path / "loop")}
     assert main(["build", "imagefolder", *(word for pair in places.items() for word in pair)]) == 2
     assert f"{tmp_path / 'loop'} " in capsys.readouterr().err
     (raw / "a" / "self.png").symlink_to("self.png")
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]) == 2
     assert "first a/self.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -179,7 +179,7 @@ def test_names_in_unicode_with_dots_and_of_any_case_are_classes_and_images(raw: 
         write_image(raw / name, len(name))
     write_image(raw / "z z" / "deeper" / "three.jpg", 9)
     out = tmp_path / "out"
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(out), "--split-by", "name"]) == 0
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", str(out), "--split-by", "name"]) == 0
     assert [(entry.name, entry.count) for entry in open_index(out, "train").classes] == [("a.b", 2), ("e\u0301", 1)]
     assert [(entry.name, entry.count) for entry in open_index(out, "test").classes] == [("z z", 2), ("日本", 2)]
     assert {json.loads(sample["json"])["source"] for sample in samples_of(out, "test")} == {
@@ -194,7 +194,7 @@ def test_a_name_that_is_no_utf8_is_refused(raw: Path, tmp_path: Path, capsys: py
     folder_of_classes(raw)
     write_image(raw / "a" / "x.png", 1)
     (raw / "a" / "x.png").rename(raw / "a" / os.fsdecode(b"\xff.png"))
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]) == 2
     assert "is not UTF-8; rename it" in capsys.readouterr().err
 
 
@@ -203,7 +203,7 @@ def test_links_inside_the_root_count_once_and_lead_somewhere(
 ) -> None:
     folder_of_classes(raw)
     (raw / "a" / "again.png").symlink_to(raw / "b" / "im.v0.png")
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--split-by=name"]) == 0
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out"), "--split-by=name"]) == 0
     assert open_index(tmp_path / "out", "train").num_samples == 1 + 2 + 1
     for name, target, message in (
         ("c/lost.png", raw / "nowhere.png", "1 of the 17 images"),
@@ -211,7 +211,7 @@ def test_links_inside_the_root_count_once_and_lead_somewhere(
         ("elsewhere", tmp_path, "is a link out of"),
     ):
         (raw / name).symlink_to(target)
-        assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "new")]) == 2
+        assert main(["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "new")]) == 2
         assert message in capsys.readouterr().err
         (raw / name).unlink()
 
@@ -220,7 +220,7 @@ def test_an_images_format_is_told_by_its_content(raw: Path, tmp_path: Path) -> N
     folder_of_classes(raw)
     write_image(raw / "a" / "png.png", 1)
     (raw / "a" / "png.png").rename(raw / "a" / "called.jpg")
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out"), "--split-by=name"]) == 0
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out"), "--split-by=name"]) == 0
     sample = next(s for s in samples_of(tmp_path / "out", "train") if b"called.jpg" in s["json"])
     assert sample["png"] == (raw / "a" / "called.jpg").read_bytes()
 
@@ -235,7 +235,7 @@ def test_links_out_of_the_root_are_followed_below_a_folder_that_is_named(
     (raw / "a" / "im.v0.png").symlink_to(pool / "a" / "im.v0.png")
     for name in "bcde":
         (raw / name).symlink_to(pool / name)
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert f"is a link out of {raw}, to {pool}/a/im.v0.png" in capsys.readouterr().err
     for other in (tmp_path / "elsewhere", raw):
@@ -254,7 +254,7 @@ def test_no_folder_is_read_twice_through_links(
     (raw / "a").symlink_to(tmp_path / "pool" / "a")
     (raw / "z").symlink_to(tmp_path / target)
     out = str(tmp_path / "out")
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", out, "--follow-links", "/"]) == 2
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", out, "--follow-links", "/"]) == 2
     assert f"{raw}/z is a link to a folder, whose images would count twice" in capsys.readouterr().err
 
 
@@ -265,7 +265,7 @@ def test_query_and_gallery_share_classes_that_do_not_train(
     folder_of_classes(raw / "query", "cd")
     folder_of_classes(raw / "gallery", "cde")
     out = tmp_path / "out"
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(out)]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(out)]
     assert main(arguments) == 0
     query, gallery = open_index(out, "query"), open_index(out, "gallery")
     assert [entry.name for entry in query.classes] == [entry.name for entry in gallery.classes] == list("cde")
@@ -280,7 +280,7 @@ def test_an_earlier_build_that_was_split_by_name_is_still_this_build(
 ) -> None:
     folder_of_classes(raw)
     index = tmp_path / "out" / "index.json"
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(tmp_path / "out")]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--split-by", "name"]) == 0
     document = json.loads(index.read_text())
     del document["build"]["split_classes"]  # as earlier versions wrote it
@@ -298,7 +298,7 @@ def test_resize_reencodes_large_images_only_and_says_so(raw: Path, tmp_path: Pat
     write_image(raw / "b" / "small.png", 2, size=(40, 10))
     write_image(raw / "b" / "other.bmp", 3, size=(4, 4))
     out = tmp_path / "out"
-    arguments = ["build", "imagefolder", "--root", str(raw), "--out", str(out), "--split-by", "name"]
+    arguments = ["build", "imagefolder", "--data", str(raw), "--out", str(out), "--split-by", "name"]
     assert main([*arguments, "--resize", "15"]) == 0
     (large,) = samples_of(out, "train")
     assert Image.open(io.BytesIO(large["jpg"])).size == (20, 15)
@@ -328,7 +328,7 @@ def test_an_unusable_source_image_is_named(
     write_image(raw / "b" / name, 3)
     (raw / "b" / name).write_bytes(content)
     out = tmp_path / "out"
-    assert main(["build", "imagefolder", "--root", str(raw), "--out", str(out)]) == 2
+    assert main(["build", "imagefolder", "--data", str(raw), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert f"b/{name}" in error
     assert message in error

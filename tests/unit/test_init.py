@@ -102,7 +102,7 @@ def test_images_that_are_no_shards_yet_get_the_command_that_makes_them(
     (tmp_path / "photos" / "wren").mkdir(parents=True)
     (tmp_path / "birds.csv").write_text("image,label")
     assert main(["photos", "--out", "mine.json"]) == 2
-    assert "shard build imagefolder --root photos --out shards/photos`" in capsys.readouterr().err
+    assert "shard build imagefolder --data photos --out shards/photos`" in capsys.readouterr().err
     assert main(["birds.csv", "--out", "mine.json"]) == 2
     assert "shard build table --table birds.csv --out shards/birds`" in capsys.readouterr().err
 

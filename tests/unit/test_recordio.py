@@ -171,7 +171,7 @@ def test_a_folder_without_record_files_or_with_several_is_refused(tmp_path: Path
 
 def test_any_number_of_processes_reads_images_where_they_are(tmp_path: Path) -> None:
     face_records(tmp_path / "faces", LABELS)
-    build = ["build", "recordio", "--root", str(tmp_path / "faces"), "--out", str(tmp_path / "out")]
+    build = ["build", "recordio", "--data", str(tmp_path / "faces"), "--out", str(tmp_path / "out")]
     assert main([*build, "--samples-per-shard", "2"]) == 0
     whole = digests(tmp_path / "out")
     dataset = read_recordio(tmp_path / "faces", quiet=True)

@@ -30,7 +30,7 @@ def market(tmp_path: Path) -> Path:
 @pytest.fixture
 def shards(market: Path, tmp_path: Path) -> Path:
     out = tmp_path / "out"
-    assert main(["build", "market1501", "--root", str(market), "--out", str(out), "--allow-partial"]) == 0
+    assert main(["build", "market1501", "--data", str(market), "--out", str(out), "--allow-partial"]) == 0
     return out
 
 

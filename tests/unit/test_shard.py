@@ -41,7 +41,7 @@ def raw(tmp_path: Path) -> Path:
 def test_shards_do_not_go_into_the_folder_of_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "link").symlink_to("images")
-    given = ["build", "imagefolder", "--root", str(tmp_path / "images"), "--out", str(tmp_path / "link")]
+    given = ["build", "imagefolder", "--data", str(tmp_path / "images"), "--out", str(tmp_path / "link")]
     assert main(given) == 2
     assert "expected another folder for the shards than that of the images" in capsys.readouterr().err
     assert list((tmp_path / "images").iterdir()) == []
@@ -448,15 +448,15 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
 def test_mistakes_on_the_command_line_exit_with_2(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["build", "sop", "--out", str(raw)])
-    assert "required: --root" in capsys.readouterr().err
+    assert "required: --data" in capsys.readouterr().err
     sop(raw)
-    arguments = ["build", "sop", "--root", str(raw), "--out", str(raw / "out"), "--allow-partial"]
+    arguments = ["build", "sop", "--data", str(raw), "--out", str(raw / "out"), "--allow-partial"]
     with pytest.raises(SystemExit, match="2"):  # an option of another layout
         main([*arguments, "--split-classes", "3"])
     assert "--split-classes" in capsys.readouterr().err
     for option, value, lowest in (
         ("--samples-per-shard", "0", 1),
-        ("--workers", "0", 1),
+        ("--num-workers", "0", 1),
         ("--resize", "0", 1),
         ("--seed", "-1", 0),
         ("--seed", "x", 0),

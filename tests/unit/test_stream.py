@@ -18,6 +18,7 @@ from PIL import Image
 
 from dist_proxygml.config import AffineJitterConfig, ResizeConfig
 from dist_proxygml.data.damage import Damage
+from dist_proxygml.data.images import ORIENTATION_TAG
 from dist_proxygml.data.pipeline import Batch, EpochOrder, RankShare
 from dist_proxygml.data.shards import ShardSample, shard_name, write_shard
 from dist_proxygml.data.stream import StreamLoader, build_stream_loader
@@ -125,6 +126,20 @@ def test_what_is_no_sample_or_has_a_wrong_label_ends_a_stream_by_name_or_is_skip
         list(loader_of(url, **settings))
     with pytest.raises(ValueError, match=r"\b1 shards.*none\.tar"):
         list(loader_of(f"{tmp_path}/none.tar", **settings))
+
+
+def test_an_image_that_its_json_says_to_turn_is_turned(tmp_path: Path) -> None:
+    pixels = np.full((4, 4, 3), 200, dtype=np.uint8)
+    pixels[:2] = 9
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 3  # by half a circle
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG", exif=exif)
+    infos = [{"orientation": 3}, {"orientation": 3, "exif": "applied"}, {"exif": {"Orientation": 3}}]
+    samples = [ShardSample(f"train-{number}", "png", data.getvalue(), 0, info) for number, info in enumerate(infos)]
+    write_shard(tmp_path / "train-000000.tar", samples)
+    settings = {"num_classes": 1, "batch_size": 3, "num_images": 3, "shuffle_buffer": 1, "resampled": False}
+    assert sorted(numbers_of(list(loader_of(f"{tmp_path}/train-000000.tar", **settings)))) == [9, 9, 200]
 
 
 def write_members(path: Path, *members: tuple[str, bytes]) -> None:

@@ -49,7 +49,7 @@ def as_parquet(raw: Path) -> list[str | Path]:
     names, labels, splits = zip(*ROWS, strict=True)
     table = pyarrow.table({"file_name": names, "label": labels, "split": [split.upper() for split in splits]})
     parquet.write_table(table, raw.parent / "t.parquet")
-    return ["--table", raw.parent / "t.parquet", "--root", raw]
+    return ["--table", raw.parent / "t.parquet", "--data", raw]
 
 
 def as_json_lines(raw: Path) -> list[str | Path]:
@@ -118,7 +118,7 @@ def test_folders_of_hugging_face_have_names_that_repeat(raw: Path, tmp_path: Pat
             (raw / name).rename(raw / part / f"{number}.jpg")
         lines = [json.dumps({"file_name": f"{number}.jpg", "label": row[1]}) for number, row in enumerate(rows)]
         write_lines(raw / part / "metadata.jsonl", lines)
-    found = build(tmp_path / "out", "--root", raw)
+    found = build(tmp_path / "out", "--data", raw)
     assert {split: len(infos) for split, infos in found.items()} == {"train": 6, "test": 9}
     assert [info["source"] for info in found["train"]] == [f"train/{number}.jpg" for number in range(6)]
 
@@ -177,9 +177,9 @@ def test_paths_may_lead_anywhere_unless_a_root_holds_them(
     prefix = str(raw).lstrip("/")
     expected = {f"{prefix}/0/0.jpg", f"{prefix}/1/0.jpg", f"{prefix}/2/0.jpg", "a.b"}
     assert {info["source"] for part in found.values() for info in part} == expected
-    assert "line 2: ../raw/0/0.jpg lies outside" in refusal(capsys, "--table", lists / "t.csv", "--root", lists)
+    assert "line 2: ../raw/0/0.jpg lies outside" in refusal(capsys, "--table", lists / "t.csv", "--data", lists)
     write_lines(lists / "t.csv", ["image,label", *rows[1:3]])
-    found = build(tmp_path / "higher", "--table", lists / "t.csv", "--root", tmp_path)
+    found = build(tmp_path / "higher", "--table", lists / "t.csv", "--data", tmp_path)
     assert {info["source"] for part in found.values() for info in part} == {"raw/1/0.jpg", "raw/2/0.jpg"}
 
 
@@ -240,5 +240,5 @@ def test_a_row_that_is_no_sample_is_named(
 
 
 def test_without_a_table_a_folder_needs_metadata(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected metadata.csv" in refusal(capsys, "--root", raw)
+    assert "expected metadata.csv" in refusal(capsys, "--data", raw)
     assert "got neither" in refusal(capsys)

@@ -140,7 +140,8 @@ def test_no_curve_is_zero_throughout_and_none_is_drawn_twice(tmp_path: Path) -> 
     telemetry = Telemetry(tmp_path, enabled=True, num_steps=9, start_step=0, progress_bar=False)
     for step, (regularization, damaged) in enumerate([(0.0, 0), (0.0, 2), (0.5, 2)], 1):
         values = {"loss": 1.0, "classification": 1.0 - regularization, "regularization": regularization}
-        telemetry.log_training(step, 1, {**values, "damaged_images": damaged})
+        rates = {"lr_backbone": 0.1, "lr_embedding": 0.1 * step}
+        telemetry.log_training(step, 1, {**values, **rates, "damaged_images": damaged})
     telemetry.log_evaluation(3, 1, {"nmi": 0.0, "nmi_sd": 0.0})
     for step, share in enumerate((0.0, 0.25, 0.0), 1):
         telemetry.log_number("proxies/dead_share", share, step)
@@ -154,6 +155,8 @@ def test_no_curve_is_zero_throughout_and_none_is_drawn_twice(tmp_path: Path) -> 
         "train/classification": [3],
         "train/regularization": [3],
         "train/damaged_images": [2, 3],
+        "train/lr_backbone": [1, 2, 3],
+        "train/lr_embedding": [2, 3],
         "evaluation/nmi": [3],
         "proxies/dead_share": [2, 3],
     }

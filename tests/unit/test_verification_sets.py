@@ -36,7 +36,7 @@ def shards(tmp_path: Path) -> Path:
     face_pairs(tmp_path / "faces" / "lfw.bin")
     face_pairs(tmp_path / "cfp_fp.bin", num_pairs=10)
     pairs = ["--pairs", "lfw.bin", tmp_path / "cfp_fp.bin"]  # the first beside train.rec
-    assert build("recordio", "--root", tmp_path / "faces", "--out", tmp_path / "out", *pairs) == 0
+    assert build("recordio", "--data", tmp_path / "faces", "--out", tmp_path / "out", *pairs) == 0
     return tmp_path / "out"
 
 
@@ -116,7 +116,7 @@ def test_shard_index_keeps_the_pairs_of_the_same_samples_only(
 
 def test_a_folder_of_verification_sets_is_built_without_record_files(tmp_path: Path) -> None:
     face_pairs(tmp_path / "sets" / "lfw.bin")
-    assert build("pairs", "--root", tmp_path / "sets", "--out", tmp_path / "out") == 0
+    assert build("pairs", "--data", tmp_path / "sets", "--out", tmp_path / "out") == 0
     assert open_index(tmp_path / "out", "lfw").num_pairs == 23
 
 
@@ -124,8 +124,8 @@ def test_pairs_of_images_that_are_left_out_are_counted(tmp_path: Path) -> None:
     images = [*IMAGES]
     images[5] = b"no image"
     write_pairs(tmp_path / "sets" / "lfw.bin", images, FLAGS)
-    assert build("pairs", "--root", tmp_path / "sets", "--out", tmp_path / "out") == 2
-    assert build("pairs", "--root", tmp_path / "sets", "--out", tmp_path / "out", "--on-bad", "skip") == 0
+    assert build("pairs", "--data", tmp_path / "sets", "--out", tmp_path / "out") == 2
+    assert build("pairs", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--on-bad", "skip") == 0
     index = open_index(tmp_path / "out", "lfw")
     assert index.num_pairs == 19
     assert index.read_pairs()[:, 3].tolist() == [0, 0, *[1], *sorted([*range(2, 10)] * 2)]  # folds of all pairs
@@ -137,7 +137,7 @@ def test_sets_that_would_take_the_place_of_a_split_are_refused(
 ) -> None:
     face_records(tmp_path / "faces", [0, 1])
     face_pairs(tmp_path / "train.bin")
-    out = ["--root", tmp_path / "faces", "--out", tmp_path / "out", "--pairs"]
+    out = ["--data", tmp_path / "faces", "--out", tmp_path / "out", "--pairs"]
     assert build("recordio", *out, tmp_path / "train.bin") == 2
     assert "would be the split 'train', which is there already" in capsys.readouterr().err
     assert build("recordio", *out, "nowhere.bin") == 2

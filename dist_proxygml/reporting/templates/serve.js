@@ -7,6 +7,7 @@ const canChange = part("found").dataset.canChange === "yes";
 const PAGE = 24;
 let asked = null; // {body} of an image file, or {like} of an id
 let shown = 0;
+let doubtfulBelow = -Infinity; // scores that were right too seldom when the index was built
 let turn = 0; // of the newest search: late answers to earlier ones are dropped
 
 function say(text, wrong = false) {
@@ -31,9 +32,13 @@ async function request(method, path, query, body) {
 }
 
 async function about() {
-  const {num_images, kind, model} = await request("GET", "api/index", {});
+  const {num_images, kind, model, doubt} = await request("GET", "api/index", {});
   const by = model.run ? `, embedded by ${model.run}, step ${model.step}` : "";
   part("about").textContent = `${num_images.toLocaleString("en")} images in a ${kind} index${by}.`;
+  if (doubt !== null) {
+    doubtfulBelow = doubt.below;
+    part("about").append(` ${doubt.sentence}`);
+  }
 }
 
 function figure({score, id, class_name}) {
@@ -49,7 +54,8 @@ function figure({score, id, class_name}) {
   like.append(image);
   const caption = document.createElement("figcaption");
   const number = document.createElement("b");
-  number.textContent = score.toFixed(5);
+  number.textContent = score.toFixed(5) + (score < doubtfulBelow ? " doubtful" : "");
+  tile.classList.toggle("doubtful", score < doubtfulBelow);
   caption.append(number);
   if (class_name !== null) {
     const name = document.createElement("strong");
