@@ -274,8 +274,8 @@ def check_fits(config: Config, plan: HeadPlan, *, memory: int, device: str = "cp
     copy = f", copy for saves in the background {format_bytes(plan.copy_bytes)}" if plan.copy_bytes else ""
     raise DoesNotFitError(
         f"expected a head of at most {format_bytes(memory)} per rank, the memory that is available, got {total} on "
-        f"{plan.world_size} rank(s): {plan.bank_name} {bank}, gradient {gradient}, optimizer state {optimizer}, working memory "
-        f"{working}{copy}; {_suggest_what_fits(config, plan, memory, device)}"
+        f"{plan.world_size} rank(s): {plan.bank_name} {bank}, gradient {gradient}, optimizer state {optimizer}, "
+        f"working memory {working}{copy}; {_suggest_what_fits(config, plan, memory, device)}"
     )
 
 
@@ -283,8 +283,8 @@ def _suggest_what_fits(config: Config, plan: HeadPlan, memory: int, device: str)
     """Suggest single changes with which the head fits."""
     if config.loss is not None:
         return (
-            f"every rank holds all of {config.loss.name} for {config.num_trained_classes:,} classes; remove the section "
-            "loss and take a head of the section proxies, whose classes are divided over the ranks, or lower "
+            f"every rank holds all of {config.loss.name} for {config.num_trained_classes:,} classes; remove the "
+            "section loss and take a head of the section proxies, whose classes are divided over the ranks, or lower "
             "training.batch_size or loss.cross_batch_memory.memory_size"
         )
 

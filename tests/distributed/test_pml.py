@@ -115,6 +115,7 @@ def configuration(root: Path, loss: str, name: str, *, epochs: int, **changes: A
         "loss": RUNS[loss],
         "optimizer": {"backbone_lr": 1e-3, "proxies_lr": 0.05, "eps": 0.01, "proxies_clip_norm": 0.5},
         "training": {"epochs": epochs, "batch_size": 12},
+        "checkpoint": {"asynchronous": loss == "pairs"},
         "telemetry": {"progress_bar": False, "log_every_steps": 1, "projector": False},
     }
     return parse_config(raw | changes, source="the test")
