@@ -34,7 +34,7 @@ def trained_parameters(
         accelerator = get_accelerator()
         dtypes = [*accelerator.supported_dtypes(), torch.float64]
         accelerator.supported_dtypes = lambda: dtypes
-        for name in ("build_backbone", "ProxyLoss"):
+        for name in ("build_backbone", "build_loss"):
             build = getattr(step_module, name)
             setattr(step_module, name, lambda *args, build=build, **options: build(*args, **options).double())
     config = configuration(
