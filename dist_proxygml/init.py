@@ -89,7 +89,7 @@ def _next_commands(given: argparse.Namespace, config: "Config", num_ranks: int) 
     several = f"deepspeed --num_gpus {num_ranks} --module dist_proxygml"
     launch = python if num_ranks == 1 else several
     out, data, run_name = (shlex.quote(str(word)) for word in (given.out, given.data, run))
-    split = config.data.test_split or config.data.train_split
+    split = config.evaluation.gallery_split or config.data.test_split or config.data.train_split
     validation = "" if config.data.test_split else " --validation"
     return [
         "next:",
