@@ -89,13 +89,14 @@ def _next_commands(given: argparse.Namespace, config: "Config", num_ranks: int) 
     several = f"deepspeed --num_gpus {num_ranks} --module dist_proxygml"
     launch = python if num_ranks == 1 else several
     out, data, run_name = (shlex.quote(str(word)) for word in (given.out, given.data, run))
-    split = config.data.test_split or config.data.train_split
+    split = config.evaluation.gallery_split or config.data.test_split or config.data.train_split
     validation = "" if config.data.test_split else " --validation"
+    can_evaluate = config.data.test_split or config.data.validation_classes
     return [
         "next:",
         f"  {python}.train --config {out} --dry-run {num_ranks}",
         f"  {launch}.train --config {out}",
-        f"  {launch}.evaluate --run {run_name}{validation}",
+        *([f"  {launch}.evaluate --run {run_name}{validation}"] if can_evaluate else []),
         f"  {python}.embed --run {run_name} --data {data} --split {split} --out embeddings/{name}",
         f"  {python}.index --embeddings embeddings/{name} --out indexes/{name}",
         f"  {python}.search --index indexes/{name} QUERY.jpg --html found.html",

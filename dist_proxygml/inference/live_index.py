@@ -51,7 +51,7 @@ class LiveIndex:
     def __init__(self, index: Index, path: Path, changes: Path) -> None:
         self.index = index
         self.changes = changes
-        self._identity = sha256_of(path / IDS_FILE)
+        self._identity = {"index": sha256_of(path / IDS_FILE), "model": (index.model or {}).get("weights_sha256")}
         self._rows_of: dict[str, int] | None = None
         self._removed: set[int] = set()  # rows of the index
         self._added: dict[str, tuple[ImageRecord, np.ndarray]] = {}  # by id: record, row
@@ -158,10 +158,9 @@ class LiveIndex:
     def _write(self, change: dict[str, object]) -> None:
         if self._log is None:
             self.changes.mkdir(parents=True, exist_ok=True)
-            is_new = not (self.changes / LOG_FILE).exists()
             self._log = (self.changes / LOG_FILE).open("a", encoding="utf-8")
-            if is_new:
-                self._log.write(json.dumps({"index": self._identity}) + "\n")
+            if not self._log.tell():  # new, or a kill came before the first line
+                self._log.write(json.dumps(self._identity) + "\n")
                 flush(self.changes)
         self._log.write(json.dumps(change) + "\n")
         self._log.flush()
@@ -172,10 +171,12 @@ class LiveIndex:
         log = self.changes / LOG_FILE
         notes = mend_log(log, {})
         records = [record for _, record in read_log(log, {}).records]
-        if not records or records[0].get("index") != self._identity:
+        if not records and not notes:
+            return []
+        if not records or self._identity | records[0] != self._identity:  # earlier versions did not write the model
             raise ValueError(
-                f"expected changes of this index in {self.changes}, found those of another; name another folder with "
-                "--changes, or remove this one"
+                f"expected changes of this index in {self.changes}, found those of another, or of another model; name "
+                "another folder with --changes, or remove this one"
             )
         try:
             for change in records[1:]:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch
 from fastapi import FastAPI, HTTPException, Query, Request, Response
@@ -144,11 +144,11 @@ def build_app(service: Service, *, hosts: set[str] | None, can_change: bool) -> 
 
     @app.middleware("http")
     async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        called = urlsplit(f"//{request.headers.get('host', '')}")
-        origin = request.headers.get("origin")
-        if hosts is not None and called.hostname not in hosts:
-            return JSONResponse({"detail": f"expected one of the hosts {', '.join(sorted(hosts))}"}, 421)
-        if origin is not None and urlsplit(origin).netloc != called.netloc:
+        called, origin = _address(f"//{request.headers.get('host', '')}"), request.headers.get("origin")
+        if called is None or (hosts is not None and called.hostname not in hosts):
+            return JSONResponse({"detail": f"expected one of the hosts {', '.join(sorted(hosts or ()))}"}, 421)
+        asking = None if origin is None else _address(origin)
+        if origin is not None and (asking is None or asking.netloc != called.netloc):
             return JSONResponse({"detail": "expected a request of this page, got one of another site"}, 403)
         response = await answer(request)
         response.headers.update(_HEADERS)
@@ -205,6 +205,14 @@ def build_app(service: Service, *, hosts: set[str] | None, can_change: bool) -> 
                 service.remove(id)
 
     return app
+
+
+def _address(text: str) -> SplitResult | None:
+    """The parts of an address; None where it is none, such as `[::1` without its end."""
+    try:
+        return urlsplit(text)
+    except ValueError:
+        return None
 
 
 async def _body(request: Request) -> bytes:

@@ -116,6 +116,8 @@ def test_mistakes_are_answered(server: Server) -> None:
 
 def test_pages_of_other_sites_can_ask_for_nothing(server: Server) -> None:
     assert server.ask("GET", "/api/index", Host="attacker.example").status == 421
+    assert server.ask("GET", "/api/index", Host="[::1").status == 421
+    assert server.ask("GET", "/api/index", Origin="http://[").status == 403
     other = server.ask("POST", "/api/images?id=x", photo(server, 0), Origin="https://attacker.example")
     assert other.status == 403
     own = server.ask("POST", "/api/search", photo(server, 0), Origin=server.url)

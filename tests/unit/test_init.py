@@ -62,6 +62,19 @@ def test_a_configuration_is_written_explained_and_followed_by_the_next_commands(
     assert f"--run {config.run_directory}" in commands[2]
 
 
+def test_the_next_commands_search_the_gallery_and_evaluate_only_what_can_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_query_and_gallery(tmp_path / "shards", [4] * 6)
+    given = ["shards", "--device", "cpu", "--set", "data.train_split=gallery", "backbone.name=small_cnn"]
+    assert main([*given, "--out", "a.json"]) == 0
+    assert "--split gallery " in capsys.readouterr().out
+    assert main([*given, "data.test_split=null", "--out", "b.json"]) == 0
+    told = capsys.readouterr().out
+    assert "embed --run runs/b --data shards --split gallery" in told
+    assert ".evaluate" not in told
+
+
 def test_an_earlier_file_is_replaced_only_if_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

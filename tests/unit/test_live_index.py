@@ -110,3 +110,38 @@ def test_changes_of_another_index_are_refused(tmp_path: Path) -> None:
     live.close()
     with pytest.raises(ValueError, match="--changes"):
         LiveIndex(Index.load(tmp_path / "other"), tmp_path / "other", tmp_path / "changes")
+
+
+def test_changes_embedded_by_another_model_are_refused_and_those_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    def open_live(weights: str) -> LiveIndex:
+        model = {"weights_sha256": weights}
+        Index.build(ROWS, [str(row) for row in range(300)], model=model).save(tmp_path / weights)
+        return LiveIndex(Index.load(tmp_path / weights), tmp_path / weights, tmp_path / "changes")
+
+    live = open_live("a")
+    live.add(ImageRecord("new"), QUERY, b"")
+    live.close()
+    with pytest.raises(ValueError, match="model"):
+        open_live("b")
+    log = tmp_path / "changes" / LOG_FILE
+    log.write_text(log.read_text().replace(', "model": "a"', "", 1))
+    assert len(open_live("c")) == 301
+
+
+@pytest.mark.parametrize("left", [0, 20])
+def test_a_kill_before_the_first_line_was_written_leaves_no_changes(tmp_path: Path, left: int) -> None:
+    Index.build(ROWS, [str(row) for row in range(300)]).save(tmp_path / "i")
+    for num_images, change in ((300, "1"), (299, "2")):
+        live = LiveIndex(Index.load(tmp_path / "i"), tmp_path / "i", tmp_path / "i.changes")
+        assert len(live) == num_images
+        live.remove(change)
+        live.close()
+        if change == "1":
+            log = tmp_path / "i.changes" / LOG_FILE
+            whole = log.read_bytes()
+            log.write_bytes(whole[:left])
+            live = LiveIndex(Index.load(tmp_path / "i"), tmp_path / "i", tmp_path / "i.changes")
+            assert len(live) == 300
+            live.remove("1")
+            live.close()
+            assert log.read_bytes() == whole
