@@ -488,7 +488,8 @@ def _numbers(engine: Engine, weights: dict[str, Tensor], bank: Mapping[str, Tens
     for state in engine.optimizer.state.values():
         for name, value in state.items():
             yield f"the backbone's {name}", value
-    yield from bank.items()
+    for name, value in bank.items():
+        yield (name if name == "proxies" else f"the proxies' {name.removeprefix('optimizer.')}"), value
 
 
 def _is_finite(value: Any) -> bool:

@@ -479,7 +479,7 @@ def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argp
         return status if is_whole else 128 + signal.SIGINT
     if to_do:
         submit_array(sweep, jobs, to_do, arguments)
-    del lock
+    lock.release()
     if to_do and not arguments.wait:
         print("  table:  the same command with --report", flush=True)
     jobs.look()

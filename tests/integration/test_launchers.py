@@ -233,7 +233,7 @@ def test_starting_anew_moves_the_earlier_run_aside(trained: Path, tmp_path: Path
         (["deepspeed.gradient_cliping=1"], "did you mean 'gradient_clipping'?"),
         (["proxies.rato=0.1"], "did you mean 'ratio'?"),
         (["training.epochs=many"], "training.epochs: input should be a valid integer"),
-        (["proxies.ratio=0.0001"], "raise the ratio"),
+        (["proxies.ratio=0.0001"], "raise proxies.ratio"),
         (["data.num_classes=500"], "data.num_classes is 500, but the split 'train' of shards/demo has 549 classes"),
         (["data.shards=shards/nowhere"], "shards/nowhere"),
         (["training.batch_size=7", "deepspeed.gradient_accumulation_steps=2"], "does not divide over 1 ranks x 2"),

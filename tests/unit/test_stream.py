@@ -160,7 +160,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "notes only": (lambda p: write_members(p, ("README", b"x")), "no samples"),
     "without images": (lambda p: write_members(p, ("a.cls", b"0")), "1 without an image that is read"),
     "of a type that is not read": (
-        lambda p: write_members(p, ("a.webp", b"x"), ("a.cls", b"0")),
+        lambda p: write_members(p, ("a.heic", b"x"), ("a.cls", b"0")),
         "1 without an image that is read",
     ),
     "without labels": (lambda p: write_members(p, ("a.png", png(1))), "1 without a label"),
