@@ -209,7 +209,9 @@ def test_a_signal_to_one_rank_ends_all_ranks_and_what_was_trained_is_saved(tmp_p
     done = train("--set", *changes, num_ranks=2, **{VARIABLE: "step.update@1:3:signal=TERM"})
     assert done.returncode == 75, done.stdout + done.stderr
     steps = [line["step"] for line in lines(tmp_path / "demo_cpu", "train")]
-    assert steps in ([1, 2, 3], [1, 2, 3, 4])  # the signal is looked at before a step
+    # A thread takes the signal, on a busy machine a step or two later, and it is looked at before a step.
+    assert steps == list(range(1, len(steps) + 1))
+    assert 3 <= len(steps) <= 6
     names = [path.name for path in sorted((tmp_path / "demo_cpu" / "checkpoints").iterdir())]
     assert names == ["latest", f"step-{steps[-1]:06d}"]
 
