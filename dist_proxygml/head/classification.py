@@ -26,6 +26,7 @@ from dist_proxygml.distributed.collectives import all_reduce_max, all_reduce_sum
 from dist_proxygml.head.bank import Bank, Pairs, build_bank
 from dist_proxygml.head.class_scores import ClassScore, scores, scores_of_groups
 from dist_proxygml.head.margins import Margin
+from dist_proxygml.head.matmul import product
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.selection import Exchange, select_negatives
 from dist_proxygml.head.similarity import (
@@ -207,8 +208,7 @@ class _AllProxies(torch.autograd.Function):
         for chunk in chunks:
             logit_wR = _chunk_scores(embeddings_RD, bank, chunk, num_per_class, scale, settings.scoring).logit
             higher_R = torch.maximum(max_R, logit_wR.amax(dim=0))
-            reference_R = higher_R.masked_fill(higher_R == -math.inf, 0)  # a chunk of the own class alone
-            sum_R = sum_R * (max_R - reference_R).exp() + logit_wR.sub_(reference_R).exp_().sum(dim=0)
+            sum_R = sum_R * (max_R - higher_R).exp() + logit_wR.sub_(higher_R).exp_().sum(dim=0)
             max_R = higher_R
 
         def exp_sums(row_max_R: Tensor) -> Tensor:
@@ -235,24 +235,26 @@ class _AllProxies(torch.autograd.Function):
         d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
         d_proxies_pD = torch.empty_like(bank.proxies)
         scale_slope_R = own_scale_slope_R.clone()
+        weight_R = gradient_R * scale
+        weighted_DR = (embeddings_RD * weight_R[:, None]).T.contiguous()
         for chunk in ctx.chunks:
             part = _chunk_scores(embeddings_RD, bank, chunk, num_per_class, scale, ctx.scoring)
-            weight_wR = part.logit.sub_(log_sum_R).exp_()  # probabilities
+            probability_wR = part.logit.sub_(log_sum_R).exp_()
             if ctx.needs_input_grad[2]:
-                scale_slope_R += (weight_wR * part.score).sum(dim=0)
-            weight_wR *= gradient_R * scale
-            weight_vR = weight_wR
+                scale_slope_R += (probability_wR * part.score).sum(dim=0)
+            slope_vR = probability_wR  # of the rows' losses in the similarities, but for the scale
             if part.slope is not None:
-                weight_vR = (weight_wR[:, None] * part.slope).flatten(0, 1)
+                slope_vR = (probability_wR[:, None] * part.slope).flatten(0, 1)
             elif num_per_class > 1:
-                weight_vR = weight_wR.repeat_interleave(num_per_class, dim=0)
-            inverse_v, proxies_vD = bank.inverse_norm[chunk.proxies], bank.proxies[chunk.proxies]
-            weight_vR *= inverse_v[:, None]
-            radial_v = torch.linalg.vecdot(weight_vR, part.similarity) * inverse_v
-            d_embeddings_RD.addmm_(weight_vR.T, proxies_vD)
-            block_vD = d_proxies_pD[chunk.proxies]
-            torch.mm(weight_vR, embeddings_RD, out=block_vD)
-            block_vD.addcmul_(proxies_vD, radial_v[:, None], value=-1)
+                slope_vR = probability_wR.repeat_interleave(num_per_class, dim=0)
+            proxies_vD = bank.proxies[chunk.proxies]
+            slope_vR *= bank.inverse_norm[chunk.proxies, None]
+            d_embeddings_RD.addmm_(slope_vR.T, proxies_vD)
+            block_vD = product(slope_vR, weighted_DR)
+            # only what turns a proxy counts, not what lengthens it
+            radial_v = torch.linalg.vecdot(block_vD, proxies_vD) * bank.inverse_norm[chunk.proxies].square()
+            torch.addcmul(block_vD, proxies_vD, radial_v[:, None], value=-1, out=d_proxies_pD[chunk.proxies])
+        d_embeddings_RD *= weight_R[:, None]
         own = Pairs(*pairs)
         own_weight_n = own_weight_n * gradient_R[own.row]
         d_embeddings_RD += embedding_gradient(own, bank, own_weight_n, num_rows=len(embeddings_RD))
@@ -369,14 +371,12 @@ def _chunks(
 class _ChunkScores(NamedTuple):
     """Scores of a chunk's classes."""
 
-    similarity: Tensor
-    """[v, R]."""
     score: Tensor
     """[w, R]."""
     slope: Tensor | None
     """[w, N, R]."""
     logit: Tensor
-    """[w, R]; -inf for the rows' own classes, which are counted apart."""
+    """[w, R]; so low for the rows' own classes, which are counted apart, that their exponential is 0."""
 
 
 def _chunk_scores(
@@ -386,8 +386,8 @@ def _chunk_scores(
     similarity_wNR = similarity_vR.unflatten(0, (-1, num_per_class))
     score_wR, slope_wNR = scores(similarity_wNR, dim=1, how=scoring.how, gamma=scoring.gamma)
     logit_wR = score_wR * scale
-    logit_wR[chunk.own_class, chunk.own_row] = -math.inf
-    return _ChunkScores(similarity_vR, score_wR, slope_wNR, logit_wR)
+    logit_wR[chunk.own_class, chunk.own_row] = torch.finfo(logit_wR.dtype).min / 4
+    return _ChunkScores(score_wR, slope_wNR, logit_wR)
 
 
 def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor:
