@@ -120,7 +120,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     path = run_on_rank_zero(context, lambda: store_evaluation(arguments.run, name, result, with_embeddings=False))
     if context.is_main:
-        print(format_metrics({checkpoint.name: result.metrics}))
+        print(format_metrics({checkpoint.name: result.metrics}, with_map=result.is_across_cameras))
         for line in legacy_lines(result.metrics):
             print(line)
         for line in pair_lines(result.pairs):

@@ -12,6 +12,7 @@ images where they are. Rows are kept as texts, so a million of them fit (measure
 Declined: images inside a table, addresses on the web.
 """
 
+import math
 import os
 import re
 from array import array
@@ -249,7 +250,8 @@ _OWN = frozenset({"source", "source_id", "class_name", "split", "width", "height
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    """A cell as text; empty where the value is missing, which pandas writes as NaN in a column of numbers."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
 
 
 def _labels(texts: Collection[str]) -> dict[str, int | str]:

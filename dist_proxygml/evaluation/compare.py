@@ -170,6 +170,8 @@ def find_uncertainty(
         classes.append(class_Q)
     if not all(np.array_equal(class_Q, classes[0]) for class_Q in classes):
         return "their queries are not the same"
+    if not scores[reference]:
+        return f"{named[reference].name} has no metric that is a mean over queries"
     class_set = named[0].result.class_set
     by_class = class_set is None or class_set.kind != "closed"
     if by_class:

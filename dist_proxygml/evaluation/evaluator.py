@@ -135,6 +135,11 @@ class EvaluationResult:
         return self.bounds.get("recall@1")
 
     @property
+    def is_across_cameras(self) -> bool:
+        """Whether images of a query's class by its own camera were left out; MAP is the usual number then."""
+        return bool(self.protocol.get("self", "").endswith("camera"))
+
+    @property
     def class_set(self) -> ClassSet | None:
         """How many classes were trained; None: unknown, or stored before this was recorded."""
         found = self.protocol.get("classes")
@@ -586,7 +591,8 @@ def check_settings(
         num_classes = len(np.unique(labels_n))
         raise ValueError(
             f"no class of the split has {what} ({len(labels_n)} images, {num_classes} classes), so no query has "
-            "a right answer; evaluate a split with several images per class"
+            "a right answer; evaluate a split with several images per class, or the pairs that come with a "
+            "verification set: evaluation.pairs.of=listed"
         )
     if settings.pairs is not None and not are_listed:
         num_same = int((metrics.count_right_answers(labels_n, is_gallery_n) + is_gallery_n)[is_query_n].sum())

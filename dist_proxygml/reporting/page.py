@@ -108,12 +108,13 @@ def format_table(run_directory: Path) -> str:
     run = read_run(run_directory)
     if not run.rows:
         return f"{run_directory} has no evaluation yet"
-    return format_metrics({name: result.metrics for name, result in run.rows.items()} | run.chosen)
+    results = {name: result.metrics for name, result in run.rows.items()}
+    return format_metrics(results | run.chosen, with_map=_has_map(run))
 
 
-def format_metrics(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Format metrics by row name as a text table in percent: Recall@K, MAP@R and NMI; "-" if missing."""
-    columns = _columns(rows.values())
+def format_metrics(rows: Mapping[str, Mapping[str, float]], *, with_map: bool = False) -> str:
+    """Format metrics by row name as a text table in percent: Recall@K, MAP@R, NMI, MAP if wanted; "-" if missing."""
+    columns = _columns(rows.values(), with_map=with_map)
     width = max(len(name) for name in ["percent", *rows])
     lines = ["  ".join([f"{'percent':<{width}}", *(f"{label:>9}" for label in columns.values())])]
     for name, values in rows.items():
@@ -145,7 +146,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         name=run.name,
         rows=rows,
         results=results,
-        columns=_columns(results.values()),
+        columns=_columns(results.values(), with_map=_has_map(run)),
         names=name_metrics(key for result in rows.values() for key in result.metrics),
         facts=_facts(run),
         last_step=max(run.measured, default=0),
@@ -315,10 +316,15 @@ def _newest_table(paths: list[Path]) -> EmbeddingTable | None:
         return None
 
 
-def _columns(rows: Iterable[Mapping[str, float]]) -> dict[str, str]:
-    """Return the main metrics of a table by key: Recall@K for all K, MAP@R, NMI, accuracy of pairs."""
-    names = name_metrics(key for row in rows for key in row)
-    return {name.key: name.label for name in names if name.key.startswith("recall@") or name.key in _HEADLINE}
+def _columns(rows: Iterable[Mapping[str, float]], *, with_map: bool = False) -> dict[str, str]:
+    """Return the main metrics of a table by key: Recall@K for all K, MAP@R, NMI, accuracy of pairs, MAP if wanted."""
+    names, main = name_metrics(key for row in rows for key in row), (*_HEADLINE, *(("map",) if with_map else ()))
+    return {name.key: name.label for name in names if name.key.startswith("recall@") or name.key in main}
+
+
+def _has_map(run: RunRecord) -> bool:
+    """Whether MAP is among the main metrics of a run, as in re-identification."""
+    return any(result.is_across_cameras for result in run.rows.values())
 
 
 def _class_set(run: RunRecord, index: ShardIndex | None) -> ClassSet | None:

@@ -237,6 +237,14 @@ def test_embeddings_of_another_evaluation_give_no_interval(tmp_path: Path) -> No
     assert "are not the embeddings of" in str(find_uncertainty(named, reference=0, num_resamples=50, seed=0))
 
 
+def test_results_of_pairs_alone_give_no_interval(tmp_path: Path) -> None:
+    index = write_noise_shards(tmp_path / "shards", [4, 9, 3])
+    one = open_result(evaluated_run(tmp_path / "run", index, width=6))
+    one.result.metrics.clear()
+    one.result.metrics["pair_accuracy"] = 0.5
+    assert "mean over queries" in str(find_uncertainty([one, one], reference=0, num_resamples=50, seed=0))
+
+
 def test_other_images_are_named_by_the_first_file_that_is_not_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.embedding_pass import PassSettings, Split
 from dist_proxygml.evaluation.evaluator import EvaluationResult, Settings, evaluate
+from dist_proxygml.reporting.page import format_metrics
 from dist_proxygml.shard import main
 from tests.raw_downloads import market1501, msmt17, samples_of, write_image, write_lines
 from tests.shards_of_noise import SIDE, Projection
@@ -165,6 +166,9 @@ def test_an_evaluation_leaves_out_the_own_camera_by_the_index(shards: Path) -> N
         precisions.append(1 / rank)  # one right answer is left to each
     assert result.metrics["map"] == sum(precisions) / 2
     assert result.num_queries == 2
+    table = format_metrics({"after": result.metrics}, with_map=result.is_across_cameras)
+    assert table.splitlines()[0].split()[-1] == "MAP"
+    assert table.splitlines()[1].split()[-1] == f"{100 * result.metrics['map']:.2f}"
 
 
 def test_shards_without_cameras_are_refused_with_the_remedy(shards: Path) -> None:

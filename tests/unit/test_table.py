@@ -239,6 +239,14 @@ def test_a_row_that_is_no_sample_is_named(
     assert message in refusal(capsys, "--table", raw / "t.csv", *options)
 
 
+def test_a_label_that_pandas_writes_as_missing_is_missing(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(raw / "t.jsonl", ['{"image": "0/0.jpg", "label": 1}', '{"image": "1/0.jpg", "label": NaN}'])
+    assert "line 2: expected a label" in refusal(capsys, "--table", raw / "t.jsonl")
+    table = pyarrow.table({"image": ["0/0.jpg", "1/0.jpg"], "label": [1.0, float("nan")]})
+    parquet.write_table(table, raw / "t.parquet")
+    assert "expected a label" in refusal(capsys, "--table", raw / "t.parquet")
+
+
 def test_without_a_table_a_folder_needs_metadata(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected metadata.csv" in refusal(capsys, "--data", raw)
     assert "got neither" in refusal(capsys)
