@@ -1,4 +1,4 @@
-"""What several files of tests share: one SLURM for all of them, since it takes seconds to start, and one browser.
+"""What several files of tests share: one SLURM for all of them, since it takes seconds to start, and a browser.
 
 The browser is Debian's Chromium, driven by Playwright, which brings none of its own. With DIST_PROXYGML_NEEDS_BROWSER
 set, as in CI, none is a failure.
@@ -25,7 +25,7 @@ def slurm() -> Iterator[Slurm]:
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright's event loop runs meanwhile, and would hinder other files' tests of loops
 def browser() -> Iterator[Any]:
     program = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
     if program is None:
