@@ -475,9 +475,11 @@ class ProxyGMLLoss(ProxyLoss):
         proxies_per_class: N.
         ratio: r in (0, 1]; k = ceil(r*C*N) proxies are kept per image. Default 0.05, unless `topk` is given.
         topk: k itself, instead of `ratio`.
+        regularization_weight: lambda, weight of the proxy regulariser.
         scale: softmax scale s of the classification term; 1 in every published run.
-        settings: regularization_weight, regularization_anchors, group, normalize, gradient_reduction, selection,
-            memory_budget, matmul_dtype, fused, sparse, initialization and seed, as of `ProxyLoss`.
+        group: ranks over which the classes are partitioned: a process group, or "world"; None for this process alone.
+        regularization_anchors, normalize, gradient_reduction, selection, memory_budget, matmul_dtype, fused, sparse,
+            initialization, seed: as of `ProxyLoss`.
 
     Raises:
         ValueError: as `ProxyLoss`.
@@ -491,11 +493,38 @@ class ProxyGMLLoss(ProxyLoss):
         proxies_per_class: int = 1,
         ratio: float | None = None,
         topk: int | None = None,
+        regularization_weight: float = 0.0,
+        regularization_anchors: int | None = None,
         scale: float = 1.0,
-        **settings: Any,
+        group: dist.ProcessGroup | Literal["world"] | None = None,
+        normalize: bool = True,
+        gradient_reduction: Literal["mean", "sum"] = "mean",
+        selection: Literal["auto", "gather", "candidates", "histogram"] = "auto",
+        memory_budget: int = 1 << 28,
+        matmul_dtype: torch.dtype = torch.float32,
+        fused: bool = False,
+        sparse: bool = False,
+        initialization: Literal["published", "unit"] = "published",
+        seed: int = 0,
     ) -> None:
-        head = Head(ratio=ratio, topk=topk, scale=scale)
-        super().__init__(num_classes, embedding_dim, head, proxies_per_class=proxies_per_class, **settings)
+        super().__init__(
+            num_classes,
+            embedding_dim,
+            Head(ratio=ratio, topk=topk, scale=scale),
+            proxies_per_class=proxies_per_class,
+            regularization_weight=regularization_weight,
+            regularization_anchors=regularization_anchors,
+            group=group,
+            normalize=normalize,
+            gradient_reduction=gradient_reduction,
+            selection=selection,
+            memory_budget=memory_budget,
+            matmul_dtype=matmul_dtype,
+            fused=fused,
+            sparse=sparse,
+            initialization=initialization,
+            seed=seed,
+        )
 
 
 def checked_topk(

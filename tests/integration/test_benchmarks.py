@@ -120,7 +120,7 @@ def test_the_benchmark_of_other_numbers_of_ranks_compares_a_run_with_its_like(tm
 
 @pytest.mark.timeout(120)
 def test_the_benchmark_of_the_loader_measures_every_row(tmp_path: Path) -> None:
-    arguments = ("--images", "photographs", "--num-photographs", "192", "--num-workers", "1", "--repeats", "1")
+    arguments = ("--images", "photographs", "--num-photographs", "192", "--workers", "1", "--repeats", "1")
     rows, printed = run("benchmarks.loader", *arguments, "--num-samples", "3000", json_file=tmp_path / "rows.jsonl")
     loaders = {row["loader"]: row for row in rows if "loader" in row}
     assert list(loaders) == ["memory", "in_loader", "ours", "webdataset", "imagefolder"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.timeout(120)
 def test_the_benchmark_of_shards_times_tar_and_every_number_of_workers(tmp_path: Path) -> None:
-    sizes = ("--num-images", "61", "--repeats", "1", "--num-workers", "1")
+    sizes = ("--num-images", "61", "--repeats", "1", "--workers", "1")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.shards", *sizes, "--json", tmp_path / "rows.jsonl", "--folder", tmp_path],
         cwd=ROOT,
