@@ -28,6 +28,7 @@ SHORT = (
     "evaluation.kmeans_seeds=1",
     "schedule.warmup_steps=0",
 )
+QUICK = ("evaluation.at_start=false", "evaluation.raw_pixels=false")
 
 
 def train(*arguments: str, num_ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -274,7 +275,7 @@ def test_a_damaged_image_is_named_by_the_rank_that_meets_it_and_ends_all_ranks(t
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 0xFF  # the size stays, the crc does not
         shard.write_bytes(content)
-    done = train_with_deepspeed(f"runs_dir={tmp_path}", f"data.shards={shards}", "evaluation.at_start=false")
+    done = train_with_deepspeed(f"runs_dir={tmp_path}", f"data.shards={shards}", *QUICK)
     assert done.returncode != 0
     assert "crc32" in done.stderr + done.stdout
     assert "train-00000" in done.stderr + done.stdout

@@ -36,8 +36,13 @@ def train_on(context: ParallelContext, shards: Path, test_split: str, gallery_sp
     return train(parse_config(raw, source="the test"), context)
 
 
+OFTEN = ("imagefolder", "recordio", "table")  # the others are built by tests of their own, and trained on alike
+
+
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.ci) for name in READERS]
+)
 def test_what_a_reader_builds_is_trained_on_for_five_steps(name: str, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     (tmp_path / "raw").mkdir()

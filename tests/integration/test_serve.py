@@ -191,7 +191,7 @@ def test_a_second_server_needs_changes_of_its_own_and_may_be_read_only(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--index", str(server.index), "--port"]
-    assert subprocess.run([sys.executable, "-m", "dist_proxygml.serve", *command, "0"], timeout=60).returncode == 2
+    assert serve_main([*command, "0"]) == 2
     assert "--changes" in capfd.readouterr().err
     write_noise_shards(tmp_path / "shards", [4, 9, 7])
     embed_main(["--run", str(server.run), "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "e")])

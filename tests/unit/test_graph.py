@@ -47,7 +47,7 @@ BACKBONES = [
     ("small_cnn", {"pool": 2, "channels_last": True, "options": {"width": 4}}),
     ("torchvision/resnet18", {"options": {"return_node": "layer2"}, "pool": 3}),  # 4 x 4 to 3 x 3: cells overlap
     ("timm/vit_tiny_patch16_224", {"options": {"img_size": 32, "depth": 2}}),
-    ("bn_inception", {}),
+    pytest.param("bn_inception", {}, marks=pytest.mark.ci),
 ]
 
 

@@ -270,14 +270,24 @@ print(json.dumps([peak_memory() - before, plan_head(large, world_size=1).total_b
 @pytest.mark.parametrize(
     ("num_classes", "dim", "topk", "batch", "rule", "others"),
     [
-        (400_000, 128, None, 64, "adam", {"negatives": "all"}),
-        (400_000, 128, None, 64, "rowwise_adagrad", {"negatives": "sampled", "share": 0.1}),
+        pytest.param(400_000, 128, None, 64, "adam", {"negatives": "all"}, marks=pytest.mark.ci),
+        pytest.param(
+            400_000, 128, None, 64, "rowwise_adagrad", {"negatives": "sampled", "share": 0.1}, marks=pytest.mark.ci
+        ),
         (400_000, 128, 500, 64, "adam", {}),
         pytest.param(1_000_000, 64, 500, 64, "rowwise_adagrad", {}, marks=pytest.mark.ci),
         pytest.param(600_000, 64, 500, 64, "sparse_adam", {}, marks=pytest.mark.ci),
         pytest.param(300_000, 64, 15_000, 64, "adam", {}, marks=pytest.mark.ci),  # most of it kept pairs
         pytest.param(300_000, 64, 15_000, 64, "adam", {"memory_budget": "32 MiB"}, marks=pytest.mark.ci),
-        (100_000, 256, 1000, 64, "adam", {"memory_budget": "64 MiB", "regularization_weight": 0.3}),  # sampled
+        pytest.param(  # with sampled anchors
+            100_000,
+            256,
+            1000,
+            64,
+            "adam",
+            {"memory_budget": "64 MiB", "regularization_weight": 0.3},
+            marks=pytest.mark.ci,
+        ),
     ],
 )
 def test_the_predicted_memory_is_within_a_tenth_of_what_is_measured(
