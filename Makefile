@@ -42,9 +42,9 @@ demo: $(STAMP) ## train on the embedded images with DeepSpeed workers, evaluate,
 TESTS := tests/integration tests/distributed tests/parity tests/unit
 TESTS_ALONE := $(addprefix tests/integration/test_,kills.py slurm.py sweep.py)
 test: PYTEST := $(BIN)/python -m pytest -m 'not ci'
-test: ## run all tests but the longest (7 minutes on two cores)
+test: ## run all tests but the longest (8 minutes on two cores)
 ci: PYTEST := $(BIN)/python -m pytest -m ci
-ci: ## run the longest tests, which make test leaves out (12 minutes on two cores)
+ci: ## run the longest tests, which make test leaves out (13 minutes on two cores)
 test ci: $(STAMP)
 	@status=0; \
 	$(PYTEST) -n $(NUM_TESTERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(TESTS_ALONE:%=--ignore=%) || status=$$?; \
