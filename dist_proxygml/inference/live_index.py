@@ -11,11 +11,12 @@ Dimension key: m added rows, q queries, k neighbours, D embedding.
 """
 
 import base64
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -56,7 +57,7 @@ class LiveIndex:
         self._removed: set[int] = set()  # rows of the index
         self._added: dict[str, tuple[ImageRecord, np.ndarray]] = {}  # by id: record, row
         self._added_mD: np.ndarray | None = None  # their rows together, from the first search after a change on
-        self._log: IO[str] | None = None
+        self._log: BinaryIO | None = None
         self._lock = FolderLock(changes, elsewhere="name another folder with --changes")
         self.notes = self._replay() if (changes / LOG_FILE).exists() else []
 
@@ -109,7 +110,7 @@ class LiveIndex:
         try:
             self.record(record.id)
         except KeyError:
-            pass
+            self._log.truncate(size)
         else:
             raise ValueError(f"expected a new id, got {record.id!r}, which the index has; choose another")
         file = self._file(record.id)
@@ -156,15 +157,23 @@ class LiveIndex:
             self._removed.add(row)
 
     def _write(self, change: dict[str, object]) -> None:
+        """Append a line that is on the disk afterwards, or, where that fails, none of it."""
         if self._log is None:
             self.changes.mkdir(parents=True, exist_ok=True)
-            self._log = (self.changes / LOG_FILE).open("a", encoding="utf-8")
-            if not self._log.tell():  # new, or a kill came before the first line
-                self._log.write(json.dumps(self._identity) + "\n")
-                flush(self.changes)
-        self._log.write(json.dumps(change) + "\n")
-        self._log.flush()
-        os.fsync(self._log.fileno())
+            self._log = (self.changes / LOG_FILE).open("ab", buffering=0)
+        size = self._log.seek(0, os.SEEK_END)
+        lines = [change] if size else [self._identity, change]  # new, or a kill came before the first line
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        try:
+            written = self._log.write(content)
+            if written < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._log.fileno())
+        except OSError:
+            self._log.truncate(size)
+            raise
+        if not size:
+            flush(self.changes)
 
     def _replay(self) -> list[str]:
         """Apply the changes that are there; returns what to say of lines that cannot be used."""

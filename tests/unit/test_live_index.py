@@ -8,6 +8,7 @@ import pytest
 
 from dist_proxygml import Index
 from dist_proxygml.data.sources import ImageRecord
+from dist_proxygml.inference import live_index
 from dist_proxygml.inference.live_index import LOG_FILE, LiveIndex
 
 DIM = 8
@@ -145,3 +146,25 @@ def test_a_kill_before_the_first_line_was_written_leaves_no_changes(tmp_path: Pa
             live.remove("1")
             live.close()
             assert log.read_bytes() == whole
+
+
+def test_a_change_that_the_disk_does_not_take_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Index.build(ROWS, [str(row) for row in range(300)]).save(tmp_path / "i")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    live = LiveIndex(Index.load(tmp_path / "i"), tmp_path / "i", tmp_path / "c")
+    live.remove("1")
+    before = (tmp_path / "c" / LOG_FILE).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(live_index.os, "fsync", full)
+        with pytest.raises(OSError, match="space"):
+            live.remove("2")
+        assert (tmp_path / "c" / LOG_FILE).read_bytes() == before
+    assert live.record("2").id == "2"
+    live.remove("3")
+    live.close()
+    again = LiveIndex(Index.load(tmp_path / "i"), tmp_path / "i", tmp_path / "c")
+    assert len(again) == 298
+    assert again.record("2").id == "2"
