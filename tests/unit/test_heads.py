@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.head.choices import Head
+from dist_proxygml.head.class_scores import scores, scores_of_groups
 from dist_proxygml.head.loss import ProxyLoss
 from dist_proxygml.head.margins import LengthStatistics, Margin
 from dist_proxygml.head.partition import ClassPartition
@@ -205,6 +206,18 @@ def test_arcface_falls_on_beyond_pi() -> None:
     value, slope = Margin("arcface", 0.5).apply(cosines)
     assert (value.diff() > 0).all()
     assert (slope[1:-1] > 0).all()
+
+
+def test_of_equally_similar_proxies_the_first_makes_the_score_of_a_class() -> None:
+    similarity_n = torch.tensor([0.25, 0.5, 0.5, 0.5, 0.5, -1.0])
+    score_g, slope_n = scores_of_groups(similarity_n, torch.tensor([0, 0, 0, 1, 1, 2]), 3, how="max", gamma=0.1)
+    assert score_g.tolist() == [0.5, 0.5, -1.0]
+    assert slope_n is not None
+    assert slope_n.tolist() == [0, 1, 0, 1, 0, 1]
+    score_2, slope_23 = scores(torch.tensor([[0.25, 0.5, 0.5], [0.5, 0.5, -1.0]]), dim=1, how="max", gamma=0.1)
+    assert score_2.tolist() == [0.5, 0.5]
+    assert slope_23 is not None
+    assert slope_23.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_drawn_classes_are_the_same_for_any_number_of_ranks_and_as_many_as_wanted() -> None:
