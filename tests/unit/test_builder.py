@@ -167,6 +167,12 @@ def test_timms_reader_reads_the_shards(raw: Path, tmp_path: Path) -> None:
 # ---- images that cannot be used --------------------------------------------------------------------------------------
 
 
+def small_build(raw: Path, out: Path) -> list[str]:
+    """The command that builds a folder in shards of five images."""
+    where = ["--data", str(raw), "--out", str(out)]
+    return ["build", "imagefolder", "--split-by=name", *where, "--samples-per-shard", "5"]
+
+
 def damage(raw: Path) -> dict[str, str]:
     """Spoil five images; returns what is said of each."""
     write_image(raw / "class 0" / "4.jpg", 4, size=(90, 90))
@@ -214,18 +220,7 @@ def test_skipping_gives_what_a_folder_without_those_images_gives_and_names_them(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reasons = damage(raw)
-    command = [
-        "build",
-        "imagefolder",
-        "--split-by=name",
-        "--split-by=name",
-        "--data",
-        str(raw),
-        "--out",
-        str(tmp_path / "out"),
-        "--samples-per-shard",
-        "5",
-    ]
+    command = small_build(raw, tmp_path / "out")
     assert main([*command, "--on-bad", "skip"]) == 0
     captured = capsys.readouterr()
     assert "5 images cannot be used and were skipped" in captured.err
@@ -255,7 +250,6 @@ def test_what_is_kept_when_bad_images_are_skipped_decodes(
     command = [
         "build",
         "imagefolder",
-        "--split-by=name",
         "--split-by=name",
         "--data",
         str(raw),
@@ -809,18 +803,7 @@ def test_a_place_that_cannot_be_a_folder_is_named(
 def test_a_full_disk_is_named_with_its_folder_and_the_same_command_goes_on(
     number: int, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "build",
-        "imagefolder",
-        "--split-by=name",
-        "--split-by=name",
-        "--data",
-        str(raw),
-        "--out",
-        str(tmp_path / "out"),
-        "--samples-per-shard",
-        "5",
-    ]
+    arguments = small_build(raw, tmp_path / "out")
     rename = os.replace
 
     def full(source: Path, target: Path) -> None:
