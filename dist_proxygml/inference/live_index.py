@@ -110,7 +110,7 @@ class LiveIndex:
         try:
             self.record(record.id)
         except KeyError:
-            self._log.truncate(size)
+            pass
         else:
             raise ValueError(f"expected a new id, got {record.id!r}, which the index has; choose another")
         file = self._file(record.id)
