@@ -36,6 +36,7 @@ from dist_proxygml.rules import (
     check_gallery_split,
     check_head,
     check_margin,
+    check_matryoshka,
     check_ratio_or_topk,
     check_search,
     check_sparse_gradient,
@@ -299,6 +300,11 @@ class BackboneConfig(_Section):
         "timm/local-dir:FOLDER or torchvision/NAME."
     )
     embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
+    matryoshka_dims: list[_Count] = Field(
+        default_factory=list,
+        description="Also train the first d dimensions of the embedding as embeddings, for each of these d, and "
+        "evaluate them: it may be cut there (Matryoshka).",
+    )
     pretrained: str | None = Field(
         None,
         description='Path of a weight file, "package", "timm", "torchvision", "hf-hub:ORG/NAME" or "local-dir:FOLDER"; '
@@ -336,6 +342,11 @@ class BackboneConfig(_Section):
             raise ValueError(f"expected std above 0, got {list(self.std)}; change it, or set it to null")
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"expected mean and std both or neither, got {self.mean} and {self.std}; set the other")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_are_shorter_than_the_embedding(self) -> "BackboneConfig":
+        check_matryoshka(self.matryoshka_dims, embedding_dim=self.embedding_dim, setting="backbone.matryoshka_dims")
         return self
 
 
@@ -957,6 +968,11 @@ class Config(_Section):
                     f"expected no settings of the section proxies with loss.name {loss.name!r}, which takes the place "
                     f"of that head, got proxies.{name} {getattr(proxies, name)!r}; remove the section, or loss"
                 )
+        if self.backbone.matryoshka_dims:
+            raise ValueError(
+                f"expected no backbone.matryoshka_dims with loss.name {loss.name!r}: the head of proxies trains them, "
+                f"got {self.backbone.matryoshka_dims}; remove them, or loss"
+            )
         if self.optimizer.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
             raise ValueError(
                 f'expected optimizer.proxies_name "adam", "adamw" or "sgd" with loss.name {loss.name!r}, whose '
