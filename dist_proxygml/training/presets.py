@@ -24,7 +24,9 @@ import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import build_backbone, can_fetch_weights
-from dist_proxygml.config import Config, EvaluationConfig, apply_override, parse_config
+from dist_proxygml.backbones.from_weights import input_facts, resolve_backbone
+from dist_proxygml.backbones.image_size import size_rule
+from dist_proxygml.config import BackboneConfig, Config, EvaluationConfig, apply_override, parse_config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
@@ -154,7 +156,9 @@ def suggest(
     # 2. Network and images.
     is_small = preset == "small-images" or (preset == "many-classes" and short_side <= _SMALL)
     is_pretrained = _choose_network(draft, machine, given["backbone"], is_small=is_small)
-    side = _choose_transforms(draft, machine, short_side, is_small=is_small, is_pretrained=is_pretrained)
+    side = _choose_transforms(
+        draft, machine, short_side, given["backbone"], is_small=is_small, is_pretrained=is_pretrained
+    )
     if short_side > 2.5 * side:
         facts.append(
             f"hint: decoding such large images takes most of the time; `shard build --resize {side * 3 // 2}` makes "
@@ -198,7 +202,7 @@ def estimate_seconds(config: Config, *, num_ranks: int, device: str) -> float:
     checked = check_run(config, world_size=num_ranks, device=device)
     rest = plan_rest(checked.config, checked.plan)
     model = build_backbone(config.backbone, load_pretrained=False).to(device)
-    images = torch.randint(256, (8, 3, *[config.data.train_transform.size] * 2), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (8, 3, *[config.data.train_transform.side] * 2), dtype=torch.uint8, device=device)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         model(images).sum().backward()
@@ -296,10 +300,24 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
     return weights is not None
 
 
-def _choose_transforms(draft: _Draft, machine: Machine, short_side: int, *, is_small: bool, is_pretrained: bool) -> int:
+def _choose_transforms(
+    draft: _Draft, machine: Machine, short_side: int, given: Mapping[str, Any], *, is_small: bool, is_pretrained: bool
+) -> int:
     """Choose the preparation of images; return the side of what the network sees."""
     most = _SMALL if is_small else 224 if machine.device == "cuda" else 128 if is_pretrained else 64
     side = min(most, max(32, 32 * round(short_side / 32)))
+    chosen = draft.raw["backbone"]
+    backbone = BackboneConfig.model_validate({**chosen, "options": given.get("options", chosen.get("options", {}))})
+    rule = size_rule(backbone)
+    is_built_for = any(name in backbone.options for name in ("img_size", "image_size")) or rule.fixed == rule.multiple
+    if rule.fixed and is_built_for:
+        side = rule.fixed
+    elif rule.multiple > 1:
+        side = max(rule.multiple, side // rule.multiple * rule.multiple)
+        if rule.fixed and rule.fixed != side:
+            options = {**backbone.options, "img_size": side}
+            why = f"the network is made for {rule.fixed} pixels: its position embeddings are resampled"
+            draft.choose(why, backbone={"options": options})
     reason = f"{side} pixels: what the images have" if short_side < 1.2 * side else f"{side} pixels, for speed"
     if is_small:
         jitter = {"degrees": 15, "log_scale": 0.2, "shift": 0.12, "brightness": 0.2, "contrast": 0.3, "saturation": 0.6}
@@ -310,6 +328,10 @@ def _choose_transforms(draft: _Draft, machine: Machine, short_side: int, *, is_s
         train = {"name": "random_resized_crop", "size": side, "scale": [0.2, 1.0], "flip": True}
         test = {"name": "center_crop", "resize": side * 8 // 7, "size": side}
         reason += "; random crops, mirrored; evaluation takes the middle"
+        facts = input_facts(resolve_backbone(backbone)) if is_pretrained else None
+        if facts is not None and facts.interpolation != "bilinear":
+            train["interpolation"] = test["interpolation"] = facts.interpolation
+            reason += f"; resized {facts.interpolation} as for the weights"
     draft.choose(reason, data={"train_transform": train, "test_transform": test})
     return side
 
