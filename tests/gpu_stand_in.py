@@ -366,5 +366,70 @@ def _product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left.to(dtype), right.to(dtype))
 
 
-# What only CUDA has.
-SUBSTITUTES: dict[Any, Any] = {aten.mm.dtype: _product_in}
+def _channels(x: Tensor, *values_C: Tensor) -> list[Tensor]:
+    return [value_C.view(1, -1, *[1] * (x.ndim - 2)) for value_C in values_C]
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dim=[0, *range(2, x.ndim)])
+
+
+def _stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    variance_C, mean_C = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
+    return mean_C, (variance_C + eps).rsqrt()
+
+
+def _gather_stats(
+    x: Tensor,
+    mean_WC: Tensor,
+    inverse_WC: Tensor,
+    running_mean_C: Tensor,
+    running_var_C: Tensor,
+    momentum: float,
+    eps: float,
+    count_W: Tensor,
+) -> tuple[Tensor, Tensor]:
+    total, count_W1 = count_W.sum(), count_W[:, None]
+    mean_C = (count_W1 * mean_WC).sum(dim=0) / total
+    squares_C = (count_W1 * (inverse_WC.pow(-2) - eps + (mean_WC - mean_C) ** 2)).sum(dim=0)
+    running_mean_C.lerp_(mean_C, momentum)
+    running_var_C.lerp_(squares_C / (total - 1), momentum)
+    return mean_C, (squares_C / total + eps).rsqrt()
+
+
+def _elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:
+    weight, bias, mean, inverse = _channels(x, weight, bias, mean, inverse)
+    return (x - mean) * inverse * weight + bias
+
+
+def _backward_reduce(
+    dy: Tensor, x: Tensor, mean_C: Tensor, inverse_C: Tensor, weight_C: Tensor, *needs: bool
+) -> tuple[Tensor, ...]:
+    product_C = _sum(dy * (x - _channels(x, mean_C)[0]))
+    return _sum(dy), product_C, product_C * inverse_C, _sum(dy)
+
+
+def _backward_elemt(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    sum_: Tensor,
+    product_: Tensor,
+    count_W: Tensor,
+) -> Tensor:
+    mean, inverse, weight, sum_, product_ = _channels(x, mean, inverse, weight, sum_, product_)
+    total = count_W.sum()
+    return (dy - sum_ / total - (x - mean) * inverse**2 * product_ / total) * inverse * weight
+
+
+# What only CUDA has, as its documentation and SyncBatchNorm's (Ioffe and Szegedy, arXiv 1502.03167) define it.
+SUBSTITUTES: dict[Any, Any] = {
+    aten.mm.dtype: _product_in,
+    aten.batch_norm_stats.default: _stats,
+    aten.batch_norm_gather_stats_with_counts.default: _gather_stats,
+    aten.batch_norm_elemt.default: _elemt,
+    aten.batch_norm_backward_reduce.default: _backward_reduce,
+    aten.batch_norm_backward_elemt.default: _backward_elemt,
+}
