@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Lines = Mapping[tuple[str, int], dict[str, Any]]  # results by row and seed
 IMAGES = "docs/images"
-WIDTH, HEIGHT, HEADER = 640, 330, 62
+WIDTH, HEIGHT, HEADER = 680, 330, 62
 
 
 class Shown(NamedTuple):
@@ -163,7 +163,7 @@ def curves(
     """
 
     def paint(figure: "Figure") -> None:
-        axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 222) / WIDTH, (HEIGHT - 70) / HEIGHT))
+        axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT))
         style_axes(axes)
         ends = []
         for number, (name, spreads) in enumerate(series.items()):
@@ -231,6 +231,8 @@ def learning_rates(table: "Table", lines: Lines) -> Shown:
             [str(batch), *(say_difference(difference(test[rule][batch], test[picked][batch])) for rule in others)]
             for batch in grown
         ]
+        means = [difference(over(test[rule], grown), over(test[picked], grown)) for rule in others]
+        apart.append(["mean", *map(say_difference, means)])
         parts += [
             f"**{data}: the rates of the smallest batch**, by MAP@R of validation classes",
             tuning_grid([row for row in rows if "backbone" in row.labels], lines),
@@ -252,6 +254,12 @@ def learning_rates(table: "Table", lines: Lines) -> Shown:
             x_label="images in a batch",
         )
     return Shown("\n\n".join(parts), pictures)
+
+
+def over(numbers: Mapping[int, Mapping[int, float]], batches: Sequence[int]) -> dict[int, float]:
+    """The mean over batches of each seed that has a number for all of them."""
+    seeds = set.intersection(*(set(numbers[batch]) for batch in batches)) if batches else set()
+    return {seed: statistics.fmean(numbers[batch][seed] for batch in batches) for seed in sorted(seeds)}
 
 
 def by_rule(rows: Sequence["Row"]) -> tuple[list[str], dict[int, dict[str, "Row"]]]:
@@ -289,7 +297,7 @@ def tuning_grid(rows: Sequence["Row"], lines: Lines) -> str:
         of = {row.labels["proxies"]: row for row in rows if row.labels["backbone"] == backbone}
         numbers = [values_of(of[p], lines, metric("map@r", on="validation")) if p in of else {} for p in proxies]
         body.append([f"{backbone:g}", *(f"{100 * statistics.fmean(n.values()):.2f}" if n else "" for n in numbers)])
-    return markdown(["backbone \\\\ proxies", *(f"{p:g}" for p in proxies)], body)
+    return markdown(["backbone ↓ proxies →", *(f"{p:g}" for p in proxies)], body)
 
 
 def say_difference(found: Difference) -> str:

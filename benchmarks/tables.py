@@ -52,7 +52,8 @@ SHORT = (
 # ---- learning rates when the batch grows -----------------------------------------------------------------------------
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
-RULES = {  # factor on the rates of backbone and proxies for a batch that is so many times as large
+# Factors on the rates of backbone and proxies for a batch that is so many times as large.
+RULES: dict[str, Callable[[float], tuple[float, float]]] = {
     "fixed": lambda times: (1.0, 1.0),
     "square root": lambda times: (math.sqrt(times), math.sqrt(times)),
     "linear": lambda times: (times, times),

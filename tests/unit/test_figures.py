@@ -66,6 +66,7 @@ def test_settings_are_picked_by_validation_classes_alone() -> None:
     assert "| 0.1 | 50.00 |" in made.markdown
     assert "| 2 | 81.00 ± 1.00 | 30.00 ± 0.00 |" in made.markdown
     assert "| 2 | +51.00 ± 2.48 |" in made.markdown
+    assert "| mean | +51.00 ± 2.48 |" in made.markdown
     picture = ElementTree.fromstring(made.pictures["t_x.svg"])
     assert "fixed: 1 50.00 ± 0.00, 2 81.00 ± 1.00" in str(picture.get("aria-label"))
 
