@@ -30,6 +30,7 @@ from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
+from dist_proxygml.distributed.gpus import check_gpus
 from dist_proxygml.distributed.memory import available_memory, format_bytes
 from dist_proxygml.protocols import PROTOCOLS
 from dist_proxygml.training.checks import check_run
@@ -64,7 +65,13 @@ class Machine(NamedTuple):
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB."""
+    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB.
+
+    Raises:
+        ValueError: "auto" finds GPUs that torch cannot use.
+    """
+    if device == "auto":
+        check_gpus(os.environ, instead="say --device cpu")
     cores, found = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not found):
         return Machine("cpu", 1, available_memory(torch.device("cpu")), cores)
