@@ -1,4 +1,4 @@
-"""The GPU of a rank: which one is its own, whether torch can compute on it, and threads that stay on it.
+"""The GPU of a rank: which one is its own, whether and how torch computes on it, and threads that stay on it.
 
 torch reports no GPU where the driver is too old for the CUDA that it was built for, and one that it was not built for
 as usable until the first kernel fails. A run would then train on CPUs, or start and fail; both are refused here, before
@@ -13,16 +13,18 @@ Sources: NVIDIA, CUDA Compatibility (minor versions; binaries run on the same ma
 one on, PTX on any later one); torch's lists of what its wheels are built for.
 """
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from dist_proxygml.cli import said_by
+from dist_proxygml.config import TrainingConfig
 
 # First driver series that runs programs of a CUDA major version.
 _DRIVERS = {11: 450, 12: 525, 13: 580}
@@ -146,6 +148,37 @@ def unsupported(capability: tuple[int, int], built_for: Collection[str]) -> str 
     if not runs or any(runs):
         return None
     return f"compute capability {capability[0]}.{capability[1]} is not among {', '.join(built_for)}"
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def set_arithmetic(config: TrainingConfig, device: torch.device) -> None:
+    """Set how torch computes on GPUs in this process, before the first product; nothing on a CPU.
+
+    With `deterministic`, torch warns by name of an operator whose sums have no fixed order.
+    """
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision(config.float32_matmul)
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS's sums depend on its streams
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 in float32 proper, without TF32, whatever is set around. The setting is the process's, so it
+    holds for the backward passes that run inside too.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

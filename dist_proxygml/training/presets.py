@@ -297,6 +297,9 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
     if weights:
         draft.choose("keeps the statistics of those weights", backbone={"batch_norm": "frozen"})
     draft.choose("how convolutions run fastest", backbone={"channels_last": True})
+    if machine.device == "cuda":
+        quick = {"float32_matmul": "high", "cudnn_benchmark": True}
+        draft.choose("TF32 and timed convolutions in the network; the head's products are exact", training=quick)
     lr = 0.001 if not weights else 0.003 if is_small and name == lite else 1e-4
     rates = {"name": "adamw", "backbone_lr": lr, "embedding_lr": max(lr, 0.001), "weight_decay": 1e-4}
     draft.choose("slow, to keep what the weights know" if weights else "as random weights bear", optimizer=rates)
