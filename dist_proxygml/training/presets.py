@@ -32,6 +32,7 @@ from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
+from dist_proxygml.distributed.gpus import check_gpus
 from dist_proxygml.distributed.memory import available_memory, format_bytes
 from dist_proxygml.protocols import PROTOCOLS
 from dist_proxygml.training.checks import check_run
@@ -67,7 +68,13 @@ class Machine(NamedTuple):
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB."""
+    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB.
+
+    Raises:
+        ValueError: "auto" finds GPUs that torch cannot use.
+    """
+    if device == "auto":
+        check_gpus(os.environ, instead="say --device cpu")
     cores, found = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not found):
         return Machine("cpu", 1, available_memory(torch.device("cpu")), cores)
@@ -296,6 +303,9 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
     if weights:
         draft.choose("keeps the statistics of those weights", backbone={"batch_norm": "frozen"})
     draft.choose("how convolutions run fastest", backbone={"channels_last": True})
+    if machine.device == "cuda":
+        quick = {"float32_matmul": "high", "cudnn_benchmark": True}
+        draft.choose("TF32 and timed convolutions in the network; the head's products are exact", training=quick)
     lr = 0.001 if not weights else 0.003 if is_small and name == lite else 1e-4
     rates = {"name": "adamw", "backbone_lr": lr, "embedding_lr": max(lr, 0.001), "weight_decay": 1e-4}
     draft.choose("slow, to keep what the weights know" if weights else "as random weights bear", optimizer=rates)
