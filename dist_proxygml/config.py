@@ -1109,19 +1109,19 @@ _CONFIGS = Path(__file__).parent / "configs"  # those of the repository, also in
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read and validate a JSON configuration, with `a.b=value` overrides applied first.
 
-    A value is parsed as JSON if possible, otherwise taken as a string. A bare name, such as demo_cpu, refers to a
-    configuration shipped with the package.
+    A value is parsed as JSON if possible, otherwise taken as a string. A name without a suffix, such as demo_cpu or
+    paper/sop, refers to a configuration shipped with the package.
 
     Raises:
         ValueError: the file is missing or not JSON, a key is unknown (the nearest is suggested), a type is wrong, or
             settings contradict each other.
     """
     path = Path(path)
-    if path.name == str(path) and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
+    if not path.suffix and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
         path = _CONFIGS / f"{path}.json"
     if not path.is_file():
         nearby = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.json")})
-        nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
+        nearby += sorted(str(p.relative_to(_CONFIGS).with_suffix("")) for p in _CONFIGS.rglob("*.json"))
         raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_with_each_key_once)
