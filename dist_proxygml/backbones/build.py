@@ -38,6 +38,7 @@ from torchvision.models import feature_extraction
 
 from dist_proxygml.backbones.batch_norm import convert_batch_norm
 from dist_proxygml.backbones.bn_inception import BNInception
+from dist_proxygml.backbones.layers import freeze_stages_
 from dist_proxygml.backbones.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
 from dist_proxygml.backbones.small_cnn import SmallCnn
 from dist_proxygml.config import BackboneConfig
@@ -62,13 +63,6 @@ class Preprocessing(NamedTuple):
         return torch.stack(channels, dim=1)
 
 
-class ParameterGroups(NamedTuple):
-    """The parameters of an embedding model, in the order of their names' registration."""
-
-    trunk: list[nn.Parameter]
-    embedding: list[nn.Parameter]
-
-
 class EmbeddingModel(nn.Module):
     """A trunk with an L2-normalised linear embedding: uint8 RGB [b, 3, H, W] -> float32 [b, D].
 
@@ -78,11 +72,14 @@ class EmbeddingModel(nn.Module):
 
     With `frozen_batch_norm` the BatchNorm layers stay in evaluation mode when the model trains:
     their running statistics are used and kept as they are, while scale and offset are still
-    trained. That is what the published recipe does.
+    trained. That is what the published recipe does. A BatchNorm layer whose scale is not trained, as
+    in frozen stages, stays in evaluation mode anyway.
     """
 
     keeps_lengths = False
     """Whether embeddings keep their lengths in training, for a loss that goes by them."""
+    adapter_scale: float | None = None
+    """What the trunk's adapters are multiplied by; None: it has none."""
 
     def __init__(
         self,
@@ -127,15 +124,10 @@ class EmbeddingModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
-        if self.frozen_batch_norm:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and (self.frozen_batch_norm or _is_frozen(module)):
+                module.eval()
         return self
-
-    def parameter_groups(self) -> ParameterGroups:
-        """Return all parameters, split for separate learning rates and for the warm-up epoch."""
-        return ParameterGroups(list(self.trunk.parameters()), list(self.embedding.parameters()))
 
 
 class RawPixels(EmbeddingModel):
@@ -191,6 +183,7 @@ def build_backbone(
     Python package ships (timm/tf_efficientnet_lite0 only); "timm" or "torchvision" for the
     library's own download.
 
+    The stages of `frozen_stages` are not trained; adapters (`lora`) are for training alone, which adds them (lora.py).
     BatchNorm layers take their statistics over the ranks of `group` (batch_norm.py). With `load_pretrained` False the
     model is the same, preprocessing included, but its weights stay random: for loading a checkpoint over them where the
     original weights are not at hand.
@@ -204,6 +197,8 @@ def build_backbone(
     trunk = _build_trunk(config, load_pretrained=load_pretrained)
     convert_batch_norm(trunk.module, group)
     num_features = _count_features(trunk, config=config)
+    if config.frozen_stages is not None:
+        freeze_stages_(trunk.module, config.name, config.frozen_stages)
     return EmbeddingModel(
         trunk.module,
         embedding=nn.Linear(num_features, config.embedding_dim),
@@ -263,6 +258,7 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
 def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
     _refuse_unknown_options(config, known=())
     expected = {"embedding_dim": RawPixelsTrunk.num_features, "pool": 1, "pretrained": None}
+    expected |= {"frozen_stages": None, "lora": None}
     for field, value in expected.items():
         if getattr(config, field) != value:
             raise ValueError(
@@ -510,6 +506,10 @@ def check_images(model: EmbeddingModel, config: BackboneConfig, batch_size: int,
             f"{' '.join(str(error).split()) or type(error).__name__}; change {setting}"
             + (f", or, where the network fixes its images' size, set {remedy}" if remedy else "")
         ) from None
+
+
+def _is_frozen(module: _BatchNorm) -> bool:
+    return module.weight is not None and not module.weight.requires_grad
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import build_backbone, check_images
+from dist_proxygml.backbones.lora import add_adapters_, unused_adapters_refused
 from dist_proxygml.config import Config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.index import ShardIndex
@@ -22,7 +23,7 @@ from dist_proxygml.reporting.trackers import check_trackers
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
-from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer
+from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer, build_groups
 from dist_proxygml.training.run_plan import has_index
 from dist_proxygml.training.transfer import open_transfer
 
@@ -96,16 +97,20 @@ def check_run(
         model = build_backbone(
             config.backbone, load_pretrained=not is_start and weights is not None and Path(weights).is_file()
         )
+        if config.backbone.lora is not None:
+            add_adapters_(model, config.backbone.lora)
     batch_size = config.micro_batch_size(world_size) * world_size  # over all ranks, as BatchNorm sees it
-    check_images(
-        model, config.backbone, batch_size, size=config.data.train_transform.size, setting="data.train_transform.size"
-    )
+    with unused_adapters_refused(model):
+        check_images(
+            *(model, config.backbone, batch_size),
+            size=config.data.train_transform.size,
+            setting="data.train_transform.size",
+        )
     check_images(
         model.eval(), config.backbone, 1, size=config.data.test_transform.size, setting="data.test_transform.size"
     )
-    trunk, embedding = model.parameter_groups()
     with _refused("optimizer"):
-        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
+        build_backbone_optimizer(config.optimizer, build_groups(config, model))
         build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
     is_new = not is_start and not RunFolder(config.run_directory).checkpoints.exists()
     if data is not None and is_new and init_from is not None:

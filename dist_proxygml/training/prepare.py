@@ -157,4 +157,6 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     # What earlier versions did, whose checkpoints do not say so.
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
+    earlier |= {"optimizer.layer_decay": None, "optimizer.weight_decay_on": "all"}
+    earlier |= {"backbone.frozen_stages": None, "backbone.lora": None}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}
