@@ -34,6 +34,7 @@ from dist_proxygml.rules import (
     check_gallery_split,
     check_head,
     check_margin,
+    check_matryoshka,
     check_ratio_or_topk,
     check_search,
     check_sparse_gradient,
@@ -259,6 +260,11 @@ class BackboneConfig(_Section):
 
     name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
     embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
+    matryoshka_dims: list[_Count] = Field(
+        default_factory=list,
+        description="Also train the first d dimensions of the embedding as embeddings, for each of these d, and "
+        "evaluate them: it may be cut there (Matryoshka).",
+    )
     pretrained: str | None = Field(
         None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
     )
@@ -281,9 +287,17 @@ class BackboneConfig(_Section):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
 
+    @model_validator(mode="after")
+    def _prefixes_are_shorter_than_the_embedding(self) -> "BackboneConfig":
+        check_matryoshka(self.matryoshka_dims, embedding_dim=self.embedding_dim, setting="backbone.matryoshka_dims")
+        return self
+
     def of_trained_model(self) -> dict[str, Any]:
-        """Return what a trained model is built from: the settings without those of training alone, as JSON."""
-        return self.model_dump(mode="json", exclude={"frozen_stages", "lora"})
+        """Return what a trained model is built from, as JSON: the settings without those of training alone, and without
+        those that earlier versions did not have, where they say what those did.
+        """
+        without = {"frozen_stages", "lora"} | (set() if self.matryoshka_dims else {"matryoshka_dims"})
+        return self.model_dump(mode="json", exclude=without)
 
     @model_validator(mode="after")
     def _adapters_freeze_everything(self) -> "BackboneConfig":
@@ -925,6 +939,11 @@ class Config(_Section):
                     f"expected no settings of the section proxies with loss.name {loss.name!r}, which takes the place "
                     f"of that head, got proxies.{name} {getattr(proxies, name)!r}; remove the section, or loss"
                 )
+        if self.backbone.matryoshka_dims:
+            raise ValueError(
+                f"expected no backbone.matryoshka_dims with loss.name {loss.name!r}: the head of proxies trains them, "
+                f"got {self.backbone.matryoshka_dims}; remove them, or loss"
+            )
         if self.optimizer.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
             raise ValueError(
                 f'expected optimizer.proxies_name "adam", "adamw" or "sgd" with loss.name {loss.name!r}, whose '

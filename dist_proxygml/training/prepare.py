@@ -159,4 +159,5 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
     earlier |= {"optimizer.layer_decay": None, "optimizer.weight_decay_on": "all"}
     earlier |= {"backbone.frozen_stages": None, "backbone.lora": None}
+    earlier |= {"backbone.matryoshka_dims": []}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}
