@@ -18,7 +18,7 @@ networks.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
@@ -100,7 +100,12 @@ def freeze_stages_(trunk: nn.Module, name: str, num_stages: int) -> None:
 
 
 def parameter_groups(
-    trunk: nn.Module, embedding: nn.Module, name: str, *, layer_decay: float | None, decays_matrices_only: bool
+    trunk: nn.Module,
+    embedding: Sequence[nn.Module],
+    name: str,
+    *,
+    layer_decay: float | None,
+    decays_matrices_only: bool,
 ) -> list[ParameterGroup]:
     """Group the trained parameters by their settings: those of the trunk from the stem on, then the embedding layer.
 
@@ -109,7 +114,7 @@ def parameter_groups(
 
     Args:
         trunk: of a backbone.
-        embedding: its embedding layer.
+        embedding: its embedding layer, and what is trained with it.
         name: of the backbone, as in the configuration.
         layer_decay: d; None gives every layer the same learning rate.
         decays_matrices_only: no weight decay for biases, norms and embeddings.
@@ -122,7 +127,7 @@ def parameter_groups(
     prefix, network = _network_in(trunk)
     exempt = _without_weight_decay(network)
     found: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
-    for module, is_embedding in ((trunk, False), (embedding, True)):
+    for module, is_embedding in ((trunk, False), *((module, True) for module in embedding)):
         for parameter, value in module.named_parameters():
             if not value.requires_grad:
                 continue
@@ -178,6 +183,9 @@ def _matcher(network: Any, name: str, *, coarse: bool) -> Matcher | None:
         return {"layers": r"^(\d+)\."}
     if name == "bn_inception":
         return _bn_inception_stages if coarse else _bn_inception_blocks
+    if name.startswith("iresnet"):
+        stages = r"^layer(\d)\." if coarse else r"^layer(\d)\.(\d+)\."
+        return {"stem": r"^(?:conv1|bn1|prelu)\.", "blocks": [(stages, None), (r"^bn2\.", (_WITH_PREVIOUS,))]}
     if family != "torchvision":
         return None
     if re.match(r"(wide_)?resne(x)?t\d", model):

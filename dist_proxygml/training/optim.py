@@ -44,7 +44,7 @@ def build_groups(config: Config, model: EmbeddingModel) -> list[ParameterGroup]:
     """
     return parameter_groups(
         model.trunk,
-        model.embedding,
+        [model.embedding] if model.pooling is None else [model.pooling, model.embedding],
         config.backbone.name,
         layer_decay=config.optimizer.layer_decay,
         decays_matrices_only=config.optimizer.weight_decay_on == "matrices",
@@ -52,14 +52,18 @@ def build_groups(config: Config, model: EmbeddingModel) -> list[ParameterGroup]:
 
 
 def build_backbone_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
-    """Build the optimizer that the engine takes, with the parameter groups in this order."""
+    """Build the optimizer that the engine takes, with the parameter groups in this order. On a GPU it is the fused
+    one: a few kernels for all parameters.
+    """
     rates = group_learning_rates(groups, trunk=config.backbone_lr, embedding=config.embedding_lr or config.backbone_lr)
     settings = [
         {"params": group.parameters, "lr": rate, "weight_decay": config.weight_decay if group.decays else 0.0}
         for group, rate in zip(groups, rates, strict=True)
     ]
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(settings, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    on_gpu = any(parameter.is_cuda for group in groups for parameter in group.parameters)
+    fused = True if on_gpu else None
+    return kind(settings, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused)
 
 
 def build_bank_optimizer(

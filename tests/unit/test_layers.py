@@ -27,7 +27,7 @@ def settings_by_name(
     model: EmbeddingModel, name: str, *, layer_decay: float | None, matrices: bool
 ) -> dict[str, tuple[float, bool]]:
     groups = parameter_groups(
-        model.trunk, model.embedding, name, layer_decay=layer_decay, decays_matrices_only=matrices
+        model.trunk, [model.embedding], name, layer_decay=layer_decay, decays_matrices_only=matrices
     )
     found = {id(p): (group.lr_factor, group.decays) for group in groups for p in group.parameters}
     assert sum(len(group.parameters) for group in groups) == len(found)  # each once
@@ -137,6 +137,7 @@ def test_a_trunk_that_uses_a_part_of_a_network_has_its_layers(trunk: str) -> Non
         ("torchvision/efficientnet_b0", 8, 8, {"features.0.0.weight": 0, "features.2.1.block.0.0.weight": 2}),
         ("torchvision/mobilenet_v3_small", 12, 12, {"features.12.0.weight": 12, "classifier.0.weight": 13}),
         ("bn_inception", 10, 3, {"conv2_3x3_bn.weight": 0, "inception_3c_3x3.weight": 3, "inception_4a_1x1.weight": 4}),
+        ("iresnet18", 8, 4, {"prelu.weight": 0, "layer1.0.bn1.bias": 1, "layer2.1.conv1.weight": 4, "bn2.weight": 8}),
         ("small_cnn", 3, 3, {"0.0.weight": 0, "2.1.bias": 2}),
     ],
 )
@@ -169,7 +170,7 @@ def test_other_networks_have_no_decay_on_positions_tokens_tables_and_scales() ->
 def test_without_the_settings_there_are_trunk_and_embedding_and_together_all(layer_decay: float | None) -> None:
     model = build("small_cnn")
     groups = parameter_groups(
-        model.trunk, model.embedding, "small_cnn", layer_decay=layer_decay, decays_matrices_only=False
+        model.trunk, [model.embedding], "small_cnn", layer_decay=layer_decay, decays_matrices_only=False
     )
     assert [group[1:] for group in groups] == [(False, 1.0, True), (True, 1.0, True)]
     assert [id(p) for group in groups for p in group.parameters] == [id(p) for p in model.parameters()]
@@ -197,6 +198,15 @@ def test_frozen_stages_have_no_gradient_and_keep_their_statistics() -> None:
     assert {name for name in norms if model.get_submodule(name).training} == trained
 
 
+def test_a_scale_that_is_never_trained_does_not_freeze_its_batch_norm() -> None:
+    model = build("iresnet18", frozen_stages=0)
+    last = model.embedding.get_submodule("features")
+    assert not last.weight.requires_grad
+    assert last.training
+    assert not model.trunk.get_submodule("bn1").training
+    assert model.trunk.get_submodule("bn2").training
+
+
 def test_no_stage_is_the_stem_alone_and_all_leave_the_head() -> None:
     def trained(**settings: Any) -> set[str]:
         model = build(VIT, options=SMALL_VIT | {"global_pool": "avg"}, **settings)
@@ -218,5 +228,5 @@ def test_a_network_of_unknown_order_is_refused(name: str) -> None:
     with torch.device("meta"):
         model = build(name)
     with pytest.raises(ValueError, match=rf"optimizer\.layer_decay null with {name}"):
-        parameter_groups(model.trunk, model.embedding, name, layer_decay=0.9, decays_matrices_only=False)
-    parameter_groups(model.trunk, model.embedding, name, layer_decay=None, decays_matrices_only=True)
+        parameter_groups(model.trunk, [model.embedding], name, layer_decay=0.9, decays_matrices_only=False)
+    parameter_groups(model.trunk, [model.embedding], name, layer_decay=None, decays_matrices_only=True)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_proxygml.backbones.build import EmbeddingModel, build_backbone, check_images
+from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
+from dist_proxygml.backbones.image_size import check_images
 from dist_proxygml.backbones.lora import add_adapters_, merged_weights, unused_adapters_refused
 from dist_proxygml.config import BackboneConfig, LoraConfig
 from tests.small_training import configuration

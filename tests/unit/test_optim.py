@@ -53,7 +53,7 @@ def test_constant_stays_constant() -> None:
 def test_a_learning_rate_of_zero_holds_the_trunk_still_and_not_the_embedding() -> None:
     trunk, embedding = nn.Linear(3, 3), nn.Linear(3, 2)
     config = OptimizerConfig(backbone_lr=0.1, embedding_lr=0.3, proxies_lr=1.0, weight_decay=0.1)
-    groups = parameter_groups(trunk, embedding, "any", layer_decay=None, decays_matrices_only=False)
+    groups = parameter_groups(trunk, [embedding], "any", layer_decay=None, decays_matrices_only=False)
     optimizer = build_backbone_optimizer(config, groups)
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.1), (0.3, 0.1)]
     before = trunk.weight.detach().clone(), embedding.weight.detach().clone()
