@@ -193,6 +193,11 @@ def proxy_gradient(
     return proxy_u, gradient_uD
 
 
+def default_memory_budget(device: str) -> int:
+    """Return the bytes for similarities where none are asked for: chunks of a CPU are small anyway."""
+    return 1 << 31 if device == "cuda" else 1 << 28
+
+
 def expected_pairs(num_wanted: int, num_proxies: int) -> int:
     """Estimate how many pairs per row `best_pairs` examines."""
     stride, rank = _sample_of(num_wanted, num_proxies)
