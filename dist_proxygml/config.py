@@ -436,10 +436,10 @@ class ProxiesConfig(_Section):
         description="How ranks find the global top-k: gather the bank, exchange candidates, sum histograms; auto: the "
         "one that moves the fewest bytes.",
     )
-    memory_budget: _ByteCount = Field(
-        "256 MiB",
+    memory_budget: _ByteCount | None = Field(
+        None,
         description="Memory per rank for similarities during the search; each kept pair of image and proxy takes "
-        "about 120 bytes in addition.",
+        "about 120 bytes in addition. null: 2 GiB on GPUs, 256 MiB on CPUs and for how the regulariser is computed.",
     )
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the inputs of products; similarities and sums are always float32."
@@ -459,9 +459,9 @@ class ProxiesConfig(_Section):
     )
 
     @property
-    def memory_budget_bytes(self) -> int:
-        """memory_budget as a number."""
-        return parse_bytes(self.memory_budget)
+    def memory_budget_bytes(self) -> int | None:
+        """memory_budget as a number; None: by device."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     @model_validator(mode="after")
     def _anchors_belong_to_the_regularizer(self) -> "ProxiesConfig":
