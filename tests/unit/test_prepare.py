@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.training.prepare import find_continuation, prepare_run_directory
+from dist_proxygml.training.prepare import comparable_settings, find_continuation, prepare_run_directory
 from tests.closed_folders import closed
 from tests.trained_runs import configuration
 
@@ -107,3 +107,18 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     with closed(path), pytest.raises(ValueError, match=r"step-000001\.json.*Permission denied"):
         prepare_run_directory(config, None, 5)
     assert path.exists()
+
+
+def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_used(tmp_path: Path) -> None:
+    plain = configuration("run", tmp_path, 3).data.model_dump(mode="json")
+
+    def compared(**data: object) -> dict[str, object]:
+        return comparable_settings(configuration("run", tmp_path, 3, data={**plain, **data}))
+
+    crop = {"name": "random_resized_crop", "size": 32, "scale": [0.2, 1.0], "flip": True}
+    for name, value in (("sampling_power", 0.5), ("repeated_augmentation", 2)):
+        assert f"data.{name}" not in compared()
+        assert compared(**{name: value})[f"data.{name}"] == value
+    steps = [{"name": "RandAugment", "num_ops": 1}]
+    assert "data.train_transform.augment" not in compared(train_transform=crop)
+    assert compared(train_transform={**crop, "augment": steps})["data.train_transform.augment"] == steps
