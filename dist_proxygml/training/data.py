@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from dist_proxygml.checkpoint.folder import read_state
 from dist_proxygml.checkpoint.model import TrainedModel
 from dist_proxygml.config import Config
-from dist_proxygml.data.audit import seen_classes
+from dist_proxygml.data.audit import count_trained_images
 from dist_proxygml.data.damage import num_allowed
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.order import count_steps, draw_validation_classes
@@ -114,11 +114,18 @@ class TrainingData:
 
     def seen_classes(self, index: ShardIndex) -> Bool[np.ndarray, " C"] | None:
         """Find which classes of a split of these shards are trained; None if names do not tell."""
+        trained_C = self.trained_images(index)
+        return None if trained_C is None else trained_C >= 0
+
+    def trained_images(self, index: ShardIndex) -> Int[np.ndarray, " C"] | None:
+        """Count the trained images of each class of a split of these shards; -1: the class is not trained. None if
+        names do not tell.
+        """
         if index is self.validation:
-            return np.zeros(index.num_classes, dtype=bool)
+            return np.full(index.num_classes, -1)
         if self.index is None:
             return None
-        return seen_classes(self.index.classes, index, is_same_split=index.split == self.index.split)
+        return count_trained_images(self.index.classes, index, is_same_split=index.split == self.index.split)
 
     def identity(self) -> dict[str, str]:
         """Return the hashes that must match when the run is resumed."""
@@ -195,9 +202,9 @@ def open_validation(config: Config, checkpoint: Path) -> ShardIndex:
     return data.validation
 
 
-def trained_classes(checkpoint: Path, index: ShardIndex) -> tuple[Bool[np.ndarray, " C"] | None, str | None]:
-    """Find which classes of a split a checkpoint was trained on, by its own class table; None if that is unknown, and
-    why where a table should have been there.
+def trained_images(checkpoint: Path, index: ShardIndex) -> tuple[Int[np.ndarray, " C"] | None, str | None]:
+    """Count the images of each class of a split that a checkpoint was trained on, by its own class table; -1: the class
+    was not trained. None if that is unknown, and why where a table should have been there.
     """
     state = read_state(checkpoint)
     trained = TrainedModel(checkpoint, state.step, state.settings)
@@ -205,7 +212,7 @@ def trained_classes(checkpoint: Path, index: ShardIndex) -> tuple[Bool[np.ndarra
         return None, None
     is_same = (index.sha256, index.split) == (state.settings["shards"], state.settings["data.train_split"])
     try:
-        return seen_classes(trained.classes(), index, is_same_split=is_same), None
+        return count_trained_images(trained.classes(), index, is_same_split=is_same), None
     except ValueError as error:
         return None, str(error)
 
