@@ -58,6 +58,10 @@ SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
+# 1 is what None stands for.
+_Power = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | None, AfterValidator(lambda power: None if power == 1 else power)
+]
 # Upper limit of all settings, which leaves headroom in 64 bits.
 _MAX_NUMBER = 1 << 62
 
@@ -76,6 +80,14 @@ class _Section(BaseModel):
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
+
+
+class AugmentationStep(BaseModel):
+    """A transform of torchvision.transforms.v2: the name of its class, and its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str
 
 
 _Side = Annotated[int, Field(ge=1, le=4096)]
@@ -102,13 +114,18 @@ class _Square(_Section):
 class RandomResizedCropConfig(_Square):
     """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; published for training."""
 
-    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear"}
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear", "augment": []}
 
     name: Literal["random_resized_crop"]
     size: _Side | None = Field(224, description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
     scale: tuple[float, float] = Field((0.08, 1.0), description="Range of the crop's share of the image area.")
     flip: bool = Field(True, description="Mirror left-right with probability 1/2.")
     interpolation: _Interpolation = Field("bilinear", description=f"How pixels are resized; {_FROM_WEIGHTS}.")
+    augment: list[AugmentationStep] = Field(
+        [],
+        description="Transforms of torchvision.transforms.v2 that follow, by name and with their arguments: "
+        '{"name": "RandAugment", "num_ops": 2}.',
+    )
 
 
 class CenterCropConfig(_Square):
@@ -214,6 +231,17 @@ class DataConfig(_Section):
         description="Class-balanced batches: training.batch_size / images_per_class classes of this many images each; "
         "null visits every image once per epoch.",
     )
+    sampling_power: _Power = Field(
+        None,
+        description="Long tails: a class of s images is drawn in proportion to s to this power; 0.5: square-root "
+        "sampling, 0: all classes alike, 1 or null: every image once per epoch.",
+    )
+    repeated_augmentation: int | None = Field(
+        None,
+        ge=2,
+        description="Copies of each image in a step, augmented differently; an epoch keeps its number of steps, and "
+        "visits one part in so many of the images. null: one.",
+    )
     drop_last: bool = Field(False, description="Drop the short last step of an epoch.")
     damaged_images: Literal["fail", "skip"] = Field(
         "fail",
@@ -247,6 +275,16 @@ class DataConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _test_images_are_not_augmented(self) -> "DataConfig":
+        test = self.test_transform
+        if isinstance(test, RandomResizedCropConfig) and test.augment:
+            raise ValueError(
+                f"expected no test_transform.augment, got {test.augment[0].name!r}: test images are not augmented; "
+                "remove it"
+            )
+        return self
+
     @property
     def cache_limit_bytes(self) -> int | None:
         """cache_limit as a number."""
@@ -276,11 +314,26 @@ class DataConfig(_Section):
             )
         if self.mode == "stream" and self.num_classes is None:
             raise ValueError("expected data.num_classes with a stream, which has no index that says it; set it")
-        exact = [
-            name for name in ("images_per_class", "shuffle_window", "cache_images", "drop_last") if getattr(self, name)
-        ]
+        names = ("images_per_class", "shuffle_window", "cache_images", "drop_last", "repeated_augmentation")
+        exact = [name for name in names if getattr(self, name)]
+        exact += ["sampling_power"] if self.sampling_power is not None else []
         if self.mode == "stream" and exact:
             raise ValueError(f"expected none of {', '.join(exact)} with a stream, which has no index; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_order_at_a_time(self) -> "DataConfig":
+        for name in ("sampling_power", "repeated_augmentation"):
+            if getattr(self, name) is not None and self.images_per_class is not None:
+                raise ValueError(
+                    f"expected no {name} with images_per_class, which says itself how often classes and images come, "
+                    f"got {getattr(self, name)} with {self.images_per_class}; remove one of them"
+                )
+        if self.sampling_power is not None and self.shuffle_window is not None:
+            raise ValueError(
+                f"expected no shuffle_window with sampling_power, whose draws come from all shards, got "
+                f"{self.shuffle_window}; remove one of them"
+            )
         return self
 
 
@@ -1000,6 +1053,12 @@ class Config(_Section):
             raise ValueError(
                 f"expected training.batch_size to be a multiple of data.images_per_class, got "
                 f"{self.training.batch_size} and {images_per_class}; change one of them"
+            )
+        num_copies = self.data.repeated_augmentation
+        if num_copies and self.training.batch_size % num_copies:
+            raise ValueError(
+                f"expected training.batch_size to be a multiple of data.repeated_augmentation, got "
+                f"{self.training.batch_size} and {num_copies}; change one of them"
             )
         if self.data.stream and self.data.stream.samples_per_epoch < self.training.batch_size:
             raise ValueError(

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
@@ -16,7 +15,7 @@ from dist_proxygml.backbones.lora import add_adapters_, unused_adapters_refused
 from dist_proxygml.config import Config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.data.transforms import check_transform
 from dist_proxygml.distributed.engine import check_settings, engine_settings, refuse_fp16_on_cpu
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.evaluator import check_split
@@ -95,10 +94,9 @@ def check_run(
                     f"expected at least one step an epoch, got {data.epoch_size:,} images for a training.batch_size of "
                     f"{config.training.batch_size} with data.drop_last; lower it, or set drop_last to false"
                 )
-    image = torch.zeros(3, 97, 80, dtype=torch.uint8)
     for name in ("train_transform", "test_transform"):
         with _refused(f"data.{name}"):
-            build_transform(getattr(config.data, name))([image], [np.random.default_rng(0)])
+            check_transform(getattr(config.data, name))
 
     # 4. Optimizers.
     with _refused("optimizer"):

@@ -142,6 +142,7 @@ def train(
             index,
             build_damage_log(config, context, path, split=index.split, num_images=index.num_samples),
             data.seen_classes(index),
+            data.trained_images(index),
             is_validation=index is data.validation,
         )
         for index in (data.validation, test_index)  # the test split last

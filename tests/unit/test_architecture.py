@@ -77,6 +77,7 @@ DISTRIBUTED_TYPES = {"ProcessGroup"}
 # Takes tensors, ints and a process group, never a configuration.
 MATHS = {
     "distributed.collectives",
+    "evaluation.class_sizes",
     "evaluation.exact",
     "reporting.hubs",
     "evaluation.metrics",

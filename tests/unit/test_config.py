@@ -136,6 +136,13 @@ def test_a_share_of_validation_classes_lies_between_none_and_all(wanted: float) 
     assert "to be a share between 0 and 1 or a whole number" in message_of(changed(data__validation_classes=wanted))
 
 
+def test_a_sampling_power_of_1_is_none() -> None:
+    powers = [
+        parse_config(changed(data__sampling_power=power), source="the test").data.sampling_power for power in (1, 0)
+    ]
+    assert powers == [None, 0]
+
+
 def test_a_stream_has_no_validation_classes() -> None:
     stream = {"urls": "train-000000.tar", "samples_per_epoch": 100}
     raw = changed(data__validation_classes=2, data__mode="stream", data__stream=stream)
@@ -226,6 +233,38 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
             "samples_per_epoch of at least training.batch_size (24), got 23",
         ),
         ({"data__images_per_class": 5}, "a multiple of data.images_per_class, got 24 and 5"),
+        ({"data__repeated_augmentation": 5}, "a multiple of data.repeated_augmentation, got 24 and 5"),
+        ({"data__repeated_augmentation": 1}, "data.repeated_augmentation: input should be greater than or equal to 2"),
+        (
+            {"data__repeated_augmentation": 2, "data__images_per_class": 3},
+            "expected no repeated_augmentation with images_per_class, which says itself how often",
+        ),
+        (
+            {"data__sampling_power": 0, "data__images_per_class": 3},
+            "expected no sampling_power with images_per_class, which says itself how often",
+        ),
+        (
+            {"data__sampling_power": 0.5, "data__shuffle_window": 3},
+            "expected no shuffle_window with sampling_power, whose draws come from all shards, got 3",
+        ),
+        ({"data__sampling_power": 1.5}, "data.sampling_power: input should be less than or equal to 1, got 1.5"),
+        (
+            {
+                "data__mode": "stream",
+                "data__stream": STREAM,
+                "data__repeated_augmentation": 2,
+                "data__sampling_power": 0,
+            },
+            "expected none of repeated_augmentation, sampling_power with a stream",
+        ),
+        (
+            {"data__test_transform": {"name": "random_resized_crop", "augment": [{"name": "RandAugment"}]}},
+            "expected no test_transform.augment, got 'RandAugment'",
+        ),
+        (
+            {"data__train_transform": {"name": "random_resized_crop", "augment": [{"num_ops": 2}]}},
+            "data.train_transform.random_resized_crop.augment.0.name: required, but missing",
+        ),
         ({"data__cache_limit": "20 GB"}, "data.cache_limit"),
         ({"data__max_damaged": 1.5}, "data.max_damaged"),
     ],
