@@ -293,7 +293,10 @@ _Colours = tuple[float, float, float]
 class BackboneConfig(_Section):
     """Network from images to unit-length embeddings."""
 
-    unsaid: ClassVar[Mapping[str, Any]] = {"mean": None, "std": None, "pooling": "average", "embedding_norm": None}
+    unsaid: ClassVar[Mapping[str, Any]] = {
+        **{"matryoshka_dims": [], "mean": None, "std": None},
+        **{"pooling": "average", "embedding_norm": None},
+    }
 
     name: str = Field(
         description="bn_inception, small_cnn, raw_pixels, iresnet18 to iresnet200, timm/NAME, timm/hf-hub:ORG/NAME, "

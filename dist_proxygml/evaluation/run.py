@@ -160,6 +160,4 @@ def result_settings(config: Config) -> dict[str, Any]:
     for name in ("exclude_same", "pairs"):
         if settings["evaluation"][name] is None:  # the names of results from before it was a setting
             del settings["evaluation"][name]
-    if not settings["backbone"]["matryoshka_dims"]:
-        del settings["backbone"]["matryoshka_dims"]
     return dict(settings)

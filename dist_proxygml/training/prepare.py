@@ -157,5 +157,4 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     # What earlier versions did, whose checkpoints do not say so.
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
-    earlier |= {"backbone.matryoshka_dims": []}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}
