@@ -76,9 +76,7 @@ def test_only_what_was_tried_is_offered() -> None:
         check_sizes(build_backbone(offered.backbone), offered, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dist_proxygml.backbones.image_size._can_be_built_for", lambda *_: False)
-        with pytest.raises(
-            ValueError, match=r"got 64 by \S+; set data\.train_transform\.size to 224$"
-        ):
+        with pytest.raises(ValueError, match=r"got 64 by \S+; set data\.train_transform\.size to 224$"):
             check_sizes(build_backbone(offered.backbone), offered, 2)
 
 
