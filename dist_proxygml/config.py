@@ -599,6 +599,28 @@ class TrainingConfig(_Section):
         le=1e8,
         description="Seconds after which a hanging step ends the process; null waits forever.",
     )
+    float32_matmul: Literal["highest", "high"] = Field(
+        "highest",
+        description="Float32 products of the backbone on GPUs: highest, or high (TF32). The head's are exact either "
+        "way; convolutions use TF32 by torch's default.",
+    )
+    cudnn_benchmark: bool = Field(
+        False, description="On GPUs, time cuDNN's algorithms for each new shape of images and keep the fastest."
+    )
+    deterministic: bool = Field(
+        False,
+        description="On GPUs, choose operators whose sums have a fixed order, so that a repeated or resumed run gives "
+        "the same bits; slower, see docs/gpu.md.",
+    )
+
+    @model_validator(mode="after")
+    def _deterministic_chooses_no_algorithm_by_time(self) -> "TrainingConfig":
+        if self.deterministic and self.cudnn_benchmark:
+            raise ValueError(
+                "expected cudnn_benchmark false with deterministic, got true: which algorithm is fastest differs from "
+                "start to start; set one of them to false"
+            )
+        return self
 
 
 class PairsConfig(_Section):

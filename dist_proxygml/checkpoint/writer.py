@@ -27,7 +27,6 @@ publish its part separately.
 import contextlib
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -56,6 +55,7 @@ from dist_proxygml.checkpoint.folder import (
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
+from dist_proxygml.distributed.gpus import start_thread
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.distributed.row_tensors import as_row_tensor
 from dist_proxygml.faults import fault_point
@@ -197,7 +197,7 @@ class CheckpointWriter:
 
         self._pending, self._is_reported = pending, False
         # A daemon: a run that ends with an error does not wait for it; the next start clears what it leaves.
-        threading.Thread(target=write, name="checkpoint", daemon=True).start()
+        start_thread("checkpoint", write)
 
 
 def save_checkpoint(

@@ -29,6 +29,7 @@ from dist_proxygml.data.images import rgb_pixels
 from dist_proxygml.data.pipeline import sample_generators
 from dist_proxygml.data.sources import read_image
 from dist_proxygml.data.transforms import Transform, build_transform
+from dist_proxygml.distributed.gpus import check_gpus
 from dist_proxygml.inference.hub import HUB, fetch
 from dist_proxygml.storage.files import sha256_of
 from dist_proxygml.storage.run_folder import RunFolder
@@ -182,9 +183,10 @@ def choose_device(wanted: str) -> torch.device:
     """The device of a name; "auto" takes a GPU if there is one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, or "auto" finds GPUs that torch cannot use.
     """
     if wanted == "auto":
+        check_gpus(os.environ, instead="name the device: cpu")
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device: torch.device | None = torch.device(wanted)

@@ -74,6 +74,8 @@ def check_run(
     config = count_classes(config)
     if config.proxies.fused and device == "cpu":
         raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")
+    if config.proxies.fused and is_start:
+        try_kernels()
     settings = engine_settings(config, world_size)
     check_settings(settings)
     if device is not None:
@@ -127,6 +129,41 @@ def check_network(config: Config, batch_size: int, *, load_local: bool) -> Embed
         model = build_backbone(config.backbone, load_pretrained=load_local and is_here)
     check_sizes(model, config, batch_size)
     return model
+
+
+def try_kernels() -> None:
+    """Compile one of the kernels of proxies.fused for this rank's GPU, run it on four rows, and compare.
+
+    Raises:
+        ValueError: it cannot be compiled here, or gives something else than torch.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows_RD = torch.eye(4, 16, device=device)
+    try:
+        from dist_proxygml.head.fused import pairs_above
+
+        found = pairs_above(
+            rows_RD,
+            rows_RD,
+            torch.ones(4, device=device),
+            torch.full((4,), 0.5, device=device),
+            torch.zeros(4, 2, dtype=torch.int64, device=device),
+            matmul_dtype=torch.float32,
+            capacity=16,
+        )
+    except Exception as error:  # of a compiler, a linker, a driver, of many types
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"expected to compile the kernels of proxies.fused on this machine, got {type(error).__name__}: {reason}; "
+            "install a C compiler and Python's headers (`python -m dist_proxygml.doctor` says what is missing), or set "
+            "proxies.fused to false"
+        ) from error
+    own = list(range(4))
+    if found is None or (found.row.tolist(), found.proxy.tolist()) != (own, own):
+        raise ValueError(
+            "expected the kernels of proxies.fused to find what torch finds, got something else on this GPU; set "
+            "proxies.fused to false"
+        )
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
+from dist_proxygml.distributed.gpus import check_gpus
 from dist_proxygml.distributed.memory import available_memory, format_bytes
 from dist_proxygml.protocols import PROTOCOLS
 from dist_proxygml.training.checks import check_run
@@ -47,6 +48,7 @@ _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k
 _MOST_CACHED = 1 << 30  # bytes of decoded images in memory
 _RECALL_AT = EvaluationConfig().recall_at
 _GPU_MEMORY = 24 << 30  # of a GPU that is not here
+_BATCH_OF_RATES = 64  # for which the learning rates below are meant
 _BYTES_AN_IMAGE = 160 << 20  # activations of a ResNet-50 at 224 pixels in float32, on the safe side
 
 
@@ -66,7 +68,13 @@ class Machine(NamedTuple):
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB."""
+    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB.
+
+    Raises:
+        ValueError: "auto" finds GPUs that torch cannot use.
+    """
+    if device == "auto":
+        check_gpus(os.environ, instead="say --device cpu")
     cores, found = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not found):
         return Machine("cpu", 1, available_memory(torch.device("cpu")), cores)
@@ -126,10 +134,10 @@ def suggest(
     Raises:
         ValueError: the shards are unusable, the overrides do not fit, or the run does not fit the machine.
     """
-    given: dict[str, Any] = {"data": {}, "backbone": {}}
+    given: dict[str, Any] = {"data": {}, "backbone": {}, "training": {}}
     for text in overrides:
         apply_override(given, text)
-    if not (isinstance(given["data"], dict) and isinstance(given["backbone"], dict)):
+    if not all(isinstance(given[section], dict) for section in ("data", "backbone", "training")):
         raise ValueError(f"expected single settings such as data.num_workers=2 in --set, got {' '.join(overrides)}")
     draft = _Draft(name, shards)
 
@@ -174,6 +182,7 @@ def suggest(
     # 4. Steps.
     num_ranks = machine.num_devices if train.num_samples >= 5_000 * machine.num_devices else 1
     _choose_steps(draft, machine, train.num_samples, side, num_ranks=num_ranks, is_pretrained=is_pretrained)
+    _scale_rates(draft, given["training"].get("batch_size", draft.raw["training"]["batch_size"]))
     cacheable = _MOST_CACHED if machine.device == "cuda" else min(_MOST_CACHED, machine.memory // 8)
     if train.num_samples * image_bytes * num_ranks <= cacheable:
         draft.choose("all images, decoded, fit into memory", data={"num_workers": 0, "cache_images": True})
@@ -294,6 +303,9 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
     if weights:
         draft.choose("keeps the statistics of those weights", backbone={"batch_norm": "frozen"})
     draft.choose("how convolutions run fastest", backbone={"channels_last": True})
+    if machine.device == "cuda":
+        quick = {"float32_matmul": "high", "cudnn_benchmark": True}
+        draft.choose("TF32 and timed convolutions in the network; the head's products are exact", training=quick)
     lr = 0.001 if not weights else 0.003 if is_small and name == lite else 1e-4
     rates = {"name": "adamw", "backbone_lr": lr, "embedding_lr": max(lr, 0.001), "weight_decay": 1e-4}
     draft.choose("slow, to keep what the weights know" if weights else "as random weights bear", optimizer=rates)
@@ -390,6 +402,25 @@ def _choose_steps(
     if steps_per_epoch < 100:
         draft.choose("steps; its epochs are short", checkpoint={"every_steps": 200})
     draft.choose("about four times, and at the start", evaluation={"every_epochs": max(1, epochs // 4)})
+
+
+def _scale_rates(draft: _Draft, batch_size: Any) -> None:
+    """Let the learning rates follow the batch, as docs/learning_rates.md measured for adam and adamw: by the square
+    root. Another rule of the proxies keeps its rate.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1 or batch_size == _BATCH_OF_RATES:
+        return  # what is no batch size is refused later
+    factor = math.sqrt(batch_size / _BATCH_OF_RATES)
+    optimizer = draft.raw["optimizer"]
+    names = [name for name in ("backbone_lr", "embedding_lr", "proxies_lr") if name in optimizer]
+    if optimizer.get("proxies_name", optimizer["name"]) not in ("adam", "adamw"):
+        names.remove("proxies_lr")
+    before = ", ".join(f"{optimizer[name]:g}" for name in names)
+    draft.choose(
+        f"{before} for batches of {_BATCH_OF_RATES}, times sqrt({batch_size:,} / {_BATCH_OF_RATES}): rates follow the "
+        "root of the batch (docs/learning_rates.md)",
+        optimizer={name: float(f"{factor * optimizer[name]:.3g}") for name in names},
+    )
 
 
 def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> None:

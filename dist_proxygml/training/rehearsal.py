@@ -19,6 +19,7 @@ import torch
 
 from dist_proxygml.config import Config
 from dist_proxygml.data.pipeline import Batch, ImageCache
+from dist_proxygml.distributed.gpus import set_arithmetic
 from dist_proxygml.distributed.memory import format_bytes, peak_memory
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.evaluation.search import FlatIndex
@@ -87,6 +88,7 @@ def rehearse(config: Config, context: ParallelContext, *, num_steps: int = 10) -
         ValueError: on every rank, if the configuration does not fit the ranks or the shards are unusable.
     """
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": None})})
+    set_arithmetic(config.training, context.device)
     is_there = config.data.stream is not None or has_index(config)
     data = run_together(context, open_training_data, config) if is_there else None
     state = build_train_state(config, context, steps_per_epoch=10**9 if data is None else data.count_steps())
