@@ -42,7 +42,7 @@ from torchvision.models import feature_extraction
 
 from dist_proxygml.backbones.batch_norm import convert_batch_norm
 from dist_proxygml.backbones.bn_inception import BNInception
-from dist_proxygml.backbones.from_weights import read_timm_source, resolve_backbone, weight_source
+from dist_proxygml.backbones.from_weights import IMAGENET, read_timm_source, resolve_backbone, weight_source
 from dist_proxygml.backbones.iresnet import SIDE, IResNet, depths
 from dist_proxygml.backbones.layers import freeze_stages_
 from dist_proxygml.backbones.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
@@ -559,9 +559,7 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
                 f"{config.name} has no node {node!r} (backbone.options.return_node); did you mean "
                 f"{_nearest(str(node), nodes)}?"
             ) from None
-    # ImageNet's mean and standard deviation, with which torchvision trained its classification models.
-    imagenet = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Trunk(trunk, imagenet, image_size=options.get("image_size", 224))
+    return Trunk(trunk, Preprocessing(*IMAGENET), image_size=options.get("image_size", 224))
 
 
 def _torchvision_names() -> list[str]:
