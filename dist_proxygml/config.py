@@ -34,6 +34,7 @@ from dist_proxygml.rules import (
     check_gallery_split,
     check_head,
     check_margin,
+    check_matryoshka,
     check_ratio_or_topk,
     check_search,
     check_sparse_gradient,
@@ -244,6 +245,11 @@ class BackboneConfig(_Section):
 
     name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
     embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
+    matryoshka_dims: list[_Count] = Field(
+        default_factory=list,
+        description="Also train the first d dimensions of the embedding as embeddings, for each of these d, and "
+        "evaluate them: it may be cut there (Matryoshka).",
+    )
     pretrained: str | None = Field(
         None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
     )
@@ -256,6 +262,11 @@ class BackboneConfig(_Section):
     )
     channels_last: bool = Field(False, description="Store images as NHWC; faster on CPUs and on tensor cores.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
+
+    @model_validator(mode="after")
+    def _prefixes_are_shorter_than_the_embedding(self) -> "BackboneConfig":
+        check_matryoshka(self.matryoshka_dims, embedding_dim=self.embedding_dim, setting="backbone.matryoshka_dims")
+        return self
 
 
 class MarginConfig(_Section):
@@ -898,6 +909,11 @@ class Config(_Section):
                     f"expected no settings of the section proxies with loss.name {loss.name!r}, which takes the place "
                     f"of that head, got proxies.{name} {getattr(proxies, name)!r}; remove the section, or loss"
                 )
+        if self.backbone.matryoshka_dims:
+            raise ValueError(
+                f"expected no backbone.matryoshka_dims with loss.name {loss.name!r}: the head of proxies trains them, "
+                f"got {self.backbone.matryoshka_dims}; remove them, or loss"
+            )
         if self.optimizer.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
             raise ValueError(
                 f'expected optimizer.proxies_name "adam", "adamw" or "sgd" with loss.name {loss.name!r}, whose '

@@ -159,4 +159,5 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
     earlier |= {"training.float32_matmul": "highest"}
+    earlier |= {"backbone.matryoshka_dims": []}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}

@@ -130,6 +130,7 @@ def build_loss(config: Config, context: ParallelContext) -> GlobalLoss:
         memory_budget=config.proxies.memory_budget_bytes,
         fused=config.proxies.fused,
         matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
+        matryoshka_dims=config.backbone.matryoshka_dims,
         sparse=wants_sparse_gradient(config),
         initialization="published" if config.proxies.initialization == "published" else "unit",
         seed=config.seed,
