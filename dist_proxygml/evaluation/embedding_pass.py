@@ -34,7 +34,6 @@ from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import publish
 
-
 _MOST_BYTES_WAITING = 64 << 20
 
 
