@@ -61,6 +61,19 @@ def test_a_learning_rate_of_zero_holds_the_trunk_still_and_not_the_embedding() -
     assert not torch.equal(embedding.weight, before[1])
 
 
+def test_the_backbone_has_the_fused_optimizer_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimizerConfig(backbone_lr=0.1, proxies_lr=1.0)
+    trunk, embedding = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def build() -> list[bool | None]:
+        optimizer = build_backbone_optimizer(config, trunk=trunk.parameters(), embedding=embedding.parameters())
+        return [group["fused"] for group in optimizer.param_groups]
+
+    assert build() == [None, None]
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    assert build() == [True, True]
+
+
 def test_adam_decays_through_the_gradient_and_adamw_apart_from_it() -> None:
     def weight_after_one_step(name: str) -> float:
         proxies = nn.Parameter(torch.full((1, 1, 1), 2.0))
