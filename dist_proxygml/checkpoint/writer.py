@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dist_proxygml.backbones.from_weights import with_colours
 from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
 from dist_proxygml.checkpoint.folder import (
     Retention,
@@ -426,10 +427,11 @@ def _load_bank(loss: GlobalLoss, optimizer: torch.optim.Optimizer, directory: Pa
 
 def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
     state = read_state(checkpoint)
-    names = sorted(state.settings.keys() | settings.keys())
-    changed = [name for name in names if state.settings.get(name) != settings.get(name)]
+    stored, settings = with_colours(state.settings), with_colours(settings)
+    names = sorted(stored.keys() | settings.keys())
+    changed = [name for name in names if stored.get(name) != settings.get(name)]
     if changed:
-        details = "; ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
+        details = "; ".join(f"{name} was {stored.get(name)}, is {settings.get(name)}" for name in changed)
         raise ValueError(
             f"{checkpoint} belongs to a run with other settings: {details}. Resume with the same ones, give this run "
             "another name with --set name=NAME, or start anew with --resume never"

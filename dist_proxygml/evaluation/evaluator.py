@@ -351,8 +351,8 @@ def evaluate_table(
         for dim in settings.prefixes:
             rows_nd = run_together(context, _prefix_rows, table, dim)
             scores = search(images._replace(rows=rows_nd), with_self=False).exact
-            values = metrics.query_metrics(scores, recall_at=(1,))
-            measured |= {f"{name}_dim{dim}": metrics.exact_mean(values[name]) for name in ("recall@1", "map@r")}
+            of_query = metrics.query_metrics(scores, recall_at=(1,))
+            measured |= {f"{name}_dim{dim}": metrics.exact_mean(of_query[name]) for name in ("recall@1", "map@r")}
 
         # 2. Clustering: each seed on one rank, its numbers on all of them.
         if settings.kmeans_seeds:

@@ -54,7 +54,14 @@ from dist_proxygml.distributed.collectives import (
 from dist_proxygml.distributed.row_tensors import as_row_tensor, own_rows
 from dist_proxygml.head.bank import NORM_FLOOR
 from dist_proxygml.head.choices import Head
-from dist_proxygml.head.classification import KeptPairs, Scoring, Settings, Subgraph, negative_log_likelihood
+from dist_proxygml.head.classification import (
+    KeptMatrix,
+    KeptPairs,
+    Scoring,
+    Settings,
+    Subgraph,
+    negative_log_likelihood,
+)
 from dist_proxygml.head.global_loss import OPTIMIZER_PREFIX, GlobalLoss
 from dist_proxygml.head.margins import LengthStatistics
 from dist_proxygml.head.partition import ClassPartition
@@ -136,8 +143,10 @@ class ProxyLoss(GlobalLoss):
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
     partition: ClassPartition
-    observer: Callable[[KeptPairs], None] | None
-    """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them."""
+    observer: Callable[[KeptPairs | KeptMatrix], None] | None
+    """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them. A
+    `KeptMatrix` has the same `negatives`, `positives` and `partition`.
+    """
 
     def __init__(
         self,
@@ -246,7 +255,7 @@ class ProxyLoss(GlobalLoss):
             if self.regularization_weight > 0:
                 regularization = self._regularization(sum(row_counts))
                 total = classification + self.regularization_weight * regularization
-        if not bool(total.isfinite()):  # the same number on every rank, so they raise together
+        if not bool(total.detach().abs() < math.inf):  # the same number on every rank, so they raise together
             raise NonFiniteError(
                 f"expected a finite loss, got {total.item()}; the embeddings are finite, so a proxy is NaN or infinite "
                 "(lower the learning rate of the proxies), or the embeddings are too long (look at the backbone)"

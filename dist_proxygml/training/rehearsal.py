@@ -133,7 +133,7 @@ def _batches(data: TrainingData, context: ParallelContext) -> Iterator[Batch]:
 
 def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]:
     """Yield the same random images forever."""
-    micro, side = config.micro_batch_size(context.world_size), config.data.train_transform.size
+    micro, side = config.micro_batch_size(context.world_size), config.data.train_transform.side
     generator = torch.Generator().manual_seed(context.rank)
     images = torch.randint(256, (micro, 3, side, side), dtype=torch.uint8, generator=generator)
     labels = torch.randint(config.num_trained_classes, (micro,), generator=generator)
@@ -146,7 +146,7 @@ def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]
 def _embedding_seconds(state: TrainState) -> float:
     """Measure the seconds per image of a forward pass. Called on all ranks, with batches of equal size."""
     config, context, module = state.config, state.context, state.engine.module
-    size, side = config.evaluation.batch_size, config.data.test_transform.size
+    size, side = config.evaluation.batch_size, config.data.test_transform.side
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8).to(context.device)
     module.eval()
     state.engine.module(images)
