@@ -789,6 +789,11 @@ class EvaluationConfig(_Section):
         "numbers of seen and unseen classes.",
     )
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
+    kmeans_on_gpu: bool = Field(
+        False,
+        description="Assign the points of k-means on the ranks' GPUs, if faiss can use them; distances that are nearly "
+        "equal may fall otherwise than on a CPU, so results name it.",
+    )
     pairs: PairsConfig | None = Field(
         None, description="Also measure verification, TAR at FAR over pairs of images; {} for all pairs. null: do not."
     )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_proxygml.config import Config
-from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, equal_fragments, equal_part, reshard
 from dist_proxygml.faults import fault_point
@@ -147,7 +147,7 @@ class Engine:
             measured = self.gradient_norm()
             norm = None if measured is None else float(measured)
         is_usable = norm is None or (is_wanted and math.isfinite(norm))
-        with contextlib.nullcontext() if is_usable else _no_update(self._engine.optimizer):
+        with contextlib.nullcontext() if is_usable else _no_update(self._engine.optimizer), _as_non_finite():
             self._engine.step()
         self._step_was_applied = is_usable and bool(self._engine.was_step_applied())
         if not measure_norm:
@@ -535,6 +535,20 @@ def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
+
+
+@contextlib.contextmanager
+def _as_non_finite() -> Iterator[None]:
+    """Name the end of fp16, for which DeepSpeed raises a bare Exception, on all ranks: its loss scale cannot fall."""
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise NonFiniteError(
+            "expected gradients that fit float16 under some loss scale, got overflows down to deepspeed.fp16's "
+            "min_loss_scale; resume with a lower learning rate, or with deepspeed.bf16 in a run of its own"
+        ) from None
 
 
 @contextlib.contextmanager

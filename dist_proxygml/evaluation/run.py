@@ -80,6 +80,7 @@ def measured(config: Config, index: ShardIndex, *, is_baseline: bool = False) ->
     return Settings(
         recall_at=tuple(wanted.recall_at),
         kmeans_seeds=tuple(range(min(1, wanted.kmeans_seeds) if is_baseline else wanted.kmeans_seeds)),
+        kmeans_on_gpu=wanted.kmeans_on_gpu,
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
         exclude_same=wanted.excluded,
@@ -160,4 +161,6 @@ def result_settings(config: Config) -> dict[str, Any]:
     for name in ("exclude_same", "pairs"):
         if settings["evaluation"][name] is None:  # the names of results from before it was a setting
             del settings["evaluation"][name]
+    if not settings["evaluation"]["kmeans_on_gpu"]:
+        del settings["evaluation"]["kmeans_on_gpu"]
     return dict(settings)

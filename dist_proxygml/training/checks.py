@@ -75,7 +75,7 @@ def check_run(
     if config.proxies.fused and device == "cpu":
         raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")
     if config.proxies.fused and is_start:
-        try_kernels()
+        try_kernels(torch.device("cuda", torch.cuda.current_device()))
     settings = engine_settings(config, world_size)
     check_settings(settings)
     if device is not None:
@@ -132,13 +132,12 @@ def check_network(config: Config, batch_size: int, *, load_local: bool) -> Embed
     return model
 
 
-def try_kernels() -> None:
-    """Compile one of the kernels of proxies.fused for this rank's GPU, run it on four rows, and compare.
+def try_kernels(device: torch.device) -> None:
+    """Compile one of the kernels of proxies.fused for a GPU, run it on four rows, and compare.
 
     Raises:
         ValueError: it cannot be compiled here, or gives something else than torch.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
     rows_RD = torch.eye(4, 16, device=device)
     try:
         from dist_proxygml.head.fused import pairs_above

@@ -160,9 +160,5 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     # What earlier versions did, whose checkpoints do not say so.
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
-<<<<<<< HEAD
-    earlier |= {"data.sampling_power": None, "data.repeated_augmentation": None}
-=======
->>>>>>> models
-    earlier |= {"training.float32_matmul": "highest"}
+    earlier |= {"data.sampling_power": None, "data.repeated_augmentation": None, "training.float32_matmul": "highest"}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}

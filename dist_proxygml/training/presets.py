@@ -429,6 +429,8 @@ def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> Non
         draft.choose(
             f"{test.num_samples:,} test images take long: only at the start and the end", evaluation={"every_epochs": 0}
         )
+    if machine.device == "cuda":
+        draft.choose("k-means where it takes seconds", evaluation={"kmeans_on_gpu": True})
     work = 5 * 25 * test.num_samples * test.num_classes * draft.raw["backbone"]["embedding_dim"]
     if work > _MOST_KMEANS[machine.device]:
         draft.choose("k-means of so many classes would take longer than the rest", evaluation={"kmeans_seeds": 0})

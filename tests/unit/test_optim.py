@@ -85,6 +85,22 @@ def test_a_group_has_its_factor_of_its_layers_rate_and_weight_decay_or_none() ->
     assert group_learning_rates(groups, trunk=0.0, embedding=3.0) == [0.0, 0.0, 3.0]
 
 
+def test_the_backbone_has_the_fused_optimizer_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimizerConfig(backbone_lr=0.1, proxies_lr=1.0)
+    groups = [
+        ParameterGroup([nn.Parameter(torch.ones(1))], is_embedding=last, lr_factor=1.0, decays=True)
+        for last in (False, True)
+    ]
+
+    def build() -> list[bool | None]:
+        optimizer = build_backbone_optimizer(config, groups)
+        return [group["fused"] for group in optimizer.param_groups]
+
+    assert build() == [None, None]
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    assert build() == [True, True]
+
+
 def test_adam_decays_through_the_gradient_and_adamw_apart_from_it() -> None:
     def weight_after_one_step(name: str) -> float:
         proxies = nn.Parameter(torch.full((1, 1, 1), 2.0))

@@ -110,7 +110,6 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     assert path.exists()
 
 
-<<<<<<< HEAD
 def test_a_run_without_a_budget_resumes_where_256_mib_was_the_default() -> None:
     def budget(*overrides: str) -> object:
         settings = comparable_settings(load_config("configs/demo_cpu.json", overrides))
@@ -121,7 +120,8 @@ def test_a_run_without_a_budget_resumes_where_256_mib_was_the_default() -> None:
     assert budget(weight) == budget(weight, "proxies.memory_budget=256 MiB") == "256 MiB"
     assert budget(weight, "proxies.memory_budget=64 MiB") == "64 MiB"
     assert budget(weight, "proxies.regularization_anchors=5") is None
-=======
+
+
 def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_used(tmp_path: Path) -> None:
     plain = configuration("run", tmp_path, 3).data.model_dump(mode="json")
 
@@ -135,4 +135,3 @@ def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_us
     steps = [{"name": "RandAugment", "num_ops": 1}]
     assert "data.train_transform.augment" not in compared(train_transform=crop)
     assert compared(train_transform={**crop, "augment": steps})["data.train_transform.augment"] == steps
->>>>>>> data
