@@ -360,18 +360,6 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_affine_parameters
         assert model.training
 
 
-def test_parameter_groups_are_trunk_and_embedding_and_together_all() -> None:
-    model = build("small_cnn")
-    groups = model.parameter_groups()
-    assert [id(p) for p in groups.embedding] == [
-        id(model.embedding.weight),
-        id(model.embedding.bias),
-    ]
-    both = [id(p) for p in [*groups.trunk, *groups.embedding]]
-    assert both == [id(p) for p in model.parameters()]
-    assert len(set(both)) == len(both)
-
-
 @pytest.mark.parametrize("name", ["small_cnn", "bn_inception"])
 def test_initialisation_follows_the_global_seed(name: str) -> None:
     first, second = build(name).state_dict(), build(name).state_dict()
