@@ -35,7 +35,7 @@ EXAMPLES = """\
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --validation
   deepspeed launchers/evaluate.py --run runs/faces --split lfw --set evaluation.pairs.of=listed
-  deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
+  deepspeed launchers/evaluate.py --run runs/cub --protocol cub --legacy-proxygml --verify
 """
 
 

@@ -39,7 +39,7 @@ from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassHooks, P
 from dist_proxygml.evaluation.exact import round_rows, scores_of_pairs
 from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions, retrieve
-from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
+from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss, searches_on_gpu
 from dist_proxygml.evaluation.verification import Pairs, Verification, count_allowed, verify_all, verify_listed
 from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import check_counts, far_metric
@@ -64,6 +64,7 @@ class Settings(NamedTuple):
     recall_at: tuple[int, ...] = (1, 2, 4, 8)
     kmeans_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # none: no clustering
     kmeans_iterations: int = 25
+    kmeans_on_gpu: bool = False  # where every rank has one that faiss can use; on CPUs a seed gives the same everywhere
     tie_tolerance: float = 1e-6  # inner products of unit rows differ by less than this between machines
     protocol: str = "custom"
     legacy_proxygml: bool = False
@@ -328,6 +329,9 @@ def evaluate_table(
         is_query_n, is_gallery_n = (role.numpy() for role in roles)
     if settings.exclude_same is None:
         cameras_n = None
+    if settings.kmeans_seeds and settings.kmeans_on_gpu:
+        are_there = all_gather_object(context, run_together(context, searches_on_gpu, context.device))
+        settings = settings._replace(kmeans_on_gpu=all(are_there))
     run_together(context, check_settings, labels_n, settings, is_query_n, is_gallery_n, cameras_n)
 
     fault_point("evaluate.search")
@@ -457,7 +461,11 @@ def _clusterings(
         ) as advance:
             for seed in own_seeds:
                 clusters_n = cluster(
-                    embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
+                    embeddings_nD,
+                    num_clusters=num_clusters,
+                    seed=seed,
+                    num_iterations=settings.kmeans_iterations,
+                    device=context.device if settings.kmeans_on_gpu else None,
                 )
                 of_own_seeds[seed] = (
                     metrics.normalized_mutual_information(labels_n, clusters_n),
@@ -665,8 +673,9 @@ def _protocol(
     settings: Settings, counts: Mapping[str, int], data: Mapping[str, Any], classes: ClassSet | None
 ) -> dict[str, Any]:
     """Everything that changes a number, in words and values; the number of ranks is not among it."""
+    where = ", points assigned on a GPU" if settings.kmeans_on_gpu else ""
     clustering = {
-        "algorithm": "faiss k-means, Euclidean, all points, random start, one run a seed",
+        "algorithm": f"faiss k-means, Euclidean, all points, random start, one run a seed{where}",
         "num_iterations": settings.kmeans_iterations,
         "seeds": list(settings.kmeans_seeds),
         "num_clusters": "number of classes, queries and gallery together",

@@ -128,6 +128,7 @@ def train(
             "ranks": context.world_size,
             "device": _device_name(context),
             "parameters": state.engine.num_parameters,
+            "trained_parameters": state.engine.num_trained_parameters,
             "proxies": 0 if config.loss else config.num_trained_classes * config.proxies.per_class,
             "head": state.loss.described,
         }

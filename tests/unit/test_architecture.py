@@ -49,6 +49,7 @@ OWNERS: dict[str, set[str]] = {
     "pyarrow": {"data.rows", "data.hf"},
     "pytorch_metric_learning": {"head.pml"},
     "pydantic": {"config"},
+    "peft": {"backbones.lora"},
     "timm": {"backbones"},
     "triton": {"head.fused"},
     "jinja2": {"reporting.render"},

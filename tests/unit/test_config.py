@@ -89,7 +89,7 @@ def test_a_run_or_a_file_that_is_not_there_gets_those_that_are(tmp_path: Path, m
 
 
 def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
-    config = load_config(ROOT / "configs" / "inshop_8gpu.json")
+    config = load_config(ROOT / "configs" / "paper" / "inshop.json")
     assert (config.data.test_split, config.evaluation.gallery_split) == ("query", "gallery")
     assert config.evaluation.recall_at == [1, 10, 20, 30, 40, 50]
     assert "'inshop' expects a gallery_split, got None" in message_of(changed(evaluation__protocol="inshop"))
@@ -149,7 +149,7 @@ def test_a_stream_has_no_validation_classes() -> None:
     assert "expected no validation_classes with a stream, got 2" in message_of(raw)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=lambda path: path.name)
 def test_every_configuration_of_the_project_is_valid_and_named_like_its_file(path: Path) -> None:
     assert load_config(path).name == path.stem
 
@@ -157,15 +157,15 @@ def test_every_configuration_of_the_project_is_valid_and_named_like_its_file(pat
 @pytest.mark.parametrize(
     ("config", "num_classes", "per_class", "weight", "proxies_lr", "batch_norm"),
     [
-        ("cub_1gpu", 100, 12, 0.3, 0.03, "frozen"),
-        ("cars_1gpu", 98, 12, 0.3, 0.03, "frozen"),
-        ("sop_8gpu", 11_318, 1, 0.0, 0.3, "train"),
+        ("cub", 100, 12, 0.3, 0.03, "frozen"),
+        ("cars", 98, 12, 0.3, 0.03, "frozen"),
+        ("sop", 11_318, 1, 0.0, 0.3, "train"),
     ],
 )
 def test_published_settings_are_those_of_the_paper(
     config: str, num_classes: int, per_class: int, weight: float, proxies_lr: float, batch_norm: str
 ) -> None:
-    c = load_config(ROOT / "configs" / f"{config}.json")
+    c = load_config(ROOT / "configs" / "paper" / f"{config}.json")
     assert (c.data.num_classes, c.proxies.per_class, c.proxies.ratio) == (num_classes, per_class, 0.05)
     assert (c.proxies.regularization_weight, c.proxies.scale) == (weight, 1.0)
     assert (c.optimizer.name, c.optimizer.eps, c.optimizer.backbone_lr) == ("adam", 0.01, 1e-4)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_proxygml.config import load_config
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.training.prepare import comparable_settings, find_continuation, prepare_run_directory
 from tests.closed_folders import closed
@@ -107,6 +108,18 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     with closed(path), pytest.raises(ValueError, match=r"step-000001\.json.*Permission denied"):
         prepare_run_directory(config, None, 5)
     assert path.exists()
+
+
+def test_a_run_without_a_budget_resumes_where_256_mib_was_the_default() -> None:
+    def budget(*overrides: str) -> object:
+        settings = comparable_settings(load_config("configs/demo_cpu.json", overrides))
+        return settings.get("proxies.memory_budget")
+
+    weight = "proxies.regularization_weight=0.3"
+    assert budget("proxies.regularization_weight=0") is None  # it changes no number
+    assert budget(weight) == budget(weight, "proxies.memory_budget=256 MiB") == "256 MiB"
+    assert budget(weight, "proxies.memory_budget=64 MiB") == "64 MiB"
+    assert budget(weight, "proxies.regularization_anchors=5") is None
 
 
 def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_used(tmp_path: Path) -> None:
