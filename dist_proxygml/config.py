@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,8 +24,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -34,6 +36,7 @@ from dist_proxygml.rules import (
     check_gallery_split,
     check_head,
     check_margin,
+    check_matryoshka,
     check_ratio_or_topk,
     check_search,
     check_sparse_gradient,
@@ -55,6 +58,10 @@ SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
+# 1 is what None stands for.
+_Power = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | None, AfterValidator(lambda power: None if power == 1 else power)
+]
 # Upper limit of all settings, which leaves headroom in 64 bits.
 _MAX_NUMBER = 1 << 62
 
@@ -62,42 +69,100 @@ _MAX_NUMBER = 1 << 62
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    unsaid: ClassVar[Mapping[str, Any]] = {}
+    """What earlier versions did and had no setting for: a setting of this value is not written, so that runs, exports,
+    embeddings and results of before and of now are the same to whoever compares them."""
+
+    @model_serializer(mode="wrap")
+    def _without_unsaid(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if self.unsaid.get(name, ...) != value}
+
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-class RandomResizedCropConfig(_Section):
+class AugmentationStep(BaseModel):
+    """A transform of torchvision.transforms.v2: the name of its class, and its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str
+
+
+_Side = Annotated[int, Field(ge=1, le=4096)]
+_Interpolation = Literal["bilinear", "bicubic"] | None
+_FROM_WEIGHTS = "null: as the weights say"
+
+
+class _Square(_Section):
+    """Gives squares. What is null here is filled in from the weights when a run starts (backbones/from_weights.py)."""
+
+    @property
+    def side(self) -> int:
+        """`size`, once it is known.
+
+        Raises:
+            ValueError: it is null.
+        """
+        size: int | None = getattr(self, "size", None)
+        if size is None:
+            raise ValueError("expected the size of a transform, got null, which the start of a run fills in; set it")
+        return size
+
+
+class RandomResizedCropConfig(_Square):
     """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; published for training."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear", "augment": []}
+
     name: Literal["random_resized_crop"]
-    size: int = Field(224, ge=1, le=4096, description="Side of the square result, in pixels.")
+    size: _Side | None = Field(224, description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
     scale: tuple[float, float] = Field((0.08, 1.0), description="Range of the crop's share of the image area.")
     flip: bool = Field(True, description="Mirror left-right with probability 1/2.")
+    interpolation: _Interpolation = Field("bilinear", description=f"How pixels are resized; {_FROM_WEIGHTS}.")
+    augment: list[AugmentationStep] = Field(
+        [],
+        description="Transforms of torchvision.transforms.v2 that follow, by name and with their arguments: "
+        '{"name": "RandAugment", "num_ops": 2}.',
+    )
 
 
-class CenterCropConfig(_Section):
+class CenterCropConfig(_Square):
     """Shorter side resized to `resize`, then the central `size` x `size` square; the published test transform."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear"}
+
     name: Literal["center_crop"]
-    resize: int = Field(256, ge=1, le=4096, description="Length of the shorter side after resizing, in pixels.")
-    size: int = Field(224, ge=1, le=4096, description="Side of the square crop, in pixels.")
+    resize: _Side | None = Field(
+        256,
+        description="Length of the shorter side after resizing, in pixels; null: size / crop_pct, as the weights say.",
+    )
+    size: _Side | None = Field(224, description=f"Side of the square crop, in pixels; {_FROM_WEIGHTS}.")
+    interpolation: _Interpolation = Field("bilinear", description=f"How pixels are resized; {_FROM_WEIGHTS}.")
 
 
-class ResizeConfig(_Section):
-    """Full image resized to a square by area averaging."""
+class ResizeConfig(_Square):
+    """Full image resized to a square, by area averaging unless `interpolation` says otherwise."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "area"}
 
     name: Literal["resize"]
-    size: int = Field(ge=1, le=4096, description="Side of the square result, in pixels.")
+    size: _Side | None = Field(description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
+    interpolation: Literal["area", "bilinear", "bicubic"] | None = Field(
+        "area",
+        description=f"How pixels are resized; area is exact for squares reduced by a whole number; {_FROM_WEIGHTS}.",
+    )
 
 
-class AffineJitterConfig(_Section):
+class AffineJitterConfig(_Square):
     """Affine warp and colour jitter of full small images, computed for a batch at once.
 
     Each number is the half-width of a uniform range; 0 disables that part.
     """
 
     name: Literal["affine_jitter"]
-    size: int = Field(ge=1, le=4096, description="Side of the square result, in pixels.")
+    size: _Side | None = Field(description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
     degrees: float = Field(0.0, ge=0, le=360, description="Rotation, degrees.")
     log_scale: float = Field(0.0, ge=0, le=10, description="Natural logarithm of the zoom factor.")
     shift: float = Field(0.0, ge=0, le=10, description="Translation along each axis, as a share of half the side.")
@@ -166,6 +231,17 @@ class DataConfig(_Section):
         description="Class-balanced batches: training.batch_size / images_per_class classes of this many images each; "
         "null visits every image once per epoch.",
     )
+    sampling_power: _Power = Field(
+        None,
+        description="Long tails: a class of s images is drawn in proportion to s to this power; 0.5: square-root "
+        "sampling, 0: all classes alike, 1 or null: every image once per epoch.",
+    )
+    repeated_augmentation: int | None = Field(
+        None,
+        ge=2,
+        description="Copies of each image in a step, augmented differently; an epoch keeps its number of steps, and "
+        "visits one part in so many of the images. null: one.",
+    )
     drop_last: bool = Field(False, description="Drop the short last step of an epoch.")
     damaged_images: Literal["fail", "skip"] = Field(
         "fail",
@@ -199,6 +275,16 @@ class DataConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _test_images_are_not_augmented(self) -> "DataConfig":
+        test = self.test_transform
+        if isinstance(test, RandomResizedCropConfig) and test.augment:
+            raise ValueError(
+                f"expected no test_transform.augment, got {test.augment[0].name!r}: test images are not augmented; "
+                "remove it"
+            )
+        return self
+
     @property
     def cache_limit_bytes(self) -> int | None:
         """cache_limit as a number."""
@@ -228,34 +314,133 @@ class DataConfig(_Section):
             )
         if self.mode == "stream" and self.num_classes is None:
             raise ValueError("expected data.num_classes with a stream, which has no index that says it; set it")
-        exact = [
-            name for name in ("images_per_class", "shuffle_window", "cache_images", "drop_last") if getattr(self, name)
-        ]
+        names = ("images_per_class", "shuffle_window", "cache_images", "drop_last", "repeated_augmentation")
+        exact = [name for name in names if getattr(self, name)]
+        exact += ["sampling_power"] if self.sampling_power is not None else []
         if self.mode == "stream" and exact:
             raise ValueError(f"expected none of {', '.join(exact)} with a stream, which has no index; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_order_at_a_time(self) -> "DataConfig":
+        for name in ("sampling_power", "repeated_augmentation"):
+            if getattr(self, name) is not None and self.images_per_class is not None:
+                raise ValueError(
+                    f"expected no {name} with images_per_class, which says itself how often classes and images come, "
+                    f"got {getattr(self, name)} with {self.images_per_class}; remove one of them"
+                )
+        if self.sampling_power is not None and self.shuffle_window is not None:
+            raise ValueError(
+                f"expected no shuffle_window with sampling_power, whose draws come from all shards, got "
+                f"{self.shuffle_window}; remove one of them"
+            )
         return self
 
 
 # ---- model and loss --------------------------------------------------------------------------------------------------
 
 
+class LoraConfig(_Section):
+    """Low-rank adapters (Hu et al. 2022), through peft: each chosen layer computes W x + alpha / rank * B A x, of which
+    only A and B are trained."""
+
+    rank: int = Field(8, ge=1, le=1 << 12, description="Rank of the adapters.")
+    alpha: float = Field(16.0, gt=0, description="The adapters' output is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters, in training.")
+    target_modules: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Linear layers that get adapters, by the end of their names; null takes query, key, value and "
+        "output projections of the attention, attn.qkv and attn.proj in timm's transformers.",
+    )
+
+
+_Colours = tuple[float, float, float]
+
+
 class BackboneConfig(_Section):
     """Network from images to unit-length embeddings."""
 
-    name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
-    embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
-    pretrained: str | None = Field(
-        None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
+    unsaid: ClassVar[Mapping[str, Any]] = {
+        **{"mean": None, "std": None, "pooling": "average", "embedding_norm": None},
+        **{"matryoshka_dims": [], "frozen_stages": None, "lora": None},
+    }
+
+    name: str = Field(
+        description="bn_inception, small_cnn, raw_pixels, iresnet18 to iresnet200, timm/NAME, timm/hf-hub:ORG/NAME, "
+        "timm/local-dir:FOLDER or torchvision/NAME."
     )
+    embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
+    matryoshka_dims: list[_Count] = Field(
+        default_factory=list,
+        description="Also train the first d dimensions of the embedding as embeddings, for each of these d, and "
+        "evaluate them: it may be cut there (Matryoshka).",
+    )
+    pretrained: str | None = Field(
+        None,
+        description='Path of a weight file, "package", "timm", "torchvision", "hf-hub:ORG/NAME" or "local-dir:FOLDER"; '
+        "null starts from random weights.",
+    )
+    mean: _Colours | None = Field(
+        None,
+        description="Mean of red, green and blue that is subtracted, of values from 0 to 1; null: that of the weights, "
+        "which the start of a run fills in for timm's and torchvision's networks.",
+    )
+    std: _Colours | None = Field(None, description="Deviation that is divided by; null: likewise.")
     pool: int = Field(
         1, ge=1, le=64, description="Side of the grid that the feature map is averaged to; 1 is global average pooling."
+    )
+    pooling: Literal["average", "gem"] = Field(
+        "average",
+        description="How a feature map is pooled: average, or gem, the generalised mean with a learned exponent "
+        "(Radenovic et al. 2018).",
+    )
+    embedding_norm: Literal["layer_norm"] | None = Field(
+        None,
+        description="layer_norm: the pooled features are brought to mean 0 and deviation 1, without trained scale and "
+        "offset, before the embedding layer (Zhai and Wu 2019).",
     )
     batch_norm: Literal["train", "frozen"] = Field(
         "train",
         description="frozen keeps the running statistics fixed; scale and offset are still trained (as published).",
     )
     channels_last: bool = Field(False, description="Store images as NHWC; faster on CPUs and on tensor cores.")
+    frozen_stages: int | None = Field(
+        None,
+        ge=0,
+        description="Do not train the stem and this many stages after it (blocks, where there are no stages); their "
+        "BatchNorm layers stay in evaluation mode. 0 freezes the stem; null trains everything.",
+    )
+    lora: LoraConfig | None = Field(
+        None, description="Train low-rank adapters and the embedding layer only; null trains the weights themselves."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
+
+    @model_validator(mode="after")
+    def _colours_can_be_divided_by(self) -> "BackboneConfig":
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"expected std above 0, got {list(self.std)}; change it, or set it to null")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"expected mean and std both or neither, got {self.mean} and {self.std}; set the other")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_are_shorter_than_the_embedding(self) -> "BackboneConfig":
+        check_matryoshka(self.matryoshka_dims, embedding_dim=self.embedding_dim, setting="backbone.matryoshka_dims")
+        return self
+
+    def of_trained_model(self) -> dict[str, Any]:
+        """Return what a trained model is built from, as JSON: the settings without those of training alone."""
+        return self.model_dump(mode="json", exclude={"frozen_stages", "lora"})
+
+    @model_validator(mode="after")
+    def _adapters_freeze_everything(self) -> "BackboneConfig":
+        if self.lora is not None and self.frozen_stages is not None:
+            raise ValueError(
+                f"expected frozen_stages null with lora, which freezes the whole trunk, got {self.frozen_stages}; "
+                "remove one of them"
+            )
+        return self
 
 
 class MarginConfig(_Section):
@@ -304,10 +489,10 @@ class ProxiesConfig(_Section):
         description="How ranks find the global top-k: gather the bank, exchange candidates, sum histograms; auto: the "
         "one that moves the fewest bytes.",
     )
-    memory_budget: _ByteCount = Field(
-        "256 MiB",
+    memory_budget: _ByteCount | None = Field(
+        None,
         description="Memory per rank for similarities during the search; each kept pair of image and proxy takes "
-        "about 120 bytes in addition.",
+        "about 120 bytes in addition. null: 2 GiB on GPUs, 256 MiB on CPUs and for how the regulariser is computed.",
     )
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the inputs of products; similarities and sums are always float32."
@@ -327,9 +512,9 @@ class ProxiesConfig(_Section):
     )
 
     @property
-    def memory_budget_bytes(self) -> int:
-        """memory_budget as a number."""
-        return parse_bytes(self.memory_budget)
+    def memory_budget_bytes(self) -> int | None:
+        """memory_budget as a number; None: by device."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     @model_validator(mode="after")
     def _anchors_belong_to_the_regularizer(self) -> "ProxiesConfig":
@@ -410,6 +595,8 @@ class LossConfig(_Section):
 class OptimizerConfig(_Section):
     """Optimizer of backbone and proxies; one rule, separate learning rates."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"weight_decay_on": "all", "layer_decay": None}
+
     name: Literal["adam", "adamw"] = Field(
         "adam", description="Update rule; adam adds weight decay to the gradient (L2)."
     )
@@ -427,6 +614,18 @@ class OptimizerConfig(_Section):
         gt=0, description="Learning rate of the proxies. Do not scale it with the number of ranks."
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the backbone.")
+    weight_decay_on: Literal["all", "matrices"] = Field(
+        "all",
+        description="Parameters of the backbone with weight decay; matrices leaves out biases, norms and embeddings "
+        "(positions, class tokens).",
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor on the learning rate from each layer of the trunk to the one before it, such as 0.75: the "
+        "last block learns at 0.75 times backbone_lr, the stem slowest. null: all layers alike.",
+    )
     proxies_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the proxies.")
     eps: float = Field(
         1e-8,
@@ -504,6 +703,28 @@ class TrainingConfig(_Section):
         le=1e8,
         description="Seconds after which a hanging step ends the process; null waits forever.",
     )
+    float32_matmul: Literal["highest", "high"] = Field(
+        "highest",
+        description="Float32 products of the backbone on GPUs: highest, or high (TF32). The head's are exact either "
+        "way; convolutions use TF32 by torch's default.",
+    )
+    cudnn_benchmark: bool = Field(
+        False, description="On GPUs, time cuDNN's algorithms for each new shape of images and keep the fastest."
+    )
+    deterministic: bool = Field(
+        False,
+        description="On GPUs, choose operators whose sums have a fixed order, so that a repeated or resumed run gives "
+        "the same bits; slower, see docs/gpu.md.",
+    )
+
+    @model_validator(mode="after")
+    def _deterministic_chooses_no_algorithm_by_time(self) -> "TrainingConfig":
+        if self.deterministic and self.cudnn_benchmark:
+            raise ValueError(
+                "expected cudnn_benchmark false with deterministic, got true: which algorithm is fastest differs from "
+                "start to start; set one of them to false"
+            )
+        return self
 
 
 class PairsConfig(_Section):
@@ -568,6 +789,11 @@ class EvaluationConfig(_Section):
         "numbers of seen and unseen classes.",
     )
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
+    kmeans_on_gpu: bool = Field(
+        False,
+        description="Assign the points of k-means on the ranks' GPUs, if faiss can use them; distances that are nearly "
+        "equal may fall otherwise than on a CPU, so results name it.",
+    )
     pairs: PairsConfig | None = Field(
         None, description="Also measure verification, TAR at FAR over pairs of images; {} for all pairs. null: do not."
     )
@@ -833,6 +1059,12 @@ class Config(_Section):
                 f"expected training.batch_size to be a multiple of data.images_per_class, got "
                 f"{self.training.batch_size} and {images_per_class}; change one of them"
             )
+        num_copies = self.data.repeated_augmentation
+        if num_copies and self.training.batch_size % num_copies:
+            raise ValueError(
+                f"expected training.batch_size to be a multiple of data.repeated_augmentation, got "
+                f"{self.training.batch_size} and {num_copies}; change one of them"
+            )
         if self.data.stream and self.data.stream.samples_per_epoch < self.training.batch_size:
             raise ValueError(
                 f"expected data.stream.samples_per_epoch of at least training.batch_size ({self.training.batch_size}), "
@@ -876,6 +1108,11 @@ class Config(_Section):
                     f"expected no settings of the section proxies with loss.name {loss.name!r}, which takes the place "
                     f"of that head, got proxies.{name} {getattr(proxies, name)!r}; remove the section, or loss"
                 )
+        if self.backbone.matryoshka_dims:
+            raise ValueError(
+                f"expected no backbone.matryoshka_dims with loss.name {loss.name!r}: the head of proxies trains them, "
+                f"got {self.backbone.matryoshka_dims}; remove them, or loss"
+            )
         if self.optimizer.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
             raise ValueError(
                 f'expected optimizer.proxies_name "adam", "adamw" or "sgd" with loss.name {loss.name!r}, whose '
@@ -941,6 +1178,17 @@ class Config(_Section):
             raise ValueError(f"training.frozen_trunk_epochs {beyond} lie outside 1..{self.training.epochs}")
         return self
 
+    @model_validator(mode="after")
+    def _frozen_weights_come_from_somewhere(self) -> "Config":
+        kept = {"frozen_stages": self.backbone.frozen_stages, "lora": self.backbone.lora}
+        name = next((name for name, value in kept.items() if value is not None), None)
+        if name is not None and self.backbone.pretrained is None and self.checkpoint.init_from is None:
+            raise ValueError(
+                f"expected backbone.pretrained or checkpoint.init_from with backbone.{name}, got neither: random "
+                f"weights would never be trained; set one of them, or remove backbone.{name}"
+            )
+        return self
+
     def micro_batch_size(self, world_size: int) -> int:
         """Compute the number of images of one rank in one micro-batch.
 
@@ -990,19 +1238,19 @@ _CONFIGS = Path(__file__).parent / "configs"  # those of the repository, also in
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read and validate a JSON configuration, with `a.b=value` overrides applied first.
 
-    A value is parsed as JSON if possible, otherwise taken as a string. A bare name, such as demo_cpu, refers to a
-    configuration shipped with the package.
+    A value is parsed as JSON if possible, otherwise taken as a string. A name without a suffix, such as demo_cpu or
+    paper/sop, refers to a configuration shipped with the package.
 
     Raises:
         ValueError: the file is missing or not JSON, a key is unknown (the nearest is suggested), a type is wrong, or
             settings contradict each other.
     """
     path = Path(path)
-    if path.name == str(path) and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
+    if not path.suffix and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
         path = _CONFIGS / f"{path}.json"
     if not path.is_file():
         nearby = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.json")})
-        nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
+        nearby += sorted(str(p.relative_to(_CONFIGS).with_suffix("")) for p in _CONFIGS.rglob("*.json"))
         raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_with_each_key_once)

@@ -15,6 +15,7 @@ import numpy as np
 from dist_proxygml.cli import build_parser
 from dist_proxygml.config import load_run_config
 from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.gpus import set_arithmetic
 from dist_proxygml.distributed.parallel import (
     has_started,
     join_world,
@@ -34,7 +35,7 @@ EXAMPLES = """\
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --validation
   deepspeed launchers/evaluate.py --run runs/faces --split lfw --set evaluation.pairs.of=listed
-  deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
+  deepspeed launchers/evaluate.py --run runs/cub --protocol cub --legacy-proxygml --verify
 """
 
 
@@ -67,6 +68,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "--split, or add --validation for the classes that it held out"
         )
     context = join_world(start_timeout=config.training.start_timeout)
+    set_arithmetic(config.training, context.device)
 
     from dist_proxygml.checkpoint.folder import find_checkpoint, found_instead
     from dist_proxygml.checkpoint.writer import load_backbone
@@ -82,7 +84,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     from dist_proxygml.reporting.page import format_metrics
     from dist_proxygml.storage.run_folder import RunFolder
-    from dist_proxygml.training.data import open_split, open_validation, trained_classes
+    from dist_proxygml.training.data import open_split, open_validation, trained_images
 
     checkpoints = RunFolder(arguments.run).checkpoints
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
@@ -92,10 +94,10 @@ def main(given: Sequence[str] | None = None) -> None:
         raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
     if arguments.validation:
         index = run_together(context, open_validation, config, checkpoint)
-        seen_C: np.ndarray | None = np.zeros(index.num_classes, dtype=bool)
+        trained_C: np.ndarray | None = np.full(index.num_classes, -1)
     else:
         index = run_together(context, lambda: open_split(config, str(split), shards=arguments.data))
-        seen_C, problem = run_together(context, trained_classes, checkpoint, index)
+        trained_C, problem = run_together(context, trained_images, checkpoint, index)
         if problem and context.is_main:
             print(f"which of the classes were trained is not known: {problem}")
     model = run_together(context, build_evaluation_model, config)
@@ -114,7 +116,7 @@ def main(given: Sequence[str] | None = None) -> None:
         config,
         context,
         model,
-        Split(index, damage, seen_C),
+        Split(index, damage, None if trained_C is None else trained_C >= 0, trained_C),
         verify=arguments.verify,
         hooks=PassHooks(blocks=blocks, say=say),
     )

@@ -2,7 +2,8 @@
 
     resize                full image to S x S by area averaging
     center_crop           shorter side to a length, central S x S        (published test transform)
-    random_resized_crop   random area and aspect ratio, to S x S, mirror (published augmentation)
+    random_resized_crop   random area and aspect ratio, to S x S, mirror (published augmentation); then the steps of
+                          torchvision that are listed as `augment`, see augment.py
     affine_jitter         small images warped and recoloured, computed for the batch at once
 
 A transform takes the images and one random generator per image, finished with before the next one is requested. Its
@@ -13,13 +14,16 @@ with the main process (default_collate), which saves a copy.
 Declined: random state inside a transform, and float images in the workers' queue (four times the bytes).
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from dist_proxygml.config import (
@@ -29,7 +33,9 @@ from dist_proxygml.config import (
     ResizeConfig,
     TransformConfig,
 )
+from dist_proxygml.data.augment import Augment, own_randomness
 
+T = TypeVar("T")
 Transform = Callable[[Sequence[torch.Tensor], Iterable[np.random.Generator]], torch.Tensor]
 
 
@@ -37,71 +43,115 @@ def build_transform(config: TransformConfig) -> Transform:
     """Build the configured transform: images uint8 [3, h, w] -> a batch uint8 [b, 3, S, S]."""
     match config:
         case ResizeConfig():
-            return Resize(config.size)
+            return Resize(config.side, interpolation=_known(config.interpolation, "interpolation"))
         case CenterCropConfig():
-            return CenterCrop(config.resize, config.size)
+            how = _known(config.interpolation, "interpolation")
+            return CenterCrop(_known(config.resize, "resize"), config.side, interpolation=how)
         case RandomResizedCropConfig():
-            return RandomResizedCrop(config.size, scale=config.scale, flip=config.flip)
+            how = _known(config.interpolation, "interpolation")
+            steps = [step.model_dump() for step in config.augment]
+            augment = Augment(steps, size=config.side) if steps else None
+            return RandomResizedCrop(
+                config.side, scale=config.scale, flip=config.flip, interpolation=how, augment=augment
+            )
         case AffineJitterConfig():
-            return AffineJitter(**config.model_dump(exclude={"name"}))
+            return AffineJitter(config.side, **config.model_dump(exclude={"name", "size"}))
+
+
+def _known(value: T | None, setting: str) -> T:
+    if value is None:
+        raise ValueError(f"expected {setting} of a transform, got null, which the start of a run fills in; set it")
+    return value
+
+
+def check_transform(config: TransformConfig) -> None:
+    """Try the configured transform on an image. Raises ValueError if it cannot be built or gives no such batch."""
+    transform = build_transform(config)
+    if isinstance(transform, RandomResizedCrop) and transform.augment is not None:
+        transform.augment.check()
+    transform([torch.zeros(3, 97, 80, dtype=torch.uint8)], [np.random.default_rng(0)])
 
 
 class Resize:
     """Resize the full image to size x size, each pixel the mean of the area it covers.
 
-    Exact for squares reduced by a whole number, antialiased bilinear for other sizes.
+    Exact for squares reduced by a whole number, antialiased bilinear for other sizes; "bilinear" and "bicubic" are
+    antialiased for all sizes.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, interpolation: str = "area") -> None:
         self.size = size
+        self.interpolation = interpolation
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Resize the images, together if they have the same size."""
         if len({image.shape for image in images}) == 1:
-            return _resize(torch.stack(list(images)), self.size)
-        return torch.stack([_resize(image[None], self.size)[0] for image in images])
+            return self._resize(torch.stack(list(images)))
+        return torch.stack([self._resize(image[None])[0] for image in images])
+
+    def _resize(self, images_bchw: torch.Tensor) -> torch.Tensor:
+        if self.interpolation == "area":
+            return _resize(images_bchw, self.size)
+        how = InterpolationMode(self.interpolation)
+        resized: torch.Tensor = vision.resize(images_bchw, [self.size, self.size], how, antialias=True)
+        return resized
 
 
 class CenterCrop:
     """Resize the shorter side to `resize`, then crop the central square; pad with black if too small."""
 
-    def __init__(self, resize: int, size: int) -> None:
+    def __init__(self, resize: int, size: int, *, interpolation: str = "bilinear") -> None:
         self.resize = resize
         self.size = size
+        self.interpolation = InterpolationMode(interpolation)
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Resize and crop the images."""
-        resized = [vision.resize(image, [self.resize], antialias=True) for image in images]
+        resized = [vision.resize(image, [self.resize], self.interpolation, antialias=True) for image in images]
         return default_collate([vision.center_crop(image, [self.size, self.size]) for image in resized])
 
 
 class RandomResizedCrop:
-    """Resize a random crop to size x size, mirrored with probability 1/2 if `flip`.
+    """Resize a random crop to size x size, mirrored with probability 1/2 if `flip`; then `augment` it.
 
     Its share of the area is uniform in `scale`, its aspect ratio log-uniform in 3/4..4/3. Ten
     attempts to fit the crop into the image, then the largest central crop within those ratios
     (Szegedy et al. 2015; the published augmentation of these benchmarks).
     """
 
-    def __init__(self, size: int, *, scale: tuple[float, float], flip: bool) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        scale: tuple[float, float],
+        flip: bool,
+        interpolation: str = "bilinear",
+        augment: Augment | None = None,
+    ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale of random_resized_crop must satisfy 0 < low <= high <= 1, got {tuple(scale)}")
         self.size = size
         self.scale = scale
         self.flip = flip
+        self.interpolation = InterpolationMode(interpolation)
+        self.augment = augment
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Crop the images, each with its own generator."""
-        return default_collate(
-            [self._one(image, generator) for image, generator in zip(images, generators, strict=True)]
-        )
+        with contextlib.nullcontext() if self.augment is None else own_randomness():
+            return default_collate(
+                [self._one(image, generator) for image, generator in zip(images, generators, strict=True)]
+            )
 
     def _one(self, image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
         top, left, height, width = self._box(image.shape[1], image.shape[2], generator)
         crop: torch.Tensor = vision.resized_crop(
-            image, top, left, height, width, [self.size, self.size], antialias=True
+            image, top, left, height, width, [self.size, self.size], self.interpolation, antialias=True
         )
-        return crop.flip(-1) if self.flip and generator.random() < 0.5 else crop
+        crop = crop.flip(-1) if self.flip and generator.random() < 0.5 else crop
+        if self.augment is None:
+            return crop
+        return self.augment(crop.contiguous(), seed=int(generator.integers(1 << 63)))
 
     def _box(self, height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
         for _ in range(10):

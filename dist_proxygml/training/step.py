@@ -11,15 +11,19 @@ moments change.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
+from dist_proxygml.backbones.layers import ParameterGroup
+from dist_proxygml.backbones.lora import add_adapters_
 from dist_proxygml.config import Config, ProxiesConfig
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
 from dist_proxygml.distributed.engine import Engine, engine_settings
+from dist_proxygml.distributed.gpus import exact_products
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.choices import Head
@@ -32,7 +36,9 @@ from dist_proxygml.head.reference import LossTerms
 from dist_proxygml.training.optim import (
     build_backbone_optimizer,
     build_bank_optimizer,
+    build_groups,
     clip_norm_,
+    group_learning_rates,
     learning_rate_factor,
     set_learning_rates,
     wants_sparse_gradient,
@@ -47,6 +53,7 @@ class TrainState:
     context: ParallelContext
     config: Config
     engine: Engine
+    groups: list[ParameterGroup]  # of the backbone's optimizer
     loss: GlobalLoss
     bank_optimizer: torch.optim.Optimizer
     num_steps: int  # of the whole run, at this batch size
@@ -128,6 +135,7 @@ def build_loss(config: Config, context: ParallelContext) -> GlobalLoss:
         memory_budget=config.proxies.memory_budget_bytes,
         fused=config.proxies.fused,
         matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
+        matryoshka_dims=config.backbone.matryoshka_dims,
         sparse=wants_sparse_gradient(config),
         initialization="published" if config.proxies.initialization == "published" else "unit",
         seed=config.seed,
@@ -153,15 +161,17 @@ def build_train_state(
         model = build_backbone(config.backbone, load_pretrained=transfer is None, group=context.group)
         if transfer is not None:  # before the engine, which copies weights
             transfer.load_backbone_(model)
+        if config.backbone.lora is not None:
+            add_adapters_(model, config.backbone.lora)
         return model
 
     model = run_together(context, build_model).to(context.device)
     model.keeps_lengths = _needs_lengths(config)
     loss = build_loss(config, context)
-    trunk, embedding = model.parameter_groups()
+    groups = build_groups(config, model)
     engine = Engine(
         model,
-        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding),
+        build_backbone_optimizer(config.optimizer, groups),
         settings=settings,
         context=context,
         outside=loss.parameters(),
@@ -172,6 +182,7 @@ def build_train_state(
         context=context,
         config=config,
         engine=engine,
+        groups=groups,
         loss=loss,
         bank_optimizer=(
             build_bank_optimizer(config.optimizer, [loss.proxies], loss.log_scale)
@@ -201,9 +212,11 @@ def train_step(
     """
     context, config = state.context, state.config
     fault_point("step.begin")
-    rates = learning_rates(state)
-    set_learning_rates(state.engine.optimizer, rates[:2])
-    set_learning_rates(state.bank_optimizer, rates[2:] * len(state.bank_optimizer.param_groups))
+    trunk_rate, embedding_rate, proxies_rate = learning_rates(state)
+    set_learning_rates(
+        state.engine.optimizer, group_learning_rates(state.groups, trunk=trunk_rate, embedding=embedding_rate)
+    )
+    set_learning_rates(state.bank_optimizer, [proxies_rate] * len(state.bank_optimizer.param_groups))
 
     # 1. Forward and backward, micro-batch by micro-batch. The loss's draws are indexed by the step, not by history.
     state.loss.draw = state.step * config.accumulation
@@ -218,28 +231,36 @@ def train_step(
         if failure is None:
             weight = batch.loss_weight(len(micro_batches))
             try:
-                terms = state.loss(detached_embeddings[-1], batch.labels.to(context.device, non_blocking=True))
-                (terms.total * weight).backward()
+                with exact_products():  # whatever training.float32_matmul says of the backbone
+                    terms = state.loss(detached_embeddings[-1], batch.labels.to(context.device, non_blocking=True))
+                    (terms.total * weight).backward()
                 weighted = [term.detach() * (weight / len(micro_batches)) for term in terms]
                 sums = weighted if sums is None else [total + part for total, part in zip(sums, weighted, strict=True)]
             except NonFiniteError as error:  # on all ranks
                 failure = str(error)
         gradient = detached_embeddings[-1].grad
-        if number == len(micro_batches):
-            proxies_norm, kept_classes, answers = _finish_bank_gradient(state, len(micro_batches), requests)
-            if failure is None and not math.isfinite(proxies_norm):
-                failure = "the gradient of the proxies is NaN or infinite"
+        is_last, bank = number == len(micro_batches), None
+        if is_last and not state.engine.updates_plainly:  # its optimizer decides by what it is given: the bank first
+            bank = _finish_bank_gradient(state, len(micro_batches), requests)
+            failure = failure or bank.failure
         if gradient is None or failure is not None:  # the engine drops non-finite gradients, on all ranks
             gradient = torch.full_like(embeddings, torch.nan)
         state.engine.backward(embeddings, gradient)
-        backbone_norm = state.engine.step(measure_norm=measure)
+        if is_last and bank is None:  # one read for both
+            backbone_norm = state.engine.gradient_norm()
+            bank = _finish_bank_gradient(state, len(micro_batches), requests, backbone_norm=backbone_norm)
+            failure = failure or bank.failure
+        logged_norm = state.engine.step(
+            norm=None if bank is None else bank.backbone_norm, is_wanted=failure is None, measure_norm=measure
+        )
+    assert bank is not None
 
     # 2. The bank steps where the engine stepped.
     fault_point("step.update")
     if state.engine.step_was_applied():
         state.bank_optimizer.step()
         if config.proxies.unit_norm:
-            bring_to_unit_length_(state.bank.proxies, classes_u=kept_classes)
+            bring_to_unit_length_(state.bank.proxies, classes_u=bank.kept_classes)
     elif failure is None and not state.engine.scales_loss:
         failure = "the gradient of the backbone is NaN or infinite"
     state.bank_optimizer.zero_grad()
@@ -249,21 +270,32 @@ def train_step(
     state.consumed = 0 if ends_epoch else state.consumed + micro_batches[0].step_size
     return StepReport(
         terms=None if sums is None or failure else LossTerms(*sums),
-        backbone_norm=backbone_norm,
-        proxies_norm=proxies_norm,
+        backbone_norm=logged_norm,
+        proxies_norm=bank.norm,
         skipped=SkippedStep(failure, _suspects(micro_batches, detached_embeddings)) if failure else None,
-        requests=answers,
+        requests=bank.requests,
     )
 
 
-def _finish_bank_gradient(
-    state: TrainState, accumulation: int, requests: Sequence[bool]
-) -> tuple[float, Tensor | None, tuple[bool, ...]]:
-    """Prepare the gradient of the bank, or of another loss, for the optimizer: coalesce, average over micro-batches,
-    clip.
+class _BankGradient(NamedTuple):
+    """What is known of the gradients of a step, over all ranks, before either optimizer moves."""
 
-    Returns:
-        Its norm over all ranks before clipping, its classes [u] (None: all), the requests of any rank.
+    norm: float  # of the bank's, before clipping
+    kept_classes: Tensor | None  # [u]; None: all
+    requests: tuple[bool, ...]  # of any rank
+    backbone_norm: float | None  # if it was given
+
+    @property
+    def failure(self) -> str | None:
+        """Why the step cannot be taken, as far as the bank tells."""
+        return None if math.isfinite(self.norm) else "the gradient of the proxies is NaN or infinite"
+
+
+def _finish_bank_gradient(
+    state: TrainState, accumulation: int, requests: Sequence[bool], *, backbone_norm: Tensor | None = None
+) -> _BankGradient:
+    """Prepare the gradient of the bank, or of another loss, for the optimizer: coalesce, average over micro-batches,
+    clip. Norms and requests take one all-reduce and one read of the device, for which it waits once.
     """
     loss, kept_classes, copies = state.loss, None, 1
     values: list[Tensor] = []
@@ -283,13 +315,17 @@ def _finish_bank_gradient(
     asked = torch.tensor([0.0, *map(float, requests)], dtype=torch.float64, device=loss.device)
     for value in values:
         asked[0] += squared_norm(value) / copies
-    sums = all_reduce_sum(asked, group=state.context.group).tolist()
+    asked = all_reduce_sum(asked, group=state.context.group)
+    if backbone_norm is not None:  # the same on every rank
+        asked = torch.cat([asked, backbone_norm.double().reshape(1)])
+    sums = asked.tolist()
+    measured = sums.pop() if backbone_norm is not None else None
     norm = math.sqrt(sums[0])
     clip = state.config.optimizer.proxies_clip_norm
     if clip is not None:
         for value in values:
             clip_norm_(value, norm=torch.tensor(norm, dtype=torch.float64), max_norm=clip)
-    return norm, kept_classes, tuple(count > 0 for count in sums[1:])
+    return _BankGradient(norm, kept_classes, tuple(count > 0 for count in sums[1:]), measured)
 
 
 def _needs_lengths(config: Config) -> bool:

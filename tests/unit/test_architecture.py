@@ -50,10 +50,11 @@ OWNERS: dict[str, set[str]] = {
     "pyarrow": {"data.rows", "data.hf"},
     "pytorch_metric_learning": {"head.pml"},
     "pydantic": {"config"},
-    "timm": {"backbones.build", "backbones.timm_folder"},
+    "peft": {"backbones.lora"},
+    "timm": {"backbones"},
     "triton": {"head.fused"},
     "jinja2": {"reporting.render"},
-    "huggingface_hub": {"inference.hub", "inference.model_card", "data.remote", "backbones.build"},
+    "huggingface_hub": {"inference.hub", "inference.model_card", "data.remote", "backbones"},
     "matplotlib": {"reporting.charts", "cluster.sweep_chart"},
     "mlflow": {"reporting.trackers"},
     "tensorboard": {"reporting.projector"},
@@ -77,6 +78,7 @@ DISTRIBUTED_TYPES = {"ProcessGroup"}
 # Takes tensors, ints and a process group, never a configuration.
 MATHS = {
     "distributed.collectives",
+    "evaluation.class_sizes",
     "evaluation.exact",
     "reporting.hubs",
     "evaluation.metrics",

@@ -4,12 +4,14 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import single_process
-from dist_proxygml.evaluation import search
+from dist_proxygml.evaluation import evaluator, search
 from dist_proxygml.evaluation.embedding_pass import (
     EmbeddingTable,
     PassHooks,
@@ -109,6 +111,20 @@ def test_an_evaluation_gives_the_metrics_of_a_full_sort_and_counts_the_lone_imag
     )
     assert result.recall_at_1_bounds == result.bounds["recall@1"]
     assert all(low <= result.metrics[name] <= high for name, (low, high) in result.bounds.items())
+
+
+def test_prefixes_of_an_embedding_are_evaluated_as_embeddings(index: ShardIndex) -> None:
+    result = evaluated(Projection(), index, recall_at=(2,), prefixes=(2, 5))
+    assert result.table is not None
+    for dim in (2, 5):
+        cut = F.normalize(result.table.embeddings[:, :dim], dim=1)
+        wanted = full_sort_metrics(result.table._replace(embeddings=cut), (1,))
+        for name in ("recall@1", "map@r"):
+            assert result.metrics[f"{name}_dim{dim}"] == pytest.approx(wanted[name], abs=1e-12)
+    whole = evaluated(Projection(), index, recall_at=(2,))
+    assert {k: v for k, v in result.metrics.items() if "_dim" not in k} == whole.metrics
+    assert result.metrics["recall@1_dim2"] != result.metrics["recall@1_dim5"]
+    assert result.fingerprint != whole.fingerprint
 
 
 def test_hand_worked_example() -> None:
@@ -320,6 +336,37 @@ def test_a_gallery_is_divided_when_it_does_not_fit_half_of_what_is_free(
     needed: int, world_size: int, choice: str
 ) -> None:
     assert choose_placement(needed, available=100, world_size=world_size) == choice
+
+
+def test_kmeans_on_a_gpu_is_that_of_the_cpu_with_another_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = search.load_faiss()
+    asked: list[tuple[int, int]] = []
+
+    def on_gpu(kind: str, width: int, device: torch.device) -> tuple[object, Any]:
+        assert kind == "GpuIndexFlatL2"
+        asked.append((width, device.index))
+        return object(), faiss.IndexFlatL2(width)
+
+    points_nD = np.random.default_rng(0).standard_normal((200, 16), dtype=np.float32)
+    cluster = partial(search.cluster, points_nD, num_clusters=8, seed=3, num_iterations=5)
+    expected_n = cluster()
+    monkeypatch.setattr(search, "_flat_on_gpu", on_gpu)
+    assert np.array_equal(cluster(), expected_n)
+    assert asked == []
+    assert np.array_equal(cluster(device=torch.device("cuda", 3)), expected_n)
+    assert asked == [(16, 3)]
+
+
+def test_kmeans_on_a_gpu_is_named_in_the_protocol_where_there_is_one(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = evaluated(Projection(), index, kmeans_seeds=1)
+    assert evaluated(Projection(), index, kmeans_seeds=1, kmeans_on_gpu=True).to_json() == plain.to_json()
+    monkeypatch.setattr(evaluator, "searches_on_gpu", lambda device: True)
+    monkeypatch.setattr(search, "_flat_on_gpu", lambda _, width, device: ((), search.load_faiss().IndexFlatL2(width)))
+    found = evaluated(Projection(), index, kmeans_seeds=1, kmeans_on_gpu=True)
+    assert found.metrics == plain.metrics
+    assert found.protocol["clustering"]["algorithm"].endswith(", points assigned on a GPU")
 
 
 def test_clustering_reports_the_mean_and_the_deviation_over_the_seeds(index: ShardIndex) -> None:
