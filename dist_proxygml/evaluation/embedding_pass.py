@@ -53,11 +53,13 @@ class Split:
         index: they.
         damage: where damaged ones are counted and skipped; None: they are an error.
         seen: bool [C], which classes the model was trained on; None: unknown.
+        trained_images: int64 [C], how many images of each class it was trained on, none where negative; None: unknown.
     """
 
     index: ShardIndex
     damage: DamageLog | None = None
     seen: np.ndarray | None = None
+    trained_images: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

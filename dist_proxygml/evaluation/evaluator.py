@@ -34,6 +34,7 @@ from torch import nn
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_long, run_together
 from dist_proxygml.evaluation import metrics
+from dist_proxygml.evaluation.class_sizes import SizeGroup, as_document, from_document, group_by_size
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassHooks, PassSettings, Split, embed_split
 from dist_proxygml.evaluation.exact import round_rows, scores_of_pairs
 from dist_proxygml.evaluation.progress import Follower, progress
@@ -121,6 +122,8 @@ class EvaluationResult:
         protocol: what two results must share to be compared.
         table: the embeddings that were evaluated; not part of the JSON nor of equality.
         pairs: how well scores tell pairs of images apart, where it was asked for.
+        class_sizes: the queries by the number of images of their class: "searched" of those that are searched, and,
+            where a class was trained, "trained" of those that were trained on.
     """
 
     metrics: dict[str, float]
@@ -133,6 +136,7 @@ class EvaluationResult:
     protocol: dict[str, Any]
     table: EmbeddingTable | None = field(default=None, repr=False, compare=False)
     pairs: Verification | None = None
+    class_sizes: Mapping[str, tuple[SizeGroup, ...]] = field(default_factory=dict)
 
     @property
     def recall_at_1_bounds(self) -> tuple[float, float] | None:
@@ -170,6 +174,8 @@ class EvaluationResult:
         }
         if self.pairs is not None:
             document["pairs"] = self.pairs.as_document()
+        if self.class_sizes:
+            document["class_sizes"] = {name: as_document(groups) for name, groups in self.class_sizes.items()}
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
@@ -198,6 +204,7 @@ class EvaluationResult:
                 num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
                 pairs=Verification.from_document(document["pairs"]) if "pairs" in document else None,
+                class_sizes={name: from_document(of) for name, of in document.get("class_sizes", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -274,6 +281,7 @@ def evaluate(
         roles=roles,
         cameras_n=cameras_n,
         seen_C=split.seen,
+        trained_C=split.trained_images,
         listed_p4=run_together(context, index.read_pairs) if is_listed else None,
         data=data,
         hooks=hooks,
@@ -290,6 +298,7 @@ def evaluate_table(
     roles: Roles | None = None,
     cameras_n: np.ndarray | None = None,
     seen_C: np.ndarray | None = None,
+    trained_C: np.ndarray | None = None,
     listed_p4: np.ndarray | None = None,
     data: Mapping[str, Any] | None = None,
     hooks: PassHooks = PassHooks(),  # noqa: B008
@@ -301,6 +310,7 @@ def evaluate_table(
         roles: which images ask and which are searched; None: all do both.
         cameras_n: the camera of each row, int; needed with `exclude_same`, and used with nothing else.
         seen_C: bool by label, which classes were trained; None: unknown.
+        trained_C: int by label, how many images of each class were trained on, none where negative; None: unknown.
         listed_p4: the listed pairs, int64: first and second id, 1 for the same class, fold. Those of which an image is
             missing are left out.
         data: where the embeddings come from, for the record.
@@ -329,6 +339,7 @@ def evaluate_table(
     rows_nD = run_together(context, round_rows, table.embeddings.numpy())
     measured: dict[str, float] = {}
     bounds: dict[str, tuple[float, float]] = {}
+    class_sizes: dict[str, tuple[SizeGroup, ...]] = {}
     found = None
 
     def agree() -> None:
@@ -348,6 +359,11 @@ def evaluate_table(
         images = Images(rows_nD, class_n, is_query_n, is_gallery_n, cameras_n)
         found = search(images, with_self=_drops_first_column(settings))
         measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
+        searched_C = np.bincount(labels_n[is_gallery_n], minlength=int(labels_n.max()) + 1)
+        for name, num_images_C in (("searched", searched_C), ("trained", trained_C)):
+            if num_images_C is not None and (num_images_C[labels_n] > 0).any():
+                label_q = labels_n[found.position]
+                class_sizes[name] = group_by_size(found.exact, label_q, np.maximum(num_images_C[label_q], 0))
         for dim in settings.prefixes:
             rows_nd = run_together(context, _prefix_rows, table, dim)
             scores = search(images._replace(rows=rows_nd), with_self=False).exact
@@ -394,6 +410,7 @@ def evaluate_table(
         num_damaged=0,
         protocol=_protocol(settings, counts, data or {}, _count_classes(labels_n, seen_C)),
         pairs=verified,
+        class_sizes=class_sizes,
         table=table,
     )
 

@@ -154,8 +154,8 @@ def result_settings(config: Config) -> dict[str, Any]:
     """Settings that determine the numbers of an evaluation: all but when to evaluate, how to search and to load."""
     of_data = {"shards", "train_split", "validation_classes", "test_split", "test_transform"}
     of_data |= {"damaged_images", "max_damaged"}
-    wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
-    settings = config.model_dump(mode="json", include=wanted)
+    wanted: dict[str, Any] = {"seed": True, "evaluation": True, "data": of_data}
+    settings = config.model_dump(mode="json", include=wanted) | {"backbone": config.backbone.of_trained_model()}
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
     for name in ("exclude_same", "pairs"):
@@ -163,6 +163,4 @@ def result_settings(config: Config) -> dict[str, Any]:
             del settings["evaluation"][name]
     if not settings["evaluation"]["kmeans_on_gpu"]:
         del settings["evaluation"]["kmeans_on_gpu"]
-    if not settings["backbone"]["matryoshka_dims"]:
-        del settings["backbone"]["matryoshka_dims"]
     return dict(settings)
