@@ -8,6 +8,8 @@ gradients and running statistics are the same for any number of ranks. Arithmeti
 which casts weights but not running statistics.
 
 torch.nn.SyncBatchNorm was declined: it does not run on CPUs, and does not mix bf16 weights with float32 statistics.
+Under gradient checkpointing a layer runs a second time in the backward pass; the running statistics, which have the
+batch already, then stay as they are.
 Each rank sends count, mean and sum of squared deviations (joined by the parallel formula of Chan, Golub and LeVeque,
 1983), and in backward two sums per channel.
 
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_proxygml.backbones.gradient_checkpointing import is_recomputation
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows, world_size_of
 
 
@@ -54,7 +57,11 @@ class GlobalBatchNorm(_BatchNorm):
             y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, False, 0.0, self.eps)
         else:
             assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
+            is_again = is_recomputation()  # of a batch that the statistics have
+            if is_again:
+                mean_C, var_C = mean_C.clone(), var_C.clone()
+            else:
+                self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             if world_size_of(self.group) == 1:
                 y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, True, momentum, self.eps)
@@ -65,7 +72,7 @@ class GlobalBatchNorm(_BatchNorm):
                 with torch.no_grad():
                     mean_C.lerp_(batch_mean_C, momentum)
                     var_C.lerp_(batch_var_C * count / (count - 1), momentum)
-            if mean_C is not self.running_mean:
+            if mean_C is not self.running_mean and not is_again:
                 self.running_mean.copy_(mean_C)
                 self.running_var.copy_(var_C)
         return self.after(y.to(x.dtype))

@@ -19,9 +19,10 @@ Initialisation draws from torch's global generator and depends on nothing else: 
 ranks.
 """
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -38,6 +39,7 @@ from torchvision.models import feature_extraction
 
 from dist_proxygml.backbones.batch_norm import convert_batch_norm
 from dist_proxygml.backbones.bn_inception import BNInception
+from dist_proxygml.backbones.gradient_checkpointing import BlockSwitch, Switch, find_blocks, saved_bytes
 from dist_proxygml.backbones.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
 from dist_proxygml.backbones.small_cnn import SmallCnn
 from dist_proxygml.config import BackboneConfig
@@ -93,8 +95,10 @@ class EmbeddingModel(nn.Module):
         pool: int = 1,
         frozen_batch_norm: bool = False,
         channels_last: bool = False,
+        checkpointing: Switch | None = None,
     ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing  # on while it trains
         self.preprocessing = preprocessing
         self.trunk = trunk
         self.pool = pool
@@ -131,6 +135,8 @@ class EmbeddingModel(nn.Module):
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+        if self.checkpointing is not None:
+            self.checkpointing(mode)
         return self
 
     def parameter_groups(self) -> ParameterGroups:
@@ -170,6 +176,7 @@ class Trunk(NamedTuple):
     module: nn.Module
     preprocessing: Preprocessing
     image_size: int  # an image side that the trunk accepts; arbitrary where the architecture does not fix one
+    checkpointing: Switch | None = None  # None: it cannot
 
 
 def build_backbone(
@@ -204,6 +211,8 @@ def build_backbone(
     trunk = _build_trunk(config, load_pretrained=load_pretrained)
     convert_batch_norm(trunk.module, group)
     num_features = _count_features(trunk, config=config)
+    if config.gradient_checkpointing:
+        _check_checkpointing(trunk, config)
     return EmbeddingModel(
         trunk.module,
         embedding=nn.Linear(num_features, config.embedding_dim),
@@ -211,6 +220,7 @@ def build_backbone(
         pool=config.pool,
         frozen_batch_norm=config.batch_norm == "frozen",
         channels_last=config.channels_last,
+        checkpointing=trunk.checkpointing if config.gradient_checkpointing else None,
     )
 
 
@@ -234,18 +244,22 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
         return _build_torchvision(name, config=config, load_pretrained=load_pretrained)
     if config.name == "bn_inception":
         _refuse_unknown_options(config, known=())
+        network = BNInception()
         trunk = Trunk(
-            BNInception(),
+            network,
             Preprocessing((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), value_range=255.0, order="BGR"),
             image_size=224,
+            checkpointing=network.set_grad_checkpointing,
         )
     elif config.name == "small_cnn":
         _refuse_unknown_options(config, known=inspect.signature(SmallCnn).parameters)
+        small = SmallCnn(**config.options)
         trunk = Trunk(
-            SmallCnn(**config.options),
+            small,
             # Roughly the statistics of drawings on white; BatchNorm corrects the rest.
             Preprocessing((0.7, 0.7, 0.7), (0.3, 0.3, 0.3)),
             image_size=64,
+            checkpointing=BlockSwitch(find_blocks(small)) if config.gradient_checkpointing else None,
         )
     else:
         own = ["bn_inception", "small_cnn", "raw_pixels"]
@@ -263,6 +277,7 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
 def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
     _refuse_unknown_options(config, known=())
     expected = {"embedding_dim": RawPixelsTrunk.num_features, "pool": 1, "pretrained": None}
+    expected |= {"gradient_checkpointing": False}
     for field, value in expected.items():
         if getattr(config, field) != value:
             raise ValueError(
@@ -361,7 +376,12 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
     elif config.pool > 1 and getattr(model, "output_fmt", "NCHW") == "NHWC":
         trunk = ChannelsFirst(model)
     size = options.get("img_size", description["input_size"][-1])
-    return Trunk(trunk, preprocessing, image_size=size if isinstance(size, int) else size[-1])
+    return Trunk(
+        trunk,
+        preprocessing,
+        image_size=size if isinstance(size, int) else size[-1],
+        checkpointing=getattr(model, "set_grad_checkpointing", None),
+    )
 
 
 def can_fetch_weights(name: str) -> bool:
@@ -390,9 +410,11 @@ def _single_index(value: Any) -> int:
 class TorchvisionFeatureMap(nn.Module):
     """The output [b, F, h, w] of one node of a torchvision model, without the later layers."""
 
-    def __init__(self, model: nn.Module, node: str) -> None:
+    def __init__(self, model: nn.Module, node: str, *, whole: Sequence[type[nn.Module]] = ()) -> None:
+        """Cut a model; modules of the types `whole` stay what they are, and the node is none of theirs."""
         super().__init__()
-        self.model = feature_extraction.create_feature_extractor(model, [node])
+        tracer = {"leaf_modules": list(whole)} if whole else None
+        self.model = feature_extraction.create_feature_extractor(model, [node], tracer_kwargs=tracer)
         self.node = node
 
     def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b F h w"]:
@@ -436,18 +458,25 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
 
     # 3. The part that is used.
     trunk: nn.Module = model
+    blocks = find_blocks(model) if config.gradient_checkpointing else []
     if node is not None:
         try:
-            trunk = TorchvisionFeatureMap(model, node)
+            trunk = TorchvisionFeatureMap(model, node, whole=list({type(block) for block in blocks}))
         except ValueError:
             nodes = feature_extraction.get_graph_node_names(model)[1]
+            inside = " With backbone.gradient_checkpointing it must not lie inside a block." if node in nodes else ""
             raise ValueError(
                 f"{config.name} has no node {node!r} (backbone.options.return_node); did you mean "
-                f"{_nearest(str(node), nodes)}?"
+                f"{_nearest(str(node), nodes)}?{inside}"
             ) from None
     # ImageNet's mean and standard deviation, with which torchvision trained its classification models.
     imagenet = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Trunk(trunk, imagenet, image_size=options.get("image_size", 224))
+    return Trunk(
+        trunk,
+        imagenet,
+        image_size=options.get("image_size", 224),
+        checkpointing=BlockSwitch(blocks) if blocks else None,
+    )
 
 
 def _torchvision_names() -> list[str]:
@@ -468,7 +497,8 @@ def _flat_features(features: Tensor, pool: int) -> Tensor:
 def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
     """Return the length of the trunk's pooled features, from a forward pass on meta tensors."""
     trunk.module.eval()
-    features = _on_meta(trunk.module, torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta"))
+    with torch.no_grad():
+        features = _on_meta(trunk.module, torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta"))
     trunk.module.train()
     if features.ndim != 4 and (config.pool > 1 or features.ndim != 2):
         is_timm = config.name.startswith("timm/")
@@ -481,11 +511,38 @@ def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
     return _flat_features(features, config.pool).shape[1]
 
 
-@torch.no_grad()
+def _check_checkpointing(trunk: Trunk, config: BackboneConfig) -> None:
+    """Refuse a trunk without blocks to checkpoint, or that runs without checkpointing them."""
+    message = (
+        f"expected a backbone with blocks whose activations can be computed again, got {config.name}"
+        f"{f' with {config.options}' if config.options else ''}, which has none; set "
+        "backbone.gradient_checkpointing to false, or choose another network"
+    )
+    if trunk.checkpointing is None:
+        raise ValueError(message)
+    images = torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta")
+    trunk.module.eval()
+    try:
+        plain = saved_bytes(lambda: _on_meta(trunk.module, images))
+        trunk.checkpointing(True)
+        reduced = saved_bytes(lambda: _on_meta(trunk.module, images))
+    except Exception as error:  # networks say in many ways that they cannot
+        raise ValueError(f"{message} ({type(error).__name__}: {error})") from None
+    finally:
+        with contextlib.suppress(Exception):
+            trunk.checkpointing(False)
+        trunk.module.train()
+    if reduced >= plain:
+        raise ValueError(message)
+
+
 def _on_meta(module: nn.Module, images: Tensor) -> Any:
     """Run a module on images on the meta device, where tensors have shapes only."""
     named = [*module.named_parameters(), *module.named_buffers()]
-    shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    shapes_only = {
+        name: torch.empty_like(tensor, device="meta", requires_grad=torch.is_grad_enabled() and tensor.requires_grad)
+        for name, tensor in named
+    }
     return torch.func.functional_call(module, shapes_only, (images,))
 
 
@@ -496,7 +553,8 @@ def check_images(model: EmbeddingModel, config: BackboneConfig, batch_size: int,
         ValueError: it does not.
     """
     try:
-        _on_meta(model, torch.empty(batch_size, 3, size, size, dtype=torch.uint8, device="meta"))
+        with torch.no_grad():
+            _on_meta(model, torch.empty(batch_size, 3, size, size, dtype=torch.uint8, device="meta"))
     except NotImplementedError:  # a kernel without a meta implementation: the first step will show
         return
     except Exception as error:  # of any type: assertions of libraries, empty shapes

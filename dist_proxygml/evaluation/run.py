@@ -155,6 +155,7 @@ def result_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(mode="json", include=wanted)
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
+    del settings["backbone"]["gradient_checkpointing"]
     for name in ("exclude_same", "pairs"):
         if settings["evaluation"][name] is None:  # the names of results from before it was a setting
             del settings["evaluation"][name]

@@ -64,12 +64,13 @@ def evaluate_run(
 
 
 def backbone_of_one_rank(state: TrainState) -> nn.Module:
-    """Return the state's backbone for forward passes without collectives. Called on all ranks.
+    """Return the state's backbone for forward passes without collectives, with averaged weights if there are any.
+    Called on all ranks.
 
     Forward passes under ZeRO 3 are collective, but ranks that embed a split have different numbers of batches.
     """
-    if state.engine.zero_stage < 3:
+    if state.engine.zero_stage < 3 and state.average is None:
         return state.engine.module
     model = build_evaluation_model(state.config)
-    model.load_state_dict(state.engine.full_state_dict(), assign=True)
+    model.load_state_dict((state.average or state.engine).full_state_dict(), assign=True)
     return model.to(state.context.device)

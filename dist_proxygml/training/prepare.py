@@ -146,6 +146,7 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
     free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
     free |= {"proxies.selection", "proxies.fused"}  # the same numbers by another route
+    free |= {"backbone.gradient_checkpointing"}
     if config.data.images_per_class is None and config.loss is None:  # the position in the data is a number of images
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
     if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
@@ -157,4 +158,5 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     # What earlier versions did, whose checkpoints do not say so.
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
+    earlier |= {"training.ema_decay": None}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}

@@ -21,6 +21,7 @@ from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
 from dist_proxygml.distributed.engine import Engine, engine_settings
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
+from dist_proxygml.distributed.weight_average import WeightAverage
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.choices import Head
 from dist_proxygml.head.global_loss import GlobalLoss
@@ -54,6 +55,7 @@ class TrainState:
     step: int = 0  # completed optimizer steps, at whatever batch sizes
     schedule_step: int = 0  # the same position in steps of this batch size, for schedules
     consumed: int = 0  # consumed images of this epoch
+    average: WeightAverage | None = None  # of the backbone's weights, if configured
 
     @property
     def is_finished(self) -> bool:
@@ -166,6 +168,8 @@ def build_train_state(
         context=context,
         outside=loss.parameters(),
     )
+    decay = config.training.ema_decay
+    average = None if decay is None else WeightAverage(engine, decay)
     num_steps = steps_per_epoch * config.training.epochs
     torch.manual_seed(config.seed + context.rank)  # dropout: a different mask per image
     return TrainState(
@@ -180,6 +184,7 @@ def build_train_state(
         ),
         num_steps=min(num_steps, config.training.max_steps or num_steps),
         steps_per_epoch=steps_per_epoch,
+        average=average,
     )
 
 
@@ -234,10 +239,12 @@ def train_step(
         state.engine.backward(embeddings, gradient)
         backbone_norm = state.engine.step(measure_norm=measure)
 
-    # 2. The bank steps where the engine stepped.
+    # 2. The bank and the average of the weights step where the engine stepped.
     fault_point("step.update")
     if state.engine.step_was_applied():
         state.bank_optimizer.step()
+        if state.average is not None:
+            state.average.update(state.step)
         if config.proxies.unit_norm:
             bring_to_unit_length_(state.bank.proxies, classes_u=kept_classes)
     elif failure is None and not state.engine.scales_loss:
