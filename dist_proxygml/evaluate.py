@@ -15,6 +15,7 @@ import numpy as np
 from dist_proxygml.cli import build_parser
 from dist_proxygml.config import load_run_config
 from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.gpus import set_arithmetic
 from dist_proxygml.distributed.parallel import (
     has_started,
     join_world,
@@ -67,6 +68,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "--split, or add --validation for the classes that it held out"
         )
     context = join_world(start_timeout=config.training.start_timeout)
+    set_arithmetic(config.training, context.device)
 
     from dist_proxygml.checkpoint.folder import find_checkpoint, found_instead
     from dist_proxygml.checkpoint.writer import load_backbone

@@ -12,6 +12,7 @@ import torch
 
 from dist_proxygml.cli import add_options, build_parser
 from dist_proxygml.config import load_config, parse_bytes
+from dist_proxygml.distributed.gpus import check_gpus
 from dist_proxygml.distributed.memory import available_memory, format_bytes
 from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
 from dist_proxygml.training.checks import check_run
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = parse_arguments(_parser(), arguments)
     if given.device == "auto":
+        check_gpus(os.environ, instead="say --device cpu")
         given.device = "cuda" if torch.cuda.is_available() else "cpu"
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if given.ranks is None else given.ranks
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise DoesNotFitError(rest.shortage_message)
     say(f"the head fits into {format_bytes(memory)}", flush=True)
     if given.measure:
-        say(rehearse(config, join_world()).describe(config, rest))
+        say(rehearse(config, join_world(device=given.device)).describe(config, rest))
 
 
 def _memory_here(device: str) -> int:

@@ -3,6 +3,8 @@
 `section` is what a configuration puts before a setting's name ("proxies."); a call puts nothing there.
 """
 
+from collections.abc import Sequence
+
 
 def check_ratio_or_topk(ratio: float | None, topk: int | None, *, section: str = "", at_least: int) -> None:
     """Raise ValueError where k is given both as a share and as a number, or in fewer than `at_least` of these ways."""
@@ -53,6 +55,15 @@ def check_margin(name: str | None, *, class_score: str, proxies_per_class: int, 
         raise ValueError(
             f'expected {section}class_score "softmax" or "max" with the margin "{name}" and {proxies_per_class} '
             'proxies per class, got "sum", which is no cosine; change it, or take the margin "cosface"'
+        )
+
+
+def check_matryoshka(dims: Sequence[int], *, embedding_dim: int, setting: str) -> None:
+    """Raise ValueError where the prefixes of an embedding are not ascending numbers of dimensions below its own."""
+    if list(dims) != sorted(set(dims)) or not all(1 <= dim < embedding_dim for dim in dims):
+        raise ValueError(
+            f"expected {setting} ascending, from 1 to {embedding_dim - 1}, got {list(dims)}: the embedding's "
+            f"{embedding_dim} dimensions always count; change them"
         )
 
 

@@ -7,11 +7,11 @@ with different running statistics, and 8 ranks of 4 images would not normalise a
 gradients and running statistics are the same for any number of ranks. Arithmetic is float32 even under a bf16 engine,
 which casts weights but not running statistics.
 
-torch.nn.SyncBatchNorm was declined: it does not run on CPUs, and does not mix bf16 weights with float32 statistics.
-Under gradient checkpointing a layer runs a second time in the backward pass; the running statistics, which have the
-batch already, then stay as they are.
-Each rank sends count, mean and sum of squared deviations (joined by the parallel formula of Chan, Golub and LeVeque,
-1983), and in backward two sums per channel.
+torch.nn.SyncBatchNorm was declined: it does not run on CPUs, and does not mix bf16 weights with float32 statistics. On
+GPUs the operators behind it compute, a kernel for each pass over the images. Each rank sends count, mean and sum of
+squared deviations (joined by the parallel formula of Chan, Golub and LeVeque, 1983; those operators send 1 / standard
+deviation), and in backward two sums per channel. Under gradient checkpointing a layer runs a second time in the
+backward pass; the running statistics, which have the batch already, then stay as they are.
 
 Dimension key: b images of this rank, C channels here, W ranks.
 """
@@ -65,6 +65,8 @@ class GlobalBatchNorm(_BatchNorm):
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             if world_size_of(self.group) == 1:
                 y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, True, momentum, self.eps)
+            elif x.is_cuda:
+                y = _NormalizeOverGpus.apply(wide_x, weight, bias, mean_C, var_C, momentum, self.eps, self.group)
             else:
                 y, batch_mean_C, batch_var_C, count = _NormalizeOverRanks.apply(
                     wide_x, weight, bias, self.eps, self.group
@@ -124,3 +126,52 @@ class _NormalizeOverRanks(torch.autograd.Function):
         offset_C = -slope_C * sums_2C[1] - curve_C * mean_C
         dx = torch.addcmul(offset_C.view(shape), x, curve_C.view(shape)).addcmul_(dy, slope_C.view(shape))
         return dx, d_weight_C, d_bias_C, None, None
+
+
+class _NormalizeOverGpus(torch.autograd.Function):
+    """Return normalised x, and update the running statistics, by the fused operators of torch.nn.SyncBatchNorm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean_C: Tensor,
+        running_var_C: Tensor,
+        momentum: float,
+        eps: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        """Normalise x. Called on all ranks; one all-gather."""
+        x, num_channels = _dense(x), x.shape[1]
+        own_mean_C, own_inverse_C = torch.batch_norm_stats(x, eps)
+        count_1 = own_mean_C.new_full((1,), x.numel() // num_channels)
+        own_1S = torch.cat([own_mean_C, own_inverse_C, count_1])[None]
+        all_WS = gather_rows(own_1S, row_counts=[1] * world_size_of(group), group=group)
+        mean_WC, inverse_WC, count_W1 = all_WS.split([num_channels, num_channels, 1], dim=1)
+        count_W = count_W1.flatten()
+        mean_C, inverse_C = torch.batch_norm_gather_stats_with_counts(
+            x, mean_WC, inverse_WC, running_mean_C, running_var_C, momentum, eps, count_W
+        )
+        ctx.save_for_backward(x, weight, mean_C, inverse_C, count_W.int())
+        ctx.group = group
+        return torch.batch_norm_elemt(x, weight, bias, mean_C, inverse_C, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        """Called on all ranks; one all-reduce SUM. Weight and bias get this rank's part of their gradients."""
+        x, weight, mean_C, inverse_C, count_W = ctx.saved_tensors
+        dy = _dense(dy)
+        own_sum_C, own_product_C, d_weight_C, d_bias_C = torch.batch_norm_backward_reduce(
+            dy, x, mean_C, inverse_C, weight, True, True, True
+        )
+        sum_C, product_C = all_reduce_sum(torch.stack([own_sum_C, own_product_C]), group=ctx.group).unbind()
+        dx = torch.batch_norm_backward_elemt(dy, x, mean_C, inverse_C, weight, sum_C, product_C, count_W)
+        return dx, d_weight_C, d_bias_C, None, None, None, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x without gaps, in either order that the operators know: channels first or last."""
+    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if is_last else x.contiguous()

@@ -1,9 +1,9 @@
-"""From images to embeddings: preprocessing -> trunk -> pooling -> linear embedding -> unit length.
+"""From images to embeddings: preprocessing -> trunk -> pooling -> (LayerNorm) -> linear embedding -> unit length.
 
     uint8 RGB [b, 3, H, W] -> float32 [b, D], rows of length 1
 
-`build_backbone` knows timm and torchvision models by name, BN-Inception (the published one), a
-small CNN for small images, and raw pixels as a baseline without parameters.
+`build_backbone` knows timm and torchvision models by name, BN-Inception (the published one), the
+IResNets of ArcFace, a small CNN for small images, and raw pixels as a baseline without parameters.
 
 Chosen: preprocessing belongs to the model, so that weights cannot be separated from the mean, range
 and colour order they were trained with, and images are transferred as bytes. Its constants are Python
@@ -12,8 +12,10 @@ when the model is cast to bfloat16 (0.485 to 0.4844). The trunk computes in the 
 parameters.
 With `pool` 1 a library's model gives the very features that its classifier saw. A larger grid, or a
 cut at an earlier layer, gives a feature map averaged to pool x pool cells, as small centred images
-need.
-Declined: features of several scales side by side, learned pooling.
+need. Generalised-mean pooling is for feature maps: tokens of a transformer end in a LayerNorm, half
+of them are negative, and the generalised mean is of what is positive; timm's own `global_pool` pools
+tokens, and a map of a block's output (`out_indices`) can be pooled either way.
+Declined: features of several scales side by side.
 
 Initialisation draws from torch's global generator and depends on nothing else: seed it alike on all
 ranks.
@@ -22,6 +24,7 @@ ranks.
 import contextlib
 import difflib
 import inspect
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -39,7 +42,9 @@ from torchvision.models import feature_extraction
 
 from dist_proxygml.backbones.batch_norm import convert_batch_norm
 from dist_proxygml.backbones.bn_inception import BNInception
+from dist_proxygml.backbones.from_weights import read_timm_source, resolve_backbone, weight_source
 from dist_proxygml.backbones.gradient_checkpointing import BlockSwitch, Switch, find_blocks, saved_bytes
+from dist_proxygml.backbones.iresnet import SIDE, IResNet, depths
 from dist_proxygml.backbones.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
 from dist_proxygml.backbones.small_cnn import SmallCnn
 from dist_proxygml.config import BackboneConfig
@@ -64,8 +69,31 @@ class Preprocessing(NamedTuple):
         return torch.stack(channels, dim=1)
 
 
+class GeneralizedMean(nn.Module):
+    """Generalised-mean pooling: (mean of max(x, eps)^p over a cell)^(1/p), with one learned p for all channels.
+
+    p = 1 is average pooling, a large p nears the maximum; p starts at 3. Arithmetic is float32 at least. Source:
+    Radenovic, Tolias, Chum 2018, "Fine-tuning CNN Image Retrieval with No Human Annotation", equation 3.
+    """
+
+    def __init__(self, pool: int = 1, *, p: float = 3.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.pool = pool
+        self.p = nn.Parameter(torch.tensor([p]))
+        self.eps = eps
+
+    def forward(self, maps: Float[Tensor, "b F h w"]) -> Float[Tensor, "b F pool pool"]:
+        """Pool maps to pool x pool cells."""
+        wide = torch.promote_types(maps.dtype, torch.float32)
+        p = self.p.to(wide)
+        cells: Tensor = F.adaptive_avg_pool2d(maps.to(wide).clamp(min=self.eps).pow(p), self.pool)
+        return cells.pow(1 / p).to(maps.dtype)
+
+
 class ParameterGroups(NamedTuple):
-    """The parameters of an embedding model, in the order of their names' registration."""
+    """The parameters of an embedding model, in the order of their names' registration; a learned pooling is of the
+    embedding.
+    """
 
     trunk: list[nn.Parameter]
     embedding: list[nn.Parameter]
@@ -74,9 +102,11 @@ class ParameterGroups(NamedTuple):
 class EmbeddingModel(nn.Module):
     """A trunk with an L2-normalised linear embedding: uint8 RGB [b, 3, H, W] -> float32 [b, D].
 
-    `trunk` maps normalised images to a map [b, F, h, w], averaged here to `pool` x `pool` cells, or
-    to vectors [b, F]. `embedding` is the last layer, which the published warm-up epoch trains
-    alone.
+    `trunk` maps normalised images to a map [b, F, h, w], pooled here to `pool` x `pool` cells by
+    averages or by the module `pooling`, or to vectors [b, F]. `embedding` is the last layer, which
+    the published warm-up epoch trains alone. With `norm_features` the pooled features have mean 0
+    and deviation 1 before it: LayerNorm without scale and offset (Zhai and Wu 2019, "Classification
+    is a Strong Baseline for Deep Metric Learning"), which the embedding layer would only repeat.
 
     With `frozen_batch_norm` the BatchNorm layers stay in evaluation mode when the model trains:
     their running statistics are used and kept as they are, while scale and offset are still
@@ -93,6 +123,8 @@ class EmbeddingModel(nn.Module):
         embedding: nn.Module,
         preprocessing: Preprocessing,
         pool: int = 1,
+        pooling: GeneralizedMean | None = None,
+        norm_features: bool = False,
         frozen_batch_norm: bool = False,
         channels_last: bool = False,
         checkpointing: Switch | None = None,
@@ -102,6 +134,8 @@ class EmbeddingModel(nn.Module):
         self.preprocessing = preprocessing
         self.trunk = trunk
         self.pool = pool
+        self.pooling = pooling
+        self.norm_features = norm_features
         self.embedding = embedding
         self.frozen_batch_norm = frozen_batch_norm
         # For images only: DeepSpeed broadcasts weights as bytes, which must be contiguous.
@@ -121,7 +155,10 @@ class EmbeddingModel(nn.Module):
                 "pass pixels as they are, the model normalises them"
             )
         pixels = self.preprocessing.apply(images, channels_last=self.channels_last)
-        features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool)
+        features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool, self.pooling)
+        if self.norm_features:
+            wide = torch.promote_types(features.dtype, torch.float32)
+            features = F.layer_norm(features.to(wide), features.shape[1:])
         embeddings_bD = self.embedding(features.to(_dtype_of(self.embedding)))
         wide = torch.promote_types(embeddings_bD.dtype, torch.float32)  # float64 stays what it is
         if self.training and self.keeps_lengths:
@@ -141,7 +178,8 @@ class EmbeddingModel(nn.Module):
 
     def parameter_groups(self) -> ParameterGroups:
         """Return all parameters, split for separate learning rates and for the warm-up epoch."""
-        return ParameterGroups(list(self.trunk.parameters()), list(self.embedding.parameters()))
+        pooling = [] if self.pooling is None else list(self.pooling.parameters())
+        return ParameterGroups(list(self.trunk.parameters()), [*pooling, *self.embedding.parameters()])
 
 
 class RawPixels(EmbeddingModel):
@@ -176,6 +214,7 @@ class Trunk(NamedTuple):
     module: nn.Module
     preprocessing: Preprocessing
     image_size: int  # an image side that the trunk accepts; arbitrary where the architecture does not fix one
+    embedding: nn.Module | None = None  # the network's own; None: a linear layer is to be made
     checkpointing: Switch | None = None  # None: it cannot
 
 
@@ -184,19 +223,24 @@ def build_backbone(
 ) -> EmbeddingModel:
     """Build the embedding model that `config` names, in training mode.
 
-    Names: `bn_inception`, `small_cnn`, `raw_pixels`, `timm/NAME` and `torchvision/NAME`
-    (classification models). Options:
+    Names: `bn_inception`, `small_cnn`, `raw_pixels`, `iresnet18`, 34, 50, 100 and 200, `timm/NAME` and
+    `torchvision/NAME` (classification models). NAME of timm may be `hf-hub:ORG/NAME` on the Hugging Face Hub or
+    `local-dir:FOLDER` with its config.json. Options:
 
     - small_cnn: `width`, `strides`, `residual_blocks`.
+    - iresnet: `dropout` before the embedding layer, 0.
     - timm: those of timm.create_model, and `out_indices` with one index to cut the trunk early, as
       timm counts feature maps: for most CNNs 0 to 4 at strides 2 to 32, for transformers blocks.
+      `img_size` builds a transformer for another size of images and resamples its position embeddings;
+      `global_pool` says how it pools its tokens: "token", "avg", "max", "avgmax", "map".
     - torchvision: those of the model's own function, and `return_node` with a node of its graph to
       cut there, say "layer3" of a resnet; the node must give a map [b, F, h, w].
 
     `pretrained`: path of a weight file, loaded by strict names except for its classifier, of
-    any size, which the embedding layer replaces; "package" for the ImageNet weights that a
-    Python package ships (timm/tf_efficientnet_lite0 only); "timm" or "torchvision" for the
-    library's own download.
+    any size, which the embedding layer replaces, and of the fc and features of an IResNet for
+    another embedding_dim; "package" for the ImageNet weights that a Python package ships
+    (timm/tf_efficientnet_lite0 only); "timm" or "torchvision" for the library's own download, with
+    a Hub's name or a folder what is there; "hf-hub:ORG/NAME" or "local-dir:FOLDER".
 
     BatchNorm layers take their statistics over the ranks of `group` (batch_norm.py). With `load_pretrained` False the
     model is the same, preprocessing included, but its weights stay random: for loading a checkpoint over them where the
@@ -206,6 +250,7 @@ def build_backbone(
         ValueError: the name (with the nearest suggested) or an option is unknown, weights are missing
             or do not fit, or settings contradict each other.
     """
+    config = resolve_backbone(config)
     if config.name == "raw_pixels":
         return _build_raw_pixels(config)
     trunk = _build_trunk(config, load_pretrained=load_pretrained)
@@ -213,11 +258,23 @@ def build_backbone(
     num_features = _count_features(trunk, config=config)
     if config.gradient_checkpointing:
         _check_checkpointing(trunk, config)
+    if trunk.embedding is not None:
+        convert_batch_norm(trunk.embedding, group)
+    preprocessing = trunk.preprocessing
+    if config.mean is not None and config.std is not None:
+        if preprocessing.order != "RGB":
+            raise ValueError(
+                f"expected backbone.mean and std null for {config.name}, whose weights expect colours from 0 to 255 "
+                f"as {preprocessing.order}, got {list(config.mean)} and {list(config.std)}; remove them"
+            )
+        preprocessing = Preprocessing(config.mean, config.std)
     return EmbeddingModel(
         trunk.module,
-        embedding=nn.Linear(num_features, config.embedding_dim),
-        preprocessing=trunk.preprocessing,
+        embedding=trunk.embedding or nn.Linear(num_features, config.embedding_dim),
+        preprocessing=preprocessing,
         pool=config.pool,
+        pooling=GeneralizedMean(config.pool) if config.pooling == "gem" else None,
+        norm_features=config.embedding_norm == "layer_norm",
         frozen_batch_norm=config.batch_norm == "frozen",
         channels_last=config.channels_last,
         checkpointing=trunk.checkpointing if config.gradient_checkpointing else None,
@@ -226,6 +283,11 @@ def build_backbone(
 
 def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
     family, slash, name = config.name.partition("/")
+    if family != "timm" and weight_source(config.pretrained or ""):
+        raise ValueError(
+            f"backbone.pretrained {config.pretrained!r} does not fit backbone.name {config.name!r}: only timm's "
+            "networks lie there; use timm/NAME, the path of a weight file, or null"
+        )
     if family in ("timm", "torchvision") and not name:
         raise ValueError(f"expected a model name after the slash, got {config.name!r}; say {family}/resnet50")
     if config.pretrained in ("timm", "torchvision") and config.pretrained != family:
@@ -242,6 +304,8 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
         return _build_timm(name, config=config, load_pretrained=load_pretrained)
     if family == "torchvision" and slash:
         return _build_torchvision(name, config=config, load_pretrained=load_pretrained)
+    if config.name in depths():
+        return _build_iresnet(config, load_pretrained=load_pretrained)
     if config.name == "bn_inception":
         _refuse_unknown_options(config, known=())
         network = BNInception()
@@ -262,7 +326,7 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
             checkpointing=BlockSwitch(find_blocks(small)) if config.gradient_checkpointing else None,
         )
     else:
-        own = ["bn_inception", "small_cnn", "raw_pixels"]
+        own = ["bn_inception", "small_cnn", "raw_pixels", *depths()]
         known = own + [f"timm/{n}" for n in timm.list_models()]
         known += [f"torchvision/{n}" for n in _torchvision_names()]
         raise ValueError(
@@ -274,9 +338,33 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
     return trunk
 
 
+def _build_iresnet(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
+    _refuse_unknown_options(config, known=["dropout"])
+    network = IResNet(depths()[config.name], config.embedding_dim, **config.options)
+    if config.pretrained is not None and load_pretrained:
+        weights, classifiers = read_weight_file(Path(config.pretrained)), ["fc", "features"]
+        source = f"weight file {config.pretrained}"
+        if "fc.weight" in weights and len(weights["fc.weight"]) == config.embedding_dim:
+            load_weights(network, weights, classifiers=[], source=source)
+            embedding = network.split_embedding()
+        else:  # as a classifier, of any size
+            embedding = network.split_embedding()
+            load_weights(network, weights, classifiers=classifiers, source=source)
+    else:
+        embedding = network.split_embedding()
+    return Trunk(
+        network,
+        Preprocessing((0.5,) * 3, (0.5,) * 3),
+        image_size=SIDE,
+        checkpointing=BlockSwitch(find_blocks(network)) if config.gradient_checkpointing else None,
+        embedding=embedding,
+    )
+
+
 def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
     _refuse_unknown_options(config, known=())
-    expected = {"embedding_dim": RawPixelsTrunk.num_features, "pool": 1, "pretrained": None}
+    expected: dict[str, Any] = {"embedding_dim": RawPixelsTrunk.num_features, "pool": 1, "pretrained": None}
+    expected |= {"mean": None, "std": None, "pooling": "average", "embedding_norm": None}
     expected |= {"gradient_checkpointing": False}
     for field, value in expected.items():
         if getattr(config, field) != value:
@@ -334,15 +422,20 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
         "features_only": '"out_indices" alone cuts the trunk',
         "in_chans": "images have three channels",
     }
-    if config.pool > 1 and index is None:
-        owned["global_pool"] = f"backbone.pool {config.pool} says how to pool"
+    is_map = index is None and (config.pool > 1 or config.pooling == "gem")  # which is pooled here
+    if is_map:
+        owned["global_pool"] = f"backbone.pool {config.pool} and backbone.pooling {config.pooling!r} say how to pool"
         pooling = {"global_pool": ""}  # no pooling: the map itself
     for key, why in owned.items():
         if key in options:
             raise ValueError(f"backbone.options.{key} is not for {config.name}: remove it, {why}")
-    download = config.pretrained == "timm" and load_pretrained
+    source = weight_source(config.pretrained or "")
+    download = load_pretrained and (config.pretrained == "timm" or source is not None)
+    if download:
+        _refuse_new_layers(name, options, source)
     try:
-        model: Any = timm.create_model(name, pretrained=download, num_classes=0, **pooling, **options)
+        found = source if source and download else name
+        model: Any = timm.create_model(found, pretrained=download, num_classes=0, **pooling, **options)
     except TypeError as error:  # the model's constructor, a plain function, defines its options
         raise ValueError(f"timm does not accept backbone.options {options} for {name}: {error}") from None
     except Exception as error:  # networks, hubs and caches raise many types
@@ -352,7 +445,7 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
 
     # 2. Weights and the preprocessing that goes with them.
     description = model.pretrained_cfg
-    preprocessing = Preprocessing(tuple(description["mean"]), tuple(description["std"]))
+    preprocessing = Preprocessing(tuple(description["mean"]), tuple(description["std"]))  # unless it is configured
     classifiers = description.get("classifier") or ()
     classifiers = [classifiers] if isinstance(classifiers, str) else list(classifiers)
     if config.pretrained == "package":
@@ -360,7 +453,7 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
         if load_pretrained:
             weights = efficientnet_lite0_weights(model)
             load_weights(model, weights, classifiers=classifiers, source="the installed package")
-    elif config.pretrained not in (None, "timm") and load_pretrained:
+    elif config.pretrained not in (None, "timm") and source is None and load_pretrained:
         _load_file(model, config, classifiers=classifiers)
 
     # 3. The part that is used.
@@ -373,7 +466,7 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
                 f"timm cannot cut {name} at backbone.options.out_indices [{index}] "
                 f"({str(error).strip() or type(error).__name__}); use another index or leave it out"
             ) from None
-    elif config.pool > 1 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+    elif is_map and getattr(model, "output_fmt", "NCHW") == "NHWC":
         trunk = ChannelsFirst(model)
     size = options.get("img_size", description["input_size"][-1])
     return Trunk(
@@ -384,9 +477,42 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
     )
 
 
+def _refuse_new_layers(name: str, options: dict[str, Any], source: str | None) -> None:
+    """Refuse options that give a network layers which its weights do not have: timm would leave them as they are.
+
+    An attention pooling (`global_pool` "map") is an exception: it is meant to be learned.
+    """
+    of_weights = {} if source is None else read_timm_source(source).options
+    if all(of_weights.get(key, ...) == value for key, value in options.items()):
+        return
+    try:
+        with torch.device("meta"):
+            wanted, stored = (
+                {key for key, _ in timm.create_model(name, num_classes=0, **given).named_parameters()}
+                for given in (options, of_weights)
+            )
+    except Exception:  # who builds it for good explains
+        return
+    missing = sorted(key for key in wanted - stored if not key.startswith("attn_pool."))
+    if missing:
+        has_norm = all(key.startswith("fc_norm.") for key in missing)
+        remedy = 'add "fc_norm": false to them, the norm before pooling' if has_norm else "change them"
+        raise ValueError(
+            f"expected backbone.options whose layers the weights of {name} have, got {options}, with which "
+            f"{', '.join(missing[:3])} would stay random; {remedy}"
+        )
+
+
 def can_fetch_weights(name: str) -> bool:
-    """Whether the weights that timm has for a network are in its cache, or its hub answers for them within seconds."""
+    """Whether the weights that timm has for a network are in its cache, or its hub answers for them within seconds;
+    those of a folder are there.
+    """
+    source = weight_source(name)
+    if source is not None and source.startswith("local-dir:"):
+        return Path(source.partition(":")[2]).is_dir()
     hub_id = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) if timm.is_model(name) else None
+    if source is not None:
+        hub_id = source.partition(":")[2]
     if hub_id is None:
         return False
     if isinstance(try_to_load_from_cache(hub_id, "model.safetensors"), str):
@@ -487,26 +613,25 @@ def _torchvision_names() -> list[str]:
 # ---- shared --------------------------------------------------------------------------------------
 
 
-def _flat_features(features: Tensor, pool: int) -> Tensor:
-    """Average [b, F, h, w] to pool x pool cells and flatten; return [b, F] unchanged."""
+def _flat_features(features: Tensor, pool: int, pooling: nn.Module | None = None) -> Tensor:
+    """Pool [b, F, h, w] to pool x pool cells, by averages without `pooling`, and flatten; return [b, F] unchanged."""
     if features.ndim == 4:
-        features = F.adaptive_avg_pool2d(features, pool)
+        features = F.adaptive_avg_pool2d(features, pool) if pooling is None else pooling(features)
     return features.flatten(1)
 
 
 def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
     """Return the length of the trunk's pooled features, from a forward pass on meta tensors."""
     trunk.module.eval()
-    with torch.no_grad():
-        features = _on_meta(trunk.module, torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta"))
+    features = on_meta(trunk.module, torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta"))
     trunk.module.train()
-    if features.ndim != 4 and (config.pool > 1 or features.ndim != 2):
+    if features.ndim != 4 and (config.pool > 1 or config.pooling == "gem" or features.ndim != 2):
         is_timm = config.name.startswith("timm/")
         cut = '"out_indices": [3]' if is_timm else '"return_node": "layer4" for a resnet'
         raise ValueError(
-            f"backbone.pool {config.pool} needs a feature map [b, F, h, w], but {config.name} "
-            f"gives {list(features.shape)}; set pool to 1, or name a layer that gives a map in "
-            f"backbone.options, say {cut}"
+            f"backbone.pool {config.pool} with pooling {config.pooling!r} needs a feature map [b, F, h, w], but "
+            f'{config.name} gives {list(features.shape)}; set pool to 1 and pooling to "average", or name a layer that '
+            f"gives a map in backbone.options, say {cut}"
         )
     return _flat_features(features, config.pool).shape[1]
 
@@ -523,9 +648,9 @@ def _check_checkpointing(trunk: Trunk, config: BackboneConfig) -> None:
     images = torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta")
     trunk.module.eval()
     try:
-        plain = saved_bytes(lambda: _on_meta(trunk.module, images))
+        plain = saved_bytes(lambda: _meta_output(trunk.module, images))
         trunk.checkpointing(True)
-        reduced = saved_bytes(lambda: _on_meta(trunk.module, images))
+        reduced = saved_bytes(lambda: _meta_output(trunk.module, images))
     except Exception as error:  # networks say in many ways that they cannot
         raise ValueError(f"{message} ({type(error).__name__}: {error})") from None
     finally:
@@ -536,7 +661,13 @@ def _check_checkpointing(trunk: Trunk, config: BackboneConfig) -> None:
         raise ValueError(message)
 
 
-def _on_meta(module: nn.Module, images: Tensor) -> Any:
+@torch.no_grad()
+def on_meta(module: nn.Module, images: Tensor) -> Any:
+    """Run a module on images on the meta device, where tensors have shapes only."""
+    return _meta_output(module, images)
+
+
+def _meta_output(module: nn.Module, images: Tensor) -> Any:
     """Run a module on images on the meta device, where tensors have shapes only."""
     named = [*module.named_parameters(), *module.named_buffers()]
     shapes_only = {
@@ -546,30 +677,6 @@ def _on_meta(module: nn.Module, images: Tensor) -> Any:
     return torch.func.functional_call(module, shapes_only, (images,))
 
 
-def check_images(model: EmbeddingModel, config: BackboneConfig, batch_size: int, *, size: int, setting: str) -> None:
-    """Check, by a forward pass on meta tensors, that the model accepts images of the size given by `setting`.
-
-    Raises:
-        ValueError: it does not.
-    """
-    try:
-        with torch.no_grad():
-            _on_meta(model, torch.empty(batch_size, 3, size, size, dtype=torch.uint8, device="meta"))
-    except NotImplementedError:  # a kernel without a meta implementation: the first step will show
-        return
-    except Exception as error:  # of any type: assertions of libraries, empty shapes
-        remedies = {
-            "timm": f"backbone.options.img_size to {size}",
-            "torchvision": f"backbone.options.image_size to {size}",
-        }
-        remedy = remedies.get(config.name.partition("/")[0], "")
-        raise ValueError(
-            f"expected images that {config.name} takes, got {batch_size} of {size} x {size} pixels by {setting}: "
-            f"{' '.join(str(error).split()) or type(error).__name__}; change {setting}"
-            + (f", or, where the network fixes its images' size, set {remedy}" if remedy else "")
-        ) from None
-
-
 def _dtype_of(module: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
@@ -577,6 +684,11 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
 def _load_file(module: nn.Module, config: BackboneConfig, *, classifiers: list[str]) -> None:
     assert config.pretrained is not None
     weights = read_weight_file(Path(config.pretrained))
+    adapt: Any = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None and config.name.startswith("timm/"):
+        # What timm does with weights of its own: names of other libraries, position embeddings of another size.
+        with contextlib.suppress(Exception):  # what is left as it is does not fit, and is explained below
+            weights = dict(adapt(dict(weights), module))
     load_weights(module, weights, classifiers=classifiers, source=f"weight file {config.pretrained}")
 
 

@@ -5,9 +5,9 @@
 
 The embedding layer becomes timm's classifier, so that such a model gives the embeddings before they are brought to
 length 1. That is tried on two images; where timm's model ends otherwise (a head that is no linear layer, say) the trunk
-is written alone, and gives the features that the embedding layer takes. A trunk that was cut, or is pooled to a grid,
-is not what timm builds by that name: it is not written. Declined: timm's own writer, which other versions lack or call
-otherwise, and which stores pickles unless told.
+is written alone, and gives the features that the embedding layer, or the LayerNorm before it, takes. A trunk that was
+cut, or is pooled to a grid or by a generalised mean, is not what timm builds by that name: it is not written. Declined:
+timm's own writer, which other versions lack or call otherwise, and which stores pickles unless told.
 """
 
 import json
@@ -42,13 +42,13 @@ def write_timm_folder(
         Where the embedding layer is: "classifier", or "beside" the trunk; None if nothing was written.
     """
     family, _, name = config.name.partition("/")
-    if family != "timm" or "out_indices" in config.options or config.pool > 1:
+    if family != "timm" or "out_indices" in config.options or config.pool > 1 or config.pooling != "average":
         return None
     embedding = model.embedding
     assert isinstance(embedding, nn.Linear)
     size = preparation["size"]
     weights = dict(model.trunk.state_dict())
-    found = _with_classifier(name, config.options, model, size)
+    found = None if model.norm_features else _with_classifier(name, config.options, model, size)
     layer, weights = found if found else (None, weights)
     shape = {"num_classes": embedding.out_features if layer else 0, "num_features": embedding.in_features}
     of_network: Any = model.trunk.pretrained_cfg
@@ -57,7 +57,7 @@ def write_timm_folder(
     is_crop = preparation["name"] == "center_crop"
     prepared = {
         "input_size": [3, size, size],
-        "interpolation": "bilinear",
+        "interpolation": "bicubic" if preparation.get("interpolation") == "bicubic" else "bilinear",
         "crop_pct": size / preparation["resize"] if is_crop else 1.0,
         "crop_mode": "center" if is_crop else "squash",
         "mean": [value / colours.value_range for value in colours.mean],

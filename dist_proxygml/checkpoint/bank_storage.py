@@ -7,7 +7,6 @@ allocates memory for the whole part, and computes a checksum besides the manifes
 """
 
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from dist_proxygml.distributed.gpus import thread_pool
 
 _CLASSES = {
     "torch": {"Size", "float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8", "bool"},
@@ -53,7 +54,8 @@ class BankWriter(dcp.FileSystemWriter):
     """
 
     def __init__(self, directory: Path) -> None:
-        threads = torch.get_num_threads()
+        # Torch's own threads would use GPU 0; on GPUs a single one, the caller's, overlaps copies with writes.
+        threads = 1 if torch.cuda.is_initialized() else torch.get_num_threads()
         super().__init__(directory, single_file_per_rank=False, sync_files=False, thread_count=threads)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -99,7 +101,7 @@ class BankReader(dcp.FileSystemReader):
         Raises:
             OSError, RuntimeError, UnpicklingError: a file cannot be read.
         """
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with thread_pool(torch.get_num_threads()) as threads:
             list(threads.map(lambda item: self._read(item, planner), plan.items))
         done: Future[None] = Future()
         done.set_result(None)

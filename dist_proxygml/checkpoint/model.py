@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from dist_proxygml.backbones.from_weights import resolve_backbone, with_colours
 from dist_proxygml.checkpoint.bank_storage import BankReader
 from dist_proxygml.checkpoint.folder import MANIFEST_FILE, find_checkpoint, found_instead, read_state
 from dist_proxygml.config import Config, flattened
@@ -116,10 +117,16 @@ class TrainedModel:
         Raises:
             ValueError: a setting that embeddings depend on differs; the message names it.
         """
+        config = config.model_copy(update={"backbone": resolve_backbone(config.backbone)})
         now = dict(flattened(config.model_dump(mode="json", include={"backbone": True, "data": {"test_transform"}})))
-        differing = [name for name in now if name in self.settings and now[name] != self.settings[name]]
+        unsaid = {f"backbone.{name}": value for name, value in config.backbone.unsaid.items()}
+        unsaid |= {f"data.test_transform.{name}": value for name, value in config.data.test_transform.unsaid.items()}
+        trained = with_colours(self.settings)
+        compared = {name: now.get(name, unsaid.get(name)) for name in [*now, *(unsaid.keys() - now.keys())]}
+        expected = {name: trained.get(name, unsaid.get(name)) for name in compared if name in trained or name in unsaid}
+        differing = [name for name in expected if expected[name] != compared[name]]
         if differing:
-            listed = ", ".join(f"{name} {self.settings[name]!r}, got {now[name]!r}" for name in differing)
+            listed = ", ".join(f"{name} {expected[name]!r}, got {compared[name]!r}" for name in differing)
             raise ValueError(f"{source} is not what {self.path} was trained with: expected {listed}; restore that file")
 
     def bank(self) -> "StoredBank":

@@ -27,7 +27,6 @@ publish its part separately.
 import contextlib
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -44,6 +43,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dist_proxygml.backbones.from_weights import with_colours
 from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
 from dist_proxygml.checkpoint.folder import (
     Retention,
@@ -55,6 +55,7 @@ from dist_proxygml.checkpoint.folder import (
 )
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
+from dist_proxygml.distributed.gpus import start_thread
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.distributed.row_tensors import as_row_tensor
 from dist_proxygml.distributed.weight_average import WeightAverage
@@ -204,7 +205,7 @@ class CheckpointWriter:
 
         self._pending, self._is_reported = pending, False
         # A daemon: a run that ends with an error does not wait for it; the next start clears what it leaves.
-        threading.Thread(target=write, name="checkpoint", daemon=True).start()
+        start_thread("checkpoint", write)
 
 
 def save_checkpoint(
@@ -442,10 +443,11 @@ def _load_bank(loss: GlobalLoss, optimizer: torch.optim.Optimizer, directory: Pa
 
 def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
     state = read_state(checkpoint)
-    names = sorted(state.settings.keys() | settings.keys())
-    changed = [name for name in names if state.settings.get(name) != settings.get(name)]
+    stored, settings = with_colours(state.settings), with_colours(settings)
+    names = sorted(stored.keys() | settings.keys())
+    changed = [name for name in names if stored.get(name) != settings.get(name)]
     if changed:
-        details = "; ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
+        details = "; ".join(f"{name} was {stored.get(name)}, is {settings.get(name)}" for name in changed)
         raise ValueError(
             f"{checkpoint} belongs to a run with other settings: {details}. Resume with the same ones, give this run "
             "another name with --set name=NAME, or start anew with --resume never"

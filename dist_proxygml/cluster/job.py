@@ -62,10 +62,13 @@ class TrainingJob:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a node may show GPUs to a job that asked for none
             if self.cpus_per_task:
                 os.environ["OMP_NUM_THREADS"] = str(self.cpus_per_task)
-        self.run(Requeue(task, requeue, grace=self.grace), early)
+        device = "cuda" if self.uses_gpus else "cpu"
+        self.run(Requeue(task, requeue, grace=self.grace), early, device=device)
 
-    def run(self, requeue: "Requeue | None" = None, early: Sequence[int] = ()) -> NoReturn:
-        """Train in this process, whose rank stands in the environment, and end it. `early` came before it listened."""
+    def run(self, requeue: "Requeue | None" = None, early: Sequence[int] = (), *, device: str = "auto") -> NoReturn:
+        """Train in this process, whose rank stands in the environment, and end it. `early` came before it listened;
+        `device` as in `join_world`: "cuda" insists on the GPUs that were asked for.
+        """
         from dist_proxygml.distributed.parallel import join_world, run_launcher
         from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 
@@ -76,7 +79,7 @@ class TrainingJob:
             signals.listen()
             for number in early:
                 os.kill(os.getpid(), number)
-            context = join_world(start_timeout=config.training.start_timeout)
+            context = join_world(start_timeout=config.training.start_timeout, device=device)
             from dist_proxygml.training.run import train
 
             try:

@@ -258,7 +258,7 @@ def submit(arguments: argparse.Namespace) -> int:
     """
     job = build_job(arguments)
     if arguments.cluster == "debug":
-        job.run()
+        job.run(device="cuda" if arguments.gpus_per_node else "auto")
     config = parse_config(job.settings, source=arguments.config)
     num_ranks = arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node)
     check_start(config, num_ranks=num_ranks, uses_gpus=job.uses_gpus)

@@ -247,6 +247,7 @@ class BatchLoader:
         self.dataset = dataset
         self.num_steps = num_steps
         self._micro_batches = micro_batches
+        self._pin_memory = pin_memory
         self._loader = WorkerLoader(
             dataset,
             num_workers=num_workers,
@@ -263,7 +264,8 @@ class BatchLoader:
             if isinstance(batch, _Failure):
                 raise ValueError(batch.message)
             images, labels, ids, *rest = batch
-            yield Batch(images, torch.from_numpy(labels), torch.from_numpy(ids), *rest)
+            labels = torch.from_numpy(labels)  # which left the worker as an array, so nobody has pinned it
+            yield Batch(images, labels.pin_memory() if self._pin_memory else labels, torch.from_numpy(ids), *rest)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -57,12 +57,14 @@ _NUM_TRIED = 100  # unusable samples before a stream without any usable one is g
 class StreamLoader:
     """An iterable of `num_steps` steps of micro-batches of one rank; each iteration gives other images."""
 
-    def __init__(self, images: "_StreamImages", *, num_steps: int, accumulation: int, num_workers: int) -> None:
+    def __init__(
+        self, images: "_StreamImages", *, num_steps: int, accumulation: int, num_workers: int, pin_memory: bool = False
+    ) -> None:
         self.num_steps = num_steps
         self._images = images
         self._num_processes = max(1, num_workers)
         self._num_batches = num_steps * accumulation
-        self._loader = WorkerLoader(images, num_workers=num_workers, batch_size=None)
+        self._loader = WorkerLoader(images, num_workers=num_workers, batch_size=None, pin_memory=pin_memory)
 
     def __len__(self) -> int:
         return self._num_batches
@@ -91,6 +93,7 @@ def build_stream_loader(
     resampled: bool = True,
     shuffle_buffer: int = 1000,
     max_damaged: int | None = None,
+    pin_memory: bool = False,
 ) -> StreamLoader:
     """Build full steps over about `num_images` images of all ranks, from shards in webdataset's brace notation.
 
@@ -112,7 +115,13 @@ def build_stream_loader(
         )
     images = _StreamImages(shards, transform, order, share, num_classes, resampled, shuffle_buffer, max_damaged)
     num_steps = num_images // order.batch_size
-    return StreamLoader(images, num_steps=num_steps, accumulation=share.accumulation, num_workers=num_workers)
+    return StreamLoader(
+        images,
+        num_steps=num_steps,
+        accumulation=share.accumulation,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
 
 
 @dataclass(eq=False)

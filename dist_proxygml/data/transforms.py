@@ -15,11 +15,13 @@ Declined: random state inside a transform, and float images in the workers' queu
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from dist_proxygml.config import (
@@ -30,6 +32,7 @@ from dist_proxygml.config import (
     TransformConfig,
 )
 
+T = TypeVar("T")
 Transform = Callable[[Sequence[torch.Tensor], Iterable[np.random.Generator]], torch.Tensor]
 
 
@@ -37,41 +40,59 @@ def build_transform(config: TransformConfig) -> Transform:
     """Build the configured transform: images uint8 [3, h, w] -> a batch uint8 [b, 3, S, S]."""
     match config:
         case ResizeConfig():
-            return Resize(config.size)
+            return Resize(config.side, interpolation=_known(config.interpolation, "interpolation"))
         case CenterCropConfig():
-            return CenterCrop(config.resize, config.size)
+            how = _known(config.interpolation, "interpolation")
+            return CenterCrop(_known(config.resize, "resize"), config.side, interpolation=how)
         case RandomResizedCropConfig():
-            return RandomResizedCrop(config.size, scale=config.scale, flip=config.flip)
+            how = _known(config.interpolation, "interpolation")
+            return RandomResizedCrop(config.side, scale=config.scale, flip=config.flip, interpolation=how)
         case AffineJitterConfig():
-            return AffineJitter(**config.model_dump(exclude={"name"}))
+            return AffineJitter(config.side, **config.model_dump(exclude={"name", "size"}))
+
+
+def _known(value: T | None, setting: str) -> T:
+    if value is None:
+        raise ValueError(f"expected {setting} of a transform, got null, which the start of a run fills in; set it")
+    return value
 
 
 class Resize:
     """Resize the full image to size x size, each pixel the mean of the area it covers.
 
-    Exact for squares reduced by a whole number, antialiased bilinear for other sizes.
+    Exact for squares reduced by a whole number, antialiased bilinear for other sizes; "bilinear" and "bicubic" are
+    antialiased for all sizes.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, interpolation: str = "area") -> None:
         self.size = size
+        self.interpolation = interpolation
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Resize the images, together if they have the same size."""
         if len({image.shape for image in images}) == 1:
-            return _resize(torch.stack(list(images)), self.size)
-        return torch.stack([_resize(image[None], self.size)[0] for image in images])
+            return self._resize(torch.stack(list(images)))
+        return torch.stack([self._resize(image[None])[0] for image in images])
+
+    def _resize(self, images_bchw: torch.Tensor) -> torch.Tensor:
+        if self.interpolation == "area":
+            return _resize(images_bchw, self.size)
+        how = InterpolationMode(self.interpolation)
+        resized: torch.Tensor = vision.resize(images_bchw, [self.size, self.size], how, antialias=True)
+        return resized
 
 
 class CenterCrop:
     """Resize the shorter side to `resize`, then crop the central square; pad with black if too small."""
 
-    def __init__(self, resize: int, size: int) -> None:
+    def __init__(self, resize: int, size: int, *, interpolation: str = "bilinear") -> None:
         self.resize = resize
         self.size = size
+        self.interpolation = InterpolationMode(interpolation)
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Resize and crop the images."""
-        resized = [vision.resize(image, [self.resize], antialias=True) for image in images]
+        resized = [vision.resize(image, [self.resize], self.interpolation, antialias=True) for image in images]
         return default_collate([vision.center_crop(image, [self.size, self.size]) for image in resized])
 
 
@@ -83,12 +104,13 @@ class RandomResizedCrop:
     (Szegedy et al. 2015; the published augmentation of these benchmarks).
     """
 
-    def __init__(self, size: int, *, scale: tuple[float, float], flip: bool) -> None:
+    def __init__(self, size: int, *, scale: tuple[float, float], flip: bool, interpolation: str = "bilinear") -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale of random_resized_crop must satisfy 0 < low <= high <= 1, got {tuple(scale)}")
         self.size = size
         self.scale = scale
         self.flip = flip
+        self.interpolation = InterpolationMode(interpolation)
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Crop the images, each with its own generator."""
@@ -99,7 +121,7 @@ class RandomResizedCrop:
     def _one(self, image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
         top, left, height, width = self._box(image.shape[1], image.shape[2], generator)
         crop: torch.Tensor = vision.resized_crop(
-            image, top, left, height, width, [self.size, self.size], antialias=True
+            image, top, left, height, width, [self.size, self.size], self.interpolation, antialias=True
         )
         return crop.flip(-1) if self.flip and generator.random() < 0.5 else crop
 

@@ -6,6 +6,8 @@ backward on its own copy of it. That fixes the backward rules:
     gather_rows      forward: all-gather in rank order     backward: reduce-scatter SUM, as each copy holds a part
     all_reduce_sum   forward: SUM                          backward: identity, as the copies of the sum are one number
 
+A group of one rank calls no library: on GPUs each call would cost a kernel, and NCCL's start.
+
 SUM, never AVG: an engine's averaging is undone once, by name, in head/loss.py. Rows are padded to the longest rank
 because gloo and NCCL gather equal blocks only; batches and partitions differ by a few rows, so padding costs next to
 nothing.
@@ -104,13 +106,13 @@ def gather_rows(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessG
 
 def all_reduce_sum(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over ranks. Forward: all-reduce SUM. Backward: identity, for values that every rank uses in the same way."""
-    return value if group is None else _AllReduceSum.apply(value, group)
+    return value if world_size_of(group) == 1 else _AllReduceSum.apply(value, group)
 
 
 def all_reduce_max(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Take the elementwise maximum over ranks. No gradient."""
     value = value.detach().clone()
-    if group is not None:
+    if world_size_of(group) > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
         _count(_traffic.get(), _all_reduced_bytes(value, group))
     return value
@@ -134,6 +136,8 @@ def exchange_rows(
     Returns:
         The received blocks in rank order.
     """
+    if world_size_of(group) == 1:
+        return [blocks.reshape(receive_shapes[0])]
     width = blocks.shape[1]
     receive_sizes = [rows * columns for rows, columns in receive_shapes]
     received = blocks.new_empty(sum(receive_sizes))
@@ -148,7 +152,7 @@ def exchange_rows(
 def gather_objects(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
     """Gather the small picklable `value` of every rank, in rank order. Slow: for messages and set-up, not steps."""
     values: list[T] = [value] * world_size_of(group)
-    if group is not None:
+    if len(values) > 1:
         dist.all_gather_object(values, value, group=group)
     return values
 

@@ -33,6 +33,8 @@ from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, equal_fragments, reshard
 from dist_proxygml.faults import fault_point
 
+# DeepSpeed's timer waits for the GPU twice in every micro-batch, and in every forward pass of an evaluation.
+_WITHOUT_TIMERS = {"timers": {"throughput": {"enabled": False}}}
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # DeepSpeed's spelling
 
 
@@ -74,7 +76,11 @@ class Engine:
         fault_point("start.engine")
         with _no_first_step(optimizer):
             self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=settings, dist_init_required=False, model_parameters=None
+                model=model,
+                optimizer=optimizer,
+                config=settings | _WITHOUT_TIMERS,
+                dist_init_required=False,
+                model_parameters=None,
             )
         self._step_was_applied = False
         if self.zero_stage in (1, 2):  # regardless of deepspeed.bf16.check_grad_overflow
@@ -116,20 +122,33 @@ class Engine:
         """
         self._engine.backward((embeddings * gradient).sum())
 
-    def step(self, *, measure_norm: bool) -> float | None:
+    def gradient_norm(self) -> Tensor | None:
+        """The norm of the backbone's gradient after a step's last `backward`, not read yet, the same on every rank;
+        None if the optimizer, of ZeRO or mixed precision, measures it itself and skips steps by it.
+        """
+        if not self.updates_plainly:
+            return None
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self._device)
+
+    def step(self, *, norm: float | None = None, is_wanted: bool = True, measure_norm: bool) -> float | None:
         """At a step's last micro-batch, clip and update the backbone; before that, only count.
 
         NaN or infinite gradients are dropped without an update. Gradients are averages over ranks, so all ranks see
         what one of them contributes.
 
+        Args:
+            norm: `gradient_norm`, if the caller has read it.
+            is_wanted: False drops the update of an optimizer that does not decide itself, as those of ZeRO do.
+            measure_norm: whether to return the norm.
+
         Returns:
             The norm of the backbone's gradient before clipping, if `measure_norm`.
         """
-        norm, is_usable = None, True
-        if self._engine.is_gradient_accumulation_boundary() and self._updates_plainly():
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
-            is_usable = norm is None or math.isfinite(norm)
+        if norm is None and self._engine.is_gradient_accumulation_boundary():
+            measured = self.gradient_norm()
+            norm = None if measured is None else float(measured)
+        is_usable = norm is None or (is_wanted and math.isfinite(norm))
         with contextlib.nullcontext() if is_usable else _no_update(self._engine.optimizer):
             self._engine.step()
         self._step_was_applied = is_usable and bool(self._engine.was_step_applied())
@@ -154,7 +173,8 @@ class Engine:
         buffers = (b for b in self._engine.module.buffers() if b.is_floating_point())
         return all(bool(buffer.isfinite().all()) for buffer in buffers)
 
-    def _updates_plainly(self) -> bool:
+    @property
+    def updates_plainly(self) -> bool:
         """Whether the optimizer is torch's own; those of ZeRO and mixed precision skip steps themselves."""
         return isinstance(self._engine.optimizer, torch.optim.Optimizer)
 
@@ -185,7 +205,8 @@ class Engine:
         files.raise_first()
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, on any number of ranks."""
+        """Read what `save` wrote, on any number of ranks and on CPUs or GPUs, whichever wrote it."""
+        is_fused = [group.get("fused") for group in self.optimizer.param_groups]
         parts = sorted((directory / "engine").glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
         with contextlib.ExitStack() as stack:
             if parts and len(parts) != self._context.world_size:
@@ -194,6 +215,16 @@ class Engine:
             path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
         if path is None:
             raise ValueError(f"expected a DeepSpeed checkpoint in {directory}/engine, found none that loads")
+        self._compute_as_built(is_fused)
+
+    def _compute_as_built(self, is_fused: Sequence[bool | None]) -> None:
+        """Undo what a checkpoint says about how the optimizer computes: fused on GPUs, where step counters are too."""
+        for group, own in zip(self.optimizer.param_groups, is_fused, strict=True):
+            if "fused" in group:
+                group["fused"] = own
+        for parameter, state in self.optimizer.state.items():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device if any(is_fused) else "cpu")
 
     def _own_part(self, files: Sequence[Path]) -> dict[str, Any]:
         """Reshard ZeRO's optimizer state from the files of another number of ranks into this rank's part."""
@@ -268,7 +299,7 @@ class Engine:
     @property
     def has_partitioned_weights(self) -> bool:
         """Whether a rank updates a part of the float32 weights only."""
-        return not self._updates_plainly() and not self._keeps_whole_copies()
+        return not self.updates_plainly and not self._keeps_whole_copies()
 
     def float32_weights(self) -> dict[str, WeightFragment]:
         """Return the float32 weights that the optimizer updates on this rank, by parameter: its own memory, valid until
@@ -276,7 +307,7 @@ class Engine:
         """
         optimizer, rank = self._engine.optimizer, self._context.rank
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        if self._updates_plainly():
+        if self.updates_plainly:
             found = {name: WeightFragment(parameter, 0) for name, parameter in trained.items()}
         elif self._keeps_whole_copies():
             pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)

@@ -7,15 +7,19 @@ function that takes a group accepts None, so the library also runs without a pro
 import argparse
 import atexit
 import contextlib
+import json
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import NoReturn, TypeVar
 
 import torch
@@ -23,6 +27,7 @@ import torch.distributed as dist
 
 from dist_proxygml.cli import interrupted, outlive_readers, refuse
 from dist_proxygml.distributed.collectives import AgreedError, gather_objects
+from dist_proxygml.distributed.gpus import check_gpus, local_gpu, shared_gpus, start_thread
 from dist_proxygml.distributed.slurm import process_variables
 from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import describe_error, is_about_space
@@ -69,32 +74,31 @@ def join_world(*, start_timeout: float = 300.0, device: str = "auto") -> Paralle
     """Start the process group that the launcher described in the environment (RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR, MASTER_PORT). Under srun, its variables are converted to this form, for libraries too.
 
-    Called on all ranks. NCCL on GPUs, gloo on CPUs. On CPUs the cores are divided among this host's ranks unless
+    Called on all ranks. NCCL on GPUs, gloo on CPUs. Cores are divided among the ranks that may use them unless
     OMP_NUM_THREADS is set; otherwise every rank would start a thread per core.
 
     Args:
         start_timeout: seconds that each wait for other ranks may take, from here until `has_started` is called.
-        device: "cpu" to leave GPUs alone.
+        device: "cpu" to leave GPUs alone, "cuda" to insist on them; "auto" takes those that are there.
+
+    Raises:
+        ValueError: there are GPUs that torch cannot use, none where they are insisted on, or fewer than ranks.
     """
     os.environ.update(process_variables(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available() and device != "cpu":
-        if local_rank >= torch.cuda.device_count():
-            raise OneRankError(
-                f"local rank {local_rank} has no GPU: expected at least {local_rank + 1} on this host, found "
-                f"{torch.cuda.device_count()}; start fewer ranks per host"
-            )
-        own_device = torch.device("cuda", local_rank)
+    own_device, backend = torch.device("cpu"), "gloo"
+    if device == "cuda" or (device == "auto" and os.environ.get("DS_ACCELERATOR") != "cpu"):
+        try:
+            check_gpus(os.environ, are_needed=device == "cuda")
+            if torch.cuda.is_available():
+                own_device, backend = torch.device("cuda", local_gpu(local_rank)), "nccl"
+        except ValueError as error:
+            raise OneRankError(f"{error} (on rank {rank}, host {socket.gethostname()})") from None
+    if own_device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(own_device.index)  # which DeepSpeed takes for the GPU's number
         torch.cuda.set_device(own_device)
-        backend = "nccl"
-    else:
-        own_device = torch.device("cpu")
-        backend = "gloo"
-        if "OMP_NUM_THREADS" not in os.environ:
-            local_world_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     fault_point("start.join")
     timeout = timedelta(seconds=start_timeout)
     _wait_at_most(timeout)
@@ -112,7 +116,32 @@ def join_world(*, start_timeout: float = 300.0, device: str = "auto") -> Paralle
             ) from None
     else:  # no launcher: a world of one needs no address, so its port cannot be taken
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+    _meet_neighbours(rank, world_size, own_device)
     return ParallelContext(rank, world_size, local_rank, own_device, dist.group.WORLD)
+
+
+def _meet_neighbours(rank: int, world_size: int, device: torch.device) -> None:
+    """Refuse ranks that share a GPU, and set the number of threads by who shares the cores. Called on all ranks.
+
+    Through the rendezvous store: NCCL fails on two ranks of one GPU.
+    """
+    host, cores = socket.gethostname(), sorted(os.sched_getaffinity(0))
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"dist_proxygml/rank {rank}", json.dumps([host, gpu, cores]))
+    ranks = [json.loads(store.get(f"dist_proxygml/rank {other}")) for other in range(world_size)]
+    if problem := shared_gpus([(name, number) for name, number, _ in ranks if number is not None]):
+        raise AgreedError(problem)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(fair_threads(cores, [others for name, _, others in ranks if name == host]))
+
+
+def fair_threads(own: Sequence[int], of_host: Sequence[Sequence[int]]) -> int:
+    """Return a rank's threads where each core is shared by those ranks of its host that may use it, itself included:
+    all of them under most launchers, one where SLURM binds tasks to cores.
+    """
+    sharing = Counter(core for cores in of_host for core in cores)
+    return max(1, int(sum(Fraction(1, sharing[core]) for core in own)))
 
 
 def has_started() -> None:
@@ -200,7 +229,7 @@ def run_long(
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, name="work", daemon=True).start()  # abandoned if a peer has gone
+    start_thread("work", work)  # abandoned if a peer has gone
     while not all(all_gather_object(context, bool(wait([future], timeout=_SECONDS_BETWEEN_SIGNS).done))):
         if meanwhile is not None:
             meanwhile()

@@ -16,7 +16,6 @@ Buffers are those of the backbone at that moment: BatchNorm's running statistics
 Declined: an average of the proxies, which retrieval does not use; a copy on every rank under ZeRO.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.order import evaluation_batches
 from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.distributed.gpus import start_thread
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.storage.files import paths_in, publish
 
@@ -175,8 +176,7 @@ class EmbeddingBlocks:
             self._writer.join()
         pending, self._pending = self._pending, []
         if pending and self._problem is None:
-            self._writer = threading.Thread(target=self._try_to_write, args=(pending,), name="blocks", daemon=True)
-            self._writer.start()
+            self._writer = start_thread("blocks", self._try_to_write, pending)
 
     def _try_to_write(self, pending: Sequence[Block]) -> None:
         try:

@@ -17,6 +17,7 @@ Dimension key: n images, Q queries of all ranks.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dist_proxygml.data.index import ShardIndex
@@ -66,6 +68,7 @@ class Settings(NamedTuple):
     legacy_proxygml: bool = False
     exclude_same: str | None = None  # "camera": images of the query's class by its own camera are no answers
     pairs: PairSettings | None = None
+    prefixes: tuple[int, ...] = ()  # Recall@1 and MAP@R of so many first dimensions, brought to unit length, too
 
 
 class ClassSet(NamedTuple):
@@ -103,6 +106,7 @@ class EvaluationResult:
     Attributes:
         metrics: fractions by name: recall@K for each K, r_precision, map@r, map, mrr, precision@1_macro; with
             clustering nmi, ami, f1 (means over the seeds) and nmi_sd, ... (sample standard deviations, 0 for one seed);
+            recall@1_dim64 and map@r_dim64 of a prefix of 64 dimensions;
             where some classes were trained, recall@1_seen and recall@1_unseen of the queries of either kind;
             tar@far=F and pair_accuracy, legacy_recall@K and legacy_nmi where they were asked for.
         bounds: of each retrieval metric, and of recall@1 in any case: if every tie went wrong, if every tie went right.
@@ -329,16 +333,22 @@ def evaluate_table(
 
     if has_right_answers(labels_n, is_query_n, is_gallery_n, cameras_n):
         # 1. Retrieval.
-        found = retrieve(
-            Images(rows_nD, class_n, is_query_n, is_gallery_n, cameras_n),
-            with_self=_drops_first_column(settings),
+        search = functools.partial(
+            retrieve,
             tolerance=settings.tie_tolerance,
             context=context,
             options=options,
             say=hooks.say,
             follower=hooks.follower,
         )
+        images = Images(rows_nD, class_n, is_query_n, is_gallery_n, cameras_n)
+        found = search(images, with_self=_drops_first_column(settings))
         measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
+        for dim in settings.prefixes:
+            rows_nd = run_together(context, _prefix_rows, table, dim)
+            scores = search(images._replace(rows=rows_nd), with_self=False).exact
+            values = metrics.query_metrics(scores, recall_at=(1,))
+            measured |= {f"{name}_dim{dim}": metrics.exact_mean(values[name]) for name in ("recall@1", "map@r")}
 
         # 2. Clustering: each seed on one rank, its numbers on all of them.
         if settings.kmeans_seeds:
@@ -382,6 +392,11 @@ def evaluate_table(
         pairs=verified,
         table=table,
     )
+
+
+def _prefix_rows(table: EmbeddingTable, dim: int) -> np.ndarray:
+    """The first dimensions of all embeddings, brought to unit length and rounded as whole ones are."""
+    return round_rows(F.normalize(table.embeddings[:, :dim], dim=1).numpy())
 
 
 def _retrieval_metrics(
@@ -645,6 +660,7 @@ def _protocol(
         for name in ("dist_proxygml", "torch", "torchvision", "timm", "pillow", "numpy", "scipy", "scikit-learn")
     }
     pairs = {} if settings.pairs is None else {"pairs": _pairs_protocol(settings.pairs)}
+    prefixes = {"prefixes": list(settings.prefixes)} if settings.prefixes else {}
     return {
         "format": 2,
         "name": settings.protocol,
@@ -662,6 +678,7 @@ def _protocol(
         "clustering": clustering if settings.kmeans_seeds else None,
         "legacy_proxygml": _legacy_protocol(settings) if settings.legacy_proxygml else None,
         **pairs,
+        **prefixes,
         "versions": {**versions, "faiss": ", ".join(installed_faiss()) or "unknown"},
     }
 

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from dist_proxygml.distributed.gpus import exact_products
+
 SCALE = 2.0**26  # one over the unit of a component
 LONGEST = 1.01  # of a row: beyond the rounding of a unit row, and far below sqrt(2), where float64 would round
 CHUNK = 1 << 17  # numbers that stay in a core's cache
@@ -88,10 +90,5 @@ def scores_of_block(
 @contextmanager
 def float32_products(device: torch.device) -> Iterator[None]:
     """torch products of float32 in float32 proper: without autocast, TF32 or bfloat16, whatever is set around it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with exact_products(), torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield

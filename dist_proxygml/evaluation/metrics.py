@@ -252,6 +252,11 @@ def _tar_name(key: str) -> MetricName:
     return MetricName(key, f"TAR at FAR {far}", meaning)
 
 
+def _prefix_name(key: str, dim: str) -> MetricName:
+    (name,) = name_metrics([key.rpartition("_")[0]])
+    return MetricName(key, f"{name.label}, {dim} dimensions", f"{name.label} of embeddings cut to {dim} dimensions")
+
+
 def name_metrics(keys: Iterable[str]) -> list[MetricName]:
     """The metrics among these keys, each once, in reading order."""
     found = set(keys)
@@ -265,6 +270,8 @@ def name_metrics(keys: Iterable[str]) -> list[MetricName]:
             named += [MetricName(f"{name.key}{k}", name.label.format(k), name.meaning.format(k)) for k in cuts]
         elif name.key in found:
             named.append(name)
+    prefixes = sorted((int(match[2]), key) for key in found if (match := re.fullmatch(r"(.+)_dim(\d+)", key)))
+    named += [_prefix_name(key, str(dim)) for dim, key in prefixes]
     known = {name.key for name in named}
     others = [key for key in sorted(found - known) if not (key.endswith("_sd") and key.removesuffix("_sd") in found)]
     return named + [MetricName(key, key, "") for key in others]

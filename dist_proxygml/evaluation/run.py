@@ -39,14 +39,15 @@ def evaluate_model(
     model: nn.Module,
     split: Split,
     *,
-    kmeans_seeds: int | None = None,
+    is_baseline: bool = False,
     verify: bool = False,
     hooks: PassHooks,
 ) -> EvaluationResult:
-    """Evaluate a backbone on a split as the configuration says, `kmeans_seeds` excepted. Called on all ranks.
+    """Evaluate a backbone on a split as the configuration says. Called on all ranks.
 
-    The protocol and the gallery are those of the test split; another split is searched in itself. With `verify` ranks
-    are found in two ways, which must agree.
+    The protocol and the gallery are those of the test split; another split is searched in itself. A baseline, which is
+    not the configuration's backbone, gets one run of k-means, and none by prefixes. With `verify` ranks are found in
+    two ways, which must agree.
     """
     wanted, index, gallery = config.evaluation, run_together(context, open_gallery, config, split.index), None
     if index is not None:
@@ -65,24 +66,25 @@ def evaluate_model(
         ),
         context=context,
         gallery=gallery,
-        settings=measured(config, split.index, kmeans_seeds=kmeans_seeds),
+        settings=measured(config, split.index, is_baseline=is_baseline),
         options=SearchOptions(wanted.search, wanted.gallery, wanted.memory_budget_bytes, verify),
         hooks=hooks,
     )
 
 
-def measured(config: Config, index: ShardIndex, *, kmeans_seeds: int | None = None) -> Settings:
+def measured(config: Config, index: ShardIndex, *, is_baseline: bool = False) -> Settings:
     """Build the settings for a split; the published protocol is that of the test split alone."""
     wanted, is_test, pairs = config.evaluation, index.split == config.data.test_split, None
     if wanted.pairs is not None and (is_test or wanted.pairs.of == "all"):
         pairs = PairSettings(wanted.pairs.of == "listed", tuple(wanted.pairs.far), config.checkpoint.keep_best)
     return Settings(
         recall_at=tuple(wanted.recall_at),
-        kmeans_seeds=tuple(range(wanted.kmeans_seeds if kmeans_seeds is None else kmeans_seeds)),
+        kmeans_seeds=tuple(range(min(1, wanted.kmeans_seeds) if is_baseline else wanted.kmeans_seeds)),
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
         exclude_same=wanted.excluded,
         pairs=pairs,
+        prefixes=() if is_baseline else tuple(config.backbone.matryoshka_dims),
     )
 
 
@@ -159,4 +161,6 @@ def result_settings(config: Config) -> dict[str, Any]:
     for name in ("exclude_same", "pairs"):
         if settings["evaluation"][name] is None:  # the names of results from before it was a setting
             del settings["evaluation"][name]
+    if not settings["backbone"]["matryoshka_dims"]:
+        del settings["backbone"]["matryoshka_dims"]
     return dict(settings)

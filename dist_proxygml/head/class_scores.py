@@ -32,6 +32,26 @@ def scores(similarity: Tensor, *, dim: int, how: ClassScore, gamma: float) -> tu
     return score.squeeze(dim), weight * (1 + (similarity - score) / gamma)
 
 
+def masked_scores(
+    similarity: Tensor, is_kept: Tensor, *, how: ClassScore, gamma: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scores of classes whose N proxies lie along the last dimension, from those that are kept, and the
+    slopes; both 0 where none is. A slope of None is 1 where it is kept.
+    """
+    values = torch.where(is_kept, similarity, 0)
+    if similarity.shape[-1] == 1:
+        return values.squeeze(-1), None
+    if how == "sum":
+        return values.sum(-1), None
+    masked = torch.where(is_kept, similarity, torch.finfo(similarity.dtype).min)
+    if how == "max":
+        slope = torch.zeros_like(similarity).scatter_(-1, masked.argmax(-1, keepdim=True), 1.0) * is_kept
+        return (slope * values).sum(-1), slope
+    weight = torch.softmax(masked / gamma, -1) * is_kept
+    score = (weight * values).sum(-1, keepdim=True)
+    return score.squeeze(-1), weight * (1 + (values - score) / gamma)
+
+
 def scores_of_groups(
     similarity_n: Tensor, group_n: Tensor, num_groups: int, *, how: ClassScore, gamma: float
 ) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,9 @@
     nll  = log sum_c exp(s * z_c) - s * z_label                  over the classes that compete and the own one
 
 Either only the proxies of the image's subgraph compete (selection.py), or all do, a chunk of classes at a time, whose
-scores are computed again in backward. In neither case does a matrix of images and classes exist. Each rank owns whole
+scores are computed again in backward. In neither case does a matrix of images and classes exist, but for a subgraph on
+a GPU whose bank is small: there masks are faster than lists of pairs, whose lengths the host would have to wait for.
+Each rank owns whole
 classes, so scores are local and only vectors of length R cross ranks: one MAX, then SUM of the exponentials, the
 targets and a count.
 
@@ -15,7 +17,7 @@ of a chunk.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,14 +26,16 @@ from torch.autograd.function import once_differentiable
 
 from dist_proxygml.distributed.collectives import all_reduce_max, all_reduce_sum
 from dist_proxygml.head.bank import Bank, Pairs, build_bank
-from dist_proxygml.head.class_scores import ClassScore, scores, scores_of_groups
+from dist_proxygml.head.class_scores import ClassScore, masked_scores, scores, scores_of_groups
 from dist_proxygml.head.margins import Margin
 from dist_proxygml.head.matmul import product
 from dist_proxygml.head.partition import ClassPartition
-from dist_proxygml.head.selection import Exchange, select_negatives
+from dist_proxygml.head.selection import Exchange, fits_whole, keep_best, select_negatives
 from dist_proxygml.head.similarity import (
+    all_similarities,
     chunk_of_similarities,
     chunk_width,
+    counts_of,
     embedding_gradient,
     pair_similarities,
     proxy_gradient,
@@ -47,6 +51,35 @@ class KeptPairs(NamedTuple):
     partition: ClassPartition
     """Classes of the visible proxies: this rank's, paired with the images of all ranks; or, where the bank was
     gathered, all classes, paired with this rank's images."""
+
+
+class KeptMatrix(NamedTuple):
+    """The same as masks; the host waits only if it asks for the pairs."""
+
+    similarity: Tensor
+    """[R, p], -inf for the rows' own classes."""
+    is_kept: Tensor
+    """bool [R, p], the kept negatives."""
+    own_proxy: Tensor
+    """int64 [R, N], the proxies of the rows' own classes."""
+    own_similarity: Tensor
+    """[R, N]."""
+    is_here: Tensor | None
+    """bool [R], whether the class is visible, without which the two above mean nothing; None: all are."""
+    partition: ClassPartition
+
+    @property
+    def negatives(self) -> Pairs:
+        """The kept negatives as pairs."""
+        row_n, proxy_n = self.is_kept.nonzero().unbind(1)
+        return Pairs(row_n, proxy_n, self.similarity[row_n, proxy_n])
+
+    @property
+    def positives(self) -> Pairs:
+        """N adjacent pairs for each image whose class is visible."""
+        row_RN = torch.arange(len(self.own_proxy), device=self.own_proxy.device)[:, None].expand_as(self.own_proxy)
+        whole = (row_RN, self.own_proxy, self.own_similarity)
+        return Pairs(*((part if self.is_here is None else part[self.is_here]).flatten() for part in whole))
 
 
 class Scoring(NamedTuple):
@@ -68,7 +101,7 @@ class Subgraph(NamedTuple):
     row_counts: Sequence[int]
     fused: bool
     sparse: bool
-    observer: Callable[[KeptPairs], None] | None
+    observer: Callable[[KeptPairs | KeptMatrix], None] | None
 
 
 class Settings(NamedTuple):
@@ -103,9 +136,109 @@ def negative_log_likelihood(
         quality_R: q of an adaface margin.
         settings: the rest.
     """
-    function = _AllProxies if settings.subgraph is None else _KeptProxies
+    function: Any = _AllProxies
+    if settings.subgraph is not None:
+        num_per_class = proxies_cND.shape[1]
+        fits = keeps_matrix(
+            len(embeddings_RD),
+            num_proxies=settings.subgraph.partition.counts()[0] * num_per_class,
+            memory_budget=settings.memory_budget,
+            device=embeddings_RD.device.type,
+            needs_pairs=settings.subgraph.sparse or settings.subgraph.fused or settings.matmul_dtype != torch.float32,
+        )
+        function = _KeptMatrix if fits and len(proxies_cND) else _KeptProxies  # both communicate alike
     nll_R, count_R = function.apply(embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings)
     return nll_R, count_R
+
+
+def keeps_matrix(num_rows: int, *, num_proxies: int, memory_budget: int, device: str, needs_pairs: bool) -> bool:
+    """Whether a subgraph is computed with masks: on a GPU, where S with what is computed from it fits the budget.
+
+    `num_proxies` is that of the rank with the most, so that all ranks decide alike.
+    """
+    return device == "cuda" and not needs_pairs and fits_whole(num_rows, num_proxies=num_proxies, budget=memory_budget)
+
+
+class _KeptMatrix(torch.autograd.Function):
+    """As `_KeptProxies`, with masks over S as a whole: no size depends on a value, so the host waits for nothing."""
+
+    @staticmethod
+    def forward(ctx, embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings):  # type: ignore[no-untyped-def]
+        num_classes, num_per_class, _ = proxies_cND.shape
+        subgraph, scoring = settings.subgraph, settings.scoring
+        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype)
+
+        # 1. The subgraph: the kept negatives, and the proxies of the rows' own classes, where this rank has them.
+        similarity_Rp = all_similarities(embeddings_RD, bank)
+        similarity_RcN = similarity_Rp.view(-1, num_classes, num_per_class)
+        is_own_Rc = own_class_R[:, None] == torch.arange(num_classes, device=own_class_R.device)
+        similarity_RcN.masked_fill_(is_own_Rc[:, :, None], -math.inf)
+        is_kept_Rp = keep_best(
+            similarity_Rp,
+            num_negatives=subgraph.num_negatives,
+            row_counts=subgraph.row_counts,
+            proxy_counts=[count * num_per_class for count in subgraph.partition.counts()],
+            group=settings.group,
+            exchange=subgraph.exchange,
+        )
+        is_kept_RcN = is_kept_Rp.view_as(similarity_RcN)
+        is_whole = settings.group is None  # one process, or a gathered bank: it has every row's class
+        some_class_R = own_class_R if is_whole else own_class_R.clamp(0, num_classes - 1)
+        own_proxy_RN = proxies_of_classes(some_class_R, num_per_class)
+        own_similarity_RN = torch.linalg.vecdot(embeddings_RD[:, None], bank.proxies[own_proxy_RN])
+        own_similarity_RN *= bank.inverse_norm[own_proxy_RN]
+        own_value_R, own_slope_RN = _own_scores(own_similarity_RN, quality_R, scoring)
+        if subgraph.observer is not None:
+            is_here_R = None if is_whole else own_class_R == some_class_R
+            own = (own_proxy_RN, own_similarity_RN, is_here_R)
+            subgraph.observer(KeptMatrix(similarity_Rp, is_kept_Rp, *own, subgraph.partition))
+
+        # 2. Scores of the classes with a kept proxy.
+        score_Rc, slope_RcN = masked_scores(similarity_RcN, is_kept_RcN, how=scoring.how, gamma=scoring.gamma)
+        score_Rc = torch.where(is_own_Rc, own_value_R[:, None], score_Rc)
+        is_in_Rc = is_own_Rc | (is_kept_RcN.any(dim=2) if num_per_class > 1 else is_kept_Rp)
+        logit_Rc = torch.where(is_in_Rc, scale * score_Rc, -math.inf)
+
+        # 3. Softmax over all ranks' kept classes.
+        row_max_R = all_reduce_max(logit_Rc.amax(dim=1), group=settings.group)
+        softmax = _sum_over_ranks(
+            (logit_Rc - row_max_R[:, None]).exp_().sum(dim=1),
+            logit_Rc.where(is_own_Rc, 0).sum(dim=1),
+            is_in_Rc.sum(dim=1, dtype=logit_Rc.dtype),
+            row_max_R,
+            bank,
+            settings.group,
+        )
+
+        # 4. Save for backward: what the loss changes by with each similarity.
+        excess_Rc = (logit_Rc - softmax.log_sum[:, None]).exp_().add_(is_own_Rc, alpha=-1)
+        if own_slope_RN is None and slope_RcN is None:
+            slope_RcN = is_kept_RcN | is_own_Rc[:, :, None]
+        else:
+            slope_RcN = is_kept_RcN if slope_RcN is None else slope_RcN
+            own_slope_RN = torch.ones_like(own_similarity_RN) if own_slope_RN is None else own_slope_RN
+            slope_RcN = torch.where(is_own_Rc[:, :, None], own_slope_RN[:, None], slope_RcN)
+        weight_Rp = ((excess_Rc * scale)[:, :, None] * slope_RcN).flatten(1)
+        scale_slope_R = (excess_Rc * score_Rc).sum(dim=1) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(embeddings_RD, proxies_cND, bank.inverse_norm, weight_Rp, scale_slope_R)
+        ctx.mark_non_differentiable(softmax.num_classes)
+        return softmax.log_sum - softmax.target, softmax.num_classes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_R, _):  # type: ignore[no-untyped-def]
+        embeddings_RD, proxies_cND, inverse_norm_p, weight_Rp, scale_slope_R = ctx.saved_tensors
+        proxies_pD = proxies_cND.flatten(0, 1)
+        weight_Rp = (weight_Rp * gradient_R[:, None]).mul_(inverse_norm_p)
+        d_embeddings_RD = torch.mm(weight_Rp, proxies_pD) if ctx.needs_input_grad[0] else None
+        d_proxies_cND = None
+        if ctx.needs_input_grad[1]:
+            d_proxies_pD = torch.mm(weight_Rp.T, embeddings_RD)
+            # only what turns a proxy counts, not what lengthens it
+            radial_p = torch.linalg.vecdot(d_proxies_pD, proxies_pD) * inverse_norm_p.square()
+            d_proxies_cND = d_proxies_pD.addcmul_(proxies_pD, radial_p[:, None], value=-1).view_as(proxies_cND)
+        d_scale = None if scale_slope_R is None else (gradient_R * scale_slope_R).sum()
+        return d_embeddings_RD, d_proxies_cND, d_scale, None, None, None
 
 
 class _KeptProxies(torch.autograd.Function):
@@ -115,7 +248,7 @@ class _KeptProxies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings):  # type: ignore[no-untyped-def]
-        num_rows, num_per_class = len(embeddings_RD), proxies_cND.shape[1]
+        num_rows, (num_classes, num_per_class, _) = len(embeddings_RD), proxies_cND.shape
         subgraph, scoring = settings.subgraph, settings.scoring
         bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype, fused=subgraph.fused)
 
@@ -132,20 +265,23 @@ class _KeptProxies(torch.autograd.Function):
             exchange=subgraph.exchange,
             memory_budget=settings.memory_budget,
         )
-        own = _own_classes(embeddings_RD, bank, scale, own_class_R, quality_R, num_per_class, scoring)
+        row_o = _rows_here(own_class_R, num_classes, group=settings.group)
+        own = _own_classes(embeddings_RD, bank, scale, row_o, own_class_R, quality_R, num_per_class, scoring)
         if subgraph.observer is not None:
             subgraph.observer(KeptPairs(negatives, own.pairs, subgraph.partition))
 
         # 2. Scores: a class's kept pairs are adjacent, and no rank owns a part of a class.
-        class_n = negatives.proxy // num_per_class
-        _, group_n = torch.unique_consecutive(
-            negatives.row * subgraph.partition.num_local + class_n, return_inverse=True
-        )
-        num_groups = int(group_n[-1]) + 1 if len(group_n) else 0
-        row_g = negatives.row.new_empty(num_groups).index_copy_(0, group_n, negatives.row)
-        score_g, slope_n = scores_of_groups(
-            negatives.similarity, group_n, num_groups, how=scoring.how, gamma=scoring.gamma
-        )
+        if num_per_class == 1:  # each pair is a group
+            group_n, row_g, score_g, slope_n = None, negatives.row, negatives.similarity, None
+        else:
+            class_n = negatives.proxy // num_per_class
+            class_g, group_n = torch.unique_consecutive(
+                negatives.row * subgraph.partition.num_local + class_n, return_inverse=True
+            )
+            row_g = negatives.row.new_empty(len(class_g)).index_copy_(0, group_n, negatives.row)
+            score_g, slope_n = scores_of_groups(
+                negatives.similarity, group_n, len(class_g), how=scoring.how, gamma=scoring.gamma
+            )
         logit_g = scale * score_g
 
         # 3. Softmax over all ranks' kept classes.
@@ -154,7 +290,7 @@ class _KeptProxies(torch.autograd.Function):
         def exp_sums(row_max_R: Tensor) -> Tensor:
             return torch.zeros_like(row_max_R).index_add_(0, row_g, (logit_g - row_max_R[row_g]).exp())
 
-        num_kept_R = torch.bincount(torch.cat([row_g, own.row]), minlength=num_rows).to(max_R.dtype)
+        num_kept_R = counts_of(torch.cat([row_g, own.row]), num_rows).to(max_R.dtype)
         softmax = _softmax_over_ranks(max_R, exp_sums, num_kept_R, own, bank, settings.group)
 
         # 4. Save for backward: the probability of each kept pair's class.
@@ -162,7 +298,8 @@ class _KeptProxies(torch.autograd.Function):
         probability_g = (logit_g - softmax.log_sum[row_g]).exp()
         own_excess_o = (own.logit - softmax.log_sum[own.row]).exp() - 1
         pairs = Pairs(*(torch.cat(parts) for parts in zip(negatives, own.pairs, strict=True)))
-        probability_n = probability_g[group_n] if slope_n is None else probability_g[group_n] * slope_n
+        probability_n = probability_g if group_n is None else probability_g[group_n]
+        probability_n = probability_n if slope_n is None else probability_n * slope_n
         weight_n = torch.cat([probability_n, (own_excess_o[:, None] * own.slope).flatten()]) * scale
         scale_slope_R = None
         if ctx.needs_input_grad[2]:
@@ -201,7 +338,8 @@ class _AllProxies(torch.autograd.Function):
     def forward(ctx, embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings):  # type: ignore[no-untyped-def]
         num_rows, (num_classes, num_per_class, _) = len(embeddings_RD), proxies_cND.shape
         bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype)
-        own = _own_classes(embeddings_RD, bank, scale, own_class_R, quality_R, num_per_class, settings.scoring)
+        row_o = _rows_here(own_class_R, num_classes, group=settings.group)
+        own = _own_classes(embeddings_RD, bank, scale, row_o, own_class_R, quality_R, num_per_class, settings.scoring)
         chunks = _chunks(embeddings_RD, num_classes, num_per_class, own, own_class_R, settings.memory_budget)
         max_R = embeddings_RD.new_full((num_rows,), -math.inf)
         sum_R = embeddings_RD.new_zeros(num_rows)
@@ -283,23 +421,42 @@ def _own_classes(
     embeddings_RD: Tensor,
     bank: Bank,
     scale: Tensor,
+    row_o: Tensor,
     own_class_R: Tensor,
     quality_R: Tensor | None,
     num_per_class: int,
     scoring: Scoring,
 ) -> _OwnClasses:
-    num_classes = len(bank.proxies) // num_per_class
-    row_o = ((own_class_R >= 0) & (own_class_R < num_classes)).nonzero().flatten()
-    proxy_oN = own_class_R[row_o, None] * num_per_class + torch.arange(num_per_class, device=row_o.device)
-    pairs = Pairs(row_o[:, None].expand_as(proxy_oN).flatten(), proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
+    proxy_oN = proxies_of_classes(own_class_R[row_o], num_per_class)
+    row_n = row_o[:, None].expand_as(proxy_oN).flatten()
+    pairs = Pairs(row_n, proxy_oN.flatten(), bank.inverse_norm.new_empty(0))
     pairs = pairs._replace(similarity=pair_similarities(embeddings_RD, bank, pairs.row, pairs.proxy))
     similarity_oN = pairs.similarity.view(-1, num_per_class)
-    value_o, slope_oN = scores(similarity_oN, dim=1, how=scoring.how, gamma=scoring.gamma)
+    value_o, slope_oN = _own_scores(similarity_oN, None if quality_R is None else quality_R[row_o], scoring)
     slope_oN = torch.ones_like(similarity_oN) if slope_oN is None else slope_oN
-    if scoring.margin is not None:
-        value_o, margin_slope_o = scoring.margin.apply(value_o, None if quality_R is None else quality_R[row_o])
-        slope_oN = slope_oN * margin_slope_o[:, None]
     return _OwnClasses(row_o, pairs, scale * value_o, value_o, slope_oN)
+
+
+def _own_scores(similarity_oN: Tensor, quality_o: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
+    """Return the scores [o] of the own classes with the margin, and their slopes [o, N]; None: all 1."""
+    value_o, slope_oN = scores(similarity_oN, dim=1, how=scoring.how, gamma=scoring.gamma)
+    if scoring.margin is not None:
+        value_o, margin_slope_o = scoring.margin.apply(value_o, quality_o)
+        slope_oN = torch.ones_like(similarity_oN) if slope_oN is None else slope_oN
+        slope_oN = slope_oN * margin_slope_o[:, None]
+    return value_o, slope_oN
+
+
+def _rows_here(own_class_R: Tensor, num_classes: int, *, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the rows whose class this rank has: of one process, all."""
+    if group is None:
+        return torch.arange(len(own_class_R), device=own_class_R.device)
+    return ((own_class_R >= 0) & (own_class_R < num_classes)).nonzero().flatten()
+
+
+def proxies_of_classes(class_o: Tensor, num_per_class: int) -> Tensor:
+    """Return the indices [o, N] of the classes' proxies."""
+    return class_o[:, None] * num_per_class + torch.arange(num_per_class, device=class_o.device)
 
 
 class _Softmax(NamedTuple):
@@ -330,9 +487,22 @@ def _softmax_over_ranks(
     row_max_R = all_reduce_max(local_max_R, group=group)  # finite, because the label's class competes
     exp_sum_R = exp_sums(row_max_R)
     exp_sum_R.index_add_(0, own.row, (own.logit - row_max_R[own.row]).exp())
+    target_R = torch.zeros_like(row_max_R).index_copy_(0, own.row, own.logit)
+    return _sum_over_ranks(exp_sum_R, target_R, num_classes_R, row_max_R, bank, group)
+
+
+def _sum_over_ranks(
+    exp_sum_R: Tensor,
+    target_R: Tensor,
+    num_classes_R: Tensor,
+    row_max_R: Tensor,
+    bank: Bank,
+    group: dist.ProcessGroup | None,
+) -> _Softmax:
     # A NaN or infinite proxy exceeds no bound and would go unnoticed: make the sum NaN on every rank.
     exp_sum_R += 0 * bank.inverse_norm.sum()
-    target_R = torch.zeros_like(row_max_R).index_copy_(0, own.row, own.logit)
+    if group is None:
+        return _Softmax(exp_sum_R.log() + row_max_R, target_R, num_classes_R)
     sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_classes_R]), group=group)
     return _Softmax(sums_3R[0].log() + row_max_R, sums_3R[1], sums_3R[2].clone())
 
@@ -393,9 +563,11 @@ def _chunk_scores(
 def _by_class(proxy_u: Tensor, gradient_uD: Tensor, shape: torch.Size) -> Tensor:
     """Turn the gradients of proxies u into a sparse gradient [c, N, D] over the classes that own any of them."""
     num_per_class, dim = shape[1:]
+    if num_per_class == 1:
+        values_uND = gradient_uD.view(-1, 1, dim)
+        return torch.sparse_coo_tensor(proxy_u[None], values_uND, shape, is_coalesced=True, check_invariants=False)
     class_t, position_u = torch.unique_consecutive(proxy_u // num_per_class, return_inverse=True)
-    if num_per_class > 1:
-        gradient_pD = gradient_uD.new_zeros(len(class_t) * num_per_class, dim)
-        gradient_uD = gradient_pD.index_copy_(0, position_u * num_per_class + proxy_u % num_per_class, gradient_uD)
+    gradient_pD = gradient_uD.new_zeros(len(class_t) * num_per_class, dim)
+    gradient_uD = gradient_pD.index_copy_(0, position_u * num_per_class + proxy_u % num_per_class, gradient_uD)
     values_tND = gradient_uD.view(-1, num_per_class, dim)
     return torch.sparse_coo_tensor(class_t[None], values_tND, shape, is_coalesced=True, check_invariants=False)

@@ -1,5 +1,6 @@
 """What losses of the global batch have in common: ranks agree on its rows, and a run resumes from its state."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +87,8 @@ class GlobalLoss(nn.Module):
         """Return the number of rows on every rank, once every rank's batch has been validated."""
         valid = self._are_valid(embeddings, labels)
         num_rows = labels.shape[0] if labels.ndim else 0
+        if self.group is None and num_rows and bool(valid):
+            return [num_rows]
         own_12 = torch.stack([valid.new_full((), num_rows, dtype=torch.int64), valid.long()])[None]
         all_W2 = gather_rows(own_12, row_counts=[1] * world_size_of(self.group), group=self.group).tolist()
         if not all(valid for _, valid in all_W2):  # the same on every rank
@@ -101,8 +104,10 @@ class GlobalLoss(nn.Module):
         """Check this rank's batch; returns a bool on the device, so that ranks synchronise only once."""
         if self._misshapen(embeddings, labels) is not None:
             return torch.zeros((), dtype=torch.bool, device=self.device)
-        in_range = ((labels >= 0) & (labels < self.num_classes)).all()
-        return embeddings.detach().isfinite().all() & in_range
+        in_range = (labels.clamp(0, self.num_classes - 1) == labels).all()
+        if not embeddings.numel():
+            return in_range
+        return (torch.linalg.vector_norm(embeddings.detach(), math.inf) < math.inf) & in_range
 
     def _misshapen(self, embeddings: Tensor, labels: Tensor) -> str | None:
         where = f"on rank {rank_in(self.group)}"

@@ -8,6 +8,9 @@
                                  (classification.py); the own class's score less a margin (margins.py)
     total = nll + lambda * regulariser;   the regulariser classifies every proxy against the class sums of all proxies
 
+Matryoshka: nll is the mean of those of the embedding and of its first d coordinates, brought to unit length, against
+the first d coordinates of the same proxies, so that embeddings may be cut at these d. Declined: a bank for each d.
+
 ProxyGML is top-k with the sum as the score: reverse label propagation and masked softmax. All proxies with a margin are
 CosFace and ArcFace; a drawn share of the classes is PartialFC.
 
@@ -19,7 +22,8 @@ are adjacent).
 
 Source: Zhu et al., "Fewer is More: A Deep Graph Metric Learning Perspective Using Fewer Proxies", NeurIPS 2020 (arXiv
 2010.13636); An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by
-Partial FC", CVPR 2022 (arXiv 2203.15565).
+Partial FC", CVPR 2022 (arXiv 2203.15565); Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022 (arXiv
+2205.13147), of which this is the variant that shares its weights (MRL-E).
 
 Dimension key: R rows (images) at hand, b/B images of this rank / over the group, c/C classes, p/P proxies, N proxies
 per class, D embedding, s classes of this rank that compete; lower case is this rank's slice.
@@ -27,11 +31,12 @@ per class, D embedding, s classes of this rank that compete; lower case is this 
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_proxygml.distributed.collectives import (
@@ -49,7 +54,14 @@ from dist_proxygml.distributed.collectives import (
 from dist_proxygml.distributed.row_tensors import as_row_tensor, own_rows
 from dist_proxygml.head.bank import NORM_FLOOR
 from dist_proxygml.head.choices import Head
-from dist_proxygml.head.classification import KeptPairs, Scoring, Settings, Subgraph, negative_log_likelihood
+from dist_proxygml.head.classification import (
+    KeptMatrix,
+    KeptPairs,
+    Scoring,
+    Settings,
+    Subgraph,
+    negative_log_likelihood,
+)
 from dist_proxygml.head.global_loss import OPTIMIZER_PREFIX, GlobalLoss
 from dist_proxygml.head.margins import LengthStatistics
 from dist_proxygml.head.partition import ClassPartition
@@ -64,7 +76,13 @@ from dist_proxygml.head.regularizer import (
 from dist_proxygml.head.sampling import competing_classes, draw_classes, proxies_of
 from dist_proxygml.head.selection import num_kept_proxies
 from dist_proxygml.head.traffic import cheapest_selection
-from dist_proxygml.rules import check_margin, check_ratio_or_topk, check_search, check_sparse_gradient
+from dist_proxygml.rules import (
+    check_margin,
+    check_matryoshka,
+    check_ratio_or_topk,
+    check_search,
+    check_sparse_gradient,
+)
 
 # How far from 1 the length of a unit row may be: rounding to bfloat16 changes it by up to 0.4 %.
 _UNIT_TOLERANCE = 0.01
@@ -107,6 +125,7 @@ class ProxyLoss(GlobalLoss):
         fused: on an NVIDIA GPU, in float32: use kernels (fused.py, needs triton) instead of torch's operators for the
             gradients and, where k is at most 1/32 of a rank's proxies, for a search that never stores the similarities.
             Top-k only.
+        matryoshka_dims: also classify by the first d coordinates, for each of these d; ascending, below D.
         sparse: make `proxies.grad` a sparse COO tensor over classes, as torch.nn.Embedding(sparse=True) does, holding
             only classes with a competing proxy. Not where all compete, nor with a regulariser, whose gradients touch
             every proxy.
@@ -124,8 +143,10 @@ class ProxyLoss(GlobalLoss):
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
     partition: ClassPartition
-    observer: Callable[[KeptPairs], None] | None
-    """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them."""
+    observer: Callable[[KeptPairs | KeptMatrix], None] | None
+    """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them. A
+    `KeptMatrix` has the same `negatives`, `positives` and `partition`.
+    """
 
     def __init__(
         self,
@@ -143,6 +164,7 @@ class ProxyLoss(GlobalLoss):
         memory_budget: int = 1 << 28,
         matmul_dtype: torch.dtype = torch.float32,
         fused: bool = False,
+        matryoshka_dims: Sequence[int] = (),
         sparse: bool = False,
         initialization: Literal["published", "unit"] = "published",
         seed: int = 0,
@@ -163,6 +185,7 @@ class ProxyLoss(GlobalLoss):
         margin = None if head.margin is None else head.margin.name
         check_margin(margin, class_score=head.class_score, proxies_per_class=proxies_per_class)
         check_search(head.negatives, selection=selection, fused=fused)
+        check_matryoshka(matryoshka_dims, embedding_dim=embedding_dim, setting="matryoshka_dims")
         if head.margin is not None and head.margin.needs_lengths and not normalize:
             raise ValueError(
                 f"expected normalize=True with a margin {head.margin.name!r}, which goes by the embeddings' lengths, "
@@ -198,6 +221,7 @@ class ProxyLoss(GlobalLoss):
         self.memory_budget = memory_budget
         self.matmul_dtype = matmul_dtype
         self.fused = fused
+        self.matryoshka_dims = tuple(matryoshka_dims)
         self.sparse = sparse
         self.seed = seed
         self.draw = 0
@@ -231,7 +255,7 @@ class ProxyLoss(GlobalLoss):
             if self.regularization_weight > 0:
                 regularization = self._regularization(sum(row_counts))
                 total = classification + self.regularization_weight * regularization
-        if not bool(total.isfinite()):  # the same number on every rank, so they raise together
+        if not bool(total.detach().abs() < math.inf):  # the same number on every rank, so they raise together
             raise NonFiniteError(
                 f"expected a finite loss, got {total.item()}; the embeddings are finite, so a proxy is NaN or infinite "
                 "(lower the learning rate of the proxies), or the embeddings are too long (look at the backbone)"
@@ -345,7 +369,9 @@ class ProxyLoss(GlobalLoss):
     @property
     def described(self) -> str:
         """The method's name and what it is made of."""
-        return self.head.describe(self.partition.num_classes, self.proxies_per_class, self.topk)
+        described = self.head.describe(self.partition.num_classes, self.proxies_per_class, self.topk)
+        dims = ", ".join(map(str, self.matryoshka_dims))
+        return f"{described}, also by the first {dims} dimensions" if dims else described
 
     @property
     def scale(self) -> float:
@@ -366,10 +392,9 @@ class ProxyLoss(GlobalLoss):
         embeddings_bD = embeddings_bD.to(self.proxies.dtype)
         if not self.normalize and (self._lengths_are_checked or not len(embeddings_bD)):
             return embeddings_bD
+        if self.normalize:
+            return _to_unit_length(embeddings_bD)
         length_b1 = torch.linalg.vector_norm(embeddings_bD, dim=1, keepdim=True)
-        if self.normalize:  # division by infinity leaves a row of length 0 at 0, without a gradient
-            is_zero_b1, is_beyond_b1 = length_b1 < NORM_FLOOR, length_b1 == math.inf
-            return embeddings_bD / length_b1.masked_fill(is_beyond_b1, math.nan).masked_fill(is_zero_b1, math.inf)
         self._lengths_are_checked = True
         num_others = int(((length_b1 - 1).abs() > _UNIT_TOLERANCE).sum())
         if num_others:
@@ -428,6 +453,12 @@ class ProxyLoss(GlobalLoss):
         nll_R, competing_R = negative_log_likelihood(
             embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings
         )
+        if self.matryoshka_dims:
+            unseen = settings._replace(subgraph=None if subgraph is None else subgraph._replace(observer=None))
+            for dim in self.matryoshka_dims:
+                prefixes = (_to_unit_length(embeddings_RD[:, :dim]), _Prefix.apply(proxies_cND, dim))
+                nll_R = nll_R + negative_log_likelihood(*prefixes, scale, own_class_R, quality_R, unseen)[0]
+            nll_R = nll_R / (1 + len(self.matryoshka_dims))
         sums_2 = torch.stack([nll_R.sum(), competing_R.sum()])
         if gathers_bank:  # the rows were this rank's own
             sums_2 = all_reduce_sum(sums_2, group=self.group)
@@ -564,6 +595,33 @@ def checked_topk(
             stacklevel=3,
         )
     return topk
+
+
+def _to_unit_length(rows_bD: Tensor) -> Tensor:
+    """Divide rows by their lengths; one of length 0 stays 0, without a gradient, which division by infinity brings."""
+    length_b1 = torch.linalg.vector_norm(rows_bD, dim=1, keepdim=True)
+    is_zero_b1, is_beyond_b1 = length_b1 < NORM_FLOOR, length_b1 == math.inf
+    return rows_bD / length_b1.masked_fill(is_beyond_b1, math.nan).masked_fill(is_zero_b1, math.inf)
+
+
+class _Prefix(torch.autograd.Function):
+    """The first coordinates of the proxies; unlike slicing, its gradient may be sparse."""
+
+    @staticmethod
+    def forward(ctx, proxies_cND, dim):  # type: ignore[no-untyped-def]
+        ctx.shape = proxies_cND.shape
+        return proxies_cND[..., :dim]
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        rest = (0, ctx.shape[-1] - gradient.shape[-1])
+        if not gradient.is_sparse:
+            return F.pad(gradient, rest), None
+        gradient = gradient.coalesce()
+        values = F.pad(gradient.values(), rest)
+        return torch.sparse_coo_tensor(
+            gradient.indices(), values, ctx.shape, is_coalesced=True, check_invariants=False
+        ), None
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -147,7 +147,8 @@ class _Full(torch.autograd.Function):
     def forward(ctx, proxies_cND, partition, group, memory_budget):  # type: ignore[no-untyped-def]
         num_per_class, dim = proxies_cND.shape[1:]
         norm_cN = torch.linalg.vector_norm(proxies_cND, dim=2)
-        sums_cD = _class_sums(proxies_cND, _inverse(norm_cN))
+        inverse_cN = _inverse(norm_cN)
+        sums_cD = _class_sums(proxies_cND, inverse_cN)
         sums_CD = gather_rows(sums_cD, row_counts=partition.counts(), group=group)
         ctx.chunks = _chunks_of_classes(
             proxies_cND,
@@ -158,20 +159,19 @@ class _Full(torch.autograd.Function):
         )
         total, probability_nC = proxies_cND.new_zeros(()), None
         for chunk in ctx.chunks:
-            log_probability_nC = _log_probabilities(proxies_cND[chunk], norm_cN[chunk], sums_CD)
+            log_probability_nC = _log_probabilities(proxies_cND[chunk], inverse_cN[chunk], sums_CD)
             total -= _of_own_class(log_probability_nC, partition.start + chunk.start, num_per_class).sum()
             if len(ctx.chunks) == 1 and ctx.needs_input_grad[0]:  # saves a product in backward
                 probability_nC = log_probability_nC.exp_()
         ctx.partition, ctx.group = partition, group
-        ctx.save_for_backward(proxies_cND, norm_cN, sums_CD, probability_nC)
+        ctx.save_for_backward(proxies_cND, norm_cN, inverse_cN, sums_CD, probability_nC)
         return all_reduce_sum(total, group=group) / (partition.num_classes * num_per_class)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        proxies_cND, norm_cN, sums_CD, kept_probability_nC = ctx.saved_tensors
+        proxies_cND, norm_cN, inverse_cN, sums_CD, kept_probability_nC = ctx.saved_tensors
         partition, num_per_class = ctx.partition, proxies_cND.shape[1]
-        inverse_cN = _inverse(norm_cN)
         scale_cN = inverse_cN * (gradient / (partition.num_classes * num_per_class))
 
         # 1. Through the anchors' side of the logits u_j . s_c, and the class sums' gradient from this rank's anchors.
@@ -180,7 +180,7 @@ class _Full(torch.autograd.Function):
         for chunk in ctx.chunks:
             scale_n1 = scale_cN[chunk].view(-1, 1)
             if kept_probability_nC is None:
-                d_logits_nC = _log_probabilities(proxies_cND[chunk], norm_cN[chunk], sums_CD).exp_().mul_(scale_n1)
+                d_logits_nC = _log_probabilities(proxies_cND[chunk], inverse_cN[chunk], sums_CD).exp_().mul_(scale_n1)
             else:
                 d_logits_nC = kept_probability_nC * scale_n1
             own_Nw = _of_own_class(d_logits_nC, partition.start + chunk.start, num_per_class)
@@ -280,16 +280,18 @@ def _inverse(norm: Tensor) -> Tensor:
 
 def _class_sums(proxies_wND: Tensor, inverse_wN: Tensor) -> Tensor:
     """Sums [w, D] of each class's unit proxies; without a unit copy of the proxies, and faster than bmm for small N."""
+    if proxies_wND.is_cuda:  # one kernel instead of N
+        return torch.bmm(inverse_wN[:, None], proxies_wND)[:, 0]
     sums_wD = proxies_wND[:, 0] * inverse_wN[:, 0, None]
     for i in range(1, proxies_wND.shape[1]):
         sums_wD.addcmul_(proxies_wND[:, i], inverse_wN[:, i, None])
     return sums_wD
 
 
-def _log_probabilities(proxies_wND: Tensor, norm_wN: Tensor, sums_CD: Tensor) -> Tensor:
+def _log_probabilities(proxies_wND: Tensor, inverse_wN: Tensor, sums_CD: Tensor) -> Tensor:
     """Log-softmax [n, C] of the unit proxies' products with the class sums."""
     logits_nC = product(proxies_wND.flatten(0, 1), sums_CD)
-    return logits_nC.mul_(_inverse(norm_wN).view(-1, 1)).log_softmax(dim=1)
+    return logits_nC.mul_(inverse_wN.view(-1, 1)).log_softmax(dim=1)
 
 
 def _of_own_class(matrix_nC: Tensor, first_class: int, num_per_class: int) -> Tensor:

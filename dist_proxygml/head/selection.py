@@ -38,6 +38,9 @@ from dist_proxygml.head.similarity import BYTES_PER_PAIR, all_similarities, best
 Exchange = Literal["candidates", "histogram"]
 
 _NUM_BINS = 256
+# Bytes per entry of S where all is computed as whole matrices: similarities, their ranks among equals, masks, scores,
+# weights; with the buffers of an exchange.
+BYTES_PER_ENTRY = 48
 # Bytes per candidate of a block: value and masks; with other ranks also send buffers, or the bits and bins of the
 # histogram.
 _BYTES_PER_CANDIDATE = 12
@@ -117,6 +120,11 @@ def select_negatives(
     return Pairs(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
+def fits_whole(num_rows: int, *, num_proxies: int, budget: int) -> bool:
+    """Whether S [num_rows, num_proxies] and what is computed from it fit the budget as whole matrices."""
+    return 0 < num_rows * num_proxies * BYTES_PER_ENTRY <= budget
+
+
 def rows_per_block(num_rows: int, *, num_negatives: int, num_proxies: int, budget: int, world_size: int = 1) -> int:
     """Return the number of rows per block that fit `budget` bytes; at least one, whatever it needs."""
     per_row = candidate_bytes_per_row(num_negatives, num_proxies, world_size=world_size)
@@ -156,9 +164,10 @@ def keep_best(
         missing = max(0, num_negatives - similarity_Rn.shape[1])
         filled_Rn = torch.nn.functional.pad(similarity_Rn, (0, missing), value=-math.inf) if missing else similarity_Rn
         threshold_R = filled_Rn.kthvalue(filled_Rn.shape[1] - num_negatives + 1, dim=1).values
-        at_least_Rn = similarity_Rn >= threshold_R[:, None].clamp_min(torch.finfo(threshold_R.dtype).min)
-        if not bool((at_least_Rn.sum(dim=1) > num_negatives).any()):  # no tie at the threshold: done
-            return at_least_Rn
+        if not similarity_Rn.is_cuda:  # where looking for ties costs less than resolving them
+            at_least_Rn = similarity_Rn >= threshold_R[:, None].clamp_min(torch.finfo(threshold_R.dtype).min)
+            if not bool((at_least_Rn.sum(dim=1) > num_negatives).any()):  # no tie at the threshold: done
+                return at_least_Rn
         quota_R = num_negatives - (similarity_Rn > threshold_R[:, None]).sum(dim=1)
     elif exchange == "candidates":
         threshold_R, quota_R = _agree_by_candidates(similarity_Rn, num_negatives, row_counts, proxy_counts, group)
@@ -166,7 +175,8 @@ def keep_best(
         threshold_R, quota_R = _agree_by_histogram(similarity_Rn, num_negatives, group)
     threshold_R = threshold_R.clamp_min(torch.finfo(threshold_R.dtype).min)  # fewer than wanted: the others are NaN
     equal_Rn = similarity_Rn == threshold_R[:, None]
-    if bool((equal_Rn.sum(dim=1) > quota_R).any()):  # rare; local, no collective depends on it
+    # Rare; local, no collective depends on it. On a GPU without looking, which would wait for it.
+    if equal_Rn.is_cuda or bool((equal_Rn.sum(dim=1) > quota_R).any()):
         equal_Rn &= equal_Rn.cumsum(dim=1) <= quota_R[:, None]
     return (similarity_Rn > threshold_R[:, None]) | equal_Rn
 
@@ -179,10 +189,10 @@ def _candidates(
     """
     num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
     if looks_at_pairs(num_negatives, num_proxies):
-        pairs = best_pairs(
+        pairs, longest = best_pairs(
             embeddings_RD, bank, excluded_R2=excluded_R2, num_wanted=num_negatives, memory_budget=memory_budget
         )
-        return padded(pairs, num_rows=num_rows)
+        return padded(pairs, num_rows=num_rows, longest=longest)
     similarity_Rp = all_similarities(embeddings_RD, bank)
     start_R, stop_R = excluded_R2.clamp(0, num_proxies).unbind(1)
     offset_e = torch.arange(int((stop_R - start_R).max()), device=start_R.device)

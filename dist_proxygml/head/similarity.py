@@ -2,13 +2,17 @@
 
     S[i, j] = x_i . p_j / |p_j|
 
-The whole matrix S is never materialised: a chunk of it stays in the processor's cache (or takes at most an eighth of
-the memory budget), and only the pairs above a lower bound on the row's best m values leave it. Proxies are stored and
-multiplied unnormalised; the product is divided by their lengths, which saves a normalised copy of the bank.
+The whole matrix S is never materialised: a chunk of it stays in the processor's cache (or takes a quarter of the memory
+budget), and only the pairs above a lower bound on the row's best m values leave it. Proxies are stored and multiplied
+unnormalised; the product is divided by their lengths, which saves a normalised copy of the bank. On a GPU the chunk's
+proxies are, where they are fewer numbers than its similarities.
 
 The bound is guessed from a strided sample of the proxies, low enough to fail for about one row in a million; counting
 detects such a row, which is then redone without a bound. Whenever the pairs exceed the budget, all but the best of each
 row are dropped, which bounds memory for any data, including many equal similarities.
+
+On a GPU the host waits for no chunk: each has room for twice the groups that are expected, and counts say at the end
+whether they fitted; otherwise the search is done once more with the room that is needed.
 
 Declined: torch.topk over each chunk (three times the cost of the product), a normalised copy of the bank, sparse
 matrices (torch.nn.functional.embedding_bag computes the same two products in a quarter of the time on a CPU).
@@ -32,7 +36,9 @@ from dist_proxygml.head.matmul import product
 _CACHED_SIMILARITIES = 1 << 19
 # Proxies that are compared as a group before they are examined one by one.
 _GROUP = 16
-# Proxies whose gradient is computed at once, to bound temporaries.
+# Numbers of a temporary on a GPU: 256 MiB in float32. More would be no faster, fewer would be many launches.
+_NUMBERS_AT_ONCE = 1 << 26
+# Proxies whose gradient is computed at once on a CPU, to bound temporaries.
 _ROWS_PER_UPDATE = 4096
 # Proxies that are rounded to another precision at once, so that the bank is not copied.
 _PROXIES_ROUNDED = 1 << 14
@@ -43,6 +49,8 @@ BYTES_PER_PAIR = 100
 def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
     """Compute the whole matrix S [R, p]."""
     if bank.matmul_dtype == torch.float32:
+        if _scales_proxies(embeddings_RD):
+            return product(embeddings_RD, bank.proxies * bank.inverse_norm[:, None])
         return product(embeddings_RD, bank.proxies).mul_(bank.inverse_norm)
     blocks = zip(bank.proxies.split(_PROXIES_ROUNDED), bank.inverse_norm.split(_PROXIES_ROUNDED), strict=True)
     return torch.cat(
@@ -56,22 +64,37 @@ def chunk_of_similarities(embeddings_RD: Tensor, bank: Bank, chunk: slice) -> Te
 
     Proxies by rows: a product with few columns is faster than one with few rows.
     """
-    return _product(bank.proxies[chunk], embeddings_RD, bank.matmul_dtype).mul_(bank.inverse_norm[chunk, None])
+    proxies_wD, inverse_w1 = bank.proxies[chunk], bank.inverse_norm[chunk, None]
+    if _scales_proxies(embeddings_RD):
+        return _product(proxies_wD * inverse_w1, embeddings_RD, bank.matmul_dtype)
+    return _product(proxies_wD, embeddings_RD, bank.matmul_dtype).mul_(inverse_w1)
 
 
 def pair_similarities(embeddings_RD: Tensor, bank: Bank, row_n: Tensor, proxy_n: Tensor) -> Tensor:
     """Compute S [n] of the given pairs, a few at a time."""
+    size = _rows_at_once(bank.proxies)
     dots = [
         torch.linalg.vecdot(embeddings_RD[row_w], bank.proxies[proxy_w])
-        for row_w, proxy_w in zip(row_n.split(_ROWS_PER_UPDATE), proxy_n.split(_ROWS_PER_UPDATE), strict=True)
+        for row_w, proxy_w in zip(row_n.split(size), proxy_n.split(size), strict=True)
     ]
     return torch.cat(dots) * bank.inverse_norm[proxy_n]
 
 
-def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wanted: int, memory_budget: int) -> Pairs:
+def counts_of(index_n: Tensor, num: int) -> Tensor:
+    """Count how often each of 0 .. num-1 occurs, int64 [num]; unlike torch.bincount without waiting for a GPU."""
+    if index_n.is_cuda:
+        return torch.zeros(num, dtype=torch.int64, device=index_n.device).index_add_(
+            0, index_n, torch.ones_like(index_n, dtype=torch.int64)
+        )
+    return torch.bincount(index_n, minlength=num)
+
+
+def best_pairs(
+    embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wanted: int, memory_budget: int
+) -> tuple[Pairs, int]:
     """Find pairs that include the `num_wanted` most similar proxies of each row (or all), among some more.
 
-    Of equally similar proxies, those with the lowest index are included.
+    Of equally similar proxies, those with the lowest index are included. Also returns the largest number of a row.
 
     Args:
         embeddings_RD: rows.
@@ -86,22 +109,26 @@ def best_pairs(embeddings_RD: Tensor, bank: Bank, *, excluded_R2: Tensor, num_wa
     floor_R = _guess_floor(embeddings_RD, bank, num_wanted, memory_budget)
     while True:
         pairs = _pairs_above(embeddings_RD, bank, floor_R, excluded_R2, num_wanted, memory_budget)
-        count_R = torch.bincount(pairs.row, minlength=len(embeddings_RD))
+        count_R = counts_of(pairs.row, len(embeddings_RD))
         short_R = (count_R < needed_R) & (floor_R > -math.inf)  # only NaN can be missing beyond that
-        if not bool(short_R.any()):  # local: no collective depends on it
+        if not len(count_R):
+            return pairs, 0
+        longest, is_short = torch.stack([count_R.max(), short_R.any().long()]).tolist()
+        if not is_short:  # local: no collective depends on it
             break
         floor_R = floor_R.masked_fill(short_R, -math.inf)
-    if len(count_R) and int(count_R.max()) > 8 * num_wanted:  # a single long row would make `padded` wide
+    if longest > 8 * num_wanted:  # a single long row would make `padded` wide
         pairs, _ = _best_of(pairs, floor_R, num_wanted)
-    return pairs
+        longest = num_wanted
+    return pairs, longest
 
 
-def padded(pairs: Pairs, *, num_rows: int) -> tuple[Tensor, Tensor]:
+def padded(pairs: Pairs, *, num_rows: int, longest: int) -> tuple[Tensor, Tensor]:
     """Pad the pairs to one line per row: similarities and proxies [num_rows, longest], filled with -inf and -1."""
-    count_R = torch.bincount(pairs.row, minlength=num_rows)
+    count_R = counts_of(pairs.row, num_rows)
     first_R = count_R.cumsum(0) - count_R
     column_n = torch.arange(len(pairs.row), device=pairs.row.device) - first_R[pairs.row]
-    shape = (num_rows, int(count_R.max()) if num_rows else 0)
+    shape = (num_rows, longest)
     similarity_Rn = pairs.similarity.new_full(shape, -math.inf)
     similarity_Rn[pairs.row, column_n] = pairs.similarity
     proxy_Rn = pairs.proxy.new_full(shape, -1)
@@ -115,7 +142,7 @@ def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: 
         from dist_proxygml.head import fused
 
         return fused.embedding_gradient(pairs, bank, weight_n, num_rows=num_rows)
-    count_R = torch.bincount(pairs.row, minlength=num_rows)
+    count_R = counts_of(pairs.row, num_rows)
     return F.embedding_bag(
         pairs.proxy,
         bank.proxies,
@@ -146,7 +173,7 @@ def proxy_gradient(
         proxy_u = proxy_u.long()
     else:
         proxy_u = torch.arange(len(bank.proxies), device=proxy_n.device)
-        count_u = torch.bincount(proxy_n, minlength=len(bank.proxies))
+        count_u = counts_of(proxy_n, len(bank.proxies))
     weight_n = weight_n[order_n]
     gradient_uD = F.embedding_bag(
         pairs.row[order_n],
@@ -158,8 +185,9 @@ def proxy_gradient(
     segment_n = torch.repeat_interleave(count_u, output_size=len(proxy_n))
     radial_u = weight_n.new_zeros(len(proxy_u)).index_add_(0, segment_n, weight_n * pairs.similarity[order_n])
     radial_u *= -bank.inverse_norm[proxy_u].square()
-    for first in range(0, len(proxy_u), _ROWS_PER_UPDATE):
-        rows = slice(first, first + _ROWS_PER_UPDATE)
+    size = _rows_at_once(bank.proxies)
+    for first in range(0, len(proxy_u), size):
+        rows = slice(first, first + size)
         proxies_wD = bank.proxies.index_select(0, proxy_u[rows]) if touched_only else bank.proxies[rows]
         gradient_uD[rows].addcmul_(proxies_wD, radial_u[rows, None])
     return proxy_u, gradient_uD
@@ -243,6 +271,12 @@ def _pairs_above(
     # Groups are collected in preallocated memory: small long-lived tensors would fragment what each chunk frees.
     width = chunk_width(len(embeddings_RD), memory_budget=memory_budget, device=embeddings_RD.device.type)
     capacity = max(most, width * len(embeddings_RD)) // group
+    if embeddings_RD.is_cuda:
+        found = _pairs_above_at_once(
+            embeddings_RD, bank, floor_R, excluded_R2, num_wanted, memory_budget, group, capacity
+        )
+        if found is not None:
+            return found
     waiting = _Groups(
         row=torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device),
         first_proxy=torch.empty(capacity, dtype=torch.int64, device=embeddings_RD.device),
@@ -263,6 +297,57 @@ def _pairs_above(
     return _with_groups(pairs, _Groups(*(part[:num_waiting] for part in waiting)), floor_R, excluded_R2)
 
 
+def _pairs_above_at_once(
+    embeddings_RD: Tensor,
+    bank: Bank,
+    floor_R: Tensor,
+    excluded_R2: Tensor,
+    num_wanted: int,
+    memory_budget: int,
+    group: int,
+    capacity: int,
+) -> Pairs | None:
+    """Find all pairs with S > floor, reading counts once after the last chunk; None if the groups exceed `capacity`."""
+    num_rows, num_proxies = len(embeddings_RD), len(bank.proxies)
+    width = chunk_width(num_rows, memory_budget=memory_budget, device=embeddings_RD.device.type)
+    width = min(width, -(-num_proxies // _GROUP) * _GROUP)
+    num_chunks = max(1, -(-num_proxies // width))
+    expected = num_rows * expected_pairs(num_wanted, num_proxies) * width // max(1, num_proxies)
+    room = min(2 * expected + 1024, num_rows * width // group)
+    offset_g = torch.arange(group, device=floor_R.device)
+    while room * num_chunks <= capacity:
+        # 1. The groups of each chunk of which one may exceed the row's floor; empty places have the index -1.
+        places, similarities, counts = [], [], []
+        for _, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):
+            similarity_vgR = similarity_wR.view(-1, group, num_rows)
+            is_above_vR = (similarity_vgR.amax(dim=1) if group > 1 else similarity_wR) > floor_R
+            place_h2 = torch.nonzero_static(is_above_vR, size=room, fill_value=-1)
+            group_h, row_h = place_h2.unbind(1)
+            similarities.append(similarity_vgR[group_h, :, row_h])
+            places.append(place_h2)
+            counts.append(is_above_vR.sum())
+        if not counts:
+            return Pairs(excluded_R2[:0, 0], excluded_R2[:0, 1], floor_R[:0])
+        # 2. Their pairs.
+        group_h, row_h = torch.cat(places).unbind(1)
+        similarity_hg = torch.cat(similarities)
+        first_of_chunk = torch.arange(len(counts), device=group_h.device)[:, None] * width
+        first_h = (group_h.view(-1, room) * group + first_of_chunk).flatten()
+        proxy_hg = first_h[:, None] + offset_g
+        start_h1, stop_h1 = excluded_R2[row_h].split(1, dim=1)
+        is_pair_hg = (similarity_hg > floor_R[row_h, None]) & (row_h >= 0)[:, None]
+        is_pair_hg &= (proxy_hg < start_h1) | (proxy_hg >= stop_h1)
+        num_pairs, most = torch.stack([is_pair_hg.sum(), torch.stack(counts).max()]).tolist()
+        if most <= room:
+            hit_n, offset_n = torch.nonzero_static(is_pair_hg, size=num_pairs).unbind(1)
+            # Chunks and groups are in ascending order, so a stable sort by row orders the proxies too.
+            row_n, order_n = torch.sort(row_h[hit_n].int(), stable=True)
+            hit_n, offset_n = hit_n[order_n], offset_n[order_n]
+            return Pairs(row_n.long(), proxy_hg[hit_n, offset_n], similarity_hg[hit_n, offset_n])
+        room = most
+    return None
+
+
 def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the first proxy and the similarities [w, R] of each chunk, w a multiple of the group size.
 
@@ -280,9 +365,10 @@ def _similarity_chunks(embeddings_RD: Tensor, bank: Bank, memory_budget: int) ->
 
 def chunk_width(num_rows: int, *, memory_budget: int, device: str) -> int:
     """Return the proxies per chunk, a multiple of the group size, that fit a CPU's cache or part of the budget."""
-    similarities = memory_budget // 32  # four bytes each, plus their masks and indices
     if device == "cpu":
-        similarities = min(similarities, _CACHED_SIMILARITIES)
+        similarities = min(memory_budget // 32, _CACHED_SIMILARITIES)  # four bytes each, plus their masks and indices
+    else:
+        similarities = memory_budget // 16
     return max(_GROUP, similarities // max(1, num_rows) // _GROUP * _GROUP)
 
 
@@ -295,6 +381,15 @@ def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     if left.device.type == "cuda":
         return torch.mm(left, right.T, out_dtype=dtype)
     return product(left.to(dtype), right.to(dtype))  # the same rounding of the inputs, slowly
+
+
+def _scales_proxies(embeddings_RD: Tensor) -> bool:
+    """Whether the proxies are divided by their lengths rather than S: on a GPU, where they are fewer numbers."""
+    return embeddings_RD.is_cuda and embeddings_RD.shape[0] > embeddings_RD.shape[1]
+
+
+def _rows_at_once(proxies_pD: Tensor) -> int:
+    return max(1, _NUMBERS_AT_ONCE // max(1, proxies_pD.shape[1])) if proxies_pD.is_cuda else _ROWS_PER_UPDATE
 
 
 def _groups_above(similarity_wR: Tensor, floor_R: Tensor, first: int, group: int) -> _Groups:
@@ -330,7 +425,7 @@ def _best_of(pairs: Pairs, floor_R: Tensor, num_wanted: int) -> tuple[Pairs, Ten
     best_n = torch.argsort(pairs.similarity, descending=True, stable=True)
     best_n = best_n[torch.argsort(pairs.row[best_n], stable=True)]  # by row, similarity descending, proxy
     row_n = pairs.row  # the same rows in the same order
-    count_R = torch.bincount(row_n, minlength=len(floor_R))
+    count_R = counts_of(row_n, len(floor_R))
     rank_n = torch.arange(len(row_n), device=row_n.device) - (count_R.cumsum(0) - count_R)[row_n]
     last_n = best_n[rank_n == num_wanted - 1]
     floor_R = floor_R.index_put((pairs.row[last_n],), pairs.similarity[last_n])

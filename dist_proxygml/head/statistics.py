@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_objects, gather_rows
-from dist_proxygml.head.classification import KeptPairs
+from dist_proxygml.head.bank import Pairs
+from dist_proxygml.head.classification import KeptMatrix, KeptPairs
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.storage.files import publish_text
 
@@ -112,8 +113,15 @@ class ProxyStatistics:
         self._num_steps += 1
         self._is_logged = is_logged
 
-    def observe(self, kept: KeptPairs) -> None:
-        """Record the pairs that a forward pass kept. No collective, no synchronisation with the device."""
+    def observe(self, kept: KeptPairs | KeptMatrix) -> None:
+        """Record the pairs that a forward pass kept. No collective; no synchronisation with the device, but for those
+        of a matrix in a logged step.
+        """
+        if isinstance(kept, KeptMatrix):
+            self._mark(kept)
+            if self._is_logged:
+                self._count_similarities(kept.positives, kept.negatives)
+            return
         positive, negative = kept.positives, kept.negatives
         nearest_o1 = positive.similarity.view(-1, self._per_class).argmax(dim=1, keepdim=True)
         proxy_o = positive.proxy.view(-1, self._per_class).gather(1, nearest_o1).flatten()
@@ -122,9 +130,25 @@ class ProxyStatistics:
         marks.is_nearest.index_fill_(0, proxy_o, True)
         marks.times_kept.index_add_(0, negative.proxy, torch.ones_like(negative.proxy, dtype=torch.int32))
         if self._is_logged:
-            for counts_h, pairs in zip(self._recent_2h, (positive, negative), strict=True):
-                bin_n = ((pairs.similarity + 1) * (NUM_BINS / 2)).long().clamp_(0, NUM_BINS - 1)
-                counts_h.index_add_(0, bin_n, torch.ones_like(bin_n))
+            self._count_similarities(positive, negative)
+
+    def _mark(self, kept: KeptMatrix) -> None:
+        marks = self._marks_of(kept.partition)
+        nearest_R1 = kept.own_similarity.argmax(dim=1, keepdim=True)
+        proxy_R = kept.own_proxy.gather(1, nearest_R1).flatten()
+        if kept.is_here is None:
+            self._num_images = self._num_images + len(proxy_R)
+            marks.is_nearest.index_fill_(0, proxy_R, True)
+        else:
+            self._num_images = self._num_images + kept.is_here.sum()
+            times_nearest_p = torch.zeros_like(marks.times_kept).index_add_(0, proxy_R, kept.is_here.int())
+            marks.is_nearest.logical_or_(times_nearest_p)
+        marks.times_kept.add_(kept.is_kept.sum(dim=0, dtype=torch.int32))
+
+    def _count_similarities(self, positive: Pairs, negative: Pairs) -> None:
+        for counts_h, pairs in zip(self._recent_2h, (positive, negative), strict=True):
+            bin_n = ((pairs.similarity + 1) * (NUM_BINS / 2)).long().clamp_(0, NUM_BINS - 1)
+            counts_h.index_add_(0, bin_n, torch.ones_like(bin_n))
 
     def take_similarities(self) -> SimilarityCounts:
         """Return and reset the histograms of the logged steps since the last call. Called on all ranks."""
@@ -151,7 +175,7 @@ class ProxyStatistics:
         is_dead_p = ~marks.is_nearest & (marks.times_kept == 0)
         first = self._partition.start * self._per_class
         dead = [first + proxy for proxy in _first_true(is_dead_p, NUM_EXAMPLES)]
-        parts = gather_objects((int(is_dead_p.sum()), self._num_images, dead), group=self._group)
+        parts = gather_objects((int(is_dead_p.sum()), int(self._num_images), dead), group=self._group)
         examples = sorted(proxy for _, _, dead in parts for proxy in dead)[:NUM_EXAMPLES]
         use = ProxyUse(
             num_classes=self._partition.num_classes,
@@ -172,7 +196,7 @@ class ProxyStatistics:
 
     def _start_window(self) -> None:
         self._num_steps = 0
-        self._num_images = 0
+        self._num_images: int | Tensor = 0  # a tensor where counting it would wait for the device
         self._window_2h = self._no_counts()
         self._own = self._no_marks(self._partition.num_local)
         self._gathered: _Marks | None = None

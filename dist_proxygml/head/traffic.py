@@ -23,12 +23,14 @@ def bytes_per_step(
     embedding_dim: int,
     topk: int | None,
     world_size: int,
+    num_prefixes: int = 0,
 ) -> int:
     """Return the bytes that rank 0 receives for one micro-batch of `batch_size` images over all ranks, forward and
     backward, without the regulariser.
 
-    `selection` is "none" where not the top-k competes. Assumes that the batch divides over the ranks; other ranks
-    differ by the size of the last partition.
+    `selection` is "none" where not the top-k competes. Each of `num_prefixes` of the embedding that are classified has
+    an exchange and a softmax of its own. Assumes that the batch divides over the ranks; other ranks differ by the size
+    of the last partition.
     """
     others = world_size - 1
     if others == 0:
@@ -53,7 +55,7 @@ def bytes_per_step(
         choice = values + others * own_rows * 16  # threshold and quota, float64
     else:
         choice = reduced * batch_size * _HISTOGRAM_BYTES + others * batch_size * _LABEL
-    return round(sizes + embeddings + labels + choice + softmax)
+    return round(sizes + embeddings + labels + (1 + num_prefixes) * (choice + softmax))
 
 
 def cheapest_selection(

@@ -119,7 +119,7 @@ def check_images(config: Config, *, data: str | None = None) -> CheckImages:
     except ValueError as problem:
         if data is not None:
             raise
-        side = config.data.test_transform.size
+        side = config.data.test_transform.side
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (NUM_RANDOM_IMAGES, 3, side, side), dtype=torch.uint8, generator=generator)
         print(f"verifying with random images, the run's own cannot be had: {printable(problem)}", file=sys.stderr)

@@ -138,7 +138,7 @@ def export(
         found_opset = None
         if "onnx" in formats:
             print(f"writing {ONNX_FILE}", file=sys.stderr, flush=True)
-            backbone, side = original_backbone(config, model.path).float(), config.data.test_transform.size
+            backbone, side = original_backbone(config, model.path).float(), config.data.test_transform.side
             found_opset = write_onnx(backbone, partial / ONNX_FILE, side=side, opset=opset)
         checks: list[FileCheck] = []
         if images is not None:

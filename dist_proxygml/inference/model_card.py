@@ -148,7 +148,7 @@ def _json(value: Any) -> str:
 
 def _file_name(pretrained: str | None) -> str | None:
     """Without the folders of the machine that it was trained on."""
-    return None if pretrained is None else Path(pretrained).name
+    return pretrained if pretrained is None or pretrained.startswith("hf-hub:") else Path(pretrained).name
 
 
 def _size(num_bytes: int) -> str:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dist_proxygml.backbones.build import build_backbone, check_images
+from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
+from dist_proxygml.backbones.from_weights import fill_from_weights
+from dist_proxygml.backbones.image_size import check_sizes
 from dist_proxygml.config import Config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.index import ShardIndex
@@ -62,18 +64,25 @@ def check_run(
     Raises:
         ValueError: the run cannot work.
     """
-    # 1. Settings among each other.
+    # 1. The network, and whether it takes the images that it will get.
+    config = fill_from_weights(config)
+    batch_size = config.micro_batch_size(world_size) * world_size  # over all ranks, as BatchNorm sees it
+    model = check_network(config, batch_size, load_local=not is_start)
+
+    # 2. Settings among each other.
     check_trackers(config.telemetry.trackers)
     config = count_classes(config)
     if config.proxies.fused and device == "cpu":
         raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")
+    if config.proxies.fused and is_start:
+        try_kernels()
     settings = engine_settings(config, world_size)
     check_settings(settings)
     if device is not None:
         refuse_fp16_on_cpu(settings, device)
     plan = plan_head(config, world_size=world_size, device=device or "cpu")
 
-    # 2. Images.
+    # 3. Images.
     data, test_index = None, None
     if is_start or has_index(config):
         is_other = is_what_if and config.data.stream is None
@@ -90,27 +99,71 @@ def check_run(
         with _refused(f"data.{name}"):
             build_transform(getattr(config.data, name))([image], [np.random.default_rng(0)])
 
-    # 3. Network and optimizers.
-    weights, init_from = config.backbone.pretrained, config.checkpoint.init_from
-    with torch.random.fork_rng(devices=[]), _refused("backbone"):
-        model = build_backbone(
-            config.backbone, load_pretrained=not is_start and weights is not None and Path(weights).is_file()
-        )
-    batch_size = config.micro_batch_size(world_size) * world_size  # over all ranks, as BatchNorm sees it
-    check_images(
-        model, config.backbone, batch_size, size=config.data.train_transform.size, setting="data.train_transform.size"
-    )
-    check_images(
-        model.eval(), config.backbone, 1, size=config.data.test_transform.size, setting="data.test_transform.size"
-    )
+    # 4. Optimizers.
     trunk, embedding = model.parameter_groups()
     with _refused("optimizer"):
         build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
         build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
+    init_from = config.checkpoint.init_from
     is_new = not is_start and not RunFolder(config.run_directory).checkpoints.exists()
     if data is not None and is_new and init_from is not None:
         open_transfer(config, data.index, single_process())
     return CheckedRun(config, plan, settings, data, test_index)
+
+
+def check_network(config: Config, batch_size: int, *, load_local: bool) -> EmbeddingModel:
+    """Build the backbone of a configuration without nulls, and pass images of both sizes through it on meta tensors.
+
+    Args:
+        config: the run.
+        batch_size: images of a training step.
+        load_local: also load its weights if they are on this machine.
+
+    Raises:
+        ValueError: it cannot be built, or refuses images of a size.
+    """
+    weights = config.backbone.pretrained or ""
+    folder = weights.removeprefix("local-dir:")
+    is_here = Path(folder).is_dir() if folder != weights else bool(weights) and Path(weights).is_file()
+    with torch.random.fork_rng(devices=[]), _refused("backbone"):
+        model = build_backbone(config.backbone, load_pretrained=load_local and is_here)
+    check_sizes(model, config, batch_size)
+    return model
+
+
+def try_kernels() -> None:
+    """Compile one of the kernels of proxies.fused for this rank's GPU, run it on four rows, and compare.
+
+    Raises:
+        ValueError: it cannot be compiled here, or gives something else than torch.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows_RD = torch.eye(4, 16, device=device)
+    try:
+        from dist_proxygml.head.fused import pairs_above
+
+        found = pairs_above(
+            rows_RD,
+            rows_RD,
+            torch.ones(4, device=device),
+            torch.full((4,), 0.5, device=device),
+            torch.zeros(4, 2, dtype=torch.int64, device=device),
+            matmul_dtype=torch.float32,
+            capacity=16,
+        )
+    except Exception as error:  # of a compiler, a linker, a driver, of many types
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"expected to compile the kernels of proxies.fused on this machine, got {type(error).__name__}: {reason}; "
+            "install a C compiler and Python's headers (`python -m dist_proxygml.doctor` says what is missing), or set "
+            "proxies.fused to false"
+        ) from error
+    own = list(range(4))
+    if found is None or (found.row.tolist(), found.proxy.tolist()) != (own, own):
+        raise ValueError(
+            "expected the kernels of proxies.fused to find what torch finds, got something else on this GPU; set "
+            "proxies.fused to false"
+        )
 
 
 @contextlib.contextmanager

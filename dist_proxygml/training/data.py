@@ -67,6 +67,7 @@ class TrainingData:
         transform = build_transform(data.train_transform)
         order = EpochOrder(training.batch_size, self.config.seed, epoch, data.shuffle_window, data.images_per_class)
         share = RankShare(context.rank, context.world_size, self.config.accumulation, start, data.drop_last)
+        on_gpu, skip_damaged = context.device.type == "cuda", data.damaged_images == "skip"
         if self.index is None:
             assert data.stream is not None
             return build_stream_loader(
@@ -79,9 +80,9 @@ class TrainingData:
                 num_workers=data.num_workers,
                 resampled=data.stream.resampled,
                 shuffle_buffer=data.stream.shuffle_buffer,
-                max_damaged=num_allowed(data.max_damaged, self.epoch_size) if data.damaged_images == "skip" else None,
+                max_damaged=num_allowed(data.max_damaged, self.epoch_size) if skip_damaged else None,
+                pin_memory=on_gpu,
             )
-        on_gpu, skip_damaged = context.device.type == "cuda", data.damaged_images == "skip"
         loading = Loading(data.num_workers, cache, pin_memory=on_gpu, skip_damaged=skip_damaged)
         return build_train_loader(self.index, transform, order, share, loading)
 

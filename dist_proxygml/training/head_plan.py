@@ -118,6 +118,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     topk = None
     if proxies.negatives == "topk":
         topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk, section="proxies.")
+    num_prefixes, prefix_dims = len(config.backbone.matryoshka_dims), sum(config.backbone.matryoshka_dims)
     micro = config.micro_batch_size(world_size)
     batch, budget = micro * world_size, proxies.memory_budget_bytes
     sparse = wants_sparse_gradient(config)
@@ -148,10 +149,11 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     num_kept = rows * min(topk or proxies.per_class, proxies_at_hand)
     is_accumulated = config.accumulation > 1
     gradient = bank * (1 + is_accumulated)  # that of the next micro-batch, before the two are added
-    if sparse:  # per class, with all its proxies; accumulated gradients are appended, then summed in a copy
+    if sparse:  # per class, with all its proxies; several are appended, then summed in a copy
         most = num_kept if topk is not None else competing // proxies.per_class
         touched = min(own_proxies // proxies.per_class, most) * proxies.per_class * dim * _FLOAT
-        gradient = touched * (config.accumulation + is_accumulated + (proxies.per_class > 1))
+        is_copied = is_accumulated or num_prefixes > 0
+        gradient = touched * (config.accumulation * (1 + num_prefixes) + is_copied + (proxies.per_class > 1))
 
     # 2. Temporary, per micro-batch: the search for its pairs, then the computations on them.
     block, choosing = rows, 0
@@ -171,6 +173,9 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     )
     if proxies.share is not None:  # the drawn classes' proxies and their gradient
         working += 2 * competing * dim * _FLOAT
+    if num_prefixes:  # their kept pairs and rows until backward; a copy of one, or its gradient, and that padded
+        working += num_prefixes * num_kept * _BYTES_PER_KEPT_PAIR + 3 * rows * prefix_dims * _FLOAT
+        working += competing * (max(config.backbone.matryoshka_dims) + (0 if sparse else dim)) * _FLOAT
     if gathers_bank and world_size > 1:  # the gathered bank, padded and concatenated, and its gradient
         working += 3 * num_proxies * dim * _FLOAT
     anchors = None
@@ -193,11 +198,12 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         working = max(working, 2 * bank - gradient - optimizer)
 
     # 3. Messages. Sizes; then gather: bank and its gradient, loss; candidates: embeddings, labels, to the owners, back,
-    # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. The regulariser: class
-    # sums, their gradient and a number, or anchors, MAX, SUM and their gradient.
+    # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. A prefix: an exchange,
+    # MAX and SUM of its own. The regulariser: class sums, their gradient and a number, or anchors, MAX, SUM and their
+    # gradient.
     num_blocks = -(-rows // block)
     exchange = {"none": 0, "gather": 0, "candidates": 2, "histogram": 5}[selection] * num_blocks
-    messages = 1 + (3 if gathers_bank else 5 + exchange)
+    messages = 1 + (3 if gathers_bank else 5 + exchange + num_prefixes * (2 + exchange))
     others, extra = world_size - 1, 0
     if proxies.learn_scale:  # its gradient
         messages, extra = messages + 1, 2 * others * _FLOAT // world_size
@@ -216,7 +222,8 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         gradient_bytes=gradient,
         optimizer_bytes=optimizer,
         working_bytes=working,
-        received_bytes_per_step=config.accumulation * (bytes_per_step(selection, **sizes) + regularizer + extra),
+        received_bytes_per_step=config.accumulation
+        * (bytes_per_step(selection, **sizes, num_prefixes=num_prefixes) + regularizer + extra),
         messages_per_step=0 if world_size == 1 else config.accumulation * messages,
         copy_bytes=bank + optimizer if config.checkpoint.asynchronous and device == "cpu" else 0,
     )

@@ -248,7 +248,7 @@ class Loop:
             self.context,
             RawPixels().to(self.context.device),
             test_split,
-            kmeans_seeds=min(1, self.config.evaluation.kmeans_seeds),
+            is_baseline=True,
             hooks=PassHooks(self.signals, blocks, follower=self.telemetry.follow),
         )
         run_on_rank_zero(

@@ -33,13 +33,17 @@ from dist_proxygml.head.optim import RowwiseAdagrad, SparseAdam
 def build_backbone_optimizer(
     config: OptimizerConfig, *, trunk: Iterable[nn.Parameter], embedding: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Build the optimizer that the engine takes; group 0 is the trunk, group 1 the embedding layer."""
+    """Build the optimizer that the engine takes; group 0 is the trunk, group 1 the embedding layer. On a GPU it is the
+    fused one: a few kernels for all parameters.
+    """
     groups = [
         {"params": [p for p in trunk if p.requires_grad], "lr": config.backbone_lr},
         {"params": [p for p in embedding if p.requires_grad], "lr": config.embedding_lr or config.backbone_lr},
     ]
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
+    fused = True if on_gpu else None
+    return kind(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused)
 
 
 def build_bank_optimizer(

@@ -145,6 +145,7 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
     free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
     free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
+    free |= {"training.cudnn_benchmark", "training.deterministic"}  # the same sums in another order
     free |= {"proxies.selection", "proxies.fused"}  # the same numbers by another route
     free |= {"backbone.gradient_checkpointing"}
     if config.data.images_per_class is None and config.loss is None:  # the position in the data is a number of images
@@ -159,4 +160,6 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
     earlier |= {"training.ema_decay": None}
+    earlier |= {"backbone.matryoshka_dims": []}
+    earlier |= {"training.float32_matmul": "highest"}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}

@@ -24,12 +24,15 @@ import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import build_backbone, can_fetch_weights
-from dist_proxygml.config import Config, EvaluationConfig, apply_override, parse_config
+from dist_proxygml.backbones.from_weights import input_facts, resolve_backbone
+from dist_proxygml.backbones.image_size import size_rule
+from dist_proxygml.config import BackboneConfig, Config, EvaluationConfig, apply_override, parse_config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
 from dist_proxygml.data.pipeline import ShardImages
 from dist_proxygml.data.transforms import Resize
+from dist_proxygml.distributed.gpus import check_gpus
 from dist_proxygml.distributed.memory import available_memory, format_bytes
 from dist_proxygml.protocols import PROTOCOLS
 from dist_proxygml.training.checks import check_run
@@ -45,6 +48,7 @@ _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k
 _MOST_CACHED = 1 << 30  # bytes of decoded images in memory
 _RECALL_AT = EvaluationConfig().recall_at
 _GPU_MEMORY = 24 << 30  # of a GPU that is not here
+_BATCH_OF_RATES = 64  # for which the learning rates below are meant
 _BYTES_AN_IMAGE = 160 << 20  # activations of a ResNet-50 at 224 pixels in float32, on the safe side
 
 
@@ -64,7 +68,13 @@ class Machine(NamedTuple):
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB."""
+    """Describe this machine. "cuda" without a GPU, for a run elsewhere, is one GPU of 24 GiB.
+
+    Raises:
+        ValueError: "auto" finds GPUs that torch cannot use.
+    """
+    if device == "auto":
+        check_gpus(os.environ, instead="say --device cpu")
     cores, found = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not found):
         return Machine("cpu", 1, available_memory(torch.device("cpu")), cores)
@@ -124,10 +134,10 @@ def suggest(
     Raises:
         ValueError: the shards are unusable, the overrides do not fit, or the run does not fit the machine.
     """
-    given: dict[str, Any] = {"data": {}, "backbone": {}}
+    given: dict[str, Any] = {"data": {}, "backbone": {}, "training": {}}
     for text in overrides:
         apply_override(given, text)
-    if not (isinstance(given["data"], dict) and isinstance(given["backbone"], dict)):
+    if not all(isinstance(given[section], dict) for section in ("data", "backbone", "training")):
         raise ValueError(f"expected single settings such as data.num_workers=2 in --set, got {' '.join(overrides)}")
     draft = _Draft(name, shards)
 
@@ -154,7 +164,9 @@ def suggest(
     # 2. Network and images.
     is_small = preset == "small-images" or (preset == "many-classes" and short_side <= _SMALL)
     is_pretrained = _choose_network(draft, machine, given["backbone"], is_small=is_small)
-    side = _choose_transforms(draft, machine, short_side, is_small=is_small, is_pretrained=is_pretrained)
+    side = _choose_transforms(
+        draft, machine, short_side, given["backbone"], is_small=is_small, is_pretrained=is_pretrained
+    )
     if short_side > 2.5 * side:
         facts.append(
             f"hint: decoding such large images takes most of the time; `shard build --resize {side * 3 // 2}` makes "
@@ -170,6 +182,7 @@ def suggest(
     # 4. Steps.
     num_ranks = machine.num_devices if train.num_samples >= 5_000 * machine.num_devices else 1
     _choose_steps(draft, machine, train.num_samples, side, num_ranks=num_ranks, is_pretrained=is_pretrained)
+    _scale_rates(draft, given["training"].get("batch_size", draft.raw["training"]["batch_size"]))
     cacheable = _MOST_CACHED if machine.device == "cuda" else min(_MOST_CACHED, machine.memory // 8)
     if train.num_samples * image_bytes * num_ranks <= cacheable:
         draft.choose("all images, decoded, fit into memory", data={"num_workers": 0, "cache_images": True})
@@ -198,7 +211,7 @@ def estimate_seconds(config: Config, *, num_ranks: int, device: str) -> float:
     checked = check_run(config, world_size=num_ranks, device=device)
     rest = plan_rest(checked.config, checked.plan)
     model = build_backbone(config.backbone, load_pretrained=False).to(device)
-    images = torch.randint(256, (8, 3, *[config.data.train_transform.size] * 2), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (8, 3, *[config.data.train_transform.side] * 2), dtype=torch.uint8, device=device)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         model(images).sum().backward()
@@ -290,16 +303,33 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
     if weights:
         draft.choose("keeps the statistics of those weights", backbone={"batch_norm": "frozen"})
     draft.choose("how convolutions run fastest", backbone={"channels_last": True})
+    if machine.device == "cuda":
+        quick = {"float32_matmul": "high", "cudnn_benchmark": True}
+        draft.choose("TF32 and timed convolutions in the network; the head's products are exact", training=quick)
     lr = 0.001 if not weights else 0.003 if is_small and name == lite else 1e-4
     rates = {"name": "adamw", "backbone_lr": lr, "embedding_lr": max(lr, 0.001), "weight_decay": 1e-4}
     draft.choose("slow, to keep what the weights know" if weights else "as random weights bear", optimizer=rates)
     return weights is not None
 
 
-def _choose_transforms(draft: _Draft, machine: Machine, short_side: int, *, is_small: bool, is_pretrained: bool) -> int:
+def _choose_transforms(
+    draft: _Draft, machine: Machine, short_side: int, given: Mapping[str, Any], *, is_small: bool, is_pretrained: bool
+) -> int:
     """Choose the preparation of images; return the side of what the network sees."""
     most = _SMALL if is_small else 224 if machine.device == "cuda" else 128 if is_pretrained else 64
     side = min(most, max(32, 32 * round(short_side / 32)))
+    chosen = draft.raw["backbone"]
+    backbone = BackboneConfig.model_validate({**chosen, "options": given.get("options", chosen.get("options", {}))})
+    rule = size_rule(backbone)
+    is_built_for = any(name in backbone.options for name in ("img_size", "image_size")) or rule.fixed == rule.multiple
+    if rule.fixed and is_built_for:
+        side = rule.fixed
+    elif rule.multiple > 1:
+        side = max(rule.multiple, side // rule.multiple * rule.multiple)
+        if rule.fixed and rule.fixed != side:
+            options = {**backbone.options, "img_size": side}
+            why = f"the network is made for {rule.fixed} pixels: its position embeddings are resampled"
+            draft.choose(why, backbone={"options": options})
     reason = f"{side} pixels: what the images have" if short_side < 1.2 * side else f"{side} pixels, for speed"
     if is_small:
         jitter = {"degrees": 15, "log_scale": 0.2, "shift": 0.12, "brightness": 0.2, "contrast": 0.3, "saturation": 0.6}
@@ -310,6 +340,10 @@ def _choose_transforms(draft: _Draft, machine: Machine, short_side: int, *, is_s
         train = {"name": "random_resized_crop", "size": side, "scale": [0.2, 1.0], "flip": True}
         test = {"name": "center_crop", "resize": side * 8 // 7, "size": side}
         reason += "; random crops, mirrored; evaluation takes the middle"
+        facts = input_facts(resolve_backbone(backbone)) if is_pretrained else None
+        if facts is not None and facts.interpolation != "bilinear":
+            train["interpolation"] = test["interpolation"] = facts.interpolation
+            reason += f"; resized {facts.interpolation} as for the weights"
     draft.choose(reason, data={"train_transform": train, "test_transform": test})
     return side
 
@@ -368,6 +402,25 @@ def _choose_steps(
     if steps_per_epoch < 100:
         draft.choose("steps; its epochs are short", checkpoint={"every_steps": 200})
     draft.choose("about four times, and at the start", evaluation={"every_epochs": max(1, epochs // 4)})
+
+
+def _scale_rates(draft: _Draft, batch_size: Any) -> None:
+    """Let the learning rates follow the batch, as docs/learning_rates.md measured for adam and adamw: by the square
+    root. Another rule of the proxies keeps its rate.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1 or batch_size == _BATCH_OF_RATES:
+        return  # what is no batch size is refused later
+    factor = math.sqrt(batch_size / _BATCH_OF_RATES)
+    optimizer = draft.raw["optimizer"]
+    names = [name for name in ("backbone_lr", "embedding_lr", "proxies_lr") if name in optimizer]
+    if optimizer.get("proxies_name", optimizer["name"]) not in ("adam", "adamw"):
+        names.remove("proxies_lr")
+    before = ", ".join(f"{optimizer[name]:g}" for name in names)
+    draft.choose(
+        f"{before} for batches of {_BATCH_OF_RATES}, times sqrt({batch_size:,} / {_BATCH_OF_RATES}): rates follow the "
+        "root of the batch (docs/learning_rates.md)",
+        optimizer={name: float(f"{factor * optimizer[name]:.3g}") for name in names},
+    )
 
 
 def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> None:

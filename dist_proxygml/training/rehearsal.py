@@ -19,6 +19,7 @@ import torch
 
 from dist_proxygml.config import Config
 from dist_proxygml.data.pipeline import Batch, ImageCache
+from dist_proxygml.distributed.gpus import set_arithmetic
 from dist_proxygml.distributed.memory import format_bytes, peak_memory
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.evaluation.search import FlatIndex
@@ -87,6 +88,7 @@ def rehearse(config: Config, context: ParallelContext, *, num_steps: int = 10) -
         ValueError: on every rank, if the configuration does not fit the ranks or the shards are unusable.
     """
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": None})})
+    set_arithmetic(config.training, context.device)
     is_there = config.data.stream is not None or has_index(config)
     data = run_together(context, open_training_data, config) if is_there else None
     state = build_train_state(config, context, steps_per_epoch=10**9 if data is None else data.count_steps())
@@ -131,7 +133,7 @@ def _batches(data: TrainingData, context: ParallelContext) -> Iterator[Batch]:
 
 def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]:
     """Yield the same random images forever."""
-    micro, side = config.micro_batch_size(context.world_size), config.data.train_transform.size
+    micro, side = config.micro_batch_size(context.world_size), config.data.train_transform.side
     generator = torch.Generator().manual_seed(context.rank)
     images = torch.randint(256, (micro, 3, side, side), dtype=torch.uint8, generator=generator)
     labels = torch.randint(config.num_trained_classes, (micro,), generator=generator)
@@ -144,7 +146,7 @@ def _random_batches(config: Config, context: ParallelContext) -> Iterator[Batch]
 def _embedding_seconds(state: TrainState) -> float:
     """Measure the seconds per image of a forward pass. Called on all ranks, with batches of equal size."""
     config, context, module = state.config, state.context, state.engine.module
-    size, side = config.evaluation.batch_size, config.data.test_transform.size
+    size, side = config.evaluation.batch_size, config.data.test_transform.side
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8).to(context.device)
     module.eval()
     state.engine.module(images)

@@ -18,6 +18,7 @@ from dist_proxygml.data.damage import DAMAGE_FILE
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import ImageCache
 from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.gpus import set_arithmetic
 from dist_proxygml.distributed.memory import available_memory
 from dist_proxygml.distributed.parallel import (
     ParallelContext,
@@ -70,6 +71,7 @@ def train(
         StopRequested: on every rank, if a rank was asked to stop; progress is saved.
     """
     signals = signals or StopSignals()
+    set_arithmetic(config.training, context.device)
     # 1. Refuse what cannot work before anything is built.
     config, plan, _, data, test_index = run_long(
         context,

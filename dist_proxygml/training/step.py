@@ -11,6 +11,7 @@ moments change.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dist_proxygml.config import Config, ProxiesConfig
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
 from dist_proxygml.distributed.engine import Engine, engine_settings
+from dist_proxygml.distributed.gpus import exact_products
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
 from dist_proxygml.distributed.weight_average import WeightAverage
 from dist_proxygml.faults import fault_point
@@ -130,6 +132,7 @@ def build_loss(config: Config, context: ParallelContext) -> GlobalLoss:
         memory_budget=config.proxies.memory_budget_bytes,
         fused=config.proxies.fused,
         matmul_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.proxies.matmul_dtype],
+        matryoshka_dims=config.backbone.matryoshka_dims,
         sparse=wants_sparse_gradient(config),
         initialization="published" if config.proxies.initialization == "published" else "unit",
         seed=config.seed,
@@ -223,21 +226,29 @@ def train_step(
         if failure is None:
             weight = batch.loss_weight(len(micro_batches))
             try:
-                terms = state.loss(detached_embeddings[-1], batch.labels.to(context.device, non_blocking=True))
-                (terms.total * weight).backward()
+                with exact_products():  # whatever training.float32_matmul says of the backbone
+                    terms = state.loss(detached_embeddings[-1], batch.labels.to(context.device, non_blocking=True))
+                    (terms.total * weight).backward()
                 weighted = [term.detach() * (weight / len(micro_batches)) for term in terms]
                 sums = weighted if sums is None else [total + part for total, part in zip(sums, weighted, strict=True)]
             except NonFiniteError as error:  # on all ranks
                 failure = str(error)
         gradient = detached_embeddings[-1].grad
-        if number == len(micro_batches):
-            proxies_norm, kept_classes, answers = _finish_bank_gradient(state, len(micro_batches), requests)
-            if failure is None and not math.isfinite(proxies_norm):
-                failure = "the gradient of the proxies is NaN or infinite"
+        is_last, bank = number == len(micro_batches), None
+        if is_last and not state.engine.updates_plainly:  # its optimizer decides by what it is given: the bank first
+            bank = _finish_bank_gradient(state, len(micro_batches), requests)
+            failure = failure or bank.failure
         if gradient is None or failure is not None:  # the engine drops non-finite gradients, on all ranks
             gradient = torch.full_like(embeddings, torch.nan)
         state.engine.backward(embeddings, gradient)
-        backbone_norm = state.engine.step(measure_norm=measure)
+        if is_last and bank is None:  # one read for both
+            backbone_norm = state.engine.gradient_norm()
+            bank = _finish_bank_gradient(state, len(micro_batches), requests, backbone_norm=backbone_norm)
+            failure = failure or bank.failure
+        logged_norm = state.engine.step(
+            norm=None if bank is None else bank.backbone_norm, is_wanted=failure is None, measure_norm=measure
+        )
+    assert bank is not None
 
     # 2. The bank and the average of the weights step where the engine stepped.
     fault_point("step.update")
@@ -246,7 +257,7 @@ def train_step(
         if state.average is not None:
             state.average.update(state.step)
         if config.proxies.unit_norm:
-            bring_to_unit_length_(state.bank.proxies, classes_u=kept_classes)
+            bring_to_unit_length_(state.bank.proxies, classes_u=bank.kept_classes)
     elif failure is None and not state.engine.scales_loss:
         failure = "the gradient of the backbone is NaN or infinite"
     state.bank_optimizer.zero_grad()
@@ -256,21 +267,32 @@ def train_step(
     state.consumed = 0 if ends_epoch else state.consumed + micro_batches[0].step_size
     return StepReport(
         terms=None if sums is None or failure else LossTerms(*sums),
-        backbone_norm=backbone_norm,
-        proxies_norm=proxies_norm,
+        backbone_norm=logged_norm,
+        proxies_norm=bank.norm,
         skipped=SkippedStep(failure, _suspects(micro_batches, detached_embeddings)) if failure else None,
-        requests=answers,
+        requests=bank.requests,
     )
 
 
-def _finish_bank_gradient(
-    state: TrainState, accumulation: int, requests: Sequence[bool]
-) -> tuple[float, Tensor | None, tuple[bool, ...]]:
-    """Prepare the gradient of the bank, or of another loss, for the optimizer: coalesce, average over micro-batches,
-    clip.
+class _BankGradient(NamedTuple):
+    """What is known of the gradients of a step, over all ranks, before either optimizer moves."""
 
-    Returns:
-        Its norm over all ranks before clipping, its classes [u] (None: all), the requests of any rank.
+    norm: float  # of the bank's, before clipping
+    kept_classes: Tensor | None  # [u]; None: all
+    requests: tuple[bool, ...]  # of any rank
+    backbone_norm: float | None  # if it was given
+
+    @property
+    def failure(self) -> str | None:
+        """Why the step cannot be taken, as far as the bank tells."""
+        return None if math.isfinite(self.norm) else "the gradient of the proxies is NaN or infinite"
+
+
+def _finish_bank_gradient(
+    state: TrainState, accumulation: int, requests: Sequence[bool], *, backbone_norm: Tensor | None = None
+) -> _BankGradient:
+    """Prepare the gradient of the bank, or of another loss, for the optimizer: coalesce, average over micro-batches,
+    clip. Norms and requests take one all-reduce and one read of the device, for which it waits once.
     """
     loss, kept_classes, copies = state.loss, None, 1
     values: list[Tensor] = []
@@ -290,13 +312,17 @@ def _finish_bank_gradient(
     asked = torch.tensor([0.0, *map(float, requests)], dtype=torch.float64, device=loss.device)
     for value in values:
         asked[0] += squared_norm(value) / copies
-    sums = all_reduce_sum(asked, group=state.context.group).tolist()
+    asked = all_reduce_sum(asked, group=state.context.group)
+    if backbone_norm is not None:  # the same on every rank
+        asked = torch.cat([asked, backbone_norm.double().reshape(1)])
+    sums = asked.tolist()
+    measured = sums.pop() if backbone_norm is not None else None
     norm = math.sqrt(sums[0])
     clip = state.config.optimizer.proxies_clip_norm
     if clip is not None:
         for value in values:
             clip_norm_(value, norm=torch.tensor(norm, dtype=torch.float64), max_norm=clip)
-    return norm, kept_classes, tuple(count > 0 for count in sums[1:])
+    return _BankGradient(norm, kept_classes, tuple(count > 0 for count in sums[1:]), measured)
 
 
 def _needs_lengths(config: Config) -> bool:

@@ -1,5 +1,7 @@
 """Batch normalisation over ranks: outputs, gradients and statistics are those of one process."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_proxygml.backbones.batch_norm import GlobalBatchNorm, convert_batch_norm
 from dist_proxygml.distributed.parallel import ParallelContext
+from tests.gpu_stand_in import StandIn
 from tests.harness import run_ranks
 
 NUM_IMAGES = 7  # uneven over 2 and 3 ranks
@@ -36,7 +39,7 @@ def problem(kind: str) -> tuple[Tensor, Tensor]:
     return 100 + 3 * x, gradient
 
 
-def normalised(context: ParallelContext | None, kind: str) -> dict[str, np.ndarray]:
+def normalised(context: ParallelContext | None, kind: str, device: str = "cpu") -> dict[str, np.ndarray]:
     """Two training passes, then the gradients of the second; with a context only this rank's images."""
     model = layer(kind)
     x, gradient = problem(kind)
@@ -45,24 +48,37 @@ def normalised(context: ParallelContext | None, kind: str) -> dict[str, np.ndarr
         convert_batch_norm(model, group)
         assert isinstance(model[0], GlobalBatchNorm)
     own = slice(rank * NUM_IMAGES // world_size, (rank + 1) * NUM_IMAGES // world_size)
-    x, gradient = x[own].clone().requires_grad_(), gradient[own]
+    model = model.to(device)
+    x, gradient = x[own].to(device, copy=True).requires_grad_(), gradient[own].to(device)
     model(x)
     y = model(x)
     y.backward(gradient)
     return {
-        "y": y.detach().numpy(),
-        "dx": x.grad.numpy(),
-        **{f"sum {name}": p.grad.numpy() for name, p in model.named_parameters()},
-        **{f"same {name}": b.numpy() for name, b in model.named_buffers()},
-        "y in evaluation": model.eval()(x).detach().numpy(),
+        "y": y.detach().cpu().numpy(),
+        "dx": x.grad.cpu().numpy(),
+        **{f"sum {name}": p.grad.cpu().numpy() for name, p in model.named_parameters()},
+        **{f"same {name}": b.cpu().numpy() for name, b in model.named_buffers()},
+        "y in evaluation": model.eval()(x).detach().cpu().numpy(),
     }
+
+
+def normalised_twice(context: ParallelContext, kind: str) -> list[dict[str, np.ndarray]]:
+    """On the CPU, and with the operators for GPUs."""
+    with StandIn() as gpu:
+        on_gpu = normalised(context, kind, device="cuda")
+    assert gpu.num_collectives == (0 if context.world_size == 1 else 3)  # two passes forward, one backward
+    return [normalised(context, kind), on_gpu]
 
 
 @pytest.mark.parametrize("kind", ["map", "vector", "timm"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_normalise_as_one_process_does(kind: str, world_size: int) -> None:
     expected = normalised(None, kind)
-    ranks = run_ranks(normalised, world_size, kind)
+    for ranks in zip(*run_ranks(normalised_twice, world_size, kind), strict=True):
+        assert_together(ranks, expected)
+
+
+def assert_together(ranks: Sequence[dict[str, np.ndarray]], expected: dict[str, np.ndarray]) -> None:
     for name, values in expected.items():
         parts = [rank[name] for rank in ranks]
         if name.startswith("same"):

@@ -3,7 +3,9 @@
 import functools
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,12 @@ PROXYGML = Head(ratio=0.5)
 
 
 def traffic_of_a_step(
-    context: ParallelContext, selection: str, weight: float, anchors: int | None, head: Head = PROXYGML
+    context: ParallelContext,
+    selection: str,
+    weight: float,
+    anchors: int | None,
+    head: Head = PROXYGML,
+    prefixes: Sequence[int] = (),
 ) -> tuple[int, int]:
     count = 0
 
@@ -51,6 +58,7 @@ def traffic_of_a_step(
         regularization_weight=weight,
         regularization_anchors=anchors,
         selection=selection,
+        matryoshka_dims=prefixes,
         group=context.group,
     )
     embeddings = torch.nn.functional.normalize(torch.randn(3, 4)).requires_grad_()
@@ -97,8 +105,12 @@ def test_the_plan_counts_the_messages_and_bytes_of_a_step(selection: str, weight
     assert abs(received - plan.received_bytes_per_step) <= slack
 
 
-HEADS = {
+HEADS: dict[str, tuple[Head, dict[str, Any]]] = {
     "all": (Head("all"), {"negatives": "all"}),
+    "all, by prefixes": (Head("all"), {"negatives": "all"}),
+    "histogram, by prefixes": (PROXYGML, {"ratio": 0.5, "selection": "histogram"}),
+    "candidates, by prefixes": (PROXYGML, {"ratio": 0.5, "selection": "candidates"}),
+    "gather, by prefixes": (PROXYGML, {"ratio": 0.5, "selection": "gather"}),
     "sampled, learned scale, adaface": (
         Head("sampled", share=0.5, learn_scale=True, margin=Margin("adaface", 0.4)),
         {
@@ -112,7 +124,14 @@ HEADS = {
 
 
 def traffic_of_heads(context: ParallelContext) -> dict[str, tuple[int, int]]:
-    return {name: traffic_of_a_step(context, "auto", 0.0, None, head) for name, (head, _) in HEADS.items()}
+    return {
+        name: traffic_of_a_step(context, settings.get("selection", "auto"), 0.0, None, head, prefixes_of(name))
+        for name, (head, settings) in HEADS.items()
+    }
+
+
+def prefixes_of(name: str) -> list[int]:
+    return [1, 3] if "prefixes" in name else []
 
 
 def test_the_plan_counts_those_of_other_heads() -> None:
@@ -120,6 +139,7 @@ def test_the_plan_counts_those_of_other_heads() -> None:
         settings = {"per_class": 1, "ratio": None, "regularization_weight": 0.0, **HEADS[name][1]}
         changes = {f"proxies.{key}": value for key, value in settings.items()}
         changes |= {"data.num_classes": 8, "backbone.embedding_dim": 4, "training.batch_size": 6}
+        changes["backbone.matryoshka_dims"] = prefixes_of(name)
         config = load_config(DEMO, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
         plan = plan_head(config, world_size=2)
         assert counted == (plan.messages_per_step, plan.received_bytes_per_step), name

@@ -66,6 +66,7 @@ def three_steps(context: ParallelContext, head: Head, rule: str) -> Run:
         gradient_reduction="sum",
         seed=1,
         sparse=rule == "sparse_adam",
+        matryoshka_dims=(2, 4) if head.class_score == "sum" else (),
     ).double()
     parameters = list(loss.parameters())
     optimizer: torch.optim.Optimizer = {

@@ -38,7 +38,13 @@ def trained_parameters(
             build = getattr(step_module, name)
             setattr(step_module, name, lambda *args, build=build, **options: build(*args, **options).double())
     config = configuration(
-        backbone={"name": "small_cnn", "embedding_dim": 8, "batch_norm": batch_norm, "options": {"width": 4}},
+        backbone={
+            "name": "small_cnn",
+            "embedding_dim": 8,
+            "batch_norm": batch_norm,
+            "matryoshka_dims": [3, 5] if "proxies" in sections else [],
+            "options": {"width": 4},
+        },
         deepspeed={
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if float64 else 0.5,  # DeepSpeed's norm is a float32

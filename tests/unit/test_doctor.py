@@ -170,7 +170,7 @@ def test_a_missing_compiler_is_a_problem_until_the_extension_is_compiled(
 
 def test_a_driver_whose_gpus_torch_cannot_use_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "_said_by", lambda *command: "535.104.05\n535.104.05")
+    monkeypatch.setattr(doctor, "said_by", lambda *command: "535.104.05\n535.104.05")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = list(doctor.check_devices())[-1]
     assert (found.status, "driver 535.104.05" in found.text, "CUDA 13.0" in found.text) == ("problem", True, True)
@@ -199,9 +199,9 @@ def test_a_controller_of_slurm_that_does_not_answer_is_a_warning(monkeypatch: py
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert only(doctor.check_slurm()).status == "ok"
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(doctor, "_said_by", lambda *command: None)
+    monkeypatch.setattr(doctor, "said_by", lambda *command: None)
     assert only(doctor.check_slurm()).status == "warning"
-    monkeypatch.setattr(doctor, "_said_by", lambda *command: "AccountingStorageType = accounting_storage/none")
+    monkeypatch.setattr(doctor, "said_by", lambda *command: "AccountingStorageType = accounting_storage/none")
     assert "without accounting" in only(doctor.check_slurm()).text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
@@ -109,6 +110,20 @@ def test_an_evaluation_gives_the_metrics_of_a_full_sort_and_counts_the_lone_imag
     )
     assert result.recall_at_1_bounds == result.bounds["recall@1"]
     assert all(low <= result.metrics[name] <= high for name, (low, high) in result.bounds.items())
+
+
+def test_prefixes_of_an_embedding_are_evaluated_as_embeddings(index: ShardIndex) -> None:
+    result = evaluated(Projection(), index, recall_at=(2,), prefixes=(2, 5))
+    assert result.table is not None
+    for dim in (2, 5):
+        cut = F.normalize(result.table.embeddings[:, :dim], dim=1)
+        wanted = full_sort_metrics(result.table._replace(embeddings=cut), (1,))
+        for name in ("recall@1", "map@r"):
+            assert result.metrics[f"{name}_dim{dim}"] == pytest.approx(wanted[name], abs=1e-12)
+    whole = evaluated(Projection(), index, recall_at=(2,))
+    assert {k: v for k, v in result.metrics.items() if "_dim" not in k} == whole.metrics
+    assert result.metrics["recall@1_dim2"] != result.metrics["recall@1_dim5"]
+    assert result.fingerprint != whole.fingerprint
 
 
 def test_hand_worked_example() -> None:

@@ -248,6 +248,7 @@ def train(config):
     loss = ProxyLoss(
         config.data.num_classes, dim, build_head(proxies), sparse=wants_sparse_gradient(config),
         memory_budget=proxies.memory_budget_bytes, regularization_weight=proxies.regularization_weight,
+        matryoshka_dims=config.backbone.matryoshka_dims,
     )
     optimizer = build_bank_optimizer(config.optimizer, loss.proxies)
     batch = config.training.batch_size
@@ -270,6 +271,11 @@ print(json.dumps([peak_memory() - before, plan_head(large, world_size=1).total_b
 @pytest.mark.parametrize(
     ("num_classes", "dim", "topk", "batch", "rule", "others"),
     [
+        pytest.param(300_000, 128, 500, 64, "adam", {"matryoshka_dims": [32, 64]}, marks=pytest.mark.ci),
+        pytest.param(600_000, 64, 500, 64, "sparse_adam", {"matryoshka_dims": [16, 32]}, marks=pytest.mark.ci),
+        pytest.param(
+            300_000, 128, None, 64, "adam", {"negatives": "all", "matryoshka_dims": [64]}, marks=pytest.mark.ci
+        ),
         pytest.param(400_000, 128, None, 64, "adam", {"negatives": "all"}, marks=pytest.mark.ci),
         pytest.param(
             400_000, 128, None, 64, "rowwise_adagrad", {"negatives": "sampled", "share": 0.1}, marks=pytest.mark.ci
@@ -294,6 +300,8 @@ def test_the_predicted_memory_is_within_a_tenth_of_what_is_measured(
     num_classes: int, dim: int, topk: int | None, batch: int, rule: str, others: dict[str, object]
 ) -> None:
     raw = json.loads((ROOT / "configs" / "demo_cpu.json").read_text())
+    others = dict(others)
+    raw["backbone"]["matryoshka_dims"] = others.pop("matryoshka_dims", [])
     raw["proxies"] = {"regularization_weight": 0.0, **others} | ({"topk": topk} if topk else {})
     raw["optimizer"] = {"backbone_lr": 0.1, "proxies_lr": 0.1, "proxies_name": rule}
     raw["training"] = {"epochs": 1, "batch_size": batch}

@@ -103,6 +103,47 @@ def test_every_head_is_its_definition(per_class: int, budget: int, learn_scale: 
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=str(case))
 
 
+def test_matryoshka_is_the_mean_over_prefixes() -> None:
+    embeddings_bD, labels_b = batch()
+    for negatives, selection in [("topk", "auto"), ("topk", "gather"), ("all", "auto"), ("sampled", "auto")]:
+        head = Head(**COMPETING[negatives], margin=Margin("cosface", 0.2), scale=7.0)
+        loss = build(head, 2, matryoshka_dims=[2, 3], selection=selection)
+        proxies_CND = loss.proxies.detach().clone().requires_grad_()
+        drawn_C = torch.from_numpy(draw_classes(loss.partition, 0.4, seed=3, draw=0)) if head.share else None
+        wanted = torch.stack(
+            [
+                proxy_loss(
+                    F.normalize(embeddings_bD[:, :dim], dim=1),
+                    labels_b,
+                    proxies_CND[..., :dim],
+                    topk=head.topk,
+                    drawn_C=drawn_C,
+                    margin=cosface(0.2),
+                    scale=7.0,
+                )
+                for dim in (2, 3, DIM)
+            ]
+        ).mean()
+        got = loss(embeddings_bD, labels_b).total
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+        expected = gradients(wanted, embeddings_bD, proxies_CND)
+        for one, other in zip(gradients(got, embeddings_bD, loss.proxies), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_a_sparse_gradient_of_prefixes_is_the_dense_one() -> None:
+    embeddings_bD, labels_b = batch()
+    dense, sparse = (
+        build(Head(topk=5, scale=4.0), 2, matryoshka_dims=[3], selection="candidates", sparse=sparse)
+        for sparse in (False, True)
+    )
+    for loss in (dense, sparse):
+        loss(embeddings_bD, labels_b).total.backward()
+    assert sparse.proxies.grad is not None
+    assert sparse.proxies.grad.is_sparse
+    torch.testing.assert_close(sparse.proxies.grad.to_dense(), dense.proxies.grad, rtol=1e-12, atol=1e-15)
+
+
 def test_top_k_of_all_without_a_margin_is_all_and_so_is_a_share_of_1() -> None:
     embeddings_bD, labels_b = batch()
     heads = (Head("all", scale=5.0), Head(topk=2 * NUM_CLASSES, scale=5.0), Head("sampled", share=1.0, scale=5.0))
@@ -259,6 +300,8 @@ def test_a_sparse_gradient_of_sampled_classes_is_the_dense_one() -> None:
         ("normalize", lambda: build(Head("all", margin=Margin("adaface", 0.5)), 1, normalize=False)),
         ("negatives", lambda: build(Head("all"), 1, sparse=True)),
         ("selection", lambda: build(Head("all"), 1, selection="gather")),
+        ("matryoshka_dims", lambda: build(Head("all"), 1, matryoshka_dims=[3, 2])),
+        ("matryoshka_dims", lambda: build(Head("all"), 1, matryoshka_dims=[2, DIM])),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(key: str, make: Callable[[], object]) -> None:
@@ -282,3 +325,7 @@ def test_choices_that_do_not_go_together_are_refused(key: str, make: Callable[[]
 )
 def test_printing_a_loss_names_its_head(head: Head, per_class: int, words: str) -> None:
     assert words in repr(build(head, per_class))
+
+
+def test_printing_a_loss_names_its_prefixes() -> None:
+    assert "scale 1, also by the first 2, 4 dimensions" in repr(build(Head("all"), 1, matryoshka_dims=[2, 4]))

@@ -212,3 +212,28 @@ def test_a_gallery_beside_the_queries_is_searched(tmp_path: Path) -> None:
     write_query_and_gallery(tmp_path / "shards", [4] * 6)
     made = suggest(str(tmp_path / "shards"), "mine", LAPTOP, overrides=["data.train_split=gallery"])
     assert (made.config.data.test_split, made.config.evaluation.gallery_split) == ("query", "gallery")
+
+
+def rates_of(suggestion: Any) -> tuple[float, float | None, float]:
+    optimizer = suggestion.config.optimizer
+    return optimizer.backbone_lr, optimizer.embedding_lr, optimizer.proxies_lr
+
+
+def test_learning_rates_follow_the_root_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = suggest(DEMO, "mine", LAPTOP)
+    assert (usual.config.training.batch_size, rates_of(usual)) == (64, (0.003, 0.003, 0.02))
+    assert not any("sqrt" in reason for _, reason in usual.choices)
+    larger = suggest(DEMO, "mine", LAPTOP, overrides=["training.batch_size=256"])
+    assert rates_of(larger) == (0.006, 0.006, 0.04)
+    said = {settings: reason for settings, reason in larger.choices if "sqrt" in reason}
+    assert list(said) == ["optimizer.backbone_lr=0.006 optimizer.embedding_lr=0.006 optimizer.proxies_lr=0.04"]
+    assert "0.003, 0.003, 0.02 for batches of 64, times sqrt(256 / 64)" in next(iter(said.values()))
+    smaller = suggest(DEMO, "mine", EIGHT_GPUS, preset="photos")
+    assert (smaller.config.training.batch_size, rates_of(smaller)) == (32, (7.07e-05, 0.000707, 0.00707))
+    # what the user says stands, and row-wise rules, for which nothing was measured, keep their rate
+    asked = suggest(DEMO, "mine", LAPTOP, overrides=["training.batch_size=256", "optimizer.proxies_lr=0.5"])
+    assert rates_of(asked) == (0.006, 0.006, 0.5)
+    many = suggest(DEMO, "mine", LAPTOP, preset="many-classes", overrides=["training.batch_size=256"])
+    assert rates_of(many)[2] == 0.01
+    without_weights(monkeypatch)
+    assert rates_of(suggest(DEMO, "mine", LAPTOP, overrides=["training.batch_size=16"])) == (0.001, None, 0.01)

@@ -137,13 +137,14 @@ def test_metrics_come_in_reading_order_and_deviations_with_what_they_belong_to()
         "recall@1",
         "mrr",
         "odd_sd",
+        "recall@1_dim64",
         "ir_recall@5",
         "legacy_recall@1",
     ]
     names = metrics.name_metrics(keys)
     assert [name.label for name in names] == [
         *("Recall@1", "Recall@2", "Recall@10", "MAP@R", "MRR", "NMI", "Recall@1 as published"),
-        *("ir_recall@5", "odd_sd"),
+        *("Recall@1, 64 dimensions", "ir_recall@5", "odd_sd"),
     ]
     assert names[2].meaning == "queries with a right answer among the first 10"
     assert names[-2].meaning == ""

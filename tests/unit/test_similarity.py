@@ -117,7 +117,7 @@ def test_the_best_proxies_of_each_row_are_found(bank_of: Callable[[int], Bank], 
 def test_a_row_with_fewer_proxies_than_wanted_gets_all_there_are() -> None:
     bank, rows = random_bank(40, 3), random_rows(4, 3)
     excluded = torch.tensor([[0, 5], [35, 45], [-9, -4], [0, 40]])
-    pairs = best_pairs(rows, bank, excluded_R2=excluded, num_wanted=100, memory_budget=PLENTY)
+    pairs, _ = best_pairs(rows, bank, excluded_R2=excluded, num_wanted=100, memory_budget=PLENTY)
     expected = [list(range(5, 40)), list(range(35)), list(range(40)), []]
     assert kept_columns(pairs, 4) == expected
 
@@ -126,7 +126,7 @@ def test_a_guess_that_failed_for_one_row_is_made_good(monkeypatch: pytest.Monkey
     bank, rows = random_bank(5003, 3), random_rows(4, 3)
     guess, too_high = module._guess_floor, torch.tensor([0.0, 2.0, 0.0, 0.0])  # no similarity is above 1
     monkeypatch.setattr(module, "_guess_floor", lambda *arguments: guess(*arguments) + too_high)
-    pairs = best_pairs(rows, bank, excluded_R2=no_proxies(4), num_wanted=20, memory_budget=PLENTY)
+    pairs, _ = best_pairs(rows, bank, excluded_R2=no_proxies(4), num_wanted=20, memory_budget=PLENTY)
     best = module.all_similarities(rows, bank).topk(20, dim=1).indices.sort(dim=1).values
     for row in range(4):
         found = pairs.similarity[pairs.row == row].topk(20).indices
@@ -135,7 +135,7 @@ def test_a_guess_that_failed_for_one_row_is_made_good(monkeypatch: pytest.Monkey
 
 def test_the_guess_keeps_few_pairs_more_than_wanted() -> None:
     bank, rows = random_bank(65_536, 8), random_rows(16, 8)
-    pairs = best_pairs(rows, bank, excluded_R2=no_proxies(16), num_wanted=256, memory_budget=PLENTY)
+    pairs, _ = best_pairs(rows, bank, excluded_R2=no_proxies(16), num_wanted=256, memory_budget=PLENTY)
     assert 16 * 256 <= len(pairs.row) < 4 * 16 * 256
 
 
@@ -149,7 +149,7 @@ def test_mass_ties_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
         return look_at(pairs, groups, *others)
 
     monkeypatch.setattr(module, "_with_groups", counted)
-    pairs = best_pairs(rows, bank, excluded_R2=no_proxies(8), num_wanted=3, memory_budget=budget)
+    pairs, _ = best_pairs(rows, bank, excluded_R2=no_proxies(8), num_wanted=3, memory_budget=budget)
     chunk = budget // 32  # similarities
     assert max(held) <= budget // module.BYTES_PER_PAIR + 2 * chunk
     assert torch.equal(torch.bincount(pairs.row), torch.full((8,), 3))
@@ -165,7 +165,7 @@ def test_blocks_of_rows_and_chunks_fit_the_budget() -> None:
     assert rows_per_block(4096, num_negatives=50_000, num_proxies=1_000_000, budget=1 << 28) == 22
     assert rows_per_block(64, num_negatives=60, num_proxies=1200, budget=1) == 1
     assert chunk_width(64, memory_budget=1 << 28, device="cpu") == 8192
-    assert chunk_width(64, memory_budget=1 << 28, device="cuda") == 131_072
+    assert chunk_width(64, memory_budget=1 << 28, device="cuda") == 262_144
     assert chunk_width(1 << 20, memory_budget=1 << 10, device="cpu") == 16
 
 
@@ -213,7 +213,7 @@ def test_a_proxy_of_length_zero_has_similarity_zero_as_normalize_has_it() -> Non
 
 def test_padding_puts_each_row_on_its_line() -> None:
     pairs = Pairs(torch.tensor([0, 2, 2]), torch.tensor([4, 1, 3]), torch.tensor([0.5, 0.25, 0.125]))
-    similarity, proxy = module.padded(pairs, num_rows=4)
+    similarity, proxy = module.padded(pairs, num_rows=4, longest=2)
     nothing = -math.inf
     assert similarity.tolist() == [[0.5, nothing], [nothing, nothing], [0.25, 0.125], [nothing, nothing]]
     assert proxy.tolist() == [[4, -1], [-1, -1], [1, 3], [-1, -1]]

@@ -1,0 +1,431 @@
+"""Tables of retrieval results: rows that the real training command makes, kept with all that is needed to repeat them.
+
+    python -m benchmarks.retrieval --list                             tables, and which of their rows are finished
+    python -m benchmarks.retrieval --table learning_rates --minutes 30
+    python -m benchmarks.retrieval --table learning_rates --row batch-64_linear --seed 1
+    python -m benchmarks.retrieval --figures                          tables and pictures of docs/, from the results
+
+benchmarks/tables.py declares the tables: rows of a configuration and overrides, each with several seeds. A row trains
+by launchers/train.py, which also evaluates; one at a time, in a forked process that has torch loaded. Its result is a
+line of benchmarks/results/TABLE.jsonl, which is committed; a finished row is skipped. What is interrupted, by Ctrl-C,
+--minutes or a kill, continues from its checkpoint when the same command is called again. --row repeats a row that is
+finished, and says whether its numbers are the same.
+
+A line counts for a row while the settings are the same, those that the configuration leaves out aside; the newest
+counts. Its numbers:
+
+    test, validation    of the last evaluation: on the test split, and on classes that are neither trained nor tested
+    loss                mean of the last five logged steps
+    seconds             of all starts of the run, by phase; the machine may have been shared
+    head_ms             of the loss, its gradients and the update of the proxies: the fastest of 30 repeats after the
+                        run, with random unit embeddings and labels
+    memory_mib          peak of the training process, with all that is preloaded in it
+
+Settings are picked by `validation` alone; `test` is for what was picked.
+
+Declined: cluster/sweep.py, which trains the whole of a grid, where a row here may set anything, such as a warm-up that
+follows from its batch size; its SLURM jobs; a row on several ranks.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import runpy
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from benchmarks.figures import write_pages
+from benchmarks.tables import TABLES, Row, Table
+from dist_proxygml.cluster.grid import is_same_run, last_evaluation, trained_settings
+from dist_proxygml.config import Config, load_config, load_run_config
+from dist_proxygml.storage.files import publish_text, read_document, read_log, remove
+from dist_proxygml.storage.lock import FolderLock
+from dist_proxygml.storage.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FREE_SECTIONS = {"name", "runs_dir", "telemetry", "checkpoint"}  # what numbers do not depend on
+STOPPED_STATUS = 75  # of a run that was asked to stop, and has saved
+PRELOADED_MODULES = ["torch._dynamo", "deepspeed", "faiss", "sklearn.metrics", "dist_proxygml.training.run"]
+NUM_LOSSES = 5
+
+Line = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A row with one of its seeds."""
+
+    table: Table
+    row: Row
+    seed: int
+    runs: Path
+
+    @property
+    def name(self) -> str:
+        """Also that of its folder."""
+        return f"{self.row.name}_seed-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it trains."""
+        return self.runs / self.table.name / self.name
+
+    @property
+    def overrides(self) -> list[str]:
+        """What --set gets."""
+        place = (f"seed={self.seed}", f"name={self.name}", f"runs_dir={self.folder.parent}")
+        return [*self.row.overrides, *place]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What launchers/train.py gets."""
+        return ["--config", self.row.config, "--set", *self.overrides]
+
+    @property
+    def config(self) -> Config:
+        """What it trains; a ValueError if the settings are wrong."""
+        return load_config(ROOT / self.row.config, self.overrides)
+
+    @property
+    def settings(self) -> str:
+        """Hash of what is set, defaults left out: a setting that is new later changes nothing."""
+        given = self.config.model_dump(mode="json", exclude_unset=True, exclude=FREE_SECTIONS)
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---- the results -----------------------------------------------------------------------------------------------------
+
+
+def results_file(table: Table, folder: Path = RESULTS) -> Path:
+    """Where the results of a table are."""
+    return folder / f"{table.name}.jsonl"
+
+
+def finished(table: Table, folder: Path = RESULTS) -> dict[tuple[str, int], Line]:
+    """The newest line of each run of the table that has one under its present settings, by row and seed."""
+    wanted = {(run.row.name, run.seed): run.settings for run in runs_of(table, Path())}
+    found = {}
+    log = read_log(results_file(table, folder), {"row": str, "seed": int, "settings": str})
+    for _, line in log.records:
+        key = (line["row"], line["seed"])
+        if wanted.get(key) == line["settings"]:
+            found[key] = line
+    return {key: found[key] for key in wanted if key in found}
+
+
+def append(table: Table, line: Line, folder: Path) -> None:
+    """Add a line, whole or not at all."""
+    path = results_file(table, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    publish_text(path, before + json.dumps(line) + "\n")
+
+
+def runs_of(table: Table, runs: Path) -> list[Run]:
+    """All runs of a table, seed by seed within a row."""
+    return [Run(table, row, seed, runs) for row in table.rows for seed in row.seeds]
+
+
+def line_of(run: Run, head_ms: float) -> Line:
+    """The line of a finished run, from its folder.
+
+    Raises:
+        ValueError: it has no evaluation, or logged no step.
+    """
+    folder = RunFolder(run.folder)
+    tested, validated = last_evaluation(run.folder), folder.evaluations(of_validation=True)
+    if tested is None:
+        raise ValueError(f"expected an evaluation in {run.folder}, found none; look at {log_of(run)}")
+    last = folder.evaluations() or validated
+    document, facts = read_document(last[max(last)]), read_document(folder.facts)
+    logged = [line for _, line in read_log(folder.metrics, {"step": int, "kind": str}).records if "loss" in line]
+    if not logged:
+        raise ValueError(
+            f"expected logged steps in {run.folder}, found none; lower telemetry.log_every_steps of its row"
+        )
+    validation = read_document(validated[max(validated)])["metrics"] if validated else {}
+    return {
+        "table": run.table.name,
+        "row": run.row.name,
+        "seed": run.seed,
+        "settings": run.settings,
+        "test": _rounded(tested.metrics) if folder.evaluations() else {},
+        "validation": _rounded(validation),
+        "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 5),
+        "steps": max(last),
+        "seconds": {name: round(value, 1) for name, value in facts["seconds"].items()},
+        "head_ms": round(head_ms, 3),
+        "memory_mib": round(max(1024 * line.get("gpu_memory_gib", line["memory_gib"]) for line in logged)),
+        "commit": _commit(),
+        "device": _device(facts["device"]),
+        "versions": document["protocol"]["versions"] | {"python": platform.python_version()},
+        "command": f"python -m benchmarks.retrieval --table {run.table.name} --row {run.row.name} --seed {run.seed}",
+        "trains": shlex.join(["python", "launchers/train.py", *_without_place(run.arguments)]),
+    }
+
+
+def _rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in metrics.items()}
+
+
+def _without_place(arguments: Sequence[str]) -> list[str]:
+    return [text for text in arguments if not text.startswith("runs_dir=")]
+
+
+def _commit() -> str:
+    """The commit, with a plus behind it if the package is not as committed."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dist_proxygml", "launchers")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def _device(described: str) -> str:
+    """What the run says of it, and the name of the processor."""
+    if not described.startswith("CPU"):
+        return described
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{described}, {named or platform.machine()}"
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def log_of(run: Run) -> Path:
+    """What the run says goes there."""
+    return run.folder.with_name(f"{run.name}.log")
+
+
+def train(run: Run, context: ForkServerContext, *, deadline: float | None) -> bool:
+    """Train, or go on where it has saved, to the end or to the deadline of `time.monotonic()`; whether it is finished.
+
+    Raises:
+        ValueError: it failed.
+        KeyboardInterrupt: as given, once the run has saved.
+    """
+    log_of(run).parent.mkdir(parents=True, exist_ok=True)
+    process = context.Process(target=_train_here, args=(run.arguments, str(log_of(run)), dict(os.environ)))
+    process.start()
+    try:
+        process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join()
+    if process.exitcode not in (0, STOPPED_STATUS):
+        said = log_of(run).read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise ValueError(f"{run.name} ended with status {process.exitcode}; {log_of(run)} ends with:\n{said}")
+    return process.exitcode == 0
+
+
+def _train_here(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """Be launchers/train.py, in the environment of whoever asked."""
+    os.environ.clear()  # that of the server that forked it
+    os.environ.update(environment)
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which asks for a save
+    with open(log, "ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    multiprocessing.set_start_method("fork", force=True)  # of data loading processes, as in any other process
+    sys.argv = ["launchers/train.py", *arguments]
+    os.chdir(ROOT)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _end_with_parent() -> None:
+    """Ask this process to save and stop once the one that started it has gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a forked process"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def head_milliseconds(run_directory: Path, *, num_repeats: int = 30, warm_up: int = 5) -> float:
+    """Milliseconds of a step's head under the settings of a run: loss, its gradients, the update of the proxies."""
+    import torch
+    import torch.nn.functional as F
+
+    from dist_proxygml.distributed.parallel import single_process
+    from dist_proxygml.head.loss import ProxyLoss
+    from dist_proxygml.training.optim import build_bank_optimizer
+    from dist_proxygml.training.step import build_loss
+
+    config: Config = load_run_config(run_directory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss = build_loss(config, single_process(device))
+    parameters = [loss.proxies] if isinstance(loss, ProxyLoss) else list(loss.parameters())
+    scale = loss.log_scale if isinstance(loss, ProxyLoss) else None
+    optimizer = build_bank_optimizer(config.optimizer, parameters, scale)
+    generator = torch.Generator().manual_seed(0)
+    size = config.training.batch_size // config.accumulation
+    taken = []
+    for number in range(warm_up + num_repeats):
+        rows_BD = F.normalize(torch.randn(size, config.backbone.embedding_dim, generator=generator), dim=1)
+        labels_B = torch.randint(config.num_trained_classes, (size,), generator=generator).to(device)
+        embeddings_BD = rows_BD.to(device).requires_grad_()
+        loss.draw = number
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss(embeddings_BD, labels_B).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return 1000 * min(taken[warm_up:])
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def make(
+    tables: Sequence[Table],
+    *,
+    runs: Path,
+    results: Path = RESULTS,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    minutes: float | None = None,
+) -> bool:
+    """Train what is to do, one run at a time, and keep the results; named rows are repeated. Whether all is done.
+
+    Raises:
+        ValueError: a run failed, or another process is at it.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED_MODULES)
+    runs.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(runs / "tables", elsewhere="name another folder with --runs")
+    for run in to_do(tables, runs=runs, results=results, rows=rows, seeds=seeds):
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        earlier, trained = finished(run.table, results).get((run.row.name, run.seed)), trained_settings(run.folder)
+        if earlier is not None or (trained is not None and not is_same_run(trained, run.config)):
+            remove(run.folder)
+        if not train(run, context, deadline=deadline):
+            print(f"{run.table.name} {run.name}: stopped, the same command goes on with it", flush=True)
+            return False
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            head_ms = pool.submit(head_milliseconds, run.folder).result()
+        line = line_of(run, head_ms)
+        append(run.table, line, results)
+        remove(RunFolder(run.folder).checkpoints)  # what else there is stays, for `report compare`
+        said = "" if earlier is None else f"; {'the same' if _is_same(line, earlier) else 'NOT the same'} as before"
+        print(f"{run.table.name} {run.name}: {shown(line)}{said}", flush=True)
+    lock.release(is_done=True)
+    return True
+
+
+def to_do(
+    tables: Sequence[Table], *, runs: Path, results: Path = RESULTS, rows: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> Iterator[Run]:
+    """The runs that have no result, or, of named rows, all.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    known = {row.name for table in tables for row in table.rows}
+    if unknown := [name for name in rows if name not in known]:
+        raise ValueError(f"expected --row of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    for table in tables:
+        done = finished(table, results)
+        for run in runs_of(table, runs):
+            if (seeds and run.seed not in seeds) or (rows and run.row.name not in rows):
+                continue
+            if rows or (run.row.name, run.seed) not in done:
+                yield run
+
+
+def shown(line: Line) -> str:
+    """The numbers of a line, for a person."""
+    parts = [
+        f"{split} R@1 {100 * line[split]['recall@1']:.2f} MAP@R {100 * line[split]['map@r']:.2f}"
+        for split in ("test", "validation")
+        if line[split]
+    ]
+    return f"{', '.join(parts)}, loss {line['loss']:.3f}, {sum(line['seconds'].values()):.0f} s"
+
+
+def _is_same(line: Line, other: Line) -> bool:
+    return all(line[name] == other[name] for name in ("test", "validation", "loss"))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Carry out the command line; returns the exit status: 1 if something is left to do."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", nargs="+", choices=sorted(TABLES), default=sorted(TABLES), help="default: all")
+    parser.add_argument("--row", nargs="+", default=[], metavar="ROW", help="these rows only, finished or not")
+    parser.add_argument("--seed", nargs="+", type=int, default=[], help="these seeds only")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tables", help="folder to train in")
+    parser.add_argument("--list", action="store_true", help="show tables, rows and results, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of what is to do, start nothing")
+    parser.add_argument("--figures", action="store_true", help="write tables and pictures of docs/, start nothing")
+    arguments = parser.parse_args(given)
+    tables = [TABLES[name] for name in arguments.table]
+    runs = arguments.runs.absolute()
+    chosen: dict[str, Any] = {"runs": runs, "rows": arguments.row, "seeds": arguments.seed}
+    if arguments.list:
+        for table in tables:
+            _list(table)
+    elif arguments.dry_run:
+        for run in to_do(tables, **chosen):
+            print(shlex.join(["python", "launchers/train.py", *run.arguments]))
+    elif arguments.figures:
+        for table in tables:
+            for path in write_pages(table, finished(table), ROOT):
+                print(path.relative_to(ROOT))
+    else:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return 0 if make(tables, minutes=arguments.minutes, **chosen) else 1
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on where the run has saved", file=sys.stderr)
+            return 130
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _list(table: Table) -> None:
+    done = finished(table)
+    num_runs = len(runs_of(table, Path()))
+    print(f"{table.name}: {table.question} {len(done)} of {num_runs} runs are finished")
+    for row in table.rows:
+        lines = [done[row.name, seed] for seed in row.seeds if (row.name, seed) in done]
+        print(f"  {row.name}: {len(lines)} of {len(row.seeds)} seeds")
+        for line in lines:
+            print(f"    seed {line['seed']}: {shown(line)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The harness of tables of retrieval results: rows are trained by the real command, once, resumed where they were
+stopped, and repeated with the same numbers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import figures, retrieval
+from benchmarks.tables import SHORT, Row, Table
+from dist_proxygml.evaluation.compare import open_result
+from dist_proxygml.faults import VARIABLE
+
+pytestmark = pytest.mark.ci  # 40 s: ten starts of training
+
+ROOT = Path(__file__).parents[2]
+TINY = (*SHORT, "training.max_steps=4", "training.batch_size=16", "backbone.options.width=4", "schedule.warmup_steps=1")
+TINY = (*TINY, "telemetry.log_every_steps=1")
+
+
+def tiny(*, embedding_dims: tuple[int, ...] = (8, 16)) -> Table:
+    rows = [
+        Row(f"dim-{d}", {"dim": d}, (*TINY, f"backbone.embedding_dim={d}"), "configs/demo_cpu.json", (0,))
+        for d in embedding_dims
+    ]
+    return Table("tiny", "Does it run?", "docs/tiny.md", rows)
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "tiny.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_made_once_continued_where_they_were_stopped_and_repeated_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, places = tmp_path / "results", {"runs": tmp_path / "runs", "results": tmp_path / "results"}
+    assert not retrieval.make([tiny()], **places, minutes=0)  # the time is over before it begins
+    assert not results.exists()
+
+    # 1. The first row is told to stop in its second step, saves, and is no result; then it goes on to the end.
+    monkeypatch.setenv(VARIABLE, "step.begin@0:1:signal=TERM")
+    assert not retrieval.make([tiny()], **places)
+    monkeypatch.delenv(VARIABLE)
+    assert not results.exists()
+    log = retrieval.log_of(next(retrieval.to_do([tiny()], **places)))
+    assert "saved after step 2" in log.read_text()
+    assert retrieval.make([tiny()], **places)
+    assert "resuming" in log.read_text()
+    first, second = lines_of(results)
+    assert (first["row"], second["row"], first["steps"], second["steps"]) == ("dim-8", "dim-16", 4, 4)
+
+    # 2. A line has what the run says of itself, and the command that repeats it.
+    run = tmp_path / "runs" / "tiny" / "dim-16_seed-0"
+    evaluation = open_result(run).result
+    assert second["test"]["recall@1"] == round(evaluation.metrics["recall@1"], 6)
+    assert second["validation"]["map@r"] > 0
+    assert second["test"].keys() == second["validation"].keys()
+    assert second["versions"]["torch"] == evaluation.protocol["versions"]["torch"]
+    assert 0 < second["head_ms"] < 1000
+    assert second["memory_mib"] > 100
+    assert "backbone.embedding_dim=16 seed=0" in second["trains"]
+    assert second["command"].endswith("--table tiny --row dim-16 --seed 0")
+
+    # 3. What is finished is left alone; a row that is named is trained anew, also where its settings have not changed.
+    assert retrieval.make([tiny()], **places)
+    assert len(lines_of(results)) == 2
+    capsys.readouterr()
+    assert retrieval.make([tiny()], **places, rows=["dim-8"])
+    assert "; the same as before" in capsys.readouterr().out
+    again = lines_of(results)[2]
+    assert [again[name] for name in ("test", "validation", "loss")] == [
+        first[name] for name in ("test", "validation", "loss")
+    ]
+    assert retrieval.finished(tiny(), results)["dim-8", 0] == again
+
+    # 4. Other settings of a row are another run: its line does not count, and it is to do.
+    other = tiny()
+    other.rows[0] = other.rows[0]._replace(overrides=(*other.rows[0].overrides, "optimizer.proxies_lr=0.5"))
+    assert set(retrieval.finished(other, results)) == {("dim-16", 0)}
+    assert [run.name for run in retrieval.to_do([other], **places)] == ["dim-8_seed-0"]
+
+
+def test_a_run_that_fails_says_why_and_is_no_result(tmp_path: Path) -> None:
+    table = tiny(embedding_dims=(8,))
+    table.rows[0] = table.rows[0]._replace(overrides=(*table.rows[0].overrides, "proxies.topk=1", "proxies.ratio=null"))
+    with pytest.raises(ValueError, match="k = 1"):
+        retrieval.make([table], runs=tmp_path / "runs", results=tmp_path)
+    assert not (tmp_path / "tiny.jsonl").exists()
+    with pytest.raises(ValueError, match="dim-9"):
+        retrieval.make([table], runs=tmp_path / "runs", results=tmp_path, rows=["dim-9"])
+
+
+def test_a_table_without_a_drawing_of_its_own_gets_a_line_for_each_row(tmp_path: Path) -> None:
+    numbers = {"test": {"recall@1": 0.5, "map@r": 0.25}, "validation": {"map@r": 0.125}, "head_ms": 2.0}
+    found = {("dim-8", 0): numbers | {"seconds": {"training": 3.0, "data": 1.5}, "memory_mib": 100}}
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "tiny.md"
+    page.write_text("Before.\n<!-- table tiny -->old\n<!-- end of table tiny -->\nAfter.\n")
+    assert figures.write_pages(tiny(), found, tmp_path) == [page]
+    lines = page.read_text().splitlines()
+    assert lines[0] == "Before."
+    assert lines[-1] == "After."
+    assert "| 8 | 1 | 50.00 ± n/a | 25.00 ± n/a | 12.50 ± n/a | 4.5 | 2 | 100 |" in lines
+    assert "| 16 | 0 of 1 |  |  |  |  |  |  |" in lines
+    assert figures.write_pages(tiny(), found, tmp_path) == []
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="table tiny"):
+        figures.write_pages(tiny(), found, tmp_path)
