@@ -592,8 +592,13 @@ class TrainingConfig(_Section):
         None,
         gt=0,
         lt=1,
-        description="Decay of a moving average of the backbone's weights, which is then what is evaluated, exported and "
-        "served, say 0.999; null uses the weights of the last step.",
+        description="Decay of a moving average of the backbone's weights, say 0.999, which is what is evaluated, "
+        "exported and served; null uses the weights of the last step.",
+    )
+    compile: bool = Field(
+        False,
+        description="Run the trunk through torch.compile in training: faster steps after minutes of compilation, the "
+        "same numbers up to rounding and dropout's draws.",
     )
     max_left_out: int = Field(
         3, ge=1, description="Consecutive NaN steps before the run rolls back to its last checkpoint."

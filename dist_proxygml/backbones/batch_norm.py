@@ -40,6 +40,8 @@ class GlobalBatchNorm(_BatchNorm):
         self.running_mean, self.running_var = original.running_mean, original.running_var
         self.num_batches_tracked = original.num_batches_tracked
         self.group = group
+        self.is_compiled = world_size_of(group) == 1
+        """Whether torch.compile may trace its training; collectives and recomputations are beyond it."""
         after = [
             getattr(original, name) for name in ("drop", "act") if isinstance(getattr(original, name, None), nn.Module)
         ]
@@ -48,6 +50,15 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x [b, C, ...], in the dtype of x."""
+        if self.training and not self.is_compiled:
+            return self._normalise_eagerly(x)
+        return self._normalise(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _normalise_eagerly(self, x: Tensor) -> Tensor:
+        return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         assert self.running_mean is not None
         assert self.running_var is not None
         wide = torch.promote_types(x.dtype, torch.float32)  # float64 stays what it is
@@ -57,7 +68,7 @@ class GlobalBatchNorm(_BatchNorm):
             y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, False, 0.0, self.eps)
         else:
             assert self.num_batches_tracked is not None
-            is_again = is_recomputation()  # of a batch that the statistics have
+            is_again = not torch.compiler.is_compiling() and is_recomputation()  # of a batch that the statistics have
             if is_again:
                 mean_C, var_C = mean_C.clone(), var_C.clone()
             else:

@@ -25,7 +25,7 @@ import contextlib
 import difflib
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import feature_extraction
 
-from dist_proxygml.backbones.batch_norm import convert_batch_norm
+from dist_proxygml.backbones.batch_norm import GlobalBatchNorm, convert_batch_norm
 from dist_proxygml.backbones.bn_inception import BNInception
 from dist_proxygml.backbones.from_weights import read_timm_source, resolve_backbone, weight_source
 from dist_proxygml.backbones.gradient_checkpointing import BlockSwitch, Switch, find_blocks, saved_bytes
@@ -99,6 +99,13 @@ class ParameterGroups(NamedTuple):
     embedding: list[nn.Parameter]
 
 
+class CompiledTrunk(NamedTuple):
+    """A trunk's forward pass as torch.compile gives it, for one size of batch."""
+
+    run: Callable[[Tensor], Any]
+    batch_size: int
+
+
 class EmbeddingModel(nn.Module):
     """A trunk with an L2-normalised linear embedding: uint8 RGB [b, 3, H, W] -> float32 [b, D].
 
@@ -131,6 +138,7 @@ class EmbeddingModel(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing  # on while it trains
+        self._compiled: CompiledTrunk | None = None
         self.preprocessing = preprocessing
         self.trunk = trunk
         self.pool = pool
@@ -155,7 +163,10 @@ class EmbeddingModel(nn.Module):
                 "pass pixels as they are, the model normalises them"
             )
         pixels = self.preprocessing.apply(images, channels_last=self.channels_last)
-        features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool, self.pooling)
+        run: Callable[[Tensor], Any] = self.trunk
+        if self.training and self._compiled is not None and len(images) == self._compiled.batch_size:
+            run = self._compiled.run
+        features = _flat_features(run(pixels.to(_dtype_of(self.trunk))), self.pool, self.pooling)
         if self.norm_features:
             wide = torch.promote_types(features.dtype, torch.float32)
             features = F.layer_norm(features.to(wide), features.shape[1:])
@@ -175,6 +186,22 @@ class EmbeddingModel(nn.Module):
         if self.checkpointing is not None:
             self.checkpointing(mode)
         return self
+
+    def compile_trunk(self, batch_size: int) -> None:
+        """Let torch.compile run the trunk when it trains on so many images; names of parameters stay.
+
+        A shorter batch, as a rank's last of an epoch may be, runs as before instead of being compiled once more, and so
+        does an evaluation. BatchNorm over several ranks, or with gradient checkpointing, stays outside of what is
+        compiled.
+        """
+        if self.checkpointing is not None:
+            for module in self.modules():
+                if isinstance(module, GlobalBatchNorm):
+                    module.is_compiled = False
+        self._compiled = CompiledTrunk(torch.compile(self._run_trunk, dynamic=False), batch_size)
+
+    def _run_trunk(self, pixels: Tensor) -> Any:
+        return self.trunk(pixels)
 
     def parameter_groups(self) -> ParameterGroups:
         """Return all parameters, split for separate learning rates and for the warm-up epoch."""

@@ -35,17 +35,23 @@ class BlockSwitch:
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.is_on = False
         for block in blocks:
-            block.forward = self._checkpointed(block.forward)
+            block.forward = _Forward(block.forward, self)
 
     def __call__(self, enable: bool) -> None:
         """Switch."""
         self.is_on = enable
 
-    def _checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return checkpointed(forward, *args, **kwargs) if self.is_on else forward(*args, **kwargs)
 
-        return run
+class _Forward:
+    """The forward pass of a block; an object, so that a copy of a network gets one of its own block."""
+
+    def __init__(self, forward: Callable[..., Any], switch: BlockSwitch) -> None:
+        self._forward, self._switch = forward, switch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._switch.is_on:
+            return checkpointed(self._forward, *args, **kwargs)
+        return self._forward(*args, **kwargs)
 
 
 def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -306,7 +306,7 @@ class Engine:
         the next step. No collective.
         """
         optimizer, rank = self._engine.optimizer, self._context.rank
-        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        trained: dict[str, Any] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if self.updates_plainly:
             found = {name: WeightFragment(parameter, 0) for name, parameter in trained.items()}
         elif self._keeps_whole_copies():
@@ -486,6 +486,11 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
         raise ValueError(
             "expected deepspeed.zero_force_ds_cpu_optimizer false with zero_optimization.offload_optimizer, since the "
             "section optimizer brings torch's own optimizer, got none; set it to false, or remove offload_optimizer"
+        )
+    if stage == 3 and config.training.compile:
+        raise ValueError(
+            "expected training.compile false with deepspeed.zero_optimization.stage 3, which fetches the parameters of "
+            "a layer when the layer is called, got true; set it to false, or use stage 1 or 2"
         )
     if offload.get("device") == "nvme" and config.training.ema_decay is not None:
         raise ValueError(

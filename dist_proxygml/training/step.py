@@ -162,6 +162,8 @@ def build_train_state(
 
     model = run_together(context, build_model).to(context.device)
     model.keeps_lengths = _needs_lengths(config)
+    if config.training.compile:
+        model.compile_trunk(config.micro_batch_size(context.world_size))
     loss = build_loss(config, context)
     trunk, embedding = model.parameter_groups()
     engine = Engine(
