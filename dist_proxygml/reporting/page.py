@@ -383,6 +383,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
             found["Backbone"] += f" ({trained:,} of them trained)"
         if isinstance(backbone.get("embedding_dim"), int):
             found["Backbone"] += f", {backbone['embedding_dim']:,} dimensions"
+    training = run.config.get("training")
+    if isinstance(training, dict) and training.get("ema_decay") is not None:
+        found["Evaluated weights"] = f"moving average, decay {training['ema_decay']}"
     if isinstance(run.facts.get("head"), str):
         found["Head"] = run.facts["head"]
     elif isinstance(run.facts.get("proxies"), int):

@@ -209,6 +209,7 @@ class Loop:
                 engine=state.engine,
                 loss=state.loss,
                 bank_optimizer=state.bank_optimizer,
+                average=state.average,
             )
         self.saved_step = state.step
         self._report_saved(saved)
@@ -266,6 +267,7 @@ def load_state(checkpoint: Path, state: TrainState, settings: dict[str, Any]) ->
         bank_optimizer=state.bank_optimizer,
         context=state.context,
         settings=settings,
+        average=state.average,
     )
 
 
