@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/setup.log
 
-EXTRAS := demo-build,weights,export,serve,wandb,mlflow,trackio,test,lint,bench,docs
+EXTRAS := demo-build,weights,export,lora,serve,wandb,mlflow,trackio,test,lint,bench,docs
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 NUM_TESTERS := $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 NUM_RANKS := $(if $(filter 1,$(NUM_GPUS)),1,2)

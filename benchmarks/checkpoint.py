@@ -144,6 +144,7 @@ class NoBackbone:
     """What a checkpoint asks of an engine: nothing to save."""
 
     zero_stage = 0
+    module = nn.Identity()
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
 
     def save(self, directory: Path) -> None:

@@ -58,6 +58,10 @@ SplitName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
 
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
+# 1 is what None stands for.
+_Power = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | None, AfterValidator(lambda power: None if power == 1 else power)
+]
 # Upper limit of all settings, which leaves headroom in 64 bits.
 _MAX_NUMBER = 1 << 62
 
@@ -76,6 +80,14 @@ class _Section(BaseModel):
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
+
+
+class AugmentationStep(BaseModel):
+    """A transform of torchvision.transforms.v2: the name of its class, and its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str
 
 
 _Side = Annotated[int, Field(ge=1, le=4096)]
@@ -102,13 +114,18 @@ class _Square(_Section):
 class RandomResizedCropConfig(_Square):
     """Random crop of area `scale` and aspect ratio 3/4 to 4/3, resized to `size`; published for training."""
 
-    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear"}
+    unsaid: ClassVar[Mapping[str, Any]] = {"interpolation": "bilinear", "augment": []}
 
     name: Literal["random_resized_crop"]
     size: _Side | None = Field(224, description=f"Side of the square result, in pixels; {_FROM_WEIGHTS}.")
     scale: tuple[float, float] = Field((0.08, 1.0), description="Range of the crop's share of the image area.")
     flip: bool = Field(True, description="Mirror left-right with probability 1/2.")
     interpolation: _Interpolation = Field("bilinear", description=f"How pixels are resized; {_FROM_WEIGHTS}.")
+    augment: list[AugmentationStep] = Field(
+        [],
+        description="Transforms of torchvision.transforms.v2 that follow, by name and with their arguments: "
+        '{"name": "RandAugment", "num_ops": 2}.',
+    )
 
 
 class CenterCropConfig(_Square):
@@ -214,6 +231,17 @@ class DataConfig(_Section):
         description="Class-balanced batches: training.batch_size / images_per_class classes of this many images each; "
         "null visits every image once per epoch.",
     )
+    sampling_power: _Power = Field(
+        None,
+        description="Long tails: a class of s images is drawn in proportion to s to this power; 0.5: square-root "
+        "sampling, 0: all classes alike, 1 or null: every image once per epoch.",
+    )
+    repeated_augmentation: int | None = Field(
+        None,
+        ge=2,
+        description="Copies of each image in a step, augmented differently; an epoch keeps its number of steps, and "
+        "visits one part in so many of the images. null: one.",
+    )
     drop_last: bool = Field(False, description="Drop the short last step of an epoch.")
     damaged_images: Literal["fail", "skip"] = Field(
         "fail",
@@ -247,6 +275,16 @@ class DataConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _test_images_are_not_augmented(self) -> "DataConfig":
+        test = self.test_transform
+        if isinstance(test, RandomResizedCropConfig) and test.augment:
+            raise ValueError(
+                f"expected no test_transform.augment, got {test.augment[0].name!r}: test images are not augmented; "
+                "remove it"
+            )
+        return self
+
     @property
     def cache_limit_bytes(self) -> int | None:
         """cache_limit as a number."""
@@ -276,15 +314,45 @@ class DataConfig(_Section):
             )
         if self.mode == "stream" and self.num_classes is None:
             raise ValueError("expected data.num_classes with a stream, which has no index that says it; set it")
-        exact = [
-            name for name in ("images_per_class", "shuffle_window", "cache_images", "drop_last") if getattr(self, name)
-        ]
+        names = ("images_per_class", "shuffle_window", "cache_images", "drop_last", "repeated_augmentation")
+        exact = [name for name in names if getattr(self, name)]
+        exact += ["sampling_power"] if self.sampling_power is not None else []
         if self.mode == "stream" and exact:
             raise ValueError(f"expected none of {', '.join(exact)} with a stream, which has no index; remove them")
         return self
 
+    @model_validator(mode="after")
+    def _one_order_at_a_time(self) -> "DataConfig":
+        for name in ("sampling_power", "repeated_augmentation"):
+            if getattr(self, name) is not None and self.images_per_class is not None:
+                raise ValueError(
+                    f"expected no {name} with images_per_class, which says itself how often classes and images come, "
+                    f"got {getattr(self, name)} with {self.images_per_class}; remove one of them"
+                )
+        if self.sampling_power is not None and self.shuffle_window is not None:
+            raise ValueError(
+                f"expected no shuffle_window with sampling_power, whose draws come from all shards, got "
+                f"{self.shuffle_window}; remove one of them"
+            )
+        return self
+
 
 # ---- model and loss --------------------------------------------------------------------------------------------------
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters (Hu et al. 2022), through peft: each chosen layer computes W x + alpha / rank * B A x, of which
+    only A and B are trained."""
+
+    rank: int = Field(8, ge=1, le=1 << 12, description="Rank of the adapters.")
+    alpha: float = Field(16.0, gt=0, description="The adapters' output is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters, in training.")
+    target_modules: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Linear layers that get adapters, by the end of their names; null takes query, key, value and "
+        "output projections of the attention, attn.qkv and attn.proj in timm's transformers.",
+    )
 
 
 _Colours = tuple[float, float, float]
@@ -293,7 +361,10 @@ _Colours = tuple[float, float, float]
 class BackboneConfig(_Section):
     """Network from images to unit-length embeddings."""
 
-    unsaid: ClassVar[Mapping[str, Any]] = {"mean": None, "std": None, "pooling": "average", "embedding_norm": None}
+    unsaid: ClassVar[Mapping[str, Any]] = {
+        **{"mean": None, "std": None, "pooling": "average", "embedding_norm": None},
+        **{"matryoshka_dims": [], "frozen_stages": None, "lora": None},
+    }
 
     name: str = Field(
         description="bn_inception, small_cnn, raw_pixels, iresnet18 to iresnet200, timm/NAME, timm/hf-hub:ORG/NAME, "
@@ -334,6 +405,15 @@ class BackboneConfig(_Section):
         description="frozen keeps the running statistics fixed; scale and offset are still trained (as published).",
     )
     channels_last: bool = Field(False, description="Store images as NHWC; faster on CPUs and on tensor cores.")
+    frozen_stages: int | None = Field(
+        None,
+        ge=0,
+        description="Do not train the stem and this many stages after it (blocks, where there are no stages); their "
+        "BatchNorm layers stay in evaluation mode. 0 freezes the stem; null trains everything.",
+    )
+    lora: LoraConfig | None = Field(
+        None, description="Train low-rank adapters and the embedding layer only; null trains the weights themselves."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
 
     @model_validator(mode="after")
@@ -347,6 +427,19 @@ class BackboneConfig(_Section):
     @model_validator(mode="after")
     def _prefixes_are_shorter_than_the_embedding(self) -> "BackboneConfig":
         check_matryoshka(self.matryoshka_dims, embedding_dim=self.embedding_dim, setting="backbone.matryoshka_dims")
+        return self
+
+    def of_trained_model(self) -> dict[str, Any]:
+        """Return what a trained model is built from, as JSON: the settings without those of training alone."""
+        return self.model_dump(mode="json", exclude={"frozen_stages", "lora"})
+
+    @model_validator(mode="after")
+    def _adapters_freeze_everything(self) -> "BackboneConfig":
+        if self.lora is not None and self.frozen_stages is not None:
+            raise ValueError(
+                f"expected frozen_stages null with lora, which freezes the whole trunk, got {self.frozen_stages}; "
+                "remove one of them"
+            )
         return self
 
 
@@ -396,10 +489,10 @@ class ProxiesConfig(_Section):
         description="How ranks find the global top-k: gather the bank, exchange candidates, sum histograms; auto: the "
         "one that moves the fewest bytes.",
     )
-    memory_budget: _ByteCount = Field(
-        "256 MiB",
+    memory_budget: _ByteCount | None = Field(
+        None,
         description="Memory per rank for similarities during the search; each kept pair of image and proxy takes "
-        "about 120 bytes in addition.",
+        "about 120 bytes in addition. null: 2 GiB on GPUs, 256 MiB on CPUs and for how the regulariser is computed.",
     )
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the inputs of products; similarities and sums are always float32."
@@ -419,9 +512,9 @@ class ProxiesConfig(_Section):
     )
 
     @property
-    def memory_budget_bytes(self) -> int:
-        """memory_budget as a number."""
-        return parse_bytes(self.memory_budget)
+    def memory_budget_bytes(self) -> int | None:
+        """memory_budget as a number; None: by device."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     @model_validator(mode="after")
     def _anchors_belong_to_the_regularizer(self) -> "ProxiesConfig":
@@ -502,6 +595,8 @@ class LossConfig(_Section):
 class OptimizerConfig(_Section):
     """Optimizer of backbone and proxies; one rule, separate learning rates."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"weight_decay_on": "all", "layer_decay": None}
+
     name: Literal["adam", "adamw"] = Field(
         "adam", description="Update rule; adam adds weight decay to the gradient (L2)."
     )
@@ -519,6 +614,18 @@ class OptimizerConfig(_Section):
         gt=0, description="Learning rate of the proxies. Do not scale it with the number of ranks."
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the backbone.")
+    weight_decay_on: Literal["all", "matrices"] = Field(
+        "all",
+        description="Parameters of the backbone with weight decay; matrices leaves out biases, norms and embeddings "
+        "(positions, class tokens).",
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor on the learning rate from each layer of the trunk to the one before it, such as 0.75: the "
+        "last block learns at 0.75 times backbone_lr, the stem slowest. null: all layers alike.",
+    )
     proxies_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the proxies.")
     eps: float = Field(
         1e-8,
@@ -682,6 +789,11 @@ class EvaluationConfig(_Section):
         "numbers of seen and unseen classes.",
     )
     kmeans_seeds: int = Field(5, ge=0, description="k-means runs for NMI, AMI and F1; 0 skips them.")
+    kmeans_on_gpu: bool = Field(
+        False,
+        description="Assign the points of k-means on the ranks' GPUs, if faiss can use them; distances that are nearly "
+        "equal may fall otherwise than on a CPU, so results name it.",
+    )
     pairs: PairsConfig | None = Field(
         None, description="Also measure verification, TAR at FAR over pairs of images; {} for all pairs. null: do not."
     )
@@ -947,6 +1059,12 @@ class Config(_Section):
                 f"expected training.batch_size to be a multiple of data.images_per_class, got "
                 f"{self.training.batch_size} and {images_per_class}; change one of them"
             )
+        num_copies = self.data.repeated_augmentation
+        if num_copies and self.training.batch_size % num_copies:
+            raise ValueError(
+                f"expected training.batch_size to be a multiple of data.repeated_augmentation, got "
+                f"{self.training.batch_size} and {num_copies}; change one of them"
+            )
         if self.data.stream and self.data.stream.samples_per_epoch < self.training.batch_size:
             raise ValueError(
                 f"expected data.stream.samples_per_epoch of at least training.batch_size ({self.training.batch_size}), "
@@ -1060,6 +1178,17 @@ class Config(_Section):
             raise ValueError(f"training.frozen_trunk_epochs {beyond} lie outside 1..{self.training.epochs}")
         return self
 
+    @model_validator(mode="after")
+    def _frozen_weights_come_from_somewhere(self) -> "Config":
+        kept = {"frozen_stages": self.backbone.frozen_stages, "lora": self.backbone.lora}
+        name = next((name for name, value in kept.items() if value is not None), None)
+        if name is not None and self.backbone.pretrained is None and self.checkpoint.init_from is None:
+            raise ValueError(
+                f"expected backbone.pretrained or checkpoint.init_from with backbone.{name}, got neither: random "
+                f"weights would never be trained; set one of them, or remove backbone.{name}"
+            )
+        return self
+
     def micro_batch_size(self, world_size: int) -> int:
         """Compute the number of images of one rank in one micro-batch.
 
@@ -1109,19 +1238,19 @@ _CONFIGS = Path(__file__).parent / "configs"  # those of the repository, also in
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read and validate a JSON configuration, with `a.b=value` overrides applied first.
 
-    A value is parsed as JSON if possible, otherwise taken as a string. A bare name, such as demo_cpu, refers to a
-    configuration shipped with the package.
+    A value is parsed as JSON if possible, otherwise taken as a string. A name without a suffix, such as demo_cpu or
+    paper/sop, refers to a configuration shipped with the package.
 
     Raises:
         ValueError: the file is missing or not JSON, a key is unknown (the nearest is suggested), a type is wrong, or
             settings contradict each other.
     """
     path = Path(path)
-    if path.name == str(path) and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
+    if not path.suffix and not path.exists() and (_CONFIGS / f"{path}.json").is_file():
         path = _CONFIGS / f"{path}.json"
     if not path.is_file():
         nearby = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.json")})
-        nearby += sorted(p.stem for p in _CONFIGS.glob("*.json"))
+        nearby += sorted(str(p.relative_to(_CONFIGS).with_suffix("")) for p in _CONFIGS.rglob("*.json"))
         raise ValueError(f"expected a JSON configuration at {path}, found no such file; there are: {', '.join(nearby)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_with_each_key_once)

@@ -250,7 +250,7 @@ def check_kernels() -> Iterator[Finding]:
     from dist_proxygml.training.checks import try_kernels
 
     try:
-        try_kernels()
+        try_kernels(torch.device("cuda", 0))
     except ValueError as error:
         yield Finding("warning", "kernels", f"{error}; {needs}", remedy if missing else "leave proxies.fused false")
     else:

@@ -35,7 +35,7 @@ EXAMPLES = """\
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --data shards/inshop --protocol inshop
   deepspeed launchers/evaluate.py --run runs/sop_8gpu --validation
   deepspeed launchers/evaluate.py --run runs/faces --split lfw --set evaluation.pairs.of=listed
-  deepspeed launchers/evaluate.py --run runs/cub_1gpu --protocol cub --legacy-proxygml --verify
+  deepspeed launchers/evaluate.py --run runs/cub --protocol cub --legacy-proxygml --verify
 """
 
 
@@ -84,7 +84,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     from dist_proxygml.reporting.page import format_metrics
     from dist_proxygml.storage.run_folder import RunFolder
-    from dist_proxygml.training.data import open_split, open_validation, trained_classes
+    from dist_proxygml.training.data import open_split, open_validation, trained_images
 
     checkpoints = RunFolder(arguments.run).checkpoints
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
@@ -94,10 +94,10 @@ def main(given: Sequence[str] | None = None) -> None:
         raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
     if arguments.validation:
         index = run_together(context, open_validation, config, checkpoint)
-        seen_C: np.ndarray | None = np.zeros(index.num_classes, dtype=bool)
+        trained_C: np.ndarray | None = np.full(index.num_classes, -1)
     else:
         index = run_together(context, lambda: open_split(config, str(split), shards=arguments.data))
-        seen_C, problem = run_together(context, trained_classes, checkpoint, index)
+        trained_C, problem = run_together(context, trained_images, checkpoint, index)
         if problem and context.is_main:
             print(f"which of the classes were trained is not known: {problem}")
     model = run_together(context, build_evaluation_model, config)
@@ -116,7 +116,7 @@ def main(given: Sequence[str] | None = None) -> None:
         config,
         context,
         model,
-        Split(index, damage, seen_C),
+        Split(index, damage, None if trained_C is None else trained_C >= 0, trained_C),
         verify=arguments.verify,
         hooks=PassHooks(blocks=blocks, say=say),
     )

@@ -28,6 +28,7 @@ from dist_proxygml.data.builder import (
 from dist_proxygml.data.class_names import with_class_names
 from dist_proxygml.data.class_split import ClassSplit
 from dist_proxygml.data.datasets import SourceDataset
+from dist_proxygml.data.glyphs import read_glyphs
 from dist_proxygml.data.hf import read_hf
 from dist_proxygml.data.imagefolder import read_imagefolder
 from dist_proxygml.data.index import INDEX_FILE
@@ -123,7 +124,7 @@ class _Layout(NamedTuple):
     help: str
     example: str  # but for --out
     read: Callable[[argparse.Namespace], SourceDataset]
-    options: Mapping[str, Mapping[str, Any]] = {}  # of this layout alone, or changes to those of all
+    options: Mapping[str, Mapping[str, Any] | None] = {}  # of this layout alone, or changes to those of all; None: not
 
 
 def _published(name: str, root: str, read: Callable[..., SourceDataset]) -> _Layout:
@@ -299,6 +300,42 @@ _LAYOUTS = {
             "--allow-partial": dict(help="leave out rows whose image is not there"),
         },
     ),
+    "glyphs": _Layout(
+        "characters as classes, drawn by each typeface of a folder of fonts (docs/glyphs.md)",
+        "--fonts fonts",
+        lambda options: read_glyphs(
+            options.fonts,
+            size=options.size,
+            min_images=options.min_images,
+            train_classes=options.train_classes,
+            on_bad=options.on_bad,
+            workers=options.num_workers,
+        ),
+        {
+            "--fonts": dict(
+                type=Path,
+                nargs="+",
+                action="extend",
+                required=True,
+                metavar="DIR",
+                help="folders of fonts, with all folders in them, or files: ttf, otf, ttc, woff2; their order is that "
+                "of the typefaces, of which the first that draws a character gives the gallery's picture",
+            ),
+            "--size": dict(type=at_least(8), default=32, metavar="PIXELS", help="side of the pictures (default 32)"),
+            "--min-images": dict(
+                type=at_least(2), default=4, metavar="N", help="typefaces that must draw a character (default 4)"
+            ),
+            "--train-classes": dict(
+                type=at_least(2),
+                metavar="N",
+                help="train on this many of the characters, a part of those of larger numbers; what is tested stays "
+                "the same (default: half of all characters)",
+            ),
+            "--data": None,
+            "--allow-partial": None,
+            "--resize": None,
+        },
+    ),
 }
 
 
@@ -380,9 +417,12 @@ def _parser() -> argparse.ArgumentParser:
         example = f"  python -m dist_proxygml.shard build {name} {layout.example} --out shards/{name}"
         one = build_parser(name, layout.help, example, within=layouts)
         one.set_defaults(run=_build)
+        one.set_defaults(data=None, resize=None)  # where a layout has no such option
         for option in dict.fromkeys(("--data", *layout.options, *_BUILD_OPTIONS)):
+            if (changes := layout.options.get(option, {})) is None:
+                continue
             names = [option, *_FORMER_NAMES.get(option, ())]
-            action = one.add_argument(*names, **{**_BUILD_OPTIONS.get(option, {}), **layout.options.get(option, {})})
+            action = one.add_argument(*names, **{**_BUILD_OPTIONS.get(option, {}), **changes})
             action.option_strings = [option]  # help and errors say no other
         add_options(one, "--out", help="folder to write the shards to")
         add_options(

@@ -13,7 +13,7 @@ from dist_proxygml.cli import add_job_options, add_options, build_parser, comman
 from dist_proxygml.cluster.sweep import run_sweep
 
 EXAMPLES = """\
-  python launchers/sweep.py --config configs/cars_1gpu.json --grid proxies.per_class=1,4,12 proxies.ratio=0.05,0.2,1 \\
+  python launchers/sweep.py --config configs/paper/cars.json --grid proxies.per_class=1,4,12 proxies.ratio=0.05,0.2,1 \\
       --seeds 3 --gpus-per-node 1 --partition gpu --time 8:00:00 --parallel 4
   python launchers/sweep.py --config configs/demo_cpu.json --grid proxies.ratio=0.02,0.05 --seeds 2 --cluster local \\
       --tasks-per-node 1 --parallel 2

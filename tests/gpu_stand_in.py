@@ -61,7 +61,7 @@ KERNELS = {
     "_embedding_bag_forward_only": 4,
 } | dict.fromkeys(
     "empty empty_like empty_strided new_empty new_empty_strided detach lift_fresh set_ resize_ is_same_size _nnz "
-    "is_coalesced _coalesced_ _sparse_coo_tensor_unsafe _sparse_coo_tensor_with_dims_and_tensors".split(),
+    "sym_size is_coalesced _coalesced_ _sparse_coo_tensor_unsafe _sparse_coo_tensor_with_dims_and_tensors".split(),
     0,
 )
 MOVES = {"copy_", "_to_copy", "copy"}

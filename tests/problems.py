@@ -159,7 +159,7 @@ class Task(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 (never written to)
 
 
-def outcomes_on_rank(context: ParallelContext, tasks: Sequence[Task]) -> list[Outcome]:
+def outcomes_on_rank(context: ParallelContext, tasks: Sequence[Task], device: str = "cpu") -> list[Outcome]:
     """The terms on this rank and the gradients of `total`, for each task."""
     results = []
     for problem, row_counts, options in tasks:
@@ -167,20 +167,20 @@ def outcomes_on_rank(context: ParallelContext, tasks: Sequence[Task]) -> list[Ou
         assert sum(counts) == len(problem.labels)
         first = sum(counts[: context.rank])
         rows = slice(first, first + counts[context.rank])
-        loss = build_loss(problem, group=context.group, **options)
-        embeddings = problem.embeddings[rows].clone().requires_grad_()
-        terms = loss(embeddings, problem.labels[rows])
+        loss = build_loss(problem, group=context.group, **options).to(device)
+        embeddings = problem.embeddings[rows].to(device, copy=True).requires_grad_()
+        terms = loss(embeddings, problem.labels[rows].to(device))
         terms.total.backward()
         assert embeddings.grad is not None
         assert loss.proxies.grad is not None
         results.append(
             Outcome(
-                terms.total.detach(),
-                terms.classification,
-                terms.regularization,
-                terms.kept_classes,
-                embeddings.grad,
-                loss.proxies.grad,
+                terms.total.detach().cpu(),
+                terms.classification.cpu(),
+                terms.regularization.cpu(),
+                terms.kept_classes.cpu(),
+                embeddings.grad.cpu(),
+                loss.proxies.grad.to_dense().cpu(),
             )
         )
     return results

@@ -153,7 +153,7 @@ class _NormalizeOverGpus(torch.autograd.Function):
         return torch.batch_norm_elemt(x, weight, bias, mean_C, inverse_C, eps)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         """Called on all ranks; one all-reduce SUM. Weight and bias get this rank's part of their gradients."""
         x, weight, mean_C, inverse_C, count_W = ctx.saved_tensors
         dy = _dense(dy)

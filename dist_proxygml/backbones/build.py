@@ -42,8 +42,9 @@ from torchvision.models import feature_extraction
 
 from dist_proxygml.backbones.batch_norm import convert_batch_norm
 from dist_proxygml.backbones.bn_inception import BNInception
-from dist_proxygml.backbones.from_weights import read_timm_source, resolve_backbone, weight_source
+from dist_proxygml.backbones.from_weights import IMAGENET, read_timm_source, resolve_backbone, weight_source
 from dist_proxygml.backbones.iresnet import SIDE, IResNet, depths
+from dist_proxygml.backbones.layers import freeze_stages_
 from dist_proxygml.backbones.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
 from dist_proxygml.backbones.small_cnn import SmallCnn
 from dist_proxygml.config import BackboneConfig
@@ -89,15 +90,6 @@ class GeneralizedMean(nn.Module):
         return cells.pow(1 / p).to(maps.dtype)
 
 
-class ParameterGroups(NamedTuple):
-    """The parameters of an embedding model, in the order of their names' registration; a learned pooling is of the
-    embedding.
-    """
-
-    trunk: list[nn.Parameter]
-    embedding: list[nn.Parameter]
-
-
 class EmbeddingModel(nn.Module):
     """A trunk with an L2-normalised linear embedding: uint8 RGB [b, 3, H, W] -> float32 [b, D].
 
@@ -109,11 +101,14 @@ class EmbeddingModel(nn.Module):
 
     With `frozen_batch_norm` the BatchNorm layers stay in evaluation mode when the model trains:
     their running statistics are used and kept as they are, while scale and offset are still
-    trained. That is what the published recipe does.
+    trained. That is what the published recipe does. A BatchNorm layer whose scale and offset are not
+    trained, as in frozen stages, stays in evaluation mode anyway.
     """
 
     keeps_lengths = False
     """Whether embeddings keep their lengths in training, for a loss that goes by them."""
+    adapter_scale: float | None = None
+    """What the trunk's adapters are multiplied by; None: it has none."""
 
     def __init__(
         self,
@@ -165,16 +160,10 @@ class EmbeddingModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
-        if self.frozen_batch_norm:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and (self.frozen_batch_norm or _is_frozen(module)):
+                module.eval()
         return self
-
-    def parameter_groups(self) -> ParameterGroups:
-        """Return all parameters, split for separate learning rates and for the warm-up epoch."""
-        pooling = [] if self.pooling is None else list(self.pooling.parameters())
-        return ParameterGroups(list(self.trunk.parameters()), [*pooling, *self.embedding.parameters()])
 
 
 class RawPixels(EmbeddingModel):
@@ -236,6 +225,7 @@ def build_backbone(
     (timm/tf_efficientnet_lite0 only); "timm" or "torchvision" for the library's own download, with
     a Hub's name or a folder what is there; "hf-hub:ORG/NAME" or "local-dir:FOLDER".
 
+    The stages of `frozen_stages` are not trained; adapters (`lora`) are for training alone, which adds them (lora.py).
     BatchNorm layers take their statistics over the ranks of `group` (batch_norm.py). With `load_pretrained` False the
     model is the same, preprocessing included, but its weights stay random: for loading a checkpoint over them where the
     original weights are not at hand.
@@ -250,6 +240,8 @@ def build_backbone(
     trunk = _build_trunk(config, load_pretrained=load_pretrained)
     convert_batch_norm(trunk.module, group)
     num_features = _count_features(trunk, config=config)
+    if config.frozen_stages is not None:
+        freeze_stages_(trunk.module, config.name, config.frozen_stages)
     if trunk.embedding is not None:
         convert_batch_norm(trunk.embedding, group)
     preprocessing = trunk.preprocessing
@@ -346,6 +338,7 @@ def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
     _refuse_unknown_options(config, known=())
     expected: dict[str, Any] = {"embedding_dim": RawPixelsTrunk.num_features, "pool": 1, "pretrained": None}
     expected |= {"mean": None, "std": None, "pooling": "average", "embedding_norm": None}
+    expected |= {"frozen_stages": None, "lora": None}
     for field, value in expected.items():
         if getattr(config, field) != value:
             raise ValueError(
@@ -566,9 +559,7 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
                 f"{config.name} has no node {node!r} (backbone.options.return_node); did you mean "
                 f"{_nearest(str(node), nodes)}?"
             ) from None
-    # ImageNet's mean and standard deviation, with which torchvision trained its classification models.
-    imagenet = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Trunk(trunk, imagenet, image_size=options.get("image_size", 224))
+    return Trunk(trunk, Preprocessing(*IMAGENET), image_size=options.get("image_size", 224))
 
 
 def _torchvision_names() -> list[str]:
@@ -608,6 +599,12 @@ def on_meta(module: nn.Module, images: Tensor) -> Any:
     named = [*module.named_parameters(), *module.named_buffers()]
     shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
     return torch.func.functional_call(module, shapes_only, (images,))
+
+
+def _is_frozen(module: _BatchNorm) -> bool:
+    """Whether it has a scale and an offset, and neither is trained."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

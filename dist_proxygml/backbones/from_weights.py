@@ -28,6 +28,9 @@ from timm.data.config import resolve_data_config
 
 from dist_proxygml.config import BackboneConfig, Config, TransformConfig
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and std of torchvision's networks where none is configured."""
+
 
 class InputFacts(NamedTuple):
     """How images were prepared for a network's weights."""
@@ -57,8 +60,10 @@ def fill_from_weights(config: Config) -> Config:
     Raises:
         ValueError: a Hub or a folder does not answer, or nothing is known of what is null.
     """
-    backbone = resolve_backbone(config.backbone)
-    data = {}
+    backbone, data = resolve_backbone(config.backbone), {}
+    preset = _torchvision_preset(backbone)
+    if preset is not None and backbone.mean is None:
+        backbone = backbone.model_copy(update={"mean": tuple(preset.mean), "std": tuple(preset.std)})
     for name in ("train_transform", "test_transform"):
         transform = getattr(config.data, name)
         filled = _filled(transform, backbone, setting=f"data.{name}")
@@ -71,7 +76,7 @@ def fill_from_weights(config: Config) -> Config:
 
 
 def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
-    """Name the architecture behind a Hub's name or a folder, and fill in mean and std of timm and torchvision.
+    """Name the architecture behind a Hub's name or a folder, and fill in mean and std of timm's networks.
 
     A configuration with mean and std and a plain name is returned as it is, and nothing is read for it.
 
@@ -79,9 +84,6 @@ def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
         ValueError: the Hub or the folder does not answer, or describes another network than backbone.name.
     """
     family, _, name = config.name.partition("/")
-    if family == "torchvision" and config.mean is None and name in torchvision.models.list_models(torchvision.models):
-        weights = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-        return config.model_copy(update={"mean": tuple(weights.mean), "std": tuple(weights.std)})
     of_name = weight_source(name) if family == "timm" else None
     source = of_name or (weight_source(config.pretrained) if config.pretrained and family == "timm" else None)
     if of_name is None and (family != "timm" or config.mean is not None or config.pretrained == "package"):
@@ -106,16 +108,16 @@ def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
 
 
 def with_colours(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint, flat, with the mean and std that earlier versions took from the weights and did not
-    store.
-    """
-    name, pretrained = settings.get("backbone.name"), settings.get("backbone.pretrained")
-    if "backbone.mean" in settings or not isinstance(name, str) or weight_source(pretrained or ""):
+    """Settings of a checkpoint, flat, with the mean and std that earlier versions had and did not store."""
+    name, pretrained = str(settings.get("backbone.name")), settings.get("backbone.pretrained")
+    family, _, network = name.partition("/")
+    if "backbone.mean" in settings or weight_source(pretrained or "") or pretrained == "package":
         return dict(settings)
-    filled = resolve_backbone(BackboneConfig(name=name, pretrained=pretrained))
-    if filled.mean is None or filled.std is None:
-        return dict(settings)
-    return {**settings, "backbone.mean": list(filled.mean), "backbone.std": list(filled.std)}
+    cfg = _registered(network) if family == "timm" else None
+    colours: Mapping[str, tuple[float, ...]] = {} if cfg is None else _colours(cfg)
+    if family == "torchvision":
+        colours = dict(zip(("mean", "std"), IMAGENET, strict=True))
+    return {**settings, **{f"backbone.{key}": list(values) for key, values in colours.items()}}
 
 
 def weight_source(text: str) -> str | None:
@@ -168,11 +170,10 @@ def input_facts(backbone: BackboneConfig) -> InputFacts | None:
         return InputFacts(224, "bilinear", Fraction(224, 256))  # the published test transform
     if backbone.name.startswith("iresnet"):
         return InputFacts(112, "bilinear", 1.0)  # faces are aligned to this size
-    if family == "torchvision" and name in torchvision.models.list_models(torchvision.models):
-        weights = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-        (size,), (shorter,) = weights.crop_size, weights.resize_size
+    if (preset := _torchvision_preset(backbone)) is not None:
+        (size,), (shorter,) = preset.crop_size, preset.resize_size
         size_now = backbone.options.get("image_size", size)
-        return InputFacts(size_now, str(weights.interpolation.value), Fraction(size, shorter))
+        return InputFacts(size_now, str(preset.interpolation.value), Fraction(size, shorter))
     if family != "timm":
         return None
     source = weight_source(backbone.pretrained or "")
@@ -204,6 +205,14 @@ def _filled(transform: TransformConfig, backbone: BackboneConfig, *, setting: st
     size = transform.size or facts.size
     known = {"size": size, "resize": facts.resize(size), "interpolation": facts.interpolation}
     return transform.model_copy(update={name: known[name] for name in missing})
+
+
+def _torchvision_preset(backbone: BackboneConfig) -> Any:
+    """How torchvision prepares images for its newest weights of a network; None for an unknown one."""
+    family, _, name = backbone.name.partition("/")
+    if family != "torchvision" or name not in torchvision.models.list_models(torchvision.models):
+        return None
+    return torchvision.models.get_model_weights(name).DEFAULT.transforms()
 
 
 def _registered(name: str) -> dict[str, Any] | None:

@@ -57,8 +57,8 @@ def left_out(model: EmbeddingModel, config: Config) -> str | None:
         rest = getattr(config.data, name).side % multiple
         if rest:
             return (
-                f"{config.backbone.name} leaves out the last {rest} rows and columns of images of data.{name}.size: it "
-                f"has patches of {multiple} pixels"
+                f"{config.backbone.name} has patches of {multiple} pixels, and never sees the last {rest} of each row "
+                f"and column of images of data.{name}.size"
             )
     return None
 

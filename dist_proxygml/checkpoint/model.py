@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dist_proxygml.backbones.from_weights import resolve_backbone, with_colours
+from dist_proxygml.backbones.from_weights import with_colours
 from dist_proxygml.checkpoint.bank_storage import BankReader
 from dist_proxygml.checkpoint.folder import MANIFEST_FILE, find_checkpoint, found_instead, read_state
 from dist_proxygml.config import Config, flattened
@@ -117,8 +117,8 @@ class TrainedModel:
         Raises:
             ValueError: a setting that embeddings depend on differs; the message names it.
         """
-        config = config.model_copy(update={"backbone": resolve_backbone(config.backbone)})
-        now = dict(flattened(config.model_dump(mode="json", include={"backbone": True, "data": {"test_transform"}})))
+        parts = config.model_dump(mode="json", include={"backbone": True, "data": {"test_transform"}})
+        now = with_colours(dict(flattened(parts)))
         unsaid = {f"backbone.{name}": value for name, value in config.backbone.unsaid.items()}
         unsaid |= {f"data.test_transform.{name}": value for name, value in config.data.test_transform.unsaid.items()}
         trained = with_colours(self.settings)

@@ -3,7 +3,7 @@
     step-000800/
         engine/...             backbone and its optimizer, as DeepSpeed writes them
         bank/...               proxies and their optimizer state, through torch.distributed.checkpoint
-        backbone.safetensors   the complete backbone, for evaluation and use elsewhere
+        backbone.safetensors   the complete backbone, for evaluation and use elsewhere; adapters are merged
         random-rank-000.pt     random generator state of each rank
         state.json             step, position in the data, number of ranks, what the numbers depend on
         MANIFEST.json          size and sha256 of every file above, written last
@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dist_proxygml.backbones.from_weights import with_colours
+from dist_proxygml.backbones.lora import merged_weights
 from dist_proxygml.checkpoint.bank_storage import BankReader, BankWriter
 from dist_proxygml.checkpoint.folder import (
     Retention,
@@ -298,7 +299,7 @@ def _take_snapshot(
     copy: bool,
 ) -> _Snapshot:
     """Take a snapshot if all numbers are finite; with `copy`, copy it to host memory. Called on all ranks."""
-    weights = engine.full_state_dict()
+    weights = merged_weights(engine.full_state_dict(), engine.module)
     tensors = loss.stored_tensors(bank_optimizer)
     bad = all_gather_object(context, _together(context, "numbers", _non_finite, engine, weights, tensors))
     for rank, names in enumerate(bad):

@@ -5,12 +5,13 @@ which two different images of equal length share about once in four billion. Dec
 `python -m dist_proxygml.shard verify --deep` does, and near-duplicates, which need an embedding.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from dist_proxygml.data.datasets import PUBLISHED_COUNTS
 from dist_proxygml.data.finding import Finding, run_check
@@ -155,7 +156,16 @@ def shared_classes(train: ShardIndex, other: ShardIndex) -> list[str] | None:
 def seen_classes(
     trained: Sequence[ClassEntry], other: ShardIndex, *, is_same_split: bool
 ) -> Bool[np.ndarray, " C"] | None:
-    """Find which classes of a split are trained, by name; None if either side has only numbers for names.
+    """Find which classes of a split are trained, as `count_trained_images`."""
+    trained_C = count_trained_images(trained, other, is_same_split=is_same_split)
+    return None if trained_C is None else trained_C >= 0
+
+
+def count_trained_images(
+    trained: Sequence[ClassEntry], other: ShardIndex, *, is_same_split: bool
+) -> Int[np.ndarray, " C"] | None:
+    """Count the training images of each class of a split, by name; -1: the class is not trained. None if either side
+    has only numbers for names.
 
     Args:
         trained: the trained classes.
@@ -163,12 +173,16 @@ def seen_classes(
         is_same_split: they are classes of this very split, where also numbers tell.
     """
     if is_same_split:
-        own = {(entry.name, entry.source_id) for entry in trained}
-        return np.array([(entry.name, entry.source_id) in own for entry in other.classes])
+        own = {(entry.name, entry.source_id): entry.count for entry in trained}
+        return np.array([own.get((entry.name, entry.source_id), -1) for entry in other.classes], dtype=np.int64)
     names, other_names = _class_names(trained), _class_names(other.classes)
     if not (names and other_names):
         return None
-    return np.array([entry.name in names & other_names for entry in other.classes])
+    counts: Counter[str] = Counter()
+    for entry in trained:
+        counts[entry.name] += entry.count
+    known = names & other_names
+    return np.array([counts[entry.name] if entry.name in known else -1 for entry in other.classes], dtype=np.int64)
 
 
 def _class_names(classes: Iterable[ClassEntry]) -> set[str]:

@@ -57,7 +57,7 @@ from dist_proxygml.data.images import (
 )
 from dist_proxygml.data.index import INDEX_FILE, JOURNAL_FILE, open_index, read_index, write_index
 from dist_proxygml.data.shards import ListedShard, ShardSample, list_shard, sample_key, shard_name, write_shard
-from dist_proxygml.storage.files import parse_json
+from dist_proxygml.storage.files import parse_json, publish
 
 _FORMAT = 2  # of the shards' bytes; raising it invalidates shards of earlier versions
 _IMAGES_PER_WORKER = 1000  # starting a process takes about as long as storing these
@@ -204,6 +204,9 @@ def build_shards(
         for split, pairs_n4 in pairs.items():
             if len(pairs_n4) < len(dataset.pairs[split]):
                 build.setdefault("pairs_left_out", {})[split] = len(dataset.pairs[split]) - len(pairs_n4)
+        for name, content in dataset.beside.items():
+            with publish(out / name) as stream:
+                stream.write(content)
         write_index(out, dataset=dataset.name, build=build, shards=shards, classes=classes, pairs=pairs)
     result = BuildResult(len(built), num_kept, skipped, already_there=False, lost_classes=lost_classes)
     return _as_recorded(result, build)
@@ -266,12 +269,14 @@ def _already_there(
 
 
 def source_sha256(dataset: SourceDataset) -> str:
-    """Hash split, name, class and metadata of all images, and pairs; not their bytes, paths and times."""
+    """Hash split, name, class and metadata of all images, pairs and files beside; not the images' bytes and times."""
     digest = hashlib.sha256()
     for image in dataset.images:
         digest.update(_json([image.split, image.name, image.source_id, image.class_name, image.info]))
     if dataset.pairs:
         digest.update(_json(dataset.pairs))
+    for name, content in sorted(dataset.beside.items()):
+        digest.update(_json([name, hashlib.sha256(content).hexdigest()]))
     return digest.hexdigest()
 
 
@@ -436,7 +441,7 @@ def _build_all(
     num_kept = 0
     with (
         _progress(f"building {dataset.name}", len(dataset.images), quiet) as bar,
-        closing(_in_processes(_build_shard, tasks, workers)) as results,
+        closing(in_processes(_build_shard, tasks, workers)) as results,
     ):
         for shard in results:
             unusable += shard.unusable
@@ -602,7 +607,7 @@ def _unusable_images(
     found: list[UnusableImage] = []
     with (
         _progress(f"checking {dataset.name}", len(dataset.images), quiet) as bar,
-        closing(_in_processes(_check, tasks, workers)) as results,
+        closing(in_processes(_check, tasks, workers)) as results,
     ):
         for num_images, unusable in results:
             found += unusable
@@ -640,10 +645,12 @@ def _shown(images: list[UnusableImage]) -> str:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def _in_processes(
+def in_processes(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Generator[Result, None, None]:
-    """Yield the results of all tasks as they complete. Few tasks are queued, as each holds its images' records."""
+    """Yield the results of all tasks as they complete, in any order. Few tasks are queued, as each holds its images'
+    records.
+    """
     if workers == 1:
         yield from map(function, tasks)
         return

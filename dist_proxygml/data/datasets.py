@@ -76,6 +76,7 @@ class SourceDataset:
     build: Mapping[str, Any] = field(default_factory=dict)  # choices of the reader for the index to record
     is_upright: bool = False  # EXIF orientation is applied; never to published sets, nor in all numbers on them
     pairs: Mapping[str, Sequence[SourcePair]] = field(default_factory=dict)  # of the splits that are verification sets
+    beside: Mapping[str, bytes] = field(default_factory=dict)  # files for the shards' folder, such as licences
 
     def label_space(self, split: str) -> tuple[str, ...]:
         """Return the splits that share their class table with `split`, including itself."""

@@ -4,8 +4,9 @@
 
 The DataLoader gets whole micro-batches from the plan and returns them in the plan's order for any
 number of workers, so images are bit-for-bit the same for 0, 1 or 3 workers. A random transform of
-an image depends on (seed, epoch, id) alone, as does the replacement of a damaged image, so
-positions never shift.
+an image depends on (seed, epoch, id) alone, and on how often the epoch had the image before where
+orders repeat images to see them augmented anew; the replacement of a damaged image depends on
+(seed, epoch, id), so positions never shift.
 
 Chosen: map-style with own batches, because exactly-once, equal steps and resuming are then
 arithmetic.
@@ -13,8 +14,9 @@ Declined: WebDataset's iterable pipeline for training (its epoch depends on shar
 workers) and persistent workers (they keep a transform's old epoch).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -25,7 +27,16 @@ from torch.utils.data import Dataset
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import decode_image
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.order import EpochPlan, MicroBatch, class_balanced_order, epoch_order, evaluation_batches
+from dist_proxygml.data.order import (
+    EpochPlan,
+    MicroBatch,
+    class_balanced_order,
+    class_share_order,
+    count_earlier,
+    epoch_order,
+    evaluation_batches,
+    repeated_order,
+)
 from dist_proxygml.data.shards import ShardReader, ShardUnavailableError
 from dist_proxygml.data.transforms import Transform
 from dist_proxygml.data.workers import WorkerLoader, ready_to_leave
@@ -178,8 +189,9 @@ class ShardImages(Dataset[Batch]):
 
         Raises ValueError as `image` does if damaged images fail, or if no replacement can be read.
         """
-        ids, images, damaged = [], [], []
-        for wanted in micro_batch.ids.tolist():
+        ids, images, visits, damaged = [], [], [], []
+        earlier = itertools.repeat(0) if micro_batch.visits is None else micro_batch.visits.tolist()
+        for wanted, visit in zip(micro_batch.ids.tolist(), earlier, strict=False):
             try:
                 image, sample_id = self.image(wanted), wanted
             except ShardUnavailableError:
@@ -193,7 +205,8 @@ class ShardImages(Dataset[Batch]):
                 image, sample_id = self._replacement(wanted, str(problem))
             ids.append(sample_id)
             images.append(image)
-        generators = sample_generators(ids, seed=self.seed, epoch=self.epoch)
+            visits.append(visit)
+        generators = sample_generators(ids, seed=self.seed, epoch=self.epoch, visits=visits)
         ids_b = torch.tensor(ids, dtype=torch.int64)
         labels_b = torch.from_numpy(self.index.samples["label"][ids_b.numpy()].astype(np.int64))
         images_b3HW = self.transform(images, generators) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
@@ -218,15 +231,17 @@ class ShardImages(Dataset[Batch]):
         return sent(self.batch, micro_batch)
 
 
-def sample_generators(ids: Sequence[int], *, seed: int, epoch: int) -> Iterator[np.random.Generator]:
-    """Yield the random generator of each image in an epoch: Philox with key (seed, epoch) and counter id.
+def sample_generators(
+    ids: Sequence[int], *, seed: int, epoch: int, visits: Iterable[int] = itertools.repeat(0)
+) -> Iterator[np.random.Generator]:
+    """Yield the random generator of each image in an epoch: Philox with key (seed, epoch) and counter (visit, id).
 
     A single generator is reset to each image's stream, because creating one costs more than its draws.
     """
     philox = np.random.Philox(key=[seed, epoch])
     generator, fresh = np.random.Generator(philox), philox.state
-    for sample_id in ids:
-        fresh["state"]["counter"][3] = sample_id
+    for sample_id, visit in zip(ids, visits, strict=False):
+        fresh["state"]["counter"][2:] = visit, sample_id
         philox.state = fresh
         yield generator
 
@@ -281,6 +296,8 @@ class EpochOrder:
         seed, epoch: of the shuffle, and of what augmentation does.
         shuffle_window: shards that mix at a time; None: all.
         images_per_class: class-balanced batches with so many images of each class; None: every image once.
+        sampling_power: a class of s images is drawn in proportion to s to this power; None: every image once.
+        num_copies: of each image in a step, augmented differently (repeated augmentation).
     """
 
     batch_size: int
@@ -288,9 +305,26 @@ class EpochOrder:
     epoch: int = 0
     shuffle_window: int | None = None
     images_per_class: int | None = None
+    sampling_power: float | None = None
+    num_copies: int = 1
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether an image may come again in an epoch, to be augmented anew."""
+        return self.sampling_power is not None or self.num_copies > 1
 
     def of(self, index: ShardIndex) -> np.ndarray:
-        """The ids, int64. Raises ValueError when the split has too few classes for a balanced batch."""
+        """The ids, int64. Raises ValueError when the split has too few classes for a balanced batch, or too few images
+        for the copies.
+        """
+        if self.num_copies > 1:
+            epoch, part = divmod(self.epoch, self.num_copies)
+            whole = replace(self, epoch=epoch, num_copies=1).of(index)
+            return repeated_order(whole, num_copies=self.num_copies, part=part)
+        if self.sampling_power is not None:
+            return class_share_order(
+                index.samples["label"], power=self.sampling_power, seed=self.seed, epoch=self.epoch
+            )
         if self.images_per_class is None:
             shards = index.samples["shard"]
             return epoch_order(shards, seed=self.seed, epoch=self.epoch, shuffle_window=self.shuffle_window)
@@ -353,8 +387,16 @@ def build_train_loader(
     Raises ValueError when the images and the batch size do not divide into ranks x micro-batches, or start lies beyond
     the epoch; see `EpochPlan`.
     """
+    ids = order.of(index)
     plan = EpochPlan(
-        order.of(index), order.batch_size, share.accumulation, share.world_size, share.drop_last, share.start
+        ids,
+        order.batch_size,
+        share.accumulation,
+        share.world_size,
+        share.drop_last,
+        share.start,
+        order.num_copies,
+        count_earlier(ids) if order.has_repeats else None,
     )
     damaged: Literal["fail", "replace"] = "replace" if loading.skip_damaged else "fail"
     images = ShardImages(index, transform, seed=order.seed, epoch=order.epoch, cache=loading.cache, damaged=damaged)

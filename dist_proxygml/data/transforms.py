@@ -2,7 +2,8 @@
 
     resize                full image to S x S by area averaging
     center_crop           shorter side to a length, central S x S        (published test transform)
-    random_resized_crop   random area and aspect ratio, to S x S, mirror (published augmentation)
+    random_resized_crop   random area and aspect ratio, to S x S, mirror (published augmentation); then the steps of
+                          torchvision that are listed as `augment`, see augment.py
     affine_jitter         small images warped and recoloured, computed for the batch at once
 
 A transform takes the images and one random generator per image, finished with before the next one is requested. Its
@@ -13,6 +14,7 @@ with the main process (default_collate), which saves a copy.
 Declined: random state inside a transform, and float images in the workers' queue (four times the bytes).
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -31,6 +33,7 @@ from dist_proxygml.config import (
     ResizeConfig,
     TransformConfig,
 )
+from dist_proxygml.data.augment import Augment, own_randomness
 
 T = TypeVar("T")
 Transform = Callable[[Sequence[torch.Tensor], Iterable[np.random.Generator]], torch.Tensor]
@@ -46,7 +49,11 @@ def build_transform(config: TransformConfig) -> Transform:
             return CenterCrop(_known(config.resize, "resize"), config.side, interpolation=how)
         case RandomResizedCropConfig():
             how = _known(config.interpolation, "interpolation")
-            return RandomResizedCrop(config.side, scale=config.scale, flip=config.flip, interpolation=how)
+            steps = [step.model_dump() for step in config.augment]
+            augment = Augment(steps, size=config.side) if steps else None
+            return RandomResizedCrop(
+                config.side, scale=config.scale, flip=config.flip, interpolation=how, augment=augment
+            )
         case AffineJitterConfig():
             return AffineJitter(config.side, **config.model_dump(exclude={"name", "size"}))
 
@@ -55,6 +62,14 @@ def _known(value: T | None, setting: str) -> T:
     if value is None:
         raise ValueError(f"expected {setting} of a transform, got null, which the start of a run fills in; set it")
     return value
+
+
+def check_transform(config: TransformConfig) -> None:
+    """Try the configured transform on an image. Raises ValueError if it cannot be built or gives no such batch."""
+    transform = build_transform(config)
+    if isinstance(transform, RandomResizedCrop) and transform.augment is not None:
+        transform.augment.check()
+    transform([torch.zeros(3, 97, 80, dtype=torch.uint8)], [np.random.default_rng(0)])
 
 
 class Resize:
@@ -97,33 +112,46 @@ class CenterCrop:
 
 
 class RandomResizedCrop:
-    """Resize a random crop to size x size, mirrored with probability 1/2 if `flip`.
+    """Resize a random crop to size x size, mirrored with probability 1/2 if `flip`; then `augment` it.
 
     Its share of the area is uniform in `scale`, its aspect ratio log-uniform in 3/4..4/3. Ten
     attempts to fit the crop into the image, then the largest central crop within those ratios
     (Szegedy et al. 2015; the published augmentation of these benchmarks).
     """
 
-    def __init__(self, size: int, *, scale: tuple[float, float], flip: bool, interpolation: str = "bilinear") -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        scale: tuple[float, float],
+        flip: bool,
+        interpolation: str = "bilinear",
+        augment: Augment | None = None,
+    ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale of random_resized_crop must satisfy 0 < low <= high <= 1, got {tuple(scale)}")
         self.size = size
         self.scale = scale
         self.flip = flip
         self.interpolation = InterpolationMode(interpolation)
+        self.augment = augment
 
     def __call__(self, images: Sequence[torch.Tensor], generators: Iterable[np.random.Generator]) -> torch.Tensor:
         """Crop the images, each with its own generator."""
-        return default_collate(
-            [self._one(image, generator) for image, generator in zip(images, generators, strict=True)]
-        )
+        with contextlib.nullcontext() if self.augment is None else own_randomness():
+            return default_collate(
+                [self._one(image, generator) for image, generator in zip(images, generators, strict=True)]
+            )
 
     def _one(self, image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
         top, left, height, width = self._box(image.shape[1], image.shape[2], generator)
         crop: torch.Tensor = vision.resized_crop(
             image, top, left, height, width, [self.size, self.size], self.interpolation, antialias=True
         )
-        return crop.flip(-1) if self.flip and generator.random() < 0.5 else crop
+        crop = crop.flip(-1) if self.flip and generator.random() < 0.5 else crop
+        if self.augment is None:
+            return crop
+        return self.augment(crop.contiguous(), seed=int(generator.integers(1 << 63)))
 
     def _box(self, height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
         for _ in range(10):

@@ -104,6 +104,41 @@ def gather_rows(rows: Tensor, *, row_counts: Sequence[int], group: dist.ProcessG
     return _GatherRows.apply(rows, tuple(row_counts), group)
 
 
+def gather_rows_on_host(
+    rows: Tensor,
+    *,
+    row_counts: Sequence[int],
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    block_bytes: int = 256 << 20,
+) -> Tensor:
+    """Concatenate all ranks' rows in rank order, from and to memory of the CPU. Called on all ranks; no gradient.
+
+    The rows cross `device`, which the group communicates from, a block at a time: it never holds the whole.
+
+    Args:
+        rows: [row_counts[rank], ...], on the CPU.
+        row_counts: of all ranks.
+        device: of this rank.
+        group: the ranks.
+        block_bytes: what a block of all ranks takes, at least a row of each.
+
+    Returns:
+        [sum(row_counts), ...] on the CPU.
+    """
+    if world_size_of(group) == 1:
+        return rows
+    whole = rows.new_empty((sum(row_counts), *rows.shape[1:]))
+    parts = whole.split(list(row_counts))
+    step = max(1, block_bytes // max(1, whole[:1].nbytes * len(row_counts)))
+    for first in range(0, max(row_counts), step):
+        counts = [max(0, min(step, count - first)) for count in row_counts]
+        block = gather_rows(rows[first : first + step].to(device), row_counts=counts, group=group).cpu()
+        for part, received in zip(parts, block.split(counts), strict=True):
+            part[first : first + len(received)] = received
+    return whole
+
+
 def all_reduce_sum(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over ranks. Forward: all-reduce SUM. Backward: identity, for values that every rank uses in the same way."""
     return value if world_size_of(group) == 1 else _AllReduceSum.apply(value, group)

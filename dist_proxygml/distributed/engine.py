@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_proxygml.config import Config
-from dist_proxygml.distributed.collectives import AgreedError
+from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
-from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, equal_fragments, reshard
+from dist_proxygml.distributed.zero_resize import WEIGHTS, Fragment, Part, equal_fragments, equal_part, reshard
 from dist_proxygml.faults import fault_point
 
 # DeepSpeed's timer waits for the GPU twice in every micro-batch, and in every forward pass of an evaluation.
@@ -82,6 +82,8 @@ class Engine:
         self._context = context
         # Conversion scripts that DeepSpeed adds: not needed, and copying them can fail on rank 0 alone.
         self._engine._copy_recovery_script = lambda _: None
+        if self.zero_stage == 2:  # frozen weights are saved with the module's state, and need not be a second time
+            self._engine._get_zero_frozen_param_attributes = lambda _: None
 
     @property
     def module(self) -> nn.Module:
@@ -91,7 +93,12 @@ class Engine:
     @property
     def num_parameters(self) -> int:
         """Number of the module's parameters, whole ones under ZeRO 3 too."""
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+        return sum(_numel(parameter) for parameter in self.module.parameters())
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Those of them that are not frozen."""
+        return sum(_numel(parameter) for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
     def zero_stage(self) -> int:
@@ -140,7 +147,7 @@ class Engine:
             measured = self.gradient_norm()
             norm = None if measured is None else float(measured)
         is_usable = norm is None or (is_wanted and math.isfinite(norm))
-        with contextlib.nullcontext() if is_usable else _no_update(self._engine.optimizer):
+        with contextlib.nullcontext() if is_usable else _no_update(self._engine.optimizer), _as_non_finite():
             self._engine.step()
         self._step_was_applied = is_usable and bool(self._engine.was_step_applied())
         if not measure_norm:
@@ -202,7 +209,8 @@ class Engine:
         with contextlib.ExitStack() as stack:
             if parts and len(parts) != self._context.world_size:
                 own = run_together(self._context, self._own_part, parts)
-                stack.enter_context(self._reads(own, directory))
+                frozen = run_together(self._context, self._own_frozen_part, directory)
+                stack.enter_context(self._reads(own, frozen, directory))
             path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
         if path is None:
             raise ValueError(f"expected a DeepSpeed checkpoint in {directory}/engine, found none that loads")
@@ -253,16 +261,34 @@ class Engine:
         base_state = {"state": dict(enumerate(state)), "param_groups": own[base]["param_groups"]}
         return {**saved[0], **own_keys, base: base_state, weights: flat_weights}
 
+    def _own_frozen_part(self, directory: Path) -> dict[str, Any]:
+        """Reshard the parameters that no optimizer has, which ZeRO partitions in stage 3 alone."""
+        if self.zero_stage < 3:
+            return {}
+        files = sorted((directory / "engine").glob("*_model_states.pt"), key=_rank_of)
+        saved = [torch.load(file, mmap=True, weights_only=False) for file in files]
+        rank, num_ranks = self._context.rank, self._context.world_size
+        parts = {
+            name: equal_part(
+                [part["frozen_param_fragments"][name] for part in saved], shape.numel(), rank=rank, num_ranks=num_ranks
+            )
+            for name, shape in saved[0]["frozen_param_shapes"].items()
+        }
+        return {"frozen_param_fragments": parts}
+
     @contextlib.contextmanager
-    def _reads(self, own: dict[str, Any], directory: Path) -> Iterator[None]:
-        """Make DeepSpeed's loader read this rank's part of the optimizer, as if this number of ranks had saved it."""
+    def _reads(self, own: dict[str, Any], frozen: dict[str, Any], directory: Path) -> Iterator[None]:
+        """Make DeepSpeed's loader read this rank's part of the optimizer and of what has none, as if this number of
+        ranks had saved it.
+        """
         engine, context = self._engine, self._context
         reader = engine.checkpoint_engine
         (model, *_) = sorted((directory / "engine").glob("*_model_states.pt"))  # one for all ranks, even under stage 3
 
         class Reader:
             def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-                return {**reader.load(path, map_location=map_location), "dp_world_size": context.world_size}
+                content = reader.load(path, map_location=map_location)
+                return {**content, "dp_world_size": context.world_size, **frozen}
 
         engine.checkpoint_engine = Reader()
         engine._get_all_ckpt_names = lambda *_: [str(model)]
@@ -403,6 +429,11 @@ def _on_host(content: Any, *, copy: bool) -> Any:
     return Giver(stream).load()
 
 
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, which ZeRO 3 partitions."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _rank_of(file: Path) -> int:
     """Parse the rank that wrote one of ZeRO's files."""
     return int(file.name.partition("zero_pp_rank_")[2].partition("_")[0])
@@ -504,6 +535,20 @@ def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
+
+
+@contextlib.contextmanager
+def _as_non_finite() -> Iterator[None]:
+    """Name the end of fp16, for which DeepSpeed raises a bare Exception, on all ranks: its loss scale cannot fall."""
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise NonFiniteError(
+            "expected gradients that fit float16 under some loss scale, got overflows down to deepspeed.fp16's "
+            "min_loss_scale; resume with a lower learning rate, or with deepspeed.bf16 in a run of its own"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -14,8 +14,12 @@ import torch
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes that a process on `device` can still allocate, shared with other processes."""
+    """Return the bytes that a process on `device` can still allocate, shared with other processes.
+
+    On a GPU what torch holds and does not use counts as free, and is given back: other libraries cannot take it.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *_left_in_control_groups()])
 

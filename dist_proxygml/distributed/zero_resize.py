@@ -53,6 +53,14 @@ def equal_fragments(shapes: Sequence[Mapping[str, torch.Size]], *, rank: int, nu
     return groups
 
 
+def equal_part(pieces: Sequence[Tensor], numel: int, *, rank: int, num_ranks: int) -> Tensor:
+    """Cut a rank's equal part of a flattened parameter, padded with zeros, from the parts of all saving ranks."""
+    whole = torch.cat([piece.flatten() for piece in pieces])[:numel]
+    size = math.ceil(numel / num_ranks)
+    own = whole[min(rank * size, numel) : (rank + 1) * size]
+    return torch.cat([own, own.new_zeros(size - own.numel())])
+
+
 def reshard(
     parts: Sequence[Part],
     *,

@@ -26,13 +26,15 @@ from dist_proxygml.data.damage import Damage, DamageLog
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch, build_evaluation_loader
 from dist_proxygml.data.transforms import Transform
-from dist_proxygml.distributed.collectives import AgreedError, gather_rows
+from dist_proxygml.distributed.collectives import AgreedError, gather_rows_on_host
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_together
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
 from dist_proxygml.evaluation.blocks import BlockFolder, EmbeddingBlocks, weights_sha256
 from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.faults import fault_point
 from dist_proxygml.storage.files import publish
+
+_MOST_BYTES_WAITING = 64 << 20
 
 
 class EmbeddingTable(NamedTuple):
@@ -51,11 +53,13 @@ class Split:
         index: they.
         damage: where damaged ones are counted and skipped; None: they are an error.
         seen: bool [C], which classes the model was trained on; None: unknown.
+        trained_images: int64 [C], how many images of each class it was trained on, none where negative; None: unknown.
     """
 
     index: ShardIndex
     damage: DamageLog | None = None
     seen: np.ndarray | None = None
+    trained_images: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,12 @@ def embed(
         local = local._replace(embeddings=local.embeddings.new_zeros(0, width))
 
     # 3. The same table everywhere, checked everywhere: what is wrong is wrong on all ranks.
-    rows = EmbeddingTable(*(gather_rows(part, row_counts=row_counts, group=context.group).cpu() for part in local))
+    rows = EmbeddingTable(
+        *(
+            gather_rows_on_host(part, row_counts=row_counts, device=context.device, group=context.group)
+            for part in local
+        )
+    )
     order_n = torch.argsort(rows.ids, stable=True)
     table = EmbeddingTable(*(part[order_n] for part in rows))
     check_table(table, num_samples=num_samples, num_left_out=num_left_out, describe=describe)
@@ -296,13 +305,13 @@ def _embed_batches(
     signals: StopSignals | None,
     blocks: EmbeddingBlocks | None,
 ) -> tuple[EmbeddingTable, list[Damage]]:
-    rows, labels, ids = [], [], []
+    rows, labels, ids = _HostRows(), [], []
     left_out: list[Damage] = []
     for block in [] if blocks is None else blocks.stored:
         left_out += block.damaged
         if len(block.ids) == 0:
             continue
-        rows.append(block.embeddings.to(device))
+        rows.add(block.embeddings)
         labels.append(block.labels)
         ids.append(block.ids)
     keeping = contextlib.nullcontext() if blocks is None else blocks
@@ -315,21 +324,39 @@ def _embed_batches(
             if len(batch.ids):
                 output_bD = model(batch.images.to(device, non_blocking=True))
                 with torch.autocast(device.type, enabled=False):
-                    rows.append(F.normalize(output_bD.float(), dim=1))
+                    rows_bD = F.normalize(output_bD.float(), dim=1)
+                rows.add(rows_bD)
                 labels.append(batch.labels)
                 ids.append(batch.ids)
             if blocks is not None:
-                blocks.add(batch, rows[-1] if len(batch.ids) else None)
-    # Copies made outside inference mode are ordinary tensors, which collectives may write to.
-    if not rows:
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return EmbeddingTable(torch.zeros(0, 0, device=device), nothing, nothing), left_out
-    table = EmbeddingTable(
-        torch.cat(rows).clone(),
-        torch.cat(labels).to(device).clone(),
-        torch.cat(ids).to(device).clone(),
-    )
-    return table, left_out
+                blocks.add(batch, rows_bD if len(batch.ids) else None)
+    if not labels:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return EmbeddingTable(torch.zeros(0, 0), nothing, nothing), left_out
+    # Made outside inference mode, these are ordinary tensors, which collectives may write to.
+    return EmbeddingTable(torch.cat(rows.take()), torch.cat(labels), torch.cat(ids)), left_out
+
+
+class _HostRows:
+    """Rows on their way to the host: a GPU never holds a table, nor is it waited for after every batch."""
+
+    def __init__(self) -> None:
+        self._arrived: list[Tensor] = []
+        self._waiting: list[Tensor] = []
+
+    def add(self, rows_bD: Tensor) -> None:
+        self._waiting.append(rows_bD)
+        if sum(rows.nbytes for rows in self._waiting) >= _MOST_BYTES_WAITING:
+            self._fetch()
+
+    def take(self) -> list[Tensor]:
+        """All rows, in order, on the CPU."""
+        self._fetch()
+        return self._arrived
+
+    def _fetch(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self._arrived += [rows.cpu() for rows in waiting]
 
 
 @contextlib.contextmanager

@@ -34,11 +34,12 @@ from torch import nn
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_long, run_together
 from dist_proxygml.evaluation import metrics
+from dist_proxygml.evaluation.class_sizes import SizeGroup, as_document, from_document, group_by_size
 from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, PassHooks, PassSettings, Split, embed_split
 from dist_proxygml.evaluation.exact import round_rows, scores_of_pairs
 from dist_proxygml.evaluation.progress import Follower, progress
 from dist_proxygml.evaluation.retrieval import Images, Retrieval, SearchOptions, retrieve
-from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss
+from dist_proxygml.evaluation.search import cluster, installed_faiss, load_faiss, searches_on_gpu
 from dist_proxygml.evaluation.verification import Pairs, Verification, count_allowed, verify_all, verify_listed
 from dist_proxygml.faults import fault_point
 from dist_proxygml.protocols import check_counts, far_metric
@@ -63,6 +64,7 @@ class Settings(NamedTuple):
     recall_at: tuple[int, ...] = (1, 2, 4, 8)
     kmeans_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # none: no clustering
     kmeans_iterations: int = 25
+    kmeans_on_gpu: bool = False  # where every rank has one that faiss can use; on CPUs a seed gives the same everywhere
     tie_tolerance: float = 1e-6  # inner products of unit rows differ by less than this between machines
     protocol: str = "custom"
     legacy_proxygml: bool = False
@@ -120,6 +122,8 @@ class EvaluationResult:
         protocol: what two results must share to be compared.
         table: the embeddings that were evaluated; not part of the JSON nor of equality.
         pairs: how well scores tell pairs of images apart, where it was asked for.
+        class_sizes: the queries by the number of images of their class: "searched" of those that are searched, and,
+            where a class was trained, "trained" of those that were trained on.
     """
 
     metrics: dict[str, float]
@@ -132,6 +136,7 @@ class EvaluationResult:
     protocol: dict[str, Any]
     table: EmbeddingTable | None = field(default=None, repr=False, compare=False)
     pairs: Verification | None = None
+    class_sizes: Mapping[str, tuple[SizeGroup, ...]] = field(default_factory=dict)
 
     @property
     def recall_at_1_bounds(self) -> tuple[float, float] | None:
@@ -169,6 +174,8 @@ class EvaluationResult:
         }
         if self.pairs is not None:
             document["pairs"] = self.pairs.as_document()
+        if self.class_sizes:
+            document["class_sizes"] = {name: as_document(groups) for name, groups in self.class_sizes.items()}
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
@@ -197,6 +204,7 @@ class EvaluationResult:
                 num_damaged=document["num_damaged"],
                 protocol=dict(document["protocol"]),
                 pairs=Verification.from_document(document["pairs"]) if "pairs" in document else None,
+                class_sizes={name: from_document(of) for name, of in document.get("class_sizes", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -273,6 +281,7 @@ def evaluate(
         roles=roles,
         cameras_n=cameras_n,
         seen_C=split.seen,
+        trained_C=split.trained_images,
         listed_p4=run_together(context, index.read_pairs) if is_listed else None,
         data=data,
         hooks=hooks,
@@ -289,6 +298,7 @@ def evaluate_table(
     roles: Roles | None = None,
     cameras_n: np.ndarray | None = None,
     seen_C: np.ndarray | None = None,
+    trained_C: np.ndarray | None = None,
     listed_p4: np.ndarray | None = None,
     data: Mapping[str, Any] | None = None,
     hooks: PassHooks = PassHooks(),  # noqa: B008
@@ -300,6 +310,7 @@ def evaluate_table(
         roles: which images ask and which are searched; None: all do both.
         cameras_n: the camera of each row, int; needed with `exclude_same`, and used with nothing else.
         seen_C: bool by label, which classes were trained; None: unknown.
+        trained_C: int by label, how many images of each class were trained on, none where negative; None: unknown.
         listed_p4: the listed pairs, int64: first and second id, 1 for the same class, fold. Those of which an image is
             missing are left out.
         data: where the embeddings come from, for the record.
@@ -318,6 +329,9 @@ def evaluate_table(
         is_query_n, is_gallery_n = (role.numpy() for role in roles)
     if settings.exclude_same is None:
         cameras_n = None
+    if settings.kmeans_seeds and settings.kmeans_on_gpu:
+        are_there = all_gather_object(context, run_together(context, searches_on_gpu, context.device))
+        settings = settings._replace(kmeans_on_gpu=all(are_there))
     run_together(context, check_settings, labels_n, settings, is_query_n, is_gallery_n, cameras_n)
 
     fault_point("evaluate.search")
@@ -325,6 +339,7 @@ def evaluate_table(
     rows_nD = run_together(context, round_rows, table.embeddings.numpy())
     measured: dict[str, float] = {}
     bounds: dict[str, tuple[float, float]] = {}
+    class_sizes: dict[str, tuple[SizeGroup, ...]] = {}
     found = None
 
     def agree() -> None:
@@ -344,6 +359,11 @@ def evaluate_table(
         images = Images(rows_nD, class_n, is_query_n, is_gallery_n, cameras_n)
         found = search(images, with_self=_drops_first_column(settings))
         measured, bounds = _retrieval_metrics(found, labels_n, settings, seen_C)
+        searched_C = np.bincount(labels_n[is_gallery_n], minlength=int(labels_n.max()) + 1)
+        for name, num_images_C in (("searched", searched_C), ("trained", trained_C)):
+            if num_images_C is not None and (num_images_C[labels_n] > 0).any():
+                label_q = labels_n[found.position]
+                class_sizes[name] = group_by_size(found.exact, label_q, np.maximum(num_images_C[label_q], 0))
         for dim in settings.prefixes:
             rows_nd = run_together(context, _prefix_rows, table, dim)
             scores = search(images._replace(rows=rows_nd), with_self=False).exact
@@ -390,6 +410,7 @@ def evaluate_table(
         num_damaged=0,
         protocol=_protocol(settings, counts, data or {}, _count_classes(labels_n, seen_C)),
         pairs=verified,
+        class_sizes=class_sizes,
         table=table,
     )
 
@@ -440,7 +461,11 @@ def _clusterings(
         ) as advance:
             for seed in own_seeds:
                 clusters_n = cluster(
-                    embeddings_nD, num_clusters=num_clusters, seed=seed, num_iterations=settings.kmeans_iterations
+                    embeddings_nD,
+                    num_clusters=num_clusters,
+                    seed=seed,
+                    num_iterations=settings.kmeans_iterations,
+                    device=context.device if settings.kmeans_on_gpu else None,
                 )
                 of_own_seeds[seed] = (
                     metrics.normalized_mutual_information(labels_n, clusters_n),
@@ -648,8 +673,9 @@ def _protocol(
     settings: Settings, counts: Mapping[str, int], data: Mapping[str, Any], classes: ClassSet | None
 ) -> dict[str, Any]:
     """Everything that changes a number, in words and values; the number of ranks is not among it."""
+    where = ", points assigned on a GPU" if settings.kmeans_on_gpu else ""
     clustering = {
-        "algorithm": "faiss k-means, Euclidean, all points, random start, one run a seed",
+        "algorithm": f"faiss k-means, Euclidean, all points, random start, one run a seed{where}",
         "num_iterations": settings.kmeans_iterations,
         "seeds": list(settings.kmeans_seeds),
         "num_clusters": "number of classes, queries and gallery together",

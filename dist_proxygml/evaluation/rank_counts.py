@@ -488,16 +488,19 @@ def in_tiles(
     start = 0
     while start < num_rows:
         stop = min(start + tile, num_rows)
+        is_done = True
         try:
             work(start, stop)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error) or stop - start == 1:
                 raise
-            torch.cuda.empty_cache()
-            tile = (stop - start) // 2
-            say(f"evaluation: the GPU has no memory for {stop - start} queries at once; continuing with {tile}")
-        else:
+            is_done = False
+        if is_done:
             start = stop
+            continue
+        torch.cuda.empty_cache()  # here: the error's traceback would hold the tensors of the tile that failed
+        tile = (stop - start) // 2
+        say(f"evaluation: the GPU has no memory for {stop - start} queries at once; continuing with {tile}")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

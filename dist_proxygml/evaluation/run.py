@@ -80,6 +80,7 @@ def measured(config: Config, index: ShardIndex, *, is_baseline: bool = False) ->
     return Settings(
         recall_at=tuple(wanted.recall_at),
         kmeans_seeds=tuple(range(min(1, wanted.kmeans_seeds) if is_baseline else wanted.kmeans_seeds)),
+        kmeans_on_gpu=wanted.kmeans_on_gpu,
         protocol=wanted.protocol if is_test else "custom",
         legacy_proxygml=wanted.legacy_proxygml and is_test,
         exclude_same=wanted.excluded,
@@ -153,13 +154,13 @@ def result_settings(config: Config) -> dict[str, Any]:
     """Settings that determine the numbers of an evaluation: all but when to evaluate, how to search and to load."""
     of_data = {"shards", "train_split", "validation_classes", "test_split", "test_transform"}
     of_data |= {"damaged_images", "max_damaged"}
-    wanted: dict[str, Any] = {"seed": True, "backbone": True, "evaluation": True, "data": of_data}
-    settings = config.model_dump(mode="json", include=wanted)
+    wanted: dict[str, Any] = {"seed": True, "evaluation": True, "data": of_data}
+    settings = config.model_dump(mode="json", include=wanted) | {"backbone": config.backbone.of_trained_model()}
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
     for name in ("exclude_same", "pairs"):
         if settings["evaluation"][name] is None:  # the names of results from before it was a setting
             del settings["evaluation"][name]
-    if not settings["backbone"]["matryoshka_dims"]:
-        del settings["backbone"]["matryoshka_dims"]
+    if not settings["evaluation"]["kmeans_on_gpu"]:
+        del settings["evaluation"]["kmeans_on_gpu"]
     return dict(settings)

@@ -6,7 +6,8 @@ decides neither who "self" is nor how ties go; rank_counts.py does.
 
 A rank searches on its own device: a GPU of its own with a faiss that knows GPUs, else the CPU.
 faiss's way to use several GPUs from one process (`index_cpu_to_all_gpus`) was declined: the other
-GPUs belong to other ranks. k-means runs on the CPU, where a seed gives one answer.
+GPUs belong to other ranks. k-means runs on the CPU, where a seed gives one answer;
+if asked for, faiss assigns points to centres on the GPU, in float32 too, and averages them on the CPU.
 
 Dimension key: q queries, g gallery rows, K neighbours, n points, D embedding.
 """
@@ -16,6 +17,7 @@ import importlib.metadata
 import platform
 import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,14 +64,8 @@ class OnGpu:
     """
 
     def __init__(self, gallery_gD: Float[np.ndarray, "g D"], *, device: torch.device) -> None:
-        faiss = load_faiss()
-        self._resources = faiss.StandardGpuResources()
-        self._resources.setTempMemory(GPU_SCRATCH)
-        options = faiss.GpuIndexFlatConfig()
-        options.device = torch.cuda.current_device() if device.index is None else device.index
-        options.useFloat16 = False
         self.num_rows, width = gallery_gD.shape
-        self._index = faiss.GpuIndexFlatIP(self._resources, width, options)
+        self._resources, self._index = _flat_on_gpu("GpuIndexFlatIP", width, device)
         self._index.add(np.ascontiguousarray(gallery_gD, dtype=np.float32))
 
     def search(
@@ -81,6 +77,17 @@ class OnGpu:
             np.ascontiguousarray(queries_qD, dtype=np.float32), min(num_neighbours, self.num_rows)
         )
         return scores_qK, rows_qK
+
+
+def _flat_on_gpu(kind: str, width: int, device: torch.device) -> tuple[Any, Any]:
+    """An empty flat index of faiss on a GPU, and what it lives in, which must outlive it."""
+    faiss = load_faiss()
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(GPU_SCRATCH)
+    options = faiss.GpuIndexFlatConfig()
+    options.device = torch.cuda.current_device() if device.index is None else device.index
+    options.useFloat16 = False
+    return resources, getattr(faiss, kind)(resources, width, options)
 
 
 def searches_on_gpu(device: torch.device) -> bool:
@@ -105,10 +112,15 @@ def build_searcher(gallery_gD: Float[np.ndarray, "g D"], device: torch.device) -
 
 
 def cluster(
-    points_nD: Float[np.ndarray, "n D"], *, num_clusters: int, seed: int, num_iterations: int
+    points_nD: Float[np.ndarray, "n D"],
+    *,
+    num_clusters: int,
+    seed: int,
+    num_iterations: int,
+    device: torch.device | None = None,
 ) -> Int[np.ndarray, " n"]:
     """k-means over all points (no subsampling), one start from random points; the cluster of each
-    point.
+    point. Points are assigned to centres on `device`, a GPU that faiss can use, or on the CPU.
 
     Raises:
         ValueError: faiss is missing or installed twice.
@@ -125,6 +137,8 @@ def cluster(
         min_points_per_centroid=1,
         max_points_per_centroid=num_points,  # faiss would silently keep 256 points a cluster
     )
+    if device is not None:
+        kmeans.resources, kmeans.index = _flat_on_gpu("GpuIndexFlatL2", width, device)
     kmeans.train(points_nD)
     _, clusters_n1 = kmeans.index.search(points_nD, 1)
     clusters_n: Int[np.ndarray, " n"] = clusters_n1[:, 0]

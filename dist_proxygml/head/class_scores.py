@@ -43,11 +43,12 @@ def masked_scores(
         return values.squeeze(-1), None
     if how == "sum":
         return values.sum(-1), None
-    masked = torch.where(is_kept, similarity, torch.finfo(similarity.dtype).min)
+    lowest = torch.finfo(similarity.dtype).min
     if how == "max":
+        masked = torch.where(is_kept, similarity, lowest)
         slope = torch.zeros_like(similarity).scatter_(-1, masked.argmax(-1, keepdim=True), 1.0) * is_kept
         return (slope * values).sum(-1), slope
-    weight = torch.softmax(masked / gamma, -1) * is_kept
+    weight = torch.softmax(torch.where(is_kept, similarity / gamma, lowest), -1) * is_kept
     score = (weight * values).sum(-1, keepdim=True)
     return score.squeeze(-1), weight * (1 + (values - score) / gamma)
 

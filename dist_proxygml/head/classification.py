@@ -527,6 +527,8 @@ def _chunks(
     """Cut the classes into chunks that stay in a CPU's cache, or take a part of the budget."""
     proxies = chunk_width(len(embeddings_RD), memory_budget=memory_budget, device=embeddings_RD.device.type)
     width = max(1, proxies // num_per_class)
+    if width >= num_classes > 0:
+        return [_Chunk(slice(0, num_classes * num_per_class), own_class_R[own.row], own.row)]
     class_o, order_o = torch.sort(own_class_R[own.row])
     row_o = own.row[order_o]
     firsts = list(range(0, num_classes, width))

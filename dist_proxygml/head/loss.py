@@ -75,6 +75,7 @@ from dist_proxygml.head.regularizer import (
 )
 from dist_proxygml.head.sampling import competing_classes, draw_classes, proxies_of
 from dist_proxygml.head.selection import num_kept_proxies
+from dist_proxygml.head.similarity import default_memory_budget
 from dist_proxygml.head.traffic import cheapest_selection
 from dist_proxygml.rules import (
     check_margin,
@@ -119,7 +120,8 @@ class ProxyLoss(GlobalLoss):
             divides out again.
         selection: how ranks find the top-k: "gather" the bank, exchange "candidates", sum a "histogram", or "auto":
             whichever moves the fewest bytes for the given batch.
-        memory_budget: bytes for similarities during the search; each kept pair takes about 120 bytes in addition.
+        memory_budget: bytes for similarities during the search; each kept pair takes about 120 bytes in addition. None:
+            2 GiB on GPUs, 256 MiB elsewhere and for the regulariser, which is the same on every device.
         matmul_dtype: torch.bfloat16 rounds the inputs of the similarity product; its result, the softmax and all
             gradients keep the precision of the proxies.
         fused: on an NVIDIA GPU, in float32: use kernels (fused.py, needs triton) instead of torch's operators for the
@@ -161,7 +163,7 @@ class ProxyLoss(GlobalLoss):
         normalize: bool = True,
         gradient_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["auto", "gather", "candidates", "histogram"] = "auto",
-        memory_budget: int = 1 << 28,
+        memory_budget: int | None = None,
         matmul_dtype: torch.dtype = torch.float32,
         fused: bool = False,
         matryoshka_dims: Sequence[int] = (),
@@ -180,7 +182,7 @@ class ProxyLoss(GlobalLoss):
             raise ValueError(f'selection must be "auto", "gather", "candidates" or "histogram", got {selection!r}')
         if matmul_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"matmul_dtype must be torch.float32 or torch.bfloat16, got {matmul_dtype}")
-        if not memory_budget > 0:
+        if memory_budget is not None and not memory_budget > 0:
             raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
         margin = None if head.margin is None else head.margin.name
         check_margin(margin, class_score=head.class_score, proxies_per_class=proxies_per_class)
@@ -446,7 +448,7 @@ class ProxyLoss(GlobalLoss):
         settings = Settings(
             scoring=Scoring(self.head.class_score, self.head.gamma, self.head.margin),
             group=group,
-            memory_budget=self.memory_budget,
+            memory_budget=self.memory_budget or default_memory_budget(self.device.type),
             matmul_dtype=self.matmul_dtype,
             subgraph=subgraph,
         )
@@ -468,17 +470,18 @@ class ProxyLoss(GlobalLoss):
     def _regularization(self, batch_size: int) -> Tensor:
         """Mean cross entropy of all proxies, or an estimate of it from the next draw of anchors."""
         num_classes, num_per_class, dim = self.partition.num_classes, *self.proxies.shape[1:]
+        memory_budget = self.memory_budget or default_memory_budget("cpu")  # or it would be another on every device
         num_anchors = regularizer_anchors(
             num_classes,
             dim,
             proxies_per_class=num_per_class,
             wanted=self.regularization_anchors,
-            memory_budget=self.memory_budget,
+            memory_budget=memory_budget,
             batch_size=batch_size,
         )
         if num_anchors is None:
             return proxy_regularizer(
-                self.proxies, partition=self.partition, group=self.group, memory_budget=self.memory_budget
+                self.proxies, partition=self.partition, group=self.group, memory_budget=memory_budget
             )
         anchors_A = draw_anchors(num_classes * num_per_class, num_anchors, seed=self.seed, draw=self.draw)
         return sampled_proxy_regularizer(
@@ -486,7 +489,7 @@ class ProxyLoss(GlobalLoss):
             anchors_A,
             partition=self.partition,
             group=self.group,
-            memory_budget=self.memory_budget,
+            memory_budget=memory_budget,
         )
 
     def _misshapen(self, embeddings: Tensor, labels: Tensor) -> str | None:
@@ -531,7 +534,7 @@ class ProxyGMLLoss(ProxyLoss):
         normalize: bool = True,
         gradient_reduction: Literal["mean", "sum"] = "mean",
         selection: Literal["auto", "gather", "candidates", "histogram"] = "auto",
-        memory_budget: int = 1 << 28,
+        memory_budget: int | None = None,
         matmul_dtype: torch.dtype = torch.float32,
         fused: bool = False,
         sparse: bool = False,

@@ -33,18 +33,18 @@ def competing_classes(is_drawn_c: Tensor, own_class_R: Tensor) -> tuple[Tensor, 
     """Add the rows' own classes to those drawn.
 
     Args:
-        is_drawn_c: bool; changed.
+        is_drawn_c: bool.
         own_class_R: int64, local classes of the rows; outside 0 .. c - 1 where another rank has them.
 
     Returns:
         The competing classes, int64 [s] ascending, and the position of each row's class among them [R], or -1.
     """
-    is_here_R = (own_class_R >= 0) & (own_class_R < len(is_drawn_c))
-    is_drawn_c[own_class_R[is_here_R]] = True
-    position_c = is_drawn_c.cumsum(0) - 1
-    own_position_R = torch.full_like(own_class_R, -1)
-    own_position_R[is_here_R] = position_c[own_class_R[is_here_R]]
-    return is_drawn_c.nonzero().flatten(), own_position_R
+    num_classes = len(is_drawn_c)
+    is_here_R = (own_class_R >= 0) & (own_class_R < num_classes)
+    place_R = own_class_R.where(is_here_R, num_classes)  # rows of other ranks get a place of their own, not a mask
+    is_drawn_1c = torch.nn.functional.pad(is_drawn_c, (0, 1)).index_fill_(0, place_R, True)
+    own_position_R = (is_drawn_1c.cumsum(0) - 1)[place_R].where(is_here_R, -1)
+    return is_drawn_1c[:num_classes].nonzero().flatten(), own_position_R
 
 
 def proxies_of(proxies_cND: Tensor, class_s: Tensor, *, sparse: bool) -> Tensor:

@@ -49,7 +49,7 @@ BYTES_PER_PAIR = 100
 def all_similarities(embeddings_RD: Tensor, bank: Bank) -> Tensor:
     """Compute the whole matrix S [R, p]."""
     if bank.matmul_dtype == torch.float32:
-        if _scales_proxies(embeddings_RD):
+        if _scales_proxies(embeddings_RD, bank):
             return product(embeddings_RD, bank.proxies * bank.inverse_norm[:, None])
         return product(embeddings_RD, bank.proxies).mul_(bank.inverse_norm)
     blocks = zip(bank.proxies.split(_PROXIES_ROUNDED), bank.inverse_norm.split(_PROXIES_ROUNDED), strict=True)
@@ -65,7 +65,7 @@ def chunk_of_similarities(embeddings_RD: Tensor, bank: Bank, chunk: slice) -> Te
     Proxies by rows: a product with few columns is faster than one with few rows.
     """
     proxies_wD, inverse_w1 = bank.proxies[chunk], bank.inverse_norm[chunk, None]
-    if _scales_proxies(embeddings_RD):
+    if _scales_proxies(embeddings_RD, bank):
         return _product(proxies_wD * inverse_w1, embeddings_RD, bank.matmul_dtype)
     return _product(proxies_wD, embeddings_RD, bank.matmul_dtype).mul_(inverse_w1)
 
@@ -191,6 +191,11 @@ def proxy_gradient(
         proxies_wD = bank.proxies.index_select(0, proxy_u[rows]) if touched_only else bank.proxies[rows]
         gradient_uD[rows].addcmul_(proxies_wD, radial_u[rows, None])
     return proxy_u, gradient_uD
+
+
+def default_memory_budget(device: str) -> int:
+    """Return the bytes for similarities where none are asked for: chunks of a CPU are small anyway."""
+    return 1 << 31 if device == "cuda" else 1 << 28
 
 
 def expected_pairs(num_wanted: int, num_proxies: int) -> int:
@@ -383,9 +388,12 @@ def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     return product(left.to(dtype), right.to(dtype))  # the same rounding of the inputs, slowly
 
 
-def _scales_proxies(embeddings_RD: Tensor) -> bool:
-    """Whether the proxies are divided by their lengths rather than S: on a GPU, where they are fewer numbers."""
-    return embeddings_RD.is_cuda and embeddings_RD.shape[0] > embeddings_RD.shape[1]
+def _scales_proxies(embeddings_RD: Tensor, bank: Bank) -> bool:
+    """Whether the proxies are divided by their lengths rather than S: on a GPU, where they are fewer numbers. Not where
+    they are rounded, which they would be otherwise than elsewhere.
+    """
+    is_fewer = embeddings_RD.shape[0] > embeddings_RD.shape[1]
+    return embeddings_RD.is_cuda and is_fewer and bank.matmul_dtype == torch.float32
 
 
 def _rows_at_once(proxies_pD: Tensor) -> int:

@@ -105,6 +105,7 @@ class ProxyStatistics:
         self._device = device
         self._group = group
         self._is_logged = False
+        self._num_images: int | Tensor = 0  # a tensor where counting it would wait for the device
         self._recent_2h = self._no_counts()
         self._start_window()
 
@@ -196,7 +197,7 @@ class ProxyStatistics:
 
     def _start_window(self) -> None:
         self._num_steps = 0
-        self._num_images: int | Tensor = 0  # a tensor where counting it would wait for the device
+        self._num_images = 0
         self._window_2h = self._no_counts()
         self._own = self._no_marks(self._partition.num_local)
         self._gathered: _Marks | None = None

@@ -106,7 +106,7 @@ class Embedder:
             "path": str(trained.path.resolve()),
             "weights_sha256": sha256_of(trained.path / BACKBONE_FILE),
             "embedding_dim": backbone.embedding_dim,
-            "backbone": backbone.model_dump(mode="json"),
+            "backbone": backbone.of_trained_model(),
             "preprocessing": transform.model_dump(mode="json"),
         }
         return cls(

@@ -244,7 +244,7 @@ def _description(
         "run": config.name,
         "step": model.step,
         "formats": list(formats),
-        "backbone": config.backbone.model_dump(mode="json"),
+        "backbone": config.backbone.of_trained_model(),
         "embedding_dim": embedding_dim,
         "proxies_per_class": per_class,
         "num_classes": num_classes,

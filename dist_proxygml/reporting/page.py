@@ -362,8 +362,10 @@ def _facts(run: RunRecord) -> dict[str, str]:
     if "ranks" in run.facts:
         found["Ranks"] = f"{run.facts['ranks']} on {run.facts.get('device', 'unknown devices')}"
     if isinstance(backbone, dict) and "name" in backbone:
-        size = run.facts.get("parameters")
+        size, trained = run.facts.get("parameters"), run.facts.get("trained_parameters")
         found["Backbone"] = f"{backbone['name']}{f', {size:,} parameters' if isinstance(size, int) else ''}"
+        if isinstance(size, int) and isinstance(trained, int) and trained < size:
+            found["Backbone"] += f" ({trained:,} of them trained)"
         if isinstance(backbone.get("embedding_dim"), int):
             found["Backbone"] += f", {backbone['embedding_dim']:,} dimensions"
     if isinstance(run.facts.get("head"), str):

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
 from dist_proxygml.backbones.from_weights import fill_from_weights
 from dist_proxygml.backbones.image_size import check_sizes
+from dist_proxygml.backbones.lora import add_adapters_, unused_adapters_refused
 from dist_proxygml.config import Config
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.index import ShardIndex
-from dist_proxygml.data.transforms import build_transform
+from dist_proxygml.data.transforms import check_transform
 from dist_proxygml.distributed.engine import check_settings, engine_settings, refuse_fp16_on_cpu
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluation.evaluator import check_split
@@ -24,7 +24,7 @@ from dist_proxygml.reporting.trackers import check_trackers
 from dist_proxygml.storage.run_folder import RunFolder
 from dist_proxygml.training.data import TrainingData, count_classes, open_split, open_training_data
 from dist_proxygml.training.head_plan import HeadPlan, plan_head
-from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer
+from dist_proxygml.training.optim import build_backbone_optimizer, build_bank_optimizer, build_groups
 from dist_proxygml.training.run_plan import has_index
 from dist_proxygml.training.transfer import open_transfer
 
@@ -75,7 +75,7 @@ def check_run(
     if config.proxies.fused and device == "cpu":
         raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")
     if config.proxies.fused and is_start:
-        try_kernels()
+        try_kernels(torch.device("cuda", torch.cuda.current_device()))
     settings = engine_settings(config, world_size)
     check_settings(settings)
     if device is not None:
@@ -94,15 +94,13 @@ def check_run(
                     f"expected at least one step an epoch, got {data.epoch_size:,} images for a training.batch_size of "
                     f"{config.training.batch_size} with data.drop_last; lower it, or set drop_last to false"
                 )
-    image = torch.zeros(3, 97, 80, dtype=torch.uint8)
     for name in ("train_transform", "test_transform"):
         with _refused(f"data.{name}"):
-            build_transform(getattr(config.data, name))([image], [np.random.default_rng(0)])
+            check_transform(getattr(config.data, name))
 
     # 4. Optimizers.
-    trunk, embedding = model.parameter_groups()
     with _refused("optimizer"):
-        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding)
+        build_backbone_optimizer(config.optimizer, build_groups(config, model))
         build_bank_optimizer(config.optimizer, torch.nn.Parameter(torch.zeros(1, 1, 1)))
     init_from = config.checkpoint.init_from
     is_new = not is_start and not RunFolder(config.run_directory).checkpoints.exists()
@@ -127,17 +125,19 @@ def check_network(config: Config, batch_size: int, *, load_local: bool) -> Embed
     is_here = Path(folder).is_dir() if folder != weights else bool(weights) and Path(weights).is_file()
     with torch.random.fork_rng(devices=[]), _refused("backbone"):
         model = build_backbone(config.backbone, load_pretrained=load_local and is_here)
-    check_sizes(model, config, batch_size)
+        if config.backbone.lora is not None:
+            add_adapters_(model, config.backbone.lora)
+    with unused_adapters_refused(model):
+        check_sizes(model, config, batch_size)
     return model
 
 
-def try_kernels() -> None:
-    """Compile one of the kernels of proxies.fused for this rank's GPU, run it on four rows, and compare.
+def try_kernels(device: torch.device) -> None:
+    """Compile one of the kernels of proxies.fused for a GPU, run it on four rows, and compare.
 
     Raises:
         ValueError: it cannot be compiled here, or gives something else than torch.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
     rows_RD = torch.eye(4, 16, device=device)
     try:
         from dist_proxygml.head.fused import pairs_above

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from dist_proxygml.checkpoint.folder import read_state
 from dist_proxygml.checkpoint.model import TrainedModel
 from dist_proxygml.config import Config
-from dist_proxygml.data.audit import seen_classes
+from dist_proxygml.data.audit import count_trained_images
 from dist_proxygml.data.damage import num_allowed
 from dist_proxygml.data.index import ShardIndex, open_index
 from dist_proxygml.data.order import count_steps, draw_validation_classes
@@ -38,14 +38,30 @@ class TrainingData:
 
     @property
     def epoch_size(self) -> int:
-        """Number of images per epoch: all of the index, full class-balanced batches, or as configured for a stream."""
+        """Number of images per epoch: all of the index, as many that all have their copies, full class-balanced
+        batches, or as configured for a stream.
+        """
         batch_size = self.config.training.batch_size
         if self.index is None:
             assert self.config.data.stream is not None
             return self.config.data.stream.samples_per_epoch // batch_size * batch_size
         if self.config.data.images_per_class is not None:
             return max(1, self.index.num_samples // batch_size) * batch_size
-        return self.index.num_samples
+        num_copies = self.config.data.repeated_augmentation or 1
+        return self.index.num_samples // num_copies * num_copies
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch."""
+        data = self.config.data
+        return EpochOrder(
+            self.config.training.batch_size,
+            self.config.seed,
+            epoch,
+            data.shuffle_window,
+            data.images_per_class,
+            data.sampling_power,
+            data.repeated_augmentation or 1,
+        )
 
     def count_steps(self, consumed: int = 0) -> int:
         """Count the optimizer steps from the `consumed`-th image to the end of an epoch."""
@@ -63,9 +79,9 @@ class TrainingData:
         Raises:
             ValueError: the images or the batch size do not divide into ranks and micro-batches.
         """
-        data, training = self.config.data, self.config.training
+        data = self.config.data
         transform = build_transform(data.train_transform)
-        order = EpochOrder(training.batch_size, self.config.seed, epoch, data.shuffle_window, data.images_per_class)
+        order = self.order(epoch)
         share = RankShare(context.rank, context.world_size, self.config.accumulation, start, data.drop_last)
         on_gpu, skip_damaged = context.device.type == "cuda", data.damaged_images == "skip"
         if self.index is None:
@@ -98,11 +114,18 @@ class TrainingData:
 
     def seen_classes(self, index: ShardIndex) -> Bool[np.ndarray, " C"] | None:
         """Find which classes of a split of these shards are trained; None if names do not tell."""
+        trained_C = self.trained_images(index)
+        return None if trained_C is None else trained_C >= 0
+
+    def trained_images(self, index: ShardIndex) -> Int[np.ndarray, " C"] | None:
+        """Count the trained images of each class of a split of these shards; -1: the class is not trained. None if
+        names do not tell.
+        """
         if index is self.validation:
-            return np.zeros(index.num_classes, dtype=bool)
+            return np.full(index.num_classes, -1)
         if self.index is None:
             return None
-        return seen_classes(self.index.classes, index, is_same_split=index.split == self.index.split)
+        return count_trained_images(self.index.classes, index, is_same_split=index.split == self.index.split)
 
     def identity(self) -> dict[str, str]:
         """Return the hashes that must match when the run is resumed."""
@@ -117,15 +140,18 @@ class TrainingData:
         text = f"{self.index.num_samples:,} images of {self.index.num_classes:,} classes"
         if self.validation is not None:
             text += f" (without {self.validation.num_classes:,} validation classes)"
-        images_per_class = self.config.data.images_per_class
-        if images_per_class is None:
+        batch_size, images_per_class = self.config.training.batch_size, self.config.data.images_per_class
+        power, num_copies = self.config.data.sampling_power, self.config.data.repeated_augmentation
+        if images_per_class is not None:
+            text += f", in batches of {batch_size // images_per_class:,} classes x {images_per_class} images"
+        if power is not None:
+            text += f", classes drawn in proportion to their number of images to the power of {power:g}"
+        if num_copies is not None:
+            text += f", in batches of {batch_size // num_copies:,} images x {num_copies} copies"
+        if images_per_class is None and power is None and num_copies is None:
             return text
-        batch_size = self.config.training.batch_size
-        order = EpochOrder(batch_size, self.config.seed, images_per_class=images_per_class).of(self.index)
-        return (
-            f"{text}, in batches of {batch_size // images_per_class:,} classes x {images_per_class} images (the first "
-            f"epoch visits {len(np.unique(order)) / self.index.num_samples:.1%} of them)"
-        )
+        share = len(np.unique(self.order(0).of(self.index))) / self.index.num_samples
+        return f"{text} (the first epoch visits {share:.1%} of them)"
 
 
 def open_training_data(config: Config) -> TrainingData:
@@ -176,9 +202,9 @@ def open_validation(config: Config, checkpoint: Path) -> ShardIndex:
     return data.validation
 
 
-def trained_classes(checkpoint: Path, index: ShardIndex) -> tuple[Bool[np.ndarray, " C"] | None, str | None]:
-    """Find which classes of a split a checkpoint was trained on, by its own class table; None if that is unknown, and
-    why where a table should have been there.
+def trained_images(checkpoint: Path, index: ShardIndex) -> tuple[Int[np.ndarray, " C"] | None, str | None]:
+    """Count the images of each class of a split that a checkpoint was trained on, by its own class table; -1: the class
+    was not trained. None if that is unknown, and why where a table should have been there.
     """
     state = read_state(checkpoint)
     trained = TrainedModel(checkpoint, state.step, state.settings)
@@ -186,7 +212,7 @@ def trained_classes(checkpoint: Path, index: ShardIndex) -> tuple[Bool[np.ndarra
         return None, None
     is_same = (index.sha256, index.split) == (state.settings["shards"], state.settings["data.train_split"])
     try:
-        return seen_classes(trained.classes(), index, is_same_split=is_same), None
+        return count_trained_images(trained.classes(), index, is_same_split=is_same), None
     except ValueError as error:
         return None, str(error)
 
@@ -242,11 +268,12 @@ def _check_cache_holds_window(config: Config, index: ShardIndex) -> None:
     if index.remote is None or limit is None:
         return
     sizes = sorted((shard.bytes for shard in index.shards), reverse=True)
-    in_use = sum(sizes if window is None or config.data.images_per_class else sizes[:window])
+    has_window = config.data.images_per_class is None and config.data.sampling_power is None
+    in_use = sum(sizes[:window] if has_window else sizes)
     if in_use > limit:
         fitting = sum(1 for total in itertools.accumulate(sizes) if total <= limit)
         raise ValueError(
             f"the order of an epoch keeps {in_use / 2**30:.2f} GiB of shards in use at a time, and data.cache_limit is "
             f"{config.data.cache_limit}; raise it"
-            + ("" if config.data.images_per_class else f", or set data.shuffle_window to at most {max(1, fitting)}")
+            + (f", or set data.shuffle_window to at most {max(1, fitting)}" if has_window else "")
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from dist_proxygml.backbones.lora import merged_weights
 from dist_proxygml.data.damage import DAMAGE_FILE
 from dist_proxygml.distributed.parallel import run_on_rank_zero
 from dist_proxygml.distributed.preemption import StopSignals
@@ -66,10 +67,11 @@ def evaluate_run(
 def backbone_of_one_rank(state: TrainState) -> nn.Module:
     """Return the state's backbone for forward passes without collectives. Called on all ranks.
 
-    Forward passes under ZeRO 3 are collective, but ranks that embed a split have different numbers of batches.
+    Forward passes under ZeRO 3 are collective, but ranks that embed a split have different numbers of batches. Adapters
+    are merged, as in the checkpoint, so that whoever evaluates that gets the same numbers.
     """
-    if state.engine.zero_stage < 3:
+    if state.engine.zero_stage < 3 and state.config.backbone.lora is None:
         return state.engine.module
     model = build_evaluation_model(state.config)
-    model.load_state_dict(state.engine.full_state_dict(), assign=True)
+    model.load_state_dict(merged_weights(state.engine.full_state_dict(), state.engine.module), assign=True)
     return model.to(state.context.device)

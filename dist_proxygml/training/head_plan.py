@@ -17,12 +17,13 @@ from typing import Any
 
 from dist_proxygml.config import Config, LossConfig, parse_config
 from dist_proxygml.distributed.memory import format_bytes
+from dist_proxygml.head.classification import keeps_matrix
 from dist_proxygml.head.loss import checked_topk
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.pml import try_pml_loss
 from dist_proxygml.head.regularizer import regularizer_anchors
-from dist_proxygml.head.selection import candidate_bytes_per_row, rows_per_block
-from dist_proxygml.head.similarity import chunk_width, sampled_bytes_per_row
+from dist_proxygml.head.selection import BYTES_PER_ENTRY, candidate_bytes_per_row, rows_per_block
+from dist_proxygml.head.similarity import chunk_width, default_memory_budget, sampled_bytes_per_row
 from dist_proxygml.head.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
 from dist_proxygml.training.optim import wants_sparse_gradient
 
@@ -120,7 +121,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk, section="proxies.")
     num_prefixes, prefix_dims = len(config.backbone.matryoshka_dims), sum(config.backbone.matryoshka_dims)
     micro = config.micro_batch_size(world_size)
-    batch, budget = micro * world_size, proxies.memory_budget_bytes
+    batch, budget = micro * world_size, proxies.memory_budget_bytes or default_memory_budget(device)
     sparse = wants_sparse_gradient(config)
     sizes: dict[str, Any] = {
         "batch_size": batch,
@@ -171,6 +172,15 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         + 3 * rows * dim * _FLOAT
         + competing * _FLOAT  # inverse lengths
     )
+    keeps_matrix_here = topk is not None and keeps_matrix(
+        rows,
+        num_proxies=proxies_at_hand,
+        memory_budget=budget,
+        device=device,
+        needs_pairs=sparse or proxies.fused or proxies.matmul_dtype != "float32",
+    )
+    if keeps_matrix_here:
+        working = rows * proxies_at_hand * BYTES_PER_ENTRY + (3 * rows * dim + proxies_at_hand) * _FLOAT
     if proxies.share is not None:  # the drawn classes' proxies and their gradient
         working += 2 * competing * dim * _FLOAT
     if num_prefixes:  # their kept pairs and rows until backward; a copy of one, or its gradient, and that padded
@@ -186,7 +196,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
             dim,
             proxies_per_class=proxies.per_class,
             wanted=proxies.regularization_anchors,
-            memory_budget=budget,
+            memory_budget=proxies.memory_budget_bytes or default_memory_budget("cpu"),
             batch_size=batch,
         )
         regularizer = regularizer_bytes(anchors, num_classes=num_classes, embedding_dim=dim, world_size=world_size)
@@ -201,7 +211,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     # MAX, SUM, gradient; histogram: four histograms and a count instead of the two exchanges. A prefix: an exchange,
     # MAX and SUM of its own. The regulariser: class sums, their gradient and a number, or anchors, MAX, SUM and their
     # gradient.
-    num_blocks = -(-rows // block)
+    num_blocks = 1 if keeps_matrix_here else -(-rows // block)
     exchange = {"none": 0, "gather": 0, "candidates": 2, "histogram": 5}[selection] * num_blocks
     messages = 1 + (3 if gathers_bank else 5 + exchange + num_prefixes * (2 + exchange))
     others, extra = world_size - 1, 0

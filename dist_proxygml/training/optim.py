@@ -5,6 +5,10 @@ DeepSpeed) and the bank (outside) cannot drift apart. Published recipe: torch Ad
 to the gradient, learning rates x 0.1 at the start of epochs 20 and 40, and a second epoch that trains only the
 embedding layer and the proxies.
 
+Layers of the backbone may learn at different rates, and biases without weight decay: a parameter group for each
+combination (backbones/layers.py), whose factor on the learning rate is a function of the configuration, and no part of
+a checkpoint.
+
 The frozen epoch is a learning rate of 0 for the trunk. Removing its parameters from the optimizer was declined, because
 ZeRO fixes its partitions at the start. Adam's moments keep averaging meanwhile; the weights do not move.
 
@@ -20,30 +24,46 @@ three times the bank, and eight times as long on a CPU.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_proxygml.backbones.build import EmbeddingModel
+from dist_proxygml.backbones.layers import ParameterGroup, parameter_groups
 from dist_proxygml.config import Config, OptimizerConfig, ScheduleConfig
 from dist_proxygml.head.optim import RowwiseAdagrad, SparseAdam
 
 
-def build_backbone_optimizer(
-    config: OptimizerConfig, *, trunk: Iterable[nn.Parameter], embedding: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """Build the optimizer that the engine takes; group 0 is the trunk, group 1 the embedding layer. On a GPU it is the
-    fused one: a few kernels for all parameters.
+def build_groups(config: Config, model: EmbeddingModel) -> list[ParameterGroup]:
+    """Group the backbone's trained parameters as the configuration says: trunk and embedding layer, by default.
+
+    Raises:
+        ValueError: the order of the network's layers is not known, and needed.
     """
-    groups = [
-        {"params": [p for p in trunk if p.requires_grad], "lr": config.backbone_lr},
-        {"params": [p for p in embedding if p.requires_grad], "lr": config.embedding_lr or config.backbone_lr},
+    return parameter_groups(
+        model.trunk,
+        [model.embedding] if model.pooling is None else [model.pooling, model.embedding],
+        config.backbone.name,
+        layer_decay=config.optimizer.layer_decay,
+        decays_matrices_only=config.optimizer.weight_decay_on == "matrices",
+    )
+
+
+def build_backbone_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+    """Build the optimizer that the engine takes, with the parameter groups in this order. On a GPU it is the fused
+    one: a few kernels for all parameters.
+    """
+    rates = group_learning_rates(groups, trunk=config.backbone_lr, embedding=config.embedding_lr or config.backbone_lr)
+    settings = [
+        {"params": group.parameters, "lr": rate, "weight_decay": config.weight_decay if group.decays else 0.0}
+        for group, rate in zip(groups, rates, strict=True)
     ]
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
+    on_gpu = any(parameter.is_cuda for group in groups for parameter in group.parameters)
     fused = True if on_gpu else None
-    return kind(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused)
+    return kind(settings, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused)
 
 
 def build_bank_optimizer(
@@ -101,6 +121,11 @@ def learning_rate_factor(config: ScheduleConfig, *, step: int, steps_per_epoch: 
         progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
         return (1 + math.cos(math.pi * progress)) / 2
     return 1.0
+
+
+def group_learning_rates(groups: Iterable[ParameterGroup], *, trunk: float, embedding: float) -> list[float]:
+    """Return the learning rate of each group."""
+    return [(embedding if group.is_embedding else trunk) * group.lr_factor for group in groups]
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rates: Iterable[float]) -> None:

@@ -151,6 +151,8 @@ def comparable_settings(config: Config) -> dict[str, Any]:
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
     if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
         free.add("proxies.memory_budget")  # otherwise it decides how the regulariser is computed
+    elif config.proxies.memory_budget is None:
+        whole["proxies"]["memory_budget"] = "256 MiB"  # which it is for the regulariser, and earlier versions recorded
     if config.schedule.name != "cosine":  # other schedules ignore the length, so such a run may be extended
         free |= {"training.epochs", "training.max_steps"}
     if config.proxies.class_score != "softmax":
@@ -158,6 +160,5 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     # What earlier versions did, whose checkpoints do not say so.
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
-    earlier |= {"backbone.matryoshka_dims": []}
-    earlier |= {"training.float32_matmul": "highest"}
+    earlier |= {"data.sampling_power": None, "data.repeated_augmentation": None, "training.float32_matmul": "highest"}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}

@@ -175,7 +175,7 @@ def suggest(
 
     # 3. Head.
     if preset == "many-classes":
-        _choose_many_proxies(draft, num_trained, machine)
+        _choose_many_proxies(draft, num_trained)
     else:
         _choose_proxies(draft, num_trained, int(np.median(counts)), is_small=is_small)
 
@@ -359,7 +359,7 @@ def _choose_proxies(draft: _Draft, num_classes: int, images_per_class: int, *, i
     draft.choose("proxies move faster than the network", optimizer={"proxies_lr": 0.02 if is_small else 0.01})
 
 
-def _choose_many_proxies(draft: _Draft, num_classes: int, machine: Machine) -> None:
+def _choose_many_proxies(draft: _Draft, num_classes: int) -> None:
     draft.choose(
         "the most similar proxies only, of unit length, as docs/many_classes.md explains",
         proxies={"per_class": 1, "topk": min(1000, num_classes), "initialization": "unit", "unit_norm": True},
@@ -368,8 +368,6 @@ def _choose_many_proxies(draft: _Draft, num_classes: int, machine: Machine) -> N
         "steps read and write only the proxies that an image kept",
         optimizer={"proxies_name": "rowwise_adagrad", "proxies_lr": 0.01},
     )
-    if machine.device == "cuda":
-        draft.choose("more memory searches faster", proxies={"memory_budget": "1 GiB"})
 
 
 def _choose_steps(
@@ -413,6 +411,8 @@ def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> Non
         draft.choose(
             f"{test.num_samples:,} test images take long: only at the start and the end", evaluation={"every_epochs": 0}
         )
+    if machine.device == "cuda":
+        draft.choose("k-means where it takes seconds", evaluation={"kmeans_on_gpu": True})
     work = 5 * 25 * test.num_samples * test.num_classes * draft.raw["backbone"]["embedding_dim"]
     if work > _MOST_KMEANS[machine.device]:
         draft.choose("k-means of so many classes would take longer than the rest", evaluation={"kmeans_seeds": 0})

@@ -128,6 +128,7 @@ def train(
             "ranks": context.world_size,
             "device": _device_name(context),
             "parameters": state.engine.num_parameters,
+            "trained_parameters": state.engine.num_trained_parameters,
             "proxies": 0 if config.loss else config.num_trained_classes * config.proxies.per_class,
             "head": state.loss.described,
         }
@@ -141,6 +142,7 @@ def train(
             index,
             build_damage_log(config, context, path, split=index.split, num_images=index.num_samples),
             data.seen_classes(index),
+            data.trained_images(index),
             is_validation=index is data.validation,
         )
         for index in (data.validation, test_index)  # the test split last

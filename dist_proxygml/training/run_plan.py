@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.backbones.lora import add_adapters_
 from dist_proxygml.config import Config
 from dist_proxygml.data.datasets import PUBLISHED_COUNTS
 from dist_proxygml.data.index import INDEX_FILE
@@ -59,6 +60,7 @@ class RunPlan:
     gallery_bytes: int | None
     """Embeddings of the test images, float32."""
     num_parameters: int
+    num_trained: int
     backbone: BackboneMemory
     checkpoint_bytes: int
     num_checkpoints: int
@@ -94,6 +96,7 @@ class RunPlan:
                 ("evaluations", number(self.num_evaluations)),
                 ("evaluated images", number(self.num_test_images)),
                 ("backbone parameters", number(self.num_parameters)),
+                *([("trained of them", number(self.num_trained))] if self.num_trained < self.num_parameters else []),
             ],
             "memory of the backbone, per rank, without activations": [
                 ("weights", format_bytes(self.backbone.weights)),
@@ -149,6 +152,7 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
         num_test_images=num_test,
         gallery_bytes=None if num_test is None else num_test * config.backbone.embedding_dim * 4,
         num_parameters=num_parameters,
+        num_trained=num_trained,
         backbone=memory,
         # the engine's weights and optimizer, the bank with its own, the weights once more as safetensors
         checkpoint_bytes=2 * whole.weights + whole.optimizer + bank_bytes,
@@ -178,6 +182,8 @@ def _count_parameters(config: Config) -> tuple[int, int]:
     """Count all and trained parameters of the backbone; the random generator is unchanged."""
     with torch.random.fork_rng(devices=[]):
         model = build_backbone(config.backbone, load_pretrained=False)
+        if config.backbone.lora is not None:
+            add_adapters_(model, config.backbone.lora)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dist_proxygml.backbones.build import EmbeddingModel, build_backbone
+from dist_proxygml.backbones.layers import ParameterGroup
+from dist_proxygml.backbones.lora import add_adapters_
 from dist_proxygml.config import Config, ProxiesConfig
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
@@ -34,7 +36,9 @@ from dist_proxygml.head.reference import LossTerms
 from dist_proxygml.training.optim import (
     build_backbone_optimizer,
     build_bank_optimizer,
+    build_groups,
     clip_norm_,
+    group_learning_rates,
     learning_rate_factor,
     set_learning_rates,
     wants_sparse_gradient,
@@ -49,6 +53,7 @@ class TrainState:
     context: ParallelContext
     config: Config
     engine: Engine
+    groups: list[ParameterGroup]  # of the backbone's optimizer
     loss: GlobalLoss
     bank_optimizer: torch.optim.Optimizer
     num_steps: int  # of the whole run, at this batch size
@@ -156,15 +161,17 @@ def build_train_state(
         model = build_backbone(config.backbone, load_pretrained=transfer is None, group=context.group)
         if transfer is not None:  # before the engine, which copies weights
             transfer.load_backbone_(model)
+        if config.backbone.lora is not None:
+            add_adapters_(model, config.backbone.lora)
         return model
 
     model = run_together(context, build_model).to(context.device)
     model.keeps_lengths = _needs_lengths(config)
     loss = build_loss(config, context)
-    trunk, embedding = model.parameter_groups()
+    groups = build_groups(config, model)
     engine = Engine(
         model,
-        build_backbone_optimizer(config.optimizer, trunk=trunk, embedding=embedding),
+        build_backbone_optimizer(config.optimizer, groups),
         settings=settings,
         context=context,
         outside=loss.parameters(),
@@ -175,6 +182,7 @@ def build_train_state(
         context=context,
         config=config,
         engine=engine,
+        groups=groups,
         loss=loss,
         bank_optimizer=(
             build_bank_optimizer(config.optimizer, [loss.proxies], loss.log_scale)
@@ -204,9 +212,11 @@ def train_step(
     """
     context, config = state.context, state.config
     fault_point("step.begin")
-    rates = learning_rates(state)
-    set_learning_rates(state.engine.optimizer, rates[:2])
-    set_learning_rates(state.bank_optimizer, rates[2:] * len(state.bank_optimizer.param_groups))
+    trunk_rate, embedding_rate, proxies_rate = learning_rates(state)
+    set_learning_rates(
+        state.engine.optimizer, group_learning_rates(state.groups, trunk=trunk_rate, embedding=embedding_rate)
+    )
+    set_learning_rates(state.bank_optimizer, [proxies_rate] * len(state.bank_optimizer.param_groups))
 
     # 1. Forward and backward, micro-batch by micro-batch. The loss's draws are indexed by the step, not by history.
     state.loss.draw = state.step * config.accumulation

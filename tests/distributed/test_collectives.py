@@ -1,10 +1,21 @@
 """The differentiable collectives on uneven rows, against sums worked out in one process."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from dist_proxygml.distributed.collectives import all_reduce_max, all_reduce_sum, exchange_rows, gather_rows
+from dist_proxygml.distributed import collectives
+from dist_proxygml.distributed.collectives import (
+    all_reduce_max,
+    all_reduce_sum,
+    exchange_rows,
+    gather_objects,
+    gather_rows,
+    gather_rows_on_host,
+)
 from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 
@@ -42,6 +53,54 @@ def test_rows_are_gathered_in_rank_order_and_gradients_summed_at_their_owner(
     for (_, gradient), expected in zip(results, summed.split(row_counts), strict=True):
         assert gradient.shape == expected.shape
         torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=1e-14)
+
+
+def gather_on_host(context: ParallelContext, row_counts: list[int]) -> tuple[Tensor, list[int]]:
+    """What is gathered in blocks of four rows of all ranks, and how many rows of a rank each collective carried."""
+    crossed: list[int] = []
+    gather = collectives.gather_rows
+
+    def counted(rows: Tensor, **options: Any) -> Tensor:
+        crossed.append(max(options["row_counts"]))
+        return gather(rows, **options)
+
+    collectives.gather_rows = counted
+    rows = rows_of(context.rank, row_counts[context.rank])
+    gathered = gather_rows_on_host(
+        rows, row_counts=row_counts, device=context.device, group=context.group, block_bytes=4 * 16
+    )
+    collectives.gather_rows = gather
+    return gathered, crossed
+
+
+@pytest.mark.parametrize("row_counts", [[7, 3], [0, 5], [0, 0]], ids=str)
+def test_a_table_crosses_the_device_in_blocks(row_counts: list[int]) -> None:
+    everything = torch.cat([rows_of(rank, count) for rank, count in enumerate(row_counts)])
+    for gathered, crossed in run_ranks(gather_on_host, len(row_counts), row_counts):
+        assert torch.equal(gathered, everything)
+        assert sum(crossed) == max(row_counts)
+        assert max(crossed, default=0) <= 2
+
+
+def without_a_library(context: ParallelContext) -> bool:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a collective of one rank")
+
+    for name in [name for name in dir(dist) if name.startswith(("all_", "reduce_scatter", "send", "recv"))]:
+        setattr(dist, name, refuse)
+    group, rows = context.group, torch.arange(6.0).reshape(2, 3)
+    same = [
+        all_reduce_sum(rows, group=group),
+        all_reduce_max(rows, group=group),
+        gather_rows(rows, row_counts=[2], group=group),
+        gather_rows_on_host(rows, row_counts=[2], device=context.device, group=group),
+        *exchange_rows(rows, send_counts=[2], receive_shapes=[(2, 3)], group=group),
+    ]
+    return all(torch.equal(one, rows) for one in same) and gather_objects("a", group=group) == ["a"]
+
+
+def test_one_rank_calls_no_library() -> None:
+    assert run_ranks(without_a_library, 1) == [True]
 
 
 def gather_integers_and_cubes(context: ParallelContext) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ then gives an update that is wrong by that factor, which Adam with a small eps, 
 
 import copy
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from dist_proxygml.config import Config
 from dist_proxygml.data.order import EpochPlan
 from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.distributed.collectives import NonFiniteError
 from dist_proxygml.distributed.parallel import ParallelContext
 from tests.harness import run_ranks
 from tests.small_training import configuration, same
@@ -150,7 +152,9 @@ class Fp16Run(NamedTuple):
     finite_norms: list[bool]
 
 
-def fp16_on_rank(context: ParallelContext, zero_stages: list[int], loss_scales: list[float]) -> list[list[Fp16Run]]:
+def fp16_on_rank(
+    context: ParallelContext, zero_stages: list[int], loss_scales: list[float]
+) -> tuple[list[list[Fp16Run]], list[list[float]]]:
     """A run for each stage of ZeRO and loss scale. CPUs can compute in float16; that they are refused is lifted."""
     from deepspeed.accelerator import get_accelerator
 
@@ -192,15 +196,35 @@ def fp16_on_rank(context: ParallelContext, zero_stages: list[int], loss_scales: 
                 kept_bank = same(before, snapshot())
         return Fp16Run(applied, kept_bank, first_update, (backbone() - weights).numpy(), finite_norms)
 
-    return [[run(stage, scale) for scale in loss_scales] for stage in zero_stages]
+    def falling(zero_stage: int) -> list[float]:
+        """The loss scales of steps that all overflow on the last rank, until there is none lower."""
+        fp16 = {"enabled": True, "initial_scale_power": 1, "hysteresis": 1, "min_loss_scale": 1}
+        config = linear_configuration(Case(1, zero_stage), bf16={"enabled": False}, fp16=fp16)
+        state = build_train_state(config, context, steps_per_epoch=3)
+        state.engine.module.train()
+        backward, proxies, scales = state.engine.backward, state.loss.proxies.detach().clone(), []
+        size = 1e9 if context.rank == context.world_size - 1 else 1.0
+        state.engine.backward = lambda embeddings, gradient: backward(embeddings, gradient * size)
+        try:
+            for batches in batches_of_steps(context, accumulation=1):
+                scales.append(float(state.engine.optimizer.loss_scale))
+                train_step(state, batches, measure=True)
+        except NonFiniteError as error:
+            scales.append(0.0 if "min_loss_scale" in str(error) else math.nan)
+        assert torch.equal(state.loss.proxies.detach(), proxies)
+        return scales
+
+    return [[run(stage, scale) for scale in loss_scales] for stage in zero_stages], [*map(falling, zero_stages)]
 
 
 @pytest.mark.timeout(300)
 def test_fp16_scales_and_skips_the_backbone_alone_and_all_ranks_skip_alike() -> None:
     zero_stages, loss_scales = [1, 2, 3], [1.0, 1024.0]
     ranks = run_ranks(fp16_on_rank, 2, zero_stages, loss_scales, timeout=120)
+    for _, falling in ranks:
+        assert falling == [[2.0, 1.0, 0.0]] * 3  # a step, the next at the lowest scale, the end
     for i, _ in enumerate(zero_stages):
-        for rank in ranks:
+        for rank, _ in ranks:
             unscaled, scaled = rank[i]
             assert unscaled.applied == scaled.applied == [True, False, True]
             assert unscaled.finite_norms == scaled.finite_norms == [True, False, True]
@@ -209,4 +233,4 @@ def test_fp16_scales_and_skips_the_backbone_alone_and_all_ranks_skip_alike() -> 
             np.testing.assert_array_equal(scaled.first_update, unscaled.first_update)
             # float16 keeps 11 bits
             assert difference(scaled.backbone_update, unscaled.backbone_update) < 0.02
-            assert difference(scaled.backbone_update, ranks[0][0][0].backbone_update) < 0.02
+            assert difference(scaled.backbone_update, ranks[0][0][0][0].backbone_update) < 0.02

@@ -8,7 +8,6 @@ import pytest
 
 from dist_proxygml.checkpoint.folder import RunState
 from dist_proxygml.config import Config, parse_config
-from dist_proxygml.data.pipeline import EpochOrder
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, run_together, single_process
 from dist_proxygml.training.data import open_split, open_training_data
@@ -49,6 +48,9 @@ def configuration(shards: str | Path, *, batch_size: int = 6, **data: Any) -> Co
         (11, {}, 23, 3),  # 11, 6, 6
         (6, {"images_per_class": 2}, 18, 3),
         (40, {"images_per_class": 8}, 40, 1),  # one batch, although it holds more images than there are
+        (6, {"repeated_augmentation": 3}, 21, 4),  # 7 of 23 images, thrice
+        (6, {"sampling_power": 0.5}, 23, 4),
+        (6, {"sampling_power": 0, "repeated_augmentation": 2}, 22, 4),
     ],
 )
 def test_an_epoch_is_as_long_as_its_loader(
@@ -59,8 +61,9 @@ def test_an_epoch_is_as_long_as_its_loader(
     assert (data.epoch_size, data.count_steps()) == (epoch_size, num_steps)
     assert data.loader(single_process(), epoch=1, start=0).num_steps == num_steps
     assert data.index is not None
-    order = EpochOrder(batch_size, images_per_class=settings.get("images_per_class")).of(data.index)
-    assert len(order) == epoch_size
+    assert len(data.order(1).of(data.index)) == epoch_size
+    names = ("images_per_class", "sampling_power", "repeated_augmentation")
+    assert ("the first epoch visits" in str(data)) == any(name in settings for name in names)
 
 
 # Stopped in the third epoch of 23 images after 12 of them: steps 1 to 10 were of 6 images (6, 6, 6, 5).
@@ -71,6 +74,8 @@ def test_an_epoch_is_as_long_as_its_loader(
         (4, {}, 2 * 6 + 3, 12),  # 11 images are left: 3 of the epoch's 6 steps
         (23, {}, 2 * 1 + 0, 12),  # the rest is the epoch's only step
         (12, {"drop_last": True}, 2 * 1 + 1, 0),  # too few are left for a step: the fourth epoch begins
+        (6, {"repeated_augmentation": 3}, 2 * 4 + 2, 12),  # 9 of 21 are left: 6 and 3
+        (6, {"sampling_power": 0.5}, 2 * 4 + 2, 12),
     ],
 )
 def test_a_stopped_run_goes_on_at_its_image_and_its_place_in_the_schedule(
@@ -147,6 +152,8 @@ def test_a_cache_that_the_shuffle_would_empty_again_and_again_is_refused(tmp_pat
         open_training_data(configuration(location, **settings))
     with pytest.raises(ValueError, match=r"data\.cache_limit[^_]*$"):
         open_training_data(configuration(location, **settings, images_per_class=2))
+    with pytest.raises(ValueError, match=r"data\.cache_limit[^_]*$"):
+        open_training_data(configuration(location, **settings, sampling_power=0.5))
     data = open_training_data(configuration(location, **settings, shuffle_window=2))
     assert sum(len(batch.ids) for batch in data.loader(single_process(), epoch=0, start=0)) == 23
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) <= 2

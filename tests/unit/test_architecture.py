@@ -49,6 +49,7 @@ OWNERS: dict[str, set[str]] = {
     "pyarrow": {"data.rows", "data.hf"},
     "pytorch_metric_learning": {"head.pml"},
     "pydantic": {"config"},
+    "peft": {"backbones.lora"},
     "timm": {"backbones"},
     "triton": {"head.fused"},
     "jinja2": {"reporting.render"},
@@ -76,6 +77,7 @@ DISTRIBUTED_TYPES = {"ProcessGroup"}
 # Takes tensors, ints and a process group, never a configuration.
 MATHS = {
     "distributed.collectives",
+    "evaluation.class_sizes",
     "evaluation.exact",
     "reporting.hubs",
     "evaluation.metrics",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_proxygml.backbones import build as backbone
 from dist_proxygml.backbones import pretrained
-from dist_proxygml.backbones.build import EmbeddingModel, RawPixels, build_backbone
+from dist_proxygml.backbones.build import EmbeddingModel, GeneralizedMean, RawPixels, build_backbone
 from dist_proxygml.backbones.small_cnn import ResidualBlock, SmallCnn
 from dist_proxygml.config import BackboneConfig
 
@@ -152,6 +152,128 @@ def test_a_residual_block_adds_to_its_input() -> None:
     assert torch.equal(block(x), x.relu())
 
 
+# ---- pooling and LayerNorm -----------------------------------------------------------------------
+
+
+def test_the_generalised_mean_is_that_of_the_paper() -> None:
+    maps = torch.tensor([[[[1.0, 2.0], [3.0, -5.0]], [[0.0, 0.0], [0.0, 2.0]]]])
+    pooled = GeneralizedMean()(maps)
+    assert pooled.shape == (1, 2, 1, 1)
+    # ((1 + 8 + 27 + 0) / 4)^(1/3) and (8 / 4)^(1/3)
+    torch.testing.assert_close(pooled.flatten(), torch.tensor([9 ** (1 / 3), 2 ** (1 / 3)]))
+    positive = maps.abs() / 5 + 0.1
+    torch.testing.assert_close(GeneralizedMean(p=1.0)(positive), F.adaptive_avg_pool2d(positive, 1))
+    torch.testing.assert_close(GeneralizedMean(p=60.0)(positive), F.adaptive_max_pool2d(positive, 1), rtol=0.03, atol=0)
+    grid = GeneralizedMean(2)(torch.rand(2, 3, 6, 4))
+    assert grid.shape == (2, 3, 2, 2)
+
+
+def test_the_generalised_mean_has_the_right_gradients() -> None:
+    torch.manual_seed(0)
+    pooling = GeneralizedMean().double()
+    maps = torch.rand(2, 3, 4, 4, dtype=torch.float64).add_(0.05).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, p: torch.func.functional_call(pooling, {"p": p}, (x,)), (maps, pooling.p))
+
+
+def test_the_generalised_mean_of_bfloat16_is_computed_in_float32() -> None:
+    maps = torch.rand(2, 3, 14, 14).bfloat16()
+    pooled = GeneralizedMean().bfloat16()(maps)
+    assert torch.equal(pooled, GeneralizedMean()(maps.float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "side"),
+    [
+        ("small_cnn", {"options": {"width": 4}, "pool": 2}, 32),
+        ("timm/test_resnet", {}, 64),
+        ("timm/test_convnext", {}, 64),
+        ("timm/test_vit", {"options": {"img_size": 32, "out_indices": [1]}}, 32),
+        ("timm/swin_tiny_patch4_window7_224", {"options": {"img_size": 56, "depths": [1] * 4, "embed_dim": 24}}, 56),
+        ("torchvision/resnet18", {"options": {"return_node": "layer2"}}, 64),
+    ],
+)
+def test_feature_maps_are_pooled_by_a_generalised_mean_whose_exponent_is_trained(
+    name: str, settings: dict[str, Any], side: int
+) -> None:
+    model = build(name, pooling="gem", **settings).eval()
+    images = random_images(2, side)
+    with torch.no_grad():
+        maps = model.trunk(model.preprocessing.apply(images))
+        cells = F.adaptive_avg_pool2d(maps.clamp(min=1e-6) ** 3, settings.get("pool", 1)) ** (1 / 3)
+        torch.testing.assert_close(model(images), F.normalize(model.embedding(cells.flatten(1))))
+    model.train()(images)[:, 0].sum().backward()
+    assert model.pooling is not None
+    assert model.pooling.p.grad.abs() > 0
+    groups = model.parameter_groups()
+    assert groups.embedding[0] is model.pooling.p
+    assert [id(p) for p in [*groups.trunk, *groups.embedding]] == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "torchvision/resnet18"])
+def test_tokens_and_vectors_have_no_generalised_mean(name: str) -> None:
+    with pytest.raises(ValueError, match=r"pooling 'gem'.*backbone\.options"):
+        build(name, pooling="gem")
+    with pytest.raises(ValueError, match=r"options\.global_pool.*'gem'"):
+        build("timm/test_resnet", pooling="gem", options={"global_pool": "avg"})
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "max", "avgmax", "map"])
+def test_tokens_are_pooled_as_timm_pools_them(pool: str) -> None:
+    options = {"img_size": 32, "global_pool": pool}
+    model = build("timm/test_vit", options=options).eval()
+    torch.manual_seed(0)
+    reference = timm.create_model("test_vit", num_classes=0, **options).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.trunk(pixels), reference(pixels))
+
+
+def test_layer_norm_stands_between_pooling_and_embedding_layer_and_has_no_parameters() -> None:
+    plain, normed = build("small_cnn").eval(), build("small_cnn", embedding_norm="layer_norm").eval()
+    assert plain.state_dict().keys() == normed.state_dict().keys()
+    images = random_images(3, 32)
+    with torch.no_grad():
+        features = F.adaptive_avg_pool2d(plain.trunk(plain.preprocessing.apply(images)), 1).flatten(1)
+        mean, variance = features.mean(dim=1, keepdim=True), features.var(dim=1, keepdim=True, unbiased=False)
+        expected = F.normalize(plain.embedding((features - mean) / (variance + 1e-5).sqrt()))
+        torch.testing.assert_close(normed(images), expected)
+        torch.testing.assert_close(normed.double()(images), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+# ---- today's families ----------------------------------------------------------------------------
+
+VIT = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+FAMILIES = [
+    ("vit_small_patch14_dinov2", VIT | {"img_size": 28}, 28),
+    ("vit_small_patch14_reg4_dinov2", VIT | {"dynamic_img_size": True}, 28),
+    ("vit_small_patch16_dinov3", VIT, 48),
+    ("convnext_tiny.dinov3_lvd1689m", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, 64),
+    ("vit_base_patch16_clip_224.openai", VIT | {"img_size": 32}, 32),
+    ("vit_base_patch16_clip_quickgelu_224.openai", VIT | {"img_size": 32}, 32),
+    ("vit_base_patch16_siglip_224", VIT | {"img_size": 32}, 32),
+    ("vit_base_patch16_siglip_gap_224", VIT | {"img_size": 32}, 32),
+    ("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, 64),
+    ("test_efficientnet", {}, 64),
+    ("resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}, 64),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "side"), FAMILIES, ids=[name for name, *_ in FAMILIES])
+def test_the_named_families_learn_at_tiny_size(name: str, options: dict[str, Any], side: int) -> None:
+    model = build(f"timm/{name}", options=options)
+    images, goal = random_images(4, side), F.normalize(torch.randn(4, 7), dim=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (model(images) - goal).square().sum()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[2] < losses[1] < losses[0]
+
+
 # ---- preprocessing -------------------------------------------------------------------------------
 
 
@@ -249,18 +371,6 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_affine_parameters
         assert learning[-1]
         assert sum(learning) >= len(norms) / 3
         assert model.training
-
-
-def test_parameter_groups_are_trunk_and_embedding_and_together_all() -> None:
-    model = build("small_cnn")
-    groups = model.parameter_groups()
-    assert [id(p) for p in groups.embedding] == [
-        id(model.embedding.weight),
-        id(model.embedding.bias),
-    ]
-    both = [id(p) for p in [*groups.trunk, *groups.embedding]]
-    assert both == [id(p) for p in model.parameters()]
-    assert len(set(both)) == len(both)
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "bn_inception"])

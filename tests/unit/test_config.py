@@ -89,7 +89,7 @@ def test_a_run_or_a_file_that_is_not_there_gets_those_that_are(tmp_path: Path, m
 
 
 def test_in_shop_searches_a_gallery_and_the_others_do_not() -> None:
-    config = load_config(ROOT / "configs" / "inshop_8gpu.json")
+    config = load_config(ROOT / "configs" / "paper" / "inshop.json")
     assert (config.data.test_split, config.evaluation.gallery_split) == ("query", "gallery")
     assert config.evaluation.recall_at == [1, 10, 20, 30, 40, 50]
     assert "'inshop' expects a gallery_split, got None" in message_of(changed(evaluation__protocol="inshop"))
@@ -136,13 +136,20 @@ def test_a_share_of_validation_classes_lies_between_none_and_all(wanted: float) 
     assert "to be a share between 0 and 1 or a whole number" in message_of(changed(data__validation_classes=wanted))
 
 
+def test_a_sampling_power_of_1_is_none() -> None:
+    powers = [
+        parse_config(changed(data__sampling_power=power), source="the test").data.sampling_power for power in (1, 0)
+    ]
+    assert powers == [None, 0]
+
+
 def test_a_stream_has_no_validation_classes() -> None:
     stream = {"urls": "train-000000.tar", "samples_per_epoch": 100}
     raw = changed(data__validation_classes=2, data__mode="stream", data__stream=stream)
     assert "expected no validation_classes with a stream, got 2" in message_of(raw)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=lambda path: path.name)
 def test_every_configuration_of_the_project_is_valid_and_named_like_its_file(path: Path) -> None:
     assert load_config(path).name == path.stem
 
@@ -150,15 +157,15 @@ def test_every_configuration_of_the_project_is_valid_and_named_like_its_file(pat
 @pytest.mark.parametrize(
     ("config", "num_classes", "per_class", "weight", "proxies_lr", "batch_norm"),
     [
-        ("cub_1gpu", 100, 12, 0.3, 0.03, "frozen"),
-        ("cars_1gpu", 98, 12, 0.3, 0.03, "frozen"),
-        ("sop_8gpu", 11_318, 1, 0.0, 0.3, "train"),
+        ("cub", 100, 12, 0.3, 0.03, "frozen"),
+        ("cars", 98, 12, 0.3, 0.03, "frozen"),
+        ("sop", 11_318, 1, 0.0, 0.3, "train"),
     ],
 )
 def test_published_settings_are_those_of_the_paper(
     config: str, num_classes: int, per_class: int, weight: float, proxies_lr: float, batch_norm: str
 ) -> None:
-    c = load_config(ROOT / "configs" / f"{config}.json")
+    c = load_config(ROOT / "configs" / "paper" / f"{config}.json")
     assert (c.data.num_classes, c.proxies.per_class, c.proxies.ratio) == (num_classes, per_class, 0.05)
     assert (c.proxies.regularization_weight, c.proxies.scale) == (weight, 1.0)
     assert (c.optimizer.name, c.optimizer.eps, c.optimizer.backbone_lr) == ("adam", 0.01, 1e-4)
@@ -226,6 +233,38 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
             "samples_per_epoch of at least training.batch_size (24), got 23",
         ),
         ({"data__images_per_class": 5}, "a multiple of data.images_per_class, got 24 and 5"),
+        ({"data__repeated_augmentation": 5}, "a multiple of data.repeated_augmentation, got 24 and 5"),
+        ({"data__repeated_augmentation": 1}, "data.repeated_augmentation: input should be greater than or equal to 2"),
+        (
+            {"data__repeated_augmentation": 2, "data__images_per_class": 3},
+            "expected no repeated_augmentation with images_per_class, which says itself how often",
+        ),
+        (
+            {"data__sampling_power": 0, "data__images_per_class": 3},
+            "expected no sampling_power with images_per_class, which says itself how often",
+        ),
+        (
+            {"data__sampling_power": 0.5, "data__shuffle_window": 3},
+            "expected no shuffle_window with sampling_power, whose draws come from all shards, got 3",
+        ),
+        ({"data__sampling_power": 1.5}, "data.sampling_power: input should be less than or equal to 1, got 1.5"),
+        (
+            {
+                "data__mode": "stream",
+                "data__stream": STREAM,
+                "data__repeated_augmentation": 2,
+                "data__sampling_power": 0,
+            },
+            "expected none of repeated_augmentation, sampling_power with a stream",
+        ),
+        (
+            {"data__test_transform": {"name": "random_resized_crop", "augment": [{"name": "RandAugment"}]}},
+            "expected no test_transform.augment, got 'RandAugment'",
+        ),
+        (
+            {"data__train_transform": {"name": "random_resized_crop", "augment": [{"num_ops": 2}]}},
+            "data.train_transform.random_resized_crop.augment.0.name: required, but missing",
+        ),
         ({"data__cache_limit": "20 GB"}, "data.cache_limit"),
         ({"data__max_damaged": 1.5}, "data.max_damaged"),
     ],

@@ -1,12 +1,15 @@
 """The doctor finds what is made wrong for it, says what to do, and survives its own checks."""
 
 import importlib.metadata
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +21,7 @@ from dist_proxygml.data.audit import audit_shards, check_num_classes
 from dist_proxygml.data.finding import Finding, run_check
 from dist_proxygml.data.index import open_index, write_index
 from dist_proxygml.data.shards import ShardSample, list_shard, write_shard
+from dist_proxygml.training import checks
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "shards" / "demo"
@@ -176,6 +180,58 @@ def test_a_driver_whose_gpus_torch_cannot_use_is_a_problem(monkeypatch: pytest.M
     assert (found.status, "driver 535.104.05" in found.text, "CUDA 13.0" in found.text) == ("problem", True, True)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "for CPUs" in list(doctor.check_devices())[-1].text
+
+
+def test_gpus_are_compared_with_what_torch_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [SimpleNamespace(name="A100", major=8, minor=0, total_memory=80 << 30)]
+    kinds.append(SimpleNamespace(name="V100", major=7, minor=0, total_memory=32 << 30))
+    monkeypatch.setattr(doctor, "said_by", lambda *command: "590.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: kinds[number])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
+    fine, old = list(doctor.check_devices())[1:]
+    assert (fine.status, "compute capability 8.0 of sm_75, sm_80" in fine.text) == ("ok", True)
+    assert (old.status, "7.0 is not among" in old.text, "cu126" in old.remedy) == ("problem", True, True)
+
+
+def test_hidden_gpus_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "said_by", lambda *command: "590.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = list(doctor.check_devices())[-1]
+    assert (found.status, "hidden" in found.text) == ("ok", True)
+
+
+def test_a_kernel_is_compiled_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = only(doctor.check_kernels())
+    assert (found.status, "not tried" in found.text, "miss a C compiler" in found.text) == ("ok", True, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    missing = ["Failed to find C compiler"]
+
+    def pairs_above(*_: object, **__: object) -> object:
+        if missing:
+            raise RuntimeError(*missing)
+        return SimpleNamespace(row=torch.arange(4), proxy=found_proxies)
+
+    monkeypatch.setattr("dist_proxygml.head.fused.pairs_above", pairs_above)
+    on_cpu = partial(checks.try_kernels, torch.device("cpu"))
+    monkeypatch.setattr(checks, "try_kernels", lambda device: on_cpu())
+    found = only(doctor.check_kernels())
+    assert (found.status, "Failed to find C compiler" in found.text) == ("warning", True)
+    assert "apt install gcc" in found.remedy
+    missing.clear()
+    found_proxies = torch.arange(4)
+    assert "was compiled" in only(doctor.check_kernels()).text
+    found_proxies = torch.tensor([0, 1, 3, 2])
+    found = only(doctor.check_kernels())
+    assert (found.status, "something else" in found.text) == ("warning", True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "no triton" in only(doctor.check_kernels()).text
 
 
 def test_a_host_without_an_address_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

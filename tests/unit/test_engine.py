@@ -25,7 +25,7 @@ class ScaledEngine:
     exceed `largest` is skipped and halves the scale.
     """
 
-    zero_stage, scales_loss = 0, True
+    zero_stage, scales_loss, updates_plainly = 0, True, False
 
     def __init__(self, model: nn.Module, optimizer: Any, *, scale: float, largest: float, accumulation: int) -> None:
         self.module, self.optimizer = model, optimizer
@@ -38,7 +38,8 @@ class ScaledEngine:
     def backward(self, embeddings: Tensor, gradient: Tensor) -> None:
         (self.scale / self.accumulation * (embeddings * gradient).sum()).backward()
 
-    def step(self, *, measure_norm: bool) -> float | None:
+    def step(self, *, norm: float | None, is_wanted: bool, measure_norm: bool) -> float | None:
+        assert norm is None
         self.applied = False
         self.micro_steps += 1
         if self.micro_steps % self.accumulation:

@@ -56,8 +56,8 @@ def evaluated_with(folder: Path, config: str, *arguments: str) -> tuple[str, str
         ("demo_cpu", ["--protocol", "cub", "--legacy-proxygml"], ("test", None, "cub", [1, 2, 4, 8], True)),
         ("sop_8gpu", ["--protocol", "inshop"], ("query", "gallery", "inshop", [1, 10, 20, 30, 40, 50], False)),
         ("sop_8gpu", ["--protocol", "market1501"], ("query", "gallery", "market1501", [1, 5, 10], False)),
-        ("inshop_8gpu", ["--protocol", "custom"], ("query", None, "custom", [1, 10, 20, 30, 40, 50], False)),
-        ("cub_1gpu", ["--split", "q", "--gallery-split", "g"], ("q", "g", "custom", [1, 2, 4, 8], False)),
+        ("paper/inshop", ["--protocol", "custom"], ("query", None, "custom", [1, 10, 20, 30, 40, 50], False)),
+        ("paper/cub", ["--split", "q", "--gallery-split", "g"], ("q", "g", "custom", [1, 2, 4, 8], False)),
     ],
 )
 def test_the_command_line_changes_split_gallery_and_protocol_together(

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.data.transforms import build_transform
 from dist_proxygml.distributed.parallel import single_process
-from dist_proxygml.evaluation import search
+from dist_proxygml.evaluation import evaluator, search
 from dist_proxygml.evaluation.embedding_pass import (
     EmbeddingTable,
     PassHooks,
@@ -335,6 +336,37 @@ def test_a_gallery_is_divided_when_it_does_not_fit_half_of_what_is_free(
     needed: int, world_size: int, choice: str
 ) -> None:
     assert choose_placement(needed, available=100, world_size=world_size) == choice
+
+
+def test_kmeans_on_a_gpu_is_that_of_the_cpu_with_another_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = search.load_faiss()
+    asked: list[tuple[int, int]] = []
+
+    def on_gpu(kind: str, width: int, device: torch.device) -> tuple[object, Any]:
+        assert kind == "GpuIndexFlatL2"
+        asked.append((width, device.index))
+        return object(), faiss.IndexFlatL2(width)
+
+    points_nD = np.random.default_rng(0).standard_normal((200, 16), dtype=np.float32)
+    cluster = partial(search.cluster, points_nD, num_clusters=8, seed=3, num_iterations=5)
+    expected_n = cluster()
+    monkeypatch.setattr(search, "_flat_on_gpu", on_gpu)
+    assert np.array_equal(cluster(), expected_n)
+    assert asked == []
+    assert np.array_equal(cluster(device=torch.device("cuda", 3)), expected_n)
+    assert asked == [(16, 3)]
+
+
+def test_kmeans_on_a_gpu_is_named_in_the_protocol_where_there_is_one(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = evaluated(Projection(), index, kmeans_seeds=1)
+    assert evaluated(Projection(), index, kmeans_seeds=1, kmeans_on_gpu=True).to_json() == plain.to_json()
+    monkeypatch.setattr(evaluator, "searches_on_gpu", lambda device: True)
+    monkeypatch.setattr(search, "_flat_on_gpu", lambda _, width, device: ((), search.load_faiss().IndexFlatL2(width)))
+    found = evaluated(Projection(), index, kmeans_seeds=1, kmeans_on_gpu=True)
+    assert found.metrics == plain.metrics
+    assert found.protocol["clustering"]["algorithm"].endswith(", points assigned on a GPU")
 
 
 def test_clustering_reports_the_mean_and_the_deviation_over_the_seeds(index: ShardIndex) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dist_proxygml.checkpoint.bank_storage import BankWriter
+from dist_proxygml.config import TrainingConfig
 from dist_proxygml.distributed import gpus, parallel
 from dist_proxygml.distributed.gpus import (
     check_gpus,
@@ -217,6 +218,39 @@ def test_cores_are_shared_by_those_who_may_use_them() -> None:
     assert fair_threads(range(2), [range(2)] * 3) == 1
     assert fair_threads(range(4, 8), [range(4), range(4, 8)]) == 4  # bound by SLURM
     assert fair_threads([0, 1, 2, 3], [[0, 1, 2, 3], [2, 3, 4, 5]]) == 3
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_arithmetic_is_set_on_gpus_and_left_alone_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    fast = TrainingConfig(epochs=1, batch_size=1, float32_matmul="high", cudnn_benchmark=True)
+    try:
+        gpus.set_arithmetic(fast, torch.device("cpu"))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
+        gpus.set_arithmetic(fast, torch.device("cuda", 0))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+        assert not torch.are_deterministic_algorithms_enabled()
+        with gpus.exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+        gpus.set_arithmetic(TrainingConfig(epochs=1, batch_size=1, deterministic=True), torch.device("cuda", 0))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert gpus.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        gpus.os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_fixed_order_of_sums_excludes_algorithms_chosen_by_time() -> None:
+    with pytest.raises(ValueError, match="cudnn_benchmark"):
+        TrainingConfig(epochs=1, batch_size=1, deterministic=True, cudnn_benchmark=True)
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def planned(arguments: list[str]) -> int:
 
 
 def test_the_plan_of_stanford_online_products_on_eight_ranks() -> None:
-    plan = plan_head(load_config(ROOT / "configs" / "sop_8gpu.json"), world_size=8)
+    plan = plan_head(load_config(ROOT / "configs" / "paper" / "sop.json"), world_size=8)
     assert (plan.num_proxies, plan.topk, plan.selection) == (11_318, 566, "candidates")
     assert plan.bank_bytes == 1415 * 512 * 4  # 11,318 classes over 8 ranks, the largest share
     assert plan.optimizer_bytes == 2 * plan.bank_bytes
@@ -37,7 +37,7 @@ def test_the_plan_of_stanford_online_products_on_eight_ranks() -> None:
 
 
 def test_the_regulariser_adds_class_sums_and_their_gradient() -> None:
-    path = ROOT / "configs" / "cub_1gpu.json"
+    path = ROOT / "configs" / "paper" / "cub.json"
     without = plan_head(load_config(path, ["proxies.regularization_weight=0"]), world_size=4)
     plan = plan_head(load_config(path), world_size=4)
     sums = 100 * 512 * 4
@@ -54,7 +54,7 @@ def test_validation_classes_take_no_memory() -> None:
 
 
 def test_one_rank_sends_nothing() -> None:
-    plan = plan_head(load_config(ROOT / "configs" / "cub_1gpu.json"), world_size=1)
+    plan = plan_head(load_config(ROOT / "configs" / "paper" / "cub.json"), world_size=1)
     assert (plan.received_bytes_per_step, plan.messages_per_step) == (0, 0)
     assert plan.bank_bytes == 100 * 12 * 512 * 4
 
@@ -68,13 +68,13 @@ def test_accumulation_repeats_the_messages_of_a_micro_batch() -> None:
 
 def test_no_negatives_is_refused() -> None:
     with pytest.raises(ValueError, match=r"raise proxies\.ratio"):
-        plan_head(load_config(ROOT / "configs" / "cub_1gpu.json", ["proxies.ratio=0.01"]), world_size=1)
+        plan_head(load_config(ROOT / "configs" / "paper" / "cub.json", ["proxies.ratio=0.01"]), world_size=1)
 
 
 def very_many(*changes: str) -> Config:
     """A hundred million classes, a thousand kept."""
     many = ["data.num_classes=100000000", "proxies.per_class=1", "proxies.ratio=null", "proxies.topk=1000"]
-    return load_config(ROOT / "configs" / "sop_8gpu.json", [*many, "training.batch_size=64", *changes])
+    return load_config(ROOT / "configs" / "paper" / "sop.json", [*many, "training.batch_size=64", *changes])
 
 
 def test_a_head_that_does_not_fit_is_refused_with_what_would_fit() -> None:
@@ -152,7 +152,7 @@ def test_the_command_explains_a_mistake(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    status = planned(["--config", str(ROOT / "configs" / "sop_8gpu.json"), *arguments])
+    status = planned(["--config", str(ROOT / "configs" / "paper" / "sop.json"), *arguments])
     assert status == 2
     assert capsys.readouterr().err.startswith("error: expected")
 
@@ -222,10 +222,10 @@ def demo(*overrides: str) -> Config:
 
 
 def test_the_command_shows_the_plan_and_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    config = ["--config", str(ROOT / "configs" / "sop_8gpu.json"), "--ranks", "8", "--device", "cpu"]
+    config = ["--config", str(ROOT / "configs" / "paper" / "sop.json"), "--ranks", "8", "--device", "cpu"]
     assert planned([*config, "--memory", "1 GiB"]) == 0
     output = capsys.readouterr().out
-    plan = plan_head(load_config(ROOT / "configs" / "sop_8gpu.json"), world_size=8)
+    plan = plan_head(load_config(ROOT / "configs" / "paper" / "sop.json"), world_size=8)
     assert format_bytes(plan.total_bytes) in output
     assert "fits into 1.0 GiB" in output
     assert planned([*config, "--memory", "1 MiB"]) == 1

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from dist_proxygml.distributed import memory
@@ -26,6 +27,13 @@ def test_every_control_group_around_the_process_counts_and_file_pages_are_free(t
     own = tmp_path / "own"
     own.write_text("4:memory:/ignored\n0::/job/step\n")
     assert sorted(memory._left_in_control_groups(tmp_path, own)) == [250, 500]
+
+
+def test_what_torch_keeps_of_a_gpu_is_given_back_before_it_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"free": 10}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.update(free=70))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["free"], 80))
+    assert available_memory(torch.device("cuda", 0)) == 70
 
 
 def test_a_machine_without_control_groups_sets_no_limit(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from dist_proxygml.backbones.layers import ParameterGroup, parameter_groups
 from dist_proxygml.config import Config, OptimizerConfig, ScheduleConfig, parse_config
 from dist_proxygml.training.optim import (
     build_backbone_optimizer,
     build_bank_optimizer,
     clip_norm_,
+    group_learning_rates,
     learning_rate_factor,
     set_learning_rates,
     wants_sparse_gradient,
@@ -51,14 +53,52 @@ def test_constant_stays_constant() -> None:
 def test_a_learning_rate_of_zero_holds_the_trunk_still_and_not_the_embedding() -> None:
     trunk, embedding = nn.Linear(3, 3), nn.Linear(3, 2)
     config = OptimizerConfig(backbone_lr=0.1, embedding_lr=0.3, proxies_lr=1.0, weight_decay=0.1)
-    optimizer = build_backbone_optimizer(config, trunk=trunk.parameters(), embedding=embedding.parameters())
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.3]
+    groups = parameter_groups(trunk, [embedding], "any", layer_decay=None, decays_matrices_only=False)
+    optimizer = build_backbone_optimizer(config, groups)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.1), (0.3, 0.1)]
     before = trunk.weight.detach().clone(), embedding.weight.detach().clone()
     embedding(trunk(torch.ones(1, 3))).sum().backward()
-    set_learning_rates(optimizer, [0.0, 0.3])
+    set_learning_rates(optimizer, group_learning_rates(groups, trunk=0.0, embedding=0.3))
     optimizer.step()
     assert torch.equal(trunk.weight, before[0])
     assert not torch.equal(embedding.weight, before[1])
+
+
+def test_a_group_has_its_factor_of_its_layers_rate_and_weight_decay_or_none() -> None:
+    bias, weight, layer = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    groups = [
+        ParameterGroup([bias], is_embedding=False, lr_factor=0.25, decays=False),
+        ParameterGroup([weight], is_embedding=False, lr_factor=0.5, decays=True),
+        ParameterGroup([layer], is_embedding=True, lr_factor=1.0, decays=True),
+    ]
+    config = OptimizerConfig(name="adamw", backbone_lr=0.1, embedding_lr=0.3, proxies_lr=1.0, weight_decay=0.5)
+    optimizer = build_backbone_optimizer(config, groups)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.025, 0.0),
+        (0.05, 0.5),
+        (0.3, 0.5),
+    ]
+    for parameter in (bias, weight, layer):
+        parameter.grad = torch.zeros(1)
+    optimizer.step()  # weight decay alone: 1 - lr * decay
+    torch.testing.assert_close([p.item() for p in (bias, weight, layer)], [1.0, 0.975, 0.85])
+    assert group_learning_rates(groups, trunk=0.0, embedding=3.0) == [0.0, 0.0, 3.0]
+
+
+def test_the_backbone_has_the_fused_optimizer_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimizerConfig(backbone_lr=0.1, proxies_lr=1.0)
+    groups = [
+        ParameterGroup([nn.Parameter(torch.ones(1))], is_embedding=last, lr_factor=1.0, decays=True)
+        for last in (False, True)
+    ]
+
+    def build() -> list[bool | None]:
+        optimizer = build_backbone_optimizer(config, groups)
+        return [group["fused"] for group in optimizer.param_groups]
+
+    assert build() == [None, None]
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    assert build() == [True, True]
 
 
 def test_adam_decays_through_the_gradient_and_adamw_apart_from_it() -> None:

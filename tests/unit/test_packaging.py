@@ -82,7 +82,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
         for path in (ROOT / "dist_proxygml").rglob("*")
         if path.is_file() and not {"__pycache__", "configs"} & set(path.parts)
     }
-    files |= {f"dist_proxygml/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    files |= {f"dist_proxygml/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.json")}
     assert {Path(name).suffix for name in files} >= {".py", ".css", ".typed", ".json"}
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_proxygml.config import AffineJitterConfig, ResizeConfig
+from dist_proxygml.config import AffineJitterConfig, RandomResizedCropConfig, ResizeConfig
 from dist_proxygml.data.index import ShardIndex, open_index, write_index
 from dist_proxygml.data.pipeline import (
     Batch,
@@ -36,6 +36,15 @@ from tests.shards_of_noise import write_noise_shards
 PLAIN = build_transform(ResizeConfig(name="resize", size=8))
 JITTER = build_transform(
     AffineJitterConfig(name="affine_jitter", size=6, degrees=20, shift=0.1, brightness=0.2, hue=0.3, flip=True)
+)
+AUGMENT = build_transform(
+    RandomResizedCropConfig.model_validate(
+        {
+            "name": "random_resized_crop",
+            "size": 6,
+            "augment": [{"name": "RandAugment"}, {"name": "ColorJitter", "hue": 0.2}, {"name": "RandomErasing"}],
+        }
+    )
 )
 
 
@@ -365,6 +374,68 @@ def test_the_rest_of_an_epoch_is_the_same_images_in_order_on_other_ranks_batch_s
         ]
         taken += [part.images for step in zip(*ranks, strict=True) for part in step]
     assert torch.equal(torch.cat(taken), whole.images)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("settings", [{}, {"num_copies": 3}, {"sampling_power": 0.5, "num_copies": 2}])
+def test_augmented_repeated_and_long_tailed_epochs_are_the_same_on_any_ranks_and_workers_and_when_resumed(
+    index: ShardIndex, settings: dict[str, Any]
+) -> None:
+    of_epoch = {"seed": 4, "epoch": 5, "drop_last": True, **settings}
+    alone = list(train_loader(index, AUGMENT, batch_size=6, **of_epoch))
+    assert len(alone) == 3
+    for world_size, num_workers in ((1, 4), (2, 0), (3, 0)):
+        for start in (0, 6):
+            share = {"world_size": world_size, "start": start, "num_workers": num_workers}
+            ranks = [
+                list(train_loader(index, AUGMENT, batch_size=6, rank=rank, **share, **of_epoch))
+                for rank in range(world_size)
+            ]
+            for parts, expected in zip(zip(*ranks, strict=True), alone[start // 6 :], strict=True):
+                assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
+                assert torch.equal(torch.cat([part.ids for part in parts]), expected.ids)
+    other_batches = list(train_loader(index, AUGMENT, batch_size=12, **of_epoch))
+    assert torch.equal(other_batches[0].images, torch.cat([batch.images for batch in alone[:2]]))
+
+
+def test_copies_and_later_visits_of_an_image_are_augmented_anew_and_first_visits_as_ever(index: ShardIndex) -> None:
+    plain = {
+        int(image): pixels
+        for batch in train_loader(index, JITTER, batch_size=6, epoch=5)
+        for image, pixels in zip(batch.ids, batch.images, strict=True)
+    }
+    for settings in ({"num_copies": 3}, {"sampling_power": 0.0}):
+        visits: dict[int, list[torch.Tensor]] = {}
+        for batch in train_loader(index, JITTER, batch_size=6, epoch=5, **settings):
+            for image, pixels in zip(batch.ids.tolist(), batch.images, strict=True):
+                visits.setdefault(image, []).append(pixels)
+        assert max(map(len, visits.values())) >= 3
+        for image, seen in visits.items():
+            assert torch.equal(seen[0], plain[image])
+            assert len(torch.stack(seen).unique(dim=0)) == len(seen)
+
+
+def test_a_damaged_image_is_replaced_by_one_image_in_all_its_copies_which_are_augmented_apart(tmp_path: Path) -> None:
+    sound = write_noise_shards(tmp_path / "sound", [5, 6, 1])
+    bad = 3
+    index = damaged_copy(tmp_path / "damaged", [5, 6, 1], [bad])
+    num_replaced = 0
+    for epoch in range(2):
+        settings = {"batch_size": 4, "seed": 3, "epoch": epoch, "num_copies": 2}
+        pairs = zip(
+            train_loader(sound, AUGMENT, **settings),
+            train_loader(index, AUGMENT, **settings, skip_damaged=True, num_workers=1),
+            strict=True,
+        )
+        for expected, found in pairs:
+            is_bad = expected.ids == bad
+            assert torch.equal(found.images[~is_bad], expected.images[~is_bad])
+            if is_bad.any():
+                first, second = found.ids[is_bad].tolist()
+                assert first == second != bad
+                assert not torch.equal(*found.images[is_bad])
+                num_replaced += 1
+    assert num_replaced == 1  # the two epochs together visit every image
 
 
 FRESH_PROCESS = """

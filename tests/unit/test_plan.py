@@ -1,6 +1,8 @@
 """The order of an epoch and its cut."""
 
+import math
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from dist_proxygml.data.order import (
     EpochPlan,
     _argsort,
     class_balanced_order,
+    class_share_order,
+    count_earlier,
     count_steps,
     draw_validation_classes,
     epoch_order,
     evaluation_batches,
+    repeated_order,
 )
 
 
@@ -164,6 +169,119 @@ def test_class_balanced_orders_are_functions_of_seed_and_epoch_and_mix_the_class
     assert small.tolist() == [8, 5, 4, 1, 0, 6, 7, 4]  # resuming relies on it
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    class_sizes=st.lists(st.integers(0, 40), min_size=1, max_size=14).filter(any),
+    power=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 2**40),
+)
+def test_a_class_has_its_share_of_an_epoch_and_uses_its_images_in_turn(
+    class_sizes: list[int], power: float, seed: int
+) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(class_sizes)), class_sizes))
+    order = class_share_order(labels.astype("<i4"), power=power, seed=seed, epoch=1)
+    assert order.dtype == np.int64
+    assert len(order) == len(labels)
+    weights = [size**power if size else 0.0 for size in class_sizes]
+    for label in range(len(class_sizes)):
+        due = len(labels) * weights[label] / math.fsum(weights)
+        assert due - 1.01 < int((labels[order] == label).sum()) < due + 1.01  # weights are rounded to 2^-16
+    uses = np.zeros(len(labels), dtype=int)
+    for image in order:  # none comes again before all others of its class did
+        uses[image] += 1
+        assert np.ptp(uses[labels == labels[image]]) <= 1
+    if power == 1:
+        assert sorted(order) == list(range(len(labels)))
+
+
+def test_shares_are_right_on_average_over_epochs_and_mix_the_classes() -> None:
+    class_sizes = np.array([900, 100, 9, 1])
+    labels = np.repeat(np.arange(4), class_sizes)
+    epochs = [labels[class_share_order(labels, power=0.5, seed=3, epoch=epoch)] for epoch in range(300)]
+    drawn = np.array([np.bincount(of_epoch, minlength=4) for of_epoch in epochs])
+    expected = 1010 * np.sqrt(class_sizes) / np.sqrt(class_sizes).sum()  # 688.6, 229.5, 68.9, 23.0
+    assert drawn.mean(axis=0) == pytest.approx(expected, abs=0.1)  # a deviation of at most 0.5 / sqrt(300)
+    assert np.ptp(drawn, axis=0).max() <= 1
+    halves = [np.bincount(of_epoch[:505], minlength=4) for of_epoch in epochs]
+    assert np.mean(halves, axis=0) == pytest.approx(expected / 2, rel=0.05)
+
+
+def test_orders_by_class_share_are_functions_of_seed_and_epoch_and_pinned() -> None:
+    labels = np.repeat(np.arange(20), np.arange(1, 21))
+    first = class_share_order(labels, power=0.5, seed=1, epoch=0)
+    assert np.array_equal(first, class_share_order(labels, power=0.5, seed=1, epoch=0))
+    for seed, epoch in ((2, 0), (1, 1)):
+        assert np.mean(first == class_share_order(labels, power=0.5, seed=seed, epoch=epoch)) < 0.1
+    small = class_share_order(np.array([0, 0, 0, 0, 0, 0, 1, 1, 2]), power=0.5, seed=0, epoch=0)
+    assert small.tolist() == [3, 7, 1, 8, 4, 6, 5, 7, 8]  # resuming relies on it
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    num_images=st.integers(1, 90),
+    num_copies=st.integers(2, 5),
+    groups=st.integers(1, 6),
+    drop_last=st.booleans(),
+    epoch=st.integers(0, 2),
+)
+def test_a_step_has_all_copies_of_its_images_and_as_many_epochs_as_copies_visit_all_equally(
+    num_images: int, num_copies: int, groups: int, drop_last: bool, epoch: int
+) -> None:
+    whole = epoch_order(shards_of(num_images, 3), seed=2, epoch=epoch)
+    if num_images < num_copies:
+        with pytest.raises(ValueError, match=rf"repeated_augmentation.*\b{num_images} images.*\b{num_copies}\b"):
+            repeated_order(whole, num_copies=num_copies, part=0)
+        return
+    batch_size, visits = groups * num_copies, np.zeros(num_images, dtype=int)
+    for part in range(num_copies):
+        order = repeated_order(whole, num_copies=num_copies, part=part)
+        assert num_images - num_copies < len(order) <= num_images
+        assert set(np.diff(np.flatnonzero(np.diff(order, prepend=-1)))) <= {num_copies}
+        earlier = count_earlier(order)
+        if drop_last and len(order) < batch_size:
+            with pytest.raises(ValueError, match="drop_last=True"):
+                EpochPlan(order, batch_size, 1, 1, drop_last, num_copies=num_copies)
+            return
+        plan = EpochPlan(order, batch_size, 1, 1, drop_last, num_copies=num_copies, earlier=earlier)
+        assert plan.num_steps == count_steps(len(order), batch_size=batch_size, drop_last=drop_last)
+        taken = 0
+        for step in range(plan.num_steps):
+            found = plan.micro_batch(step, 0, 0)
+            assert len(found.ids) <= batch_size
+            assert set(Counter(found.ids.tolist()).values()) == {num_copies}
+            assert found.visits is not None
+            assert found.visits.tolist() == list(range(num_copies)) * (len(found.ids) // num_copies)
+            taken += len(found.ids)
+            if taken < len(order):  # a run that stopped here continues with the same images
+                rest = EpochPlan(order, batch_size, 1, 1, drop_last, taken, num_copies, earlier)
+                assert rest.num_steps == plan.num_steps - step - 1
+                if rest.num_steps:
+                    assert np.array_equal(rest.step(0), plan.step(step + 1))
+        np.add.at(visits, order, 1)
+    assert int((visits != num_copies).sum()) == num_images % num_copies
+    assert set(visits) <= {0, num_copies}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    order=st.lists(st.integers(0, 6), min_size=12, max_size=40),
+    world_size=st.integers(1, 3),
+    accumulation=st.integers(1, 2),
+)
+def test_each_rank_knows_how_often_the_epoch_had_its_images_before(
+    order: list[int], world_size: int, accumulation: int
+) -> None:
+    expected = [order[:place].count(image) for place, image in enumerate(order)]
+    earlier = count_earlier(np.array(order, dtype=np.int64))
+    assert earlier.tolist() == expected
+    batch_size = 2 * world_size * accumulation
+    plan = EpochPlan(np.array(order[:24]), batch_size, accumulation, world_size, drop_last=True, earlier=earlier[:24])
+    for step in range(plan.num_steps):
+        slots = [plan.micro_batch(step, micro, rank) for micro in range(accumulation) for rank in range(world_size)]
+        found = [visit for slot in slots for visit in slot.visits.tolist()]  # type: ignore[union-attr]
+        assert found == expected[step * batch_size : (step + 1) * batch_size]
+
+
 @pytest.mark.timeout(60)
 def test_an_epoch_of_imagenets_size_is_planned_within_a_second() -> None:
     shards, labels = shards_of(1_281_167, 2563).astype("<u4"), np.arange(1_281_167) % 1000
@@ -171,6 +289,8 @@ def test_an_epoch_of_imagenets_size_is_planned_within_a_second() -> None:
         lambda: epoch_order(shards, seed=0, epoch=0),
         lambda: epoch_order(shards, seed=0, epoch=0, shuffle_window=64),
         lambda: class_balanced_order(labels, classes_per_batch=32, images_per_class=4, seed=0, epoch=0),
+        lambda: class_share_order(labels, power=0.5, seed=0, epoch=0),
+        lambda: count_earlier(labels),
     ):
         started = time.process_time()
         plan()

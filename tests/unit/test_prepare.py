@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_proxygml.config import load_config
 from dist_proxygml.evaluation.evaluator import EvaluationResult
-from dist_proxygml.training.prepare import find_continuation, prepare_run_directory
+from dist_proxygml.training.prepare import comparable_settings, find_continuation, prepare_run_directory
 from tests.closed_folders import closed
 from tests.trained_runs import configuration
 
@@ -107,3 +108,30 @@ def test_an_unreadable_result_is_not_taken_for_a_damaged_one(tmp_path: Path, fol
     with closed(path), pytest.raises(ValueError, match=r"step-000001\.json.*Permission denied"):
         prepare_run_directory(config, None, 5)
     assert path.exists()
+
+
+def test_a_run_without_a_budget_resumes_where_256_mib_was_the_default() -> None:
+    def budget(*overrides: str) -> object:
+        settings = comparable_settings(load_config("configs/demo_cpu.json", overrides))
+        return settings.get("proxies.memory_budget")
+
+    weight = "proxies.regularization_weight=0.3"
+    assert budget("proxies.regularization_weight=0") is None  # it changes no number
+    assert budget(weight) == budget(weight, "proxies.memory_budget=256 MiB") == "256 MiB"
+    assert budget(weight, "proxies.memory_budget=64 MiB") == "64 MiB"
+    assert budget(weight, "proxies.regularization_anchors=5") is None
+
+
+def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_used(tmp_path: Path) -> None:
+    plain = configuration("run", tmp_path, 3).data.model_dump(mode="json")
+
+    def compared(**data: object) -> dict[str, object]:
+        return comparable_settings(configuration("run", tmp_path, 3, data={**plain, **data}))
+
+    crop = {"name": "random_resized_crop", "size": 32, "scale": [0.2, 1.0], "flip": True}
+    for name, value in (("sampling_power", 0.5), ("repeated_augmentation", 2)):
+        assert f"data.{name}" not in compared()
+        assert compared(**{name: value})[f"data.{name}"] == value
+    steps = [{"name": "RandAugment", "num_ops": 1}]
+    assert "data.train_transform.augment" not in compared(train_transform=crop)
+    assert compared(train_transform={**crop, "augment": steps})["data.train_transform.augment"] == steps

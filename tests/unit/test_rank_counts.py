@@ -1,5 +1,6 @@
 """Ranks of right answers, counted in lists and by sweeps, against a full sort of exact scores in Python integers."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -269,6 +270,21 @@ def test_a_tile_that_does_not_fit_is_halved_until_it_does_and_says_so(error: Exc
     assert done == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 23)]
     assert len(said) == 2
     assert "continuing with 4" in said[1]
+
+
+def test_memory_is_given_back_after_the_tensors_of_the_failure_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    were_alive: list[bool] = []
+
+    def work(start: int, stop: int) -> None:
+        scores = torch.zeros(stop - start)
+        made.append(weakref.ref(scores))
+        if stop - start > 4:
+            raise torch.OutOfMemoryError("CUDA")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: were_alive.append(made[-1]() is not None))
+    in_tiles(8, 8, work)
+    assert were_alive == [False]
 
 
 def test_other_errors_and_a_single_query_that_does_not_fit_are_raised() -> None:

@@ -41,7 +41,7 @@ def test_steps_and_evaluations_follow_from_the_index() -> None:
 
 
 def test_without_shards_the_published_counts_are_taken_and_named(tmp_path: Path) -> None:
-    config = load_config(ROOT / "configs" / "sop_8gpu.json", [f"data.shards={tmp_path}/sop", "training.epochs=3"])
+    config = load_config(ROOT / "configs" / "paper" / "sop.json", [f"data.shards={tmp_path}/sop", "training.epochs=3"])
     plan = plan_run(config, world_size=8, bank_bytes=0)
     assert (plan.steps_per_epoch, plan.num_steps) == (1861, 3 * 1861)  # 59,551 images in batches of 32
     assert plan.gallery_bytes == 60_502 * 512 * 4
@@ -55,7 +55,7 @@ def test_without_shards_of_a_known_data_set_the_numbers_stay_open(tmp_path: Path
     assert "index.json is not there: build the shards" in str(plan)
     assert "unknown" in str(plan)
     # other classes than those published: not that data set
-    other = load_config(ROOT / "configs" / "sop_8gpu.json", ["data.num_classes=7", f"data.shards={tmp_path}/sop"])
+    other = load_config(ROOT / "configs" / "paper" / "sop.json", ["data.num_classes=7", f"data.shards={tmp_path}/sop"])
     assert plan_run(other, world_size=8, bank_bytes=0).steps_per_epoch is None
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_proxygml.config import AffineJitterConfig, ResizeConfig
+from dist_proxygml.config import AffineJitterConfig, RandomResizedCropConfig, ResizeConfig
 from dist_proxygml.data.damage import Damage
 from dist_proxygml.data.images import ORIENTATION_TAG
 from dist_proxygml.data.pipeline import Batch, EpochOrder, RankShare
@@ -61,6 +61,19 @@ def loader_of(urls: str, *, transform: Transform = RESIZE, **settings: Any) -> S
 
 def numbers_of(batches: list[Batch]) -> list[int]:
     return [int(value) for batch in batches for value in batch.images[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_steps_of_torchvision_draw_from_a_streams_own_seeds(shards: Path, num_workers: int) -> None:
+    step = {"name": "ColorJitter", "brightness": 0.9}
+    config = RandomResizedCropConfig.model_validate({"name": "random_resized_crop", "size": 4, "augment": [step]})
+    transform = build_transform(config)
+    first, again, other = (
+        torch.cat([batch.images for batch in stream(shards, transform=transform, seed=seed, num_workers=num_workers)])
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

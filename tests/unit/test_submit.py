@@ -282,12 +282,12 @@ def publish(config: Config, step: int, *, at: float) -> None:
     os.utime(manifest, (at, at))
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
-def test_the_settings_that_travel_are_those_that_were_validated(config: str) -> None:
-    validated = load_config(ROOT / "configs" / config, ["seed=3"])
-    job = TrainingJob(validated, source=config, resume="auto", uses_gpus=True, cpus_per_task=8, grace=100.0)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=lambda path: path.name)
+def test_the_settings_that_travel_are_those_that_were_validated(path: Path) -> None:
+    validated = load_config(path, ["seed=3"])
+    job = TrainingJob(validated, source=str(path), resume="auto", uses_gpus=True, cpus_per_task=8, grace=100.0)
     arrived = pickle.loads(cloudpickle.dumps(job))
-    assert parse_config(json.loads(json.dumps(arrived.settings)), source=config) == validated
+    assert parse_config(json.loads(json.dumps(arrived.settings)), source=str(path)) == validated
 
 
 def test_a_restart_continues_what_the_job_saved_and_not_what_lay_there_before(tmp_path: Path) -> None:

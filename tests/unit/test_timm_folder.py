@@ -126,7 +126,34 @@ def test_the_card_s_code_for_timm_gives_the_embeddings(tmp_path: Path) -> None:
     check_card(exported(tmp_path, {"name": "timm/test_resnet"}))
 
 
-@pytest.mark.parametrize("transform", [CROP, {"name": "resize", "size": 32}])
+@pytest.mark.parametrize(
+    "transform", [CROP, CROP | {"interpolation": "bicubic"}, {"name": "resize", "size": 32, "interpolation": "bicubic"}]
+)
+def test_the_card_prepares_images_as_the_run_does(tmp_path: Path, transform: dict[str, Any]) -> None:
+    folder = exported(tmp_path, {"name": "timm/test_resnet"}, transform=transform)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 50, 3), dtype=np.uint8)
+    for name in ("first.png", "second.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec(compile(blocks[0], "card", "exec"), names)
+    expected = Embedder.from_run(folder, device="cpu").transform([torch.from_numpy(pixels).permute(2, 0, 1)], ())[0]
+    difference = names["images"][0].astype(int) - expected.numpy().astype(int)
+    assert abs(difference).max() <= 2  # Pillow rounds otherwise
+
+
+def test_a_layer_norm_is_in_the_card_and_a_generalised_mean_is_not_written(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "norm", {"name": "timm/test_resnet", "embedding_norm": "layer_norm"})
+    assert open_trained(folder).export["timm_embedding"] == "beside"
+    check_card(folder)
+    folder = exported(tmp_path / "gem", {"name": "timm/test_resnet", "pooling": "gem"})
+    assert open_trained(folder).export["timm_embedding"] is None
+    Embedder.from_run(folder, device="cpu").embed_prepared(noise())
+
+
+@pytest.mark.parametrize("transform", [CROP, {"name": "resize", "size": 32}, CROP | {"interpolation": "bicubic"}])
 def test_timm_prepares_an_image_as_the_run_does_or_nearly(tmp_path: Path, transform: dict[str, Any]) -> None:
     folder = exported(tmp_path, {"name": "timm/test_resnet"}, transform=transform)
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

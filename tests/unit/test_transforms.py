@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dist_proxygml.config import (
@@ -61,6 +62,8 @@ class Fixed:
         ResizeConfig(name="resize", size=16),
         CenterCropConfig(name="center_crop", resize=20, size=16),
         RandomResizedCropConfig(name="random_resized_crop", size=16, scale=(0.2, 1.0)),
+        RandomResizedCropConfig(name="random_resized_crop", size=16, interpolation="bicubic"),
+        ResizeConfig(name="resize", size=16, interpolation="bicubic"),
         STRONG,
     ],
     ids=lambda config: config.name,
@@ -111,6 +114,37 @@ def test_the_center_crop_takes_the_middle_of_the_resized_image() -> None:
     image[:, :, 15:25] = 200  # the middle quarter of the width
     transform = build_transform(CenterCropConfig(name="center_crop", resize=20, size=10))
     assert torch.equal(transform([image], generators(1))[0], torch.full((3, 10, 10), 200).byte())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pixels_are_interpolated_as_pillow_does_it(interpolation: str) -> None:
+    image = random_images((40, 64))[0]
+    picture, how = Image.fromarray(image.permute(1, 2, 0).numpy()), Image.Resampling[interpolation.upper()]
+
+    def difference(config: TransformConfig, expected: Image.Image) -> int:
+        found = build_transform(config)([image], generators(1))[0].permute(1, 2, 0).numpy().astype(int)
+        return int(abs(found - np.asarray(expected, dtype=int)).max())
+
+    whole = ResizeConfig(name="resize", size=20, interpolation=interpolation)  # type: ignore[arg-type]
+    assert difference(whole, picture.resize((20, 20), how)) <= 1
+    middle = CenterCropConfig(name="center_crop", resize=20, size=16, interpolation=interpolation)  # type: ignore[arg-type]
+    assert difference(middle, picture.resize((32, 20), how).crop((8, 2, 24, 18))) <= 1
+    crop = RandomResizedCropConfig(
+        name="random_resized_crop",
+        size=16,
+        scale=(1.0, 1.0),
+        flip=False,
+        interpolation=interpolation,  # type: ignore[arg-type]
+    )
+    # No crop of the whole area has a ratio below 4/3, so it is the largest central one.
+    assert difference(crop, picture.crop((5, 0, 58, 40)).resize((16, 16), how)) <= 1
+
+
+def test_a_null_that_nobody_filled_in_is_refused() -> None:
+    crop = {"resize": 20, "size": 16, "interpolation": "bicubic"}
+    for name in crop:
+        with pytest.raises(ValueError, match=name):
+            build_transform(CenterCropConfig(name="center_crop", **crop | {name: None}))  # type: ignore[arg-type]
 
 
 def test_a_random_crop_stays_inside_the_image_and_varies_in_place_and_size() -> None:

@@ -1,0 +1,207 @@
+"""Groups by layer and weight decay, frozen stages and adapters: the same on any number of ranks and ZeRO stage, and
+after a stop; and what is stored needs no peft.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.checkpoint.folder import Retention, RunState
+from dist_proxygml.checkpoint.writer import CheckpointWriter, load_backbone
+from dist_proxygml.config import BackboneConfig, Config
+from dist_proxygml.data.pipeline import Batch
+from dist_proxygml.distributed.parallel import ParallelContext
+from tests.harness import run_ranks
+from tests.small_training import NUM_CLASSES, configuration
+
+VIT: dict[str, Any] = {
+    "name": "timm/vit_tiny_patch16_224",
+    "embedding_dim": 8,
+    "options": {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2},
+}
+CNN: dict[str, Any] = {"name": "small_cnn", "embedding_dim": 8, "options": {"width": 4}}
+LAYERS = {"layer_decay": 0.5, "weight_decay_on": "matrices", "weight_decay": 0.3, "name": "adamw"}
+SETTINGS = {"seed": 0}
+STOP, NUM_STEPS, FROZEN_STEP = 2, 4, 1
+
+# backbone, optimizer, and what of the trunk is trained
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
+    "layers": (VIT | {"frozen_stages": 1}, LAYERS, {"blocks.1", "blocks.2", "norm.weight", "norm.bias"}),
+    "adapters": (VIT | {"lora": {"rank": 2, "target_modules": ["qkv", "fc1"]}}, LAYERS, {"adapters"}),
+    "stages": (CNN | {"frozen_stages": 1}, {}, {"2.0", "2.1", "3.0", "3.1"}),
+}
+KEYS = {"layers, 0": ("layers", 0), "layers, 2": ("layers", 2), "adapters, 2": ("adapters", 2)}
+MORE_KEYS = {"layers, 3": ("layers", 3), "adapters, 0": ("adapters", 0), "adapters, 3": ("adapters", 3)}
+MORE_KEYS |= {"stages, 0": ("stages", 0), "stages, 2": ("stages", 2)}
+
+
+def case_config(folder: Path, case: str, stage: int) -> Config:
+    backbone, optimizer, _ = CASES[case]
+    rates = {"backbone_lr": 3e-3, "embedding_lr": 1e-2, "proxies_lr": 1e-2, "eps": 0.01}
+    return configuration(
+        backbone=backbone | {"pretrained": str(folder / f"{case}.safetensors")},
+        optimizer=rates | optimizer,
+        deepspeed={"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}},
+        schedule={"name": "cosine", "warmup_steps": 1},
+        training={"epochs": NUM_STEPS, "batch_size": 12, "frozen_trunk_epochs": [FROZEN_STEP + 1]},  # of one step each
+    )
+
+
+def write_weights(folder: Path) -> None:
+    """Whoever freezes starts from weights."""
+    for case, (backbone, _, _) in CASES.items():
+        torch.manual_seed(5)
+        plain = BackboneConfig.model_validate(backbone | {"lora": None, "frozen_stages": None})
+        save_file(build_backbone(plain).trunk.state_dict(), folder / f"{case}.safetensors")
+
+
+def batch_of(context: ParallelContext, number: int) -> Batch:
+    """A step's 12 images, of which this rank has its part."""
+    size = 12 // context.world_size
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, NUM_CLASSES, (12,), generator=generator)
+    own = slice(context.rank * size, (context.rank + 1) * size)
+    return Batch(images[own], labels[own], torch.arange(12)[own], 12, 12)
+
+
+def part_of(name: str) -> str:
+    """A block, or another part of the trunk, of a parameter; "" outside of it; adapters apart from their blocks."""
+    module, *parts = name.split(".")
+    if module != "trunk":
+        return ""
+    return "adapters" if any(part.startswith("lora_") for part in parts) else ".".join(parts[:2])
+
+
+def trained(
+    context: ParallelContext, config: Config, moving: set[str], checkpoints: Path, start: int
+) -> dict[str, Any]:
+    """Steps from `start`, with checkpoints at the stop and at the end: what they came to."""
+    from dist_proxygml.training.loop import load_state
+    from dist_proxygml.training.step import build_train_state, train_step
+
+    state = build_train_state(config, context, steps_per_epoch=1)
+    if start:
+        load_state(checkpoints / f"step-{start:06d}", state, SETTINGS)
+        state.step = state.schedule_step = start
+    state.engine.module.train()
+    writer = CheckpointWriter(checkpoints, context, Retention(9))
+    rates, losses, before = [], [], {k: v.clone() for k, v in state.engine.full_state_dict().items()}
+    for number in range(start, NUM_STEPS):
+        report = train_step(state, [batch_of(context, number)], measure=True)
+        assert report.terms is not None
+        losses.append(report.terms.total.item())
+        rates.append([group["lr"] for group in state.engine.optimizer.param_groups])
+        if number + 1 in (STOP, NUM_STEPS):
+            run = RunState(number + 1, 0, 0, context.world_size, SETTINGS)
+            parts = {"engine": state.engine, "loss": state.loss, "bank_optimizer": state.bank_optimizer}
+            (saved,) = writer.save(state=run, **parts)  # type: ignore[arg-type]
+        if number in (FROZEN_STEP, NUM_STEPS - 1):  # what has moved, since the step before or over the last ones
+            after = {k: v.clone() for k, v in state.engine.full_state_dict().items()}
+            moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+            statistics = {name for name in moved if "running" in name or "num_batches" in name}
+            assert {part_of(name) for name in statistics} <= moving
+            expected = {""} if number == FROZEN_STEP else {"", *moving}
+            assert {part_of(name) for name in moved - statistics} == expected, (number, moved)
+        if number == FROZEN_STEP - 1:
+            before = {k: v.clone() for k, v in state.engine.full_state_dict().items()}
+    return {
+        "rates": rates,
+        "decays": [group["weight_decay"] for group in state.engine.optimizer.param_groups],
+        "losses": losses,
+        "weights": {name: value.numpy() for name, value in load_file(saved.path / "backbone.safetensors").items()},
+        "proxies": state.bank.proxies.detach().numpy(),
+    }
+
+
+def without_peft(context: ParallelContext, config: Config, checkpoint: Path) -> None:
+    """What a process without peft makes of a checkpoint is what training's own evaluation embeds."""
+    from dist_proxygml.training.evaluate import backbone_of_one_rank
+    from dist_proxygml.training.loop import load_state
+    from dist_proxygml.training.step import build_train_state
+
+    images = batch_of(context, 0).images
+    with torch.no_grad():
+        state = build_train_state(config, context, steps_per_epoch=1)
+        load_state(checkpoint, state, SETTINGS)
+        evaluated = backbone_of_one_rank(state).eval()(images)
+        adapted = state.engine.module.eval()(images)
+        peft = sys.modules["peft"]
+        sys.modules["peft"] = None  # type: ignore[assignment]
+        plain = build_backbone(config.backbone, load_pretrained=False)
+        load_backbone(checkpoint, plain)
+        sys.modules["peft"] = peft
+        assert torch.equal(plain.eval()(images), evaluated)
+        torch.testing.assert_close(adapted, evaluated, rtol=0, atol=1e-5)
+
+
+def all_of(context: ParallelContext, folder: Path, keys: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    """Two ranks train, and go on from their stop; three go on from there, too; one trains, and looks at the end."""
+    found = {}
+    for key, (case, stage) in keys.items():
+        config, moving = case_config(folder, case, stage), CASES[case][2]
+        of_two = folder / "2" / key
+        if context.world_size == 2:
+            found[key] = trained(context, config, moving, of_two, 0)
+            again = trained(context, config, moving, of_two, STOP)
+            for name, value in {**again["weights"], "proxies": again["proxies"]}.items():
+                np.testing.assert_array_equal(value, {**found[key]["weights"], **found[key]}[name], err_msg=name)
+            assert again["losses"] == found[key]["losses"][STOP:]
+        elif context.world_size == 3:
+            found[key] = trained(context, config, moving, of_two, STOP)
+        else:
+            found[key] = trained(context, config, moving, folder / "1" / key, 0)
+            if config.backbone.lora is not None:
+                without_peft(context, config, of_two / f"step-{NUM_STEPS:06d}")
+    return found
+
+
+def whole(ranks: list[dict[str, dict[str, Any]]], key: str) -> dict[str, np.ndarray]:
+    return ranks[0][key]["weights"] | {"proxies": np.concatenate([rank[key]["proxies"] for rank in ranks])}
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], what: str) -> None:
+    """To rounding: sums over images are in another order on other ranks."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=2e-5, err_msg=f"{what}: {name}")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("keys", [KEYS, pytest.param(MORE_KEYS, marks=pytest.mark.ci)], ids=["some", "others"])
+def test_all_is_the_same_on_any_ranks_and_stage_and_after_stops(
+    tmp_path: Path, keys: dict[str, tuple[str, int]]
+) -> None:
+    write_weights(tmp_path)
+    two, one, three = (run_ranks(all_of, ranks, tmp_path, keys, timeout=250) for ranks in (2, 1, 3))
+    for key, (case, _) in keys.items():
+        expected = whole(two, key)
+        assert_close(whole(one, key), expected, f"{key}, one rank")
+        assert_close(whole(three, key), expected, f"{key}, continued on three ranks")
+        other = next(other for other, (its, _) in keys.items() if its == case)
+        assert_close(expected, whole(two, other), f"{key} as {other}")  # of another stage
+        plain = build_backbone(BackboneConfig.model_validate(CASES[case][0]), load_pretrained=False)
+        assert set(expected) == {*plain.state_dict(), "proxies"}
+
+        # The frozen stem and block have no group; other layers have one with weight decay and one without.
+        factors = {"layers": [0.5**2, 0.5**2, 0.5, 0.5], "adapters": [0.5**3, 0.5**2, 0.5], "stages": [1.0]}[case]
+        of_layer = [1e-2] if case == "stages" else [1e-2, 1e-2]
+        decays = {"layers": [0.3, 0.0] * 3, "adapters": [0.3, 0.3, 0.3, 0.3, 0.0], "stages": [0.0, 0.0]}[case]
+        assert two[0][key]["decays"] == decays
+        for number, rates in enumerate(two[0][key]["rates"]):
+            schedule = 1.0 if number == 0 else (1 + np.cos(np.pi * (number - 1) / 3)) / 2
+            trunk = 0.0 if number == FROZEN_STEP else 3e-3 * schedule
+            wanted = [*(trunk * factor for factor in factors), *(rate * schedule for rate in of_layer)]
+            np.testing.assert_allclose(rates, wanted, rtol=1e-12, err_msg=f"{key}, {number}")
+
+        # What lies in a checkpoint, and what another run starts from, is merged.
+        if case == "adapters":
+            base = load_file(tmp_path / "adapters.safetensors")
+            moved = {name for name, value in base.items() if not np.array_equal(expected[f"trunk.{name}"], value)}
+            assert moved == {f"blocks.{n}.{layer}.weight" for n in range(3) for layer in ("attn.qkv", "mlp.fc1")}
