@@ -363,7 +363,7 @@ class BackboneConfig(_Section):
 
     unsaid: ClassVar[Mapping[str, Any]] = {
         **{"mean": None, "std": None, "pooling": "average", "embedding_norm": None},
-        **{"matryoshka_dims": [], "frozen_stages": None, "lora": None},
+        **{"matryoshka_dims": [], "frozen_stages": None, "lora": None, "gradient_checkpointing": False},
     }
 
     name: str = Field(
@@ -414,6 +414,11 @@ class BackboneConfig(_Section):
     lora: LoraConfig | None = Field(
         None, description="Train low-rank adapters and the embedding layer only; null trains the weights themselves."
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep only the inputs of the trunk's blocks and compute the rest again in the backward pass: less "
+        "memory for about a third more time, the same numbers.",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Further options of the named backbone.")
 
     @model_validator(mode="after")
@@ -431,7 +436,7 @@ class BackboneConfig(_Section):
 
     def of_trained_model(self) -> dict[str, Any]:
         """Return what a trained model is built from, as JSON: the settings without those of training alone."""
-        return self.model_dump(mode="json", exclude={"frozen_stages", "lora"})
+        return self.model_dump(mode="json", exclude={"frozen_stages", "lora", "gradient_checkpointing"})
 
     @model_validator(mode="after")
     def _adapters_freeze_everything(self) -> "BackboneConfig":
@@ -689,6 +694,18 @@ class TrainingConfig(_Section):
     frozen_trunk_epochs: list[int] = Field(
         default_factory=list,
         description="Epochs (1-based) that train only embedding layer and proxies; [2] is the published warm-up.",
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the backbone's weights, say 0.999, which is what is evaluated, "
+        "exported and served; null uses the weights of the last step.",
+    )
+    compile: bool = Field(
+        False,
+        description="Run the trunk through torch.compile in training: faster steps after minutes of compilation, the "
+        "same numbers up to rounding and dropout's draws.",
     )
     max_left_out: int = Field(
         3, ge=1, description="Consecutive NaN steps before the run rolls back to its last checkpoint."
@@ -1176,6 +1193,15 @@ class Config(_Section):
         beyond = [epoch for epoch in self.training.frozen_trunk_epochs if not 1 <= epoch <= self.training.epochs]
         if beyond:
             raise ValueError(f"training.frozen_trunk_epochs {beyond} lie outside 1..{self.training.epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_no_average(self) -> "Config":
+        if self.training.ema_decay is not None and self.backbone.lora is not None:
+            raise ValueError(
+                "expected training.ema_decay null with backbone.lora, whose adapters are merged in what a checkpoint "
+                f"averages, so that no run could resume, got {self.training.ema_decay}; remove one of them"
+            )
         return self
 
     @model_validator(mode="after")

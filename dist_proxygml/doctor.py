@@ -257,6 +257,30 @@ def check_kernels() -> Iterator[Finding]:
         yield Finding("ok", "kernels", "one of proxies.fused was compiled and gave the right numbers")
 
 
+def check_compile(config: "Config | None") -> Iterator[Finding]:
+    """training.compile compiles the backbone where it runs; a sum is compiled here if a configuration asks for it."""
+    import torch
+
+    if config is None or not config.training.compile:
+        compiler = shutil.which(os.environ.get("CXX") or "g++")
+        found = (
+            "no C++ compiler is here, so no training.compile"
+            if compiler is None
+            else f"training.compile has {compiler}"
+        )
+        yield Finding("ok", "compile", found)
+        return
+    from dist_proxygml.training.checks import try_compile
+
+    try:
+        try_compile("cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        message, _, remedy = str(error).rpartition("; ")
+        yield Finding("problem", "compile", message, remedy)
+    else:
+        yield Finding("ok", "compile", "training.compile can be used: a sum was compiled and run")
+
+
 def check_shared_memory(config: "Config | None" = None, *, folder: str = "/dev/shm") -> Iterator[Finding]:
     """Loading processes hand their batches over through /dev/shm."""
     if not os.path.isdir(folder):
@@ -414,6 +438,7 @@ def _machine_checks(config: "Config | None") -> list[tuple[str, Callable[[], Ite
         ("communication", check_communication),
         ("compiler", check_compiler),
         ("kernels", check_kernels),
+        ("compile", partial(check_compile, config)),
         ("shared memory", partial(check_shared_memory, config)),
         ("open files", check_open_files),
         ("disk, runs", partial(check_disk, "disk, runs", runs)),

@@ -10,7 +10,8 @@ which casts weights but not running statistics.
 torch.nn.SyncBatchNorm was declined: it does not run on CPUs, and does not mix bf16 weights with float32 statistics. On
 GPUs the operators behind it compute, a kernel for each pass over the images. Each rank sends count, mean and sum of
 squared deviations (joined by the parallel formula of Chan, Golub and LeVeque, 1983; those operators send 1 / standard
-deviation), and in backward two sums per channel.
+deviation), and in backward two sums per channel. Under gradient checkpointing a layer runs a second time in the
+backward pass; the running statistics, which have the batch already, then stay as they are.
 
 Dimension key: b images of this rank, C channels here, W ranks.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_proxygml.backbones.gradient_checkpointing import is_recomputation
 from dist_proxygml.distributed.collectives import all_reduce_sum, gather_rows, world_size_of
 
 
@@ -38,6 +40,8 @@ class GlobalBatchNorm(_BatchNorm):
         self.running_mean, self.running_var = original.running_mean, original.running_var
         self.num_batches_tracked = original.num_batches_tracked
         self.group = group
+        self.is_compiled = world_size_of(group) == 1
+        """Whether torch.compile may trace its training; collectives and recomputations are beyond it."""
         after = [
             getattr(original, name) for name in ("drop", "act") if isinstance(getattr(original, name, None), nn.Module)
         ]
@@ -46,6 +50,15 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x [b, C, ...], in the dtype of x."""
+        if self.training and not self.is_compiled:
+            return self._normalise_eagerly(x)
+        return self._normalise(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _normalise_eagerly(self, x: Tensor) -> Tensor:
+        return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         assert self.running_mean is not None
         assert self.running_var is not None
         wide = torch.promote_types(x.dtype, torch.float32)  # float64 stays what it is
@@ -55,7 +68,11 @@ class GlobalBatchNorm(_BatchNorm):
             y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, False, 0.0, self.eps)
         else:
             assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
+            is_again = not torch.compiler.is_compiling() and is_recomputation()  # of a batch that the statistics have
+            if is_again:
+                mean_C, var_C = mean_C.clone(), var_C.clone()
+            else:
+                self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             if world_size_of(self.group) == 1:
                 y = F.batch_norm(wide_x, mean_C, var_C, weight, bias, True, momentum, self.eps)
@@ -68,7 +85,7 @@ class GlobalBatchNorm(_BatchNorm):
                 with torch.no_grad():
                     mean_C.lerp_(batch_mean_C, momentum)
                     var_C.lerp_(batch_var_C * count / (count - 1), momentum)
-            if mean_C is not self.running_mean:
+            if mean_C is not self.running_mean and not is_again:
                 self.running_mean.copy_(mean_C)
                 self.running_var.copy_(var_C)
         return self.after(y.to(x.dtype))

@@ -14,12 +14,15 @@ conversions of this network say 0.9, which makes them the statistics of about on
 where BatchNorm is frozen).
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dist_proxygml.backbones.gradient_checkpointing import checkpointed
 
 
 class Block(NamedTuple):
@@ -84,16 +87,24 @@ class BNInception(nn.Module):
                 self._add(f"{name}_pool_proj", num_channels, block.projected)
             num_channels = block.num_outputs(num_channels)
         assert num_channels == self.num_features
+        self._call: Callable[..., Tensor] = _plainly
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the stem and of the ten blocks for the backward pass, or everything again."""
+        self._call = checkpointed if enable else _plainly
 
     def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1024 h w"]:
         """Compute the feature map of normalised BGR images of any size."""
+        x = self._call(self._stem, pixels)
+        for name, block in self.blocks.items():
+            x = self._call(self._inception, name, block, x)
+        return x
+
+    def _stem(self, pixels: Tensor) -> Tensor:
         x = self._convolve("conv1_7x7_s2", pixels)
         x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
         x = self._convolve("conv2_3x3", self._convolve("conv2_3x3_reduce", x))
-        x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
-        for name, block in self.blocks.items():
-            x = self._inception(name, block, x)
-        return x
+        return F.max_pool2d(x, 3, stride=2, ceil_mode=True)
 
     def _inception(self, name: str, block: Block, x: Tensor) -> Tensor:
         branches = [] if block.direct is None else [self._convolve(f"{name}_1x1", x)]
@@ -119,3 +130,7 @@ class BNInception(nn.Module):
     def _convolve(self, name: str, x: Tensor) -> Tensor:
         normalised: Tensor = getattr(self, f"{name}_bn")(getattr(self, name)(x))
         return F.relu(normalised, inplace=True)
+
+
+def _plainly(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)

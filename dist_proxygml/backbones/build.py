@@ -25,7 +25,7 @@ import contextlib
 import difflib
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -40,9 +40,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import feature_extraction
 
-from dist_proxygml.backbones.batch_norm import convert_batch_norm
+from dist_proxygml.backbones.batch_norm import GlobalBatchNorm, convert_batch_norm
 from dist_proxygml.backbones.bn_inception import BNInception
 from dist_proxygml.backbones.from_weights import IMAGENET, read_timm_source, resolve_backbone, weight_source
+from dist_proxygml.backbones.gradient_checkpointing import BlockSwitch, Switch, find_blocks, saved_bytes
 from dist_proxygml.backbones.iresnet import SIDE, IResNet, depths
 from dist_proxygml.backbones.layers import freeze_stages_
 from dist_proxygml.backbones.pretrained import efficientnet_lite0_weights, load_weights, read_weight_file
@@ -90,6 +91,13 @@ class GeneralizedMean(nn.Module):
         return cells.pow(1 / p).to(maps.dtype)
 
 
+class CompiledTrunk(NamedTuple):
+    """A trunk's forward pass as torch.compile gives it, for one size of batch."""
+
+    run: Callable[[Tensor], Any]
+    batch_size: int
+
+
 class EmbeddingModel(nn.Module):
     """A trunk with an L2-normalised linear embedding: uint8 RGB [b, 3, H, W] -> float32 [b, D].
 
@@ -121,8 +129,11 @@ class EmbeddingModel(nn.Module):
         norm_features: bool = False,
         frozen_batch_norm: bool = False,
         channels_last: bool = False,
+        checkpointing: Switch | None = None,
     ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing  # on while it trains
+        self._compiled: CompiledTrunk | None = None
         self.preprocessing = preprocessing
         self.trunk = trunk
         self.pool = pool
@@ -147,7 +158,10 @@ class EmbeddingModel(nn.Module):
                 "pass pixels as they are, the model normalises them"
             )
         pixels = self.preprocessing.apply(images, channels_last=self.channels_last)
-        features = _flat_features(self.trunk(pixels.to(_dtype_of(self.trunk))), self.pool, self.pooling)
+        run: Callable[[Tensor], Any] = self.trunk
+        if self.training and self._compiled is not None and len(images) == self._compiled.batch_size:
+            run = self._compiled.run
+        features = _flat_features(run(pixels.to(_dtype_of(self.trunk))), self.pool, self.pooling)
         if self.norm_features:
             wide = torch.promote_types(features.dtype, torch.float32)
             features = F.layer_norm(features.to(wide), features.shape[1:])
@@ -163,7 +177,25 @@ class EmbeddingModel(nn.Module):
         for module in self.modules():
             if isinstance(module, _BatchNorm) and (self.frozen_batch_norm or _is_frozen(module)):
                 module.eval()
+        if self.checkpointing is not None:
+            self.checkpointing(mode)
         return self
+
+    def compile_trunk(self, batch_size: int) -> None:
+        """Let torch.compile run the trunk when it trains on so many images; names of parameters stay.
+
+        A shorter batch, as a rank's last of an epoch may be, runs as before instead of being compiled once more, and so
+        does an evaluation. BatchNorm over several ranks, or with gradient checkpointing, stays outside of what is
+        compiled.
+        """
+        if self.checkpointing is not None:
+            for module in self.modules():
+                if isinstance(module, GlobalBatchNorm):
+                    module.is_compiled = False
+        self._compiled = CompiledTrunk(torch.compile(self._run_trunk, dynamic=False), batch_size)
+
+    def _run_trunk(self, pixels: Tensor) -> Any:
+        return self.trunk(pixels)
 
 
 class RawPixels(EmbeddingModel):
@@ -199,6 +231,7 @@ class Trunk(NamedTuple):
     preprocessing: Preprocessing
     image_size: int  # an image side that the trunk accepts; arbitrary where the architecture does not fix one
     embedding: nn.Module | None = None  # the network's own; None: a linear layer is to be made
+    checkpointing: Switch | None = None  # None: it cannot
 
 
 def build_backbone(
@@ -240,6 +273,8 @@ def build_backbone(
     trunk = _build_trunk(config, load_pretrained=load_pretrained)
     convert_batch_norm(trunk.module, group)
     num_features = _count_features(trunk, config=config)
+    if config.gradient_checkpointing:
+        _check_checkpointing(trunk, config)
     if config.frozen_stages is not None:
         freeze_stages_(trunk.module, config.name, config.frozen_stages)
     if trunk.embedding is not None:
@@ -261,6 +296,7 @@ def build_backbone(
         norm_features=config.embedding_norm == "layer_norm",
         frozen_batch_norm=config.batch_norm == "frozen",
         channels_last=config.channels_last,
+        checkpointing=trunk.checkpointing if config.gradient_checkpointing else None,
     )
 
 
@@ -291,18 +327,22 @@ def _build_trunk(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
         return _build_iresnet(config, load_pretrained=load_pretrained)
     if config.name == "bn_inception":
         _refuse_unknown_options(config, known=())
+        network = BNInception()
         trunk = Trunk(
-            BNInception(),
+            network,
             Preprocessing((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), value_range=255.0, order="BGR"),
             image_size=224,
+            checkpointing=network.set_grad_checkpointing,
         )
     elif config.name == "small_cnn":
         _refuse_unknown_options(config, known=inspect.signature(SmallCnn).parameters)
+        small = SmallCnn(**config.options)
         trunk = Trunk(
-            SmallCnn(**config.options),
+            small,
             # Roughly the statistics of drawings on white; BatchNorm corrects the rest.
             Preprocessing((0.7, 0.7, 0.7), (0.3, 0.3, 0.3)),
             image_size=64,
+            checkpointing=BlockSwitch(find_blocks(small)) if config.gradient_checkpointing else None,
         )
     else:
         own = ["bn_inception", "small_cnn", "raw_pixels", *depths()]
@@ -331,7 +371,13 @@ def _build_iresnet(config: BackboneConfig, *, load_pretrained: bool) -> Trunk:
             load_weights(network, weights, classifiers=classifiers, source=source)
     else:
         embedding = network.split_embedding()
-    return Trunk(network, Preprocessing((0.5,) * 3, (0.5,) * 3), image_size=SIDE, embedding=embedding)
+    return Trunk(
+        network,
+        Preprocessing((0.5,) * 3, (0.5,) * 3),
+        image_size=SIDE,
+        checkpointing=BlockSwitch(find_blocks(network)) if config.gradient_checkpointing else None,
+        embedding=embedding,
+    )
 
 
 def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
@@ -339,6 +385,7 @@ def _build_raw_pixels(config: BackboneConfig) -> RawPixels:
     expected: dict[str, Any] = {"embedding_dim": RawPixelsTrunk.num_features, "pool": 1, "pretrained": None}
     expected |= {"mean": None, "std": None, "pooling": "average", "embedding_norm": None}
     expected |= {"frozen_stages": None, "lora": None}
+    expected |= {"gradient_checkpointing": False}
     for field, value in expected.items():
         if getattr(config, field) != value:
             raise ValueError(
@@ -442,7 +489,12 @@ def _build_timm(name: str, *, config: BackboneConfig, load_pretrained: bool) -> 
     elif is_map and getattr(model, "output_fmt", "NCHW") == "NHWC":
         trunk = ChannelsFirst(model)
     size = options.get("img_size", description["input_size"][-1])
-    return Trunk(trunk, preprocessing, image_size=size if isinstance(size, int) else size[-1])
+    return Trunk(
+        trunk,
+        preprocessing,
+        image_size=size if isinstance(size, int) else size[-1],
+        checkpointing=getattr(model, "set_grad_checkpointing", None),
+    )
 
 
 def _refuse_new_layers(name: str, options: dict[str, Any], source: str | None) -> None:
@@ -504,9 +556,11 @@ def _single_index(value: Any) -> int:
 class TorchvisionFeatureMap(nn.Module):
     """The output [b, F, h, w] of one node of a torchvision model, without the later layers."""
 
-    def __init__(self, model: nn.Module, node: str) -> None:
+    def __init__(self, model: nn.Module, node: str, *, whole: Sequence[type[nn.Module]] = ()) -> None:
+        """Cut a model; modules of the types `whole` stay what they are, and the node is none of theirs."""
         super().__init__()
-        self.model = feature_extraction.create_feature_extractor(model, [node])
+        tracer = {"leaf_modules": list(whole)} if whole else None
+        self.model = feature_extraction.create_feature_extractor(model, [node], tracer_kwargs=tracer)
         self.node = node
 
     def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b F h w"]:
@@ -550,16 +604,23 @@ def _build_torchvision(name: str, *, config: BackboneConfig, load_pretrained: bo
 
     # 3. The part that is used.
     trunk: nn.Module = model
+    blocks = find_blocks(model) if config.gradient_checkpointing else []
     if node is not None:
         try:
-            trunk = TorchvisionFeatureMap(model, node)
+            trunk = TorchvisionFeatureMap(model, node, whole=list({type(block) for block in blocks}))
         except ValueError:
             nodes = feature_extraction.get_graph_node_names(model)[1]
+            inside = " With backbone.gradient_checkpointing it must not lie inside a block." if node in nodes else ""
             raise ValueError(
                 f"{config.name} has no node {node!r} (backbone.options.return_node); did you mean "
-                f"{_nearest(str(node), nodes)}?"
+                f"{_nearest(str(node), nodes)}?{inside}"
             ) from None
-    return Trunk(trunk, Preprocessing(*IMAGENET), image_size=options.get("image_size", 224))
+    return Trunk(
+        trunk,
+        Preprocessing(*IMAGENET),
+        image_size=options.get("image_size", 224),
+        checkpointing=BlockSwitch(blocks) if blocks else None,
+    )
 
 
 def _torchvision_names() -> list[str]:
@@ -593,11 +654,44 @@ def _count_features(trunk: Trunk, *, config: BackboneConfig) -> int:
     return _flat_features(features, config.pool).shape[1]
 
 
+def _check_checkpointing(trunk: Trunk, config: BackboneConfig) -> None:
+    """Refuse a trunk without blocks to checkpoint, or that runs without checkpointing them."""
+    message = (
+        f"expected a backbone with blocks whose activations can be computed again, got {config.name}"
+        f"{f' with {config.options}' if config.options else ''}, which has none; set "
+        "backbone.gradient_checkpointing to false, or choose another network"
+    )
+    if trunk.checkpointing is None:
+        raise ValueError(message)
+    images = torch.empty(1, 3, trunk.image_size, trunk.image_size, device="meta")
+    trunk.module.eval()
+    try:
+        plain = saved_bytes(lambda: _meta_output(trunk.module, images))
+        trunk.checkpointing(True)
+        reduced = saved_bytes(lambda: _meta_output(trunk.module, images))
+    except Exception as error:  # networks say in many ways that they cannot
+        raise ValueError(f"{message} ({type(error).__name__}: {error})") from None
+    finally:
+        with contextlib.suppress(Exception):
+            trunk.checkpointing(False)
+        trunk.module.train()
+    if reduced >= plain:
+        raise ValueError(message)
+
+
 @torch.no_grad()
 def on_meta(module: nn.Module, images: Tensor) -> Any:
     """Run a module on images on the meta device, where tensors have shapes only."""
+    return _meta_output(module, images)
+
+
+def _meta_output(module: nn.Module, images: Tensor) -> Any:
+    """Run a module on images on the meta device, where tensors have shapes only."""
     named = [*module.named_parameters(), *module.named_buffers()]
-    shapes_only = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    shapes_only = {
+        name: torch.empty_like(tensor, device="meta", requires_grad=torch.is_grad_enabled() and tensor.requires_grad)
+        for name, tensor in named
+    }
     return torch.func.functional_call(module, shapes_only, (images,))
 
 

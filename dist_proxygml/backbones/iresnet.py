@@ -13,7 +13,7 @@ backbone.pth loads by strict names. Its preprocessing is (pixel / 255 - 0.5) / 0
 The linear layer and the BatchNorm after it are the embedding layer (`backbone.embedding_dim` numbers), which a warm-up
 epoch trains alone; the scale of that BatchNorm stays 1, as the embedding is normalised anyway. All depths have units of
 two convolutions, so the number of a name counts them (a 50 here is not ResNet-50).
-Declined: other image sizes, which the linear layer would have to be made for, and gradient checkpointing of its own.
+Declined: other image sizes, which the linear layer would have to be made for.
 """
 
 from typing import NamedTuple

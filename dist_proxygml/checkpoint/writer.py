@@ -3,7 +3,8 @@
     step-000800/
         engine/...             backbone and its optimizer, as DeepSpeed writes them
         bank/...               proxies and their optimizer state, through torch.distributed.checkpoint
-        backbone.safetensors   the complete backbone, for evaluation and use elsewhere; adapters are merged
+        backbone.safetensors   the complete backbone, for evaluation and use elsewhere: averaged weights if the run has
+                               them; adapters are merged
         random-rank-000.pt     random generator state of each rank
         state.json             step, position in the data, number of ranks, what the numbers depend on
         MANIFEST.json          size and sha256 of every file above, written last
@@ -59,6 +60,7 @@ from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.gpus import start_thread
 from dist_proxygml.distributed.parallel import ParallelContext, all_gather_object, run_on_rank_zero, run_together
 from dist_proxygml.distributed.row_tensors import as_row_tensor
+from dist_proxygml.distributed.weight_average import WeightAverage
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.global_loss import GlobalLoss
 from dist_proxygml.storage.files import describe_error, remove
@@ -125,7 +127,13 @@ class CheckpointWriter:
         return unreported
 
     def save(
-        self, *, state: RunState, engine: Engine, loss: GlobalLoss, bank_optimizer: torch.optim.Optimizer
+        self,
+        *,
+        state: RunState,
+        engine: Engine,
+        loss: GlobalLoss,
+        bank_optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None = None,
     ) -> list[SavedCheckpoint]:
         """Save a checkpoint; if asynchronous, wait for the pending one, then only start to.
 
@@ -144,11 +152,12 @@ class CheckpointWriter:
                 bank_optimizer=bank_optimizer,
                 context=self._context,
                 retention=self._retention,
+                average=average,
             )
             return [saved]
         self._unreported = self.wait()
         with _nothing_was_written(self._directory / step_name(state.step)):
-            snapshot = _take_snapshot(state, engine, loss, bank_optimizer, self._context, copy=True)
+            snapshot = _take_snapshot(state, engine, loss, bank_optimizer, self._context, average, copy=True)
         published = self.poll()
         self._start(snapshot, self._aside)
         return published
@@ -210,9 +219,12 @@ def save_checkpoint(
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     retention: Retention,
+    average: WeightAverage | None = None,
 ) -> SavedCheckpoint:
     """Write and publish a checkpoint in `directory`, then delete those that `retention` does not keep. Called on all
     ranks.
+
+    With `average` the complete backbone is that of averaged weights.
 
     An earlier checkpoint of the same step stays until this one replaces it.
 
@@ -222,7 +234,7 @@ def save_checkpoint(
             ones are intact.
     """
     with _nothing_was_written(directory / step_name(state.step)):
-        snapshot = _take_snapshot(state, engine, loss, bank_optimizer, context, copy=False)
+        snapshot = _take_snapshot(state, engine, loss, bank_optimizer, context, average, copy=False)
     return _write(snapshot, directory, context, retention)
 
 
@@ -234,8 +246,10 @@ def load_checkpoint(
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
     settings: dict[str, Any],
+    average: WeightAverage | None = None,
 ) -> RunState:
-    """Restore the backbone, the bank, both optimizers and the random state. Called on all ranks.
+    """Restore the backbone, the average of its weights, the bank, both optimizers and the random state. Called on all
+    ranks.
 
     Raises:
         ValueError: the checkpoint's settings differ from `settings`.
@@ -243,6 +257,8 @@ def load_checkpoint(
     state = run_together(context, _check_state, checkpoint, settings)
     failed = f"restore {checkpoint} from a copy, or take another one with --resume PATH: it cannot be loaded"
     _together(context, failed, engine.load, checkpoint)
+    if average is not None:
+        _together(context, failed, average.load, checkpoint / "backbone.safetensors")
     _together(context, failed, _load_bank, loss, bank_optimizer, checkpoint / "bank", context)
     if state.world_size == context.world_size:
         _together(context, failed, _load_random_state, checkpoint, context)
@@ -295,11 +311,12 @@ def _take_snapshot(
     loss: GlobalLoss,
     bank_optimizer: torch.optim.Optimizer,
     context: ParallelContext,
+    average: WeightAverage | None,
     *,
     copy: bool,
 ) -> _Snapshot:
     """Take a snapshot if all numbers are finite; with `copy`, copy it to host memory. Called on all ranks."""
-    weights = merged_weights(engine.full_state_dict(), engine.module)
+    weights = merged_weights((average or engine).full_state_dict(), engine.module)
     tensors = loss.stored_tensors(bank_optimizer)
     bad = all_gather_object(context, _together(context, "numbers", _non_finite, engine, weights, tensors))
     for rank, names in enumerate(bad):

@@ -21,9 +21,10 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_proxygml.config import Config
@@ -35,6 +36,13 @@ from dist_proxygml.faults import fault_point
 # DeepSpeed's timer waits for the GPU twice in every micro-batch, and in every forward pass of an evaluation.
 _WITHOUT_TIMERS = {"timers": {"throughput": {"enabled": False}}}
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # DeepSpeed's spelling
+
+
+class WeightFragment(NamedTuple):
+    """A rank's float32 elements of a flattened parameter, from `offset` on."""
+
+    values: Tensor
+    offset: int
 
 
 class Engine:
@@ -77,6 +85,7 @@ class Engine:
         self._step_was_applied = False
         if self.zero_stage in (1, 2):  # regardless of deepspeed.bf16.check_grad_overflow
             self._engine.optimizer.check_grad_overflow = True
+            _correct_addresses(self._engine.optimizer)
         self._gathered = deepspeed.zero.GatheredParameters
         self._device = context.device
         self._context = context
@@ -308,6 +317,48 @@ class Engine:
                     state[name] = parameter.detach().clone()
         return state
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group of the ranks."""
+        return self._context.group
+
+    @property
+    def has_partitioned_weights(self) -> bool:
+        """Whether a rank updates a part of the float32 weights only."""
+        return not self.updates_plainly and not self._keeps_whole_copies()
+
+    def float32_weights(self) -> dict[str, WeightFragment]:
+        """Return the float32 weights that the optimizer updates on this rank, by parameter: its own memory, valid until
+        the next step. No collective.
+        """
+        optimizer, rank = self._engine.optimizer, self._context.rank
+        trained: dict[str, Any] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if self.updates_plainly:
+            found = {name: WeightFragment(parameter, 0) for name, parameter in trained.items()}
+        elif self._keeps_whole_copies():
+            pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            copies = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+            found = {name: WeightFragment(copies[id(parameter)], 0) for name, parameter in trained.items()}
+        elif self.zero_stage == 3:
+            found = {}
+            for name, parameter in trained.items():
+                values, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
+                offset = min(rank * values.numel(), parameter.ds_numel)
+                found[name] = WeightFragment(values[: parameter.ds_numel - offset], offset)  # without padding
+        else:
+            mappings = {name: parameter._hp_mapping for name, parameter in trained.items()}
+            found = {
+                name: WeightFragment(mapping.get_hp_fragment(), mapping.lp_fragment_address.start)
+                for name, mapping in mappings.items()
+                if mapping is not None
+            }
+        assert all(fragment.values.dtype in (torch.float32, torch.float64) for fragment in found.values())
+        return {name: WeightFragment(values.detach().flatten(), offset) for name, (values, offset) in found.items()}
+
+    def _keeps_whole_copies(self) -> bool:
+        """Whether every rank has float32 copies of all weights, as with bf16 without ZeRO."""
+        return hasattr(self._engine.optimizer, "fp32_groups")
+
 
 class EngineSnapshot:
     """An engine's parameters and optimizer state at one moment: files and their contents."""
@@ -467,6 +518,16 @@ def engine_settings(config: Config, world_size: int) -> dict[str, Any]:
             "expected deepspeed.zero_force_ds_cpu_optimizer false with zero_optimization.offload_optimizer, since the "
             "section optimizer brings torch's own optimizer, got none; set it to false, or remove offload_optimizer"
         )
+    if stage == 3 and config.training.compile:
+        raise ValueError(
+            "expected training.compile false with deepspeed.zero_optimization.stage 3, which fetches the parameters of "
+            "a layer when the layer is called, got true; set it to false, or use stage 1 or 2"
+        )
+    if offload.get("device") == "nvme" and config.training.ema_decay is not None:
+        raise ValueError(
+            "expected weights in memory with training.ema_decay, which averages them after every step, got "
+            "deepspeed.zero_optimization.offload_optimizer.device nvme; offload to cpu, or remove training.ema_decay"
+        )
     autocast_dtype = config.deepspeed.get("torch_autocast", {}).get("dtype")
     if _is_enabled(config.deepspeed, "torch_autocast") and autocast_dtype not in _BFLOAT16:
         # float16: stage 0 calls skipped steps applied, 1 to 3 never lower the scale; null is float16 without a scale
@@ -535,6 +596,29 @@ def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
+
+
+def _correct_addresses(optimizer: Any) -> None:
+    """Correct where DeepSpeed 0.19.8 says that parameters lie in the partitions of stages 1 and 2.
+
+    With round_robin_gradients it flattens them in another order than the one by which it computes their addresses.
+    """
+    if not optimizer.round_robin_gradients:
+        return
+    groups, link = optimizer.bit16_groups, optimizer._link_all_hp_params
+
+    @contextlib.contextmanager
+    def in_order() -> Iterator[None]:
+        optimizer.bit16_groups = optimizer.round_robin_bit16_groups
+        try:
+            yield
+        finally:
+            optimizer.bit16_groups = groups
+
+    optimizer._link_all_hp_params = in_order()(link)  # also called when a checkpoint is loaded
+    optimizer._link_all_hp_params()
+    with in_order():
+        optimizer._param_slice_mappings = optimizer._create_param_mapping()
 
 
 @contextlib.contextmanager

@@ -76,6 +76,8 @@ def check_run(
         raise ValueError("expected an NVIDIA GPU with proxies.fused, got a device of type cpu; set it to false")
     if config.proxies.fused and is_start:
         try_kernels(torch.device("cuda", torch.cuda.current_device()))
+    if config.training.compile and is_start:
+        try_compile("cuda" if device == "cuda" else "cpu")
     settings = engine_settings(config, world_size)
     check_settings(settings)
     if device is not None:
@@ -130,6 +132,23 @@ def check_network(config: Config, batch_size: int, *, load_local: bool) -> Embed
     with unused_adapters_refused(model):
         check_sizes(model, config, batch_size)
     return model
+
+
+def try_compile(device: str) -> None:
+    """Let torch.compile compile a sum for a type of device.
+
+    Raises:
+        ValueError: it cannot, for want of a C++ compiler or, on a GPU, of triton and a C compiler.
+    """
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(3, device=device))
+    except Exception as error:  # of a compiler, a linker, a driver, of many types
+        needs = "triton, a C compiler and Python's headers" if device == "cuda" else "a C++ compiler"
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"expected {needs} with training.compile, but torch.compile fails on a {device}: {reason}; install what is "
+            "missing (Debian, Ubuntu: `apt install g++ python3-dev`), or set training.compile to false"
+        ) from error
 
 
 def try_kernels(device: torch.device) -> None:

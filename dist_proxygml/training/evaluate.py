@@ -65,13 +65,15 @@ def evaluate_run(
 
 
 def backbone_of_one_rank(state: TrainState) -> nn.Module:
-    """Return the state's backbone for forward passes without collectives. Called on all ranks.
+    """Return the state's backbone for forward passes without collectives, with averaged weights if there are any.
+    Called on all ranks.
 
     Forward passes under ZeRO 3 are collective, but ranks that embed a split have different numbers of batches. Adapters
     are merged, as in the checkpoint, so that whoever evaluates that gets the same numbers.
     """
-    if state.engine.zero_stage < 3 and state.config.backbone.lora is None:
+    if state.engine.zero_stage < 3 and state.average is None and state.config.backbone.lora is None:
         return state.engine.module
     model = build_evaluation_model(state.config)
-    model.load_state_dict(merged_weights(state.engine.full_state_dict(), state.engine.module), assign=True)
+    weights = (state.average or state.engine).full_state_dict()
+    model.load_state_dict(merged_weights(weights, state.engine.module), assign=True)
     return model.to(state.context.device)

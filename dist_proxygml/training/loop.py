@@ -172,6 +172,7 @@ class Loop:
                 "scale": None if self.state.loss.log_scale is None else self.state.bank.scale,
                 "gradient_norm_backbone": report.backbone_norm,
                 "gradient_norm_proxies": report.proxies_norm,
+                "searches_given_up": self.state.bank.searches.given_up if self.state.config.proxies.fused else None,
                 "damaged_images": None if self.damage is None else len(self.damage),
             },
         )
@@ -208,6 +209,7 @@ class Loop:
                 engine=state.engine,
                 loss=state.loss,
                 bank_optimizer=state.bank_optimizer,
+                average=state.average,
             )
         self.saved_step = state.step
         self._report_saved(saved)
@@ -265,6 +267,7 @@ def load_state(checkpoint: Path, state: TrainState, settings: dict[str, Any]) ->
         bank_optimizer=state.bank_optimizer,
         context=state.context,
         settings=settings,
+        average=state.average,
     )
 
 

@@ -147,6 +147,7 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
     free |= {"training.cudnn_benchmark", "training.deterministic"}  # the same sums in another order
     free |= {"proxies.selection", "proxies.fused"}  # the same numbers by another route
+    free |= {"backbone.gradient_checkpointing", "training.compile"}
     if config.data.images_per_class is None and config.loss is None:  # the position in the data is a number of images
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}
     if config.proxies.regularization_weight == 0 or config.proxies.regularization_anchors is not None:
@@ -161,4 +162,5 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
     earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
     earlier |= {"data.sampling_power": None, "data.repeated_augmentation": None, "training.float32_matmul": "highest"}
+    earlier |= {"training.ema_decay": None}
     return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}

@@ -9,6 +9,7 @@ The backbone by ZeRO stage, P numbers of which T are trained, over W ranks (Rajb
     weights    P * w             divided by W from stage 3
     gradients  T * w             divided by W from stage 2
     optimizer  T * (8 + master)  divided by W from stage 1
+    average    T * 4             divided by W from stage 1; with training.ema_decay
 
 w is 4 bytes, or 2 with deepspeed.bf16 or fp16, which keep a float32 master copy of 4 bytes; Adam's two moments are
 float32. Buckets and fragmentation come on top.
@@ -40,11 +41,12 @@ class BackboneMemory:
     weights: int
     gradients: int
     optimizer: int
+    average: int = 0
 
     @property
     def total(self) -> int:
         """The sum, without activations."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.average
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class RunPlan:
     num_parameters: int
     num_trained: int
     backbone: BackboneMemory
+    evaluated_bytes: int
+    """The backbone that is evaluated, beside the one that is trained; 0 if they are the same."""
     checkpoint_bytes: int
     num_checkpoints: int
     """Maximum number on disk at a time, including the one being written."""
@@ -102,7 +106,13 @@ class RunPlan:
                 ("weights", format_bytes(self.backbone.weights)),
                 ("gradients", format_bytes(self.backbone.gradients)),
                 ("optimizer state", format_bytes(self.backbone.optimizer)),
+                *([("averaged weights", format_bytes(self.backbone.average))] if self.backbone.average else []),
                 ("together", format_bytes(self.backbone.total)),
+                *(
+                    [("in an evaluation: backbone", format_bytes(self.evaluated_bytes))]
+                    if self.backbone.average
+                    else []
+                ),
                 ("in an evaluation: embeddings", size),
             ],
             f"disk, in {self.runs_dir}": [
@@ -141,6 +151,7 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
     num_parameters, num_trained = _count_parameters(config)
     memory = plan_backbone(config, num_parameters=num_parameters, num_trained=num_trained, world_size=world_size)
     whole = plan_backbone(config, num_parameters=num_parameters, num_trained=num_trained, world_size=1)
+    evaluated = 4 * num_parameters if training.ema_decay is not None else 0  # float32
     kept = keep.keep_last + (keep.keep_best is not None and config.is_evaluated)
     if keep.keep_every is not None and num_steps is not None:
         kept += num_steps // keep.keep_every
@@ -154,8 +165,9 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
         num_parameters=num_parameters,
         num_trained=num_trained,
         backbone=memory,
-        # the engine's weights and optimizer, the bank with its own, the weights once more as safetensors
-        checkpoint_bytes=2 * whole.weights + whole.optimizer + bank_bytes,
+        evaluated_bytes=evaluated,
+        # the engine's weights and optimizer, the bank with its own, the evaluated backbone as safetensors
+        checkpoint_bytes=whole.weights + whole.optimizer + bank_bytes + (evaluated or whole.weights),
         num_checkpoints=kept + 1,
         runs_dir=config.runs_dir,
         free_bytes=shutil.disk_usage(_existing(config.run_directory)).free,
@@ -175,6 +187,7 @@ def plan_backbone(config: Config, *, num_parameters: int, num_trained: int, worl
         weights=share(num_parameters * width, 3),
         gradients=share(num_trained * width, 2),
         optimizer=share(num_trained * (_MOMENTS + master), 1),
+        average=0 if config.training.ema_decay is None else share(num_trained * 4, 1),
     )
 
 

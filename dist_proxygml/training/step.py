@@ -25,6 +25,7 @@ from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum
 from dist_proxygml.distributed.engine import Engine, engine_settings
 from dist_proxygml.distributed.gpus import exact_products
 from dist_proxygml.distributed.parallel import ParallelContext, run_together
+from dist_proxygml.distributed.weight_average import WeightAverage
 from dist_proxygml.faults import fault_point
 from dist_proxygml.head.choices import Head
 from dist_proxygml.head.global_loss import GlobalLoss
@@ -61,6 +62,7 @@ class TrainState:
     step: int = 0  # completed optimizer steps, at whatever batch sizes
     schedule_step: int = 0  # the same position in steps of this batch size, for schedules
     consumed: int = 0  # consumed images of this epoch
+    average: WeightAverage | None = None  # of the backbone's weights, if configured
 
     @property
     def is_finished(self) -> bool:
@@ -167,6 +169,8 @@ def build_train_state(
 
     model = run_together(context, build_model).to(context.device)
     model.keeps_lengths = _needs_lengths(config)
+    if config.training.compile:
+        model.compile_trunk(config.micro_batch_size(context.world_size))
     loss = build_loss(config, context)
     groups = build_groups(config, model)
     engine = Engine(
@@ -176,6 +180,8 @@ def build_train_state(
         context=context,
         outside=loss.parameters(),
     )
+    decay = config.training.ema_decay
+    average = None if decay is None else WeightAverage(engine, decay)
     num_steps = steps_per_epoch * config.training.epochs
     torch.manual_seed(config.seed + context.rank)  # dropout: a different mask per image
     return TrainState(
@@ -191,6 +197,7 @@ def build_train_state(
         ),
         num_steps=min(num_steps, config.training.max_steps or num_steps),
         steps_per_epoch=steps_per_epoch,
+        average=average,
     )
 
 
@@ -255,10 +262,12 @@ def train_step(
         )
     assert bank is not None
 
-    # 2. The bank steps where the engine stepped.
+    # 2. The bank and the average of the weights step where the engine stepped.
     fault_point("step.update")
     if state.engine.step_was_applied():
         state.bank_optimizer.step()
+        if state.average is not None:
+            state.average.update(state.step)
         if config.proxies.unit_norm:
             bring_to_unit_length_(state.bank.proxies, classes_u=bank.kept_classes)
     elif failure is None and not state.engine.scales_loss:
