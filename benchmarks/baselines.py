@@ -26,6 +26,7 @@ from dist_proxygml.head.partition import ClassPartition
 
 # Proxies of a chunk of the bare product: 8 MB of similarities at 64 images. Neither half nor twice as many is faster.
 _CHUNK = 1 << 15
+_SIMILARITIES_ON_GPU = 1 << 26
 
 METRIC_LEARNING_LOSSES = {
     "normalized_softmax": "NormalizedSoftmaxLoss",
@@ -37,18 +38,24 @@ METRIC_LEARNING_LOSSES = {
 class BareProduct:
     """Every similarity X @ P.T once, each chunk written over the one before; no gradient.
 
+    On a CPU chunks stay in its cache. A GPU gets as many proxies in one product as 256 MiB of similarities allow, and
+    the bank in the type of the factors from the start: what it is compared with is the product at the GPU's limit, not
+    the launches of small ones.
+
     Args:
-        proxies_PD: the bank; not copied.
+        proxies_PD: the bank; not copied, but on a GPU where `matmul_dtype` is another type.
         batch_size: B.
-        matmul_dtype: of the factors, which are rounded chunk by chunk.
+        matmul_dtype: of the factors, on a CPU rounded chunk by chunk.
         onednn: by the product that the head uses on CPUs (head/matmul.py), instead of torch.mm; float32 only.
     """
 
     def __init__(self, proxies_PD: Tensor, *, batch_size: int, matmul_dtype: torch.dtype, onednn: bool = False) -> None:
-        self.proxies_PD = proxies_PD
+        on_gpu = proxies_PD.device.type != "cpu"
+        self.proxies_PD = proxies_PD.to(matmul_dtype) if on_gpu else proxies_PD
         self.onednn = onednn
         self.matmul_dtype = matmul_dtype
-        self.similarity_wB = proxies_PD.new_empty(min(_CHUNK, len(proxies_PD)), batch_size, dtype=matmul_dtype)
+        self.chunk = max(_CHUNK, _SIMILARITIES_ON_GPU // batch_size) if on_gpu else _CHUNK
+        self.similarity_wB = proxies_PD.new_empty(min(self.chunk, len(proxies_PD)), batch_size, dtype=matmul_dtype)
 
     @torch.no_grad()
     def __call__(self, embeddings_BD: Tensor) -> None:
@@ -58,7 +65,7 @@ class BareProduct:
                 product(chunk_wD, embeddings_BD)
             return
         embeddings_DB = embeddings_BD.to(self.matmul_dtype).T
-        for chunk_wD in self.proxies_PD.split(_CHUNK):
+        for chunk_wD in self.proxies_PD.split(self.chunk):
             torch.mm(chunk_wD.to(self.matmul_dtype), embeddings_DB, out=self.similarity_wB[: len(chunk_wD)])
 
 

@@ -273,12 +273,13 @@ def by_rule(rows: Sequence["Row"]) -> tuple[list[str], dict[int, dict[str, "Row"
 
 
 def pick_rule(cells: Mapping[int, Mapping[str, "Row"]], lines: Lines) -> str:
-    """The rule with the highest MAP@R on validation classes, averaged over batches and seeds."""
+    """The rule with the highest MAP@R on validation classes, over seeds and the batches that all rules have."""
     means: dict[str, list[float]] = {}
     for of_batch in cells.values():
-        for rule, row in of_batch.items():
-            if found := values_of(row, lines, metric("map@r", on="validation")):
-                means.setdefault(rule, []).append(statistics.fmean(found.values()))
+        found = {rule: values_of(row, lines, metric("map@r", on="validation")) for rule, row in of_batch.items()}
+        if all(found.values()):
+            for rule, values in found.items():
+                means.setdefault(rule, []).append(statistics.fmean(values.values()))
     return max(means, key=lambda rule: statistics.fmean(means[rule]))
 
 

@@ -50,6 +50,7 @@ from benchmarks.baselines import (
 from dist_proxygml import Head as Choices
 from dist_proxygml import ProxyGMLLoss, ProxyLoss
 from dist_proxygml.distributed.memory import peak_memory
+from dist_proxygml.head.bank import FusedSearches
 from dist_proxygml.head.optim import RowwiseAdagrad
 
 MIB = 1 << 20
@@ -112,6 +113,7 @@ class Head(NamedTuple):
 
     loss: Callable[[Tensor, Tensor], Tensor]
     parameters: list[nn.Parameter]
+    searches: FusedSearches | None = None
 
 
 def main() -> None:
@@ -265,6 +267,7 @@ def measure_head(head_name: str, optimizer_name: str, size: Size, settings: Sett
         "step_over_product": statistics.median(t[3] / t[4] for t in times),
         **memory,
         "loss": losses[0],
+        "searches_given_up": None if head.searches is None else head.searches.given_up,
         "steps": len(times),
     }
 
@@ -337,7 +340,8 @@ def build_head(name: str, size: Size, device: str, *, sparse: bool) -> Head:
             sparse=sparse,
         ).to(device)
         if name in PROXYGML:
-            return Head(lambda embeddings, labels: proxygml(embeddings, labels).total, [proxygml.proxies])
+            searches = proxygml.searches if proxygml.fused else None
+            return Head(lambda embeddings, labels: proxygml(embeddings, labels).total, [proxygml.proxies], searches)
         module: nn.Module = PublishedProxyGML(
             proxygml.proxies.detach().flatten(0, 1),
             num_classes=size.num_classes,
@@ -506,6 +510,8 @@ def print_row(row: Row) -> None:
         f"{number(row['peak_mib'], 10, 0)}{number(row['extra_mib'], 8, 0)}{number(row.get('loss'), 10, 4)}",
         flush=True,
     )
+    if row.get("searches_given_up"):
+        print(f"{start}  the kernels' search was given up {row['searches_given_up']} times: a larger memory budget")
 
 
 def number(value: float | None, width: int, digits: int) -> str:

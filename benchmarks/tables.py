@@ -51,7 +51,7 @@ SHORT = (
 
 # ---- learning rates when the batch grows -----------------------------------------------------------------------------
 
-BATCHES = (32, 64, 128, 256, 512, 1024)
+BATCHES = (32, 64, 128, 256, 512)
 # Factors on the rates of backbone and proxies for a batch that is so many times as large.
 RULES: dict[str, Callable[[float], tuple[float, float]]] = {
     "fixed": lambda times: (1.0, 1.0),

@@ -23,6 +23,7 @@ import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ KERNELS = {
     "sym_size is_coalesced _coalesced_ _sparse_coo_tensor_unsafe _sparse_coo_tensor_with_dims_and_tensors".split(),
     0,
 )
+STREAM = SimpleNamespace(synchronize=lambda: None)  # there is one, and it is always done
 MOVES = {"copy_", "_to_copy", "copy"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # Beside pointwise operators, those that take a 0-dimensional tensor of the host.
@@ -143,6 +145,12 @@ class OnDevice(torch.Tensor):
     def __array__(self, dtype: Any = None) -> Any:
         return self.numpy()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.cpu().detach().__reduce_ex__(protocol)  # as what reads it will have it: on the host
+
+    def __deepcopy__(self, memo: Any) -> "OnDevice":
+        return OnDevice(self.inner.detach().clone())
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _current().run(func, args, kwargs or {})
@@ -190,6 +198,12 @@ class StandIn(TorchDispatchMode):
             "current_device": lambda: 0,
             "set_device": lambda device: None,
             "get_device_capability": lambda device=None: (9, 0),
+            "get_device_name": lambda device=None: "stand-in",
+            "get_device_properties": lambda device=None: SimpleNamespace(
+                name="stand-in", total_memory=80 << 30, major=9, minor=0, multi_processor_count=132, uuid="0"
+            ),
+            "current_stream": lambda device=None: STREAM,
+            "stream": lambda stream: contextlib.nullcontext(),
             "synchronize": lambda device=None: self.count("synchronize", waits=1),
             "empty_cache": lambda: None,
             "mem_get_info": lambda device=None: (70 << 30, 80 << 30),
@@ -238,6 +252,8 @@ class StandIn(TorchDispatchMode):
             return tree_map(
                 lambda value: OnDevice(value) if isinstance(value, Tensor) else value, func(*args, **kwargs)
             )
+        if name == "_pin_memory":
+            return args[0]
         if not ours and not asks:
             return func(*args, **kwargs)
         hosts = [value for value in flat if isinstance(value, Tensor) and not isinstance(value, OnDevice)]

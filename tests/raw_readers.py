@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from dist_proxygml.data.images import ORIENTATION_TAG
+from tests.drawn_fonts import strokes, write_font
 from tests.face_records import face_pairs, face_records
 from tests.raw_downloads import Layout, cars_one_folder, cub, msmt17, write_lines
 
@@ -174,6 +175,13 @@ def people(root: Path) -> list[str]:
     return ["market1501", "--data", str(root), "--allow-partial"]
 
 
+def glyphs(root: Path) -> list[str]:
+    """Fonts of rectangles."""
+    for name in "ABCD":
+        write_font(root / "fonts" / f"{name}.ttf", {c: strokes(f"{name}/{c}") for c in "abcdefghijkl"}, name)
+    return ["glyphs", "--fonts", str(root / "fonts")]
+
+
 READERS: dict[str, Callable[[Path], list[str]]] = {
     "imagefolder": imagefolder,
     "split folders": split_folders,
@@ -188,4 +196,5 @@ READERS: dict[str, Callable[[Path], list[str]]] = {
     "msmt17": partial(published, "msmt17", msmt17),
     "recordio": recordio,
     "hf": hf,
+    "glyphs": glyphs,
 }

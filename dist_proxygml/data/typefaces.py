@@ -212,7 +212,11 @@ def _named(font: Any, name_id: int) -> str:
 def _licence_files(path: Path, root: Path) -> tuple[Path, ...]:
     """The files that are named as licences are, in the folder nearest to the font, up to the one that was given."""
     for folder in path.parents:
-        found = sorted(file for file in folder.iterdir() if _LICENCE.fullmatch(file.name) and file.is_file())
+        found = sorted(
+            file
+            for file in folder.iterdir()
+            if _LICENCE.fullmatch(file.name) and file.is_file() and not file.is_symlink()
+        )
         if found or folder == root:
             return tuple(found)
     return ()

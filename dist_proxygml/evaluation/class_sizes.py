@@ -52,10 +52,9 @@ def group_by_size(
         size_q: images of the query's class, at least 0.
     """
     group_q = np.searchsorted(_LAST, size_q)
-    by_group_q = np.argsort(group_q, kind="stable")
-    numbers, starts = np.unique(group_q[by_group_q], return_index=True)
     groups = []
-    for number, members_q in zip(numbers.tolist(), np.split(by_group_q, starts[1:]), strict=True):
+    for number in np.unique(group_q).tolist():
+        members_q = np.flatnonzero(group_q == number)
         groups.append(
             SizeGroup(
                 first=_LAST[number - 1] + 1 if number else 0,

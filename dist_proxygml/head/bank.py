@@ -7,6 +7,7 @@ Dimension key: p proxies, n pairs, D embedding.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,15 @@ class Pairs(NamedTuple):
     """[n]."""
 
 
+@dataclass
+class FusedSearches:
+    """What became of the searches by the kernels of fused.py; counted on the host, which knows it anyway."""
+
+    done: int = 0
+    given_up: int = 0
+    """Of them, those with more pairs than fit the budget, which torch's operators did again."""
+
+
 class Bank(NamedTuple):
     """Proxies to compare with."""
 
@@ -37,13 +47,21 @@ class Bank(NamedTuple):
     """bfloat16 rounds the inputs of products; sums keep the precision of the proxies."""
     fused: bool = False
     """Whether to use the kernels of fused.py."""
+    searches: FusedSearches | None = None
+    """Where to count those of the kernels."""
 
 
-def build_bank(proxies_pD: Tensor, *, matmul_dtype: torch.dtype = torch.float32, fused: bool = False) -> Bank:
+def build_bank(
+    proxies_pD: Tensor,
+    *,
+    matmul_dtype: torch.dtype = torch.float32,
+    fused: bool = False,
+    searches: FusedSearches | None = None,
+) -> Bank:
     """Build a bank from unnormalised proxies [p, D]; lengths are clamped to at least 1e-12, as in F.normalize.
 
     The inverse length of a proxy with a NaN or infinite element is NaN.
     """
     norm_p = torch.linalg.vector_norm(proxies_pD, dim=1)
     norm_p.masked_fill_(norm_p == math.inf, math.nan)
-    return Bank(proxies_pD, norm_p.clamp_min_(NORM_FLOOR).reciprocal_(), matmul_dtype, fused)
+    return Bank(proxies_pD, norm_p.clamp_min_(NORM_FLOOR).reciprocal_(), matmul_dtype, fused, searches)

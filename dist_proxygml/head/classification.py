@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_proxygml.distributed.collectives import all_reduce_max, all_reduce_sum
-from dist_proxygml.head.bank import Bank, Pairs, build_bank
+from dist_proxygml.head.bank import Bank, FusedSearches, Pairs, build_bank
 from dist_proxygml.head.class_scores import ClassScore, masked_scores, scores, scores_of_groups
 from dist_proxygml.head.margins import Margin
 from dist_proxygml.head.matmul import product
@@ -100,6 +100,7 @@ class Subgraph(NamedTuple):
     """Classes of the proxies passed in."""
     row_counts: Sequence[int]
     fused: bool
+    searches: FusedSearches
     sparse: bool
     observer: Callable[[KeptPairs | KeptMatrix], None] | None
 
@@ -250,7 +251,12 @@ class _KeptProxies(torch.autograd.Function):
     def forward(ctx, embeddings_RD, proxies_cND, scale, own_class_R, quality_R, settings):  # type: ignore[no-untyped-def]
         num_rows, (num_classes, num_per_class, _) = len(embeddings_RD), proxies_cND.shape
         subgraph, scoring = settings.subgraph, settings.scoring
-        bank = build_bank(proxies_cND.flatten(0, 1), matmul_dtype=settings.matmul_dtype, fused=subgraph.fused)
+        bank = build_bank(
+            proxies_cND.flatten(0, 1),
+            matmul_dtype=settings.matmul_dtype,
+            fused=subgraph.fused,
+            searches=subgraph.searches,
+        )
 
         # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
         first_proxy_R = own_class_R * num_per_class

@@ -36,6 +36,8 @@ from dist_proxygml.head.bank import Bank, Pairs
 # Pairs of a row summed by one program: long rows are spread over many programs, and a partial sum (D numbers) is small
 # compared with its pairs.
 _SEGMENT = 1024
+# Of a pair that is found: key and similarity, their sorted copies, row and proxy, and what sorting takes.
+BYTES_PER_PAIR = 64
 
 
 def pairs_above(
@@ -47,10 +49,12 @@ def pairs_above(
     *,
     matmul_dtype: torch.dtype,
     capacity: int,
+    most: int | None = None,
 ) -> Pairs | None:
-    """Find all pairs with S > their row's floor, sorted by row, then by proxy; None if there are over `capacity`.
+    """Find all pairs with S > their row's floor, sorted by row, then by proxy; None if there are too many.
 
-    Synchronises with the device once, to read the number of pairs.
+    Synchronises with the device once, to read the number of pairs. Where that is over the capacity but at most `most`,
+    the kernel runs again, with room for them all.
 
     Args:
         embeddings_RD: rows, float32.
@@ -59,7 +63,8 @@ def pairs_above(
         floor_R: exclusive lower bound of S.
         excluded_R2: int64, range [first, stop) of the proxies excluded for each row; may lie outside the bank.
         matmul_dtype: float32, or bfloat16 to round the inputs of products, the bank's tile by tile.
-        capacity: maximum number of pairs, 12 bytes each.
+        capacity: number of pairs that there is room for, 12 bytes each, and their sorted copy.
+        most: maximum number; None: `capacity`.
     """
     assert embeddings_RD.dtype == proxies_pD.dtype == torch.float32
     assert proxies_pD.is_contiguous()  # must not be copied
@@ -88,6 +93,16 @@ def pairs_above(
                 **tile,
             )
     count = int(num_found)
+    if capacity < count <= (most or 0):
+        return pairs_above(
+            embeddings_RD,
+            proxies_pD,
+            inverse_norm_p,
+            floor_R,
+            excluded_R2,
+            matmul_dtype=matmul_dtype,
+            capacity=count,
+        )
     if count > capacity:
         return None
     key_n, order_n = key_n[:count].sort()

@@ -52,7 +52,7 @@ from dist_proxygml.distributed.collectives import (
     world_size_of,
 )
 from dist_proxygml.distributed.row_tensors import as_row_tensor, own_rows
-from dist_proxygml.head.bank import NORM_FLOOR
+from dist_proxygml.head.bank import NORM_FLOOR, FusedSearches
 from dist_proxygml.head.choices import Head
 from dist_proxygml.head.classification import (
     KeptMatrix,
@@ -145,6 +145,8 @@ class ProxyLoss(GlobalLoss):
     proxies: nn.Parameter
     """[c, N, D], unnormalised: the proxies of this rank's classes."""
     partition: ClassPartition
+    searches: FusedSearches
+    """How often the kernels searched with `fused`, and how often in vain."""
     observer: Callable[[KeptPairs | KeptMatrix], None] | None
     """Called with the kept pairs of each forward pass of a top-k head, on every rank; must not change them. A
     `KeptMatrix` has the same `negatives`, `positives` and `partition`.
@@ -223,6 +225,7 @@ class ProxyLoss(GlobalLoss):
         self.memory_budget = memory_budget
         self.matmul_dtype = matmul_dtype
         self.fused = fused
+        self.searches = FusedSearches()
         self.matryoshka_dims = tuple(matryoshka_dims)
         self.sparse = sparse
         self.seed = seed
@@ -435,6 +438,7 @@ class ProxyLoss(GlobalLoss):
                 partition=partition,
                 row_counts=row_counts,
                 fused=self.fused,
+                searches=self.searches,
                 sparse=self.sparse,
                 observer=self.observer,
             )

@@ -261,6 +261,8 @@ def _pairs_above(
     if bank.fused:
         from dist_proxygml.head import fused  # triton is not available on every machine
 
+        num_rows = len(embeddings_RD)
+        likely = 1024 + 13 * num_rows * expected_pairs(num_wanted, len(bank.proxies)) // 10
         pairs = fused.pairs_above(
             embeddings_RD,
             bank.proxies,
@@ -268,8 +270,12 @@ def _pairs_above(
             floor_R,
             excluded_R2,
             matmul_dtype=bank.matmul_dtype,
-            capacity=most,
+            capacity=min(likely, num_rows * len(bank.proxies)),
+            most=max(likely, memory_budget // fused.BYTES_PER_PAIR),
         )
+        if bank.searches is not None:
+            bank.searches.done += 1
+            bank.searches.given_up += pairs is None
         if pairs is not None:
             return pairs
     group = _GROUP if 4 * _GROUP * num_wanted <= len(bank.proxies) else 1  # where most groups hold none

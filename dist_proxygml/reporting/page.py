@@ -157,6 +157,7 @@ def write_report(run_directory: Path, index: ShardIndex | None) -> Path:
         pictures=pictures,
         reason=reason,
         verified=verification_part(rows),
+        sizes=_class_sizes(rows),
         proxies=proxy_statistics(run_directory / "proxies"),
         charts=_charts(run),
         configuration=quoted(json.dumps(run.config, indent=2)) if run.config else None,
@@ -187,6 +188,20 @@ def _measured(result: EvaluationResult) -> dict[str, Any]:
             if value is not None and name not in ("format", "num")
         },
     }
+
+
+def _class_sizes(rows: Mapping[str, EvaluationResult]) -> dict[str, Any] | None:
+    """Return the page's data on small and large classes, from the last result and beside it the others; None if all
+    classes are of similar size.
+    """
+    results = list(rows.values())
+    tables = []
+    for name, groups in results[-1].class_sizes.items() if results else ():
+        if len(groups) > 1:
+            others = [{group.first: group for group in result.class_sizes.get(name, ())} for result in results]
+            recalls = [[other.get(group.first) for other in others] for group in groups]
+            tables.append({"of": name, "lines": list(zip(groups, recalls, strict=True))})
+    return {"columns": list(rows), "tables": tables} if tables else None
 
 
 # ---- images -------------------------------------------------------------------------------------

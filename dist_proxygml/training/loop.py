@@ -172,6 +172,7 @@ class Loop:
                 "scale": None if self.state.loss.log_scale is None else self.state.bank.scale,
                 "gradient_norm_backbone": report.backbone_norm,
                 "gradient_norm_proxies": report.proxies_norm,
+                "searches_given_up": self.state.bank.searches.given_up if self.state.config.proxies.fused else None,
                 "damaged_images": None if self.damage is None else len(self.damage),
             },
         )

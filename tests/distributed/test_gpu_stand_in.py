@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 
+from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.config import BackboneConfig
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from dist_proxygml.head.statistics import ProxyStatistics, ProxyUse
 from tests.gpu_stand_in import StandIn
@@ -90,3 +93,24 @@ def test_the_use_of_proxies_is_what_it_is_on_cpus() -> None:
     assert 0 < expected.num_dead < 27
     for found in run_ranks(use_on_both, 2):
         assert found == [expected, expected]
+
+
+def launches_of_a_network(context: ParallelContext) -> tuple[int, int, int]:
+    """Of BN-Inception forward and backward: launches, waits, collectives."""
+    with StandIn() as gpu:
+        settings = BackboneConfig(name="bn_inception", embedding_dim=16, batch_norm="train")
+        model = build_backbone(settings, group=context.group).to("cuda").train()
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8).to("cuda")
+        gpu.clear()
+        model(images).sum().backward()
+        assert all(parameter.grad.device.type == "cuda" for parameter in model.parameters())
+        return gpu.num_launches, gpu.num_synchronisations, gpu.num_collectives
+
+
+@pytest.mark.parametrize(("world_size", "most_launches"), [(1, 640), pytest.param(2, 1330, marks=pytest.mark.ci)])
+def test_a_network_waits_for_nothing_and_communicates_twice_a_layer(world_size: int, most_launches: int) -> None:
+    num_layers = 69  # with batch norm
+    for launches, waits, collectives in run_ranks(launches_of_a_network, world_size):
+        assert launches <= most_launches
+        assert waits == 0
+        assert collectives == (0 if world_size == 1 else 2 * num_layers)  # statistics, and their gradients

@@ -135,7 +135,7 @@ def test_pairs_above_takes_little_memory(matmul_dtype: torch.dtype) -> None:
     num_rows, num_proxies, num_wanted = 1024, 200_003, 100
     embeddings_RD = F.normalize(normal(num_rows, 64, seed=0))
     bank = build_bank(normal(num_proxies, 64, seed=1), matmul_dtype=matmul_dtype)
-    floor_R = similarity._guess_floor(embeddings_RD, bank, num_wanted)
+    floor_R = similarity._guess_floor(embeddings_RD, bank, num_wanted, 1 << 28)
     arguments = embeddings_RD, bank.proxies, bank.inverse_norm, floor_R, nothing_excluded(num_rows)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -221,6 +221,13 @@ def test_the_bare_product_goes_through_every_chunk(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(product.similarity_wB, torch.cat([similarity_PB[8:], similarity_PB[6:8]]))
 
 
+def test_the_bare_product_of_a_gpu_is_one_of_factors_that_are_rounded_already() -> None:
+    on_gpu = BareProduct(torch.empty(1 << 16, 3, device="meta"), batch_size=64, matmul_dtype=torch.bfloat16)
+    assert on_gpu.proxies_PD.dtype == torch.bfloat16
+    assert on_gpu.chunk == len(on_gpu.proxies_PD.split(on_gpu.chunk)[0]) * 16 == 1 << 20  # all of them at once
+    assert on_gpu.similarity_wB.shape == (1 << 16, 64)
+
+
 def test_the_class_softmax_is_a_cross_entropy_over_the_classes_it_looks_at() -> None:
     torch.manual_seed(0)
     embeddings, labels = F.normalize(torch.randn(4, 5), dim=1), torch.tensor([3, 6, 3, 5])

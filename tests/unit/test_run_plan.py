@@ -108,6 +108,21 @@ def test_averaged_weights_are_counted_with_the_backbone_that_is_evaluated(
     assert "averaged weights" not in str(plain)
 
 
+def test_frozen_parameters_have_no_gradient_and_no_optimizer_state() -> None:
+    whole = plan_run(demo(), world_size=1, bank_bytes=0)
+    assert "trained of them" not in str(whole)
+    frozen = demo("backbone.pretrained=weights.pth", "backbone.frozen_stages=1")
+    plan = plan_run(frozen, world_size=1, bank_bytes=0)
+    stem_and_stage = (27 * 24 + 2 * 24) + (9 * 24 * 48 + 2 * 48)  # 3 x 3 convolutions and their BatchNorm
+    assert (plan.num_parameters, plan.num_trained) == (whole.num_parameters, whole.num_parameters - stem_and_stage)
+    assert plan.backbone == BackboneMemory(4 * plan.num_parameters, 4 * plan.num_trained, 8 * plan.num_trained)
+    assert f"trained of them{plan.num_trained:>29,}" in str(plan)
+    vit = '{"name": "timm/vit_tiny_patch16_224", "embedding_dim": 128, "pretrained": "timm", "lora": {"rank": 2}}'
+    adapted = plan_run(demo(f"backbone={vit}"), world_size=1, bank_bytes=0)
+    adapters = 12 * (2 * (192 + 576) + 2 * (192 + 192))  # A and B of qkv and proj, in each block
+    assert adapted.num_trained == adapters + 192 * 128 + 128
+
+
 def test_checkpoints_are_counted_and_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_plan, "_count_parameters", lambda config: (1000, 800))
     plan = plan_run(demo(), world_size=2, bank_bytes=50)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
@@ -290,6 +291,22 @@ def test_the_settings_that_travel_are_those_that_were_validated(path: Path) -> N
     assert parse_config(json.loads(json.dumps(arrived.settings)), source=str(path)) == validated
 
 
+@pytest.mark.parametrize("uses_gpus", [True, False])
+def test_a_job_insists_on_the_gpus_that_it_asked_for(uses_gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = SimpleNamespace(
+        **{"USR_SIG": "USR2", "raw_job_id": "7", "global_rank": 0, "num_tasks": 2, "local_rank": 0, "num_nodes": 1}
+    )
+    monkeypatch.setattr("dist_proxygml.cluster.job.submitit.JobEnvironment", lambda: task)
+    monkeypatch.setattr("dist_proxygml.cluster.job.signal.signal", lambda *_: None)
+    monkeypatch.setattr(os, "environ", environment := dict(os.environ))
+    devices: list[str] = []
+    monkeypatch.setattr(TrainingJob, "run", lambda self, *_, device: devices.append(device))
+    config = load_config(CONFIG)
+    TrainingJob(config, source=CONFIG, resume="auto", uses_gpus=uses_gpus, cpus_per_task=None, grace=1.0)()
+    assert devices == ["cuda" if uses_gpus else "cpu"]
+    assert (environment.get("CUDA_VISIBLE_DEVICES") == "") == (not uses_gpus)
+
+
 def test_a_restart_continues_what_the_job_saved_and_not_what_lay_there_before(tmp_path: Path) -> None:
     job, config = make_job(tmp_path, resume="never")
     assert not job.has_started(config)
@@ -318,6 +335,7 @@ def test_a_job_that_saves_nothing_between_its_restarts_gives_up(
 STOPPED = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from signal import SIGTERM, SIGUSR2
 from types import SimpleNamespace
 import submitit
