@@ -12,14 +12,14 @@ from dist_proxygml.storage.run_folder import RunFolder
 from tests.harness import run_ranks
 from tests.stand_ins import FAMILIES, ROOT, tiny_run
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
+CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.json"))
 PAIRS = list(zip(CONFIGS, itertools.cycle(FAMILIES)))
 
 
 def trained(context: ParallelContext, name: str, family: str, runs_dir: str) -> str:
     from dist_proxygml.training.run import train
 
-    config = load_config(ROOT / "configs" / f"{name}.json", [*tiny_run(family), f"runs_dir={runs_dir}"])
+    config = load_config(ROOT / "configs" / name, [*tiny_run(family), f"runs_dir={runs_dir}"])
     return str(train(config, context, resume="never"))
 
 
