@@ -37,7 +37,12 @@ def tiny_run(family: str, *, num_steps: int = 2) -> list[str]:
         **{"backbone.name": f"timm/{family}", "backbone.options": options, "backbone.pretrained": None},
         **{"backbone.embedding_dim": 8, "backbone.pool": 1, "training.batch_size": 8, "training.max_steps": num_steps},
         **{"evaluation.protocol": "custom", "evaluation.gallery_split": None, "evaluation.recall_at": [1]},
-        **{"evaluation.at_start": False, "evaluation.every_epochs": 0, "evaluation.kmeans_seeds": 0},
+        **{
+            "evaluation.pairs": None,
+            "evaluation.at_start": False,
+            "evaluation.every_epochs": 0,
+            "evaluation.kmeans_seeds": 0,
+        },
         **{"evaluation.raw_pixels": False, "checkpoint.keep_best": None, "telemetry.projector": False},
         **{"checkpoint.init_from": None, "telemetry.progress_bar": False},
     }

@@ -6,7 +6,6 @@ python tools/glyphs_montage.py --data shards/glyphs --out docs/images/glyphs.png
 import argparse
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +23,14 @@ def pictures_of(index: ShardIndex, characters: str) -> dict[tuple[str, str], Ima
         entry.label: chr(int(entry.source_id)) for entry in index.classes if chr(int(entry.source_id)) in characters
     }
     found = {}
-    for row in index.samples[np.isin(index.labels, list(wanted))]:
+    for sample_id in np.flatnonzero(np.isin(index.labels, list(wanted))):
+        row = index.samples[sample_id]
+        source = index.source(int(sample_id))
+        assert source is not None, "shards of `shard build` say what an image was made of"
         with open(index.shard_paths[row["shard"]], "rb") as stream:
             stream.seek(int(row["offset"]))
             picture = Image.open(io.BytesIO(stream.read(int(row["nbytes"]))))
-            stream.seek(-stream.tell() % tarfile.BLOCKSIZE, io.SEEK_CUR)
-            with tarfile.open(fileobj=stream) as rest:  # from here on: the sample's other files
-                member = next(member for member in rest if member.name.endswith(".json"))
-                about = rest.extractfile(member)
-                assert about is not None
-                found[wanted[int(row["label"])], json.load(about)["typeface"]] = picture
+        found[wanted[int(row["label"])], source.partition("/")[2].removesuffix(".png")] = picture
     return found
 
 

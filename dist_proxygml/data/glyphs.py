@@ -116,13 +116,17 @@ def read_glyphs(
 
     # 3. What should be known of them.
     used = sorted({number for one in (*train, *unseen) for number in one.pictures})
-    dropped = [f"{typefaces[i].name} ({', '.join(scripts)})" for i, scripts in enumerate(copies) if scripts]
-    notes += [f"share outlines with an earlier typeface and were left out: {', '.join(dropped)}"] if dropped else []
-    notes.append(
-        f"{len(images)} images of {len(used)} typefaces; {len(merged)} characters were merged with one that is drawn "
-        f"alike; characters by number of images, of which those with {min_images} and more are classes: "
-        f"{_shown(by_images)}"
-    )
+    sharing = sum(map(bool, copies))
+    notes += [
+        f"{len(images)} images of {len(used)} of {len(typefaces)} typefaces; fonts.json says what of each was left out",
+        *(
+            [f"{sharing} typefaces share their outlines of a script with an earlier one, and lost it"]
+            if sharing
+            else []
+        ),
+        *([f"{len(merged)} characters are drawn as another one, and became one class with it"] if merged else []),
+        f"characters by number of images, of which those with {min_images} and more are classes: {_shown(by_images)}",
+    ]
     document = {
         "size": size,
         "min_images": min_images,
@@ -150,8 +154,11 @@ def read_glyphs(
     return dataset
 
 
-def _shown(by_images: Mapping[int, int]) -> str:
-    return ", ".join(f"{by_images[number]} with {number}" for number in sorted(by_images)) or "no characters"
+def _shown(by_images: Counter[int]) -> str:
+    """Numbers of characters, in ranges that double from 8 on."""
+    ranges = Counter(number if number < 8 else 1 << (number.bit_length() - 1) for number in by_images.elements())
+    shown = (f"{ranges[low]} with {low if low < 8 else f'{low} to {2 * low - 1}'}" for low in sorted(ranges))
+    return ", ".join(shown) or "no characters"
 
 
 def _images(classes: Iterable[_Class], typefaces: Sequence[Typeface]) -> Iterator[SourceImage]:

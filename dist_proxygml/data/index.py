@@ -236,7 +236,7 @@ class ShardIndex:
         row = self.samples[sample_id]
         shard = self.shards[row["shard"]].file
         key = self.key(sample_id) or f"{sample_id} of {self.split}"
-        source = self._source(sample_id)
+        source = self.source(sample_id)
         made_of = "" if source is None else f", made of {source}"
         return f"{self.location}/{shard}, sample {shown_key(key)} (label {row['label']}{made_of})"
 
@@ -256,7 +256,7 @@ class ShardIndex:
         shard = self.shards[self.samples["shard"][sample_id]].file
         return f"{shard.removesuffix('.tar')}/{key}" if self.keys_repeat else key
 
-    def _source(self, sample_id: int) -> str | None:
+    def source(self, sample_id: int) -> str | None:
         """Read a sample's source file from its JSON, which lies next to its image; None if missing."""
         row, key = self.samples[sample_id], self.key(sample_id)
         start, end = int(row["offset"]), int(row["offset"]) + int(row["nbytes"])

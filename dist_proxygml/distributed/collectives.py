@@ -147,7 +147,7 @@ def all_reduce_sum(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
 def all_reduce_max(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Take the elementwise maximum over ranks. No gradient."""
     value = value.detach().clone()
-    if world_size_of(group) > 1:
+    if group is not None and world_size_of(group) > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
         _count(_traffic.get(), _all_reduced_bytes(value, group))
     return value

@@ -108,7 +108,7 @@ def check_gpus(environment: Mapping[str, str], *, are_needed: bool = False, inst
     sign = None if hides_gpus(environment) and not are_needed else signs_of_gpus(environment)
     if sign is None and not are_needed:
         return
-    there = " and ".join(filter(None, (are_needed and "GPUs were asked for", sign)))
+    there = " and ".join(filter(None, ("GPUs were asked for" if are_needed else None, sign)))
     raise ValueError(
         f"expected GPUs that torch can use, got none: {there}, but torch {torch.__version__} sees none; "
         f"{why_unusable() or 'see what `python -m dist_proxygml.doctor` says on that machine'}, or {instead}"
@@ -165,7 +165,7 @@ def set_arithmetic(config: TrainingConfig, device: torch.device) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS's sums depend on its streams
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
 @contextlib.contextmanager

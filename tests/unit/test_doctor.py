@@ -172,6 +172,20 @@ def test_a_missing_compiler_is_a_problem_until_the_extension_is_compiled(
     assert only(doctor.check_compiler()).status == "ok"
 
 
+def test_a_compiler_is_tried_where_a_run_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: str) -> None:
+        raise ValueError(f"torch.compile fails on a {device}; install g++")
+
+    monkeypatch.setattr(checks, "try_compile", fails)
+    config = load_config(ROOT / "configs" / "demo_cpu.json")
+    assert only(doctor.check_compile(config)).status == "ok"
+    compiling = load_config(ROOT / "configs" / "demo_cpu.json", ["training.compile=true"])
+    found = only(doctor.check_compile(compiling))
+    assert (found.status, found.remedy) == ("problem", "install g++")
+    monkeypatch.setattr(checks, "try_compile", lambda device: None)
+    assert only(doctor.check_compile(compiling)).status == "ok"
+
+
 def test_a_driver_whose_gpus_torch_cannot_use_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "said_by", lambda *command: "535.104.05\n535.104.05")

@@ -219,3 +219,13 @@ def test_settings_that_work_are_passed_on(section: dict[str, Any]) -> None:
     settings = engine_settings(configuration(deepspeed=section), world_size=3)
     assert section.items() <= settings.items()
     assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (12, 4)
+
+
+def test_weights_on_disk_are_not_averaged() -> None:
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme"}}
+    section = {"zero_optimization": offload, "zero_force_ds_cpu_optimizer": False}
+    engine_settings(configuration(deepspeed=section), world_size=1)
+    with pytest.raises(ValueError, match=r"training\.ema_decay.*nvme"):
+        engine_settings(
+            configuration(deepspeed=section, training={"epochs": 1, "batch_size": 12, "ema_decay": 0.9}), world_size=1
+        )

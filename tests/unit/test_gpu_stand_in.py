@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_proxygml.head.bank import Pairs, build_bank
 from dist_proxygml.head.choices import Head
 from dist_proxygml.head.loss import ProxyGMLLoss, ProxyLoss
 from dist_proxygml.head.margins import Margin
 from dist_proxygml.head.optim import RowwiseAdagrad, SparseAdam, bring_to_unit_length_, coalesced, squared_norm
+from dist_proxygml.head.selection import select_negatives
 from dist_proxygml.head.statistics import ProxyStatistics, ProxyUse
 from tests.gpu_stand_in import OnDevice, StandIn
 
@@ -200,3 +202,37 @@ def test_a_step_of_the_head_gives_what_it_gives_on_the_cpu_with_few_launches_and
     counted = (gpu.num_synchronisations, gpu.num_launches)
     assert counted[0] <= most_waits, str(gpu)
     assert counted[1] <= most_launches, str(gpu)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("spread", 1), ("all in one chunk", 2), ("equal", 3)])
+def test_a_search_whose_groups_do_not_fit_is_done_again_with_room_for_them(kind: str, passes: int) -> None:
+    """Of four chunks: the best proxies of all rows in one of them; or all equal, so that nothing exceeds the bound, and
+    without one there are too many.
+    """
+    generator = torch.Generator().manual_seed(0)
+    proxies = torch.randn(20_000, 8, generator=generator)
+    rows = F.normalize(torch.ones(64, 8) + 0.01 * torch.randn(64, 8, generator=generator))
+    if kind == "all in one chunk":
+        proxies = proxies[F.normalize(proxies).sum(dim=1).argsort()]
+    elif kind == "equal":
+        proxies = torch.ones(20_000, 8)
+
+    def found(device: str) -> Pairs:
+        bank = build_bank(proxies.to(device))
+        excluded_R2 = torch.zeros(64, 2, dtype=torch.int64, device=device)
+        return select_negatives(
+            rows.to(device),
+            bank,
+            excluded_R2=excluded_R2,
+            num_negatives=400,
+            row_counts=[64],
+            proxy_counts=[20_000],
+            group=None,
+            memory_budget=16 * 6000 * 64,
+        )
+
+    with StandIn() as gpu:
+        pairs = [part.cpu() for part in found("cuda")]
+    for one, other in zip(pairs[:2], found("cpu")[:2], strict=True):
+        assert torch.equal(one, other)
+    assert sum(gpu.launches[key] for key in gpu.launches if key.startswith("mm ")) - 1 == 4 * passes, str(gpu)

@@ -151,3 +151,11 @@ def test_without_peft_it_is_refused_before_anything_is_built(monkeypatch: pytest
 def test_settings_that_contradict_each_other_are_refused(backbone: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configuration(backbone={"name": "small_cnn", "embedding_dim": 8} | backbone)
+
+
+def test_adapters_have_no_moving_average() -> None:
+    backbone = {"name": CONFIG.name, "options": SMALL_VIT, "pretrained": "timm", "lora": {"rank": 2}}
+    training = {"epochs": 1, "batch_size": 12}
+    configuration(backbone=backbone, training=training)
+    with pytest.raises(ValueError, match=r"training\.ema_decay.*backbone\.lora"):
+        configuration(backbone=backbone, training=training | {"ema_decay": 0.9})

@@ -101,6 +101,12 @@ def test_the_card_says_what_was_measured_on_what(tmp_path: Path) -> None:
     assert "| data set | not recorded |\n| classes | 549 |" in other
 
 
+def test_a_moving_average_is_said_to_be_one(tmp_path: Path) -> None:
+    assert "weights in\nfloat32.\n" in card(tmp_path)
+    averaged = card(tmp_path, settings={"training.ema_decay": 0.999})
+    assert "weights in\nfloat32, a moving average of those of its steps (decay 0.999).\n" in averaged
+
+
 def test_what_is_not_known_is_not_claimed(tmp_path: Path) -> None:
     text = card(tmp_path, evaluation=None, facts=TrainingFacts(None, None, None))
     assert "This model was not evaluated." in text

@@ -635,7 +635,7 @@ def test_the_page_begins_with_what_the_run_was_and_shows_images_before_all_numbe
     facts = {"ranks": 8, "device": "a <GPU>", "parameters": 1_234_567, "proxies": 20}
     seconds = {"training": 3600.0, "data": 0.0, "evaluation": 125.0, "checkpoint": 0.0}
     (run / "run.json").write_text(json.dumps({**facts, "seconds": seconds}))
-    changed(run / "config.json", backbone={"name": "small_cnn", "embedding_dim": 128})
+    changed(run / "config.json", backbone={"name": "small_cnn", "embedding_dim": 128}, training={"ema_decay": 0.99})
     whole_lines(run / "metrics.jsonl")
     with (run / "metrics.jsonl").open("a") as log:
         for step, rate in ((21, 100.0), (22, 900.0), (23, 120.0)):
@@ -647,6 +647,7 @@ def test_the_page_begins_with_what_the_run_was_and_shows_images_before_all_numbe
         "120 in training, median",
         "8 on a <GPU>",
         "small_cnn, 1,234,567 parameters, 128 dimensions",
+        "moving average, decay 0.99",
         "After 20 training steps",
     ]
     places = [text.index(words) for words in shown]

@@ -90,6 +90,24 @@ def test_the_backbone_by_zero_stage(stage: int, half: bool, expected: tuple[int,
     assert memory == BackboneMemory(*expected)
 
 
+@pytest.mark.parametrize(("stage", "half", "expected"), [(0, False, 3200), (1, True, 1067), (3, False, 1067)])
+def test_averaged_weights_are_counted_with_the_backbone_that_is_evaluated(
+    monkeypatch: pytest.MonkeyPatch, stage: int, half: bool, expected: int
+) -> None:
+    monkeypatch.setattr(run_plan, "_count_parameters", lambda config: (1000, 800))
+    section = f'deepspeed={{"zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": {str(half).lower()}}}}}'
+    plain, averaged = (
+        plan_run(demo(section, *more), world_size=3, bank_bytes=0) for more in ((), ("training.ema_decay=0.99",))
+    )
+    assert (plain.backbone.average, plain.evaluated_bytes) == (0, 0)
+    assert (averaged.backbone.average, averaged.evaluated_bytes) == (expected, 4000)
+    assert averaged.backbone.total == plain.backbone.total + expected
+    # the file of the backbone is float32, instead of half as large
+    assert averaged.checkpoint_bytes == plain.checkpoint_bytes + (2000 if half else 0)
+    assert "averaged weights" in str(averaged)
+    assert "averaged weights" not in str(plain)
+
+
 def test_frozen_parameters_have_no_gradient_and_no_optimizer_state() -> None:
     whole = plan_run(demo(), world_size=1, bank_bytes=0)
     assert "trained of them" not in str(whole)
