@@ -91,8 +91,9 @@ def _learning_rate_rows() -> list[Row]:
         for rule, factors in RULES.items():
             if (batch, rule) in LEFT_OUT:
                 continue
-            rates = tuple(rate * factor for rate, factor in zip(TUNED, factors(batch / BATCHES[0]), strict=True))
+            backbone, proxies = factors(batch / BATCHES[0])
             name = f"batch-{batch}_{rule.replace(', ', '-').replace(' ', '-')}"
+            rates = (TUNED[0] * backbone, TUNED[1] * proxies)
             rows.append(row(name, batch, rates, {"data": "emoji", "batch": batch, "rule": rule}))
     return rows
 
