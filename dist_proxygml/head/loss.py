@@ -256,13 +256,15 @@ class ProxyLoss(GlobalLoss):
             quality_B = self._quality(embeddings, row_counts)
             embeddings = self._unit_rows(embeddings)
             classification, kept_classes = self._classification(embeddings, labels, quality_B, row_counts)
-            total, regularization = classification, classification.new_zeros(())
             if self.regularization_weight > 0:
                 regularization = self._regularization(sum(row_counts))
                 total = classification + self.regularization_weight * regularization
-        if not bool(total.detach().abs() < math.inf):  # the same number on every rank, so they raise together
+            else:
+                total, regularization = classification, classification.new_zeros(())
+        value = total.item()  # the same number on every rank, so they raise together
+        if not math.isfinite(value):
             raise NonFiniteError(
-                f"expected a finite loss, got {total.item()}; the embeddings are finite, so a proxy is NaN or infinite "
+                f"expected a finite loss, got {value}; the embeddings are finite, so a proxy is NaN or infinite "
                 "(lower the learning rate of the proxies), or the embeddings are too long (look at the backbone)"
             )
         self.draw += 1
@@ -415,7 +417,7 @@ class ProxyLoss(GlobalLoss):
     ) -> tuple[Tensor, Tensor]:
         """Mean loss and mean number of competing classes per image of the global batch."""
         num_rows, rank = sum(row_counts), self.partition.rank
-        if self.gradient_reduction == "mean":
+        if self.gradient_reduction == "mean" and self.group is not None:
             embeddings_bD = _ScaleGradient.apply(embeddings_bD, self.partition.world_size)
         selection = self.selection_for(num_rows)
         gathers_bank = selection == "gather"
@@ -465,7 +467,7 @@ class ProxyLoss(GlobalLoss):
                 prefixes = (_to_unit_length(embeddings_RD[:, :dim]), _Prefix.apply(proxies_cND, dim))
                 nll_R = nll_R + negative_log_likelihood(*prefixes, scale, own_class_R, quality_R, unseen)[0]
             nll_R = nll_R / (1 + len(self.matryoshka_dims))
-        sums_2 = torch.stack([nll_R.sum(), competing_R.sum()])
+        sums_2 = torch.stack([nll_R, competing_R]).sum(dim=1)
         if gathers_bank:  # the rows were this rank's own
             sums_2 = all_reduce_sum(sums_2, group=self.group)
         classification, competing = (sums_2 / num_rows).unbind()

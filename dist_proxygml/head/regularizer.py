@@ -193,7 +193,7 @@ class _Full(torch.autograd.Function):
         for chunk in ctx.chunks:
             d_proxies_wND = d_proxies_cND[chunk]
             d_proxies_wND.addcmul_(inverse_cN[chunk, :, None], d_sums_cD[chunk, None])
-            _remove_radial_part_(d_proxies_wND, proxies_cND[chunk], norm_cN[chunk])
+            _remove_radial_part_(d_proxies_wND, proxies_cND[chunk], norm_cN[chunk], inverse_cN[chunk])
         return d_proxies_cND, None, None, None
 
 
@@ -264,12 +264,13 @@ class _Sampled(torch.autograd.Function):
             d_anchors_AD += product(d_logits_wA.T, sums_wD.T)
             d_sums_wD = product(d_logits_wA, anchors_DA)
             torch.mul(d_sums_wD[:, None], (scale * inverse_wN)[:, :, None], out=d_proxies_wND)
-            _remove_radial_part_(d_proxies_wND, proxies_wND, norm_wN)
+            _remove_radial_part_(d_proxies_wND, proxies_wND, norm_wN, inverse_wN)
 
         # 2. The anchors' gradient from all classes, back on the rank that owns them.
         d_anchors_aD = all_reduce_sum(d_anchors_AD.mul_(scale), group=ctx.group)[ctx.own_rows]
-        d_anchors_aD = d_anchors_aD * _inverse(norm_a)[:, None]
-        _remove_radial_part_(d_anchors_aD, proxies_cND.flatten(0, 1)[own_a], norm_a)
+        inverse_a = _inverse(norm_a)
+        d_anchors_aD = d_anchors_aD * inverse_a[:, None]
+        _remove_radial_part_(d_anchors_aD, proxies_cND.flatten(0, 1)[own_a], norm_a, inverse_a)
         d_proxies_cND.view(-1, proxies_cND.shape[2]).index_add_(0, own_a, d_anchors_aD)
         return d_proxies_cND, None, None, None, None
 
@@ -312,12 +313,12 @@ def _own_entries(class_A: Tensor, classes: slice, device: torch.device) -> tuple
     return (class_A[first:stop] - classes.start).to(device), torch.arange(first, stop, device=device)
 
 
-def _remove_radial_part_(gradient: Tensor, proxies: Tensor, norm: Tensor) -> None:
+def _remove_radial_part_(gradient: Tensor, proxies: Tensor, norm: Tensor, inverse: Tensor) -> None:
     """Turn the gradient of unit proxies, divided by norms [...], into that of the proxies [..., D], in place.
 
     d u / d p = (1 - u u^T) / |p|. A proxy below the floor was divided by a constant and keeps its radial part.
     """
-    radial = torch.linalg.vecdot(gradient, proxies).mul_(_inverse(norm).square_())
+    radial = torch.linalg.vecdot(gradient, proxies).mul_(inverse.square())
     radial.masked_fill_(norm < NORM_FLOOR, 0)
     gradient.addcmul_(proxies, radial[..., None], value=-1)
 

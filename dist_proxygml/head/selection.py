@@ -160,25 +160,29 @@ def keep_best(
     Called on all ranks of `group`. Each rank's candidates hold its min(m, p) best, in index order; -inf is no
     candidate.
     """
+    lowest = torch.finfo(similarity_Rn.dtype).min  # fewer than wanted: the others are NaN
     if group is None:
         missing = max(0, num_negatives - similarity_Rn.shape[1])
         filled_Rn = torch.nn.functional.pad(similarity_Rn, (0, missing), value=-math.inf) if missing else similarity_Rn
-        threshold_R = filled_Rn.kthvalue(filled_Rn.shape[1] - num_negatives + 1, dim=1).values
+        threshold_R = filled_Rn.kthvalue(filled_Rn.shape[1] - num_negatives + 1, dim=1).values.clamp_min(lowest)
         if not similarity_Rn.is_cuda:  # where looking for ties costs less than resolving them
-            at_least_Rn = similarity_Rn >= threshold_R[:, None].clamp_min(torch.finfo(threshold_R.dtype).min)
+            at_least_Rn = similarity_Rn >= threshold_R[:, None]
             if not bool((at_least_Rn.sum(dim=1) > num_negatives).any()):  # no tie at the threshold: done
                 return at_least_Rn
-        quota_R = num_negatives - (similarity_Rn > threshold_R[:, None]).sum(dim=1)
-    elif exchange == "candidates":
-        threshold_R, quota_R = _agree_by_candidates(similarity_Rn, num_negatives, row_counts, proxy_counts, group)
+        is_above_Rn = similarity_Rn > threshold_R[:, None]
+        quota_R = num_negatives - is_above_Rn.sum(dim=1)
     else:
-        threshold_R, quota_R = _agree_by_histogram(similarity_Rn, num_negatives, group)
-    threshold_R = threshold_R.clamp_min(torch.finfo(threshold_R.dtype).min)  # fewer than wanted: the others are NaN
+        if exchange == "candidates":
+            threshold_R, quota_R = _agree_by_candidates(similarity_Rn, num_negatives, row_counts, proxy_counts, group)
+        else:
+            threshold_R, quota_R = _agree_by_histogram(similarity_Rn, num_negatives, group)
+        threshold_R = threshold_R.clamp_min(lowest)
+        is_above_Rn = similarity_Rn > threshold_R[:, None]
     equal_Rn = similarity_Rn == threshold_R[:, None]
     # Rare; local, no collective depends on it. On a GPU without looking, which would wait for it.
     if equal_Rn.is_cuda or bool((equal_Rn.sum(dim=1) > quota_R).any()):
         equal_Rn &= equal_Rn.cumsum(dim=1) <= quota_R[:, None]
-    return (similarity_Rn > threshold_R[:, None]) | equal_Rn
+    return is_above_Rn | equal_Rn
 
 
 def _candidates(
