@@ -70,8 +70,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     unsaid: ClassVar[Mapping[str, Any]] = {}
-    """What earlier versions did and had no setting for: a setting of this value is not written, so that runs, exports,
-    embeddings and results of before and of now are the same to whoever compares them."""
+    """What earlier versions did and had no setting for: a setting of this value is not written, so that runs,
+    checkpoints, exports, embeddings and results of before and of now are the same to whoever compares them."""
 
     @model_serializer(mode="wrap")
     def _without_unsaid(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -193,6 +193,8 @@ class StreamConfig(_Section):
 
 class DataConfig(_Section):
     """Source and preparation of the images."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {"sampling_power": None, "repeated_augmentation": None}
 
     shards: str = Field(
         description="Folder of WebDataset shards with an index.json, or its location: https://, s3://, gs://, or "
@@ -464,6 +466,11 @@ class MarginConfig(_Section):
 class ProxiesConfig(_Section):
     """The proxy bank and the loss on it: ProxyGML, or another head."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {
+        **{"negatives": "topk", "share": None, "class_score": "sum"},
+        **{"margin": None, "learn_scale": False},
+    }
+
     per_class: int = Field(1, ge=1, le=1 << 16, description="Proxies per class N.")
     negatives: Literal["topk", "all", "sampled"] = Field(
         "topk",
@@ -686,6 +693,8 @@ class ScheduleConfig(_Section):
 class TrainingConfig(_Section):
     """The training run."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"ema_decay": None, "float32_matmul": "highest"}
+
     epochs: int = Field(ge=1, description="Number of passes over the training split.")
     batch_size: int = Field(
         ge=1, le=1 << 24, description="Images of one optimizer step, over all ranks and accumulated micro-batches."
@@ -773,6 +782,8 @@ class PairsConfig(_Section):
 
 class EvaluationConfig(_Section):
     """When and how the test split, and validation classes if there are any, are evaluated."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {"exclude_same": None, "pairs": None, "kmeans_on_gpu": False}
 
     every_epochs: int = Field(
         1, ge=0, description="Evaluate every this many epochs, and after the last; 0 only after the last."
@@ -974,6 +985,8 @@ _OWNED_DEEPSPEED_KEYS = {
 
 class Config(_Section):
     """A complete training run."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {"loss": None}
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
     runs_dir: str = Field("runs", description="Folder in which run folders are created.")

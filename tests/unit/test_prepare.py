@@ -17,6 +17,33 @@ from tests.trained_runs import configuration
 FOLDERS = ("checkpoints", "evaluation", "embeddings", "proxies", "tensorboard")
 LOGS = ("metrics.jsonl", "damaged.jsonl", "nonfinite.jsonl")
 RESULT = EvaluationResult({"recall@1": 0.5}, {}, 3, 2, 3, 0, 0, {})
+EARLIER_SETTINGS = {  # of a checkpoint of configs/demo_cpu.json, saved when there was no other head than ProxyGML
+    **{"seed": 0},
+    **{"data.mode": "indexed", "data.stream": None, "data.train_split": "train", "data.num_classes": 549},
+    **{"data.validation_classes": None, "data.shuffle_window": None, "data.images_per_class": None},
+    **{"data.drop_last": False},
+    **{"data.train_transform.name": "affine_jitter", "data.train_transform.size": 32},
+    **{"data.train_transform.degrees": 15.0, "data.train_transform.log_scale": 0.2},
+    **{"data.train_transform.shift": 0.12, "data.train_transform.shear": 0.0},
+    **{"data.train_transform.brightness": 0.2, "data.train_transform.contrast": 0.3},
+    **{"data.train_transform.saturation": 0.6, "data.train_transform.hue": 0.0},
+    **{"data.train_transform.flip": False, "data.train_transform.fill": 255},
+    **{"data.test_transform.name": "resize", "data.test_transform.size": 32},
+    **{"backbone.name": "small_cnn", "backbone.embedding_dim": 128, "backbone.pretrained": None},
+    **{"backbone.pool": 4, "backbone.batch_norm": "train", "backbone.channels_last": True},
+    **{"backbone.options.width": 24},
+    **{"proxies.per_class": 1, "proxies.ratio": 0.05, "proxies.topk": None},
+    **{"proxies.regularization_weight": 0.3, "proxies.scale": 1.0, "proxies.regularization_anchors": None},
+    **{"proxies.memory_budget": "256 MiB", "proxies.matmul_dtype": "float32"},
+    **{"proxies.initialization": "published", "proxies.unit_norm": False},
+    **{"optimizer.name": "adamw", "optimizer.backbone_lr": 0.002, "optimizer.embedding_lr": None},
+    **{"optimizer.proxies_name": None, "optimizer.proxies_momentum": 0.0, "optimizer.proxies_lr": 0.02},
+    **{"optimizer.weight_decay": 0.01, "optimizer.proxies_weight_decay": 0.0, "optimizer.eps": 1e-08},
+    **{"optimizer.betas": [0.9, 0.999], "optimizer.proxies_clip_norm": None},
+    **{"schedule.name": "cosine", "schedule.milestones": [], "schedule.gamma": 0.1, "schedule.warmup_steps": 50},
+    **{"training.epochs": 40, "training.max_steps": None, "training.frozen_trunk_epochs": []},
+    **{"deepspeed.zero_optimization.stage": 0},
+}
 
 
 @contextlib.contextmanager
@@ -135,3 +162,15 @@ def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_us
     steps = [{"name": "RandAugment", "num_ops": 1}]
     assert "data.train_transform.augment" not in compared(train_transform=crop)
     assert compared(train_transform={**crop, "augment": steps})["data.train_transform.augment"] == steps
+
+
+def test_a_checkpoint_of_an_earlier_version_has_the_settings_that_a_run_has_now() -> None:
+    config = load_config("configs/demo_cpu.json", ["proxies.regularization_weight=0.3"])
+    assert comparable_settings(config) == EARLIER_SETTINGS
+    used = ["proxies.negatives=sampled", "proxies.share=0.5", "proxies.ratio=null", "proxies.learn_scale=true"]
+    used += ["proxies.regularization_weight=0", "training.ema_decay=0.9", "training.float32_matmul=high"]
+    found = comparable_settings(load_config("configs/demo_cpu.json", used))
+    assert {name: value for name, value in found.items() if name not in EARLIER_SETTINGS} == {
+        **{"proxies.negatives": "sampled", "proxies.share": 0.5, "proxies.learn_scale": True},
+        **{"training.ema_decay": 0.9, "training.float32_matmul": "high"},
+    }
