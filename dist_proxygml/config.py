@@ -278,6 +278,16 @@ class DataConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _copies_of_an_image_differ(self) -> "DataConfig":
+        if self.repeated_augmentation is not None and isinstance(self.train_transform, ResizeConfig | CenterCropConfig):
+            raise ValueError(
+                f"expected a train_transform that draws with repeated_augmentation, got "
+                f"{self.train_transform.name!r}, which makes every copy of an image the same; take random_resized_crop "
+                "or affine_jitter, or remove repeated_augmentation"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _test_images_are_not_augmented(self) -> "DataConfig":
         test = self.test_transform
         if isinstance(test, RandomResizedCropConfig) and test.augment:
@@ -358,6 +368,8 @@ class LoraConfig(_Section):
 
 
 _Colours = tuple[float, float, float]
+OF_TRAINING = frozenset({"frozen_stages", "lora", "gradient_checkpointing"})
+"""Settings of a backbone that say how it is trained, and nothing of what it computes."""
 
 
 class BackboneConfig(_Section):
@@ -438,7 +450,7 @@ class BackboneConfig(_Section):
 
     def of_trained_model(self) -> dict[str, Any]:
         """Return what a trained model is built from, as JSON: the settings without those of training alone."""
-        return self.model_dump(mode="json", exclude={"frozen_stages", "lora", "gradient_checkpointing"})
+        return self.model_dump(mode="json", exclude=set(OF_TRAINING))
 
     @model_validator(mode="after")
     def _adapters_freeze_everything(self) -> "BackboneConfig":
@@ -962,8 +974,8 @@ class TelemetryConfig(_Section):
 # Top-level keys of DeepSpeed that work with this project, and their types. DeepSpeed itself ignores unknown keys, and
 # reads many values only when it trains.
 _DEEPSPEED_KEYS: dict[str, str] = {
-    **dict.fromkeys(("activation_checkpointing", "bf16", "checkpoint", "comms_logger", "compile"), "an object"),
-    **dict.fromkeys(("data_types", "flops_profiler", "fp16", "torch_autocast", "zero_optimization"), "an object"),
+    **dict.fromkeys(("bf16", "checkpoint", "comms_logger", "data_types", "flops_profiler"), "an object"),
+    **dict.fromkeys(("fp16", "torch_autocast", "zero_optimization"), "an object"),
     **dict.fromkeys(("dump_state", "memory_breakdown", "prescale_gradients"), "true or false"),
     **dict.fromkeys(("wall_clock_breakdown", "zero_allow_untested_optimizer"), "true or false"),
     "zero_force_ds_cpu_optimizer": "true or false",
@@ -979,6 +991,8 @@ _OWNED_DEEPSPEED_KEYS = {
     "scheduler": "the section schedule",
     "amp": "deepspeed.fp16 or bf16",
     "gradient_allreduce_op": "its default: the loss relies on the mean over ranks",
+    "activation_checkpointing": "backbone.gradient_checkpointing: the networks here do not ask DeepSpeed for it",
+    "compile": "training.compile: nothing here asks DeepSpeed for it",
     "managed_gradient_accumulation": "its default: proxies and backbone must step together",
 }
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_proxygml.config import load_config
+from dist_proxygml.checkpoint.model import TrainedModel
+from dist_proxygml.config import Config, load_config
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.training.prepare import comparable_settings, find_continuation, prepare_run_directory
 from tests.closed_folders import closed
@@ -149,6 +150,27 @@ def test_a_run_without_a_budget_resumes_where_256_mib_was_the_default() -> None:
     assert budget(weight, "proxies.regularization_anchors=5") is None
 
 
+def test_a_run_is_what_its_checkpoint_was_trained_with_however_it_was_trained(tmp_path: Path) -> None:
+    """What is evaluated, exported and served is compared with the checkpoint; the memory that training took is not."""
+    plain = configuration("run", tmp_path, 3).backbone.model_dump(mode="json")
+    checkpoint = {"init_from": "another run"}  # whoever freezes starts from weights
+
+    def of(**backbone: object) -> Config:
+        return configuration("run", tmp_path, 3, backbone={**plain, **backbone}, checkpoint=checkpoint)
+
+    for config in (
+        of(gradient_checkpointing=True),
+        of(frozen_stages=1, gradient_checkpointing=True, matryoshka_dims=[2]),
+        of(lora={"rank": 2}),
+    ):
+        model = TrainedModel(tmp_path, 3, comparable_settings(config))
+        model.check_config(config, source=tmp_path)
+        for name, value in (("embedding_norm", "layer_norm"), ("matryoshka_dims", [1]), ("pooling", "gem")):
+            edited = config.model_copy(update={"backbone": config.backbone.model_copy(update={name: value})})
+            with pytest.raises(ValueError, match=rf"expected backbone\.{name} .*restore that file"):
+                model.check_config(edited, source=tmp_path)
+
+
 def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_used(tmp_path: Path) -> None:
     plain = configuration("run", tmp_path, 3).data.model_dump(mode="json")
 
@@ -158,7 +180,7 @@ def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_us
     crop = {"name": "random_resized_crop", "size": 32, "scale": [0.2, 1.0], "flip": True}
     for name, value in (("sampling_power", 0.5), ("repeated_augmentation", 2)):
         assert f"data.{name}" not in compared()
-        assert compared(**{name: value})[f"data.{name}"] == value
+        assert compared(train_transform=crop, **{name: value})[f"data.{name}"] == value
     steps = [{"name": "RandAugment", "num_ops": 1}]
     assert "data.train_transform.augment" not in compared(train_transform=crop)
     assert compared(train_transform={**crop, "augment": steps})["data.train_transform.augment"] == steps
