@@ -158,7 +158,7 @@ def curves(
         title: what is shown, with the unit.
         subtitle: of what.
         places: on the horizontal axis, evenly.
-        series: by name, a value for each place; None leaves a gap.
+        series: by name, a value for each place; the line passes over None.
         x_label: meaning of the places.
     """
 
@@ -223,10 +223,13 @@ def learning_rates(table: "Table", lines: Lines) -> Shown:
         picked = pick_rule(cells, lines)
         others = [rule for rule in rules if rule != picked]
         grown = [batch for batch, of_rule in cells.items() if len({row.name for row in of_rule.values()}) > 1]
-        test = {rule: {batch: values_of(of[rule], lines, on_test) for batch, of in cells.items()} for rule in rules}
-        validation = {
-            rule: {batch: values_of(of[rule], lines, on_validation) for batch, of in cells.items()} for rule in rules
-        }
+        test, validation = (
+            {
+                rule: {batch: values_of(of[rule], lines, number) if rule in of else {} for batch, of in cells.items()}
+                for rule in rules
+            }
+            for number in (on_test, on_validation)
+        )
         apart = [
             [str(batch), *(say_difference(difference(test[rule][batch], test[picked][batch])) for rule in others)]
             for batch in grown
@@ -275,9 +278,10 @@ def by_rule(rows: Sequence["Row"]) -> tuple[list[str], dict[int, dict[str, "Row"
 def pick_rule(cells: Mapping[int, Mapping[str, "Row"]], lines: Lines) -> str:
     """The rule with the highest MAP@R on validation classes, over seeds and the batches that all rules have."""
     means: dict[str, list[float]] = {}
+    all_rules = {rule for of_batch in cells.values() for rule in of_batch}
     for of_batch in cells.values():
         found = {rule: values_of(row, lines, metric("map@r", on="validation")) for rule, row in of_batch.items()}
-        if all(found.values()):
+        if len(found) == len(all_rules) and all(found.values()):
             for rule, values in found.items():
                 means.setdefault(rule, []).append(statistics.fmean(values.values()))
     return max(means, key=lambda rule: statistics.fmean(means[rule]))

@@ -71,7 +71,7 @@ def test_settings_are_picked_by_validation_classes_alone() -> None:
     assert "fixed: 1 50.00 ± 0.00, 2 81.00 ± 1.00" in str(picture.get("aria-label"))
 
 
-def test_curves_have_a_gap_where_there_is_no_number_and_names_that_do_not_cover_each_other() -> None:
+def test_curves_pass_over_what_has_no_number_and_their_names_do_not_cover_each_other() -> None:
     places = {"a": [Spread(0.5, 0.01, (0.5,)), None], "b": [None, Spread(0.4, None, (0.4,))]}
     text = figures.curves("Recall", "two", ["32", "64"], places | {"c": places["b"]}, x_label="batch")
     root = ElementTree.fromstring(text)
