@@ -17,6 +17,8 @@ from dist_proxygml.backbones import pretrained
 from dist_proxygml.backbones.build import EmbeddingModel, GeneralizedMean, RawPixels, build_backbone
 from dist_proxygml.backbones.small_cnn import ResidualBlock, SmallCnn
 from dist_proxygml.config import BackboneConfig
+from dist_proxygml.training.optim import build_groups
+from tests.small_training import configuration
 from tests.stand_ins import FAMILIES
 
 needs_package = pytest.mark.skipif(
@@ -205,9 +207,10 @@ def test_feature_maps_are_pooled_by_a_generalised_mean_whose_exponent_is_trained
     model.train()(images)[:, 0].sum().backward()
     assert model.pooling is not None
     assert model.pooling.p.grad.abs() > 0
-    groups = model.parameter_groups()
-    assert groups.embedding[0] is model.pooling.p
-    assert [id(p) for p in [*groups.trunk, *groups.embedding]] == [id(p) for p in model.parameters()]
+    trunk, embedding = build_groups(configuration(), model)
+    assert embedding.is_embedding
+    assert embedding.parameters[0] is model.pooling.p
+    assert [id(p) for p in [*trunk.parameters, *embedding.parameters]] == [id(p) for p in model.parameters()]
 
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "torchvision/resnet18"])
