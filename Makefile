@@ -80,7 +80,7 @@ bench: $(STAMP) ## time the loss, up to ten million classes, the data against ot
 gpu-check: $(STAMP) ## accept a GPU machine: every part that meets the device (10 minutes; docs/gpu.md)
 	@$(BIN)/python tools/gpu_acceptance.py --minutes 10 --out build/gpu-check
 
-gpu-wheels: $(STAMP) ## collect what gpu-check needs on a machine with torch but no network (57 MB)
+gpu-wheels: $(STAMP) ## collect what gpu-check needs on a machine with torch but no network (57 MiB)
 	@$(BIN)/python tools/gpu_wheels.py --out build/gpu-wheels
 
 clean: ## remove caches; runs/ and .venv stay
