@@ -27,11 +27,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test ci soak lint format docs bench clean distclean
+.PHONY: help setup demo test ci soak lint format docs bench gpu-check gpu-wheels clean distclean
 
 help: ## show this list
 	@echo "dist_proxygml: make TARGET"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## install everything into .venv (the other targets do it by themselves)
 
@@ -76,6 +76,12 @@ bench: $(STAMP) ## time the loss, up to ten million classes, the data against ot
 	@$(BIN)/python -m benchmarks.checkpoint
 	@$(BIN)/python -m benchmarks.observer 100k
 	@$(BIN)/python -m benchmarks.search
+
+gpu-check: $(STAMP) ## accept a GPU machine: every part that meets the device (10 minutes; docs/gpu.md)
+	@$(BIN)/python tools/gpu_acceptance.py --minutes 10 --out build/gpu-check
+
+gpu-wheels: $(STAMP) ## collect what gpu-check needs on a machine with torch but no network (57 MiB)
+	@$(BIN)/python tools/gpu_wheels.py --out build/gpu-wheels
 
 clean: ## remove caches; runs/ and .venv stay
 	@rm -rf build .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

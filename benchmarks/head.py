@@ -74,6 +74,8 @@ class Size(NamedTuple):
     matmul_dtype: str = "float32"
     dense: bool = True
     """False: too large for dense gradients, so only row-sparse optimizers, and no baselines."""
+    memory_budget: int | None = None
+    """Of this project's ProxyGML, in bytes; None: its default."""
 
     @property
     def num_proxies(self) -> int:
@@ -267,6 +269,7 @@ def measure_head(head_name: str, optimizer_name: str, size: Size, settings: Sett
         "step_over_product": statistics.median(t[3] / t[4] for t in times),
         **memory,
         "loss": losses[0],
+        "searches_done": None if head.searches is None else head.searches.done,
         "searches_given_up": None if head.searches is None else head.searches.given_up,
         "steps": len(times),
     }
@@ -336,6 +339,7 @@ def build_head(name: str, size: Size, device: str, *, sparse: bool) -> Head:
             topk=size.topk,
             regularization_weight=size.regularization_weight,
             matmul_dtype=matmul_dtype,
+            memory_budget=size.memory_budget,
             fused=name == "proxygml_fused",
             sparse=sparse,
         ).to(device)

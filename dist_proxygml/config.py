@@ -70,8 +70,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     unsaid: ClassVar[Mapping[str, Any]] = {}
-    """What earlier versions did and had no setting for: a setting of this value is not written, so that runs, exports,
-    embeddings and results of before and of now are the same to whoever compares them."""
+    """What earlier versions did and had no setting for: a setting of this value is not written, so that runs,
+    checkpoints, exports, embeddings and results of before and of now are the same to whoever compares them."""
 
     @model_serializer(mode="wrap")
     def _without_unsaid(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -194,6 +194,8 @@ class StreamConfig(_Section):
 class DataConfig(_Section):
     """Source and preparation of the images."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"sampling_power": None, "repeated_augmentation": None}
+
     shards: str = Field(
         description="Folder of WebDataset shards with an index.json, or its location: https://, s3://, gs://, or "
         "pipe:COMMAND with {} for the file's name."
@@ -272,6 +274,16 @@ class DataConfig(_Section):
             raise ValueError(
                 f"expected num_workers 0 with cache_images, got {self.num_workers}: each process would fill a cache of "
                 "its own, and lose it after an epoch; set num_workers to 0 or cache_images to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _copies_of_an_image_differ(self) -> "DataConfig":
+        if self.repeated_augmentation is not None and isinstance(self.train_transform, ResizeConfig | CenterCropConfig):
+            raise ValueError(
+                f"expected a train_transform that draws with repeated_augmentation, got "
+                f"{self.train_transform.name!r}, which makes every copy of an image the same; take random_resized_crop "
+                "or affine_jitter, or remove repeated_augmentation"
             )
         return self
 
@@ -356,6 +368,8 @@ class LoraConfig(_Section):
 
 
 _Colours = tuple[float, float, float]
+OF_TRAINING = frozenset({"frozen_stages", "lora", "gradient_checkpointing"})
+"""Settings of a backbone that say how it is trained, and nothing of what it computes."""
 
 
 class BackboneConfig(_Section):
@@ -436,7 +450,7 @@ class BackboneConfig(_Section):
 
     def of_trained_model(self) -> dict[str, Any]:
         """Return what a trained model is built from, as JSON: the settings without those of training alone."""
-        return self.model_dump(mode="json", exclude={"frozen_stages", "lora", "gradient_checkpointing"})
+        return self.model_dump(mode="json", exclude=set(OF_TRAINING))
 
     @model_validator(mode="after")
     def _adapters_freeze_everything(self) -> "BackboneConfig":
@@ -463,6 +477,11 @@ class MarginConfig(_Section):
 
 class ProxiesConfig(_Section):
     """The proxy bank and the loss on it: ProxyGML, or another head."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {
+        **{"negatives": "topk", "share": None, "class_score": "sum"},
+        **{"margin": None, "learn_scale": False},
+    }
 
     per_class: int = Field(1, ge=1, le=1 << 16, description="Proxies per class N.")
     negatives: Literal["topk", "all", "sampled"] = Field(
@@ -686,6 +705,8 @@ class ScheduleConfig(_Section):
 class TrainingConfig(_Section):
     """The training run."""
 
+    unsaid: ClassVar[Mapping[str, Any]] = {"ema_decay": None, "float32_matmul": "highest"}
+
     epochs: int = Field(ge=1, description="Number of passes over the training split.")
     batch_size: int = Field(
         ge=1, le=1 << 24, description="Images of one optimizer step, over all ranks and accumulated micro-batches."
@@ -773,6 +794,8 @@ class PairsConfig(_Section):
 
 class EvaluationConfig(_Section):
     """When and how the test split, and validation classes if there are any, are evaluated."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {"exclude_same": None, "pairs": None, "kmeans_on_gpu": False}
 
     every_epochs: int = Field(
         1, ge=0, description="Evaluate every this many epochs, and after the last; 0 only after the last."
@@ -951,8 +974,8 @@ class TelemetryConfig(_Section):
 # Top-level keys of DeepSpeed that work with this project, and their types. DeepSpeed itself ignores unknown keys, and
 # reads many values only when it trains.
 _DEEPSPEED_KEYS: dict[str, str] = {
-    **dict.fromkeys(("activation_checkpointing", "bf16", "checkpoint", "comms_logger", "compile"), "an object"),
-    **dict.fromkeys(("data_types", "flops_profiler", "fp16", "torch_autocast", "zero_optimization"), "an object"),
+    **dict.fromkeys(("bf16", "checkpoint", "comms_logger", "data_types", "flops_profiler"), "an object"),
+    **dict.fromkeys(("fp16", "torch_autocast", "zero_optimization"), "an object"),
     **dict.fromkeys(("dump_state", "memory_breakdown", "prescale_gradients"), "true or false"),
     **dict.fromkeys(("wall_clock_breakdown", "zero_allow_untested_optimizer"), "true or false"),
     "zero_force_ds_cpu_optimizer": "true or false",
@@ -968,12 +991,16 @@ _OWNED_DEEPSPEED_KEYS = {
     "scheduler": "the section schedule",
     "amp": "deepspeed.fp16 or bf16",
     "gradient_allreduce_op": "its default: the loss relies on the mean over ranks",
+    "activation_checkpointing": "backbone.gradient_checkpointing: the networks here do not ask DeepSpeed for it",
+    "compile": "training.compile: nothing here asks DeepSpeed for it",
     "managed_gradient_accumulation": "its default: proxies and backbone must step together",
 }
 
 
 class Config(_Section):
     """A complete training run."""
+
+    unsaid: ClassVar[Mapping[str, Any]] = {"loss": None}
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
     runs_dir: str = Field("runs", description="Folder in which run folders are created.")

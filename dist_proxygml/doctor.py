@@ -405,17 +405,13 @@ def check_weights(config: "Config") -> Iterator[Finding]:
 
 def check_backbone(config: "Config") -> Iterator[Finding]:
     """The network can be built, on random weights, and takes images of the sizes that the run prepares."""
-    import torch
-
-    from dist_proxygml.backbones.build import build_backbone
     from dist_proxygml.backbones.from_weights import fill_from_weights
-    from dist_proxygml.backbones.image_size import check_sizes, left_out
+    from dist_proxygml.backbones.image_size import left_out
+    from dist_proxygml.training.checks import check_network
 
     try:
         config = fill_from_weights(config)
-        with torch.random.fork_rng(devices=[]):
-            model = build_backbone(config.backbone, load_pretrained=False)
-        check_sizes(model, config, config.training.batch_size)
+        model = check_network(config, config.training.batch_size, load_local=False)
     except ValueError as error:
         yield Finding("problem", "backbone", str(error), "see docs/backbones.md")
         return

@@ -26,6 +26,7 @@ writes a file to begin with, and says why each setting is as it is. This page is
 tools/settings_page.py`.
 """
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+NUMBERS = {2: "two", 3: "three"}
 TYPES = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
 
 
@@ -82,11 +83,14 @@ def _values(entry: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
         return "[a transform](#transforms)"
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
+    if "const" in entry:
+        return f"`{entry['const']}`"
     if "$ref" in entry:
         return "object"
     if entry.get("type") == "array":
-        item = _values(entry.get("items") or entry["prefixItems"][0], sections)
-        return f"list of {item}" if "items" in entry else f"two of {item}"
+        if "items" in entry:
+            return f"list of {_values(entry['items'], sections)}"
+        return f"{NUMBERS[len(entry['prefixItems'])]} of {_values(entry['prefixItems'][0], sections)}"
     kind = TYPES.get(entry["type"], entry["type"])
     if "B|KiB" in entry.get("pattern", ""):
         kind = 'bytes such as "256 MiB"'

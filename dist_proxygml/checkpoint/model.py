@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from dist_proxygml.backbones.from_weights import with_colours
 from dist_proxygml.checkpoint.bank_storage import BankReader
 from dist_proxygml.checkpoint.folder import MANIFEST_FILE, find_checkpoint, found_instead, read_state
-from dist_proxygml.config import Config, flattened
+from dist_proxygml.config import OF_TRAINING, Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex, class_table_name, class_table_sha256
 from dist_proxygml.storage.files import parse_json, publish
 from dist_proxygml.storage.folder import SealedKind, open_sealed
@@ -117,9 +117,11 @@ class TrainedModel:
         Raises:
             ValueError: a setting that embeddings depend on differs; the message names it.
         """
-        parts = config.model_dump(mode="json", include={"backbone": True, "data": {"test_transform"}})
+        transform = config.data.test_transform.model_dump(mode="json")
+        parts = {"backbone": config.backbone.of_trained_model(), "data": {"test_transform": transform}}
         now = with_colours(dict(flattened(parts)))
         unsaid = {f"backbone.{name}": value for name, value in config.backbone.unsaid.items()}
+        unsaid = {name: value for name, value in unsaid.items() if name.partition(".")[2] not in OF_TRAINING}
         unsaid |= {f"data.test_transform.{name}": value for name, value in config.data.test_transform.unsaid.items()}
         trained = with_colours(self.settings)
         compared = {name: now.get(name, unsaid.get(name)) for name in [*now, *(unsaid.keys() - now.keys())]}

@@ -116,17 +116,16 @@ def read_glyphs(
 
     # 3. What should be known of them.
     used = sorted({number for one in (*train, *unseen) for number in one.pictures})
-    sharing = sum(map(bool, copies))
-    notes += [
-        f"{len(images)} images of {len(used)} of {len(typefaces)} typefaces; fonts.json says what of each was left out",
-        *(
-            [f"{sharing} typefaces share their outlines of a script with an earlier one, and lost it"]
-            if sharing
-            else []
-        ),
-        *([f"{len(merged)} characters are drawn as another one, and became one class with it"] if merged else []),
-        f"characters by number of images, of which those with {min_images} and more are classes: {_shown(by_images)}",
-    ]
+    notes.append(
+        f"{len(images)} images of {len(used)} of {len(typefaces)} typefaces; fonts.json says what of each was left out"
+    )
+    if sharing := sum(map(bool, copies)):
+        notes.append(f"{sharing} typefaces share their outlines of a script with an earlier one, and lost it")
+    if merged:
+        notes.append(f"{len(merged)} characters are drawn as another one, and became one class with it")
+    notes.append(
+        f"characters by number of images, of which those with {min_images} and more are classes: {_shown(by_images)}"
+    )
     document = {
         "size": size,
         "min_images": min_images,
@@ -134,12 +133,7 @@ def read_glyphs(
         "classes": {"train": len(train), "test": len(unseen)},
         "characters_by_images": {str(number): count for number, count in sorted(by_images.items())},
         "merged_characters": {chr(character): chr(root) for character, root in sorted(merged.items())},
-        "versions": {
-            "pillow": PIL.__version__,
-            "freetype": features.version_module("freetype2"),
-            "zlib": features.version_codec("zlib"),
-            "unicode": unicodedata.unidata_version,
-        },
+        "versions": _versions(),
         "typefaces": [
             _record(typefaces[i], copies[i], sum(i in one.pictures for one in (*train, *unseen)), typefaces)
             for i in range(len(typefaces))
@@ -322,6 +316,16 @@ def _classes(drawn: Sequence[_Pictures]) -> tuple[list[_Class], dict[int, int]]:
 
 
 # ---- what lies beside the shards -------------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str | None]:
+    """Of what decides the pictures and their bytes."""
+    return {
+        "pillow": PIL.__version__,
+        "freetype": features.version_module("freetype2"),
+        "zlib": features.version_codec("zlib"),
+        "unicode": unicodedata.unidata_version,
+    }
 
 
 def _record(

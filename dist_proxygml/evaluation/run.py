@@ -158,9 +158,4 @@ def result_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(mode="json", include=wanted) | {"backbone": config.backbone.of_trained_model()}
     for name in ("search", "gallery", "memory_budget", "at_start", "every_epochs", "raw_pixels", "allow_seen_classes"):
         del settings["evaluation"][name]
-    for name in ("exclude_same", "pairs"):
-        if settings["evaluation"][name] is None:  # the names of results from before it was a setting
-            del settings["evaluation"][name]
-    if not settings["evaluation"]["kmeans_on_gpu"]:
-        del settings["evaluation"]["kmeans_on_gpu"]
     return dict(settings)

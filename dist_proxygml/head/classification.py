@@ -6,9 +6,8 @@
 Either only the proxies of the image's subgraph compete (selection.py), or all do, a chunk of classes at a time, whose
 scores are computed again in backward. In neither case does a matrix of images and classes exist, but for a subgraph on
 a GPU whose bank is small: there masks are faster than lists of pairs, whose lengths the host would have to wait for.
-Each rank owns whole
-classes, so scores are local and only vectors of length R cross ranks: one MAX, then SUM of the exponentials, the
-targets and a count.
+Each rank owns whole classes, so scores are local and only vectors of length R cross ranks: one MAX, then SUM of the
+exponentials, the targets and a count.
 
 Dimension key: R rows (images) at hand, c classes and p proxies of this rank, N proxies per class, D embedding, n kept
 negative pairs, g kept negative classes of all rows, o rows whose class this rank owns, w classes and v = w * N proxies

@@ -389,7 +389,7 @@ def _product(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     if matmul_dtype == torch.float32:  # at least the precision of the inputs
         return product(left, right)
     left, right = left.to(matmul_dtype), right.to(matmul_dtype)
-    if left.device.type == "cuda":
+    if left.device.type == "cuda" and dtype == torch.float32:  # the only one that CUDA takes for it
         return torch.mm(left, right.T, out_dtype=dtype)
     return product(left.to(dtype), right.to(dtype))  # the same rounding of the inputs, slowly
 

@@ -158,9 +158,4 @@ def comparable_settings(config: Config) -> dict[str, Any]:
         free |= {"training.epochs", "training.max_steps"}
     if config.proxies.class_score != "softmax":
         free.add("proxies.class_score_gamma")
-    # What earlier versions did, whose checkpoints do not say so.
-    earlier = {"proxies.negatives": "topk", "proxies.class_score": "sum", "proxies.learn_scale": False}
-    earlier |= {"proxies.share": None, "proxies.margin": None, "loss": None}
-    earlier |= {"data.sampling_power": None, "data.repeated_augmentation": None, "training.float32_matmul": "highest"}
-    earlier |= {"training.ema_decay": None}
-    return {name: v for name, v in flattened(whole) if name not in free and earlier.get(name, ...) != v}
+    return {name: value for name, value in flattened(whole) if name not in free}

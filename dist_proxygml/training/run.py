@@ -153,8 +153,8 @@ def train(
         assert data.index is not None
         start_from_class_means(state, data.index, telemetry, damage)
     if transfer is not None:
-        warning = run_on_rank_zero(context, _trained_before, transfer, data)
-        if warning:
+        warnings = [run_on_rank_zero(context, _trained_before, transfer, data), transfer.other_network(config.backbone)]
+        for warning in filter(None, warnings):
             telemetry.say(warning)
         if config.loss is None:
             transfer.load_proxies_(state.bank.proxies.detach(), context, unit_norm=config.proxies.unit_norm)

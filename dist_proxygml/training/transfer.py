@@ -24,14 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dist_proxygml.backbones.from_weights import with_colours
 from dist_proxygml.checkpoint.model import StoredBank, TrainedModel, open_trained
 from dist_proxygml.checkpoint.writer import load_backbone
-from dist_proxygml.config import Config
+from dist_proxygml.config import OF_TRAINING, BackboneConfig, Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex
 from dist_proxygml.distributed.collectives import all_reduce_sum
 from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero, run_together
 from dist_proxygml.head.optim import bring_to_unit_length_
 from dist_proxygml.head.partition import ClassPartition
+
+# Settings of a backbone that may change from a run to the next one: what its weights compute stays.
+_FREE_OF_BACKBONE = OF_TRAINING | {"pretrained", "matryoshka_dims", "batch_norm", "channels_last"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,28 @@ class Transfer:
         load_backbone(self.model.path, model)  # in their trained precision, memory-mapped
         weights = {name: value.to(types[name], copy=True) for name, value in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
+
+    def other_network(self, config: BackboneConfig) -> str | None:
+        """Return a warning if the weights fit a backbone, but it computes something else with them: from other colours,
+        with another norm or activation.
+        """
+        own = with_colours(dict(flattened({"backbone": config.of_trained_model()})))
+        stored = with_colours(self.model.settings)
+        unsaid = {f"backbone.{name}": value for name, value in config.unsaid.items()}
+        names = sorted(name for name in own.keys() | stored.keys() if name.startswith("backbone."))
+        parts = []
+        for name in (name for name in names if name.split(".")[1] not in _FREE_OF_BACKBONE):
+            there, here = (found.get(name, unsaid.get(name)) or None for found in (stored, own))
+            if name == "backbone.name":  # a tag of timm's names weights, not a network
+                there, here = (str(value).partition(".")[0] for value in (there, here))
+            if there != here:
+                parts.append(f"{name} {there}, here {here}")
+        if not parts:
+            return None
+        return (
+            f"{self.model.path} was trained with {'; '.join(parts)}: its weights may fit, but mean something "
+            "else here; set the same, unless you want to train on with the other"
+        )
 
     def load_proxies_(self, proxies_cND: Tensor, context: ParallelContext, *, unit_norm: bool) -> None:
         """Copy the proxies of this rank's classes that the model has, bit by bit; with `unit_norm` normalise all.

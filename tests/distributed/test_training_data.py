@@ -28,7 +28,7 @@ def configuration(shards: str | Path, *, batch_size: int = 6, **data: Any) -> Co
             "train_split": "test",  # the only one that the noise shards have
             "num_classes": len(CLASS_SIZES),
             "num_workers": 0,
-            "train_transform": {"name": "resize", "size": 8},
+            "train_transform": {"name": "random_resized_crop", "size": 8},
             "test_transform": {"name": "resize", "size": 8},
             **data,
         },

@@ -13,13 +13,15 @@ from safetensors.numpy import load_file
 from dist_proxygml.backbones.build import build_backbone
 from dist_proxygml.checkpoint.folder import find_checkpoint
 from dist_proxygml.checkpoint.model import open_trained
-from dist_proxygml.config import parse_config
+from dist_proxygml.config import BackboneConfig, parse_config
 from dist_proxygml.data.index import ClassEntry
 from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero, run_together, single_process
+from dist_proxygml.head.loss import ProxyLoss
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies
 from dist_proxygml.training.run import train
+from dist_proxygml.training.step import build_loss
 from dist_proxygml.training.transfer import copy_rows_, match_classes, open_transfer
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
@@ -34,6 +36,17 @@ NEW = {
     "other order": "swan auk dove ibis gull wren coot kite".split(),
     "crow and owl": ["crow", "owl"],
     "one more": [*TRAINED["seven"], "crow"],
+}
+
+
+# Heads on the same proxies; the one of the runs above is a top-k of all.
+HEADS: dict[str, dict[str, Any]] = {
+    "top-k": {"per_class": 2, "topk": 5},
+    "softmax": {
+        **{"per_class": 2, "negatives": "all", "scale": 6.0, "learn_scale": True, "class_score": "softmax"},
+        "margin": {"name": "cosface", "margin": 0.2},
+    },
+    "sampled": {"per_class": 2, "negatives": "sampled", "share": 0.5},
 }
 
 
@@ -63,6 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Runs]:
     for name, num_classes in (("numbers", 3), ("other numbers", 3), ("more numbers", 4)):
         write_class_names(root / "shards" / name, [(str(label), label) for label in range(num_classes)])
     runs: dict[str, dict[str, Any]] = {"seven": {}, "two": {}, "numbers": {}, "stream": {"shards": None}}
+    runs["softmax"] = {"shards": "seven", "proxies": HEADS["softmax"]}
     ranks = run_ranks(write_runs, 3, root, runs, timeout=120)
     whole = {
         name: {
@@ -110,6 +124,50 @@ def test_classes_of_the_same_name_keep_their_proxies_bit_by_bit(trained: tuple[P
     assert {rank[0][2] for rank in ranks} == {
         f"from {where}, step 30: its backbone, and proxies of 5 of 8 classes (3 new, 2 dropped)"
     }
+
+
+@pytest.mark.parametrize(("run", "head"), [("seven", "softmax"), ("seven", "sampled"), ("softmax", "top-k")])
+def test_another_head_keeps_the_proxies_of_the_same_classes(trained: tuple[Path, Runs], run: str, head: str) -> None:
+    """What only the new head learns, its scale, starts where the new run says."""
+    root, runs = trained
+    index = read_class_names(root / "shards" / "other order")
+    checkpoint = {"init_from": str(root / "runs" / run)}
+    config = configuration("new", root / "runs", 8, checkpoint=checkpoint, proxies=HEADS[head])
+    transfer = open_transfer(config, index, single_process())
+    assert transfer is not None
+    model, loss = build_backbone(config.backbone), build_loss(config, single_process())
+    transfer.load_backbone_(model)
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), runs[run][name])
+    assert isinstance(loss, ProxyLoss)
+    before = loss.proxies.detach().clone()
+    transfer.load_proxies_(loss.proxies.detach(), single_process(), unit_norm=False)
+    known = dict(zip(TRAINED["seven"], runs[run]["proxies"], strict=True))
+    expected = [known.get(name, initial) for name, initial in zip(NEW["other order"], before.numpy(), strict=True)]
+    np.testing.assert_array_equal(loss.proxies.detach().numpy(), np.stack(expected))
+    assert loss.scale == pytest.approx(HEADS[head].get("scale", 1.0), rel=1e-6)
+    assert transfer.other_network(config.backbone) is None
+
+
+def test_weights_that_fit_another_network_are_told(trained: tuple[Path, Runs]) -> None:
+    root, _ = trained
+    checkpoint = {"init_from": str(root / "runs" / "seven")}
+    config = configuration("new", root / "runs", 8, checkpoint=checkpoint)
+    transfer = open_transfer(config, read_class_names(root / "shards" / "other order"), single_process())
+    assert transfer is not None
+    whole = config.backbone.model_dump(mode="json")
+    other = {"mean": [0.5] * 3, "std": [0.25] * 3, "embedding_norm": "layer_norm", "channels_last": True}
+    told = transfer.other_network(BackboneConfig.model_validate_json(json.dumps(whole | other)))
+    assert told is not None
+    for part in ("backbone.mean None, here [0.5, 0.5, 0.5]", "backbone.embedding_norm None, here layer_norm"):
+        assert part in told
+    assert "channels_last" not in told
+    training_only = {"matryoshka_dims": [2], "gradient_checkpointing": True, "batch_norm": "frozen", "frozen_stages": 1}
+    assert transfer.other_network(BackboneConfig.model_validate_json(json.dumps(whole | training_only))) is None
+    changed = whole | {"options": {"width": 6}}  # would be refused by its shapes, too
+    told = transfer.other_network(BackboneConfig.model_validate_json(json.dumps(changed)))
+    assert told is not None
+    assert "backbone.options.width 4, here 6" in told
 
 
 def test_with_unit_norm_all_proxies_have_length_1(trained: tuple[Path, Runs]) -> None:

@@ -203,6 +203,8 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         ({"deepspeed__amp": {"enabled": True}}, "fp16 or bf16"),
         ({"deepspeed__gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op"),
         ({"deepspeed__managed_gradient_accumulation": False}, "must step together"),
+        ({"deepspeed__compile": {"deepcompile": True}}, "remove it and use training.compile"),
+        ({"deepspeed__activation_checkpointing": {"cpu_checkpointing": True}}, "use backbone.gradient_checkpointing"),
         ({"deepspeed__gradient_cliping": 1.0}, "did you mean 'gradient_clipping'?"),
         ({"data__train_transform__flip": "no"}, "flip: input should be a valid boolean"),
         ({"data__num_classes": "10"}, "data.num_classes: input should be a valid integer"),
@@ -238,6 +240,10 @@ STREAM = {"urls": "train-{000000..000003}.tar", "samples_per_epoch": 100}
         (
             {"data__repeated_augmentation": 2, "data__images_per_class": 3},
             "expected no repeated_augmentation with images_per_class, which says itself how often",
+        ),
+        (
+            {"data__repeated_augmentation": 2, "data__train_transform": {"name": "resize", "size": 8}},
+            "got 'resize', which makes every copy of an image the same; take random_resized_crop or affine_jitter",
         ),
         (
             {"data__sampling_power": 0, "data__images_per_class": 3},

@@ -220,7 +220,8 @@ def test_a_result_is_logged_before_it_counts_as_stored(tmp_path: Path, monkeypat
         log_evaluation=lambda step, epoch, metrics, *, kind: logged.append((step, kind)),
     )
     engine = SimpleNamespace(zero_stage=0, module=torch.nn.Identity())
-    state: Any = SimpleNamespace(config=None, context=single_process(), step=4, epoch=1, engine=engine)
+    config = load_config(ROOT / "configs" / "demo_cpu.json")
+    state: Any = SimpleNamespace(config=config, context=single_process(), step=4, epoch=1, engine=engine, average=None)
     split: Any = SimpleNamespace(index=None, damage=None, is_validation=True)
     monkeypatch.setattr(training, "evaluate_model", lambda *arguments, **options: result_of_two_images())
     monkeypatch.setattr(training, "store_evaluation", killed)

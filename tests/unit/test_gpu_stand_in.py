@@ -16,6 +16,7 @@ from dist_proxygml.head.loss import ProxyGMLLoss, ProxyLoss
 from dist_proxygml.head.margins import Margin
 from dist_proxygml.head.optim import RowwiseAdagrad, SparseAdam, bring_to_unit_length_, coalesced, squared_norm
 from dist_proxygml.head.selection import select_negatives
+from dist_proxygml.head.similarity import all_similarities
 from dist_proxygml.head.statistics import ProxyStatistics, ProxyUse
 from tests.gpu_stand_in import OnDevice, StandIn
 
@@ -202,6 +203,17 @@ def test_a_step_of_the_head_gives_what_it_gives_on_the_cpu_with_few_launches_and
     counted = (gpu.num_synchronisations, gpu.num_launches)
     assert counted[0] <= most_waits, str(gpu)
     assert counted[1] <= most_launches, str(gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_bfloat16_keep_the_precision_of_the_proxies(dtype: torch.dtype) -> None:
+    """CUDA multiplies bfloat16 into float32 only."""
+    rows, proxies = torch.randn(5, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype)
+    expected = all_similarities(rows, build_bank(proxies, matmul_dtype=torch.bfloat16))
+    with StandIn():
+        found = all_similarities(rows.to("cuda"), build_bank(proxies.to("cuda"), matmul_dtype=torch.bfloat16)).cpu()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("spread", 1), ("all in one chunk", 2), ("equal", 3)])

@@ -107,10 +107,9 @@ def test_a_backbone_pth_gives_its_embeddings(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = F.normalize(network((images / 255 - 0.5) / 0.5))
         torch.testing.assert_close(model(images), expected)
-    groups = model.parameter_groups()
-    assert sum(parameter.numel() for parameter in groups.embedding) == 25088 * 8 + 3 * 8
-    assert [parameter.requires_grad for parameter in groups.embedding] == [True, True, False, True]
-    assert all(parameter.requires_grad for parameter in groups.trunk)
+    assert sum(parameter.numel() for parameter in model.embedding.parameters()) == 25088 * 8 + 3 * 8
+    assert [parameter.requires_grad for parameter in model.embedding.parameters()] == [True, True, False, True]
+    assert all(parameter.requires_grad for parameter in model.trunk.parameters())
     again = build_backbone(config, load_pretrained=False)
     again.load_state_dict(model.state_dict())
 

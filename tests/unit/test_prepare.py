@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_proxygml.config import load_config
+from dist_proxygml.checkpoint.model import TrainedModel
+from dist_proxygml.config import Config, load_config
 from dist_proxygml.evaluation.evaluator import EvaluationResult
 from dist_proxygml.training.prepare import comparable_settings, find_continuation, prepare_run_directory
 from tests.closed_folders import closed
@@ -17,6 +18,33 @@ from tests.trained_runs import configuration
 FOLDERS = ("checkpoints", "evaluation", "embeddings", "proxies", "tensorboard")
 LOGS = ("metrics.jsonl", "damaged.jsonl", "nonfinite.jsonl")
 RESULT = EvaluationResult({"recall@1": 0.5}, {}, 3, 2, 3, 0, 0, {})
+EARLIER_SETTINGS = {  # of a checkpoint of configs/demo_cpu.json, saved when there was no other head than ProxyGML
+    **{"seed": 0},
+    **{"data.mode": "indexed", "data.stream": None, "data.train_split": "train", "data.num_classes": 549},
+    **{"data.validation_classes": None, "data.shuffle_window": None, "data.images_per_class": None},
+    **{"data.drop_last": False},
+    **{"data.train_transform.name": "affine_jitter", "data.train_transform.size": 32},
+    **{"data.train_transform.degrees": 15.0, "data.train_transform.log_scale": 0.2},
+    **{"data.train_transform.shift": 0.12, "data.train_transform.shear": 0.0},
+    **{"data.train_transform.brightness": 0.2, "data.train_transform.contrast": 0.3},
+    **{"data.train_transform.saturation": 0.6, "data.train_transform.hue": 0.0},
+    **{"data.train_transform.flip": False, "data.train_transform.fill": 255},
+    **{"data.test_transform.name": "resize", "data.test_transform.size": 32},
+    **{"backbone.name": "small_cnn", "backbone.embedding_dim": 128, "backbone.pretrained": None},
+    **{"backbone.pool": 4, "backbone.batch_norm": "train", "backbone.channels_last": True},
+    **{"backbone.options.width": 24},
+    **{"proxies.per_class": 1, "proxies.ratio": 0.05, "proxies.topk": None},
+    **{"proxies.regularization_weight": 0.3, "proxies.scale": 1.0, "proxies.regularization_anchors": None},
+    **{"proxies.memory_budget": "256 MiB", "proxies.matmul_dtype": "float32"},
+    **{"proxies.initialization": "published", "proxies.unit_norm": False},
+    **{"optimizer.name": "adamw", "optimizer.backbone_lr": 0.002, "optimizer.embedding_lr": None},
+    **{"optimizer.proxies_name": None, "optimizer.proxies_momentum": 0.0, "optimizer.proxies_lr": 0.02},
+    **{"optimizer.weight_decay": 0.01, "optimizer.proxies_weight_decay": 0.0, "optimizer.eps": 1e-08},
+    **{"optimizer.betas": [0.9, 0.999], "optimizer.proxies_clip_norm": None},
+    **{"schedule.name": "cosine", "schedule.milestones": [], "schedule.gamma": 0.1, "schedule.warmup_steps": 50},
+    **{"training.epochs": 40, "training.max_steps": None, "training.frozen_trunk_epochs": []},
+    **{"deepspeed.zero_optimization.stage": 0},
+}
 
 
 @contextlib.contextmanager
@@ -122,6 +150,27 @@ def test_a_run_without_a_budget_resumes_where_256_mib_was_the_default() -> None:
     assert budget(weight, "proxies.regularization_anchors=5") is None
 
 
+def test_a_run_is_what_its_checkpoint_was_trained_with_however_it_was_trained(tmp_path: Path) -> None:
+    """What is evaluated, exported and served is compared with the checkpoint; the memory that training took is not."""
+    plain = configuration("run", tmp_path, 3).backbone.model_dump(mode="json")
+    checkpoint = {"init_from": "another run"}  # whoever freezes starts from weights
+
+    def of(**backbone: object) -> Config:
+        return configuration("run", tmp_path, 3, backbone={**plain, **backbone}, checkpoint=checkpoint)
+
+    for config in (
+        of(gradient_checkpointing=True),
+        of(frozen_stages=1, gradient_checkpointing=True, matryoshka_dims=[2]),
+        of(lora={"rank": 2}),
+    ):
+        model = TrainedModel(tmp_path, 3, comparable_settings(config))
+        model.check_config(config, source=tmp_path)
+        for name, value in (("embedding_norm", "layer_norm"), ("matryoshka_dims", [1]), ("pooling", "gem")):
+            edited = config.model_copy(update={"backbone": config.backbone.model_copy(update={name: value})})
+            with pytest.raises(ValueError, match=rf"expected backbone\.{name} .*restore that file"):
+                model.check_config(edited, source=tmp_path)
+
+
 def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_used(tmp_path: Path) -> None:
     plain = configuration("run", tmp_path, 3).data.model_dump(mode="json")
 
@@ -131,7 +180,19 @@ def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_us
     crop = {"name": "random_resized_crop", "size": 32, "scale": [0.2, 1.0], "flip": True}
     for name, value in (("sampling_power", 0.5), ("repeated_augmentation", 2)):
         assert f"data.{name}" not in compared()
-        assert compared(**{name: value})[f"data.{name}"] == value
+        assert compared(train_transform=crop, **{name: value})[f"data.{name}"] == value
     steps = [{"name": "RandAugment", "num_ops": 1}]
     assert "data.train_transform.augment" not in compared(train_transform=crop)
     assert compared(train_transform={**crop, "augment": steps})["data.train_transform.augment"] == steps
+
+
+def test_a_checkpoint_of_an_earlier_version_has_the_settings_that_a_run_has_now() -> None:
+    config = load_config("configs/demo_cpu.json", ["proxies.regularization_weight=0.3"])
+    assert comparable_settings(config) == EARLIER_SETTINGS
+    used = ["proxies.negatives=sampled", "proxies.share=0.5", "proxies.ratio=null", "proxies.learn_scale=true"]
+    used += ["proxies.regularization_weight=0", "training.ema_decay=0.9", "training.float32_matmul=high"]
+    found = comparable_settings(load_config("configs/demo_cpu.json", used))
+    assert {name: value for name, value in found.items() if name not in EARLIER_SETTINGS} == {
+        **{"proxies.negatives": "sampled", "proxies.share": 0.5, "proxies.learn_scale": True},
+        **{"training.ema_decay": 0.9, "training.float32_matmul": "high"},
+    }
