@@ -51,7 +51,7 @@ SHORT = (
 
 # ---- learning rates when the batch grows -----------------------------------------------------------------------------
 
-BATCHES = (32, 64, 128, 512)
+SMALLEST = 32  # batch, of which rates are tuned
 # Factors on the rates of backbone and proxies for a batch that is so many times as large.
 RULES: dict[str, Callable[[float], tuple[float, float]]] = {
     "fixed": lambda times: (1.0, 1.0),
@@ -59,18 +59,56 @@ RULES: dict[str, Callable[[float], tuple[float, float]]] = {
     "linear": lambda times: (times, times),
     "square root, proxies fixed": lambda times: (math.sqrt(times), 1.0),
 }
-LEFT_OUT = ((64, "square root, proxies fixed"),)
-UNTRIED = ((0.001, 0.08), (0.008, 0.01), (0.008, 0.02), (0.008, 0.08))  # corners, far from the best
-TUNED = (0.004, 0.04)  # rates of backbone and proxies at batch 32: best on validation classes among those tried
+SCALED_ALIKE = ("fixed", "square root", "linear")  # those with one factor for both
 
 
-def _learning_rate_rows() -> list[Row]:
-    epochs, num_images = 12, 2375
+class Grown(NamedTuple):
+    """A data set, the rates of its smallest batch, and the rules that its larger batches follow."""
+
+    config: str
+    overrides: Sequence[str]
+    num_images: int  # that train, about: which classes are held out depends on the seed
+    tried: Sequence[tuple[float, float]]  # rates of backbone and proxies, with seed 0
+    tuned: tuple[float, float]  # the best of them on validation classes
+    rules: Mapping[int, Sequence[str]]  # by batch
+    prefix: str = ""  # of its rows' names
+
+
+GROWN = {
+    "emoji": Grown(
+        "configs/demo_cpu.json",
+        (),
+        2375,
+        [
+            *itertools.product((0.001, 0.002, 0.004), (0.01, 0.02, 0.04)),
+            *((0.002, 0.08), (0.004, 0.08), (0.008, 0.04)),
+        ],
+        (0.004, 0.04),
+        {64: SCALED_ALIKE, 128: tuple(RULES), 512: tuple(RULES)},
+    ),
+    "glyphs": Grown(
+        "configs/glyphs_cpu.json",
+        ("data.shards=shards/glyphs_small", "data.num_workers=0"),
+        1610,
+        [
+            *itertools.product((0.002, 0.004, 0.008), (0.01, 0.02)),
+            *((0.004, 0.005), (0.004, 0.04)),
+        ],
+        (0.004, 0.02),
+        {128: SCALED_ALIKE, 512: SCALED_ALIKE},
+        prefix="glyphs_",
+    ),
+}
+
+
+def _learning_rate_rows(data: str, grown: Grown) -> list[Row]:
+    epochs = 12
 
     def row(name: str, batch: int, rates: tuple[float, float], labels: Mapping[str, Any], **more: Any) -> Row:
-        steps_per_epoch = math.ceil(num_images / batch)
+        steps_per_epoch = math.ceil(grown.num_images / batch)
         overrides = [
             *SHORT,
+            *grown.overrides,
             f"training.epochs={epochs}",
             f"training.batch_size={batch}",
             "backbone.options.width=8",
@@ -79,22 +117,19 @@ def _learning_rate_rows() -> list[Row]:
             f"optimizer.backbone_lr={rates[0]:.6g}",
             f"optimizer.proxies_lr={rates[1]:.6g}",
         ]
-        return Row(name, labels, overrides, **more)
+        return Row(grown.prefix + name, {"data": data, **labels}, overrides, grown.config, **more)
 
     rows = [
-        row(f"tuning_backbone-{b}_proxies-{p}", 32, (b, p), {"data": "emoji", "backbone": b, "proxies": p}, seeds=(0,))
-        for b, p in itertools.product((0.001, 0.002, 0.004, 0.008), (0.01, 0.02, 0.04, 0.08))
-        if (b, p) not in UNTRIED
+        row(f"tuning_backbone-{b}_proxies-{p}", SMALLEST, (b, p), {"backbone": b, "proxies": p}, seeds=(0,))
+        for b, p in grown.tried
     ]
-    rows.append(row("batch-32", 32, TUNED, {"data": "emoji", "batch": 32, "rule": "tuned"}))
-    for batch in BATCHES[1:]:
-        for rule, factors in RULES.items():
-            if (batch, rule) in LEFT_OUT:
-                continue
-            backbone, proxies = factors(batch / BATCHES[0])
+    rows.append(row(f"batch-{SMALLEST}", SMALLEST, grown.tuned, {"batch": SMALLEST, "rule": "tuned"}))
+    for batch, rules in grown.rules.items():
+        for rule in rules:
+            backbone, proxies = RULES[rule](batch / SMALLEST)
             name = f"batch-{batch}_{rule.replace(', ', '-').replace(' ', '-')}"
-            rates = (TUNED[0] * backbone, TUNED[1] * proxies)
-            rows.append(row(name, batch, rates, {"data": "emoji", "batch": batch, "rule": rule}))
+            rates = (grown.tuned[0] * backbone, grown.tuned[1] * proxies)
+            rows.append(row(name, batch, rates, {"batch": batch, "rule": rule}))
     return rows
 
 
@@ -105,7 +140,7 @@ TABLES = {
             "learning_rates",
             "How do learning rates follow the batch size, at equal epochs?",
             "docs/learning_rates.md",
-            _learning_rate_rows(),
+            [row for data, grown in GROWN.items() for row in _learning_rate_rows(data, grown)],
             figures.learning_rates,
         ),
     )

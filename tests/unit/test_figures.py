@@ -10,7 +10,7 @@ import pytest
 from benchmarks import figures
 from benchmarks.figures import difference, say_difference
 from benchmarks.retrieval import finished
-from benchmarks.tables import RULES, TABLES, TUNED, Row, Table
+from benchmarks.tables import GROWN, RULES, TABLES, Row, Table
 from dist_proxygml.cluster.grid import Spread
 
 ROOT = Path(__file__).parents[2]
@@ -83,11 +83,12 @@ def test_curves_pass_over_what_has_no_number_and_their_names_do_not_cover_each_o
     assert abs(heights["b"] - heights["c"]) >= 12, heights
 
 
-def test_the_rates_that_rules_begin_with_are_the_best_of_those_tried_on_validation_classes() -> None:
+@pytest.mark.parametrize("data", GROWN)
+def test_the_rates_that_rules_begin_with_are_the_best_of_those_tried_on_validation_classes(data: str) -> None:
     table = TABLES["learning_rates"]
     lines = finished(table)
-    tuning = [row for row in table.rows if "backbone" in row.labels and row.labels["data"] == "emoji"]
-    assert figures.pick_tuned(tuning, lines) == TUNED
+    tuning = [row for row in table.rows if "backbone" in row.labels and row.labels["data"] == data]
+    assert figures.pick_tuned(tuning, lines) == GROWN[data].tuned
 
 
 def test_rules_are_what_they_are_called() -> None:
