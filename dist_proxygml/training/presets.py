@@ -96,7 +96,7 @@ class _Draft:
     """A configuration while it is made."""
 
     def __init__(self, name: str, shards: str) -> None:
-        sections = ("data", "backbone", "proxies", "optimizer", "schedule", "training", "evaluation", "checkpoint")
+        sections = "data backbone proxies optimizer schedule training evaluation checkpoint deepspeed".split()
         self.raw: dict[str, Any] = {"name": name} | {section: {} for section in sections}
         self.raw["data"]["shards"] = shards
         self.choices: list[tuple[dict[str, Any], str]] = []
@@ -306,6 +306,8 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
     if machine.device == "cuda":
         quick = {"float32_matmul": "high", "cudnn_benchmark": True}
         draft.choose("TF32 and timed convolutions in the network; the head's products are exact", training=quick)
+        if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+            draft.choose("what the GPU's tensor cores are for", deepspeed={"bf16": {"enabled": True}})
     lr = 0.001 if not weights else 0.003 if is_small and name == lite else 1e-4
     rates = {"name": "adamw", "backbone_lr": lr, "embedding_lr": max(lr, 0.001), "weight_decay": 1e-4}
     pace = "slow, to keep what the weights know" if weights else "as random weights bear"
