@@ -84,7 +84,7 @@ GROWN = {
             *((0.002, 0.08), (0.004, 0.08), (0.008, 0.04)),
         ],
         (0.004, 0.04),
-        {64: SCALED_ALIKE, 128: tuple(RULES), 512: tuple(RULES)},
+        {64: SCALED_ALIKE, 128: tuple(RULES), 256: SCALED_ALIKE, 512: tuple(RULES), 1024: SCALED_ALIKE},
     ),
     "glyphs": Grown(
         "configs/glyphs_cpu.json",
@@ -95,7 +95,7 @@ GROWN = {
             *((0.004, 0.005), (0.004, 0.04)),
         ],
         (0.004, 0.02),
-        {128: SCALED_ALIKE, 512: SCALED_ALIKE},
+        dict.fromkeys((64, 128, 256, 512, 1024), SCALED_ALIKE),
         prefix="glyphs_",
     ),
 }
