@@ -180,7 +180,7 @@ def outcomes_on_rank(context: ParallelContext, tasks: Sequence[Task], device: st
                 terms.regularization.cpu(),
                 terms.kept_classes.cpu(),
                 embeddings.grad.cpu(),
-                loss.proxies.grad.to_dense().cpu(),
+                loss.proxies.grad if device == "cpu" else loss.proxies.grad.to_dense().cpu(),
             )
         )
     return results

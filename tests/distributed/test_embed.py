@@ -89,7 +89,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(run: Path, shards: Shard
 def test_after_the_kill_of_one_rank_only_what_is_missing_is_embedded(
     run: Path, shards: ShardIndex, tmp_path: Path, world_size: int
 ) -> None:
-    with pytest.raises(RuntimeError):  # rank 1 at its fourth of nine batches, rank 0 soon after
+    # Rank 1 at its fourth of nine batches, rank 0 soon after; either end may be heard of first.
+    with pytest.raises((RuntimeError, ValueError), match=r"rank 1|another rank has gone"):
         run_ranks(embedded, 2, run, shards.root, tmp_path / "out", "fail", "embed.batch@1:4:kill9")
     assert not (tmp_path / "out").exists()
     blocks = [path.name for path in (tmp_path / ".out.partial" / "blocks").glob("*.block")]
