@@ -474,6 +474,7 @@ def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argp
             )
         is_whole = run_here(sweep, jobs, to_do, arguments)
         status = report(sweep, jobs, arguments.metric)
+        lock.release()
         if not is_whole:
             print("interrupted; the same command resumes where the runs have saved", file=sys.stderr)
         return status if is_whole else 128 + signal.SIGINT
