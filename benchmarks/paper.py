@@ -18,38 +18,37 @@ import argparse
 import csv
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.figures import markdown, spread
 from dist_proxygml import shard, sweep
-from dist_proxygml.cli import add_options, at_least, build_parser, command, run_command
+from dist_proxygml.cli import add_options, at_least, build_parser, command, run_command, said_by
 from dist_proxygml.cluster.grid import Spread, format_spread
 from dist_proxygml.config import Config, load_config
-from dist_proxygml.data.datasets import SourceDataset
 from dist_proxygml.data.published import read_cars196, read_cub200, read_inshop, read_sop
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS
 from dist_proxygml.storage.files import publish_text, read_document, read_log
 from dist_proxygml.storage.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED_EPOCHS = frozenset({1, 2, *range(35, 51)})  # that the authors evaluated, and chose from
-READERS: Mapping[str, Callable[..., SourceDataset]] = {
-    "cub": read_cub200,
-    "cars": read_cars196,
-    "sop": read_sop,
-    "inshop": read_inshop,
-}
+READERS = {"cub": read_cub200, "cars": read_cars196, "sop": read_sop, "inshop": read_inshop}
 
-# Percent, BN-Inception with 512 dimensions, as the authors of ProxyGML list them: NMI, and recall at the first K of the
-# protocol. They have none on In-Shop; that of Proxy-Anchor is its authors'.
+# NMI and recall at the first K of the protocol, in percent, of BN-Inception with 512 dimensions, as the authors of
+# ProxyGML list them. They have none on In-Shop: that is of Proxy-Anchor's authors.
 PAPER = "ProxyGML"
-PUBLISHED: Mapping[str, Mapping[str, tuple[float | None, ...]]] = {
-    "cub": {PAPER: (69.8, 66.6, 77.6, 86.4), "SoftTriple": (69.3, 65.4, 76.4, 84.5), "MS": (None, 65.7, 77.0, 86.3)},
-    "cars": {PAPER: (72.4, 85.5, 91.8, 95.3), "SoftTriple": (70.1, 84.5, 90.7, 94.5), "MS": (None, 84.1, 90.4, 94.0)},
-    "sop": {PAPER: (90.2, 78.0, 90.6, 96.2), "SoftTriple": (92.0, 78.3, 90.3, 95.9), "MS": (None, 78.2, 90.5, 96.0)},
-    "inshop": {"Proxy-Anchor": (None, 91.9)},
+PUBLISHED: Mapping[tuple[str, str], tuple[float | None, ...]] = {
+    ("cub", PAPER): (69.8, 66.6, 77.6, 86.4),
+    ("cub", "SoftTriple"): (69.3, 65.4, 76.4, 84.5),
+    ("cub", "multi-similarity"): (None, 65.7, 77.0, 86.3),
+    ("cars", PAPER): (72.4, 85.5, 91.8, 95.3),
+    ("cars", "SoftTriple"): (70.1, 84.5, 90.7, 94.5),
+    ("cars", "multi-similarity"): (None, 84.1, 90.4, 94.0),
+    ("sop", PAPER): (90.2, 78.0, 90.6, 96.2),
+    ("sop", "SoftTriple"): (92.0, 78.3, 90.3, 95.9),
+    ("sop", "multi-similarity"): (None, 78.2, 90.5, 96.0),
+    ("inshop", "Proxy-Anchor"): (None, 91.9),
 }
 
 EXAMPLES = """\
@@ -64,23 +63,13 @@ class Experiment(NamedTuple):
 
     name: str
     given: argparse.Namespace
-
-    @property
-    def folder(self) -> Path:
-        """Where the sweep trains; results lie beside it."""
-        folder: Path = self.given.out / self.name
-        return folder
-
-    @property
-    def config_file(self) -> str:
-        """The paper's settings."""
-        return str(ROOT / "configs" / "paper" / f"{self.name}.json")
+    folder: Path  # of its runs; results lie beside it
 
     @property
     def overrides(self) -> list[str]:
         """What the comparison needs beside them; what the user sets has the last word."""
         is_legacy = self.name in LEGACY_PROTOCOLS and not self.given.allow_partial
-        ours = [f"data.shards={self.given.out / 'shards' / self.name}", "evaluation.every_epochs=1"]
+        ours = [f"data.shards={self.folder.with_name('shards') / self.name}", "evaluation.every_epochs=1"]
         ours += ["evaluation.kmeans_seeds=1", f"evaluation.legacy_proxygml={json.dumps(is_legacy)}"]
         if self.given.allow_partial:  # a protocol insists on its numbers of images, and few of them have no K beyond 1
             ours += ["data.num_classes=null", "evaluation.protocol=custom", "evaluation.recall_at=[1]"]
@@ -89,7 +78,7 @@ class Experiment(NamedTuple):
     @property
     def config(self) -> Config:
         """All settings; a ValueError if they are wrong."""
-        return load_config(self.config_file, self.overrides)
+        return load_config(f"paper/{self.name}", self.overrides)
 
     @property
     def build(self) -> list[str]:
@@ -104,7 +93,7 @@ class Experiment(NamedTuple):
         where = ["--gpus-per-node", "1", "--parallel", str(min(num_gpus, num_seeds))]
         where = ["--cluster", "local", "--time", "90-00:00:00", *(where if num_gpus else ["--tasks-per-node", "1"])]
         seeds = ["--seeds", str(num_seeds), "--out", str(self.folder)]
-        return ["--config", self.config_file, *seeds, *where, "--set", *self.overrides]
+        return ["--config", f"paper/{self.name}", *seeds, *where, "--set", *self.overrides]
 
     def check(self) -> None:
         """Find what is wrong before anything is written.
@@ -128,8 +117,8 @@ class Outcome(NamedTuple):
     """A finished seed; metrics are shares of 1 by name."""
 
     seed: int
-    last: Mapping[str, float]
-    best: Mapping[str, float]
+    last: dict[str, float]
+    best: dict[str, float]
     best_epoch: int
     num_compared: int  # epochs that `best` was chosen from
 
@@ -147,11 +136,10 @@ def read_outcome(run_directory: Path, seed: int) -> Outcome:
     last = tested[max(tested)]
     compared = [line for line in tested.values() if line["epoch"] in PUBLISHED_EPOCHS] or [last]
     best = max(compared, key=lambda line: (metric(line, "recall@1") or 0, line["step"]))
-    return Outcome(seed, _metrics(last), _metrics(best), best["epoch"], len(compared))
-
-
-def _metrics(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name not in ("kind", "step", "epoch")}
+    last_metrics, best_metrics = (
+        {name: value for name, value in line.items() if name not in ("kind", "step", "epoch")} for line in (last, best)
+    )
+    return Outcome(seed, last_metrics, best_metrics, best["epoch"], len(compared))
 
 
 def metric(numbers: Mapping[str, float], name: str) -> float | None:
@@ -159,21 +147,30 @@ def metric(numbers: Mapping[str, float], name: str) -> float | None:
     return numbers.get(f"legacy_{name}", numbers.get(name))
 
 
-def finished(experiment: Experiment) -> list[Outcome]:
-    """The seeds that the sweep calls finished."""
+def keep_results(experiment: Experiment) -> list[Outcome]:
+    """The seeds that the sweep calls finished, stored as lines of OUT/NAME.jsonl with what they were made with. A line
+    that is there already stays: it knows the commit.
+    """
     with (experiment.folder / "results.csv").open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["status"] == "finished"]
-    return [read_outcome(experiment.folder / row["name"], int(row["seed"])) for row in rows]
-
-
-def result_line(experiment: Experiment, outcome: Outcome) -> str:
-    """A line of OUT/NAME.jsonl: the numbers, and what they were made with."""
-    run = RunFolder(experiment.folder / f"seed-{outcome.seed}")
-    evaluations = run.evaluations()
-    made = {name: read_document(run.facts)[name] for name in ("device", "seconds")}
-    made["versions"] = read_document(evaluations[max(evaluations)])["protocol"]["versions"]
-    made["trains"] = shlex.join(["python", "launchers/sweep.py", *experiment.train])
-    return json.dumps({"dataset": experiment.name, **outcome._asdict(), **made}) + "\n"
+        seeds = [int(row["seed"]) for row in csv.DictReader(stream) if row["status"] == "finished"]
+    path, outcomes, lines = experiment.folder.with_suffix(".jsonl"), [], []
+    earlier = {line["seed"]: line for _, line in read_log(path, {"seed": int}).records}
+    for seed in seeds:
+        run = RunFolder(experiment.folder / f"seed-{seed}")
+        outcomes.append(read_outcome(run.path, seed))
+        line: dict[str, Any] = {"dataset": experiment.name, **outcomes[-1]._asdict()}
+        if line.items() <= earlier.get(seed, {}).items():
+            lines.append(earlier[seed])
+            continue
+        line |= {name: read_document(run.facts)[name] for name in ("device", "seconds")}
+        line["commit"] = (
+            said_by("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "unknown"
+        )
+        line["versions"] = read_document(max(run.evaluations().items())[1])["protocol"]["versions"]
+        line["trains"] = shlex.join(["python", "launchers/sweep.py", *experiment.train])
+        lines.append(line)
+    publish_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return outcomes
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -185,20 +182,19 @@ def show(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
     names = ["nmi", *(f"recall@{k}" for k in protocol.recall_at)]
     best = [_spread([metric(outcome.best, name) for outcome in outcomes]) for name in names]
     last = [_spread([metric(outcome.last, name) for outcome in outcomes]) for name in names]
-    published = {
-        method: [*values, *[None] * (len(names) - len(values))] for method, values in PUBLISHED[experiment.name].items()
-    }
     rows = [["best", *map(format_spread, best)], ["last", *map(format_spread, last)]]
-    for method, values in published.items():
-        rows.append([f"{method}, published", *("" if value is None else f"{value:.1f}" for value in values)])
-        rows.append([f"best - {method}", *map(compare, best, values)])
+    published = {method: numbers for (dataset, method), numbers in PUBLISHED.items() if dataset == experiment.name}
+    for method, numbers in published.items():
+        padded = [*numbers, *[None] * (len(names) - len(numbers))]
+        rows.append([f"{method}, published", *("" if number is None else f"{number:.1f}" for number in padded)])
+        rows.append([f"best - {method}", *map(compare, best, padded)])
     epochs = ", ".join(str(outcome.best_epoch) for outcome in outcomes)
     notes = [
-        f"Percent: mean ± standard deviation over {len(outcomes)} of {given.seeds} seeds (of a sample, n - 1). A "
+        f"Percent, mean ± standard deviation over {len(outcomes)} of {given.seeds} seeds (of a sample, n - 1). A "
         "difference within the deviation is a tie.",
-        "best is comparable with the published numbers, and as optimistic: each is the best of evaluations on the test "
-        f"split. Here the one with the best Recall@1 of {outcomes[0].num_compared} such epochs: {epochs}.",
-        "last is not comparable with them: nobody has chosen it, and none is published.",
+        "best is what compares with the published numbers: like them the best of several looks at the test split, so "
+        f"optimistic. By Recall@1, of {outcomes[0].num_compared} epochs: {epochs}.",
+        "last does not compare with them: nobody has chosen it, and none is published.",
     ]
     if PAPER not in published:
         notes.append(f"The authors of {PAPER} published neither numbers nor settings for this data set.")
@@ -235,17 +231,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="folder of the unpacked downloads")
     parser.add_argument("--dataset", nargs="+", choices=tuple(READERS), required=True, help="one or several")
     parser.add_argument("--seeds", type=at_least(1), default=3, metavar="K", help="seeds 0 to K-1 (default 3)")
-    parser.add_argument(
-        "--gpus",
-        type=at_least(0),
-        metavar="N",
-        help="seeds at a time, each on a GPU (default: as many as there are; 0: on CPUs, one at a time)",
-    )
+    gpus = "seeds at a time, each on a GPU; 0: on CPUs, one at a time (default: the GPUs that there are)"
+    parser.add_argument("--gpus", type=at_least(0), metavar="N", help=gpus)
     add_options(parser, "--out", required=False, default=Path("runs/paper"), help="folder to write (runs/paper)")
     add_options(parser, "--set", help="override settings, for a trial: training.epochs=2")
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="a trial with what images there are; measures Recall@1"
-    )
+    partial = "a trial with what images there are; measures Recall@1 and NMI"
+    parser.add_argument("--allow-partial", action="store_true", help=partial)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands, start nothing")
     return parser
 
@@ -257,7 +248,7 @@ def main(given: argparse.Namespace) -> int:
         import torch
 
         given.gpus = torch.cuda.device_count()
-    experiments = [Experiment(name, given) for name in dict.fromkeys(given.dataset)]
+    experiments = [Experiment(name, given, given.out / name) for name in dict.fromkeys(given.dataset)]
     for experiment in experiments:
         experiment.check()
     if given.dry_run:
@@ -265,25 +256,21 @@ def main(given: argparse.Namespace) -> int:
             print(shlex.join(["python", "-m", "dist_proxygml.shard", *experiment.build]))
             print(shlex.join(["python", "launchers/sweep.py", *experiment.train]))
         return 0
-    statuses = []
+    for experiment in experiments:  # all, before a sweep listens to Ctrl-C
+        if status := shard.main(experiment.build):
+            return status
+    worst = 0
     for experiment in experiments:
-        statuses.append(shard.main(experiment.build) or carry_out(experiment))
-        if statuses[-1] > 1:
-            break
-    return max(statuses)
-
-
-def carry_out(experiment: Experiment) -> int:
-    """Train what is not finished, and show what is; returns the exit status of the sweep."""
-    print(f"training {experiment.given.seeds} seeds; tail -F {experiment.folder}/jobs/*/*_log.out", flush=True)
-    status = sweep.main(experiment.train)
-    outcomes = finished(experiment) if status in (0, 1) else []
-    if outcomes:
-        lines, text = "".join(result_line(experiment, each) for each in outcomes), show(experiment, outcomes)
-        publish_text(experiment.folder.with_suffix(".jsonl"), lines)
-        publish_text(experiment.folder.with_suffix(".md"), text)
-        print(f"\n{text}\nwritten to {experiment.folder}.md and .jsonl", flush=True)
-    return status
+        print(f"training {given.seeds} seeds; tail -F {experiment.folder}/jobs/*/*_log.out", flush=True)
+        status = sweep.main(experiment.train)
+        if status not in (0, 1):
+            return status
+        worst = max(worst, status)
+        if outcomes := keep_results(experiment):
+            text = show(experiment, outcomes)
+            publish_text(experiment.folder.with_suffix(".md"), text)
+            print(f"\n{text}\nwritten to {experiment.folder}.md and .jsonl", flush=True)
+    return worst
 
 
 if __name__ == "__main__":

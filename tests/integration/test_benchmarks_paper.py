@@ -50,17 +50,25 @@ def experiment(name: str, **given: Any) -> Experiment:
     arguments = ["--data", "downloads", "--dataset", name, "--out", "out", "--gpus", "0"]
     parsed = paper._parser().parse_args(arguments)
     vars(parsed).update(given)
-    return Experiment(name, parsed)
+    return Experiment(name, parsed, Path("out", name))
+
+
+def larger_sop(root: Path) -> None:
+    """With a second image of a test class, or nothing can be found."""
+    sop(root)
+    folder = root / "Stanford_Online_Products"
+    with (folder / "Ebay_test.txt").open("a") as stream:
+        stream.write("6 11319 1 bicycle_final/111011319_6.JPG\n")
+    write_image(folder / "bicycle_final/111011319_6.JPG", 6)
 
 
 def larger_inshop(root: Path) -> None:
     """With a second class to train, or there is no negative."""
     inshop(root)
-    table = root / "Eval" / "list_eval_partition.txt"
+    table, name = root / "Eval" / "list_eval_partition.txt", "img/MEN/Denim/id_00000009/01_1_front.jpg"
     number, header, *lines = table.read_text().splitlines()
-    lines.append("img/MEN/Denim/id_00000009/01_1_front.jpg     id_00000009       train")
-    write_image(root / "Img" / "img/MEN/Denim/id_00000009/01_1_front.jpg", 9)
-    write_lines(table, [str(int(number) + 1), header, *lines])
+    write_lines(table, [str(int(number) + 1), header, *lines, f"{name}     id_00000009       train"])
+    write_image(root / "Img" / name, 9)
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
@@ -81,8 +89,8 @@ def test_our_numbers_stand_beside_the_published_ones_and_a_difference_within_the
     assert "| last | 70.00 ± 0.00 | 65.00 ± 0.00 |" in text
     assert "| ProxyGML, published | 69.8 | 66.6 | 77.6 | 86.4 |  |" in text
     assert "| best - ProxyGML | +1.20 | +0.10, a tie |  |  |  |" in text
-    assert "| best - MS |  | +1.00 |" in text
-    assert "of 18 such epochs: 40, 41, 42." in text
+    assert "| best - multi-similarity |  | +1.00 |" in text
+    assert "of 18 epochs: 40, 41, 42." in text
     assert "3 of 3 seeds" in text
     assert "NOT comparable" not in text
     assert "NOT comparable" in show(experiment("cub", allow_partial=True), outcomes)
@@ -220,12 +228,14 @@ def test_a_download_becomes_a_table_and_a_second_call_trains_nothing_again(
     assert line["versions"] == evaluation["protocol"]["versions"]
     assert f"| last | {100 * line['last']['nmi']:.2f} ± n/a | {100 * line['last']['recall@1']:.2f} ± n/a |" in said
 
+    (out / "cub.jsonl").write_text(json.dumps(line | {"commit": "of the run"}) + "\n")
     index = (out / "shards/cub/index.json").stat()
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert started == ["seed-0"], "nothing again"
     assert "nothing to do" in said
     assert (out / "shards/cub/index.json").stat() == index
+    assert json.loads((out / "cub.jsonl").read_text()) == line | {"commit": "of the run"}, "not of today"
     assert (out / "cub.md").read_text() in said
 
 
@@ -234,7 +244,7 @@ def test_a_download_becomes_a_table_and_a_second_call_trains_nothing_again(
     ("name", "layout", "row"),
     [
         ("cars", cars_devkit, "| ProxyGML, published | 72.4 | 85.5 | 91.8 | 95.3 |  |"),
-        ("sop", sop, "| ProxyGML, published | 90.2 | 78.0 | 90.6 | 96.2 |  |"),
+        ("sop", larger_sop, "| ProxyGML, published | 90.2 | 78.0 | 90.6 | 96.2 |  |"),
         ("inshop", larger_inshop, "| Proxy-Anchor, published |  | 91.9 |  |"),
     ],
 )
