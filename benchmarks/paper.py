@@ -153,7 +153,9 @@ def keep_results(experiment: Experiment) -> list[Outcome]:
     """
     with (experiment.folder / "results.csv").open(encoding="utf-8", newline="") as stream:
         seeds = [int(row["seed"]) for row in csv.DictReader(stream) if row["status"] == "finished"]
-    path, outcomes, lines = experiment.folder.with_suffix(".jsonl"), [], []
+    path = experiment.folder.with_suffix(".jsonl")
+    outcomes: list[Outcome] = []
+    lines: list[dict[str, Any]] = []
     earlier = {line["seed"]: line for _, line in read_log(path, {"seed": int}).records}
     for seed in seeds:
         run = RunFolder(experiment.folder / f"seed-{seed}")
