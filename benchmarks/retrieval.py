@@ -171,7 +171,7 @@ def line_of(run: Run, head_ms: float) -> Line:
         "test": _rounded(tested.metrics) if folder.evaluations() else {},
         "validation": _rounded(validation),
         "hits": pack_hits(hits_of(run.folder)) if folder.evaluations() else "",
-        "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 5),
+        "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 9),
         "steps": max(last),
         "seconds": {name: round(value, 1) for name, value in facts["seconds"].items()},
         "head_ms": round(head_ms, 3),
