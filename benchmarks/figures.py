@@ -292,7 +292,9 @@ def _name_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]]) -> None:
     below, gap = -math.inf, 0.066
     for share, name, colour in sorted((to_share.transform((1, height))[1], *rest) for height, *rest in ends):
         below = max(share, below + gap)
-        axes.text(1.02, below, name, color=colour, va="center", fontweight="bold", fontsize=12, transform=axes.transAxes)
+        axes.text(
+            1.02, below, name, color=colour, va="center", fontweight="bold", fontsize=12, transform=axes.transAxes
+        )
 
 
 def _picture(title: str, subtitle: str, spoken: str, paint: Callable[["Figure"], None]) -> str:

@@ -47,7 +47,9 @@ def test_ratios_are_drawn_and_what_is_missing_is_left_out() -> None:
     assert "| ProxyGML, row-wise | not measured yet |  |" in lines
     time, memory = (spoken(text).partition(". ")[2] for text in made.pictures.values())
     assert time == "softmax, streamed, Adam: 1,024 10.5, 1,048,576 6.5; authors' formulas, Adam: 1,024 50"
-    assert memory == "softmax, streamed, Adam: 1,024 3, 1,048,576 5; authors' formulas, Adam: 1,024 40"  # of 1, 1024 MiB
+    assert (
+        memory == "softmax, streamed, Adam: 1,024 3, 1,048,576 5; authors' formulas, Adam: 1,024 40"
+    )  # of 1, 1024 MiB
 
 
 def test_times_of_several_machines_are_refused(tmp_path: Path) -> None:
