@@ -83,6 +83,20 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(values))
 
 
+def spread_over_seeds(row: "Row", lines: Lines, number: Callable[[dict[str, Any]], float]) -> Spread | None:
+    """Mean and deviation of a number of a row; None before a seed has finished."""
+    values = list(values_of(row, lines, number).values())
+    return spread(values) if values else None
+
+
+def say_seeds(rows: Sequence["Row"], lines: Lines) -> str:
+    """How many seeds the finished rows have."""
+    counts = sorted({count for row in rows if (count := sum((row.name, seed) in lines for seed in row.seeds))})
+    if counts in ([], [1]):
+        return "one seed"
+    return f"mean ± standard deviation of {' or '.join(map(str, counts))} seeds"
+
+
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
     """The first minus the second, over the seeds that both have."""
     paired = [first[seed] - second[seed] for seed in first if seed in second]
@@ -142,6 +156,21 @@ def say_difference(found: Difference) -> str:
         return ""
     said = f"{100 * found.mean:+.2f} ± {100 * found.half_width:.2f}"
     return f"{said}, tie" if found.is_tie else said
+
+
+def say_interval(first: "Row", second: "Row", lines: Lines) -> str:
+    """Recall@1 of the first row above that of the second, with the 95 % interval over test classes; a tie where that
+    or the interval over seeds has 0 in it. Of fewer than two seeds: without a verdict.
+    """
+    found = over_classes(first, second, lines)
+    if found is None:
+        return ""
+    said = f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+    recall = metric("recall@1")
+    of_seeds = difference(values_of(first, lines, recall), values_of(second, lines, recall))
+    if math.isinf(of_seeds.half_width):
+        return f"{said}, one seed"
+    return f"{said}, tie" if found.is_tie or of_seeds.is_tie else said
 
 
 def plain(table: "Table", lines: Lines) -> Shown:
