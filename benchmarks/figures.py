@@ -300,7 +300,7 @@ def growth(title: str, subtitle: str, series: Sequence[Curve], *, x_label: str) 
         axes.set_xscale("log")
         axes.minorticks_off()
         for curve in shown:
-            look = {"dashes": (3.5, 3.5)} if curve.dashed else {}
+            look: dict[str, Any] = {"dashes": (3.5, 3.5)} if curve.dashed else {}
             colour = SERIES[curve.colour]
             axes.plot(
                 *zip(*curve.points, strict=True), "o-", color=colour, markersize=6, linewidth=1.8, clip_on=False, **look
