@@ -82,6 +82,13 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
     return Difference(statistics.fmean(paired), float(stats.t.ppf(0.975, len(paired) - 1)) * error)
 
 
+def best_on_validation(rows: Sequence["Row"], lines: Lines) -> "Row | None":
+    """The row with the highest MAP@R on validation classes, mean over its finished seeds; None if none has finished."""
+    found = {row.name: values_of(row, lines, metric("map@r", on="validation")) for row in rows}
+    known = [row for row in rows if found[row.name]]
+    return max(known, key=lambda row: statistics.fmean(found[row.name].values())) if known else None
+
+
 def pack_hits(hits: np.ndarray) -> str:
     """Numbers of queries and of right first answers by class, [2, classes], as short text."""
     return base64.b64encode(zlib.compress(hits.astype("<u2").tobytes(), 9)).decode()
@@ -132,6 +139,21 @@ def say_difference(found: Difference) -> str:
         return ""
     said = f"{100 * found.mean:+.2f} ± {100 * found.half_width:.2f}"
     return f"{said}, tie" if found.is_tie else said
+
+
+def say_interval(found: Interval | None) -> str:
+    """Points with the interval, or that it is a tie; empty without numbers."""
+    if found is None:
+        return ""
+    said = f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+    return f"{said}, tie" if found.is_tie else said
+
+
+def say_finished(rows: Sequence["Row"], lines: Lines) -> str:
+    """How many runs of rows there are, and how many of them have finished if not all."""
+    done = sum((row.name, seed) in lines for row in rows for seed in row.seeds)
+    wanted = sum(len(row.seeds) for row in rows)
+    return str(wanted) if done == wanted else f"{done} of {wanted}, unfinished"
 
 
 def plain(table: "Table", lines: Lines) -> Shown:

@@ -4,7 +4,7 @@
 
 The images are those of the demo, and so is the split: emoji of training classes train, those of test classes test. In
 either, the emoji of a category (Food & Drink, Symbols, ...), in the order of their code points, are cut into classes of
-four, or three where the number does not divide; a category of fewer is one class.
+four, some of three or two where the number does not divide.
 """
 
 import json
@@ -13,8 +13,6 @@ import tarfile
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from dist_proxygml.data.builder import build_shards
 from dist_proxygml.data.datasets import SourceDataset, SourceImage
@@ -32,10 +30,7 @@ def read_joined(demo: Path = DEMO, *, joined: int = JOINED) -> SourceDataset:
         for info, _ in found:
             emoji_of.setdefault(info["category"], set()).add(_points(info["source_id"]))
         class_of = {
-            points: group[0]
-            for emoji in emoji_of.values()
-            for group in cut(sorted(emoji), joined)
-            for points in group
+            points: group[0] for emoji in emoji_of.values() for group in cut(sorted(emoji), joined) for points in group
         }
         names = {_points(info["source_id"]): info["class_name"] for info, _ in found}
         for info, content in found:
@@ -43,15 +38,17 @@ def read_joined(demo: Path = DEMO, *, joined: int = JOINED) -> SourceDataset:
             kept = {name: info[name] for name in ("category", "license", "set")}
             class_id = "-".join(f"{point:x}" for point in first)
             images.append(
-                SourceImage(split, class_id, names[first], info["source"], content, {**kept, "emoji": info["class_name"]})
+                SourceImage(
+                    split, class_id, names[first], info["source"], content, {**kept, "emoji": info["class_name"]}
+                )
             )
     return SourceDataset("emoji_joined", images)
 
 
 def cut(emoji: Sequence[tuple[int, ...]], joined: int) -> list[list[tuple[int, ...]]]:
     """Neighbours together, in groups of nearly equal size of at most `joined`."""
-    bounds = np.linspace(0, len(emoji), -(-len(emoji) // joined) + 1).round().astype(int)
-    return [list(emoji[start:stop]) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    count, size = -(-len(emoji) // joined), len(emoji)
+    return [list(emoji[size * i // count : size * (i + 1) // count]) for i in range(count)]
 
 
 def _points(source_id: str) -> tuple[int, ...]:

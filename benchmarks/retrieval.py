@@ -106,7 +106,10 @@ class Run(NamedTuple):
         """What trains it outside of this harness, but for its folder."""
         start = ["launchers/train.py"]
         if self.row.imports:
-            start = ["-c", f"import runpy, {', '.join(self.row.imports)}; runpy.run_path('{start[0]}', run_name='__main__')"]
+            start = [
+                "-c",
+                f"import runpy, {', '.join(self.row.imports)}; runpy.run_path('{start[0]}', run_name='__main__')",
+            ]
         return ["python", *start, *_without_place(self.arguments)]
 
     @property

@@ -41,7 +41,9 @@ def test_with_all_parts_it_is_the_head_of_the_product_by_the_name_it_registers(w
     ).total
     found = loss(embeddings_BD, labels_B).total
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    gradients, wanted_gradients = (torch.autograd.grad(value, [embeddings_BD, proxies_CND]) for value in (found, wanted))
+    gradients, wanted_gradients = (
+        torch.autograd.grad(value, [embeddings_BD, proxies_CND]) for value in (found, wanted)
+    )
     assert all(gradient.abs().max() > 0.01 for gradient in gradients)
     for gradient, of_definition in zip(gradients, wanted_gradients, strict=True):
         torch.testing.assert_close(gradient, of_definition, rtol=1e-10, atol=1e-12)
