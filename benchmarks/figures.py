@@ -73,6 +73,20 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(values))
 
 
+def spread_over_seeds(row: "Row", lines: Lines, number: Callable[[dict[str, Any]], float]) -> Spread | None:
+    """Mean and deviation of a number of a row; None before a seed has finished."""
+    values = list(values_of(row, lines, number).values())
+    return spread(values) if values else None
+
+
+def say_seeds(rows: Sequence["Row"], lines: Lines) -> str:
+    """How many seeds the finished rows have."""
+    counts = sorted({count for row in rows if (count := sum((row.name, seed) in lines for seed in row.seeds))})
+    if counts in ([], [1]):
+        return "one seed"
+    return f"mean ± standard deviation of {' or '.join(map(str, counts))} seeds"
+
+
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
     """The first minus the second, over the seeds that both have."""
     paired = [first[seed] - second[seed] for seed in first if seed in second]

@@ -15,6 +15,7 @@ A line counts for a row while the settings are the same, those that the configur
 counts. Its numbers:
 
     test, validation    of the last evaluation: on the test split, and on classes that are neither trained nor tested
+    curve               test Recall@1 by step, where it was evaluated more than once
     hits                right first answers of each test class (packed, see hits_of), of which intervals are drawn
     loss                mean of the last five logged steps
     seconds             of all starts of the run, by phase; the machine may have been shared
@@ -175,6 +176,7 @@ def line_of(run: Run, head_ms: float) -> Line:
             f"expected logged steps in {run.folder}, found none; lower telemetry.log_every_steps of its row"
         )
     validation = read_document(validated[max(validated)])["metrics"] if validated else {}
+    recall = {step: read_document(path)["metrics"]["recall@1"] for step, path in sorted(folder.evaluations().items())}
     return {
         "table": run.table.name,
         "row": run.row.name,
@@ -182,6 +184,7 @@ def line_of(run: Run, head_ms: float) -> Line:
         "settings": run.settings,
         "test": _rounded(tested.metrics) if folder.evaluations() else {},
         "validation": _rounded(validation),
+        "curve": {str(step): round(value, 6) for step, value in recall.items()} if len(recall) > 1 else {},
         "hits": pack_hits(hits_of(run.folder)) if folder.evaluations() else "",
         "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 5),
         "steps": max(last),

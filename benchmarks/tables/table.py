@@ -8,6 +8,7 @@ tables stand:
     <!-- end of table NAME -->
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,3 +48,12 @@ BARE = (
 )
 TUNING = "data.validation_classes=0.2"  # classes that are neither trained nor tested
 SHORT = (TUNING, *BARE)
+
+
+def pick(rows: Sequence[Row], lines: figures.Lines) -> Row | None:
+    """The row with the highest MAP@R on validation classes, averaged over seeds; None before all have finished."""
+    found = [figures.values_of(row, lines, figures.metric("map@r", on="validation")) for row in rows]
+    if not all(found):
+        return None
+    means = [statistics.fmean(values.values()) for values in found]
+    return rows[means.index(max(means))]
