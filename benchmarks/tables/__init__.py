@@ -3,9 +3,12 @@
 A new one is a file here that lists its rows, and an entry below.
 """
 
-from benchmarks.tables import fewer_proxies, learning_rates, parts
+from benchmarks.tables import fewer_proxies, learning_rates, methods, negatives, parts
 from benchmarks.tables.table import Row, Table
 
-TABLES: dict[str, Table] = {table.name: table for table in (learning_rates.TABLE, parts.TABLE, fewer_proxies.TABLE)}
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (learning_rates.TABLE, methods.TABLE, negatives.TABLE, parts.TABLE, fewer_proxies.TABLE)
+}
 
 __all__ = ["TABLES", "Row", "Table"]

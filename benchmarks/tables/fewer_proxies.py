@@ -19,22 +19,20 @@ from typing import NamedTuple
 from benchmarks.figures import (
     Lines,
     Shown,
-    best_on_validation,
     cell,
     curves,
     difference,
     markdown,
     metric,
-    over_classes,
     say_difference,
     say_finished,
     say_interval,
-    spread,
+    say_seeds,
+    spread_over_seeds,
     values_of,
 )
 from benchmarks.tables.parts import BATCH, CHEAP, EMOJI_IMAGES, warm_up
-from benchmarks.tables.table import BARE, Row, Table
-from dist_proxygml.cluster.grid import Spread
+from benchmarks.tables.table import BARE, Row, Table, pick
 
 RATIOS = (0.02, 0.05, 0.2, 1.0)
 USUAL_RATIO, USUAL_TOTAL = 0.05, 16.0
@@ -100,47 +98,46 @@ def show(table: Table, lines: Lines) -> Shown:
         trials: dict[int, list[Row]] = {}
         for row in rows:
             trials.setdefault(row.labels["N"], []).append(row)
-        of_ratio = {
-            (row.labels["N"], row.labels["r"]): values_of(row, lines, metric("recall@1"))
-            for row in rows
-            if row.labels["s*N"] == USUAL_TOTAL
-        }
         header = [f"N = {per_class}" for per_class in trials]
-        over_ratio = [
-            [f"{ratio:g}", *(cell(of_ratio.get((per_class, ratio), {})) for per_class in trials)] for ratio in RATIOS
-        ]
+        over_ratio = {
+            ratio: [row for row in rows if (row.labels["r"], row.labels["s*N"]) == (ratio, USUAL_TOTAL)]
+            for ratio in RATIOS
+        }  # in the order of N
+        recall = metric("recall@1")
         parts += [
             f"**{data}: Recall@1 of test classes**, each N at the r and scale that its validation classes pick",
             _picked(trials, lines),
             f"**{data}: Recall@1 of test classes by r**, with s·N = {USUAL_TOTAL:g}",
-            markdown(["r", *header], over_ratio),
+            markdown(
+                ["r", *header],
+                [
+                    [f"{ratio:g}", *(cell(values_of(row, lines, recall)) for row in of_ratio)]
+                    for ratio, of_ratio in over_ratio.items()
+                ],
+            ),
             f"**{data}: MAP@R of validation classes**, of which the best of each N is picked",
             _tuning(trials, lines),
         ]
         pictures[f"{table.name}_{data.replace(' ', '_')}.svg"] = curves(
             "Recall@1 of unseen classes, percent",
-            f"{data}, s·N = {USUAL_TOTAL:g}; mean ± standard deviation of 3 seeds",
+            f"{data}, s·N = {USUAL_TOTAL:g}; {say_seeds(rows, lines)}",
             [f"{ratio:g}" for ratio in RATIOS],
             {
-                name: [_spread(of_ratio.get((per_class, ratio), {})) for ratio in RATIOS]
-                for name, per_class in zip(header, trials, strict=True)
+                name: [spread_over_seeds(row, lines, recall) for row in of_number]
+                for name, of_number in zip(header, zip(*over_ratio.values(), strict=True), strict=True)
             },
             x_label="share r of the proxies that an image is compared with",
         )
     return Shown("\n\n".join(parts), pictures)
 
 
-def _spread(values: dict[int, float]) -> Spread | None:
-    return spread(list(values.values())) if values else None
-
-
 def _picked(trials: dict[int, list[Row]], lines: Lines) -> str:
     """Each N at what its validation classes pick, and above one proxy."""
     on_test = metric("recall@1")
-    single = best_on_validation(trials[min(trials)], lines)
+    single = pick(trials[min(trials)], lines)
     body = []
     for per_class, rows in trials.items():
-        row = best_on_validation(rows, lines)
+        row = pick(rows, lines)
         said = [str(per_class), say_finished(rows, lines)]
         if row is None:
             body.append([*said, "", "", "unfinished", "", "", ""])
@@ -149,7 +146,7 @@ def _picked(trials: dict[int, list[Row]], lines: Lines) -> str:
         apart = ["", ""]
         if single is not None and row is not single:
             by_seed = difference(values, values_of(single, lines, on_test))
-            apart = [say_difference(by_seed), say_interval(over_classes(row, single, lines))]
+            apart = [say_difference(by_seed), say_interval(row, single, lines)]
         chosen = [f"{row.labels['r']:g}", f"{row.labels['s*N']:g}"]
         body.append([*said, *chosen, cell(values), cell(values_of(row, lines, metric("map@r"))), *apart])
     header = ["N", "runs", "r", "s·N", "Recall@1", "MAP@R", "Recall@1 above N = 1, by seed", "by class"]

@@ -14,20 +14,19 @@ from collections.abc import Sequence
 from benchmarks.figures import (
     Lines,
     Shown,
-    best_on_validation,
     cell,
     curves,
     difference,
     markdown,
     metric,
-    over_classes,
     say_difference,
     say_finished,
     say_interval,
-    spread,
+    say_seeds,
+    spread_over_seeds,
     values_of,
 )
-from benchmarks.tables.table import SHORT, Row, Table
+from benchmarks.tables.table import SHORT, Row, Table, pick
 
 Parts = tuple[bool, bool, bool]  # forced positives, masked softmax, regulariser
 
@@ -113,7 +112,7 @@ def show(table: Table, lines: Lines) -> Shown:
     on_validation, on_test = metric("map@r", on="validation"), metric("recall@1")
     trials: dict[tuple[str, Parts], list[Row]] = {("product", ALL): trials_of(table.rows, "product", ALL)}
     trials |= {("ablated", parts): trials_of(table.rows, "ablated", parts) for parts in SETTINGS}
-    picked = {key: best_on_validation(rows, lines) for key, rows in trials.items()}
+    picked = {key: pick(rows, lines) for key, rows in trials.items()}
     reference = picked["ablated", ALL]
     body, tuning = [], []
     for (head, parts), rows in trials.items():
@@ -125,7 +124,7 @@ def show(table: Table, lines: Lines) -> Shown:
             apart = ["", ""]
         else:
             by_seed = difference(values, values_of(reference, lines, on_test))
-            apart = [say_difference(by_seed), say_interval(over_classes(row, reference, lines))]
+            apart = [say_difference(by_seed), say_interval(row, reference, lines)]
         published = f"{PUBLISHED[parts]:.1f}" if head == "ablated" and parts in PUBLISHED else ""
         name = [f"{said[0]} (the product's head)" if head == "product" else said[0], *said[1:]]
         shown = [f"{row.labels['scale']:g}", cell(values), cell(values_of(row, lines, metric("map@r")))] if row else []
@@ -159,10 +158,9 @@ def _picture(picked: dict[tuple[str, Parts], Row | None], lines: Lines) -> str:
     series = {}
     for regularized in (True, False):
         rows = [picked["ablated", (*place, regularized)] for place in places.values()]
-        found = [values_of(row, lines, metric("recall@1")) if row else {} for row in rows]
         name = f"{'with' if regularized else 'without'} regulariser"
-        series[name] = [spread(list(values.values())) if values else None for values in found]
-    subtitle = f"emoji, N = {PER_CLASS}; mean ± standard deviation of 3 seeds"
+        series[name] = [spread_over_seeds(row, lines, metric("recall@1")) if row else None for row in rows]
+    subtitle = f"emoji, N = {PER_CLASS}; {say_seeds([row for row in picked.values() if row], lines)}"
     title = "Recall@1 of unseen classes, percent"
     return curves(title, subtitle, list(places), series, x_label="parts of the loss that are on")
 

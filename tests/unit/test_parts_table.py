@@ -34,7 +34,14 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
         **{(name[True, True, False] + "16", seed): result(0.2, 0.3 + 0.1 * seed) for seed in range(2)},
     }
     made = parts.show(table, lines)
-    assert shown_row(made.markdown, "| yes | yes | yes |")[3:] == [*"94", "60.00 ± 10.00", "30.00 ± 5.00", "", "", "85.5"]
+    assert shown_row(made.markdown, "| yes | yes | yes |")[3:] == [
+        *"94",
+        "60.00 ± 10.00",
+        "30.00 ± 5.00",
+        "",
+        "",
+        "85.5",
+    ]
     without = shown_row(made.markdown, "| yes | yes |  |")
     assert without[3:6] == ["2 of 9, unfinished", "16", "35.00 ± 7.07"]
     assert without[7:] == ["-20.00 ± 0.00", "-20.00 [-20.00, -20.00]", "84.0"]
