@@ -32,6 +32,8 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
         **{(name[ALL] + "4", seed): result(0.4, 0.5 + 0.1 * seed) for seed in range(3)},
         **{(name[ALL] + "16", seed): result(0.2, 0.9) for seed in range(3)},
         **{(name[True, True, False] + "16", seed): result(0.2, 0.3 + 0.1 * seed) for seed in range(2)},
+        **{(name[True, True, False] + scale, 0): result(0.1, 0.9) for scale in "14"},
+        (name[False, False, False] + "1", 0): result(0.9, 0.9),  # nothing is picked before all trials are there
     }
     made = parts.show(table, lines)
     assert shown_row(made.markdown, "| yes | yes | yes |")[3:] == [
@@ -43,9 +45,9 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
         "85.5",
     ]
     without = shown_row(made.markdown, "| yes | yes |  |")
-    assert without[3:6] == ["2 of 9, unfinished", "16", "35.00 ± 7.07"]
+    assert without[3:6] == ["4 of 9, unfinished", "16", "35.00 ± 7.07"]
     assert without[7:] == ["-20.00 ± 0.00", "-20.00 [-20.00, -20.00]", "84.0"]
-    assert shown_row(made.markdown, "|  |  |  |")[3:6] == ["0 of 9, unfinished", "", "unfinished"]
+    assert shown_row(made.markdown, "|  |  |  |")[3:6] == ["1 of 9, unfinished", "", "unfinished"]
     assert "| yes | yes | yes | 30.00 ± 0.00 | 40.00 ± 0.00 | 20.00 ± 0.00 |" in made.markdown
     spoken = str(ElementTree.fromstring(made.pictures["parts.svg"]).get("aria-label"))
     assert "with regulariser: both 60.00 ± 10.00; without regulariser: both 35.00 ± 7.07" in spoken
