@@ -34,7 +34,7 @@ Parts = tuple[bool, bool, bool]  # forced positives, masked softmax, regulariser
 PER_CLASS, RATIO, WEIGHT = 3, 0.05, 0.3  # r and lambda as published
 SCALES = (1.0, 4.0, 16.0)
 ALL: Parts = (True, True, True)
-SETTINGS: tuple[Parts, ...] = tuple(itertools.product((True, False), repeat=3))
+SETTINGS: tuple[Parts, ...] = tuple(itertools.product((True, False), (True, False), (True, False)))
 # Recall@1 on Cars196 in the paper's table, N = 12.
 PUBLISHED: dict[Parts, float] = {
     ALL: 85.5,
