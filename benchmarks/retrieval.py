@@ -9,7 +9,8 @@ benchmarks/tables/ declares the tables: rows of a configuration and overrides, e
 by launchers/train.py, which also evaluates; one at a time, in forked processes (one per rank) that have torch loaded.
 Its result is a line of benchmarks/results/TABLE.jsonl, which is committed; a finished row is skipped. What is
 interrupted, by Ctrl-C, --minutes or a kill, continues from its checkpoint when the same command is called again. --row
-repeats a row that is finished, and says whether its numbers are the same.
+repeats a row that is finished, and says whether its numbers are the same. Every rank has one thread, unless
+OMP_NUM_THREADS says otherwise: with another number of threads the last bits are others.
 
 A line counts for a row while the settings are the same, those that the configuration leaves out aside; the newest
 counts. Its numbers:
@@ -33,6 +34,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -54,6 +56,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import efficiency
 from benchmarks.figures import pack_hits, write_pages
 from benchmarks.tables import TABLES, Row, Table
 from dist_proxygml.cluster.grid import is_same_run, last_evaluation, trained_settings
@@ -186,7 +189,7 @@ def line_of(run: Run, head_ms: float) -> Line:
         "validation": _rounded(validation),
         "curve": {str(step): round(value, 6) for step, value in recall.items()} if len(recall) > 1 else {},
         "hits": pack_hits(hits_of(run.folder)) if folder.evaluations() else "",
-        "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 5),
+        "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 9),
         "steps": max(last),
         "seconds": {name: round(value, 1) for name, value in facts["seconds"].items()},
         "head_ms": round(head_ms, 3),
@@ -425,7 +428,8 @@ def shown(line: Line) -> str:
 
 
 def _is_same(line: Line, other: Line) -> bool:
-    return all(line[name] == other[name] for name in ("test", "validation", "loss"))
+    same_loss = math.isclose(line["loss"], other["loss"], rel_tol=0, abs_tol=1e-5)  # lines used to have five digits
+    return same_loss and all(line[name] == other[name] for name in ("test", "validation"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -457,7 +461,10 @@ def main(given: Sequence[str] | None = None) -> int:
         for table in tables:
             for path in write_pages(table, finished(table), ROOT):
                 print(path.relative_to(ROOT))
+        for path in efficiency.write(ROOT):
+            print(path.relative_to(ROOT))
     else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server that forks starts: it counts threads but once
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             return 0 if make(tables, minutes=arguments.minutes, **chosen) else 1
