@@ -173,6 +173,13 @@ def say_interval(first: "Row", second: "Row", lines: Lines) -> str:
     return f"{said}, tie" if found.is_tie or of_seeds.is_tie else said
 
 
+def say_finished(rows: Sequence["Row"], lines: Lines) -> str:
+    """How many runs of rows there are, and how many of them have finished if not all."""
+    done = sum((row.name, seed) in lines for row in rows for seed in row.seeds)
+    wanted = sum(len(row.seeds) for row in rows)
+    return str(wanted) if done == wanted else f"{done} of {wanted}, unfinished"
+
+
 def plain(table: "Table", lines: Lines) -> Shown:
     """A line for each row: its labels, results, and what they took."""
     columns = list(dict.fromkeys(label for row in table.rows for label in row.labels))
