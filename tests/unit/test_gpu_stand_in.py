@@ -73,14 +73,14 @@ def test_what_cuda_refuses_is_refused() -> None:
         (lambda x: x * torch.tensor(2.0), 0, 1),  # scalars of the host are arguments of the kernel
         (lambda x: x.sum().item(), 1, 2),
         (lambda x: bool((x > 0).all()), 1, 3),
-        (lambda x: x[x > 0], 1, 2),
+        (lambda x: x[x > 0], 1, 6),
         (lambda x: x.masked_fill_(x > 0, 0.0), 0, 2),
         (lambda x: x.tolist(), 1, 0),
         (lambda x: x.cpu(), 1, 1),
         (lambda x: x.to("cpu", non_blocking=True), 0, 1),
         (lambda x: torch.tensor([1.0], device=x.device), 1, 1),
         (lambda x: x.double().to(x.device), 0, 1),
-        (lambda x: x[:2].nonzero(), 1, 3),
+        (lambda x: x[:2].nonzero(), 1, 4),
     ],
 )
 def test_waits_and_launches_are_counted(work: Any, waits: int, launches: int) -> None:
