@@ -323,10 +323,10 @@ class _KeptProxies(torch.autograd.Function):
         weight_n = weight_n * gradient_R[pairs.row]
         d_embeddings_RD = d_proxies_cND = None
         if ctx.needs_input_grad[0]:
-            d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
             for part in (slice(ctx.num_negatives), slice(ctx.num_negatives, None)):  # each of them ordered by row
                 ordered = Pairs(*(column[part] for column in pairs))
-                d_embeddings_RD += embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
+                added_RD = embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
+                d_embeddings_RD = added_RD if d_embeddings_RD is None else d_embeddings_RD.add_(added_RD)
         if ctx.needs_input_grad[1]:
             sparse = ctx.subgraph.sparse
             proxy_u, d_proxies_uD = proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=sparse)
@@ -461,7 +461,7 @@ def _rows_here(own_class_R: Tensor, num_classes: int, *, group: dist.ProcessGrou
 
 def proxies_of_classes(class_o: Tensor, num_per_class: int) -> Tensor:
     """Return the indices [o, N] of the classes' proxies."""
-    return class_o[:, None] * num_per_class + torch.arange(num_per_class, device=class_o.device)
+    return torch.arange(num_per_class, device=class_o.device).add(class_o[:, None], alpha=num_per_class)
 
 
 class _Softmax(NamedTuple):
@@ -505,7 +505,7 @@ def _sum_over_ranks(
     group: dist.ProcessGroup | None,
 ) -> _Softmax:
     # A NaN or infinite proxy exceeds no bound and would go unnoticed: make the sum NaN on every rank.
-    exp_sum_R += 0 * bank.inverse_norm.sum()
+    exp_sum_R.add_(bank.inverse_norm.sum(), alpha=0)
     if group is None:
         return _Softmax(exp_sum_R.log() + row_max_R, target_R, num_classes_R)
     sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_classes_R]), group=group)

@@ -448,7 +448,7 @@ class ProxyLoss(GlobalLoss):
             is_drawn_c = draw_classes(partition, self.head.share, seed=self.seed, draw=self.draw)
             class_s, own_class_R = competing_classes(torch.from_numpy(is_drawn_c).to(labels_R.device), own_class_R)
             proxies_cND = proxies_of(proxies_cND, class_s, sparse=self.sparse)
-        scale = embeddings_RD.new_full((), self.head.scale)
+        scale = torch.tensor(self.head.scale, dtype=embeddings_RD.dtype)  # of the host, an argument of every kernel
         if self.log_scale is not None:
             scale = _SumGradient.apply(self.log_scale.exp(), self.group)
         settings = Settings(
