@@ -42,6 +42,8 @@ _NUMBERS_AT_ONCE = 1 << 26
 _ROWS_PER_UPDATE = 4096
 # Proxies that are rounded to another precision at once, so that the bank is not copied.
 _PROXIES_ROUNDED = 1 << 14
+# Bytes per place of a padded row: value, proxy, and the masks and counts by which the best are kept.
+_BYTES_PER_PLACE = 32
 # Bytes per pair during collection: row, proxy and value, and the copies for filtering and sorting.
 BYTES_PER_PAIR = 100
 
@@ -127,7 +129,10 @@ def best_pairs(
         if not is_short:  # local: no collective depends on it
             break
         floor_R = floor_R.masked_fill(short_R, -math.inf)
-    if longest > 8 * num_wanted:  # a single long row would make `padded` wide
+    longest_padded = 8 * num_wanted  # a single long row would make `padded` wide
+    if embeddings_RD.is_cuda:  # where width costs less than sorting
+        longest_padded = max(longest_padded, memory_budget // (4 * _BYTES_PER_PLACE * len(embeddings_RD)))
+    if longest > longest_padded:
         pairs, _ = _best_of(pairs, floor_R, num_wanted)
         longest = num_wanted
     return pairs, longest
