@@ -185,15 +185,16 @@ class _KeptMatrix(torch.autograd.Function):
         is_whole = settings.group is None  # one process, or a gathered bank: it has every row's class
         some_class_R = own_class_R if is_whole else own_class_R.clamp(0, num_classes - 1)
         if subgraph.observer is not None:
-            own_similarity_R1N = similarity_RcN.take_along_dim(some_class_R[:, None, None], dim=1)
-            own = (some_class_R, own_similarity_R1N[:, 0], None if is_whole else own_class_R == some_class_R)
+            place_R1N = some_class_R[:, None, None].expand(-1, 1, num_per_class)
+            own_similarity_RN = similarity_RcN.gather(1, place_R1N)[:, 0]
+            own = (some_class_R, own_similarity_RN, None if is_whole else own_class_R == some_class_R)
             subgraph.observer(KeptMatrix(similarity_Rp, is_kept_Rp, *own, subgraph.partition))
 
         # 2. Scores of the classes with a kept proxy.
         score_Rc, slope_RcN = masked_scores(similarity_RcN, is_in_RcN, how=scoring.how, gamma=scoring.gamma)
         slope_RcN = is_in_RcN if slope_RcN is None else slope_RcN
         if scoring.margin is not None:
-            own_score_R = score_Rc.take_along_dim(some_class_R[:, None], dim=1)[:, 0]
+            own_score_R = score_Rc.gather(1, some_class_R[:, None])[:, 0]
             own_score_R, margin_slope_R = scoring.margin.apply(own_score_R, quality_R)
             score_Rc = torch.where(is_own_Rc, own_score_R[:, None], score_Rc)
             slope_RcN = slope_RcN * torch.where(is_own_Rc, margin_slope_R[:, None], 1.0)[:, :, None]
@@ -254,11 +255,11 @@ class _KeptProxies(torch.autograd.Function):
         )
 
         # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
-        first_proxy_R = own_class_R * num_per_class
+        bounds_2 = torch.arange(0, 2 * num_per_class, num_per_class, device=own_class_R.device)
         negatives = select_negatives(
             embeddings_RD,
             bank,
-            excluded_R2=torch.stack([first_proxy_R, first_proxy_R + num_per_class], dim=1),
+            excluded_R2=bounds_2.add(own_class_R[:, None], alpha=num_per_class),
             num_negatives=subgraph.num_negatives,
             row_counts=subgraph.row_counts,
             proxy_counts=[count * num_per_class for count in subgraph.partition.counts()],

@@ -340,8 +340,9 @@ def _pairs_above_at_once(
     expected = num_rows * expected_pairs(num_wanted, num_proxies) * width // max(1, num_proxies)
     room = min(2 * expected + 1024, num_rows * width // group)
     offset_g = torch.arange(group, device=floor_R.device)
+    floor_R1 = F.pad(floor_R, (0, 1), value=math.inf)  # the last is that of empty places, whose row is -1
     while room * num_chunks <= capacity:
-        # 1. The groups of each chunk of which one may exceed the row's floor; empty places have the index -1.
+        # 1. The groups of each chunk of which one may exceed the row's floor.
         places, similarities, counts = [], [], []
         for _, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):
             similarity_vgR = similarity_wR.view(-1, group, num_rows)
@@ -356,20 +357,20 @@ def _pairs_above_at_once(
         # 2. Their pairs.
         group_h, row_h = joined(places).unbind(1)
         similarity_hg = joined(similarities)
-        first_of_chunk = torch.arange(len(counts), device=group_h.device)[:, None] * width
-        first_h = (group_h.view(-1, room) * group + first_of_chunk).flatten()
+        first_of_chunk = torch.arange(0, len(counts) * width, width, device=group_h.device)
+        first_h = first_of_chunk[:, None].add(group_h.view(-1, room), alpha=group).flatten()
         proxy_hg = first_h[:, None] + offset_g
         start_h1, stop_h1 = excluded_R2[row_h].split(1, dim=1)
-        is_pair_hg = (similarity_hg > floor_R[row_h, None]) & (row_h >= 0)[:, None]
+        is_pair_hg = similarity_hg > floor_R1[row_h, None]
         is_pair_hg &= (proxy_hg < start_h1) | (proxy_hg >= stop_h1)
-        num_pairs, most = torch.stack([is_pair_hg.sum(), torch.stack(counts).max()]).tolist()
-        if most <= room:
+        num_pairs, *found = torch.stack([is_pair_hg.sum(), *counts]).tolist()
+        if max(found) <= room:
             hit_n, offset_n = torch.nonzero_static(is_pair_hg, size=num_pairs).unbind(1)
             # Chunks and groups are in ascending order, so a stable sort by row orders the proxies too.
             row_n, order_n = torch.sort(row_h[hit_n].int(), stable=True)
             hit_n, offset_n = hit_n[order_n], offset_n[order_n]
             return Pairs(row_n.long(), proxy_hg[hit_n, offset_n], similarity_hg[hit_n, offset_n])
-        room = most
+        room = max(found)
     return None
 
 
