@@ -121,9 +121,7 @@ def searches_on_gpu(device: torch.device) -> bool:
     return hasattr(faiss, "bfKnn") and faiss.get_num_gpus() > 0
 
 
-def build_searcher(
-    gallery_gD: Float[np.ndarray, "g D"], on_device_gD: Float[torch.Tensor, "g D"]
-) -> FlatIndex | OnGpu:
+def build_searcher(gallery_gD: Float[np.ndarray, "g D"], on_device_gD: Float[torch.Tensor, "g D"]) -> FlatIndex | OnGpu:
     """A search of these rows on the rank's own device, where they are, too, or on the CPU where faiss cannot use that.
 
     Raises:

@@ -41,7 +41,9 @@ def test_a_gallery_on_a_gpu_is_searched_where_it_lies(monkeypatch: pytest.Monkey
     shown: list[int] = []
 
     def compute(resources: Any, task: Any) -> None:
-        assert task.vectorsRowMajor and task.queriesRowMajor and task.metric == faiss.METRIC_INNER_PRODUCT
+        assert task.vectorsRowMajor
+        assert task.queriesRowMajor
+        assert task.metric == faiss.METRIC_INNER_PRODUCT
         shown.append(int(task.vectors))
         rows = numbers_at(task.vectors, task.numVectors, task.dims)
         scores, ids = search.FlatIndex(rows).search(numbers_at(task.queries, task.numQueries, task.dims), task.k)
