@@ -8,16 +8,20 @@ Two settings are a tie where the 95 % interval of their paired differences, seed
 three seeds make it wide, and nothing smaller than that is claimed.
 """
 
+import base64
 import math
 import re
 import statistics
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from scipy import stats
 
 from dist_proxygml.cluster.grid import Spread, format_spread
+from dist_proxygml.evaluation.bootstrap import Interval, compare_queries
 from dist_proxygml.reporting.charts import QUIET, SERIES, TEXT, draw, style_axes
 from dist_proxygml.reporting.render import render
 from dist_proxygml.storage.files import publish_text
@@ -69,6 +73,20 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(values))
 
 
+def spread_over_seeds(row: "Row", lines: Lines, number: Callable[[dict[str, Any]], float]) -> Spread | None:
+    """Mean and deviation of a number of a row; None before a seed has finished."""
+    values = list(values_of(row, lines, number).values())
+    return spread(values) if values else None
+
+
+def say_seeds(rows: Sequence["Row"], lines: Lines) -> str:
+    """How many seeds the finished rows have."""
+    counts = sorted({count for row in rows if (count := sum((row.name, seed) in lines for seed in row.seeds))})
+    if counts in ([], [1]):
+        return "one seed"
+    return f"mean ± standard deviation of {' or '.join(map(str, counts))} seeds"
+
+
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
     """The first minus the second, over the seeds that both have."""
     paired = [first[seed] - second[seed] for seed in first if seed in second]
@@ -76,6 +94,36 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
         return Difference(paired[0] if paired else math.nan, math.inf)
     error = statistics.stdev(paired) / math.sqrt(len(paired))
     return Difference(statistics.fmean(paired), float(stats.t.ppf(0.975, len(paired) - 1)) * error)
+
+
+def pack_hits(hits: np.ndarray) -> str:
+    """Numbers of queries and of right first answers by class, [2, classes], as short text."""
+    return base64.b64encode(zlib.compress(hits.astype("<u2").tobytes(), 9)).decode()
+
+
+def unpack_hits(text: str) -> np.ndarray:
+    """What pack_hits has packed."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<u2").reshape(2, -1).astype(np.int64)
+
+
+def over_classes(first: "Row", second: "Row", lines: Lines, *, num_resamples: int = 2000) -> Interval | None:
+    """Recall@1 of the first row minus that of the second, mean of the seeds that both have, with the interval that
+    other test classes would give (paired bootstrap over classes); None without such a seed.
+    """
+    packed = [
+        (lines[first.name, seed]["hits"], lines[second.name, seed]["hits"])
+        for seed in first.seeds
+        if (first.name, seed) in lines and (second.name, seed) in lines
+    ]
+    if not packed:
+        return None
+    counts_2SPC = np.stack([[unpack_hits(text) for text in pair] for pair in zip(*packed, strict=True)])
+    queries_C = counts_2SPC[0, 0, 0]
+    scores_2C = counts_2SPC[:, :, 1].mean(axis=1) / queries_C
+    scores = [{"recall@1": np.repeat(scores_C, queries_C)} for scores_C in scores_2C]
+    class_Q = np.repeat(np.arange(len(queries_C)), queries_C)
+    found = compare_queries(scores, class_Q, reference=1, by_class=True, num_resamples=num_resamples, seed=0)
+    return found[0]["recall@1"]
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------
@@ -90,6 +138,29 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def cell(values: Mapping[int, float]) -> str:
     """Percent: "71.20 ± 0.41"; empty without a number."""
     return format_spread(spread(list(values.values()))) if values else ""
+
+
+def say_difference(found: Difference) -> str:
+    """Points with the interval, or that it is a tie; empty without numbers."""
+    if math.isnan(found.mean):
+        return ""
+    said = f"{100 * found.mean:+.2f} ± {100 * found.half_width:.2f}"
+    return f"{said}, tie" if found.is_tie else said
+
+
+def say_interval(first: "Row", second: "Row", lines: Lines) -> str:
+    """Recall@1 of the first row above that of the second, with the 95 % interval over test classes; a tie where that
+    or the interval over seeds has 0 in it. Of fewer than two seeds: without a verdict.
+    """
+    found = over_classes(first, second, lines)
+    if found is None:
+        return ""
+    said = f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+    recall = metric("recall@1")
+    of_seeds = difference(values_of(first, lines, recall), values_of(second, lines, recall))
+    if math.isinf(of_seeds.half_width):
+        return f"{said}, one seed"
+    return f"{said}, tie" if found.is_tie or of_seeds.is_tie else said
 
 
 def plain(table: "Table", lines: Lines) -> Shown:
@@ -205,109 +276,3 @@ def curves(
         height=HEADER + HEIGHT,
         header=HEADER,
     )
-
-
-# ---- learning rates --------------------------------------------------------------------------------------------------
-
-
-def learning_rates(table: "Table", lines: Lines) -> Shown:
-    """The tuning, the rules side by side for each batch on both kinds of unseen classes, and their differences to the
-    rule that the validation classes pick; of each data set.
-    """
-    parts: list[str] = []
-    pictures = {}
-    for data in dict.fromkeys(row.labels["data"] for row in table.rows):
-        rows = [row for row in table.rows if row.labels["data"] == data]
-        rules, cells = by_rule([row for row in rows if "batch" in row.labels])
-        on_validation, on_test = metric("map@r", on="validation"), metric("recall@1")
-        picked = pick_rule(cells, lines)
-        others = [rule for rule in rules if rule != picked]
-        grown = [batch for batch, of_rule in cells.items() if len({row.name for row in of_rule.values()}) > 1]
-        test, validation = (
-            {
-                rule: {batch: values_of(of[rule], lines, number) if rule in of else {} for batch, of in cells.items()}
-                for rule in rules
-            }
-            for number in (on_test, on_validation)
-        )
-        apart = [
-            [str(batch), *(say_difference(difference(test[rule][batch], test[picked][batch])) for rule in others)]
-            for batch in grown
-        ]
-        means = [difference(over(test[rule], grown), over(test[picked], grown)) for rule in others]
-        apart.append(["mean", *map(say_difference, means)])
-        parts += [
-            f"**{data}: the rates of the smallest batch**, by MAP@R of validation classes",
-            tuning_grid([row for row in rows if "backbone" in row.labels], lines),
-            f"**{data}: MAP@R of validation classes**, by which a rule is picked: {picked}",
-            markdown(["batch", *rules], [[str(b), *(cell(validation[rule][b]) for rule in rules)] for b in cells]),
-            f"**{data}: Recall@1 of test classes**",
-            markdown(["batch", *rules], [[str(b), *(cell(test[rule][b]) for rule in rules)] for b in cells]),
-            f"**{data}: Recall@1 of test classes, in points above the rule that was picked**, with 95 % intervals",
-            markdown(["batch", *others], apart),
-        ]
-        pictures[f"{table.name}_{data}.svg"] = curves(
-            "Recall@1 of unseen classes, percent",
-            f"{data}, equal epochs; mean ± standard deviation of 3 seeds",
-            [str(batch) for batch in cells],
-            {
-                rule: [spread(list(found.values())) if found else None for found in test[rule].values()]
-                for rule in rules
-            },
-            x_label="images in a batch",
-        )
-    return Shown("\n\n".join(parts), pictures)
-
-
-def over(numbers: Mapping[int, Mapping[int, float]], batches: Sequence[int]) -> dict[int, float]:
-    """The mean over batches of each seed that has a number for all of them."""
-    seeds = set.intersection(*(set(numbers[batch]) for batch in batches)) if batches else set()
-    return {seed: statistics.fmean(numbers[batch][seed] for batch in batches) for seed in sorted(seeds)}
-
-
-def by_rule(rows: Sequence["Row"]) -> tuple[list[str], dict[int, dict[str, "Row"]]]:
-    """The rules, and the row of each batch and rule: at the smallest batch all rules are one row."""
-    rules = list(dict.fromkeys(row.labels["rule"] for row in rows if row.labels["rule"] != "tuned"))
-    cells: dict[int, dict[str, Row]] = {}
-    for row in rows:
-        names = rules if row.labels["rule"] == "tuned" else [row.labels["rule"]]
-        cells.setdefault(row.labels["batch"], {}).update(dict.fromkeys(names, row))
-    return rules, cells
-
-
-def pick_rule(cells: Mapping[int, Mapping[str, "Row"]], lines: Lines) -> str:
-    """The rule with the highest MAP@R on validation classes, over seeds and the batches that all rules have."""
-    means: dict[str, list[float]] = {}
-    all_rules = {rule for of_batch in cells.values() for rule in of_batch}
-    for of_batch in cells.values():
-        found = {rule: values_of(row, lines, metric("map@r", on="validation")) for rule, row in of_batch.items()}
-        if len(found) == len(all_rules) and all(found.values()):
-            for rule, values in found.items():
-                means.setdefault(rule, []).append(statistics.fmean(values.values()))
-    return max(means, key=lambda rule: statistics.fmean(means[rule]))
-
-
-def pick_tuned(rows: Sequence["Row"], lines: Lines) -> tuple[float, float]:
-    """The rates of backbone and proxies with the highest MAP@R on validation classes, averaged over seeds."""
-    found = {row.name: values_of(row, lines, metric("map@r", on="validation")) for row in rows}
-    best = max((row for row in rows if found[row.name]), key=lambda row: statistics.fmean(found[row.name].values()))
-    return best.labels["backbone"], best.labels["proxies"]
-
-
-def tuning_grid(rows: Sequence["Row"], lines: Lines) -> str:
-    """Rates of the backbone downwards, of the proxies to the right."""
-    proxies = sorted({row.labels["proxies"] for row in rows})
-    body = []
-    for backbone in sorted({row.labels["backbone"] for row in rows}):
-        of = {row.labels["proxies"]: row for row in rows if row.labels["backbone"] == backbone}
-        numbers = [values_of(of[p], lines, metric("map@r", on="validation")) if p in of else {} for p in proxies]
-        body.append([f"{backbone:g}", *(f"{100 * statistics.fmean(n.values()):.2f}" if n else "" for n in numbers)])
-    return markdown(["backbone ↓ proxies →", *(f"{p:g}" for p in proxies)], body)
-
-
-def say_difference(found: Difference) -> str:
-    """Points with the interval, or that it is a tie; empty without numbers."""
-    if math.isnan(found.mean):
-        return ""
-    said = f"{100 * found.mean:+.2f} ± {100 * found.half_width:.2f}"
-    return f"{said}, tie" if found.is_tie else said

@@ -5,16 +5,18 @@
     python -m benchmarks.retrieval --table learning_rates --row batch-64_linear --seed 1
     python -m benchmarks.retrieval --figures                          tables and pictures of docs/, from the results
 
-benchmarks/tables.py declares the tables: rows of a configuration and overrides, each with several seeds. A row trains
-by launchers/train.py, which also evaluates; one at a time, in a forked process that has torch loaded. Its result is a
-line of benchmarks/results/TABLE.jsonl, which is committed; a finished row is skipped. What is interrupted, by Ctrl-C,
---minutes or a kill, continues from its checkpoint when the same command is called again. --row repeats a row that is
-finished, and says whether its numbers are the same.
+benchmarks/tables/ declares the tables: rows of a configuration and overrides, each with several seeds. A row trains
+by launchers/train.py, which also evaluates; one at a time, in forked processes (one per rank) that have torch loaded.
+Its result is a line of benchmarks/results/TABLE.jsonl, which is committed; a finished row is skipped. What is
+interrupted, by Ctrl-C, --minutes or a kill, continues from its checkpoint when the same command is called again. --row
+repeats a row that is finished, and says whether its numbers are the same.
 
 A line counts for a row while the settings are the same, those that the configuration leaves out aside; the newest
 counts. Its numbers:
 
     test, validation    of the last evaluation: on the test split, and on classes that are neither trained nor tested
+    curve               test Recall@1 by step, where it was evaluated more than once
+    hits                right first answers of each test class (packed, see hits_of), of which intervals are drawn
     loss                mean of the last five logged steps
     seconds             of all starts of the run, by phase; the machine may have been shared
     head_ms             of the loss, its gradients and the update of the proxies: the fastest of 30 repeats after the
@@ -24,7 +26,7 @@ counts. Its numbers:
 Settings are picked by `validation` alone; `test` is for what was picked.
 
 Declined: cluster/sweep.py, which trains the whole of a grid, where a row here may set anything, such as a warm-up that
-follows from its batch size; its SLURM jobs; a row on several ranks.
+follows from its batch size; its SLURM jobs.
 """
 
 import argparse
@@ -36,6 +38,7 @@ import platform
 import runpy
 import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -48,10 +51,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from benchmarks.figures import write_pages
+import numpy as np
+
+from benchmarks.figures import pack_hits, write_pages
 from benchmarks.tables import TABLES, Row, Table
 from dist_proxygml.cluster.grid import is_same_run, last_evaluation, trained_settings
 from dist_proxygml.config import Config, load_config, load_run_config
+from dist_proxygml.evaluation.compare import open_result, query_scores
 from dist_proxygml.storage.files import publish_text, read_document, read_log, remove
 from dist_proxygml.storage.lock import FolderLock
 from dist_proxygml.storage.run_folder import RunFolder
@@ -158,6 +164,7 @@ def line_of(run: Run, head_ms: float) -> Line:
             f"expected logged steps in {run.folder}, found none; lower telemetry.log_every_steps of its row"
         )
     validation = read_document(validated[max(validated)])["metrics"] if validated else {}
+    recall = {step: read_document(path)["metrics"]["recall@1"] for step, path in sorted(folder.evaluations().items())}
     return {
         "table": run.table.name,
         "row": run.row.name,
@@ -165,6 +172,8 @@ def line_of(run: Run, head_ms: float) -> Line:
         "settings": run.settings,
         "test": _rounded(tested.metrics) if folder.evaluations() else {},
         "validation": _rounded(validation),
+        "curve": {str(step): round(value, 6) for step, value in recall.items()} if len(recall) > 1 else {},
+        "hits": pack_hits(hits_of(run.folder)) if folder.evaluations() else "",
         "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 5),
         "steps": max(last),
         "seconds": {name: round(value, 1) for name, value in facts["seconds"].items()},
@@ -176,6 +185,13 @@ def line_of(run: Run, head_ms: float) -> Line:
         "command": f"python -m benchmarks.retrieval --table {run.table.name} --row {run.row.name} --seed {run.seed}",
         "trains": shlex.join(["python", "launchers/train.py", *_without_place(run.arguments)]),
     }
+
+
+def hits_of(run_directory: Path) -> np.ndarray:
+    """Queries of each test class, by label, and how many have a right first answer: [2, classes]."""
+    scores, class_Q = query_scores(open_result(run_directory))
+    _, class_Q = np.unique(class_Q, return_inverse=True)
+    return np.stack([np.bincount(class_Q), np.bincount(class_Q, weights=scores["recall@1"])]).astype(np.uint16)
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:
@@ -225,18 +241,36 @@ def train(run: Run, context: ForkServerContext, *, deadline: float | None) -> bo
         KeyboardInterrupt: as given, once the run has saved.
     """
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_train_here, args=(run.arguments, str(log_of(run)), dict(os.environ)))
-    process.start()
+    processes = [
+        context.Process(target=_train_here, args=(run.arguments, str(log_of(run)), dict(os.environ) | variables))
+        for variables in _variables_of_ranks(run.row.ranks)
+    ]
+    for process in processes:
+        process.start()
     try:
-        process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        for process in processes:
+            process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
     finally:
-        if process.is_alive():
-            process.terminate()
+        for process in processes:
+            process.terminate()  # nothing to one that has ended
+        for process in processes:
             process.join()
-    if process.exitcode not in (0, STOPPED_STATUS):
+    statuses = {process.exitcode for process in processes}
+    if not statuses <= {0, STOPPED_STATUS}:
         said = log_of(run).read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise ValueError(f"{run.name} ended with status {process.exitcode}; {log_of(run)} ends with:\n{said}")
-    return process.exitcode == 0
+        raise ValueError(f"{run.name} ended with status {statuses}; {log_of(run)} ends with:\n{said}")
+    return statuses == {0}
+
+
+def _variables_of_ranks(num_ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each rank; nothing to one that is alone."""
+    if num_ranks == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    world = address | {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
 def _train_here(arguments: list[str], log: str, environment: dict[str, str]) -> None:

@@ -194,7 +194,7 @@ class StreamConfig(_Section):
 class DataConfig(_Section):
     """Source and preparation of the images."""
 
-    unsaid: ClassVar[Mapping[str, Any]] = {"sampling_power": None, "repeated_augmentation": None}
+    unsaid: ClassVar[Mapping[str, Any]] = {"train_classes": None, "sampling_power": None, "repeated_augmentation": None}
 
     shards: str = Field(
         description="Folder of WebDataset shards with an index.json, or its location: https://, s3://, gs://, or "
@@ -220,6 +220,12 @@ class DataConfig(_Section):
         None,
         description="Classes of the training split that are held out and evaluated in addition to the test split, "
         "for model selection: a share between 0 and 1, or a number; drawn by the seed. null trains on all.",
+    )
+    train_classes: int | None = Field(
+        None,
+        ge=2,
+        description="Train on so many classes of the training split only, for curves over their number: drawn by the "
+        "seed, fewer are a part of more, never validation classes. null trains on all others.",
     )
     num_workers: int = Field(
         4, ge=0, le=1024, description="Data loading processes per rank; 0 loads in the training process."
@@ -310,11 +316,12 @@ class DataConfig(_Section):
                 f"expected validation_classes to be a share between 0 and 1 or a whole number, got {wanted}; change "
                 "it, or remove it to train on all classes"
             )
-        if wanted is not None and self.mode == "stream":
-            raise ValueError(
-                f"expected no validation_classes with a stream, got {wanted}: it has no index to find their images by; "
-                "remove them"
-            )
+        for name, value in {"validation_classes": wanted, "train_classes": self.train_classes}.items():
+            if value is not None and self.mode == "stream":
+                raise ValueError(
+                    f"expected no {name} with a stream, got {value}: it has no index to find their images by; remove "
+                    "them"
+                )
         return self
 
     @model_validator(mode="after")
@@ -1060,12 +1067,19 @@ class Config(_Section):
 
     @property
     def num_trained_classes(self) -> int:
-        """Number C of classes of the proxy bank: those of the training split that are not held out.
+        """Number C of classes of the proxy bank: those of the training split that are not held out, or some of them.
 
         Raises:
-            ValueError: as `num_validation_classes`.
+            ValueError: as `num_validation_classes`; or data.train_classes is more than there are.
         """
-        return self.num_classes - self.num_validation_classes
+        num_others = self.num_classes - self.num_validation_classes
+        wanted = self.data.train_classes
+        if wanted is not None and wanted > num_others:
+            raise ValueError(
+                f"expected data.train_classes up to {num_others}, the classes that are not held out, got {wanted}; "
+                "lower it, or remove it to train on all"
+            )
+        return num_others if wanted is None else wanted
 
     @property
     def is_evaluated(self) -> bool:

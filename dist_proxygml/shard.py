@@ -307,7 +307,6 @@ _LAYOUTS = {
             options.fonts,
             size=options.size,
             min_images=options.min_images,
-            train_classes=options.train_classes,
             on_bad=options.on_bad,
             workers=options.num_workers,
         ),
@@ -324,12 +323,6 @@ _LAYOUTS = {
             "--size": dict(type=at_least(8), default=32, metavar="PIXELS", help="side of the pictures (default 32)"),
             "--min-images": dict(
                 type=at_least(2), default=4, metavar="N", help="typefaces that must draw a character (default 4)"
-            ),
-            "--train-classes": dict(
-                type=at_least(2),
-                metavar="N",
-                help="train on this many of the characters, a part of those of larger numbers; what is tested stays "
-                "the same (default: half of all characters)",
             ),
             "--data": None,
             "--allow-partial": None,

@@ -31,7 +31,6 @@ PACKAGES = (
     "fonts-arphic-ukai",
     "fonts-arphic-uming",
     "fonts-babelstone-han",
-    "fonts-cwtex-heib",
     "fonts-dejavu-core",
     "fonts-droid-fallback",
     "fonts-ipaexfont-gothic",

@@ -91,7 +91,7 @@ class TrainedModel:
             )
         table, expected = self.class_table(), str(self.settings["class table"])
         of_shards = class_table_name(self.settings.get("data.train_split", "train"))
-        has_all = self.settings.get("data.validation_classes") is None
+        has_all = all(self.settings.get(f"data.{name}_classes") is None for name in ("validation", "train"))
         remedy = (
             f"copy {CLASSES_FILE} of the run's folder"
             f"{f', or {of_shards} of the shards that it was trained on,' if has_all else ''} to "

@@ -63,17 +63,14 @@ def read_glyphs(
     *,
     size: int = 32,
     min_images: int = 4,
-    train_classes: int | None = None,
     on_bad: Literal["fail", "skip"] = "fail",
     workers: int | None = None,
     quiet: bool = False,
 ) -> SourceDataset:
     """Draw the characters of all fonts in folders (or files), in pictures of `size` pixels.
 
-    Classes have at least `min_images` pictures. `train_classes` takes that many of the classes that train, in the order
-    of their hashes: fewer are a part of more, and what is tested stays the same. The files beside the shards are
-    fonts.json (settings, versions, typefaces with the hashes of their files, numbers of classes by images) and
-    LICENSES.txt.
+    Classes have at least `min_images` pictures. The files beside the shards are fonts.json (settings, versions,
+    typefaces with the hashes of their files, numbers of classes by images) and LICENSES.txt.
 
     Raises ValueError as `read_typefaces`, and if there are too few classes.
     """
@@ -105,13 +102,6 @@ def read_glyphs(
             f"and {len(unseen)} of {len(typefaces)} typefaces with {_shown(by_images)}; add fonts of the same scripts, "
             "or lower --min-images"
         )
-    if train_classes is not None:
-        if train_classes > len(train):
-            raise ValueError(
-                f"expected --train-classes up to {len(train)}, which these fonts give with --min-images {min_images}, "
-                f"got {train_classes}; lower it, or add fonts"
-            )
-        train = sorted(train, key=lambda one: hashlib.sha1(chr(one.character).encode()).digest())[:train_classes]
     images = list(_images(sorted(train + unseen), typefaces))
 
     # 3. What should be known of them.
@@ -129,7 +119,6 @@ def read_glyphs(
     document = {
         "size": size,
         "min_images": min_images,
-        "train_classes": train_classes,
         "classes": {"train": len(train), "test": len(unseen)},
         "characters_by_images": {str(number): count for number, count in sorted(by_images.items())},
         "merged_characters": {chr(character): chr(root) for character, root in sorted(merged.items())},

@@ -142,12 +142,12 @@ def count_earlier(order: np.ndarray) -> np.ndarray:
     return earlier_n
 
 
-def draw_validation_classes(num_classes: int, *, num_drawn: int, seed: int) -> np.ndarray:
-    """Draw the classes held out of training: int64 [num_drawn], ascending, a pure function of its arguments. A larger
-    `num_drawn` includes the same classes.
+def draw_classes(num_classes: int, *, seed: int) -> np.ndarray:
+    """Order all classes at random: int64 [num_classes], a pure function of its arguments. The first are held out of
+    training as validation classes, the last train.
     """
     draws = np.random.Philox(np.random.SeedSequence([seed, 0, _VALIDATION_STREAM]))
-    return np.sort(_argsort(draws.random_raw(num_classes))[:num_drawn])
+    return _argsort(draws.random_raw(num_classes))
 
 
 def _class_sequence(num_classes: int, classes_per_batch: int, num_batches: int, draws: np.random.Philox) -> np.ndarray:

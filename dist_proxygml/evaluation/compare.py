@@ -163,7 +163,7 @@ def find_uncertainty(
     scores, classes = [], []
     for one in named:
         try:
-            of_queries, class_Q = _query_scores(one)
+            of_queries, class_Q = query_scores(one)
         except ValueError as error:
             return str(error)
         scores.append(of_queries)
@@ -184,7 +184,7 @@ def find_uncertainty(
     return Uncertainty(reference, intervals, drawn, num_resamples, seed)
 
 
-def _query_scores(named: NamedResult) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def query_scores(named: NamedResult) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The score of each query by metric, and its class, from the embeddings of the evaluation.
 
     Raises:

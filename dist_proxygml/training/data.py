@@ -21,7 +21,7 @@ from dist_proxygml.config import Config
 from dist_proxygml.data.audit import count_trained_images
 from dist_proxygml.data.damage import num_allowed
 from dist_proxygml.data.index import ShardIndex, open_index
-from dist_proxygml.data.order import count_steps, draw_validation_classes
+from dist_proxygml.data.order import count_steps, draw_classes
 from dist_proxygml.data.pipeline import BatchLoader, EpochOrder, ImageCache, Loading, RankShare, build_train_loader
 from dist_proxygml.data.stream import StreamLoader, build_stream_loader
 from dist_proxygml.data.transforms import build_transform
@@ -172,9 +172,9 @@ def open_training_data(config: Config) -> TrainingData:
             "configuration or point data.shards at the right shards"
         )
     _check_cache_holds_window(config, index)
-    if config.data.validation_classes is None:
+    if config.data.validation_classes is None and config.data.train_classes is None:
         return TrainingData(config, index)
-    trained, validation = _hold_out(config, index)
+    trained, validation = _choose_classes(config, index)
     return TrainingData(config, trained, validation)
 
 
@@ -217,21 +217,20 @@ def trained_images(checkpoint: Path, index: ShardIndex) -> tuple[Int[np.ndarray,
         return None, str(error)
 
 
-def _hold_out(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex]:
-    """Split off the validation classes: the training split without them, and they."""
-    held_out = draw_validation_classes(index.num_classes, num_drawn=config.num_validation_classes, seed=config.seed)
-    trained = np.setdiff1d(np.arange(index.num_classes), held_out)
-    parts = (
-        index.choose_classes(trained, name=index.split),
-        index.choose_classes(held_out, name=f"validation classes of {index.split}"),
-    )
+def _choose_classes(config: Config, index: ShardIndex) -> tuple[ShardIndex, ShardIndex | None]:
+    """Split off the validation classes: what trains of the training split, and they."""
+    order = draw_classes(index.num_classes, seed=config.seed)
+    held_out, trained = order[: config.num_validation_classes], order[len(order) - config.num_trained_classes :]
+    parts = [index.choose_classes(trained, name=index.split)]
+    if len(held_out):
+        parts.append(index.choose_classes(held_out, name=f"validation classes of {index.split}"))
     empty = next((part for part in parts if part.num_samples == 0), None)
     if empty is not None:
         raise ValueError(
-            f"expected images of the {index.num_classes - len(held_out)} trained and of the {len(held_out)} validation "
-            f"classes, found none of the {empty.num_classes} of one side; change data.validation_classes or seed"
+            f"expected images of the {len(trained)} trained and of the {len(held_out)} validation classes, found none "
+            f"of the {empty.num_classes} of one side; change data.validation_classes, data.train_classes or seed"
         )
-    return parts
+    return parts[0], parts[1] if len(held_out) else None
 
 
 def count_classes(config: Config) -> Config:

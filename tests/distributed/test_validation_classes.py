@@ -14,7 +14,7 @@ import pytest
 from dist_proxygml.checkpoint.model import open_trained
 from dist_proxygml.config import Config, parse_config
 from dist_proxygml.data.index import ClassEntry, open_index
-from dist_proxygml.data.order import draw_validation_classes
+from dist_proxygml.data.order import draw_classes
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.evaluation.best import select_results
 from dist_proxygml.training.data import count_classes, open_training_data, open_validation
@@ -23,7 +23,7 @@ from tests.shards_of_noise import write_noise_shards
 
 REPOSITORY = Path(__file__).parents[2]
 CLASS_SIZES = [5, 4, 6, 2, 7, 3, 5, 4]  # 36 images
-HELD_OUT = draw_validation_classes(8, num_drawn=3, seed=0).tolist()
+HELD_OUT = sorted(draw_classes(8, seed=0)[:3].tolist())
 
 
 def configuration(root: Path, *, data: dict[str, Any] | None = None, epochs: int = 2, **changes: Any) -> Config:
@@ -56,6 +56,28 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("held-out")
     write_noise_shards(path / "shards", CLASS_SIZES)
     return path
+
+
+@pytest.mark.parametrize("validation_classes", [None, 3])
+def test_some_classes_train_of_those_that_are_not_held_out_and_fewer_are_a_part_of_more(
+    root: Path, validation_classes: int | None
+) -> None:
+    names = {}
+    for number in (2, 4):
+        config = configuration(root, data={"train_classes": number, "validation_classes": validation_classes})
+        opened = open_training_data(config)
+        assert opened.index is not None
+        assert opened.index.chosen is not None
+        assert opened.index.num_classes == config.num_trained_classes == number
+        assert opened.index.num_samples == sum(CLASS_SIZES[label] for label in opened.index.chosen.labels)
+        names[number] = {entry.name for entry in opened.index.classes}
+        held_out = set() if opened.validation is None else {entry.name for entry in opened.validation.classes}
+        assert len(held_out) == (validation_classes or 0)
+        assert not held_out & names[number]
+    assert names[2] < names[4]
+    most = 8 - (validation_classes or 0)
+    with pytest.raises(ValueError, match=f"expected data.train_classes up to {most}"):
+        configuration(root, data={"train_classes": most + 1, "validation_classes": validation_classes})
 
 
 def train_all(context: ParallelContext, root: Path) -> dict[str, list[tuple[int, int, int]]]:

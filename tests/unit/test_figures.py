@@ -3,14 +3,14 @@
 import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import figures
-from benchmarks.figures import difference, say_difference
+from benchmarks.figures import difference, over_classes, pack_hits, say_difference, unpack_hits
 from benchmarks.retrieval import finished
-from benchmarks.tables import GROWN, RULES, TABLES, Row, Table
+from benchmarks.tables import TABLES, Row
 from dist_proxygml.cluster.grid import Spread
 
 ROOT = Path(__file__).parents[2]
@@ -42,35 +42,6 @@ def test_differences_of_seeds_that_disagree_are_a_tie() -> None:
     assert say_difference(difference({0: 0.9}, {1: 0.1})) == ""
 
 
-def result(validation: float, test: float) -> dict[str, Any]:
-    return {"validation": {"map@r": validation}, "test": {"recall@1": test, "map@r": test}}
-
-
-def test_settings_are_picked_by_validation_classes_alone() -> None:
-    tuning = [Row(f"tuning-{b}", {"data": "x", "backbone": b, "proxies": 1.0}, (), seeds=(0, 1)) for b in (0.1, 0.2)]
-    base = Row("base", {"data": "x", "batch": 1, "rule": "tuned"}, ())
-    grown = [Row(rule, {"data": "x", "batch": 2, "rule": rule}, ()) for rule in ("fixed", "linear")]
-    table = Table("t", "?", "docs/t.md", [*tuning, base, *grown], figures.learning_rates)
-    lines = {("tuning-0.1", seed): result(0.5, 0.1) for seed in (0, 1)}
-    lines |= {("tuning-0.2", 0): result(0.7, 0.9), ("tuning-0.2", 1): result(0.2, 0.9)}
-    lines |= {("base", seed): result(0.5, 0.5) for seed in (0, 1, 2)}
-    lines |= {("fixed", seed): result(0.4, 0.8 + 0.01 * seed) for seed in (0, 1, 2)}
-    lines |= {("linear", seed): result(0.6, 0.3) for seed in (0, 1, 2)}
-    assert figures.pick_tuned(tuning, lines) == (0.1, 1.0)
-    rules, cells = figures.by_rule([base, *grown])
-    assert rules == ["fixed", "linear"]
-    assert cells == {1: {"fixed": base, "linear": base}, 2: {"fixed": grown[0], "linear": grown[1]}}
-    assert figures.pick_rule(cells, lines) == "linear"
-    made = table.show(table, lines)
-    assert "picked: linear" in made.markdown
-    assert "| 0.1 | 50.00 |" in made.markdown
-    assert "| 2 | 81.00 ± 1.00 | 30.00 ± 0.00 |" in made.markdown
-    assert "| 2 | +51.00 ± 2.48 |" in made.markdown
-    assert "| mean | +51.00 ± 2.48 |" in made.markdown
-    picture = ElementTree.fromstring(made.pictures["t_x.svg"])
-    assert "fixed: 1 50.00 ± 0.00, 2 81.00 ± 1.00" in str(picture.get("aria-label"))
-
-
 def test_curves_pass_over_what_has_no_number_and_their_names_do_not_cover_each_other() -> None:
     places = {"a": [Spread(0.5, 0.01, (0.5,)), None], "b": [None, Spread(0.4, None, (0.4,))]}
     text = figures.curves("Recall", "two", ["32", "64"], places | {"c": places["b"]}, x_label="batch")
@@ -83,13 +54,19 @@ def test_curves_pass_over_what_has_no_number_and_their_names_do_not_cover_each_o
     assert abs(heights["b"] - heights["c"]) >= 12, heights
 
 
-@pytest.mark.parametrize("data", GROWN)
-def test_the_rates_that_rules_begin_with_are_the_best_of_those_tried_on_validation_classes(data: str) -> None:
-    table = TABLES["learning_rates"]
-    lines = finished(table)
-    tuning = [row for row in table.rows if "backbone" in row.labels and row.labels["data"] == data]
-    assert figures.pick_tuned(tuning, lines) == GROWN[data].tuned
-
-
-def test_rules_are_what_they_are_called() -> None:
-    assert [rule(4) for rule in RULES.values()] == [(1, 1), (2, 2), (4, 4), (2, 1)]
+def test_intervals_over_classes_are_those_of_paired_classes() -> None:
+    queries = np.array([2, 4, 1, 3])
+    hits = {"a": [[2, 4, 1, 2], [2, 4, 1, 3]], "b": [[1, 3, 1, 1], [2, 2, 0, 1]]}
+    rows = {name: Row(name, {}, (), seeds=(0, 1, 2)) for name in hits}
+    lines = {
+        (name, seed): {"hits": pack_hits(np.stack([queries, counts]))}
+        for name, of_seeds in hits.items()
+        for seed, counts in enumerate(of_seeds)
+    }
+    assert unpack_hits(lines["a", 1]["hits"]).tolist() == [[2, 4, 1, 3], [2, 4, 1, 3]]
+    found = over_classes(rows["a"], rows["b"], lines)
+    assert found is not None
+    # means of two seeds: a (2, 4, 1, 2.5), b (1.5, 2.5, 0.5, 1)
+    assert found.difference == pytest.approx((0.5 + 1.5 + 0.5 + 1.5) / 10)
+    assert 0.25 <= found.low < found.difference < found.high <= 0.5  # of a class: 0.25, 0.375, 0.5, 0.5
+    assert over_classes(rows["a"], Row("c", {}, ()), lines) is None

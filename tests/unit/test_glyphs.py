@@ -101,22 +101,6 @@ def test_fewer_images_make_more_classes(fonts: Path) -> None:
         read(fonts, min_images=5)
 
 
-def test_fewer_classes_train_as_a_part_of_more_and_the_test_stays(fonts: Path) -> None:
-    everything = read(fonts, min_images=2)
-    train = {c for c in drawn_by(everything) if trains(c)}
-    kept: set[str] = set()
-    for number in (2, 5, len(train)):
-        dataset = read(fonts, min_images=2, train_classes=number)
-        part = {c for c in drawn_by(dataset) if trains(c)}
-        assert part == set(sorted(train, key=lambda c: hashlib.sha1(c.encode()).digest())[:number])
-        assert kept < part
-        kept = part
-        assert [i for i in dataset.images if i.split != "train"] == [i for i in everything.images if i.split != "train"]
-    assert kept == train
-    with pytest.raises(ValueError, match=rf"--train-classes up to {len(train)}.*got {len(train) + 1}"):
-        read(fonts, min_images=2, train_classes=len(train) + 1)
-
-
 def test_a_picture_of_four_characters_is_a_placeholder(fonts: Path) -> None:
     font(fonts, "E", LATIN, dict.fromkeys("abcd", BOX) | dict.fromkeys("ef", strokes("twice")) | {"z": []})
     found = drawn_by(read(fonts, min_images=3))

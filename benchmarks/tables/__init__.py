@@ -1,0 +1,11 @@
+"""The tables of benchmarks/retrieval.py: each a question, the rows that answer it, and how docs/ shows them.
+
+A new one is a file here that lists its rows, and an entry below.
+"""
+
+from benchmarks.tables import learning_rates, methods, negatives
+from benchmarks.tables.table import Row, Table
+
+TABLES: dict[str, Table] = {table.name: table for table in (learning_rates.TABLE, methods.TABLE, negatives.TABLE)}
+
+__all__ = ["TABLES", "Row", "Table"]

@@ -1,0 +1,189 @@
+"""Methods under one harness: the same data, network, augmentation, optimizer, schedule and number of images for each.
+
+Every method has four trials: two settings of its own, each with two pairs of learning rates, with one seed, on classes
+that are neither trained nor tested, for half of the steps. The best of them by MAP@R trains on all classes, with five
+seeds on emoji and three on characters. Losses of pairs get batches of four images a class.
+
+Budget: a trial takes 15 s of one core and a seed 40 s, in all 45 minutes.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.figures import (
+    Lines,
+    Shown,
+    cell,
+    curves,
+    markdown,
+    metric,
+    say_interval,
+    say_seeds,
+    spread,
+    values_of,
+)
+from benchmarks.tables.table import BARE, Row, Table
+
+ALL = "proxies.ratio=null proxies.negatives=all"
+COSFACE = "proxies.margin.name=cosface proxies.margin.margin"
+ARCFACE = "proxies.margin.name=arcface proxies.margin.margin"
+SOFT_TRIPLE = f"{ALL} proxies.per_class=2 proxies.class_score=softmax {COSFACE}=0.01"
+SAMPLED = "proxies.ratio=null proxies.negatives=sampled proxies.share=0.1"
+PROXY_ANCHOR = "proxies={} loss.name=pml/ProxyAnchorLoss loss.options.margin=0.1 loss.options.alpha"
+MULTI_SIMILARITY = (
+    "proxies={} data.images_per_class=4 loss.name=pml/MultiSimilarityLoss loss.options.alpha=2 loss.options.beta=20 "
+    "loss.miner.name=MultiSimilarityMiner loss.options.base"
+)
+# Two settings of each.
+METHODS: Mapping[str, tuple[str, str]] = {
+    "ProxyGML": ("proxies.scale=1", "proxies.scale=4"),
+    "ProxyGML, margin": (f"proxies.scale=16 {COSFACE}=0.1", f"proxies.scale=16 {COSFACE}=0.3"),
+    "CosFace": (f"{ALL} proxies.scale=16 {COSFACE}=0.1", f"{ALL} proxies.scale=16 {COSFACE}=0.3"),
+    "ArcFace": (f"{ALL} proxies.scale=16 {ARCFACE}=0.1", f"{ALL} proxies.scale=16 {ARCFACE}=0.3"),
+    "normalised softmax": (f"{ALL} proxies.scale=8", f"{ALL} proxies.scale=16"),
+    "sampled softmax, 10 %": (f"{SAMPLED} proxies.scale=8", f"{SAMPLED} proxies.scale=16"),
+    "SoftTriple": (f"{SOFT_TRIPLE} proxies.scale=10", f"{SOFT_TRIPLE} proxies.scale=20"),
+    "Proxy-Anchor": (f"{PROXY_ANCHOR}=16", f"{PROXY_ANCHOR}=32"),
+    "multi-similarity": (f"{MULTI_SIMILARITY}=0.5", f"{MULTI_SIMILARITY}=0.7"),
+}
+PICTURED = (
+    "ProxyGML",
+    "ProxyGML, margin",
+    "CosFace",
+    "normalised softmax",
+    "sampled softmax, 10 %",
+    "multi-similarity",
+)
+
+
+class Data(NamedTuple):
+    """A data set, its network and budget, and which trial of each method was the best on validation classes."""
+
+    config: str
+    overrides: str
+    trial: str  # overrides of a trial
+    final: str  # and of what is tested
+    rates: Sequence[tuple[float, float]]  # of backbone and proxies
+    picked: Mapping[str, int]  # number of a trial, by method
+    seeds: Sequence[int]
+
+
+DATA = {
+    "emoji": Data(
+        "configs/demo_cpu.json",
+        "backbone.options.width=16 backbone.options.strides=[2,2,2,1]",
+        "training.epochs=12 data.validation_classes=0.2 evaluation.every_epochs=0",
+        "training.epochs=24 evaluation.every_epochs=4",
+        ((0.002, 0.02), (0.004, 0.04)),
+        dict.fromkeys(METHODS, 0),
+        (0, 1, 2, 3, 4),
+    ),
+}
+
+
+def trials(data: str, method: str) -> list[Row]:
+    """The four trials of a method."""
+    of = DATA[data]
+    return [
+        _row(data, method, number, f"trial-{number}_", of.trial, (0,)) for number in range(2 * len(METHODS[method]))
+    ]
+
+
+def final(data: str, method: str) -> Row:
+    """What the best trial becomes."""
+    of = DATA[data]
+    return _row(data, method, of.picked[method], "", of.final, of.seeds)
+
+
+def _row(data: str, method: str, number: int, prefix: str, budget: str, seeds: Sequence[int]) -> Row:
+    of = DATA[data]
+    settings, (backbone, proxies) = list(itertools.product(METHODS[method], of.rates))[number]
+    overrides = [
+        *(override for override in BARE if "every_epochs" not in override),
+        *of.overrides.split(),
+        *budget.split(),
+        *settings.split(),
+        f"optimizer.backbone_lr={backbone}",
+        f"optimizer.proxies_lr={proxies}",
+    ]
+    name = re.sub(r"\W+", "-", method).strip("-")
+    labels = {"data": data, "method": method, "trial": number}
+    return Row(f"{data}_{prefix}{name}", labels, overrides, of.config, seeds)
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def show(table: Table, lines: Lines) -> Shown:
+    """Of each data set: the trials, the methods with their differences to ProxyGML, and the curve over epochs."""
+    parts, pictures = [], {}
+    for data in DATA:
+        rows = {method: final(data, method) for method in METHODS}
+        body = []
+        for method, row in rows.items():
+            found = [lines[row.name, seed] for seed in row.seeds if (row.name, seed) in lines]
+            body.append(
+                [
+                    method,
+                    str(len(found)),
+                    cell(values_of(row, lines, metric("recall@1"))),
+                    "" if method == "ProxyGML" else say_interval(row, rows["ProxyGML"], lines),
+                    cell(values_of(row, lines, metric("map@r"))),
+                    f"{min(line['head_ms'] for line in found):.1f}" if found else "",
+                    f"{max(line['memory_mib'] for line in found):,}" if found else "",
+                ]
+            )
+        header = ["method", "seeds", "Recall@1", "above ProxyGML", "MAP@R", "head, ms", "peak, MiB"]
+        parts += [
+            f"**{data}: Recall@1 and MAP@R of test classes**",
+            markdown(header, body),
+            f"**{data}: the trials**, MAP@R of validation classes",
+            markdown(["method", *_names_of_trials(data)], [_tried(data, method, lines) for method in METHODS]),
+        ]
+        pictures[f"methods_{data}.svg"] = _picture(data, rows, lines)
+    return Shown("\n\n".join(parts), pictures)
+
+
+def _names_of_trials(data: str) -> list[str]:
+    rates = [f"rates {backbone:g}, {proxies:g}" for backbone, proxies in DATA[data].rates]
+    return [f"{setting}, {of}" for setting in ("first", "second") for of in rates]
+
+
+def _tried(data: str, method: str, lines: Lines) -> list[str]:
+    """The picked trial is bold."""
+    found = [values_of(row, lines, metric("map@r", on="validation")) for row in trials(data, method)]
+    said = [f"{100 * values[0]:.2f}" if values else "" for values in found]
+    picked = DATA[data].picked[method]
+    return [method, *(f"**{text}**" if text and number == picked else text for number, text in enumerate(said))]
+
+
+def _picture(data: str, rows: Mapping[str, Row], lines: Lines) -> str:
+    """Recall@1 over the steps of some methods."""
+    found = {
+        method: [lines[row.name, seed]["curve"] for seed in row.seeds if (row.name, seed) in lines]
+        for method, row in rows.items()
+        if method in PICTURED
+    }
+    steps = next((list(curve[0]) for curve in found.values() if curve), [])
+    return curves(
+        "Recall@1 of unseen classes, percent",
+        f"{data}, while training; {say_seeds(list(rows.values()), lines)}",
+        steps,
+        {
+            method: [spread([curve[step] for curve in of_seeds]) for step in steps]
+            for method, of_seeds in found.items()
+            if of_seeds
+        },
+        x_label="steps",
+    )
+
+
+TABLE = Table(
+    "methods",
+    "How do methods compare, each tuned with the same number of trials?",
+    "docs/results.md",
+    [row for data in DATA for method in METHODS for row in (*trials(data, method), final(data, method))],
+    show,
+)
