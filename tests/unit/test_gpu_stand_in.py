@@ -147,13 +147,6 @@ HEADS: dict[str, tuple[Any, int, str, int, int]] = {
         8,
         272,
     ),
-    "pairs in eight chunks": (
-        lambda: ProxyGMLLoss(20_000, 8, topk=100, sparse=True, initialization="unit", memory_budget=16 * 2512 * 64),
-        64,
-        "rowwise_adagrad",
-        6,
-        325,
-    ),
     "bfloat16": (lambda: ProxyGMLLoss(9000, 32, topk=40, matmul_dtype=torch.bfloat16), 64, "adam", 5, 233),
     "anchors": (
         lambda: ProxyGMLLoss(300, 32, proxies_per_class=4, regularization_weight=0.3, regularization_anchors=50),
