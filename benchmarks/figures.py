@@ -27,6 +27,7 @@ from dist_proxygml.reporting.render import render
 from dist_proxygml.storage.files import publish_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from benchmarks.tables import Row, Table
@@ -41,6 +42,15 @@ class Shown(NamedTuple):
 
     markdown: str
     pictures: Mapping[str, str] = {}  # SVG by file name
+
+
+class Curve(NamedTuple):
+    """A line of a picture."""
+
+    name: str
+    points: Sequence[tuple[float, float]]  # in the order of x
+    colour: int  # of SERIES
+    dashed: bool = False
 
 
 class Difference(NamedTuple):
@@ -163,6 +173,13 @@ def say_interval(first: "Row", second: "Row", lines: Lines) -> str:
     return f"{said}, tie" if found.is_tie or of_seeds.is_tie else said
 
 
+def say_finished(rows: Sequence["Row"], lines: Lines) -> str:
+    """How many runs of rows there are, and how many of them have finished if not all."""
+    done = sum((row.name, seed) in lines for row in rows for seed in row.seeds)
+    wanted = sum(len(row.seeds) for row in rows)
+    return str(wanted) if done == wanted else f"{done} of {wanted}, unfinished"
+
+
 def plain(table: "Table", lines: Lines) -> Shown:
     """A line for each row: its labels, results, and what they took."""
     columns = list(dict.fromkeys(label for row in table.rows for label in row.labels))
@@ -194,9 +211,16 @@ def write_pages(table: "Table", lines: Lines, root: Path) -> list[Path]:
     Raises:
         ValueError: the page has no place for it.
     """
-    made = table.show(table, lines)
-    page = root / table.page
-    contents = {page: with_table(page.read_text(encoding="utf-8"), table.name, made.markdown)}
+    return write_page(root / table.page, table.name, table.show(table, lines), root)
+
+
+def write_page(page: Path, name: str, made: Shown, root: Path) -> list[Path]:
+    """Put the table of a name into a page and its pictures into their folder; returns the files that changed.
+
+    Raises:
+        ValueError: the page has no place for it.
+    """
+    contents = {page: with_table(page.read_text(encoding="utf-8"), name, made.markdown)}
     contents |= {root / IMAGES / name: text for name, text in made.pictures.items()}
     changed = [path for path, text in contents.items() if not path.exists() or path.read_text("utf-8") != text]
     for path in changed:
@@ -257,20 +281,63 @@ def curves(
         axes.set_xlim(-0.2, len(places) - 0.8)
         axes.set_xticks(range(len(places)), places, color=TEXT, fontsize=12)
         axes.set_xlabel(x_label, color=QUIET, fontsize=12)
-        low, high = axes.get_ylim()
-        gap, below = 0.066 * (high - low), -math.inf
-        for height, name, colour in sorted(ends):
-            below = max(height, below + gap)
-            axes.text(len(places) - 0.72, below, name, color=colour, va="center", fontsize=12, fontweight="bold")
+        _name_ends(axes, ends)
 
     spoken = "; ".join(
         f"{name}: " + ", ".join(f"{place} {format_spread(s)}" for place, s in zip(places, spreads, strict=True) if s)
         for name, spreads in series.items()
     )
+    return _picture(title, subtitle, f"{title}. {spoken}", paint)
+
+
+def growth(title: str, subtitle: str, series: Sequence[Curve], *, x_label: str) -> str:
+    """Curves over two logarithmic axes, each with its name at the right, as an SVG document.
+
+    Args:
+        title: what is shown, with the unit.
+        subtitle: of what.
+        series: one without points is left out.
+        x_label: meaning of x.
+    """
+    shown = [curve for curve in series if curve.points]
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT))
+        style_axes(axes, logarithmic=True)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        for curve in shown:
+            look: dict[str, Any] = {"dashes": (3.5, 3.5)} if curve.dashed else {}
+            colour = SERIES[curve.colour]
+            axes.plot(
+                *zip(*curve.points, strict=True), "o-", color=colour, markersize=6, linewidth=1.8, clip_on=False, **look
+            )
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.tick_params(axis="x", labelsize=12, labelcolor=TEXT)
+        axes.set_xlabel(x_label, color=QUIET, fontsize=12)
+        _name_ends(axes, [(curve.points[-1][1], curve.name, SERIES[curve.colour]) for curve in shown])
+
+    spoken = "; ".join(f"{c.name}: " + ", ".join(f"{x:,} {y:.3g}" for x, y in c.points) for c in shown)
+    return _picture(title, subtitle, f"{title}. {spoken}", paint)
+
+
+def _name_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write names to the right, each where its line ends unless another is there: (height, name, colour)."""
+    axes.get_ylim()  # settles the limits
+    to_share = axes.transData + axes.transAxes.inverted()
+    below, gap = -math.inf, 0.066
+    for share, name, colour in sorted((to_share.transform((1, height))[1], *rest) for height, *rest in ends):
+        below = max(share, below + gap)
+        axes.text(
+            1.02, below, name, color=colour, va="center", fontweight="bold", fontsize=12, transform=axes.transAxes
+        )
+
+
+def _picture(title: str, subtitle: str, spoken: str, paint: Callable[["Figure"], None]) -> str:
     return render(
         "sweep.svg",
         lines=(title, subtitle),
-        spoken=f"{title}. {spoken}",
+        spoken=spoken,
         drawing=draw(paint, name=title, width=WIDTH, height=HEIGHT),
         width=WIDTH,
         height=HEADER + HEIGHT,

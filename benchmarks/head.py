@@ -87,6 +87,8 @@ SIZES = {
     "tiny": Size(8, 60, 2, 16, ratio=0.1),
     "sop": Size(32, 11_318, 1, 512, ratio=0.05),
     "cars": Size(32, 98, 12, 512, ratio=0.05, regularization_weight=0.3),
+    "1k": Size(64, 1_000, 1, 128, topk=50),
+    "10k": Size(64, 10_000, 1, 128, topk=500),
     "100k": Size(128, 100_000, 1, 512, topk=1000),
     "1m": Size(64, 1_000_000, 1, 128, topk=500),
     "10m": Size(64, 10_000_000, 1, 64, topk=500, dense=False),
@@ -131,7 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--matmul-dtype", choices=("float32", "bfloat16"), help="of the similarity product (default: the size's own)"
     )
-    parser.add_argument("--json", type=Path, help="file for the JSON lines as well")
+    parser.add_argument("--json", type=Path, help="file for the JSON lines as well; written anew")
     arguments = parser.parse_args()
     settings = Settings(arguments.repeats, arguments.threads, arguments.device)
     load = os.getloadavg()[0]

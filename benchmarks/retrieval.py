@@ -9,7 +9,8 @@ benchmarks/tables/ declares the tables: rows of a configuration and overrides, e
 by launchers/train.py, which also evaluates; one at a time, in forked processes (one per rank) that have torch loaded.
 Its result is a line of benchmarks/results/TABLE.jsonl, which is committed; a finished row is skipped. What is
 interrupted, by Ctrl-C, --minutes or a kill, continues from its checkpoint when the same command is called again. --row
-repeats a row that is finished, and says whether its numbers are the same.
+repeats a row that is finished, and says whether its numbers are the same. Every rank has one thread, unless
+OMP_NUM_THREADS says otherwise: with another number of threads the last bits are others.
 
 A line counts for a row while the settings are the same, those that the configuration leaves out aside; the newest
 counts. Its numbers:
@@ -31,7 +32,9 @@ follows from its batch size; its SLURM jobs.
 
 import argparse
 import hashlib
+import importlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -53,6 +56,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import efficiency
 from benchmarks.figures import pack_hits, write_pages
 from benchmarks.tables import TABLES, Row, Table
 from dist_proxygml.cluster.grid import is_same_run, last_evaluation, trained_settings
@@ -94,12 +98,23 @@ class Run(NamedTuple):
     def overrides(self) -> list[str]:
         """What --set gets."""
         place = (f"seed={self.seed}", f"name={self.name}", f"runs_dir={self.folder.parent}")
-        return [*self.row.overrides, *place]
+        return [*(text.replace("{seed}", str(self.seed)) for text in self.row.overrides), *place]
 
     @property
     def arguments(self) -> list[str]:
         """What launchers/train.py gets."""
         return ["--config", self.row.config, "--set", *self.overrides]
+
+    @property
+    def command(self) -> list[str]:
+        """What trains it outside of this harness, but for its folder."""
+        start = ["launchers/train.py"]
+        if self.row.imports:
+            start = [
+                "-c",
+                f"import runpy, {', '.join(self.row.imports)}; runpy.run_path('{start[0]}', run_name='__main__')",
+            ]
+        return ["python", *start, *_without_place(self.arguments)]
 
     @property
     def config(self) -> Config:
@@ -174,7 +189,7 @@ def line_of(run: Run, head_ms: float) -> Line:
         "validation": _rounded(validation),
         "curve": {str(step): round(value, 6) for step, value in recall.items()} if len(recall) > 1 else {},
         "hits": pack_hits(hits_of(run.folder)) if folder.evaluations() else "",
-        "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 5),
+        "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 9),
         "steps": max(last),
         "seconds": {name: round(value, 1) for name, value in facts["seconds"].items()},
         "head_ms": round(head_ms, 3),
@@ -183,7 +198,7 @@ def line_of(run: Run, head_ms: float) -> Line:
         "device": _device(facts["device"]),
         "versions": document["protocol"]["versions"] | {"python": platform.python_version()},
         "command": f"python -m benchmarks.retrieval --table {run.table.name} --row {run.row.name} --seed {run.seed}",
-        "trains": shlex.join(["python", "launchers/train.py", *_without_place(run.arguments)]),
+        "trains": shlex.join(run.command),
     }
 
 
@@ -242,7 +257,9 @@ def train(run: Run, context: ForkServerContext, *, deadline: float | None) -> bo
     """
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     processes = [
-        context.Process(target=_train_here, args=(run.arguments, str(log_of(run)), dict(os.environ) | variables))
+        context.Process(
+            target=_train_here, args=(run.arguments, str(log_of(run)), dict(os.environ) | variables, run.row.imports)
+        )
         for variables in _variables_of_ranks(run.row.ranks)
     ]
     for process in processes:
@@ -273,7 +290,7 @@ def _variables_of_ranks(num_ranks: int) -> list[dict[str, str]]:
     return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
-def _train_here(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _train_here(arguments: list[str], log: str, environment: dict[str, str], imports: Sequence[str]) -> None:
     """Be launchers/train.py, in the environment of whoever asked."""
     os.environ.clear()  # that of the server that forked it
     os.environ.update(environment)
@@ -285,6 +302,8 @@ def _train_here(arguments: list[str], log: str, environment: dict[str, str]) -> 
     multiprocessing.set_start_method("fork", force=True)  # of data loading processes, as in any other process
     sys.argv = ["launchers/train.py", *arguments]
     os.chdir(ROOT)
+    for module in imports:
+        importlib.import_module(module)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -296,8 +315,12 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def head_milliseconds(run_directory: Path, *, num_repeats: int = 30, warm_up: int = 5) -> float:
+def head_milliseconds(
+    run_directory: Path, imports: Sequence[str] = (), *, num_repeats: int = 30, warm_up: int = 5
+) -> float:
     """Milliseconds of a step's head under the settings of a run: loss, its gradients, the update of the proxies."""
+    for module in imports:
+        importlib.import_module(module)
     import torch
     import torch.nn.functional as F
 
@@ -364,7 +387,7 @@ def make(
             print(f"{run.table.name} {run.name}: stopped, the same command goes on with it", flush=True)
             return False
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            head_ms = pool.submit(head_milliseconds, run.folder).result()
+            head_ms = pool.submit(head_milliseconds, run.folder, run.row.imports).result()
         line = line_of(run, head_ms)
         append(run.table, line, results)
         remove(RunFolder(run.folder).checkpoints)  # what else there is stays, for `report compare`
@@ -405,7 +428,8 @@ def shown(line: Line) -> str:
 
 
 def _is_same(line: Line, other: Line) -> bool:
-    return all(line[name] == other[name] for name in ("test", "validation", "loss"))
+    same_loss = math.isclose(line["loss"], other["loss"], rel_tol=0, abs_tol=1e-5)  # lines used to have five digits
+    return same_loss and all(line[name] == other[name] for name in ("test", "validation"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -432,12 +456,15 @@ def main(given: Sequence[str] | None = None) -> int:
             _list(table)
     elif arguments.dry_run:
         for run in to_do(tables, **chosen):
-            print(shlex.join(["python", "launchers/train.py", *run.arguments]))
+            print(shlex.join(run.command))
     elif arguments.figures:
         for table in tables:
             for path in write_pages(table, finished(table), ROOT):
                 print(path.relative_to(ROOT))
+        for path in efficiency.write(ROOT):
+            print(path.relative_to(ROOT))
     else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server that forks starts: it counts threads but once
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             return 0 if make(tables, minutes=arguments.minutes, **chosen) else 1

@@ -59,7 +59,7 @@ class Slurm:
             command,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
             env={**os.environ, "SLURM_CONF": str(self.configuration)},
         )
@@ -119,4 +119,4 @@ def running_slurm() -> Iterator[Slurm]:
     finally:
         process.stdin.write("stop\n")  # its end alone may go unseen: processes that were forked meanwhile have it open
         process.stdin.close()
-        process.wait(timeout=60)
+        process.wait(timeout=180)

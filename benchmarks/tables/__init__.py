@@ -3,9 +3,19 @@
 A new one is a file here that lists its rows, and an entry below.
 """
 
-from benchmarks.tables import learning_rates, methods, negatives
+from benchmarks.tables import equality, fewer_proxies, learning_rates, methods, negatives, parts
 from benchmarks.tables.table import Row, Table
 
-TABLES: dict[str, Table] = {table.name: table for table in (learning_rates.TABLE, methods.TABLE, negatives.TABLE)}
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        learning_rates.TABLE,
+        methods.TABLE,
+        negatives.TABLE,
+        parts.TABLE,
+        fewer_proxies.TABLE,
+        equality.TABLE,
+    )
+}
 
 __all__ = ["TABLES", "Row", "Table"]

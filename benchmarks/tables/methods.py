@@ -27,26 +27,40 @@ from benchmarks.figures import (
 from benchmarks.tables.table import BARE, Row, Table
 
 ALL = "proxies.ratio=null proxies.negatives=all"
-COSFACE = "proxies.margin.name=cosface proxies.margin.margin"
-ARCFACE = "proxies.margin.name=arcface proxies.margin.margin"
-SOFT_TRIPLE = f"{ALL} proxies.per_class=2 proxies.class_score=softmax {COSFACE}=0.01"
-SAMPLED = "proxies.ratio=null proxies.negatives=sampled proxies.share=0.1"
-PROXY_ANCHOR = "proxies={} loss.name=pml/ProxyAnchorLoss loss.options.margin=0.1 loss.options.alpha"
-MULTI_SIMILARITY = (
-    "proxies={} data.images_per_class=4 loss.name=pml/MultiSimilarityLoss loss.options.alpha=2 loss.options.beta=20 "
-    "loss.miner.name=MultiSimilarityMiner loss.options.base"
-)
-# Two settings of each.
-METHODS: Mapping[str, tuple[str, str]] = {
-    "ProxyGML": ("proxies.scale=1", "proxies.scale=4"),
-    "ProxyGML, margin": (f"proxies.scale=16 {COSFACE}=0.1", f"proxies.scale=16 {COSFACE}=0.3"),
-    "CosFace": (f"{ALL} proxies.scale=16 {COSFACE}=0.1", f"{ALL} proxies.scale=16 {COSFACE}=0.3"),
-    "ArcFace": (f"{ALL} proxies.scale=16 {ARCFACE}=0.1", f"{ALL} proxies.scale=16 {ARCFACE}=0.3"),
-    "normalised softmax": (f"{ALL} proxies.scale=8", f"{ALL} proxies.scale=16"),
-    "sampled softmax, 10 %": (f"{SAMPLED} proxies.scale=8", f"{SAMPLED} proxies.scale=16"),
-    "SoftTriple": (f"{SOFT_TRIPLE} proxies.scale=10", f"{SOFT_TRIPLE} proxies.scale=20"),
-    "Proxy-Anchor": (f"{PROXY_ANCHOR}=16", f"{PROXY_ANCHOR}=32"),
-    "multi-similarity": (f"{MULTI_SIMILARITY}=0.5", f"{MULTI_SIMILARITY}=0.7"),
+COSFACE, ARCFACE = (f"proxies.scale=16 proxies.margin.name={name}" for name in ("cosface", "arcface"))
+
+
+class Method(NamedTuple):
+    """A method and what is tuned of it, beside the learning rates."""
+
+    overrides: str
+    tuned: str  # setting
+    values: tuple[float, float]
+
+
+METHODS = {
+    "ProxyGML": Method("", "proxies.scale", (1, 4)),
+    "ProxyGML, margin": Method(COSFACE, "proxies.margin.margin", (0.1, 0.3)),
+    "CosFace": Method(f"{ALL} {COSFACE}", "proxies.margin.margin", (0.1, 0.3)),
+    "ArcFace": Method(f"{ALL} {ARCFACE}", "proxies.margin.margin", (0.1, 0.3)),
+    "normalised softmax": Method(ALL, "proxies.scale", (8, 16)),
+    "sampled softmax, 10 %": Method(
+        "proxies.ratio=null proxies.negatives=sampled proxies.share=0.1", "proxies.scale", (8, 16)
+    ),
+    "SoftTriple": Method(
+        f"{ALL} proxies.per_class=2 proxies.class_score=softmax proxies.margin.name=cosface proxies.margin.margin=0.01",
+        "proxies.scale",
+        (10, 20),
+    ),
+    "Proxy-Anchor": Method(
+        "proxies={} loss.name=pml/ProxyAnchorLoss loss.options.margin=0.1", "loss.options.alpha", (16, 32)
+    ),
+    "multi-similarity": Method(
+        "proxies={} data.images_per_class=4 loss.name=pml/MultiSimilarityLoss loss.options.alpha=2 "
+        "loss.options.beta=20 loss.miner.name=MultiSimilarityMiner",
+        "loss.options.base",
+        (0.5, 0.7),
+    ),
 }
 PICTURED = (
     "ProxyGML",
@@ -77,7 +91,7 @@ DATA = {
         "training.epochs=12 data.validation_classes=0.2 evaluation.every_epochs=0",
         "training.epochs=24 evaluation.every_epochs=4",
         ((0.002, 0.02), (0.004, 0.04)),
-        dict.fromkeys(METHODS, 0),
+        dict(zip(METHODS, (2, 0, 2, 2, 2, 1, 0, 0, 3), strict=True)),
         (0, 1, 2, 3, 4),
     ),
 }
@@ -86,9 +100,7 @@ DATA = {
 def trials(data: str, method: str) -> list[Row]:
     """The four trials of a method."""
     of = DATA[data]
-    return [
-        _row(data, method, number, f"trial-{number}_", of.trial, (0,)) for number in range(2 * len(METHODS[method]))
-    ]
+    return [_row(data, method, number, f"trial-{number}_", of.trial, (0,)) for number in range(2 * len(of.rates))]
 
 
 def final(data: str, method: str) -> Row:
@@ -99,12 +111,14 @@ def final(data: str, method: str) -> Row:
 
 def _row(data: str, method: str, number: int, prefix: str, budget: str, seeds: Sequence[int]) -> Row:
     of = DATA[data]
-    settings, (backbone, proxies) = list(itertools.product(METHODS[method], of.rates))[number]
+    how = METHODS[method]
+    value, (backbone, proxies) = list(itertools.product(how.values, of.rates))[number]
     overrides = [
         *(override for override in BARE if "every_epochs" not in override),
         *of.overrides.split(),
         *budget.split(),
-        *settings.split(),
+        *how.overrides.split(),
+        f"{how.tuned}={value}",
         f"optimizer.backbone_lr={backbone}",
         f"optimizer.proxies_lr={proxies}",
     ]
@@ -140,7 +154,7 @@ def show(table: Table, lines: Lines) -> Shown:
             f"**{data}: Recall@1 and MAP@R of test classes**",
             markdown(header, body),
             f"**{data}: the trials**, MAP@R of validation classes",
-            markdown(["method", *_names_of_trials(data)], [_tried(data, method, lines) for method in METHODS]),
+            markdown(["method", "tuned", *_names_of_trials(data)], [_tried(data, method, lines) for method in METHODS]),
         ]
         pictures[f"methods_{data}.svg"] = _picture(data, rows, lines)
     return Shown("\n\n".join(parts), pictures)
@@ -148,7 +162,7 @@ def show(table: Table, lines: Lines) -> Shown:
 
 def _names_of_trials(data: str) -> list[str]:
     rates = [f"rates {backbone:g}, {proxies:g}" for backbone, proxies in DATA[data].rates]
-    return [f"{setting}, {of}" for setting in ("first", "second") for of in rates]
+    return [f"{value}, {of}" for value in ("first value", "second value") for of in rates]
 
 
 def _tried(data: str, method: str, lines: Lines) -> list[str]:
@@ -156,7 +170,9 @@ def _tried(data: str, method: str, lines: Lines) -> list[str]:
     found = [values_of(row, lines, metric("map@r", on="validation")) for row in trials(data, method)]
     said = [f"{100 * values[0]:.2f}" if values else "" for values in found]
     picked = DATA[data].picked[method]
-    return [method, *(f"**{text}**" if text and number == picked else text for number, text in enumerate(said))]
+    how = METHODS[method]
+    tuned = f"`{how.tuned}` {how.values[0]:g} or {how.values[1]:g}"
+    return [method, tuned, *(f"**{text}**" if text and number == picked else text for number, text in enumerate(said))]
 
 
 def _picture(data: str, rows: Mapping[str, Row], lines: Lines) -> str:

@@ -20,10 +20,11 @@ class Row(NamedTuple):
 
     name: str  # of its folder, so: letters, digits, points, hyphens, underscores
     labels: Mapping[str, Any]  # what it is, by column
-    overrides: Sequence[str]
+    overrides: Sequence[str]  # {seed} in them is the seed
     config: str = "configs/demo_cpu.json"
     seeds: Sequence[int] = (0, 1, 2)
     ranks: int = 1
+    imports: Sequence[str] = ()  # modules that the run needs before it starts, such as one that registers a loss
 
 
 class Table(NamedTuple):

@@ -108,12 +108,12 @@ def save_both_ways(context: ParallelContext, directory: Path) -> None:
         CheckpointWriter(place / "later", context, KEEP_TWO).save(**saving)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_asynchronous_checkpoint_has_the_bytes_of_a_synchronous_one_at_the_moment_of_the_call(
     tmp_path: Path, world_size: int
 ) -> None:
-    run_ranks(save_both_ways, world_size, tmp_path, timeout=90)
+    run_ranks(save_both_ways, world_size, tmp_path, timeout=180)
     for stage, precision in SETTINGS_OF_ENGINES:
         place = tmp_path / f"{stage} {precision}"
         now, aside, later = (hashes(place / how / "step-000001") for how in ("synchronous", "asynchronous", "later"))
@@ -209,12 +209,12 @@ def fail_at_every_point(context: ParallelContext, directory: Path, asynchronous:
     return messages
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_rank_that_cannot_write_fails_all_ranks_alike_and_the_next_save_works(
     tmp_path: Path, asynchronous: bool
 ) -> None:
-    first, second = run_ranks(fail_at_every_point, 2, tmp_path, asynchronous, timeout=60)
+    first, second = run_ranks(fail_at_every_point, 2, tmp_path, asynchronous, timeout=180)
     assert first == second
     for number, ((point, rank), message) in enumerate(zip(POINTS_OF_A_RANK.items(), first, strict=True), start=2):
         assert message.startswith(f"{tmp_path}/step-{number:06d} was not written, ")
@@ -239,7 +239,7 @@ def fail_without_agreement(context: ParallelContext, directory: Path) -> str:
     return str(failure.value)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_an_error_that_one_rank_alone_knows_of_is_raised_on_all(tmp_path: Path) -> None:
     assert run_ranks(fail_without_agreement, 2, tmp_path) == ["MemoryError: no memory (on rank 1)"] * 2
 
@@ -255,7 +255,7 @@ def refuse_numbers(context: ParallelContext, directory: Path) -> None:
     assert names_in(directory) == ["latest", "step-000001"]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_what_is_not_finite_is_refused_at_once_on_all_ranks(tmp_path: Path) -> None:
     run_ranks(refuse_numbers, 2, tmp_path)
 
@@ -268,7 +268,7 @@ def save_until_killed(context: ParallelContext, directory: Path, fault: str) -> 
     save.writer.close()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("fault", "newest"),
     [
@@ -282,7 +282,7 @@ def save_until_killed(context: ParallelContext, directory: Path, fault: str) -> 
 )
 def test_a_kill_while_one_is_written_leaves_the_one_before_or_it(tmp_path: Path, fault: str, newest: int) -> None:
     with pytest.raises(RuntimeError):
-        run_ranks(save_until_killed, 2, tmp_path, fault, timeout=60)
+        run_ranks(save_until_killed, 2, tmp_path, fault, timeout=180)
     assert any(name.startswith(".step-") for name in names_in(tmp_path)) == ("published" not in fault)
     assert checkpoint_to_continue(tmp_path, "auto") == (tmp_path / f"step-{newest:06d}", [])
     assert not any(name.startswith(".") for name in names_in(tmp_path))

@@ -147,10 +147,10 @@ def test_micro_batches_are_one_batch(rule: str) -> None:
     assert_same(on_one_rank(Task(rule, accumulation=2)), on_one_rank(Task(rule)))
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_three_ranks_train_as_one() -> None:
     tasks = [Task(rule, accumulation=2, unit_norm=rule == "sgd") for rule in SPARSE_RULES]
-    ranks = run_ranks(train, 3, tasks, timeout=90)
+    ranks = run_ranks(train, 3, tasks, timeout=180)
     for number, task in enumerate(tasks):
         of_ranks = [rank[number] for rank in ranks]
         state = {

@@ -68,10 +68,10 @@ def train_and_go_on(context: ParallelContext, root: Path) -> list[dict[str, Any]
 def starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     root = tmp_path_factory.mktemp("board")
     write_noise_shards(root / "noise", CLASS_SIZES)
-    return root / "runs" / "shown", run_ranks(train_and_go_on, 2, root, timeout=150)[0]
+    return root / "runs" / "shown", run_ranks(train_and_go_on, 2, root, timeout=180)[0]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_every_point_stands_there_once(starts: tuple[Path, Any]) -> None:
     run, _ = starts
     board = read_board(run)

@@ -70,15 +70,15 @@ def joined(ranks: list[tuple[list[float], dict[str, np.ndarray]]], name: str) ->
     return np.concatenate([bank[name] for _, bank in ranks])
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by", "stage"), [pytest.param(2, 2, 1, marks=pytest.mark.ci), (2, 2, 3), (3, 1, 0), (1, 3, 0)]
 )
 def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(
     tmp_path: Path, saved_by: int, loaded_by: int, stage: int
 ) -> None:
-    before = run_ranks(train_and_save, saved_by, stage, tmp_path, timeout=90)
-    after = run_ranks(load_and_train, loaded_by, stage, tmp_path, timeout=90)
+    before = run_ranks(train_and_save, saved_by, stage, tmp_path, timeout=180)
+    after = run_ranks(load_and_train, loaded_by, stage, tmp_path, timeout=180)
     for name in ("proxies", "exp_avg", "exp_avg_sq"):
         np.testing.assert_array_equal(joined(before, name), joined(after, name), err_msg=name)
     assert {bank["step"].item() for _, bank in after} == {2.0}
@@ -174,9 +174,9 @@ def load_banks(context: ParallelContext, directory: Path) -> dict[str, list[dict
     return found
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_the_state_of_every_bank_optimizer_loads_bit_by_bit_on_other_numbers_of_ranks(tmp_path: Path) -> None:
-    saved = run_ranks(save_banks, 2, tmp_path, timeout=90)
+    saved = run_ranks(save_banks, 2, tmp_path, timeout=180)
     row_names = {
         "adam": {"exp_avg", "exp_avg_sq"},
         "adamw": {"exp_avg", "exp_avg_sq"},
@@ -186,7 +186,7 @@ def test_the_state_of_every_bank_optimizer_loads_bit_by_bit_on_other_numbers_of_
         "sparse_adam": {"exp_avg", "exp_avg_sq"},
     }
     for world_size in (1, 3):
-        loaded = run_ranks(load_banks, world_size, tmp_path, timeout=90)
+        loaded = run_ranks(load_banks, world_size, tmp_path, timeout=180)
         for bank in loaded[0]:
             rows = {"proxies"} | row_names[bank.partition(",")[0]]
             counters = {"step"} if "exp_avg" in rows else set()

@@ -61,11 +61,11 @@ def save_two(context: ParallelContext, directory: Path) -> None:
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints as two ranks with ZeRO stage 1 write them."""
     directory = tmp_path_factory.mktemp("two") / "checkpoints"
-    run_ranks(save_two, 2, directory, timeout=90)
+    run_ranks(save_two, 2, directory, timeout=180)
     return directory
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_manifest_lists_every_file_and_nothing_else(two_checkpoints: Path) -> None:
     newest = two_checkpoints / "step-000002"
     manifest = json.loads((newest / "MANIFEST.json").read_text())
@@ -88,7 +88,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize(
     "pattern",
@@ -209,7 +209,7 @@ def save_until_killed(context: ParallelContext, directory: Path, moment: str, ki
     save(last)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("moment", "killed_rank", "last", "newest"),
     [
@@ -230,7 +230,7 @@ def test_a_killed_save_leaves_whole_checkpoints_and_the_run_goes_on(
     tmp_path: Path, moment: str, killed_rank: int, last: int, newest: int
 ) -> None:
     with pytest.raises(RuntimeError):
-        run_ranks(save_until_killed, 2, tmp_path, moment, killed_rank, last, timeout=60)
+        run_ranks(save_until_killed, 2, tmp_path, moment, killed_rank, last, timeout=180)
     found, passed_over = checkpoint_to_continue(tmp_path, "auto")
     assert (found, passed_over) == (tmp_path / f"step-{newest:06d}", [])
     assert all(verify_checkpoint(path) == [] for path in published_checkpoints(tmp_path))
@@ -338,9 +338,9 @@ def error_of(save: Saver, number: int) -> str:
     return str(failure.value)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_one_rank_that_fails_fails_all_with_one_error_and_leaves_all_as_it_was(tmp_path: Path) -> None:
-    first, second = run_ranks(fails_on_rank_1, 2, tmp_path, timeout=90)
+    first, second = run_ranks(fails_on_rank_1, 2, tmp_path, timeout=180)
     assert first == second
     assert all(untouched for _, untouched in first.values()), first
     for what, (message, _) in first.items():
@@ -389,9 +389,9 @@ def save_with_little_space(context: ParallelContext, directory: Path) -> list[st
     return messages
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_rank_whose_part_of_the_engine_cannot_be_written_keeps_no_rank_waiting(tmp_path: Path) -> None:
-    first, second = run_ranks(save_with_little_space, 2, tmp_path, timeout=60)
+    first, second = run_ranks(save_with_little_space, 2, tmp_path, timeout=180)
     assert first == second
     for rank, message in enumerate(first):
         assert "could not be written, is the disk full?" in message
@@ -515,7 +515,7 @@ def test_what_cannot_be_looked_at_is_refused_and_nothing_is_moved(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_oddities_in_the_folder_do_not_hide_the_older_checkpoint(tmp_path: Path) -> None:
     save = Saver(single_process(), tmp_path)
     older, newer = save(1).path, save(2).path

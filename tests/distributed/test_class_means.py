@@ -194,13 +194,13 @@ def class_means_of_a_run(context: ParallelContext, root: Path, zero_stage: int) 
     return state.loss.proxies.detach(), looped(embeddings, whole.labels, unit), told.said
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (3, 0), (2, 3)])
 def test_a_run_starts_from_the_class_means_of_its_training_images(
     tmp_path: Path, world_size: int, zero_stage: int
 ) -> None:
     write_noise_shards(tmp_path / "shards", CLASS_SIZES)  # 17 images, 9 batches: uneven over 2 ranks
-    results = run_ranks(class_means_of_a_run, world_size, tmp_path, zero_stage, timeout=90)
+    results = run_ranks(class_means_of_a_run, world_size, tmp_path, zero_stage, timeout=180)
     got, (_, expected, said) = torch.cat([proxies for proxies, _, _ in results]), results[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
     assert said == ["class means: 17 images of 7 classes through the initial backbone"]
@@ -221,9 +221,9 @@ def train_and_continue(context: ParallelContext, root: Path) -> list[int]:
     return asked
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_only_a_new_run_that_asks_for_class_means_computes_them(tmp_path: Path) -> None:
     write_noise_shards(tmp_path / "shards", CLASS_SIZES)
-    assert run_ranks(train_and_continue, 1, tmp_path, timeout=90) == [[0]]
+    assert run_ranks(train_and_continue, 1, tmp_path, timeout=180) == [[0]]
     lines = (tmp_path / "runs" / "means" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["step"] for line in lines} == {1, 2}

@@ -101,7 +101,7 @@ def runs_of(context: ParallelContext, heads: dict[str, Head], rule: str) -> dict
 def test_any_number_of_ranks_gives_the_same_steps(rule: str) -> None:
     expected = run_ranks(runs_of, 1, HEADS, rule)[0]
     for world_size in (2, 3):
-        for runs in run_ranks(runs_of, world_size, HEADS, rule, timeout=120):
+        for runs in run_ranks(runs_of, world_size, HEADS, rule, timeout=180):
             for name, run in runs.items():
                 wanted = expected[name]
                 assert run.losses == pytest.approx(wanted.losses, rel=1e-11), name
@@ -115,7 +115,7 @@ def test_any_number_of_ranks_gives_the_same_steps(rule: str) -> None:
 def test_sparse_steps_on_sampled_classes_are_the_same_on_any_number_of_ranks() -> None:
     heads = {name: head for name, head in HEADS.items() if head.negatives == "sampled"}
     expected = run_ranks(runs_of, 1, heads, "sparse_adam")[0]
-    for runs in run_ranks(runs_of, 3, heads, "sparse_adam", timeout=120):
+    for runs in run_ranks(runs_of, 3, heads, "sparse_adam", timeout=180):
         for name, run in runs.items():
             torch.testing.assert_close(run.proxies, expected[name].proxies, rtol=1e-9, atol=1e-11, msg=name)
 

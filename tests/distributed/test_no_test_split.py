@@ -56,11 +56,11 @@ def train_all(context: ParallelContext, root: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("everything")
     write_noise_shards(root / "shards", CLASS_SIZES)
-    run_ranks(train_all, 1, root, timeout=150)
+    run_ranks(train_all, 1, root, timeout=180)
     return root / "runs"
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_run_that_evaluates_nothing_trains_reports_and_continues(runs: Path) -> None:
     run = runs / "all"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -76,7 +76,7 @@ def test_a_run_that_evaluates_nothing_trains_reports_and_continues(runs: Path) -
     assert [path.name for path in sorted((run / "proxies").iterdir())][-1] == "step-000009.json"
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_its_page_can_be_written_again_but_has_no_use_for_shards(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +86,7 @@ def test_its_page_can_be_written_again_but_has_no_use_for_shards(
     assert "test_split" in capsys.readouterr().err
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_how_long_it_took_is_kept_over_starts(runs: Path) -> None:
     facts = json.loads((runs / "all" / "run.json").read_text())
     assert (facts["ranks"], facts["proxies"]) == (1, 16)
@@ -101,7 +101,7 @@ def test_how_long_it_took_is_kept_over_starts(runs: Path) -> None:
     assert [event.value for event in board.Scalars("train/epoch")] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_validation_classes_alone_are_evaluated_and_stand_for_the_run(runs: Path) -> None:
     run = runs / "held-out"
     stored = sorted(path.name for path in (run / "evaluation").iterdir())
@@ -119,7 +119,7 @@ def test_validation_classes_alone_are_evaluated_and_stand_for_the_run(runs: Path
     assert "of 3 classes, held out of training, looks for" in page
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_an_evaluation_needs_a_split_by_name(runs: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.test_split.*--split"):
         evaluate(["--run", str(runs / "all")])

@@ -134,8 +134,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs at once; two and one more; two on two ranks and one more on one."""
     root = tmp_path_factory.mktemp("pml")
     write_noise_shards(root / "shards", [5, 4, 6, 3, 5, 4, 5, 4])
-    run_ranks(train_runs, 2, root, {"moved": 2}, timeout=120)
-    run_ranks(train_runs, 1, root, {"whole": 3, "parts": 2, "parts/": 3, "moved": 3}, timeout=150)
+    run_ranks(train_runs, 2, root, {"moved": 2}, timeout=180)
+    run_ranks(train_runs, 1, root, {"whole": 3, "parts": 2, "parts/": 3, "moved": 3}, timeout=180)
     return root / "runs"
 
 

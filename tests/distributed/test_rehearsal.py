@@ -36,7 +36,7 @@ def rehearsed(context: ParallelContext, shards: str) -> Rehearsal:
     "shards", ["no/such/folder", pytest.param(str(ROOT / "shards" / "demo"), marks=pytest.mark.ci)]
 )
 def test_steps_are_measured_on_several_ranks_with_and_without_shards(shards: str) -> None:
-    first, second = run_ranks(rehearsed, 2, shards, timeout=120)
+    first, second = run_ranks(rehearsed, 2, shards, timeout=180)
     assert first == second  # the slowest of both, everywhere
     assert (first.world_size, first.device, first.num_steps) == (2, "cpu", 2)
     assert first.is_synthetic == (shards == "no/such/folder")
@@ -65,7 +65,7 @@ def saved(context: ParallelContext, directory: Path) -> int:
 
 
 def test_the_predicted_checkpoint_is_within_a_tenth_of_the_real_one(tmp_path: Path) -> None:
-    measured = run_ranks(saved, 2, tmp_path, timeout=120)[0]
+    measured = run_ranks(saved, 2, tmp_path, timeout=180)[0]
     config = tiny("backbone.options.width=24")
     head = plan_head(config, world_size=2)
     bank = 549 * 16 * 4

@@ -77,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Runs]:
         write_class_names(root / "shards" / name, [(str(label), label) for label in range(num_classes)])
     runs: dict[str, dict[str, Any]] = {"seven": {}, "two": {}, "numbers": {}, "stream": {"shards": None}}
     runs["softmax"] = {"shards": "seven", "proxies": HEADS["softmax"]}
-    ranks = run_ranks(write_runs, 3, root, runs, timeout=120)
+    ranks = run_ranks(write_runs, 3, root, runs, timeout=180)
     whole = {
         name: {
             **ranks[0][name],
@@ -108,13 +108,13 @@ def take_over(
     return found
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_classes_of_the_same_name_keep_their_proxies_bit_by_bit(trained: tuple[Path, Runs], world_size: int) -> None:
     root, runs = trained
     pairs = [("seven", "other order"), ("seven", "crow and owl"), ("two", "crow and owl"), ("seven", "one more")]
     alone = [take_over(single_process(), root, pairs)] if world_size == 1 else None
-    ranks = alone or run_ranks(take_over, world_size, root, pairs, timeout=90)
+    ranks = alone or run_ranks(take_over, world_size, root, pairs, timeout=180)
     for number, (run, shards) in enumerate(pairs):
         before, after = (np.concatenate([rank[number][moment] for rank in ranks]) for moment in (0, 1))
         known = dict(zip(TRAINED[run], runs[run]["proxies"], strict=True))
@@ -204,7 +204,7 @@ def refusals(context: ParallelContext, root: Path, cases: dict[str, dict[str, An
     return told
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_what_does_not_fit_is_refused_on_all_ranks_alike(trained: tuple[Path, Runs], tmp_path: Path) -> None:
     root, _ = trained
     checkpoint = root / "runs" / "seven" / "checkpoints" / f"step-{STEP:06d}"
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks_alike(trained: tuple[Path, Ru
         "no checkpoint": ({"path": tmp_path / "run"}, ["expected a whole checkpoint in", "train the run first"]),
         "itself": ({"name": "seven"}, ["lies in the folder of this very run"]),
     }
-    ranks = run_ranks(refusals, 2, root, {case: changes for case, (changes, _) in cases.items()}, timeout=90)
+    ranks = run_ranks(refusals, 2, root, {case: changes for case, (changes, _) in cases.items()}, timeout=180)
     assert ranks[0] == ranks[1]
     assert ranks[0].keys() == cases.keys()
     for case, (_, parts) in cases.items():
@@ -433,11 +433,11 @@ def start_and_start_again(context: ParallelContext, root: Path) -> list[dict[str
     return found
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_run_starts_from_another_one_and_goes_on_without_it(tmp_path: Path) -> None:
     for sizes in ([5, 4, 6], [5, 1, 7, 4, 6]):  # "pattern 0" and so on are classes of both
         write_noise_shards(tmp_path / f"{len(sizes)} classes", sizes)
-    first, second, third = run_ranks(start_and_start_again, 1, tmp_path, timeout=150)[0]
+    first, second, third = run_ranks(start_and_start_again, 1, tmp_path, timeout=180)[0]
     assert all(np.abs(first[name]).max() > 0.01 for name in ("embedding.weight", "proxies"))
     for name in first.keys() - {"proxies"}:  # a bias of 0 has moved by 1e-30
         np.testing.assert_allclose(second[name], first[name], rtol=0, atol=1e-20, err_msg=name)

@@ -206,9 +206,9 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], wha
 def test_the_average_is_that_of_whole_float32_weights_and_resumes_on_any_number_of_ranks(
     tmp_path: Path, names: list[str]
 ) -> None:
-    first = run_ranks(leg, 2, names, tmp_path, 0, timeout=120)
-    again = run_ranks(leg, 2, names, tmp_path, 2, timeout=120)
-    elsewhere = run_ranks(leg, 3, names, tmp_path, 2, timeout=120)
+    first = run_ranks(leg, 2, names, tmp_path, 0, timeout=180)
+    again = run_ranks(leg, 2, names, tmp_path, 2, timeout=180)
+    elsewhere = run_ranks(leg, 3, names, tmp_path, 2, timeout=180)
     for name in names:
         for rank in (*again, *elsewhere):
             assert_same(rank[name]["loaded"], first[0][name]["after"], name)
@@ -264,11 +264,11 @@ def without_and_with_a_stop(context: ParallelContext, names: list[str], director
     return found
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_resumed_run_has_the_digits_of_one_without_a_stop(tmp_path: Path) -> None:
     names = ["1", "2, all at once"]
-    (alone,) = run_ranks(without_and_with_a_stop, 1, names, tmp_path, timeout=80)
-    ranks = run_ranks(without_and_with_a_stop, 2, names, tmp_path, timeout=80)
+    (alone,) = run_ranks(without_and_with_a_stop, 1, names, tmp_path, timeout=180)
+    ranks = run_ranks(without_and_with_a_stop, 2, names, tmp_path, timeout=180)
     for name in names:
         for rank in ranks:
             end, resumed, _ = rank[name]

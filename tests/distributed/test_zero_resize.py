@@ -126,8 +126,8 @@ def leg(
 )
 def test_zero_goes_on_with_other_numbers_of_ranks(tmp_path: Path, names: list[str]) -> None:
     cases = {name: CASES[name] for name in names}
-    (expected, *_) = run_ranks(without_a_stop, 2, cases, timeout=90)
-    legs = [run_ranks(leg, ranks, cases, tmp_path, start, timeout=90) for ranks, start in ((2, 0), (1, 2), (3, 4))]
+    (expected, *_) = run_ranks(without_a_stop, 2, cases, timeout=180)
+    legs = [run_ranks(leg, ranks, cases, tmp_path, start, timeout=180) for ranks, start in ((2, 0), (1, 2), (3, 4))]
     for name, case in cases.items():
         for before, after in itertools.pairwise(legs):
             for rank in after:  # every rank has the same

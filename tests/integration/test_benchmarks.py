@@ -81,7 +81,7 @@ def test_the_benchmark_of_the_head_measures_every_row(tmp_path: Path) -> None:
             assert row["gradient_mib"] == (0 if optimizer in ("rowwise_adagrad", "sparse_adam") else row["bank_mib"])
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_benchmark_of_ranks_counts_bytes_and_divides_the_bank(tmp_path: Path) -> None:
     sizes = ("--num-classes", "64", "--embedding-dim", "8", "--topk", "10", "--batch-size", "6", "--repeats", "1")
     heads = ("--heads", "candidates", "full_softmax", "--ranks", "1", "2")
@@ -118,7 +118,7 @@ def test_the_benchmark_of_other_numbers_of_ranks_compares_a_run_with_its_like(tm
     assert printed[-1].startswith("| ulps - left alone | ")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_benchmark_of_the_loader_measures_every_row(tmp_path: Path) -> None:
     arguments = ("--images", "photographs", "--num-photographs", "192", "--workers", "1", "--repeats", "1")
     rows, printed = run("benchmarks.loader", *arguments, "--num-samples", "3000", json_file=tmp_path / "rows.jsonl")
@@ -144,7 +144,7 @@ def test_the_benchmark_of_the_loader_measures_every_row(tmp_path: Path) -> None:
         assert ("worker_mib" in row) == (row["workers"] == 1)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_benchmark_of_checkpoints_times_the_disk_the_bank_and_training(tmp_path: Path) -> None:
     arguments = ("--num-classes", "101", "--embedding-dim", "8", "--ranks", "2", "--repeats", "1", "--steps", "4")
     folder = ("--every", "2", "--folder", str(tmp_path))
@@ -335,7 +335,7 @@ def test_a_bar_of_ranks_is_met_or_missed() -> None:
     assert [line.split()[0] for line in bars_of_ranks(rows)] == ["met", "met", "met"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_benchmark_of_the_search_measures_every_way_and_they_agree(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_metric_learning")
     arguments = ("--sizes", "tiny", "--threads", "1", "--share", "3")

@@ -330,7 +330,7 @@ def test_a_stopped_run_goes_on_at_its_image_with_another_batch_size_and_number_o
     assert (state["epoch"], state["consumed"]) == (0, 320 + 13 * 48)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_run_that_was_made_shorter_than_it_is_ends_at_once(trained: Path, tmp_path: Path) -> None:
     """The 20 steps of 32 images that are done are 40 of 16: beyond the last one."""
     shutil.copytree(trained, tmp_path / "demo_cpu")

@@ -39,7 +39,7 @@ def train_on(context: ParallelContext, shards: Path, test_split: str, gallery_sp
 OFTEN = ("imagefolder", "recordio", "table")  # the others are built by tests of their own, and trained on alike
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.ci) for name in READERS]
 )
@@ -50,7 +50,7 @@ def test_what_a_reader_builds_is_trained_on_for_five_steps(name: str, tmp_path: 
     assert main(["verify", "--deep", str(shards)]) == 0
     splits = json.loads((shards / "index.json").read_text())["splits"]
     pair = ("query", "gallery") if "query" in splits else ("test", None)
-    (run,) = run_ranks(train_on, 1, shards, *pair, timeout=100)
+    (run,) = run_ranks(train_on, 1, shards, *pair, timeout=180)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, NUM_STEPS + 1))
     *_, evaluation = [line for line in lines if line["kind"] == "evaluation"]

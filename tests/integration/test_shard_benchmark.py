@@ -13,7 +13,7 @@ pytestmark = pytest.mark.ci
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_benchmark_of_shards_times_tar_and_every_number_of_workers(tmp_path: Path) -> None:
     sizes = ("--num-images", "61", "--repeats", "1", "--workers", "1")
     done = subprocess.run(

@@ -234,16 +234,16 @@ def test_a_mistake_that_only_a_job_in_slurm_can_find_gives_its_message_and_statu
     assert "Traceback" not in output + errors
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_what_can_never_start_is_reported_and_what_slurm_refuses_is_passed_on(slurm: Slurm, tmp_path: Path) -> None:
     settings = ("--set", f"runs_dir={tmp_path}", "training.batch_size=99", "data.drop_last=true")
     waiting = slurm.launch(*SUBMIT, "--nodes", "99", "--tasks-per-node", "1", *settings)
-    output, errors = waiting.communicate(timeout=60)
+    output, errors = waiting.communicate(timeout=180)
     assert waiting.returncode == 1, output + errors
     assert "will never start: its reason is PartitionConfig" in errors
     slurm.ask("scancel", output.split()[1])
     refused = slurm.launch(*SUBMIT, "--partition", "nowhere", "--tasks-per-node", "1", *settings)
-    output, errors = refused.communicate(timeout=60)
+    output, errors = refused.communicate(timeout=180)
     assert refused.returncode == 2, output + errors
     assert "invalid partition specified: nowhere" in errors
     assert "Traceback" not in errors
@@ -284,7 +284,7 @@ def run_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_local_job_trains_on_two_ranks_and_leaves_a_log_of_each(tmp_path: Path) -> None:
     options = ("--cluster", "local", "--tasks-per-node", "2", "--cpus-per-task", "1", "--wait")
     done = run_here(*options, "--set", *short(tmp_path))
@@ -295,7 +295,7 @@ def test_a_local_job_trains_on_two_ranks_and_leaves_a_log_of_each(tmp_path: Path
     assert len(list((tmp_path / "demo_cpu.jobs").glob("*_log.out"))) == 2
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_debug_job_trains_in_the_process_that_was_called(tmp_path: Path) -> None:
     done = run_here("--cluster", "debug", "--set", *short(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -304,7 +304,7 @@ def test_a_debug_job_trains_in_the_process_that_was_called(tmp_path: Path) -> No
     assert not (tmp_path / "demo_cpu.jobs").exists()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_mistake_that_only_the_job_can_find_gives_its_message_and_status_two(tmp_path: Path) -> None:
     options = ("--cluster", "local", "--tasks-per-node", "1", "--wait")
     done = run_here(*options, "--set", *short(tmp_path, "data.num_classes=500"))

@@ -61,7 +61,7 @@ def test_a_sweep_that_is_interrupted_goes_on_names_what_failed_and_trains_nothin
     process = start(tmp_path, DIST_PROXYGML_FAULT=",".join(slow))
     wait_for(lambda: len(steps(trained)) > 2, seconds=90, what="three steps")
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 130, output
     assert "the same command resumes where the runs have saved" in output
     done = steps(trained)
@@ -88,7 +88,7 @@ def test_a_sweep_that_is_interrupted_goes_on_names_what_failed_and_trains_nothin
 
     # 3. Nothing is left to do for the one that is finished.
     process = start(tmp_path, "--dry-run")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert output.splitlines() == [
         f"2 runs in {folder}, 1 of them to do",
         "  pretrained-nowhere.pt_seed-0: failed",
@@ -107,12 +107,12 @@ def test_a_job_array_is_submitted_once_and_followed_to_its_end(slurm: Slurm, tmp
 
     # 1. It waits in the queue, and is not submitted again.
     process = slurm.launch(*command, *options, *settings)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, output + errors
     array = re.findall(r"job array (\d+) of 4 runs", output)[0]
     assert slurm.field(array, "ArrayTaskThrottle") == "2"
     process = slurm.launch(*command, *settings)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=180)
     assert process.returncode == 1, output + errors
     assert "In the queue or running:" in output
     assert "job array" not in output

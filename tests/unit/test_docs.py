@@ -230,7 +230,7 @@ def test_the_readme_s_loop_trains_under_torchrun_and_continues_on_another_number
     steps, banks = [], []
     for num_ranks in ("2", "1"):
         command = [*launcher, num_ranks, "own_loop.py"]
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
         steps += [int(saved["loss"]["optimizer.step"]), int(saved["optimizer"]["state"][0]["step"])]

@@ -438,6 +438,6 @@ from dist_proxygml.doctor import check_packages, check_python
 print(*run_check("Python", check_python), *run_check("packages", check_packages), sep="\\n")
 """
     command = [sys.executable, "-S", "-E", "-c", program, str(ROOT)]  # without site-packages
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "No module named 'packaging'" in done.stdout

@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, n
     """
     root = tmp_path_factory.mktemp("trained")
     write_class_names(root / "shards", [(name, number) for number, name in enumerate(NAMES, start=1)])
-    ranks = run_ranks(write_runs, 2, root, timeout=90)
+    ranks = run_ranks(write_runs, 2, root, timeout=180)
     proxies = np.concatenate([rank[0]["proxies"] for rank in ranks])
     return root / "runs" / "named", ranks[0][0] | {"proxies": proxies}
 
@@ -68,7 +68,7 @@ def names_below(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_command_writes_what_was_trained_without_deepspeed(
     trained: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
@@ -152,7 +152,7 @@ def test_a_run_on_a_stream_is_exported_without_names(
 
 
 @needs_onnx
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_every_format_gives_what_the_checkpoint_gives_by_the_code_of_its_card(
     trained: tuple[Path, dict[str, np.ndarray]],
     tmp_path: Path,

@@ -26,7 +26,7 @@ for point in {points!r}:
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), VARIABLE: fault}
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 

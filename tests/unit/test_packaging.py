@@ -70,7 +70,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("launchers", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", "dist"]
-    result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stderr
     (built,) = (source / "dist").glob("*.whl")
     return built

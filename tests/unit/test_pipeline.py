@@ -324,7 +324,7 @@ def test_a_cached_copy_that_rots_is_fetched_again_and_a_damaged_original_is_not_
         ShardImages(dataclasses.replace(index, samples=rows), PLAIN).image(3)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_killed_loading_process_ends_the_epoch_with_a_sentence(index: ShardIndex) -> None:
     class Deadly:
@@ -457,7 +457,7 @@ for num_workers in map(int, sys.argv[2:]):
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_an_epoch_is_the_same_bytes_in_any_process(index: ShardIndex) -> None:
     digests = []
     for hash_seed, nums_workers in (("0", ("0",)), ("3", ("1", "3"))):
@@ -467,7 +467,7 @@ def test_an_epoch_is_the_same_bytes_in_any_process(index: ShardIndex) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=True,
         )
         digests += done.stdout.split()

@@ -77,7 +77,7 @@ def test_what_is_closed_to_this_user_is_named_before_anything_is_moved(folder: P
     assert sorted(os.listdir(folder / "run")) == sorted([*FOLDERS, *LOGS])
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
 def test_what_is_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"

@@ -39,7 +39,7 @@ OTHER = random.Random(5).randbytes(150_001)
 THIRD = random.Random(7).randbytes(180_007)
 SECONDS = 20  # far more than anything here takes, far less than for ever
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 def sha256(content: bytes) -> str:

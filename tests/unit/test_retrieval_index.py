@@ -83,7 +83,7 @@ def test_an_index_works_beside_a_package_that_teaches_faiss_tensors() -> None:
     program = "import faiss.contrib.torch_utils, tests.unit.test_retrieval_index as t; t.search_far()"
     command = [sys.executable, "-c", program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
     assert (done.returncode, done.stdout) == (0, "".join(f"{kind} 3000\n" for kind in KINDS)), done.stderr
 
 

@@ -24,7 +24,7 @@ def hold(directory: Path, connection: Connection) -> None:
     del lock
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_run_has_one_writer_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "demo"
     here, there = FORKSERVER.Pipe()

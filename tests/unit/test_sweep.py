@@ -178,7 +178,7 @@ assert not {"torch", "deepspeed", "faiss", "webdataset", "numpy"} & sys.modules.
 """
     command = [sys.executable, "-c", program]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert "got 2 (in ratio-2_seed-0)" in done.stderr
 

@@ -1,0 +1,49 @@
+"""Methods: what was picked is the best trial on validation classes, and differences to ProxyGML say when they tie."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.figures import pack_hits
+from benchmarks.retrieval import finished
+from benchmarks.tables import TABLES, methods
+from benchmarks.tables.methods import DATA, METHODS, final, trials
+from benchmarks.tables.table import pick
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_what_is_tested_is_the_best_trial_on_validation_classes(data: str) -> None:
+    lines = finished(TABLES["methods"])
+    for method, number in DATA[data].picked.items():
+        best = pick(trials(data, method), lines)
+        assert best is None or best.labels["trial"] == number, method  # None: some are not finished
+
+
+def test_every_method_has_as_many_trials_and_no_two_are_the_same() -> None:
+    for data in DATA:
+        rows = [row for method in METHODS for row in trials(data, method)]
+        assert len({tuple(sorted(row.overrides)) for row in rows}) == len(rows) == 4 * len(METHODS)
+        assert all("data.validation_classes=0.2" in row.overrides for row in rows)
+        assert not any("validation" in text for method in METHODS for text in final(data, method).overrides)
+
+
+def result(hits: list[int], **more: Any) -> dict[str, Any]:
+    recall = sum(hits) / (4 * len(hits))
+    numbers = {"recall@1": recall, "map@r": recall / 2}
+    packed = pack_hits(np.stack([np.full(len(hits), 4), hits]))
+    curve = {"10": recall / 2, "20": recall}
+    return {"test": numbers, "validation": {}, "hits": packed, "curve": curve, "head_ms": 2.0, "memory_mib": 1500}
+
+
+def test_a_page_shows_differences_to_proxygml_and_rows_that_are_not_finished() -> None:
+    rows = {method: final("emoji", method).name for method in METHODS}
+    lines = {(rows["ProxyGML"], seed): result([2, 3, 2, 1]) for seed in (0, 1)}
+    lines |= {(rows["CosFace"], seed): result([3, 4, 3, 2]) for seed in (0, 1)}
+    lines |= {(rows["ArcFace"], seed): result([4, 1, 2 + seed, 1]) for seed in (0, 1)}
+    made = methods.show(TABLES["methods"], lines)
+    assert "| ProxyGML | 2 | 50.00 ± 0.00 |  | 25.00 ± 0.00 | 2.0 | 1,500 |" in made.markdown
+    assert "| CosFace | 2 | 75.00 ± 0.00 | +25.00 [+25.00, +25.00] |" in made.markdown
+    assert "| ArcFace | 2 | 53.12 ± 4.42 | +3.12 [-34.38, +37.50], tie |" in made.markdown
+    assert "| SoftTriple | 0 |  |  |  |  |  |" in made.markdown
+    assert "CosFace: 10 37.50 ± 0.00, 20 75.00 ± 0.00" in made.pictures["methods_emoji.svg"]
