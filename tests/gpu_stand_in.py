@@ -49,22 +49,18 @@ WAITS = {
 }
 # Kernels of an operator; all others launch one.
 KERNELS = {
-    "sort": 4,
     "topk": 4,
-    "nonzero": 3,
-    "nonzero_static": 3,
-    "unique_consecutive": 6,
     "bincount": 5,
     "cumsum": 2,
-    "logsumexp": 6,
-    "masked_select": 4,
-    "_embedding_bag": 4,
-    "_embedding_bag_forward_only": 4,
+    "logsumexp": 9,
+    "masked_select": 6,
+    "repeat_interleave": 3,
 } | dict.fromkeys(
-    "empty empty_like empty_strided new_empty new_empty_strided detach lift_fresh set_ resize_ is_same_size _nnz "
+    "empty empty_like empty_strided new_empty new_empty_strided detach lift_fresh set_ resize_ is_same_size _nnz dim "
     "sym_size is_coalesced _coalesced_ _sparse_coo_tensor_unsafe _sparse_coo_tensor_with_dims_and_tensors".split(),
     0,
 )
+_NONZERO = 4  # of a vector: partial sums, their sum, the scan, the places
 STREAM = SimpleNamespace(synchronize=lambda: None)  # there is one, and it is always done
 MOVES = {"copy_", "_to_copy", "copy"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -298,9 +294,9 @@ class StandIn(TorchDispatchMode):
         if name in MOVES and (hosts or not ours):
             waits += not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
         makes_view = func.is_view or any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        launches = 0 if makes_view else KERNELS.get(name, 1)
-        if name in FUSED_OPTIMIZERS or name.startswith("_foreach"):
-            launches = -(-len(args[0]) // 40)
+        launches = 0 if makes_view else _num_kernels(name, args, kwargs)
+        if name in INDEXING:
+            launches += _NONZERO * (0 if fills else masks)
         self.count(name, launches=launches, waits=waits)
 
     def count(self, name: str, *, launches: int = 0, waits: int = 0) -> None:
@@ -317,6 +313,21 @@ class StandIn(TorchDispatchMode):
         for title, counts in (("waits", self.waits), ("launches", self.launches)):
             lines += [f"  {title:<10}{count:>5}  {what}" for what, count in counts.most_common(40)]
         return "\n".join(lines)
+
+
+def _num_kernels(name: str, args: Any, kwargs: dict[str, Any]) -> int:
+    """Kernels of an operator, where its arguments decide."""
+    if name in FUSED_OPTIMIZERS or name.startswith("_foreach"):
+        return -(-len(args[0]) // 40)
+    if name in ("nonzero", "nonzero_static"):
+        return _NONZERO + (args[0].ndim > 1)
+    if name == "unique_consecutive":  # the last is the copy of their number
+        returns_inverse = kwargs.get("return_inverse", len(args) > 1 and args[1])
+        return 6 if returns_inverse else 3
+    if name == "sort":  # a small one in place, of a copy; a large one by a pass for each byte of its keys
+        key_bytes = args[0].element_size()
+        return 4 if args[0].shape[-1] <= (1024 if key_bytes == 8 else 2048) else 3 + key_bytes
+    return KERNELS.get(name, 1)
 
 
 def _current() -> StandIn:

@@ -146,10 +146,11 @@ def all_reduce_sum(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
 
 def all_reduce_max(value: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Take the elementwise maximum over ranks. No gradient."""
+    if group is None or world_size_of(group) == 1:
+        return value.detach()
     value = value.detach().clone()
-    if group is not None and world_size_of(group) > 1:
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
-        _count(_traffic.get(), _all_reduced_bytes(value, group))
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    _count(_traffic.get(), _all_reduced_bytes(value, group))
     return value
 
 

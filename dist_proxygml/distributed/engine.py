@@ -83,6 +83,7 @@ class Engine:
                 model_parameters=None,
             )
         self._step_was_applied = False
+        _look_for_overflow_at_once(self._engine.optimizer)
         if self.zero_stage in (1, 2):  # regardless of deepspeed.bf16.check_grad_overflow
             self._engine.optimizer.check_grad_overflow = True
             _correct_addresses(self._engine.optimizer)
@@ -135,8 +136,7 @@ class Engine:
         """
         if not self.updates_plainly:
             return None
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self._device)
+        return _gradient_norm(self._engine.module.parameters()).to(self._device)
 
     def step(self, *, norm: float | None = None, is_wanted: bool = True, measure_norm: bool) -> float | None:
         """At a step's last micro-batch, clip and update the backbone; before that, only count.
@@ -596,6 +596,20 @@ def _no_first_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
+
+
+def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def _look_for_overflow_at_once(optimizer: Any) -> None:
+    """Let the optimizer of bf16 without ZeRO read one number for all gradients: that of DeepSpeed 0.19.8 asks each of
+    the network's tensors whether it is finite, and waits for the GPU as often.
+    """
+    checker = getattr(optimizer, "overflow_checker", None)
+    if checker is not None:
+        checker.has_overflow_serial = lambda parameters: not math.isfinite(_gradient_norm(parameters))
 
 
 def _correct_addresses(optimizer: Any) -> None:

@@ -168,8 +168,7 @@ def _is_sharded(
     """Whether the gallery is divided, and say why. The same on all ranks, as they see the least of their memories."""
     size = f"evaluation: a gallery of {len(rows_GD):,} x {rows_GD.shape[1]} float32"
     if context.device.type == "cuda":
-        copies = 1 + (options.search == "faiss" and searches_on_gpu(context.device))  # for the sweep, and faiss's own
-        needed = copies * rows_GD.nbytes
+        needed = rows_GD.nbytes
         available = min(all_gather_object(context, available_memory(context.device)))
         choice = choose_placement(needed + options.memory_budget, available=available, world_size=context.world_size)
         size += f" takes {_mib(needed)} of the {_mib(available)} that are free on the GPU of a rank"
@@ -206,12 +205,13 @@ def _part_of_rank(
     rows_gD = gallery.rows[first:stop]
     too_long = options.list_length > MOST_NEIGHBOURS_ON_GPU and searches_on_gpu(context.device)
     use_faiss = options.search == "faiss" and len(rows_gD) > 0 and not too_long  # a sweep has no limit
+    on_device_gD = torch.from_numpy(rows_gD).to(context.device)
     return Part(
         rows=rows_gD,
         labels=images.labels[gallery_G[first:stop]],
         first=first,
-        on_device=torch.from_numpy(rows_gD).to(context.device),
-        searcher=build_searcher(rows_gD, context.device) if use_faiss else None,
+        on_device=on_device_gD,
+        searcher=build_searcher(rows_gD, on_device_gD) if use_faiss else None,
         buffer=ScoreBuffer(context.device),
     )
 

@@ -57,33 +57,52 @@ class FlatIndex:
 
 
 class OnGpu:
-    """A gallery in the memory of one GPU, float32 throughout.
+    """A gallery in the memory of one GPU, float32 throughout, searched where it lies: faiss makes no copy.
+
+    Args:
+        gallery_gD: rows on a GPU.
 
     Raises:
         ValueError: faiss is missing or installed twice.
     """
 
-    def __init__(self, gallery_gD: Float[np.ndarray, "g D"], *, device: torch.device) -> None:
-        self.num_rows, width = gallery_gD.shape
-        self._resources, self._index = _flat_on_gpu("GpuIndexFlatIP", width, device)
-        self._index.add(np.ascontiguousarray(gallery_gD, dtype=np.float32))
+    def __init__(self, gallery_gD: Float[torch.Tensor, "g D"]) -> None:
+        assert gallery_gD.dtype == torch.float32
+        self.num_rows = len(gallery_gD)
+        self._faiss = load_faiss()
+        self._resources = _gpu_resources()
+        self._gallery_gD = gallery_gD.contiguous()
 
     def search(
         self, queries_qD: Float[np.ndarray, "q D"], num_neighbours: int
     ) -> tuple[Float[np.ndarray, "q K"], Int[np.ndarray, "q K"]]:
         """As `FlatIndex.search`, with at most MOST_NEIGHBOURS_ON_GPU neighbours."""
         assert num_neighbours <= MOST_NEIGHBOURS_ON_GPU
-        scores_qK, rows_qK = self._index.search(
-            np.ascontiguousarray(queries_qD, dtype=np.float32), min(num_neighbours, self.num_rows)
-        )
+        queries_qD = np.ascontiguousarray(queries_qD, dtype=np.float32)
+        shape = (len(queries_qD), min(num_neighbours, self.num_rows))
+        scores_qK, rows_qK = np.empty(shape, np.float32), np.empty(shape, np.int64)
+        # Queries and results may lie on the host (faiss/gpu/GpuDistance.h). The gallery was copied before this call:
+        # faiss has a stream of its own.
+        task = self._faiss.GpuDistanceParams()
+        task.metric, task.k = self._faiss.METRIC_INNER_PRODUCT, shape[1]
+        task.numVectors, task.dims = self._gallery_gD.shape
+        task.vectors = self._faiss.cast_integer_to_void_ptr(self._gallery_gD.data_ptr())
+        task.numQueries, task.queries = len(queries_qD), self._faiss.swig_ptr(queries_qD)
+        task.outDistances, task.outIndices = self._faiss.swig_ptr(scores_qK), self._faiss.swig_ptr(rows_qK)
+        task.device = self._gallery_gD.get_device()
+        self._faiss.bfKnn(self._resources, task)
         return scores_qK, rows_qK
+
+
+def _gpu_resources() -> Any:
+    resources = load_faiss().StandardGpuResources()
+    resources.setTempMemory(GPU_SCRATCH)
+    return resources
 
 
 def _flat_on_gpu(kind: str, width: int, device: torch.device) -> tuple[Any, Any]:
     """An empty flat index of faiss on a GPU, and what it lives in, which must outlive it."""
-    faiss = load_faiss()
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(GPU_SCRATCH)
+    faiss, resources = load_faiss(), _gpu_resources()
     options = faiss.GpuIndexFlatConfig()
     options.device = torch.cuda.current_device() if device.index is None else device.index
     options.useFloat16 = False
@@ -99,16 +118,16 @@ def searches_on_gpu(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     faiss = load_faiss()
-    return hasattr(faiss, "GpuIndexFlatIP") and faiss.get_num_gpus() > 0
+    return hasattr(faiss, "bfKnn") and faiss.get_num_gpus() > 0
 
 
-def build_searcher(gallery_gD: Float[np.ndarray, "g D"], device: torch.device) -> FlatIndex | OnGpu:
-    """A search of these rows on the rank's own device, or on the CPU where faiss cannot use that.
+def build_searcher(gallery_gD: Float[np.ndarray, "g D"], on_device_gD: Float[torch.Tensor, "g D"]) -> FlatIndex | OnGpu:
+    """A search of these rows on the rank's own device, where they are, too, or on the CPU where faiss cannot use that.
 
     Raises:
         ValueError: faiss is missing or installed twice.
     """
-    return OnGpu(gallery_gD, device=device) if searches_on_gpu(device) else FlatIndex(gallery_gD)
+    return OnGpu(on_device_gD) if searches_on_gpu(on_device_gD.device) else FlatIndex(gallery_gD)
 
 
 def cluster(

@@ -6,7 +6,6 @@ a normalised copy of the bank.
 Dimension key: p proxies, n pairs, D embedding.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,5 +62,5 @@ def build_bank(
     The inverse length of a proxy with a NaN or infinite element is NaN.
     """
     norm_p = torch.linalg.vector_norm(proxies_pD, dim=1)
-    norm_p.masked_fill_(norm_p == math.inf, math.nan)
+    norm_p.add_(norm_p, alpha=0)  # infinity becomes NaN: it times 0 is
     return Bank(proxies_pD, norm_p.clamp_min_(NORM_FLOOR).reciprocal_(), matmul_dtype, fused, searches)

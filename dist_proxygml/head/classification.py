@@ -56,13 +56,13 @@ class KeptMatrix(NamedTuple):
     """The same as masks; the host waits only if it asks for the pairs."""
 
     similarity: Tensor
-    """[R, p], -inf for the rows' own classes."""
+    """[R, p]."""
     is_kept: Tensor
     """bool [R, p], the kept negatives."""
-    own_proxy: Tensor
-    """int64 [R, N], the proxies of the rows' own classes."""
+    own_class: Tensor
+    """int64 [R], the rows' classes among those of the proxies."""
     own_similarity: Tensor
-    """[R, N]."""
+    """[R, N], those of their proxies."""
     is_here: Tensor | None
     """bool [R], whether the class is visible, without which the two above mean nothing; None: all are."""
     partition: ClassPartition
@@ -76,8 +76,9 @@ class KeptMatrix(NamedTuple):
     @property
     def positives(self) -> Pairs:
         """N adjacent pairs for each image whose class is visible."""
-        row_RN = torch.arange(len(self.own_proxy), device=self.own_proxy.device)[:, None].expand_as(self.own_proxy)
-        whole = (row_RN, self.own_proxy, self.own_similarity)
+        proxy_RN = proxies_of_classes(self.own_class, self.own_similarity.shape[1])
+        row_RN = torch.arange(len(proxy_RN), device=proxy_RN.device)[:, None].expand_as(proxy_RN)
+        whole = (row_RN, proxy_RN, self.own_similarity)
         return Pairs(*((part if self.is_here is None else part[self.is_here]).flatten() for part in whole))
 
 
@@ -172,37 +173,39 @@ class _KeptMatrix(torch.autograd.Function):
         similarity_Rp = all_similarities(embeddings_RD, bank)
         similarity_RcN = similarity_Rp.view(-1, num_classes, num_per_class)
         is_own_Rc = own_class_R[:, None] == torch.arange(num_classes, device=own_class_R.device)
-        similarity_RcN.masked_fill_(is_own_Rc[:, :, None], -math.inf)
         is_kept_Rp = keep_best(
-            similarity_Rp,
+            similarity_RcN.masked_fill(is_own_Rc[:, :, None], -math.inf).view_as(similarity_Rp),
             num_negatives=subgraph.num_negatives,
             row_counts=subgraph.row_counts,
             proxy_counts=[count * num_per_class for count in subgraph.partition.counts()],
             group=settings.group,
             exchange=subgraph.exchange,
         )
-        is_kept_RcN = is_kept_Rp.view_as(similarity_RcN)
+        is_in_RcN = is_kept_Rp.view_as(similarity_RcN) | is_own_Rc[:, :, None]
         is_whole = settings.group is None  # one process, or a gathered bank: it has every row's class
         some_class_R = own_class_R if is_whole else own_class_R.clamp(0, num_classes - 1)
-        own_proxy_RN = proxies_of_classes(some_class_R, num_per_class)
-        own_similarity_RN = torch.linalg.vecdot(embeddings_RD[:, None], bank.proxies[own_proxy_RN])
-        own_similarity_RN *= bank.inverse_norm[own_proxy_RN]
-        own_value_R, own_slope_RN = _own_scores(own_similarity_RN, quality_R, scoring)
         if subgraph.observer is not None:
-            is_here_R = None if is_whole else own_class_R == some_class_R
-            own = (own_proxy_RN, own_similarity_RN, is_here_R)
+            place_R1N = some_class_R[:, None, None].expand(-1, 1, num_per_class)
+            own_similarity_RN = similarity_RcN.gather(1, place_R1N)[:, 0]
+            own = (some_class_R, own_similarity_RN, None if is_whole else own_class_R == some_class_R)
             subgraph.observer(KeptMatrix(similarity_Rp, is_kept_Rp, *own, subgraph.partition))
 
         # 2. Scores of the classes with a kept proxy.
-        score_Rc, slope_RcN = masked_scores(similarity_RcN, is_kept_RcN, how=scoring.how, gamma=scoring.gamma)
-        score_Rc = torch.where(is_own_Rc, own_value_R[:, None], score_Rc)
-        is_in_Rc = is_own_Rc | (is_kept_RcN.any(dim=2) if num_per_class > 1 else is_kept_Rp)
+        score_Rc, slope_RcN = masked_scores(similarity_RcN, is_in_RcN, how=scoring.how, gamma=scoring.gamma)
+        slope_RcN = is_in_RcN if slope_RcN is None else slope_RcN
+        if scoring.margin is not None:
+            own_score_R = score_Rc.gather(1, some_class_R[:, None])[:, 0]
+            own_score_R, margin_slope_R = scoring.margin.apply(own_score_R, quality_R)
+            score_Rc = torch.where(is_own_Rc, own_score_R[:, None], score_Rc)
+            slope_RcN = slope_RcN * torch.where(is_own_Rc, margin_slope_R[:, None], 1.0)[:, :, None]
+        is_in_Rc = is_in_RcN.any(dim=2) if num_per_class > 1 else is_in_RcN[:, :, 0]
         logit_Rc = torch.where(is_in_Rc, scale * score_Rc, -math.inf)
 
         # 3. Softmax over all ranks' kept classes.
         row_max_R = all_reduce_max(logit_Rc.amax(dim=1), group=settings.group)
+        exp_Rc = (logit_Rc - row_max_R[:, None]).exp_()
         softmax = _sum_over_ranks(
-            (logit_Rc - row_max_R[:, None]).exp_().sum(dim=1),
+            exp_Rc.sum(dim=1),
             logit_Rc.where(is_own_Rc, 0).sum(dim=1),
             is_in_Rc.sum(dim=1, dtype=logit_Rc.dtype),
             row_max_R,
@@ -211,13 +214,7 @@ class _KeptMatrix(torch.autograd.Function):
         )
 
         # 4. Save for backward: what the loss changes by with each similarity.
-        excess_Rc = (logit_Rc - softmax.log_sum[:, None]).exp_().add_(is_own_Rc, alpha=-1)
-        if own_slope_RN is None and slope_RcN is None:
-            slope_RcN = is_kept_RcN | is_own_Rc[:, :, None]
-        else:
-            slope_RcN = is_kept_RcN if slope_RcN is None else slope_RcN
-            own_slope_RN = torch.ones_like(own_similarity_RN) if own_slope_RN is None else own_slope_RN
-            slope_RcN = torch.where(is_own_Rc[:, :, None], own_slope_RN[:, None], slope_RcN)
+        excess_Rc = exp_Rc.div_(softmax.exp_sum[:, None]).add_(is_own_Rc, alpha=-1)
         weight_Rp = ((excess_Rc * scale)[:, :, None] * slope_RcN).flatten(1)
         scale_slope_R = (excess_Rc * score_Rc).sum(dim=1) if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(embeddings_RD, proxies_cND, bank.inverse_norm, weight_Rp, scale_slope_R)
@@ -258,11 +255,11 @@ class _KeptProxies(torch.autograd.Function):
         )
 
         # 1. The subgraph: this rank's kept negatives, and the proxies of the rows' own classes.
-        first_proxy_R = own_class_R * num_per_class
+        bounds_2 = torch.arange(0, 2 * num_per_class, num_per_class, device=own_class_R.device)
         negatives = select_negatives(
             embeddings_RD,
             bank,
-            excluded_R2=torch.stack([first_proxy_R, first_proxy_R + num_per_class], dim=1),
+            excluded_R2=bounds_2.add(own_class_R[:, None], alpha=num_per_class),
             num_negatives=subgraph.num_negatives,
             row_counts=subgraph.row_counts,
             proxy_counts=[count * num_per_class for count in subgraph.partition.counts()],
@@ -323,10 +320,10 @@ class _KeptProxies(torch.autograd.Function):
         weight_n = weight_n * gradient_R[pairs.row]
         d_embeddings_RD = d_proxies_cND = None
         if ctx.needs_input_grad[0]:
-            d_embeddings_RD = embeddings_RD.new_zeros(embeddings_RD.shape)
             for part in (slice(ctx.num_negatives), slice(ctx.num_negatives, None)):  # each of them ordered by row
                 ordered = Pairs(*(column[part] for column in pairs))
-                d_embeddings_RD += embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
+                added_RD = embedding_gradient(ordered, bank, weight_n[part], num_rows=len(embeddings_RD))
+                d_embeddings_RD = added_RD if d_embeddings_RD is None else d_embeddings_RD.add_(added_RD)
         if ctx.needs_input_grad[1]:
             sparse = ctx.subgraph.sparse
             proxy_u, d_proxies_uD = proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=sparse)
@@ -461,12 +458,14 @@ def _rows_here(own_class_R: Tensor, num_classes: int, *, group: dist.ProcessGrou
 
 def proxies_of_classes(class_o: Tensor, num_per_class: int) -> Tensor:
     """Return the indices [o, N] of the classes' proxies."""
-    return class_o[:, None] * num_per_class + torch.arange(num_per_class, device=class_o.device)
+    return torch.arange(num_per_class, device=class_o.device).add(class_o[:, None], alpha=num_per_class)
 
 
 class _Softmax(NamedTuple):
     """The softmax over all ranks' competing classes; each [R]."""
 
+    exp_sum: Tensor
+    """Of the exponentials of the logits less the row's highest."""
     log_sum: Tensor
     target: Tensor
     num_classes: Tensor
@@ -488,7 +487,7 @@ def _softmax_over_ranks(
         num_classes_R: number of classes.
         own, bank, group: as elsewhere.
     """
-    local_max_R = max_R.index_copy(0, own.row, torch.maximum(max_R[own.row], own.logit))
+    local_max_R = max_R.scatter_reduce(0, own.row, own.logit, "amax")
     row_max_R = all_reduce_max(local_max_R, group=group)  # finite, because the label's class competes
     exp_sum_R = exp_sums(row_max_R)
     exp_sum_R.index_add_(0, own.row, (own.logit - row_max_R[own.row]).exp())
@@ -505,11 +504,11 @@ def _sum_over_ranks(
     group: dist.ProcessGroup | None,
 ) -> _Softmax:
     # A NaN or infinite proxy exceeds no bound and would go unnoticed: make the sum NaN on every rank.
-    exp_sum_R += 0 * bank.inverse_norm.sum()
+    exp_sum_R.add_(bank.inverse_norm.sum(), alpha=0)
     if group is None:
-        return _Softmax(exp_sum_R.log() + row_max_R, target_R, num_classes_R)
+        return _Softmax(exp_sum_R, exp_sum_R.log() + row_max_R, target_R, num_classes_R)
     sums_3R = all_reduce_sum(torch.stack([exp_sum_R, target_R, num_classes_R]), group=group)
-    return _Softmax(sums_3R[0].log() + row_max_R, sums_3R[1], sums_3R[2].clone())
+    return _Softmax(sums_3R[0], sums_3R[0].log() + row_max_R, sums_3R[1], sums_3R[2].clone())
 
 
 class _Chunk(NamedTuple):

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_proxygml.distributed.collectives import (
     AgreedError,
@@ -400,7 +401,7 @@ class ProxyLoss(GlobalLoss):
         if not self.normalize and (self._lengths_are_checked or not len(embeddings_bD)):
             return embeddings_bD
         if self.normalize:
-            return _to_unit_length(embeddings_bD)
+            return _UnitRows.apply(embeddings_bD)
         length_b1 = torch.linalg.vector_norm(embeddings_bD, dim=1, keepdim=True)
         self._lengths_are_checked = True
         num_others = int(((length_b1 - 1).abs() > _UNIT_TOLERANCE).sum())
@@ -448,7 +449,7 @@ class ProxyLoss(GlobalLoss):
             is_drawn_c = draw_classes(partition, self.head.share, seed=self.seed, draw=self.draw)
             class_s, own_class_R = competing_classes(torch.from_numpy(is_drawn_c).to(labels_R.device), own_class_R)
             proxies_cND = proxies_of(proxies_cND, class_s, sparse=self.sparse)
-        scale = embeddings_RD.new_full((), self.head.scale)
+        scale = torch.tensor(self.head.scale, dtype=embeddings_RD.dtype)  # of the host, an argument of every kernel
         if self.log_scale is not None:
             scale = _SumGradient.apply(self.log_scale.exp(), self.group)
         settings = Settings(
@@ -464,7 +465,7 @@ class ProxyLoss(GlobalLoss):
         if self.matryoshka_dims:
             unseen = settings._replace(subgraph=None if subgraph is None else subgraph._replace(observer=None))
             for dim in self.matryoshka_dims:
-                prefixes = (_to_unit_length(embeddings_RD[:, :dim]), _Prefix.apply(proxies_cND, dim))
+                prefixes = (_UnitRows.apply(embeddings_RD[:, :dim]), _Prefix.apply(proxies_cND, dim))
                 nll_R = nll_R + negative_log_likelihood(*prefixes, scale, own_class_R, quality_R, unseen)[0]
             nll_R = nll_R / (1 + len(self.matryoshka_dims))
         sums_2 = torch.stack([nll_R, competing_R]).sum(dim=1)
@@ -606,11 +607,27 @@ def checked_topk(
     return topk
 
 
-def _to_unit_length(rows_bD: Tensor) -> Tensor:
-    """Divide rows by their lengths; one of length 0 stays 0, without a gradient, which division by infinity brings."""
-    length_b1 = torch.linalg.vector_norm(rows_bD, dim=1, keepdim=True)
-    is_zero_b1, is_beyond_b1 = length_b1 < NORM_FLOOR, length_b1 == math.inf
-    return rows_bD / length_b1.masked_fill(is_beyond_b1, math.nan).masked_fill(is_zero_b1, math.inf)
+class _UnitRows(torch.autograd.Function):
+    """Divide rows by their lengths; one of length 0 stays 0, without a gradient, which division by infinity brings.
+
+    d u / d x = (1 - u u^T) / |x|, in four kernels where autograd launches twelve.
+    """
+
+    @staticmethod
+    def forward(ctx, rows_bD):  # type: ignore[no-untyped-def]
+        length_b1 = torch.linalg.vector_norm(rows_bD, dim=1, keepdim=True)
+        length_b1.add_(length_b1, alpha=0)  # infinity becomes NaN: it times 0 is
+        length_b1 = F.threshold(length_b1, NORM_FLOOR, math.inf)
+        unit_bD = rows_bD / length_b1
+        ctx.save_for_backward(unit_bD, length_b1)
+        return unit_bD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_bD):  # type: ignore[no-untyped-def]
+        unit_bD, length_b1 = ctx.saved_tensors
+        radial_b = torch.linalg.vecdot(gradient_bD, unit_bD)
+        return gradient_bD.addcmul(unit_bD, radial_b[:, None], value=-1).div_(length_b1)
 
 
 class _Prefix(torch.autograd.Function):

@@ -77,8 +77,9 @@ class RowwiseAdagrad(_RowOptimizer):
 
         def update(gradient_xND: Tensor, proxies_xND: Tensor, squared_xN: Tensor) -> None:
             squared_xN += gradient_xND.square().mean(dim=-1)
-            rate_xN = lr / (squared_xN.sqrt() + eps)
-            proxies_xND -= gradient_xND * (rate_xN.unsqueeze(-1) if gradient_xND.ndim else rate_xN)
+            length_xN = squared_xN.sqrt().add_(eps)
+            length = length_xN.unsqueeze(-1) if gradient_xND.ndim else length_xN
+            proxies_xND.addcdiv_(gradient_xND, length, value=-lr)
 
         _update_in_blocks(update, gradient, [proxies_cND, state["squared_gradient"]])
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dist_proxygml.distributed.collectives import all_reduce_sum, exchange_rows, gather_rows, rank_in, world_size_of
 from dist_proxygml.head.bank import Bank, Pairs
-from dist_proxygml.head.similarity import BYTES_PER_PAIR, all_similarities, best_pairs, expected_pairs, padded
+from dist_proxygml.head.similarity import BYTES_PER_PAIR, all_similarities, best_pairs, expected_pairs, joined, padded
 
 Exchange = Literal["candidates", "histogram"]
 
@@ -114,10 +114,14 @@ def select_negatives(
             group=group,
             exchange=exchange,
         )
-        row_n, column_n = kept_Rn.nonzero().unbind(1)
+        if group is None and kept_Rn.is_cuda:  # how many is known: fewer are kept only beside a NaN, which the loss has
+            kept_n2 = torch.nonzero_static(kept_Rn, size=len(kept_Rn) * num_negatives, fill_value=0)
+        else:
+            kept_n2 = kept_Rn.nonzero()
+        row_n, column_n = kept_n2.unbind(1)
         proxy_n = column_n if proxy_Rn is None else proxy_Rn[row_n, column_n]
         blocks.append(Pairs(row_n + start, proxy_n, similarity_Rn[row_n, column_n]))
-    return Pairs(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    return Pairs(*(joined(parts) for parts in zip(*blocks, strict=True)))
 
 
 def fits_whole(num_rows: int, *, num_proxies: int, budget: int) -> bool:

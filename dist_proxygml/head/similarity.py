@@ -22,7 +22,7 @@ pair, D embedding.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ _NUMBERS_AT_ONCE = 1 << 26
 _ROWS_PER_UPDATE = 4096
 # Proxies that are rounded to another precision at once, so that the bank is not copied.
 _PROXIES_ROUNDED = 1 << 14
+# Bytes per place of a padded row: value, proxy, and the masks and counts by which the best are kept.
+_BYTES_PER_PLACE = 32
 # Bytes per pair during collection: row, proxy and value, and the copies for filtering and sorting.
 BYTES_PER_PAIR = 100
 
@@ -77,7 +79,7 @@ def pair_similarities(embeddings_RD: Tensor, bank: Bank, row_n: Tensor, proxy_n:
         torch.linalg.vecdot(embeddings_RD[row_w], bank.proxies[proxy_w])
         for row_w, proxy_w in zip(row_n.split(size), proxy_n.split(size), strict=True)
     ]
-    return torch.cat(dots) * bank.inverse_norm[proxy_n]
+    return joined(dots) * bank.inverse_norm[proxy_n]
 
 
 def counts_of(index_n: Tensor, num: int) -> Tensor:
@@ -87,6 +89,16 @@ def counts_of(index_n: Tensor, num: int) -> Tensor:
             0, index_n, torch.ones_like(index_n, dtype=torch.int64)
         )
     return torch.bincount(index_n, minlength=num)
+
+
+def offsets_of(index_n: Tensor, num: int) -> Tensor:
+    """Return where each of 0 .. num-1 begins among ascending indices, int64 [num]."""
+    return torch.searchsorted(index_n, torch.arange(num, dtype=index_n.dtype, device=index_n.device))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors; a single one is not copied."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def best_pairs(
@@ -113,11 +125,14 @@ def best_pairs(
         short_R = (count_R < needed_R) & (floor_R > -math.inf)  # only NaN can be missing beyond that
         if not len(count_R):
             return pairs, 0
-        longest, is_short = torch.stack([count_R.max(), short_R.any().long()]).tolist()
+        longest, is_short = torch.stack([count_R, short_R]).amax(dim=1).tolist()
         if not is_short:  # local: no collective depends on it
             break
         floor_R = floor_R.masked_fill(short_R, -math.inf)
-    if longest > 8 * num_wanted:  # a single long row would make `padded` wide
+    longest_padded = 8 * num_wanted  # a single long row would make `padded` wide
+    if embeddings_RD.is_cuda:  # where width costs less than sorting
+        longest_padded = max(longest_padded, memory_budget // (4 * _BYTES_PER_PLACE * len(embeddings_RD)))
+    if longest > longest_padded:
         pairs, _ = _best_of(pairs, floor_R, num_wanted)
         longest = num_wanted
     return pairs, longest
@@ -125,8 +140,7 @@ def best_pairs(
 
 def padded(pairs: Pairs, *, num_rows: int, longest: int) -> tuple[Tensor, Tensor]:
     """Pad the pairs to one line per row: similarities and proxies [num_rows, longest], filled with -inf and -1."""
-    count_R = counts_of(pairs.row, num_rows)
-    first_R = count_R.cumsum(0) - count_R
+    first_R = offsets_of(pairs.row, num_rows)
     column_n = torch.arange(len(pairs.row), device=pairs.row.device) - first_R[pairs.row]
     shape = (num_rows, longest)
     similarity_Rn = pairs.similarity.new_full(shape, -math.inf)
@@ -142,11 +156,10 @@ def embedding_gradient(pairs: Pairs, bank: Bank, weight_n: Tensor, *, num_rows: 
         from dist_proxygml.head import fused
 
         return fused.embedding_gradient(pairs, bank, weight_n, num_rows=num_rows)
-    count_R = counts_of(pairs.row, num_rows)
     return F.embedding_bag(
         pairs.proxy,
         bank.proxies,
-        count_R.cumsum(0) - count_R,
+        offsets_of(pairs.row, num_rows),
         mode="sum",
         per_sample_weights=weight_n * bank.inverse_norm[pairs.proxy],
     )
@@ -169,27 +182,27 @@ def proxy_gradient(
         return fused.proxy_gradient(pairs, bank, embeddings_RD, weight_n, touched_only=touched_only)
     proxy_n, order_n = torch.sort(pairs.proxy.int(), stable=True)
     if touched_only:
-        proxy_u, count_u = torch.unique_consecutive(proxy_n, return_counts=True)
-        proxy_u = proxy_u.long()
+        proxy_u, segment_n = torch.unique_consecutive(proxy_n, return_inverse=True)
+        first_u, proxy_u = torch.searchsorted(proxy_n, proxy_u), proxy_u.long()
     else:
-        proxy_u = torch.arange(len(bank.proxies), device=proxy_n.device)
+        proxy_u, segment_n = torch.arange(len(bank.proxies), device=proxy_n.device), proxy_n
         count_u = counts_of(proxy_n, len(bank.proxies))
+        first_u = count_u.cumsum(0) - count_u
     weight_n = weight_n[order_n]
     gradient_uD = F.embedding_bag(
         pairs.row[order_n],
         embeddings_RD,
-        count_u.cumsum(0) - count_u,
+        first_u,
         mode="sum",
         per_sample_weights=weight_n * bank.inverse_norm[proxy_n],
     )
-    segment_n = torch.repeat_interleave(count_u, output_size=len(proxy_n))
     radial_u = weight_n.new_zeros(len(proxy_u)).index_add_(0, segment_n, weight_n * pairs.similarity[order_n])
-    radial_u *= -bank.inverse_norm[proxy_u].square()
+    radial_u *= bank.inverse_norm[proxy_u].square()
     size = _rows_at_once(bank.proxies)
     for first in range(0, len(proxy_u), size):
         rows = slice(first, first + size)
         proxies_wD = bank.proxies.index_select(0, proxy_u[rows]) if touched_only else bank.proxies[rows]
-        gradient_uD[rows].addcmul_(proxies_wD, radial_u[rows, None])
+        gradient_uD[rows].addcmul_(proxies_wD, radial_u[rows, None], value=-1)
     return proxy_u, gradient_uD
 
 
@@ -228,8 +241,9 @@ def _guess_floor(embeddings_RD: Tensor, bank: Bank, num_wanted: int, memory_budg
     floors = []
     for rows_wD in embeddings_RD.split(size):
         chunks = [similarity_wR for _, similarity_wR in _similarity_chunks(rows_wD, sample, memory_budget)]
-        floors.append(torch.cat(chunks).T.topk(rank, dim=1).values[:, -1])
-    return torch.cat(floors)
+        similarity_sR = joined(chunks)
+        floors.append(similarity_sR.kthvalue(len(similarity_sR) - rank + 1, dim=0).values)
+    return joined(floors)
 
 
 def sampled_bytes_per_row(num_wanted: int, num_proxies: int) -> int:
@@ -326,8 +340,9 @@ def _pairs_above_at_once(
     expected = num_rows * expected_pairs(num_wanted, num_proxies) * width // max(1, num_proxies)
     room = min(2 * expected + 1024, num_rows * width // group)
     offset_g = torch.arange(group, device=floor_R.device)
+    floor_R1 = F.pad(floor_R, (0, 1), value=math.inf)  # the last is that of empty places, whose row is -1
     while room * num_chunks <= capacity:
-        # 1. The groups of each chunk of which one may exceed the row's floor; empty places have the index -1.
+        # 1. The groups of each chunk of which one may exceed the row's floor.
         places, similarities, counts = [], [], []
         for _, similarity_wR in _similarity_chunks(embeddings_RD, bank, memory_budget):
             similarity_vgR = similarity_wR.view(-1, group, num_rows)
@@ -340,22 +355,22 @@ def _pairs_above_at_once(
         if not counts:
             return Pairs(excluded_R2[:0, 0], excluded_R2[:0, 1], floor_R[:0])
         # 2. Their pairs.
-        group_h, row_h = torch.cat(places).unbind(1)
-        similarity_hg = torch.cat(similarities)
-        first_of_chunk = torch.arange(len(counts), device=group_h.device)[:, None] * width
-        first_h = (group_h.view(-1, room) * group + first_of_chunk).flatten()
+        group_h, row_h = joined(places).unbind(1)
+        similarity_hg = joined(similarities)
+        first_of_chunk = torch.arange(0, len(counts) * width, width, device=group_h.device)
+        first_h = first_of_chunk[:, None].add(group_h.view(-1, room), alpha=group).flatten()
         proxy_hg = first_h[:, None] + offset_g
         start_h1, stop_h1 = excluded_R2[row_h].split(1, dim=1)
-        is_pair_hg = (similarity_hg > floor_R[row_h, None]) & (row_h >= 0)[:, None]
+        is_pair_hg = similarity_hg > floor_R1[row_h, None]
         is_pair_hg &= (proxy_hg < start_h1) | (proxy_hg >= stop_h1)
-        num_pairs, most = torch.stack([is_pair_hg.sum(), torch.stack(counts).max()]).tolist()
-        if most <= room:
+        num_pairs, *found = torch.stack([is_pair_hg.sum(), *counts]).tolist()
+        if max(found) <= room:
             hit_n, offset_n = torch.nonzero_static(is_pair_hg, size=num_pairs).unbind(1)
             # Chunks and groups are in ascending order, so a stable sort by row orders the proxies too.
             row_n, order_n = torch.sort(row_h[hit_n].int(), stable=True)
             hit_n, offset_n = hit_n[order_n], offset_n[order_n]
             return Pairs(row_n.long(), proxy_hg[hit_n, offset_n], similarity_hg[hit_n, offset_n])
-        room = most
+        room = max(found)
     return None
 
 

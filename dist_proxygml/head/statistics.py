@@ -135,8 +135,7 @@ class ProxyStatistics:
 
     def _mark(self, kept: KeptMatrix) -> None:
         marks = self._marks_of(kept.partition)
-        nearest_R1 = kept.own_similarity.argmax(dim=1, keepdim=True)
-        proxy_R = kept.own_proxy.gather(1, nearest_R1).flatten()
+        proxy_R = kept.own_similarity.argmax(dim=1).add_(kept.own_class, alpha=self._per_class)
         if kept.is_here is None:
             self._num_images = self._num_images + len(proxy_R)
             marks.is_nearest.index_fill_(0, proxy_R, True)

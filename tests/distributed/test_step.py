@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.parallel import ParallelContext
@@ -33,10 +34,10 @@ def batches(context: ParallelContext, step: int) -> list[Batch]:
     return [Batch(images, torch.randint(NUM_CLASSES, (6,), generator=generator), torch.arange(6), 12, 12)]
 
 
-def build(context: ParallelContext, stage: int) -> Any:
+def build(context: ParallelContext, stage: int, **deepspeed: Any) -> Any:
     from dist_proxygml.training.step import build_train_state
 
-    config = configuration(deepspeed={"zero_optimization": {"stage": stage}})
+    config = configuration(deepspeed={"zero_optimization": {"stage": stage}} | deepspeed)
     state = build_train_state(config, context, steps_per_epoch=100)
     state.engine.module.train()
     return state
@@ -107,6 +108,31 @@ def skip(context: ParallelContext, stage: int) -> tuple[str | None, bool, bool]:
     return report.skipped and report.skipped.reason, same(before, after), same(after, numbers())
 
 
+class Reads(TorchDispatchMode):
+    """How often a value is read from a tensor."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def look_for_overflow(context: ParallelContext) -> list[tuple[bool, int]]:
+    """Under bf16 without ZeRO, with one gradient that is NaN, infinite or neither: whether it is seen, and reads."""
+    engine = build(context, 0, bf16={"enabled": True}).engine
+    parameters = list(engine.module.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert len(parameters) > 4
+    found = []
+    for value in (torch.nan, -torch.inf, 1.0):
+        parameters[-1].grad.view(-1)[-1] = value
+        with Reads() as reads:
+            found.append((engine.optimizer.overflow_checker.check(), reads.num))
+    return found
+
+
 def load_what_a_gpu_saved(context: ParallelContext, stage: int) -> tuple[set[Any], set[str]]:
     """Whether the optimizer is fused, and where its step counters are, after its checkpoint said that it was."""
     from dist_proxygml.distributed.parallel import run_on_rank_zero
@@ -131,12 +157,13 @@ def all_of_it(context: ParallelContext) -> tuple[Any, ...]:
         count(context),
         [skip(context, stage) for stage in (0, 2)],
         [load_what_a_gpu_saved(context, stage) for stage in (0, 2)],
+        look_for_overflow(context),
     )
 
 
 def test_a_step_reads_once_and_waits_never_and_the_head_stays_exact() -> None:
     ranks = run_ranks(all_of_it, 2, timeout=240)
-    for counted, skipped, loaded in ranks:
+    for counted, skipped, loaded, overflows in ranks:
         assert counted.waits == 0
         assert counted.sums == counted.norms == NUM_STEPS
         assert counted.reads == 0  # with the sums, in one read
@@ -144,3 +171,4 @@ def test_a_step_reads_once_and_waits_never_and_the_head_stays_exact() -> None:
         assert 0 < counted.norm == ranks[0][0].norm
         assert skipped == [("the gradient of the proxies is NaN or infinite", True, False)] * 2
         assert loaded == [({None}, {"cpu"})] * 2
+        assert overflows == [(True, 2), (True, 2), (False, 2)]  # the norm, and DeepSpeed's own flag

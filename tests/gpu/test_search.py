@@ -60,13 +60,25 @@ def test_faiss_searches_on_the_gpu_where_it_can() -> None:
     if not searches_on_gpu(CUDA):
         pytest.skip("faiss-cpu is installed")
     rows = round_rows(table().embeddings.numpy())
+    on_device = torch.from_numpy(rows).to(CUDA)
     before = torch.cuda.mem_get_info(CUDA)[0]
-    searcher = build_searcher(rows, CUDA)
+    searcher = build_searcher(rows, on_device)
     scores, found = searcher.search(rows[:50], 20)
     assert before - torch.cuda.mem_get_info(CUDA)[0] < 512 << 20  # faiss would reserve 1.5 GiB
     exact = scores_of_block(rows[:50], rows)
     assert np.abs(scores - np.take_along_axis(exact, found, axis=1)).max() < error_bound(rows.shape[1])
     assert np.abs(scores - -np.sort(-exact, axis=1)[:, :20]).max() < 2 * error_bound(rows.shape[1])
+
+
+def test_faiss_makes_no_copy_of_a_gallery_on_the_gpu() -> None:
+    if not searches_on_gpu(CUDA):
+        pytest.skip("faiss-cpu is installed")
+    on_device = torch.nn.functional.normalize(torch.randn(8 << 20, 64, device=CUDA))  # 2 GiB
+    queries = on_device[:3].cpu().numpy()
+    before = torch.cuda.mem_get_info(CUDA)[0]
+    _, found = build_searcher(np.empty((0, 64), np.float32), on_device).search(queries, 1)
+    assert found[:, 0].tolist() == [0, 1, 2]
+    assert before - torch.cuda.mem_get_info(CUDA)[0] < 512 << 20
 
 
 def test_a_block_that_the_gpu_has_no_memory_for_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The code for GPUs, on a stand-in: no tensor of the host gets among the device's, and few launches and waits a step.
 
-The limits are what was counted, and a few more; what the stand-in does not see says `tests/gpu_stand_in.py`.
+The limits are what was counted, and a fiftieth more; what the stand-in does not see says `tests/gpu_stand_in.py`.
 """
 
 from typing import Any
@@ -73,14 +73,14 @@ def test_what_cuda_refuses_is_refused() -> None:
         (lambda x: x * torch.tensor(2.0), 0, 1),  # scalars of the host are arguments of the kernel
         (lambda x: x.sum().item(), 1, 2),
         (lambda x: bool((x > 0).all()), 1, 3),
-        (lambda x: x[x > 0], 1, 2),
+        (lambda x: x[x > 0], 1, 6),
         (lambda x: x.masked_fill_(x > 0, 0.0), 0, 2),
         (lambda x: x.tolist(), 1, 0),
         (lambda x: x.cpu(), 1, 1),
         (lambda x: x.to("cpu", non_blocking=True), 0, 1),
         (lambda x: torch.tensor([1.0], device=x.device), 1, 1),
         (lambda x: x.double().to(x.device), 0, 1),
-        (lambda x: x[:2].nonzero(), 1, 3),
+        (lambda x: x[:2].nonzero(), 1, 4),
     ],
 )
 def test_waits_and_launches_are_counted(work: Any, waits: int, launches: int) -> None:
@@ -137,23 +137,23 @@ def two_steps(
 
 # Arguments of the head, images, optimizer; then waits and launches at most.
 HEADS: dict[str, tuple[Any, int, str, int, int]] = {
-    "CUB": (lambda: ProxyGMLLoss(100, 512, proxies_per_class=12, regularization_weight=0.3), 32, "adam", 3, 150),
-    "many classes": (lambda: ProxyGMLLoss(3000, 64, topk=150), 32, "adam", 3, 116),
-    "pairs": (lambda: ProxyGMLLoss(9000, 32, topk=40, sparse=True), 64, "rowwise_adagrad", 7, 305),
+    "CUB": (lambda: ProxyGMLLoss(100, 512, proxies_per_class=12, regularization_weight=0.3), 32, "adam", 3, 121),
+    "many classes": (lambda: ProxyGMLLoss(3000, 64, topk=150), 32, "adam", 3, 89),
+    "pairs": (lambda: ProxyGMLLoss(9000, 32, topk=40, sparse=True), 64, "rowwise_adagrad", 6, 245),
     "pairs of several proxies": (
         lambda: ProxyGMLLoss(4001, 32, proxies_per_class=3, topk=40, sparse=True),
         16,
         "sparse_adam",
-        9,
-        333,
+        8,
+        272,
     ),
-    "bfloat16": (lambda: ProxyGMLLoss(9000, 32, topk=40, matmul_dtype=torch.bfloat16), 64, "adam", 6, 290),
+    "bfloat16": (lambda: ProxyGMLLoss(9000, 32, topk=40, matmul_dtype=torch.bfloat16), 64, "adam", 5, 233),
     "anchors": (
         lambda: ProxyGMLLoss(300, 32, proxies_per_class=4, regularization_weight=0.3, regularization_anchors=50),
         32,
         "adam",
         5,
-        195,
+        167,
     ),
     "softmax over proxies": (
         lambda: ProxyLoss(
@@ -162,28 +162,28 @@ HEADS: dict[str, tuple[Any, int, str, int, int]] = {
         32,
         "adam",
         3,
-        142,
+        106,
     ),
     "max and margin": (
         lambda: ProxyLoss(50, 32, Head(topk=30, scale=4.0, margin=Margin("arcface", 0.3)), proxies_per_class=1),
         32,
         "adam",
         3,
-        135,
+        109,
     ),
     "all proxies": (
         lambda: ProxyLoss(500, 32, Head("all", scale=16.0, margin=Margin("cosface", 0.3)), proxies_per_class=2),
         32,
         "adam",
         4,
-        195,
+        157,
     ),
     "sampled classes": (
         lambda: ProxyLoss(500, 32, Head("sampled", share=0.3, scale=16.0), sparse=True),
         32,
         "rowwise_adagrad",
         6,
-        220,
+        180,
     ),
 }
 

@@ -1,10 +1,13 @@
 """The faiss part: exact scores, no subsampling in k-means, and one clear error when faiss is not usable."""
 
+import ctypes
 import importlib
 import importlib.metadata
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dist_proxygml.evaluation import search
 
@@ -26,6 +29,37 @@ def test_search_never_returns_more_rows_than_there_are() -> None:
     scores, ids = search.FlatIndex(unit_rows(4, 3)).search(unit_rows(2, 3), 100)
     assert scores.shape == ids.shape == (2, 4)
     assert sorted(ids[0].tolist()) == [0, 1, 2, 3]
+
+
+def numbers_at(pointer: Any, *shape: int, of: Any = ctypes.c_float) -> np.ndarray:
+    return np.ctypeslib.as_array(ctypes.cast(int(pointer), ctypes.POINTER(of)), shape=shape)
+
+
+def test_a_gallery_on_a_gpu_is_searched_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes faiss's place reads the memory that it is shown, here the host's."""
+    faiss, gallery = search.load_faiss(), torch.from_numpy(unit_rows(57, 9))
+    shown: list[int] = []
+
+    def compute(resources: Any, task: Any) -> None:
+        assert task.vectorsRowMajor
+        assert task.queriesRowMajor
+        assert task.metric == faiss.METRIC_INNER_PRODUCT
+        shown.append(int(task.vectors))
+        rows = numbers_at(task.vectors, task.numVectors, task.dims)
+        scores, ids = search.FlatIndex(rows).search(numbers_at(task.queries, task.numQueries, task.dims), task.k)
+        numbers_at(task.outDistances, task.numQueries, task.k)[:] = scores
+        numbers_at(task.outIndices, task.numQueries, task.k, of=ctypes.c_int64)[:] = ids
+
+    monkeypatch.setattr(faiss, "bfKnn", compute, raising=False)
+    monkeypatch.setattr(search, "_gpu_resources", object)
+    monkeypatch.setattr(search, "searches_on_gpu", lambda device: True)
+    searcher = search.build_searcher(gallery.numpy(), gallery)
+    for queries in (unit_rows(5, 9, seed=1), unit_rows(9, 5, seed=1).T):
+        on_host = search.FlatIndex(gallery.numpy()).search(queries, 7)
+        for found, expected in zip(searcher.search(queries, 7), on_host, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert set(shown) == {gallery.data_ptr()}
+    assert searcher.search(unit_rows(2, 9), 100)[1].shape == (2, 57)
 
 
 def test_clustering_finds_well_separated_groups_of_very_different_sizes() -> None:
