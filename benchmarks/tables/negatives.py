@@ -45,15 +45,15 @@ class Head(NamedTuple):
 
 
 HEADS = {
-    "topk": Head("nearest", "proxies.ratio={share:g}", (0.01, 0.025, 0.05, 0.1, 0.2, 0.5), 0.1, (16, 0.003)),
+    "topk": Head("nearest", "proxies.ratio={share:g}", (0.01, 0.025, 0.05, 0.1, 0.2, 0.5), 0.1, (4, 0.01)),
     "sampled": Head(
         "random",
         "proxies.ratio=null proxies.negatives=sampled proxies.share={share:g}",
         (0.01, 0.1, 0.25, 0.5),
         0.1,
-        (16, 0.003),
+        (4, 0.01),
     ),
-    "all": Head("all", "proxies.ratio=null proxies.negatives=all", (1.0,), 1.0, (16, 0.003)),
+    "all": Head("all", "proxies.ratio=null proxies.negatives=all", (1.0,), 1.0, (16, 0.01)),
 }
 
 
