@@ -205,6 +205,16 @@ def test_a_step_of_the_head_gives_what_it_gives_on_the_cpu_with_few_launches_and
     assert counted[1] <= most_launches, str(gpu)
 
 
+@pytest.mark.ci  # a minute of CPU: 1,024 images against a million classes, twice
+def test_a_step_with_a_million_classes_takes_few_launches_and_waits() -> None:
+    loss = ProxyGMLLoss(1_000_000, 8, topk=100, sparse=True, initialization="unit")
+    gpu = StandIn()
+    with gpu:
+        two_steps("cuda", loss, batch_size=1024, optimizer="rowwise_adagrad", gpu=gpu)
+    assert gpu.num_synchronisations <= 6, str(gpu)
+    assert gpu.num_launches <= 322, str(gpu)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_of_bfloat16_keep_the_precision_of_the_proxies(dtype: torch.dtype) -> None:
     """CUDA multiplies bfloat16 into float32 only."""
