@@ -62,6 +62,7 @@ METHODS = {
         (0.5, 0.7),
     ),
 }
+NUM_EVALUATIONS = 6  # on the test classes while training, for the picture
 PICTURED = (
     "ProxyGML",
     "ProxyGML, margin",
@@ -77,8 +78,7 @@ class Data(NamedTuple):
 
     config: str
     overrides: str
-    trial: str  # overrides of a trial
-    final: str  # and of what is tested
+    epochs: int  # half of them in a trial
     rates: Sequence[tuple[float, float]]  # of backbone and proxies
     picked: Mapping[str, int]  # number of a trial, by method
     seeds: Sequence[int]
@@ -88,8 +88,7 @@ DATA = {
     "emoji": Data(
         "configs/demo_cpu.json",
         "backbone.options.width=16 backbone.options.strides=[2,2,2,1]",
-        "training.epochs=12 data.validation_classes=0.2 evaluation.every_epochs=0",
-        "training.epochs=24 evaluation.every_epochs=4",
+        24,
         ((0.002, 0.02), (0.004, 0.04)),
         dict(zip(METHODS, (2, 0, 2, 2, 2, 1, 0, 0, 3), strict=True)),
         (0, 1, 2, 3, 4),
@@ -100,13 +99,15 @@ DATA = {
 def trials(data: str, method: str) -> list[Row]:
     """The four trials of a method."""
     of = DATA[data]
-    return [_row(data, method, number, f"trial-{number}_", of.trial, (0,)) for number in range(2 * len(of.rates))]
+    budget = f"training.epochs={of.epochs // 2} data.validation_classes=0.2 evaluation.every_epochs=0"
+    return [_row(data, method, number, f"trial-{number}_", budget, (0,)) for number in range(2 * len(of.rates))]
 
 
 def final(data: str, method: str) -> Row:
     """What the best trial becomes."""
     of = DATA[data]
-    return _row(data, method, of.picked[method], "", of.final, of.seeds)
+    budget = f"training.epochs={of.epochs} evaluation.every_epochs={of.epochs // NUM_EVALUATIONS}"
+    return _row(data, method, of.picked[method], "", budget, of.seeds)
 
 
 def _row(data: str, method: str, number: int, prefix: str, budget: str, seeds: Sequence[int]) -> Row:
@@ -178,21 +179,21 @@ def _tried(data: str, method: str, lines: Lines) -> list[str]:
 def _picture(data: str, rows: Mapping[str, Row], lines: Lines) -> str:
     """Recall@1 over the steps of some methods."""
     found = {
-        method: [lines[row.name, seed]["curve"] for seed in row.seeds if (row.name, seed) in lines]
+        method: [list(lines[row.name, seed]["curve"].values()) for seed in row.seeds if (row.name, seed) in lines]
         for method, row in rows.items()
         if method in PICTURED
     }
-    steps = next((list(curve[0]) for curve in found.values() if curve), [])
+    epochs = DATA[data].epochs
     return curves(
         "Recall@1 of unseen classes, percent",
         f"{data}, while training; {say_seeds(list(rows.values()), lines)}",
-        steps,
+        [str(epochs * (number + 1) // NUM_EVALUATIONS) for number in range(NUM_EVALUATIONS)],
         {
-            method: [spread([curve[step] for curve in of_seeds]) for step in steps]
+            method: [spread(values) for values in zip(*of_seeds, strict=True)]
             for method, of_seeds in found.items()
             if of_seeds
         },
-        x_label="steps",
+        x_label="epochs",
     )
 
 
