@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 
 SECONDS_TO_LEAVE = 120
 NOBODY = 65534
@@ -16,6 +17,16 @@ NOBODY = 65534
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A command that a test calls in this process joins a world, which is left where it ends with an error: by the end
+    of its process. Here the next test would find it, in whatever order a process gets them.
+    """
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

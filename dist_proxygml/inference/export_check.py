@@ -9,8 +9,8 @@ number of images must not matter. A graph computes in float32, and so does the o
 in safetensors keep the precision they were trained in on both sides.
 
 Neighbours whose similarities are closer than TIE count as equal, and a query with a right answer among the equal ones
-as right, in both. Otherwise the last bit would decide between two copies of one image, and the check would fail for no
-fault.
+as right. Otherwise the last bit would decide between two copies of one image, and the check would fail for no fault.
+Nor may it decide what is closer than TIE: within half a TIE of that limit an exported file counts as the original does.
 
 Dimension key: n images, D embedding, S side of an image.
 """
@@ -151,7 +151,7 @@ def check_file(
         raise ExportDiffersError(
             f"{file} gives {exported_nD.dtype} {list(exported_nD.shape)}, expected float32 {list(original_nD.shape)}"
         )
-    recalls = [_recall_at_1(rows_nD, images.labels) for rows_nD in (original_nD, exported_nD)]
+    recalls = _recalls_at_1(original_nD, exported_nD, images.labels)
     difference = float((exported_nD - original_nD).abs().max())
     return FileCheck(file, format, precision, len(exported_nD), difference, *recalls)
 
@@ -222,17 +222,24 @@ def _sample(config: Config, index: ShardIndex) -> CheckImages:
     return CheckImages(torch.cat(images), found, source)
 
 
-def _recall_at_1(rows_nD: Tensor, labels: Tensor | None) -> float | None:
-    """Recall@1 of every image among all others, ties counted as right; None where no image has another of its class."""
-    if labels is None or not rows_nD.isfinite().all():
-        return None
-    labels_n = labels.numpy()
-    query_n = metrics.count_positives(labels_n) > 0
-    if not query_n.any():
-        return None
+def _recalls_at_1(original_nD: Tensor, exported_nD: Tensor, labels: Tensor | None) -> tuple[float | None, float | None]:
+    """Recall@1 of every image among all others, of both sides; None where no image has another of its class."""
+    query_n = metrics.count_positives(labels.numpy()) > 0 if labels is not None else np.zeros(0, dtype=bool)
+    if labels is None or not query_n.any() or not original_nD.isfinite().all():
+        return None, None
+    original_n = _leads(original_nD, labels)
+    recall = metrics.exact_mean((original_n >= 0).numpy()[query_n].astype(np.float64))
+    if not exported_nD.isfinite().all():
+        return recall, None
+    exported_n = _leads(exported_nD, labels)
+    is_right_n = torch.where(exported_n.abs() < TIE / 2, original_n, exported_n) >= 0
+    return recall, metrics.exact_mean(is_right_n.numpy()[query_n].astype(np.float64))
+
+
+def _leads(rows_nD: Tensor, labels: Tensor) -> Tensor:
+    """How far each image's nearest of its class is ahead of its nearest other one, TIE included; [n]."""
     is_same_nn = labels[:, None] == labels
     scores_nn = (rows_nD @ rows_nD.T).fill_diagonal_(-np.inf)
     best_right_n = scores_nn.masked_fill(~is_same_nn, -np.inf).amax(dim=1)
     best_wrong_n = scores_nn.masked_fill(is_same_nn, -np.inf).amax(dim=1)
-    right_n = (best_right_n >= best_wrong_n - TIE).numpy()
-    return metrics.exact_mean(right_n[query_n].astype(np.float64))
+    return best_right_n - (best_wrong_n - TIE)

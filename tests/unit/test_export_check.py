@@ -83,6 +83,18 @@ def test_another_nearest_neighbour_fails_though_the_embeddings_are_close() -> No
     assert not found.passed
 
 
+def test_the_last_bit_does_not_decide_what_is_a_tie_either() -> None:
+    # The second image leads by TIE less or more than nothing, so that one of both sides calls it right.
+    for lead, other in ((-1.1e-5, -0.9e-5), (-0.9e-5, -1.1e-5)):
+        original, exported = (
+            F.normalize(torch.tensor([[0.6 + side, 0.8], [1.0, 0.0], [0.6, -0.8]], dtype=torch.float64)).float()
+            for side in (lead * 0.64**-1, other * 0.64**-1)
+        )
+        found = check(original, exported, [0, 0, 1])
+        assert found.recall_difference == 0.0
+        assert found.passed
+
+
 def test_two_copies_of_an_image_do_not_decide() -> None:
     # The first and the third are one image in two classes; the last bit says which one the second is nearer to.
     original = unit_rows(0, 10, 0)
