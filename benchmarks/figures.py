@@ -221,7 +221,7 @@ def write_page(page: Path, name: str, made: Shown, root: Path) -> list[Path]:
         ValueError: the page has no place for it.
     """
     contents = {page: with_table(page.read_text(encoding="utf-8"), name, made.markdown)}
-    contents |= {root / IMAGES / name: text for name, text in made.pictures.items()}
+    contents |= {root / IMAGES / name: text for name, text in made.pictures.items() if text}
     changed = [path for path, text in contents.items() if not path.exists() or path.read_text("utf-8") != text]
     for path in changed:
         publish_text(path, contents[path])
@@ -247,7 +247,8 @@ def with_table(page: str, name: str, table: str) -> str:
 def curves(
     title: str, subtitle: str, places: Sequence[str], series: Mapping[str, Sequence[Spread | None]], *, x_label: str
 ) -> str:
-    """Curves with error bars over named places, in percent, each with its name at its right end, as an SVG document.
+    """Curves with error bars over named places, in percent, each with its name at its right end, as an SVG document;
+    empty while fewer than two places have a number.
 
     Args:
         title: what is shown, with the unit.
@@ -256,6 +257,8 @@ def curves(
         series: by name, a value for each place; the line passes over None.
         x_label: meaning of the places.
     """
+    if sum(any(spreads[place] is not None for spreads in series.values()) for place in range(len(places))) < 2:
+        return ""
 
     def paint(figure: "Figure") -> None:
         axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT))

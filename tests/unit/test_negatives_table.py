@@ -37,6 +37,5 @@ def test_a_page_shows_the_differences_to_all_and_pictures_with_gaps() -> None:
     assert next(line for line in made.markdown.splitlines() if line.startswith("| random | 1 % |")).endswith(
         "|  |  |  |"
     )
-    by_classes, by_share = made.pictures["negatives_by_classes.svg"], made.pictures["negatives_by_share.svg"]
-    assert f"nearest 10 %: {largest:,} 80.00 ± 0.00; all: {largest:,} 55.00" in by_classes
-    assert "nearest: 10 % 80.00 ± 0.00, 100 % 55.00" in by_share
+    assert "nearest: 10 % 80.00 ± 0.00, 100 % 55.00" in made.pictures["negatives_by_share.svg"]
+    assert bool(made.pictures["negatives_by_classes.svg"]) == (len(SIZES) > 1)  # one size makes no curve

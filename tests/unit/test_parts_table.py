@@ -33,6 +33,7 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
         **{(name[ALL] + "16", seed): result(0.2, 0.9) for seed in range(3)},
         **{(name[True, True, False] + "16", seed): result(0.2, 0.3 + 0.1 * seed) for seed in range(2)},
         **{(name[True, True, False] + scale, 0): result(0.1, 0.9) for scale in "14"},
+        **{(name[False, True, True] + scale, 0): result(0.1, 0.25) for scale in ("1", "4", "16")},
         (name[False, False, False] + "1", 0): result(0.9, 0.9),  # nothing is picked before all trials are there
     }
     made = parts.show(table, lines)
@@ -50,7 +51,10 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
     assert shown_row(made.markdown, "|  |  |  |")[3:6] == ["1 of 9, unfinished", "", "unfinished"]
     assert "| yes | yes | yes | 30.00 ± 0.00 | 40.00 ± 0.00 | 20.00 ± 0.00 |" in made.markdown
     spoken = str(ElementTree.fromstring(made.pictures["parts.svg"]).get("aria-label"))
-    assert "with regulariser: both 60.00 ± 10.00; without regulariser: both 35.00 ± 7.07" in spoken
+    assert (
+        "with regulariser: masked softmax 25.00 ± n/a, both 60.00 ± 10.00; without regulariser: both 35.00 ± 7.07"
+        in spoken
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 2])
