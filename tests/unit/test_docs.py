@@ -138,6 +138,8 @@ def test_every_relative_link_leads_somewhere(name: str) -> None:
         file, _, anchor = target.partition("#")
         linked = (path.parent / file).resolve() if file else path
         assert linked.exists(), f"{name} links to {target}"
+        if name.startswith("docs/"):
+            assert linked.is_relative_to(ROOT / "docs"), f"{name} links to {target}, which the site does not have"
         if anchor:
             assert anchor in anchors(linked), f"{name} links to {target}"
 
