@@ -154,6 +154,8 @@ def say_difference(found: Difference) -> str:
     """Points with the interval, or that it is a tie; empty without numbers."""
     if math.isnan(found.mean):
         return ""
+    if math.isinf(found.half_width):
+        return f"{100 * found.mean:+.2f}, one seed"
     said = f"{100 * found.mean:+.2f} ± {100 * found.half_width:.2f}"
     return f"{said}, tie" if found.is_tie else said
 

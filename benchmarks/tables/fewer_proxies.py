@@ -90,10 +90,10 @@ def _rows(data: str, of: Data) -> list[Row]:
 
 
 def show(table: Table, lines: Lines) -> Shown:
-    """Of each data set: each N at what its validation classes pick, against one proxy; Recall@1 over r; the trials."""
+    """Of each data set begun: each N at what validation classes pick, against one proxy; Recall@1 over r; trials."""
     parts: list[str] = []
     pictures = {}
-    for data in dict.fromkeys(row.labels["data"] for row in table.rows):
+    for data in dict.fromkeys(row.labels["data"] for row in table.rows if (row.name, row.seeds[0]) in lines):
         rows = [row for row in table.rows if row.labels["data"] == data]
         trials: dict[int, list[Row]] = {}
         for row in rows:

@@ -178,11 +178,11 @@ def _tried(data: str, method: str, lines: Lines) -> list[str]:
 
 def _picture(data: str, rows: Mapping[str, Row], lines: Lines) -> str:
     """Recall@1 over the steps of some methods."""
-    found = {
-        method: [list(lines[row.name, seed]["curve"].values()) for seed in row.seeds if (row.name, seed) in lines]
-        for method, row in rows.items()
-        if method in PICTURED
-    }
+    found: dict[str, list[list[float]]] = {}
+    for method in PICTURED:
+        row = rows[method]
+        of_seeds = [list(lines[row.name, seed]["curve"].values()) for seed in row.seeds if (row.name, seed) in lines]
+        found[method] = [curve for curve in of_seeds if len(curve) == NUM_EVALUATIONS]
     epochs = DATA[data].epochs
     return curves(
         "Recall@1 of unseen classes, percent",

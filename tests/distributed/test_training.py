@@ -198,7 +198,7 @@ def iresnet_parameters(context: ParallelContext, zero_stage: int) -> dict[str, n
 def test_an_iresnet_trains_alike_on_any_number_of_ranks_with_a_scale_that_is_fixed(zero_stage: int) -> None:
     expected, got = (whole_of(run_ranks(iresnet_parameters, size, zero_stage, timeout=180)) for size in (1, 2))
     for name, values in expected.items():
-        # float32 sums in another order; Adam's eps of 0.01 keeps them small; the variances are near 5, the weights below 1
+        # float32 sums in another order; Adam's eps of 0.01 keeps them small; the variances are near 5
         np.testing.assert_allclose(got[name], values, rtol=2e-5, atol=2e-5, err_msg=name)
 
 

@@ -42,6 +42,7 @@ def test_differences_of_seeds_that_disagree_are_a_tie() -> None:
     assert say_difference(difference({0: 0.52, 1: 0.62, 2: 0.43}, {0: 0.50, 1: 0.60, 2: 0.40})) == "+2.33 ± 1.43"
     assert difference({0: 0.9}, {0: 0.1}).is_tie  # one seed shows nothing
     assert say_difference(difference({0: 0.9}, {1: 0.1})) == ""
+    assert say_difference(difference({0: 0.9}, {0: 0.5, 1: 0.1})) == "+40.00, one seed"
 
 
 def test_curves_pass_over_what_has_no_number_and_their_names_do_not_cover_each_other() -> None:

@@ -1,41 +1,59 @@
-"""Exact and random negatives: settings are those that validation classes pick, and unfinished rows leave gaps."""
+"""Exact and random negatives: settings are those that the trials find, and unfinished rows leave gaps."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.figures import pack_hits
+from benchmarks.figures import pack_hits, unpack_hits
 from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES, negatives
-from benchmarks.tables.negatives import HEADS, ROWS, SIZES, trials
-from benchmarks.tables.table import pick
+from benchmarks.tables.negatives import HEADS, SIZES, every_other, trials
 
 
-@pytest.mark.parametrize("classes", SIZES)
-@pytest.mark.parametrize("head", HEADS)
-def test_scale_and_rate_are_those_that_validation_classes_pick(head: str, classes: int) -> None:
-    best = pick(trials(head, classes), finished(TABLES["negatives"]))
-    assert best is not None, "a size has rows once its trials have finished"
+@pytest.mark.parametrize(("head", "classes"), [(name, size) for name, head in HEADS.items() for size in head.tuned])
+def test_scale_and_rate_are_those_that_the_trials_find(head: str, classes: int) -> None:
+    lines = finished(TABLES["negatives"])
+    found = {row.name: every_other(lines[row.name, 0], 0)["test"]["recall@1"] for row in trials(head, classes)}
+    best = max(trials(head, classes), key=lambda row: found[row.name])
     assert (best.labels["scale"], best.labels["rate"]) == HEADS[head].tuned[classes]
 
 
+def test_a_size_is_tuned_for_all_heads_or_for_none() -> None:
+    (sizes,) = {frozenset(head.tuned) for head in HEADS.values()}
+    assert sizes <= set(SIZES)
+
+
+def test_trials_and_test_share_no_character() -> None:
+    line = {"hits": pack_hits(np.array([[1, 1, 2, 3, 1], [0, 1, 1, 1, 0]])), "test": {"recall@1": 0.375}, "loss": 2.0}
+    of_trials, of_test = every_other(line, 0), every_other(line, 1)
+    assert of_trials["test"] == {"recall@1": 1 / 4}
+    assert of_test["test"] == {"recall@1": 2 / 4}
+    assert unpack_hits(of_trials["hits"]).tolist() == [[1, 2, 1], [0, 1, 0]]
+    assert unpack_hits(of_test["hits"]).tolist() == [[1, 3], [1, 1]]
+    assert of_test["loss"] == 2.0
+
+
 def result(recall: float) -> dict[str, Any]:
-    hits = pack_hits(np.stack([np.ones(100), np.arange(100) < 100 * recall]))
+    hits = pack_hits(np.stack([np.ones(200), np.arange(200) // 2 < 100 * recall]))
     return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4}
 
 
-def test_a_page_shows_the_differences_to_all_and_pictures_with_gaps() -> None:
+def test_a_page_shows_the_differences_to_all_and_pictures_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = SIZES[-1]
-    names = {(row.labels["negatives"], row.labels["share"], row.labels["classes"]): row.name for row in ROWS}
-    lines = {(names["nearest", 0.1, largest], seed): result(0.8) for seed in (0, 1)}
-    lines |= {(names["all", 1.0, largest], seed): result(0.5 + 0.1 * seed) for seed in (0, 1)}
+    monkeypatch.setattr(
+        negatives, "HEADS", {name: head._replace(tuned={largest: (4, 0.003)}) for name, head in HEADS.items()}
+    )
+    lines = {(f"{largest}_topk-0.1_scale-4_rate-0.003", seed): result(0.8) for seed in (0, 1)}
+    lines |= {(f"{largest}_all_scale-4_rate-0.003", seed): result(0.5 + 0.1 * seed) for seed in (0, 1)}
     made = negatives.show(TABLES["negatives"], lines)
-    row = next(line for line in made.markdown.splitlines() if line.startswith("| nearest | 10 % |"))
+    tuning, by_classes, by_share = (part.splitlines() for part in made.markdown.split("\n\n")[1::2])
+    assert len(tuning) == 4  # of what there is nothing to say, nothing is said
+    assert f"| {largest:,} | nearest | 80.00 ± n/a |  |  |  |" in tuning
+    (row,) = (line for line in by_share if line.startswith("| nearest | 10 % |"))
     assert "| 80.00 ± 0.00 | +25.00 [" in row
     assert row.endswith("tie | 12 |")  # over seeds: 30 and 20 points
-    assert next(line for line in made.markdown.splitlines() if line.startswith("| random | 1 % |")).endswith(
-        "|  |  |  |"
-    )
+    assert f"| {largest:,} {row}" in by_classes
+    assert not any(line.startswith("| random") for line in by_share)
     assert "nearest: 10 % 80.00 ± 0.00, 100 % 55.00" in made.pictures["negatives_by_share.svg"]
-    assert bool(made.pictures["negatives_by_classes.svg"]) == (len(SIZES) > 1)  # one size makes no curve
+    assert made.pictures["negatives_by_classes.svg"] == ""  # one size makes no curve

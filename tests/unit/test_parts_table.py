@@ -34,6 +34,7 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
         **{(name[True, True, False] + "16", seed): result(0.2, 0.3 + 0.1 * seed) for seed in range(2)},
         **{(name[True, True, False] + scale, 0): result(0.1, 0.9) for scale in "14"},
         **{(name[False, True, True] + scale, 0): result(0.1, 0.25) for scale in ("1", "4", "16")},
+        ("product_scale-4", 0): result(0.1, 0.6),  # at the scale of all parts, whatever its own trials say
         (name[False, False, False] + "1", 0): result(0.9, 0.9),  # nothing is picked before all trials are there
     }
     made = parts.show(table, lines)
@@ -45,6 +46,9 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
         "",
         "85.5",
     ]
+    product = shown_row(made.markdown, "| yes (the product's head)")
+    assert product[3:6] == ["1 of 3, unfinished", "4", "60.00 ± n/a"]
+    assert product[7:9] == ["+10.00, one seed", "+10.00 [+10.00, +10.00], one seed"]
     without = shown_row(made.markdown, "| yes | yes |  |")
     assert without[3:6] == ["4 of 9, unfinished", "16", "35.00 ± 7.07"]
     assert without[7:] == ["-20.00 ± 0.00", "-20.00 [-20.00, -20.00]", "84.0"]
