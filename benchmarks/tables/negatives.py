@@ -38,7 +38,7 @@ from benchmarks.figures import (
 from benchmarks.tables.table import BARE, Row, Table
 from dist_proxygml.cluster.grid import Spread
 
-NUM_STEPS = 2500
+NUM_STEPS, MORE_STEPS = 2500, 6500  # the more are tried with the largest size alone
 SIZES = (1000, 3000, 10000, 20000)
 TRIED = tuple(itertools.product((4, 16), (0.003, 0.01)))  # scale, learning rate of the proxies
 
@@ -54,19 +54,31 @@ class Head(NamedTuple):
 
 
 HEADS = {
-    "topk": Head("nearest", "proxies.ratio={share:g}", (0.01, 0.025, 0.05, 0.1, 0.2, 0.5), 0.1, {}),
+    "topk": Head(
+        "nearest",
+        "proxies.ratio={share:g}",
+        (0.01, 0.025, 0.05, 0.1, 0.2, 0.5),
+        0.1,
+        {1000: (4, 0.01), 3000: (16, 0.01), 20000: (16, 0.003)},
+    ),
     "sampled": Head(
         "random",
         "proxies.ratio=null proxies.negatives=sampled proxies.share={share:g}",
         (0.01, 0.1, 0.25, 0.5),
         0.1,
-        {},
+        {1000: (16, 0.003), 3000: (16, 0.003), 20000: (16, 0.003)},
     ),
-    "all": Head("all", "proxies.ratio=null proxies.negatives=all", (1.0,), 1.0, {}),
+    "all": Head(
+        "all",
+        "proxies.ratio=null proxies.negatives=all",
+        (1.0,),
+        1.0,
+        {1000: (16, 0.01), 3000: (16, 0.003), 20000: (16, 0.01)},
+    ),
 }
 
 
-def _row(name: str, classes: int, share: float, tried: tuple[float, float]) -> Row:
+def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_steps: int = NUM_STEPS) -> Row:
     """A row of one head, of three seeds if it is tested."""
     head, (scale, rate) = HEADS[name], tried
     overrides = [
@@ -78,13 +90,14 @@ def _row(name: str, classes: int, share: float, tried: tuple[float, float]) -> R
         f"proxies.scale={scale}",
         f"optimizer.proxies_lr={rate}",
         "training.epochs=100",  # of which max_steps leaves a part
-        f"training.max_steps={NUM_STEPS}",
+        f"training.max_steps={num_steps}",
         "telemetry.log_every_steps=50",
     ]
     label = f"{name}-{share:g}" if name != "all" else name
     labels = {"classes": classes, "negatives": head.label, "share": share, "scale": scale, "rate": rate}
+    name = f"{classes}_{label}_scale-{scale}_rate-{rate}" + (f"_steps-{num_steps}" if num_steps != NUM_STEPS else "")
     seeds = (0, 1, 2) if tried == head.tuned.get(classes) else (0,)
-    return Row(f"{classes}_{label}_scale-{scale}_rate-{rate}", labels, overrides, "configs/glyphs_cpu.json", seeds)
+    return Row(name, labels, overrides, "configs/glyphs_cpu.json", seeds)
 
 
 def trials(name: str, classes: int) -> list[Row]:
@@ -99,6 +112,14 @@ def tested(name: str, classes: int) -> list[Row]:
         return []
     shares = head.shares if classes == SIZES[-1] else (head.tuning_share,)
     return [_row(name, classes, share, head.tuned[classes]) for share in shares]
+
+
+def longer(name: str) -> list[Row]:
+    """A head with the largest size and more steps, at what its trials have found; nothing before."""
+    head = HEADS[name]
+    if SIZES[-1] not in head.tuned:
+        return []
+    return [_row(name, SIZES[-1], head.tuning_share, head.tuned[SIZES[-1]], MORE_STEPS)]
 
 
 def every_other(line: Mapping[str, Any], start: int) -> dict[str, Any]:
@@ -136,6 +157,10 @@ def show(table: Table, lines: Lines) -> Shown:
         row = row_of(negatives, share, classes)
         return None if row is None else spread_over_seeds(row, of_test, recall)
 
+    def seconds_of(row: Row) -> str:
+        taken = values_of(row, lines, lambda line: line["seconds"]["training"] + line["seconds"]["data"])
+        return f"{min(taken.values()):.0f}" if taken else ""
+
     # 1. Tables, of what there is a number of.
     tried = [f"scale {scale}, rate {rate}" for scale, rate in TRIED]
     of_trials = {key: every_other(line, 0) for key, line in lines.items() if key[1] == 0}
@@ -154,6 +179,21 @@ def show(table: Table, lines: Lines) -> Shown:
         for head in HEADS.values()
         for share in head.shares
     ]
+    by_steps = [
+        [
+            head.label,
+            f"{100 * head.tuning_share:g} %",
+            *(part for row in rows_of for part in (cell(values_of(row, of_test, recall)), seconds_of(row))),
+            say_interval(rows_of[-1], longer("all")[0], of_test) if name != "all" else "",
+        ]
+        for name, head in HEADS.items()
+        if (
+            rows_of := [
+                *(row for row in tested(name, largest) if row.labels["share"] == head.tuning_share),
+                *longer(name),
+            ]
+        )
+    ]
     shown = ["Recall@1", "above all", "head, ms"]
     parts = (
         "**The trials**: Recall@1 of the characters that trials ask for",
@@ -162,6 +202,14 @@ def show(table: Table, lines: Lines) -> Shown:
         markdown(["classes", "negatives", "share", *shown], [row for row in by_classes if any(row[3:])]),
         f"**Recall@1 of the others** by the share that an image is compared with, of {largest:,} classes",
         markdown(["negatives", "share", *shown], [row for row in by_share if any(row[2:])]),
+        f"**Recall@1 of the others** by the number of steps, of {largest:,} classes; seconds beside another run",
+        markdown(
+            [
+                *("negatives", "share", f"{NUM_STEPS:,} steps", "seconds"),
+                *(f"{MORE_STEPS:,} steps", "seconds", "above all"),
+            ],
+            by_steps,
+        ),
         f"{len(lines)} of {sum(len(row.seeds) for row in table.rows)} runs are finished.",
     )
 
@@ -196,6 +244,8 @@ def _rows() -> list[Row]:
     for classes in SIZES:
         for name in HEADS:
             rows |= {row.name: row for row in (*trials(name, classes), *tested(name, classes))}
+    for name in HEADS:
+        rows |= {row.name: row for row in longer(name)}
     return list(rows.values())
 
 

@@ -166,7 +166,8 @@ def _picture(picked: dict[tuple[str, Parts], Row | None], lines: Lines) -> str:
         rows = [picked["ablated", (*place, regularized)] for place in places.values()]
         name = f"{'with' if regularized else 'without'} regulariser"
         series[name] = [spread_over_seeds(row, lines, metric("recall@1")) if row else None for row in rows]
-    subtitle = f"emoji, N = {PER_CLASS}; {say_seeds([row for row in picked.values() if row], lines)}"
+    shown = [row for (head, _), row in picked.items() if row and head == "ablated"]
+    subtitle = f"emoji, N = {PER_CLASS}; {say_seeds(shown, lines)}"
     title = "Recall@1 of unseen classes, percent"
     return curves(title, subtitle, list(places), series, x_label="parts of the loss that are on")
 

@@ -33,7 +33,15 @@ from torch import Tensor
 
 from dist_proxygml.distributed.collectives import all_reduce_sum, exchange_rows, gather_rows, rank_in, world_size_of
 from dist_proxygml.head.bank import Bank, Pairs
-from dist_proxygml.head.similarity import BYTES_PER_PAIR, all_similarities, best_pairs, expected_pairs, joined, padded
+from dist_proxygml.head.similarity import (
+    BYTES_PER_PAIR,
+    all_similarities,
+    best_pairs,
+    expected_pairs,
+    joined,
+    kth_largest,
+    padded,
+)
 
 Exchange = Literal["candidates", "histogram"]
 
@@ -168,7 +176,7 @@ def keep_best(
     if group is None:
         missing = max(0, num_negatives - similarity_Rn.shape[1])
         filled_Rn = torch.nn.functional.pad(similarity_Rn, (0, missing), value=-math.inf) if missing else similarity_Rn
-        threshold_R = filled_Rn.kthvalue(filled_Rn.shape[1] - num_negatives + 1, dim=1).values.clamp_min(lowest)
+        threshold_R = kth_largest(filled_Rn, num_negatives).clamp_min(lowest)
         if not similarity_Rn.is_cuda:  # where looking for ties costs less than resolving them
             at_least_Rn = similarity_Rn >= threshold_R[:, None]
             if not bool((at_least_Rn.sum(dim=1) > num_negatives).any()):  # no tie at the threshold: done

@@ -36,7 +36,8 @@ def test_trials_and_test_share_no_character() -> None:
 
 def result(recall: float) -> dict[str, Any]:
     hits = pack_hits(np.stack([np.ones(200), np.arange(200) // 2 < 100 * recall]))
-    return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4}
+    seconds = {"training": 100.0, "data": 11.0, "evaluation": 9.0}
+    return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4, "seconds": seconds}
 
 
 def test_a_page_shows_the_differences_to_all_and_pictures_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,7 @@ def test_a_page_shows_the_differences_to_all_and_pictures_with_gaps(monkeypatch:
     lines = {(f"{largest}_topk-0.1_scale-4_rate-0.003", seed): result(0.8) for seed in (0, 1)}
     lines |= {(f"{largest}_all_scale-4_rate-0.003", seed): result(0.5 + 0.1 * seed) for seed in (0, 1)}
     made = negatives.show(TABLES["negatives"], lines)
-    tuning, by_classes, by_share = (part.splitlines() for part in made.markdown.split("\n\n")[1::2])
+    tuning, by_classes, by_share, by_steps = (part.splitlines() for part in made.markdown.split("\n\n")[1::2])
     assert len(tuning) == 4  # of what there is nothing to say, nothing is said
     assert f"| {largest:,} | nearest | 80.00 ± n/a |  |  |  |" in tuning
     (row,) = (line for line in by_share if line.startswith("| nearest | 10 % |"))
@@ -55,5 +56,6 @@ def test_a_page_shows_the_differences_to_all_and_pictures_with_gaps(monkeypatch:
     assert row.endswith("tie | 12 |")  # over seeds: 30 and 20 points
     assert f"| {largest:,} {row}" in by_classes
     assert not any(line.startswith("| random") for line in by_share)
+    assert by_steps[2] == "| nearest | 10 % | 80.00 ± 0.00 | 111 |  |  |  |"
     assert "nearest: 10 % 80.00 ± 0.00, 100 % 55.00" in made.pictures["negatives_by_share.svg"]
     assert made.pictures["negatives_by_classes.svg"] == ""  # one size makes no curve
