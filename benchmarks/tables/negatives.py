@@ -145,12 +145,12 @@ def show(table: Table, lines: Lines) -> Shown:
         return rows.get((negatives if share < 1 else "all", share, classes))
 
     def said_of(negatives: str, share: float, classes: int) -> tuple[str, str, str]:
-        """Recall@1, what it is above that of all, and milliseconds of a step's head; empty where there is nothing."""
-        row, every = row_of(negatives, share, classes), row_of("all", 1, classes)
+        """Recall@1, what it is above the nearest's, and milliseconds of a step's head; empty without numbers."""
+        row, nearest = row_of(negatives, share, classes), row_of("nearest", HEADS["topk"].tuning_share, classes)
         if row is None:
             return "", "", ""
         taken = values_of(row, of_test, lambda line: line["head_ms"])
-        above = "" if row is every or every is None else say_interval(row, every, of_test)
+        above = "" if row is nearest or nearest is None else say_interval(row, nearest, of_test)
         return cell(values_of(row, of_test, recall)), above, f"{min(taken.values()):.0f}" if taken else ""
 
     def spread_of(negatives: str, share: float, classes: int) -> Spread | None:
@@ -165,7 +165,7 @@ def show(table: Table, lines: Lines) -> Shown:
     tried = [f"scale {scale}, rate {rate}" for scale, rate in TRIED]
     of_trials = {key: every_other(line, 0) for key, line in lines.items() if key[1] == 0}
     tuning = [
-        [f"{classes:,}", head.label, *(cell(values_of(row, of_trials, recall)) for row in trials(name, classes))]
+        [f"{classes:,}", head.label, *_tried(trials(name, classes), head.tuned.get(classes), of_trials)]
         for classes in SIZES
         for name, head in HEADS.items()
     ]
@@ -184,7 +184,7 @@ def show(table: Table, lines: Lines) -> Shown:
             head.label,
             f"{100 * head.tuning_share:g} %",
             *(part for row in rows_of for part in (cell(values_of(row, of_test, recall)), seconds_of(row))),
-            say_interval(rows_of[-1], longer("all")[0], of_test) if name != "all" else "",
+            say_interval(rows_of[-1], longer("topk")[0], of_test) if name != "topk" else "",
         ]
         for name, head in HEADS.items()
         if (
@@ -194,24 +194,22 @@ def show(table: Table, lines: Lines) -> Shown:
             ]
         )
     ]
-    shown = ["Recall@1", "above all", "head, ms"]
-    parts = (
+    by_share = [row for row in by_share if any(row[2:])]
+    shown = ["Recall@1", f"above the nearest {100 * HEADS['topk'].tuning_share:g} %", "head, ms"]
+    parts = [
         "**The trials**: Recall@1 of the characters that trials ask for",
         markdown(["classes", "negatives", *tried], [row for row in tuning if any(row[2:])]),
         "**Recall@1 of the others** by the number of classes that train",
         markdown(["classes", "negatives", "share", *shown], [row for row in by_classes if any(row[3:])]),
-        f"**Recall@1 of the others** by the share that an image is compared with, of {largest:,} classes",
-        markdown(["negatives", "share", *shown], [row for row in by_share if any(row[2:])]),
         f"**Recall@1 of the others** by the number of steps, of {largest:,} classes; seconds beside another run",
         markdown(
             [
                 *("negatives", "share", f"{NUM_STEPS:,} steps", "seconds"),
-                *(f"{MORE_STEPS:,} steps", "seconds", "above all"),
+                *(f"{MORE_STEPS:,} steps", "seconds", "above the nearest"),
             ],
             by_steps,
         ),
-        f"{len(lines)} of {sum(len(row.seeds) for row in table.rows)} runs are finished.",
-    )
+    ]
 
     # 2. Pictures.
     shares = sorted({share for head in HEADS.values() for share in head.shares})
@@ -225,7 +223,13 @@ def show(table: Table, lines: Lines) -> Shown:
             {name: [spread_of(negatives, share, classes) for classes in SIZES] for name, negatives, share in compared},
             x_label="classes that train",
         ),
-        "negatives_by_share.svg": curves(
+    }
+    if len(by_share) > len(HEADS):  # of more shares than the one that is tuned
+        parts += [
+            f"**Recall@1 of the others** by the share that an image is compared with, of {largest:,} classes",
+            markdown(["negatives", "share", *shown], by_share),
+        ]
+        pictures["negatives_by_share.svg"] = curves(
             f"Recall@1 of unseen characters, percent, with {largest:,} classes",
             f"by the share of all proxies that an image is compared with; {said}",
             [f"{100 * share:g} %" for share in shares],
@@ -234,9 +238,17 @@ def show(table: Table, lines: Lines) -> Shown:
                 for negatives in ("nearest", "random")
             },
             x_label="share of all proxies",
-        ),
-    }
+        )
+    parts.append(f"{len(lines)} of {sum(len(row.seeds) for row in table.rows)} runs are finished.")
     return Shown("\n\n".join(parts), pictures)
+
+
+def _tried(rows: list[Row], picked: tuple[float, float] | None, lines: Lines) -> list[str]:
+    """Recall@1 of trials, in percent; what was picked is bold."""
+    found = [values_of(row, lines, metric("recall@1")) for row in rows]
+    said = [f"{100 * values[0]:.2f}" if values else "" for values in found]
+    is_picked = [(row.labels["scale"], row.labels["rate"]) == picked for row in rows]
+    return [f"**{text}**" if text and bold else text for text, bold in zip(said, is_picked, strict=True)]
 
 
 def _rows() -> list[Row]:

@@ -40,22 +40,29 @@ def result(recall: float) -> dict[str, Any]:
     return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4, "seconds": seconds}
 
 
-def test_a_page_shows_the_differences_to_all_and_pictures_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = SIZES[-1]
     monkeypatch.setattr(
         negatives, "HEADS", {name: head._replace(tuned={largest: (4, 0.003)}) for name, head in HEADS.items()}
     )
     lines = {(f"{largest}_topk-0.1_scale-4_rate-0.003", seed): result(0.8) for seed in (0, 1)}
     lines |= {(f"{largest}_all_scale-4_rate-0.003", seed): result(0.5 + 0.1 * seed) for seed in (0, 1)}
+    assert "negatives_by_share.svg" not in negatives.show(TABLES["negatives"], lines).pictures
+    lines |= {(f"{largest}_topk-{share}_scale-4_rate-0.003", 0): result(0.7) for share in (0.05, 0.2)}
     made = negatives.show(TABLES["negatives"], lines)
-    tuning, by_classes, by_share, by_steps = (part.splitlines() for part in made.markdown.split("\n\n")[1::2])
-    assert len(tuning) == 4  # of what there is nothing to say, nothing is said
-    assert f"| {largest:,} | nearest | 80.00 ± n/a |  |  |  |" in tuning
-    (row,) = (line for line in by_share if line.startswith("| nearest | 10 % |"))
-    assert "| 80.00 ± 0.00 | +25.00 [" in row
+    tuning, by_classes, by_steps, by_share = (part.splitlines() for part in made.markdown.split("\n\n")[1::2])
+    assert tuning[2:] == [
+        f"| {largest:,} | nearest | **80.00** |  |  |  |",
+        f"| {largest:,} | all | **50.00** |  |  |  |",
+    ]
+    (row,) = (line for line in by_share if line.startswith("| all | 100 % |"))
+    assert "| 55.00 ± 7.07 | -25.00 [" in row
     assert row.endswith("tie | 12 |")  # over seeds: 30 and 20 points
     assert f"| {largest:,} {row}" in by_classes
     assert not any(line.startswith("| random") for line in by_share)
     assert by_steps[2] == "| nearest | 10 % | 80.00 ± 0.00 | 111 |  |  |  |"
-    assert "nearest: 10 % 80.00 ± 0.00, 100 % 55.00" in made.pictures["negatives_by_share.svg"]
+    assert (
+        "nearest: 5 % 70.00 ± n/a, 10 % 80.00 ± 0.00, 20 % 70.00 ± n/a, 100 % 55.00"
+        in made.pictures["negatives_by_share.svg"]
+    )
     assert made.pictures["negatives_by_classes.svg"] == ""  # one size makes no curve
