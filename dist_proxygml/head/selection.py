@@ -49,9 +49,9 @@ _NUM_BINS = 256
 # Bytes per entry of S where all is computed as whole matrices: similarities, their ranks among equals, masks, scores,
 # weights; with the buffers of an exchange.
 BYTES_PER_ENTRY = 48
-# Bytes per candidate of a block: value and masks; with other ranks also send buffers, or the bits and bins of the
-# histogram.
-_BYTES_PER_CANDIDATE = 12
+# Bytes per candidate of a block: value and its copy in the search for the k-th largest, on a GPU also masks; with other
+# ranks also send buffers, or the bits and bins of the histogram.
+_BYTES_PER_CANDIDATE = {"cpu": 8, "cuda": 12}
 _BYTES_PER_SHARED_CANDIDATE = 32
 _BYTES_PER_RECEIVED_CANDIDATE = 16
 
@@ -104,6 +104,7 @@ def select_negatives(
         num_proxies=max(proxy_counts),
         budget=memory_budget,
         world_size=len(proxy_counts),
+        device="cuda" if embeddings_RD.is_cuda else "cpu",
     )
     ends = list(itertools.accumulate(row_counts))
     blocks = []
@@ -137,20 +138,22 @@ def fits_whole(num_rows: int, *, num_proxies: int, budget: int) -> bool:
     return 0 < num_rows * num_proxies * BYTES_PER_ENTRY <= budget
 
 
-def rows_per_block(num_rows: int, *, num_negatives: int, num_proxies: int, budget: int, world_size: int = 1) -> int:
+def rows_per_block(
+    num_rows: int, *, num_negatives: int, num_proxies: int, budget: int, world_size: int = 1, device: str = "cpu"
+) -> int:
     """Return the number of rows per block that fit `budget` bytes; at least one, whatever it needs."""
-    per_row = candidate_bytes_per_row(num_negatives, num_proxies, world_size=world_size)
+    per_row = candidate_bytes_per_row(num_negatives, num_proxies, world_size=world_size, device=device)
     return max(1, min(num_rows, budget // max(1, per_row)))
 
 
-def candidate_bytes_per_row(num_negatives: int, num_proxies: int, *, world_size: int) -> int:
+def candidate_bytes_per_row(num_negatives: int, num_proxies: int, *, world_size: int, device: str) -> int:
     """Return the bytes per row of a block, alone or with other ranks, whose candidates the owner receives."""
     received = 0
     if world_size > 1:  # a small block may belong to a single rank
         received = _BYTES_PER_RECEIVED_CANDIDATE * world_size * min(num_negatives, num_proxies)
     if looks_at_pairs(num_negatives, num_proxies):
         return BYTES_PER_PAIR * expected_pairs(num_negatives, num_proxies) + received
-    return (_BYTES_PER_SHARED_CANDIDATE if world_size > 1 else _BYTES_PER_CANDIDATE) * num_proxies + received
+    return (_BYTES_PER_SHARED_CANDIDATE if world_size > 1 else _BYTES_PER_CANDIDATE[device]) * num_proxies + received
 
 
 def looks_at_pairs(num_negatives: int, num_proxies: int) -> bool:

@@ -161,9 +161,9 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
     num_choosing = 1 if gathers_bank else world_size
     if topk is not None:
         choice = {"num_negatives": topk - proxies.per_class, "num_proxies": proxies_at_hand}
-        block = rows_per_block(rows, **choice, budget=budget, world_size=num_choosing)
+        block = rows_per_block(rows, **choice, budget=budget, world_size=num_choosing, device=device)
         guessing = min(budget // 4, block * sampled_bytes_per_row(topk - proxies.per_class, proxies_at_hand))
-        choosing = max(guessing, block * candidate_bytes_per_row(**choice, world_size=num_choosing))
+        choosing = max(guessing, block * candidate_bytes_per_row(**choice, world_size=num_choosing, device=device))
     width = min(chunk_width(block, memory_budget=budget, device=device), proxies_at_hand)
     working = (
         choosing

@@ -8,6 +8,7 @@ import matplotlib
 import pytest
 
 from benchmarks import retrieval
+from benchmarks.figures import unpack_hits
 from benchmarks.tables import TABLES
 from dist_proxygml.shard import main
 
@@ -46,5 +47,8 @@ def test_the_last_row_of_a_table_trains_and_its_numbers_are_shown(name: str, cha
     assert math.isfinite(line["loss"])
     everywhere = {(run.row.name, run.seed): line for run in retrieval.runs_of(TABLES[name], tmp_path)}
     cells = {word for row in TABLES[name].show(TABLES[name], everywhere).markdown.split("|") for word in row.split()}
+    queries_C, hits_C = unpack_hits(line["hits"])
+    halves = [hits_C[start::2].sum() / queries_C[start::2].sum() for start in (0, 1)]  # which a table may show instead
     numbers = [100 * line[split][metric] for split in ("test", "validation") for metric in line[split]]
+    numbers += [100 * recall for recall in halves]
     assert cells & {text for number in numbers for text in (f"{number:.2f}", f"{number:.4g}")}

@@ -163,7 +163,8 @@ def test_blocks_of_rows_and_chunks_fit_the_budget() -> None:
     assert looks_at_pairs(500, 16_000)
     assert not looks_at_pairs(60, 1200)
     assert rows_per_block(64, num_negatives=500, num_proxies=1_000_000, budget=1 << 28) == 64
-    assert rows_per_block(4096, num_negatives=50_000, num_proxies=1_000_000, budget=1 << 28) == 22
+    assert rows_per_block(4096, num_negatives=50_000, num_proxies=1_000_000, budget=1 << 28) == 33
+    assert rows_per_block(4096, num_negatives=50_000, num_proxies=1_000_000, budget=1 << 28, device="cuda") == 22
     assert rows_per_block(64, num_negatives=60, num_proxies=1200, budget=1) == 1
     assert chunk_width(64, memory_budget=1 << 28, device="cpu") == 8192
     assert chunk_width(64, memory_budget=1 << 28, device="cuda") == 262_144
