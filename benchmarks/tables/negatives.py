@@ -157,10 +157,6 @@ def show(table: Table, lines: Lines) -> Shown:
         row = row_of(negatives, share, classes)
         return None if row is None else spread_over_seeds(row, of_test, recall)
 
-    def seconds_of(row: Row) -> str:
-        taken = values_of(row, lines, lambda line: line["seconds"]["training"] + line["seconds"]["data"])
-        return f"{min(taken.values()):.0f}" if taken else ""
-
     # 1. Tables, of what there is a number of.
     tried = [f"scale {scale}, rate {rate}" for scale, rate in TRIED]
     of_trials = {key: every_other(line, 0) for key, line in lines.items() if key[1] == 0}
@@ -183,7 +179,7 @@ def show(table: Table, lines: Lines) -> Shown:
         [
             head.label,
             f"{100 * head.tuning_share:g} %",
-            *(part for row in rows_of for part in (cell(values_of(row, of_test, recall)), seconds_of(row))),
+            *(cell(values_of(row, of_test, recall)) for row in rows_of),
             say_interval(rows_of[-1], longer("topk")[0], of_test) if name != "topk" else "",
         ]
         for name, head in HEADS.items()
@@ -201,13 +197,9 @@ def show(table: Table, lines: Lines) -> Shown:
         markdown(["classes", "negatives", *tried], [row for row in tuning if any(row[2:])]),
         "**Recall@1 of the others** by the number of classes that train",
         markdown(["classes", "negatives", "share", *shown], [row for row in by_classes if any(row[3:])]),
-        f"**Recall@1 of the others** by the number of steps, of {largest:,} classes; seconds beside another run",
+        f"**Recall@1 of the others** by the number of steps, of {largest:,} classes",
         markdown(
-            [
-                *("negatives", "share", f"{NUM_STEPS:,} steps", "seconds"),
-                *(f"{MORE_STEPS:,} steps", "seconds", "above the nearest"),
-            ],
-            by_steps,
+            ["negatives", "share", f"{NUM_STEPS:,} steps", f"{MORE_STEPS:,} steps", "above the nearest"], by_steps
         ),
     ]
 
