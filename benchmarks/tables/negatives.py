@@ -13,8 +13,8 @@ otherwise: there most typefaces of a character look alike.
 Which classes train depends on the seed, so seeds differ by them, too. A size is tested once `tuned` says what its
 trials have found; other shares than the one that is tuned are tried with the largest size alone.
 
-Budget: a run takes 40 s (1,000 classes) to 2.5 minutes (20,000) of one core, the trials of the four sizes 70 minutes,
-the other seeds and shares 100 minutes.
+Budget: a run takes 80 s (1,000 classes) to 2.5 minutes (20,000) of one core, with more steps up to 7; the trials of the
+four sizes take 90 minutes, the other seeds, shares and steps three hours.
 """
 
 import itertools
