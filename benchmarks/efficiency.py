@@ -18,7 +18,7 @@ from dist_proxygml.storage.files import read_log
 
 RESULTS = Path("benchmarks/results/head.jsonl")
 PAGE, NAME = "docs/results.md", "efficiency"
-SIZES = ("1k", "10k", "sop", "100k", "1m", "10m")  # with one proxy a class
+SIZES = ("1k", "10k", "100k", "1m", "10m")  # with one proxy a class
 MIB = 1 << 20
 
 Record = dict[str, Any]

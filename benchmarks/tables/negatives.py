@@ -35,12 +35,12 @@ from benchmarks.figures import (
     unpack_hits,
     values_of,
 )
+from benchmarks.tables.methods import METHODS
 from benchmarks.tables.table import BARE, Row, Table
 from dist_proxygml.cluster.grid import Spread
 
 NUM_STEPS, MORE_STEPS = 2500, 6500  # the more are tried with the largest size alone
 SIZES = (1000, 3000, 10000, 20000)
-TRIED = tuple(itertools.product((4, 16), (0.003, 0.01)))  # scale, learning rate of the proxies
 
 
 class Head(NamedTuple):
@@ -50,20 +50,34 @@ class Head(NamedTuple):
     overrides: str  # with the share in it
     shares: tuple[float, ...]
     tuning_share: float
-    tuned: Mapping[int, tuple[float, float]]  # by number of classes, the best of TRIED
+    tuned: Mapping[int, tuple[float, float]]  # by number of classes, the best of `tried`
+    setting: str = "proxies.scale"
+    values: tuple[float, float] = (4, 16)
+    rate: str = "optimizer.proxies_lr"
+    rates: tuple[float, float] = (0.003, 0.01)
+
+    @property
+    def of_settings(self) -> list[tuple[str, tuple[float, float]]]:
+        """What is tried of each setting."""
+        return [(self.setting, self.values), (self.rate, self.rates)]
+
+    @property
+    def tried(self) -> list[tuple[float, float]]:
+        """Values of the setting and of the rate."""
+        return list(itertools.product(self.values, self.rates))
 
 
 HEADS = {
     "topk": Head(
         "nearest",
-        "proxies.ratio={share:g}",
+        "proxies.ratio={share}",
         (0.01, 0.025, 0.05, 0.1, 0.2, 0.5),
         0.1,
         {1000: (4, 0.01), 3000: (16, 0.01), 20000: (16, 0.003)},
     ),
     "sampled": Head(
         "random",
-        "proxies.ratio=null proxies.negatives=sampled proxies.share={share:g}",
+        "proxies.ratio=null proxies.negatives=sampled proxies.share={share}",
         (0.01, 0.1, 0.25, 0.5),
         0.1,
         {1000: (16, 0.003), 3000: (16, 0.003), 20000: (16, 0.003)},
@@ -78,36 +92,60 @@ HEADS = {
 }
 
 
+def _other(method: str, share: float, tuned: tuple[float, float] | None, **more: Any) -> Head:
+    """A method of the table of methods, with the same values of its own setting."""
+    of = METHODS[method]
+    head = Head(method, of.overrides, (share,), share, {} if tuned is None else {SIZES[-1]: tuned}, **more)
+    return head._replace(setting=of.tuned, values=of.values)
+
+
+# Methods that are tried with the largest size alone. Without proxies there is but the network's rate.
+OTHERS = {
+    "margin": _other("ProxyGML, margin", 0.1, None),
+    "cosface": _other("CosFace", 1.0, None),
+    "arcface": _other("ArcFace", 1.0, None),
+    "softtriple": _other("SoftTriple", 1.0, None),
+    "proxy-anchor": _other("Proxy-Anchor", 1.0, None),
+    "multi-similarity": _other("multi-similarity", 1.0, None, rate="optimizer.backbone_lr", rates=(0.002, 0.004)),
+}
+
+
 def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_steps: int = NUM_STEPS) -> Row:
     """A row of one head, of three seeds if it is tested."""
-    head, (scale, rate) = HEADS[name], tried
+    head, (value, rate) = (HEADS | OTHERS)[name], tried
     overrides = [
         *BARE,
-        *head.overrides.format(share=share).split(),
+        *head.overrides.replace("{share}", f"{share:g}").split(),
         f"data.train_classes={classes}",
         "data.num_workers=0",
         "backbone.options.width=16",
-        f"proxies.scale={scale}",
-        f"optimizer.proxies_lr={rate}",
+        f"{head.setting}={value:g}",
+        f"{head.rate}={rate:g}",
         "training.epochs=100",  # of which max_steps leaves a part
         f"training.max_steps={num_steps}",
         "telemetry.log_every_steps=50",
     ]
-    label = f"{name}-{share:g}" if name != "all" else name
-    labels = {"classes": classes, "negatives": head.label, "share": share, "scale": scale, "rate": rate}
-    name = f"{classes}_{label}_scale-{scale}_rate-{rate}" + (f"_steps-{num_steps}" if num_steps != NUM_STEPS else "")
+    labels = {"classes": classes, "negatives": head.label, "share": share, "value": value, "rate": rate}
+    parts = [
+        str(classes),
+        f"{name}-{share:g}" if share < 1 else name,
+        f"{head.setting.rpartition('.')[2]}-{value:g}",
+        f"rate-{rate:g}",
+        *([f"steps-{num_steps}"] if num_steps != NUM_STEPS else []),
+    ]
     seeds = (0, 1, 2) if tried == head.tuned.get(classes) else (0,)
-    return Row(name, labels, overrides, "configs/glyphs_cpu.json", seeds)
+    return Row("_".join(parts), labels, overrides, "configs/glyphs_cpu.json", seeds)
 
 
 def trials(name: str, classes: int) -> list[Row]:
     """What is tried of a head; the first seed of what is tested among them."""
-    return [_row(name, classes, HEADS[name].tuning_share, tried) for tried in TRIED]
+    head = (HEADS | OTHERS)[name]
+    return [_row(name, classes, head.tuning_share, tried) for tried in head.tried]
 
 
 def tested(name: str, classes: int) -> list[Row]:
     """The shares of a head, at what its trials have found; none before."""
-    head = HEADS[name]
+    head = (HEADS | OTHERS)[name]
     if classes not in head.tuned:
         return []
     shares = head.shares if classes == SIZES[-1] else (head.tuning_share,)
@@ -158,7 +196,7 @@ def show(table: Table, lines: Lines) -> Shown:
         return None if row is None else spread_over_seeds(row, of_test, recall)
 
     # 1. Tables, of what there is a number of.
-    tried = [f"scale {scale}, rate {rate}" for scale, rate in TRIED]
+    tried = [f"scale {scale}, rate {rate}" for scale, rate in HEADS["topk"].tried]
     of_trials = {key: every_other(line, 0) for key, line in lines.items() if key[1] == 0}
     tuning = [
         [f"{classes:,}", head.label, *_tried(trials(name, classes), head.tuned.get(classes), of_trials)]
@@ -231,15 +269,45 @@ def show(table: Table, lines: Lines) -> Shown:
             },
             x_label="share of all proxies",
         )
+    parts += _shown_others(of_trials, of_test)
     parts.append(f"{len(lines)} of {sum(len(row.seeds) for row in table.rows)} runs are finished.")
     return Shown("\n\n".join(parts), pictures)
+
+
+def _shown_others(of_trials: Lines, of_test: Lines) -> list[str]:
+    """The trials of other methods, and what they find beside the nearest; nothing before the first trial."""
+    largest = SIZES[-1]
+    (nearest,) = (row for row in tested("topk", largest) if row.labels["share"] == HEADS["topk"].tuning_share)
+    tuning, found = [], []
+    for name, head in OTHERS.items():
+        first, second = (f"`{setting}` {low:g} or {high:g}" for setting, (low, high) in head.of_settings)
+        said = _tried(trials(name, largest), head.tuned.get(largest), of_trials)
+        tuning.append([head.label, first, second, *said])
+        for row in tested(name, largest):
+            taken = values_of(row, of_test, lambda line: line["head_ms"])
+            found.append(
+                [
+                    head.label,
+                    cell(values_of(row, of_test, metric("recall@1"))),
+                    say_interval(row, nearest, of_test),
+                    f"{min(taken.values()):.0f}" if taken else "",
+                ]
+            )
+    parts = []
+    if any(any(row[3:]) for row in tuning):
+        header = ["method", "setting", "rate", "low, low", "low, high", "high, low", "high, high"]
+        parts += [f"**Other methods, the trials** with {largest:,} classes", markdown(header, tuning)]
+    if found:
+        header = ["method", "Recall@1", "above the nearest 10 %", "head, ms"]
+        parts += [f"**Recall@1 of the others** by method, of {largest:,} classes", markdown(header, found)]
+    return parts
 
 
 def _tried(rows: list[Row], picked: tuple[float, float] | None, lines: Lines) -> list[str]:
     """Recall@1 of trials, in percent; what was picked is bold."""
     found = [values_of(row, lines, metric("recall@1")) for row in rows]
     said = [f"{100 * values[0]:.2f}" if values else "" for values in found]
-    is_picked = [(row.labels["scale"], row.labels["rate"]) == picked for row in rows]
+    is_picked = [(row.labels["value"], row.labels["rate"]) == picked for row in rows]
     return [f"**{text}**" if text and bold else text for text, bold in zip(said, is_picked, strict=True)]
 
 
@@ -250,6 +318,8 @@ def _rows() -> list[Row]:
             rows |= {row.name: row for row in (*trials(name, classes), *tested(name, classes))}
     for name in HEADS:
         rows |= {row.name: row for row in longer(name)}
+    for name in OTHERS:
+        rows |= {row.name: row for row in (*trials(name, SIZES[-1]), *tested(name, SIZES[-1]))}
     return list(rows.values())
 
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.figures import pack_hits
 from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES, methods
-from benchmarks.tables.methods import DATA, METHODS, final, trials
+from benchmarks.tables.methods import DATA, METHODS, finals, trials
 from benchmarks.tables.table import pick
 
 
@@ -25,7 +25,7 @@ def test_every_method_has_as_many_trials_and_no_two_are_the_same() -> None:
         rows = [row for method in METHODS for row in trials(data, method)]
         assert len({tuple(sorted(row.overrides)) for row in rows}) == len(rows) == 4 * len(METHODS)
         assert all("data.validation_classes=0.2" in row.overrides for row in rows)
-        assert not any("validation" in text for method in METHODS for text in final(data, method).overrides)
+        assert not any("validation" in text for row in finals(data).values() for text in row.overrides)
 
 
 def result(hits: list[int], **more: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def result(hits: list[int], **more: Any) -> dict[str, Any]:
 
 
 def test_a_page_shows_differences_to_proxygml_and_rows_that_are_not_finished() -> None:
-    rows = {method: final("emoji", method).name for method in METHODS}
+    rows = {method: row.name for method, row in finals("emoji").items()}
     lines = {(rows["ProxyGML"], seed): result([2, 3, 2, 1]) for seed in (0, 1)}
     lines |= {(rows["CosFace"], seed): result([3, 4, 3, 2]) for seed in (0, 1)}
     lines |= {(rows["ArcFace"], seed): result([4, 1, 2 + seed, 1]) for seed in (0, 1)}
