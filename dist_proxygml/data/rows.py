@@ -119,11 +119,28 @@ class Rows(NamedTuple):
             document = parse_json(read_file(self.path))
             images = {image["id"]: image for image in document["images"]}
             names = {category["id"]: category["name"] for category in document.get("categories", ())}
-            for number, annotation in enumerate(document["annotations"], start=1):
-                image, label = images[annotation["image_id"]], annotation["category_id"]
-                yield number, {**image, "label": label, **({"class_name": names[label]} if names else {})}
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            annotations = list(document["annotations"])
+        except KeyError as problem:
+            raise ValueError(f"{expected}, got one without {problem}; name another file") from problem
+        except (ValueError, TypeError, AttributeError) as problem:
             raise ValueError(f"{expected}, got: {problem!r}; name another file") from problem
+        for number, annotation in enumerate(annotations, start=1):
+            where = f"{self.path}, annotation {number}"
+            try:
+                image_id, label = annotation["image_id"], annotation["category_id"]
+            except (KeyError, TypeError) as problem:
+                raise ValueError(
+                    f"{where}: expected image_id and category_id, got {str(annotation)[:80]}; remove it, or add them"
+                ) from problem
+            if image_id not in images:
+                raise ValueError(
+                    f"{where}: expected an id of images, got image_id {image_id!r}; add the image, or remove it"
+                )
+            if names and label not in names:
+                raise ValueError(
+                    f"{where}: expected an id of categories, got category_id {label!r}; add the category, or remove it"
+                )
+            yield number, {**images[image_id], "label": label, **({"class_name": names[label]} if names else {})}
 
 
 def plain(value: Any) -> Any:

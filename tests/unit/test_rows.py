@@ -90,8 +90,24 @@ def test_values_that_json_has_not_become_texts() -> None:
         ("t.jsonl", '{"a": 1}\n[1]\n', r"t\.jsonl, line 2: expected an object"),
         ("t.jsonl", '{"a": 1}\n{"a"\n', r"t\.jsonl, line 2: no JSON"),
         ("t.parquet", "PAR1 no", "not a readable Parquet file"),
-        ("t.json", "{}", "expected COCO's JSON"),
-        ("t.json", '{"images": [], "annotations": [{"image_id": 1, "category_id": 2}]}', "expected COCO's JSON"),
+        ("t.json", "{}", "expected COCO's JSON .*, got one without 'images'"),
+        ("t.json", '{"images": [], "annotations": 3}', "expected COCO's JSON"),
+        (
+            "t.json",
+            '{"images": [], "annotations": [{"image_id": 1, "category_id": 2}]}',
+            "annotation 1: .* image_id 1;",
+        ),
+        (
+            "t.json",
+            '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}',
+            "annotation 1: .* and category_id, got",
+        ),
+        (
+            "t.json",
+            '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "category_id": 2}], '
+            '"categories": [{"id": 3, "name": "owl"}]}',
+            "annotation 1: expected an id of categories, got category_id 2;",
+        ),
         ("t.xlsx", "PK", r"expected a table \(\.csv"),
     ],
 )
