@@ -182,9 +182,10 @@ def test_a_finished_run_is_shown_again_and_never_continued_under_other_settings(
     assert evaluation.exists()
     assert len(lines(tmp_path / "demo_cpu", "train")) == 20
     configuration = (tmp_path / "demo_cpu" / "config.json").read_text()
-    done = train(*command, "seed=1", "proxies.ratio=0.1")
+    done = train(*command, "seed=1", "proxies.class_score=max", "proxies.ratio=0.1")
     assert done.returncode == 2
-    assert "other settings: proxies.ratio was 0.05, is 0.1; seed was 0, is 1." in done.stderr
+    changed = "proxies.class_score was its default, is max; proxies.ratio was 0.05, is 0.1; seed was 0, is 1."
+    assert f"other settings: {changed}" in done.stderr
     assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
 
 
