@@ -18,7 +18,7 @@ four sizes take 90 minutes, the other seeds, shares and steps three hours.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.figures import (
@@ -39,8 +39,9 @@ from benchmarks.tables.methods import METHODS
 from benchmarks.tables.table import BARE, Row, Table
 from dist_proxygml.cluster.grid import Spread
 
-NUM_STEPS, MORE_STEPS = 2500, 6500  # the more are tried with the largest size alone
+NUM_STEPS = 2500
 SIZES = (1000, 3000, 10000, 20000)
+FOUND = ("Recall@1", "above the nearest 10 %", "head, ms")
 
 
 class Head(NamedTuple):
@@ -51,13 +52,14 @@ class Head(NamedTuple):
     shares: tuple[float, ...]
     tuning_share: float
     tuned: Mapping[int, tuple[float, float]]  # by number of classes, the best of `tried`
+    more_steps: tuple[int, ...] = ()  # with the largest size alone
     setting: str = "proxies.scale"
     values: tuple[float, float] = (4, 16)
     rate: str = "optimizer.proxies_lr"
     rates: tuple[float, float] = (0.003, 0.01)
 
     @property
-    def of_settings(self) -> list[tuple[str, tuple[float, float]]]:
+    def settings(self) -> list[tuple[str, tuple[float, float]]]:
         """What is tried of each setting."""
         return [(self.setting, self.values), (self.rate, self.rates)]
 
@@ -74,6 +76,7 @@ HEADS = {
         (0.01, 0.025, 0.05, 0.1, 0.2, 0.5),
         0.1,
         {1000: (4, 0.01), 3000: (16, 0.01), 20000: (16, 0.003)},
+        (6500,),
     ),
     "sampled": Head(
         "random",
@@ -81,6 +84,7 @@ HEADS = {
         (0.01, 0.1, 0.25, 0.5),
         0.1,
         {1000: (16, 0.003), 3000: (16, 0.003), 20000: (16, 0.003)},
+        (5000, 6500),  # 5,000 take the time that 2,500 of the nearest take on one core
     ),
     "all": Head(
         "all",
@@ -88,6 +92,7 @@ HEADS = {
         (1.0,),
         1.0,
         {1000: (16, 0.01), 3000: (16, 0.003), 20000: (16, 0.01)},
+        (6500,),
     ),
 }
 
@@ -152,12 +157,12 @@ def tested(name: str, classes: int) -> list[Row]:
     return [_row(name, classes, share, head.tuned[classes]) for share in shares]
 
 
-def longer(name: str) -> list[Row]:
+def longer(name: str) -> dict[int, Row]:
     """A head with the largest size and more steps, at what its trials have found; nothing before."""
     head = HEADS[name]
     if SIZES[-1] not in head.tuned:
-        return []
-    return [_row(name, SIZES[-1], head.tuning_share, head.tuned[SIZES[-1]], MORE_STEPS)]
+        return {}
+    return {steps: _row(name, SIZES[-1], head.tuning_share, head.tuned[SIZES[-1]], steps) for steps in head.more_steps}
 
 
 def every_other(line: Mapping[str, Any], start: int) -> dict[str, Any]:
@@ -168,147 +173,156 @@ def every_other(line: Mapping[str, Any], start: int) -> dict[str, Any]:
 
 
 def show(table: Table, lines: Lines) -> Shown:
-    """The tuning; Recall@1 by number of classes, then by share with the most, with what a step costs; two pictures."""
-    rows = {
-        (row.labels["negatives"], row.labels["share"], row.labels["classes"]): row
-        for classes in SIZES
-        for name in HEADS
-        for row in tested(name, classes)
-    }
-    of_test = {key: every_other(line, 1) for key, line in lines.items()}
-    recall = metric("recall@1")
-    largest = SIZES[-1]
-
-    def row_of(negatives: str, share: float, classes: int) -> Row | None:
-        return rows.get((negatives if share < 1 else "all", share, classes))
-
-    def said_of(negatives: str, share: float, classes: int) -> tuple[str, str, str]:
-        """Recall@1, what it is above the nearest's, and milliseconds of a step's head; empty without numbers."""
-        row, nearest = row_of(negatives, share, classes), row_of("nearest", HEADS["topk"].tuning_share, classes)
-        if row is None:
-            return "", "", ""
-        taken = values_of(row, of_test, lambda line: line["head_ms"])
-        above = "" if row is nearest or nearest is None else say_interval(row, nearest, of_test)
-        return cell(values_of(row, of_test, recall)), above, f"{min(taken.values()):.0f}" if taken else ""
-
-    def spread_of(negatives: str, share: float, classes: int) -> Spread | None:
-        row = row_of(negatives, share, classes)
-        return None if row is None else spread_over_seeds(row, of_test, recall)
-
-    # 1. Tables, of what there is a number of.
-    tried = [f"scale {scale}, rate {rate}" for scale, rate in HEADS["topk"].tried]
+    """The trials; Recall@1 by number of classes, steps, share and method, with what a step costs; two pictures."""
     of_trials = {key: every_other(line, 0) for key, line in lines.items() if key[1] == 0}
-    tuning = [
-        [f"{classes:,}", head.label, *_tried(trials(name, classes), head.tuned.get(classes), of_trials)]
-        for classes in SIZES
-        for name, head in HEADS.items()
-    ]
-    by_classes = [
-        [f"{classes:,}", head.label, f"{100 * head.tuning_share:g} %", *said_of(head.label, head.tuning_share, classes)]
-        for classes in SIZES
-        for head in HEADS.values()
-    ]
-    by_share = [
-        [head.label, f"{100 * share:g} %", *said_of(head.label, share, largest)]
-        for head in HEADS.values()
-        for share in head.shares
-    ]
-    by_steps = [
-        [
-            head.label,
-            f"{100 * head.tuning_share:g} %",
-            *(cell(values_of(row, of_test, recall)) for row in rows_of),
-            say_interval(rows_of[-1], longer("topk")[0], of_test) if name != "topk" else "",
-        ]
-        for name, head in HEADS.items()
-        if (
-            rows_of := [
-                *(row for row in tested(name, largest) if row.labels["share"] == head.tuning_share),
-                *longer(name),
-            ]
-        )
-    ]
-    by_share = [row for row in by_share if any(row[2:])]
-    shown = ["Recall@1", f"above the nearest {100 * HEADS['topk'].tuning_share:g} %", "head, ms"]
-    parts = [
-        "**The trials**: Recall@1 of the characters that trials ask for",
-        markdown(["classes", "negatives", *tried], [row for row in tuning if any(row[2:])]),
-        "**Recall@1 of the others** by the number of classes that train",
-        markdown(["classes", "negatives", "share", *shown], [row for row in by_classes if any(row[3:])]),
-        f"**Recall@1 of the others** by the number of steps, of {largest:,} classes",
-        markdown(
-            ["negatives", "share", f"{NUM_STEPS:,} steps", f"{MORE_STEPS:,} steps", "above the nearest"], by_steps
-        ),
-    ]
-
-    # 2. Pictures.
-    shares = sorted({share for head in HEADS.values() for share in head.shares})
-    said = say_seeds(list(rows.values()), lines)
-    compared = (("nearest 10 %", "nearest", 0.1), ("all", "all", 1), ("random 10 %", "random", 0.1))
-    pictures = {
-        "negatives_by_classes.svg": curves(
-            "Recall@1 of unseen characters, percent",
-            f"as classes grow, at equal steps; {said}",
-            [f"{classes:,}" for classes in SIZES],
-            {name: [spread_of(negatives, share, classes) for classes in SIZES] for name, negatives, share in compared},
-            x_label="classes that train",
-        ),
-    }
-    if len(by_share) > len(HEADS):  # of more shares than the one that is tuned
-        parts += [
-            f"**Recall@1 of the others** by the share that an image is compared with, of {largest:,} classes",
-            markdown(["negatives", "share", *shown], by_share),
-        ]
-        pictures["negatives_by_share.svg"] = curves(
-            f"Recall@1 of unseen characters, percent, with {largest:,} classes",
-            f"by the share of all proxies that an image is compared with; {said}",
-            [f"{100 * share:g} %" for share in shares],
-            {
-                negatives: [spread_of(negatives, share, largest) for share in shares]
-                for negatives in ("nearest", "random")
-            },
-            x_label="share of all proxies",
-        )
-    parts += _shown_others(of_trials, of_test)
+    of_test = {key: every_other(line, 1) for key, line in lines.items()}
+    by_share = _by_share(of_test)
+    parts = [*_trials(of_trials), *_by_classes(of_test), *_by_steps(of_test), *by_share, *_others(of_trials, of_test)]
     parts.append(f"{len(lines)} of {sum(len(row.seeds) for row in table.rows)} runs are finished.")
+    pictures = {"negatives_by_classes.svg": _picture_of_classes(of_test)}
+    if by_share:
+        pictures["negatives_by_share.svg"] = _picture_of_shares(of_test)
     return Shown("\n\n".join(parts), pictures)
 
 
-def _shown_others(of_trials: Lines, of_test: Lines) -> list[str]:
+def _trials(lines: Lines) -> list[str]:
+    tried = [f"scale {scale}, rate {rate}" for scale, rate in HEADS["topk"].tried]
+    body = [[f"{classes:,}", HEADS[name].label, *_tried(name, classes, lines)] for classes in SIZES for name in HEADS]
+    header = ["classes", "negatives", *tried]
+    return [
+        "**The trials**: Recall@1 of the characters that trials ask for",
+        markdown(header, [row for row in body if any(row[2:])]),
+    ]
+
+
+def _by_classes(lines: Lines) -> list[str]:
+    body = [
+        [f"{classes:,}", head.label, f"{100 * head.tuning_share:g} %", *_found(_tuned(name, classes), classes, lines)]
+        for classes in SIZES
+        for name, head in HEADS.items()
+    ]
+    return [
+        "**Recall@1 of the others** by the number of classes that train",
+        markdown(["classes", "negatives", "share", *FOUND], [row for row in body if any(row[3:])]),
+    ]
+
+
+def _by_steps(lines: Lines) -> list[str]:
+    numbers = sorted({NUM_STEPS, *(steps for head in HEADS.values() for steps in head.more_steps)})
+    body = []
+    for name, head in HEADS.items():
+        rows = {NUM_STEPS: _tuned(name, SIZES[-1])} | longer(name)
+        said = [cell(values_of(rows[steps], lines, metric("recall@1"))) if rows.get(steps) else "" for steps in numbers]
+        last, nearest = (of[numbers[-1]] if (of := longer(at)) else None for at in (name, "topk"))
+        above = say_interval(last, nearest, lines) if last and nearest and name != "topk" else ""
+        body.append([head.label, f"{100 * head.tuning_share:g} %", *said, above])
+    header = ["negatives", "share", *(f"{steps:,} steps" for steps in numbers), "above the nearest"]
+    return [
+        f"**Recall@1 of the others** by the number of steps, of {SIZES[-1]:,} classes",
+        markdown(header, [row for row in body if any(row[2:])]),
+    ]
+
+
+def _by_share(lines: Lines) -> list[str]:
+    """Nothing before there are more shares than those that are tuned."""
+    largest = SIZES[-1]
+    body = [
+        [HEADS[name].label, f"{100 * share:g} %", *_found(row, largest, lines)]
+        for name, head in HEADS.items()
+        for share, row in zip(head.shares, tested(name, largest), strict=False)
+    ]
+    body = [row for row in body if any(row[2:])]
+    if len(body) <= len(HEADS):
+        return []
+    return [
+        f"**Recall@1 of the others** by the share that an image is compared with, of {largest:,} classes",
+        markdown(["negatives", "share", *FOUND], body),
+    ]
+
+
+def _others(of_trials: Lines, of_test: Lines) -> list[str]:
     """The trials of other methods, and what they find beside the nearest; nothing before the first trial."""
     largest = SIZES[-1]
-    (nearest,) = (row for row in tested("topk", largest) if row.labels["share"] == HEADS["topk"].tuning_share)
     tuning, found = [], []
     for name, head in OTHERS.items():
-        first, second = (f"`{setting}` {low:g} or {high:g}" for setting, (low, high) in head.of_settings)
-        said = _tried(trials(name, largest), head.tuned.get(largest), of_trials)
-        tuning.append([head.label, first, second, *said])
-        for row in tested(name, largest):
-            taken = values_of(row, of_test, lambda line: line["head_ms"])
-            found.append(
-                [
-                    head.label,
-                    cell(values_of(row, of_test, metric("recall@1"))),
-                    say_interval(row, nearest, of_test),
-                    f"{min(taken.values()):.0f}" if taken else "",
-                ]
-            )
+        settings = (f"`{setting}` {low:g} or {high:g}" for setting, (low, high) in head.settings)
+        tuning.append([head.label, *settings, *_tried(name, largest, of_trials)])
+        found += [[head.label, *_found(row, largest, of_test)] for row in tested(name, largest)]
     parts = []
     if any(any(row[3:]) for row in tuning):
         header = ["method", "setting", "rate", "low, low", "low, high", "high, low", "high, high"]
-        parts += [f"**Other methods, the trials** with {largest:,} classes", markdown(header, tuning)]
+        parts += [f"**The trials of other methods**, with {largest:,} classes", markdown(header, tuning)]
     if found:
-        header = ["method", "Recall@1", "above the nearest 10 %", "head, ms"]
-        parts += [f"**Recall@1 of the others** by method, of {largest:,} classes", markdown(header, found)]
+        parts += [f"**Recall@1 of the others** by method, of {largest:,} classes", markdown(["method", *FOUND], found)]
     return parts
 
 
-def _tried(rows: list[Row], picked: tuple[float, float] | None, lines: Lines) -> list[str]:
+def _tuned(name: str, classes: int) -> Row | None:
+    """A head with the share that was tuned; None before."""
+    share = (HEADS | OTHERS)[name].tuning_share
+    return next((row for row in tested(name, classes) if row.labels["share"] == share), None)
+
+
+def _found(row: Row | None, classes: int, lines: Lines) -> list[str]:
+    """Recall@1, what it is above the nearest's, and milliseconds of a step's head; empty without numbers."""
+    nearest = _tuned("topk", classes)
+    if row is None or nearest is None:
+        return ["", "", ""]
+    taken = values_of(row, lines, lambda line: line["head_ms"])
+    above = "" if row.name == nearest.name else say_interval(row, nearest, lines)
+    return [cell(values_of(row, lines, metric("recall@1"))), above, f"{min(taken.values()):.0f}" if taken else ""]
+
+
+def _tried(name: str, classes: int, lines: Lines) -> list[str]:
     """Recall@1 of trials, in percent; what was picked is bold."""
+    rows, picked = trials(name, classes), (HEADS | OTHERS)[name].tuned.get(classes)
     found = [values_of(row, lines, metric("recall@1")) for row in rows]
     said = [f"{100 * values[0]:.2f}" if values else "" for values in found]
     is_picked = [(row.labels["value"], row.labels["rate"]) == picked for row in rows]
     return [f"**{text}**" if text and bold else text for text, bold in zip(said, is_picked, strict=True)]
+
+
+def _picture_of_classes(lines: Lines) -> str:
+    rows = {name: [_tuned(name, classes) for classes in SIZES] for name in ("topk", "all", "sampled")}
+    return curves(
+        "Recall@1 of unseen characters, percent",
+        f"as classes grow, at equal steps; {_say_seeds(itertools.chain(*rows.values()), lines)}",
+        [f"{classes:,}" for classes in SIZES],
+        {
+            HEADS[name].label + (" 10 %" if name != "all" else ""): [_spread(row, lines) for row in of_head]
+            for name, of_head in rows.items()
+        },
+        x_label="classes that train",
+    )
+
+
+def _picture_of_shares(lines: Lines) -> str:
+    shares = sorted({share for head in HEADS.values() for share in head.shares})
+    largest = SIZES[-1]
+    rows = {
+        HEADS[name].label: [
+            next(
+                (row for row in (*tested(name, largest), *tested("all", largest)) if row.labels["share"] == share), None
+            )
+            for share in shares
+        ]
+        for name in ("topk", "sampled")
+    }
+    return curves(
+        f"Recall@1 of unseen characters, percent, with {largest:,} classes",
+        f"by the share of all proxies in the comparison; {_say_seeds(itertools.chain(*rows.values()), lines)}",
+        [f"{100 * share:g} %" for share in shares],
+        {label: [_spread(row, lines) for row in of_head] for label, of_head in rows.items()},
+        x_label="share of all proxies",
+    )
+
+
+def _spread(row: Row | None, lines: Lines) -> Spread | None:
+    return None if row is None else spread_over_seeds(row, lines, metric("recall@1"))
+
+
+def _say_seeds(rows: Iterable[Row | None], lines: Lines) -> str:
+    return say_seeds([row for row in rows if row is not None], lines)
 
 
 def _rows() -> list[Row]:
@@ -317,7 +331,7 @@ def _rows() -> list[Row]:
         for name in HEADS:
             rows |= {row.name: row for row in (*trials(name, classes), *tested(name, classes))}
     for name in HEADS:
-        rows |= {row.name: row for row in longer(name)}
+        rows |= {row.name: row for row in longer(name).values()}
     for name in OTHERS:
         rows |= {row.name: row for row in (*trials(name, SIZES[-1]), *tested(name, SIZES[-1]))}
     return list(rows.values())
