@@ -1,7 +1,7 @@
 """What a step of a head costs as classes grow: a table and two pictures of docs/, from what benchmarks/head.py wrote.
 
     python -m benchmarks.head --threads 2 --sizes 1k 10k 100k 1m 10m \\
-        --heads published full_softmax sampled_softmax proxygml all sampled --json benchmarks/results/head.jsonl
+        --heads published full_softmax sampled_softmax proxygml proxygml_5_percent all sampled --json benchmarks/results/head.jsonl
     python -m benchmarks.retrieval --figures
 
 The sizes differ in dimension and batch too, so that the pictures show ratios: the step's time over that of the bare
@@ -35,8 +35,9 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape("proxygml", "rowwise_adagrad", "ProxyGML, row-wise", 0),
-    Shape("proxygml", "adam", "ProxyGML, Adam", 0, dashed=True),
+    Shape("proxygml_5_percent", "rowwise_adagrad", "ProxyGML 5 %, row-wise", 5),
+    Shape("proxygml", "rowwise_adagrad", "ProxyGML k ≤ 1,000, row-wise", 0),
+    Shape("proxygml", "adam", "ProxyGML k ≤ 1,000, Adam", 0, dashed=True),
     Shape("sampled", "rowwise_adagrad", "a tenth, row-wise", 4),
     Shape("sampled_softmax", "adam", "a tenth as PartialFC, Adam", 4, dashed=True),
     Shape("all", "adam", "softmax, streamed, Adam", 3),

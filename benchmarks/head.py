@@ -98,7 +98,8 @@ SIZES = {
 DEFAULT_SIZES = ("sop", "cars", "100k", "1m", "10m")
 PRODUCTS = ("product", "onednn_product")
 PROXYGML = ("proxygml", "proxygml_fused")
-OURS = (*PROXYGML, "all", "sampled")
+PUBLISHED_RATIO = "proxygml_5_percent"  # k in proportion to the proxies, where sizes have a number
+OURS = (*PROXYGML, PUBLISHED_RATIO, "all", "sampled")
 HEADS = (*PRODUCTS, *BASELINES, *OURS)
 # Heads that only one kind of device has.
 ONLY_ON = {"onednn_product": "cpu", "proxygml_fused": "cuda"}
@@ -331,21 +332,22 @@ def build_head(name: str, size: Size, device: str, *, sparse: bool) -> Head:
             sparse=sparse,
         ).to(device)
         return Head(lambda embeddings, labels: loss(embeddings, labels).total, [loss.proxies])
-    if name in (*PROXYGML, "published"):
+    if name in (*PROXYGML, PUBLISHED_RATIO, "published"):
+        ratio, topk = (0.05, None) if name == PUBLISHED_RATIO else (size.ratio, size.topk)
         proxygml = ProxyGMLLoss(
             size.num_classes,
             size.embedding_dim,
             normalize=False,
             proxies_per_class=size.proxies_per_class,
-            ratio=size.ratio,
-            topk=size.topk,
+            ratio=ratio,
+            topk=topk,
             regularization_weight=size.regularization_weight,
             matmul_dtype=matmul_dtype,
             memory_budget=size.memory_budget,
             fused=name == "proxygml_fused",
             sparse=sparse,
         ).to(device)
-        if name in PROXYGML:
+        if name != "published":
             searches = proxygml.searches if proxygml.fused else None
             return Head(lambda embeddings, labels: proxygml(embeddings, labels).total, [proxygml.proxies], searches)
         module: nn.Module = PublishedProxyGML(
