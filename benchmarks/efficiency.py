@@ -1,7 +1,8 @@
 """What a step of a head costs as classes grow: a table and two pictures of docs/, from what benchmarks/head.py wrote.
 
     python -m benchmarks.head --threads 2 --sizes 1k 10k 100k 1m 10m \\
-        --heads published full_softmax sampled_softmax proxygml proxygml_5_percent all sampled --json benchmarks/results/head.jsonl
+        --heads published full_softmax sampled_softmax proxygml proxygml_5_percent all sampled \\
+        --json benchmarks/results/head.jsonl
     python -m benchmarks.retrieval --figures
 
 The sizes differ in dimension and batch too, so that the pictures show ratios: the step's time over that of the bare

@@ -52,7 +52,7 @@ class Head(NamedTuple):
     shares: tuple[float, ...]
     tuning_share: float
     tuned: Mapping[int, tuple[float, float]]  # by number of classes, the best of `tried`
-    more_steps: tuple[int, ...] = ()  # with the largest size alone
+    more_steps: Mapping[float, tuple[int, ...]] = {}  # by share, with the largest size alone
     setting: str = "proxies.scale"
     values: tuple[float, float] = (4, 16)
     rate: str = "optimizer.proxies_lr"
@@ -76,7 +76,7 @@ HEADS = {
         (0.01, 0.025, 0.05, 0.1, 0.2, 0.5),
         0.1,
         {1000: (4, 0.01), 3000: (16, 0.01), 20000: (16, 0.003)},
-        (6500,),
+        {0.01: (6500,), 0.05: (6500,), 0.1: (6500,)},
     ),
     "sampled": Head(
         "random",
@@ -84,7 +84,7 @@ HEADS = {
         (0.01, 0.1, 0.25, 0.5),
         0.1,
         {1000: (16, 0.003), 3000: (16, 0.003), 20000: (16, 0.003)},
-        (5000, 6500),  # 5,000 take the time that 2,500 of the nearest take on one core
+        {0.1: (5000, 6500)},  # 5,000 take the time that 2,500 of the nearest take on one core
     ),
     "all": Head(
         "all",
@@ -92,7 +92,7 @@ HEADS = {
         (1.0,),
         1.0,
         {1000: (16, 0.01), 3000: (16, 0.003), 20000: (16, 0.01)},
-        (6500,),
+        {1.0: (6500,)},
     ),
 }
 
@@ -157,12 +157,12 @@ def tested(name: str, classes: int) -> list[Row]:
     return [_row(name, classes, share, head.tuned[classes]) for share in shares]
 
 
-def longer(name: str) -> dict[int, Row]:
+def longer(name: str, share: float) -> dict[int, Row]:
     """A head with the largest size and more steps, at what its trials have found; nothing before."""
-    head = HEADS[name]
-    if SIZES[-1] not in head.tuned:
+    head, largest = HEADS[name], SIZES[-1]
+    if largest not in head.tuned:
         return {}
-    return {steps: _row(name, SIZES[-1], head.tuning_share, head.tuned[SIZES[-1]], steps) for steps in head.more_steps}
+    return {steps: _row(name, largest, share, head.tuned[largest], steps) for steps in head.more_steps.get(share, ())}
 
 
 def every_other(line: Mapping[str, Any], start: int) -> dict[str, Any]:
@@ -208,17 +208,21 @@ def _by_classes(lines: Lines) -> list[str]:
 
 
 def _by_steps(lines: Lines) -> list[str]:
-    numbers = sorted({NUM_STEPS, *(steps for head in HEADS.values() for steps in head.more_steps)})
+    """Of the shares that have been trained for longer, too."""
+    largest = SIZES[-1]
+    numbers = sorted({NUM_STEPS, *(n for head in HEADS.values() for more in head.more_steps.values() for n in more)})
+    nearest = longer("topk", HEADS["topk"].tuning_share).get(numbers[-1])
     body = []
     for name, head in HEADS.items():
-        rows = {NUM_STEPS: _tuned(name, SIZES[-1])} | longer(name)
-        said = [cell(values_of(rows[steps], lines, metric("recall@1"))) if rows.get(steps) else "" for steps in numbers]
-        last, nearest = (of[numbers[-1]] if (of := longer(at)) else None for at in (name, "topk"))
-        above = say_interval(last, nearest, lines) if last and nearest and name != "topk" else ""
-        body.append([head.label, f"{100 * head.tuning_share:g} %", *said, above])
-    header = ["negatives", "share", *(f"{steps:,} steps" for steps in numbers), "above the nearest"]
+        for share in head.more_steps:
+            rows = {NUM_STEPS: _tested(name, share, largest), **longer(name, share)}
+            said = [cell(values_of(row, lines, metric("recall@1"))) if (row := rows.get(n)) else "" for n in numbers]
+            last = rows.get(numbers[-1])
+            above = say_interval(last, nearest, lines) if last and nearest and last.name != nearest.name else ""
+            body.append([head.label, f"{100 * share:g} %", *said, above])
+    header = ["negatives", "share", *(f"{steps:,} steps" for steps in numbers), "above the nearest 10 %"]
     return [
-        f"**Recall@1 of the others** by the number of steps, of {SIZES[-1]:,} classes",
+        f"**Recall@1 of the others** by the number of steps, of {largest:,} classes",
         markdown(header, [row for row in body if any(row[2:])]),
     ]
 
@@ -259,7 +263,10 @@ def _others(of_trials: Lines, of_test: Lines) -> list[str]:
 
 def _tuned(name: str, classes: int) -> Row | None:
     """A head with the share that was tuned; None before."""
-    share = (HEADS | OTHERS)[name].tuning_share
+    return _tested(name, HEADS[name].tuning_share, classes)
+
+
+def _tested(name: str, share: float, classes: int) -> Row | None:
     return next((row for row in tested(name, classes) if row.labels["share"] == share), None)
 
 
@@ -300,12 +307,7 @@ def _picture_of_shares(lines: Lines) -> str:
     shares = sorted({share for head in HEADS.values() for share in head.shares})
     largest = SIZES[-1]
     rows = {
-        HEADS[name].label: [
-            next(
-                (row for row in (*tested(name, largest), *tested("all", largest)) if row.labels["share"] == share), None
-            )
-            for share in shares
-        ]
+        HEADS[name].label: [_tested(name if share < 1 else "all", share, largest) for share in shares]
         for name in ("topk", "sampled")
     }
     return curves(
@@ -331,7 +333,8 @@ def _rows() -> list[Row]:
         for name in HEADS:
             rows |= {row.name: row for row in (*trials(name, classes), *tested(name, classes))}
     for name in HEADS:
-        rows |= {row.name: row for row in longer(name).values()}
+        for share in HEADS[name].more_steps:
+            rows |= {row.name: row for row in longer(name, share).values()}
     for name in OTHERS:
         rows |= {row.name: row for row in (*trials(name, SIZES[-1]), *tested(name, SIZES[-1]))}
     return list(rows.values())
