@@ -200,6 +200,18 @@ def test_shards_without_a_test_split_hold_out_classes_or_train_on_all(tmp_path: 
     assert (whole.config.data.validation_classes, whole.config.proxies.topk) == (None, 12)
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "images", "expected"),
+    [(100, 5, (1, 25)), (100, 30, (4, 28)), (1_000, 30, (1, 50)), (60_000, 12, (1, 3_000))],
+)
+def test_k_is_a_twentieth_of_the_proxies_and_at_least_24_of_others(
+    num_classes: int, images: int, expected: tuple[int, int]
+) -> None:
+    draft = presets._Draft("mine", "shards/mine")
+    presets._choose_proxies(draft, num_classes, images, is_small=True)
+    assert (draft.raw["proxies"]["per_class"], draft.raw["proxies"]["topk"]) == expected
+
+
 def test_so_few_test_images_lower_k(tmp_path: Path) -> None:
     write_noise_shards(tmp_path / "shards", [2, 2, 3])
     made = suggest(
