@@ -97,21 +97,44 @@ HEADS = {
 }
 
 
-def _other(method: str, share: float, tuned: tuple[float, float] | None, **more: Any) -> Head:
+ROW_WISE = "optimizer.proxies_name=rowwise_adagrad optimizer.proxies_weight_decay=0 proxies.unit_norm=true"
+
+
+def _other(method: str, share: float, tuned: tuple[float, float] | None = None, **more: Any) -> Head:
     """A method of the table of methods, with the same values of its own setting."""
     of = METHODS[method]
     head = Head(method, of.overrides, (share,), share, {} if tuned is None else {SIZES[-1]: tuned}, **more)
     return head._replace(setting=of.tuned, values=of.values)
 
 
-# Methods that are tried with the largest size alone. Without proxies there is but the network's rate.
+def _row_wise(head: Head, share: float, tuned: tuple[float, float] | None = None) -> Head:
+    """A head whose proxies move by row-wise Adagrad, which leaves those alone that no image was compared with."""
+    label = f"{head.label}{f' {100 * share:g} %' if share < 1 else ''}, row-wise"
+    found = {} if tuned is None else {SIZES[-1]: tuned}
+    overrides = f"{head.overrides} {ROW_WISE}"
+    return head._replace(
+        label=label,
+        overrides=overrides,
+        shares=(share,),
+        tuning_share=share,
+        tuned=found,
+        more_steps={},
+        rates=(0.1, 0.3),
+    )
+
+
+# What is tried with the largest size alone. Without proxies there is but the network's rate.
 OTHERS = {
-    "margin": _other("ProxyGML, margin", 0.1, None),
-    "cosface": _other("CosFace", 1.0, None),
-    "arcface": _other("ArcFace", 1.0, None),
-    "softtriple": _other("SoftTriple", 1.0, None),
-    "proxy-anchor": _other("Proxy-Anchor", 1.0, None),
-    "multi-similarity": _other("multi-similarity", 1.0, None, rate="optimizer.backbone_lr", rates=(0.002, 0.004)),
+    "rowwise-topk": _row_wise(HEADS["topk"], 0.05),
+    "rowwise-sampled": _row_wise(HEADS["sampled"], 0.1),
+    "rowwise-all": _row_wise(HEADS["all"], 1.0),
+    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), 1.0),
+    "margin": _other("ProxyGML, margin", 0.1),
+    "cosface": _other("CosFace", 1.0),
+    "arcface": _other("ArcFace", 1.0),
+    "softtriple": _other("SoftTriple", 1.0),
+    "proxy-anchor": _other("Proxy-Anchor", 1.0),
+    "multi-similarity": _other("multi-similarity", 1.0, rate="optimizer.backbone_lr", rates=(0.002, 0.004)),
 }
 
 
