@@ -107,16 +107,17 @@ def _other(method: str, share: float, tuned: tuple[float, float] | None = None, 
     return head._replace(setting=of.tuned, values=of.values)
 
 
-def _row_wise(head: Head, share: float, tuned: tuple[float, float] | None = None) -> Head:
-    """A head whose proxies move by row-wise Adagrad, which leaves those alone that no image was compared with."""
-    label = f"{head.label}{f' {100 * share:g} %' if share < 1 else ''}, row-wise"
+def _row_wise(head: Head, shares: tuple[float, ...], tuned: tuple[float, float] | None = None) -> Head:
+    """A head whose proxies move by row-wise Adagrad, which leaves those alone that no image was compared with; of the
+    shares the first is tuned.
+    """
     found = {} if tuned is None else {SIZES[-1]: tuned}
     overrides = f"{head.overrides} {ROW_WISE}"
     return head._replace(
-        label=label,
+        label=f"{head.label}, row-wise",
         overrides=overrides,
-        shares=(share,),
-        tuning_share=share,
+        shares=shares,
+        tuning_share=shares[0],
         tuned=found,
         more_steps={},
         rates=(0.1, 0.3),
@@ -125,10 +126,10 @@ def _row_wise(head: Head, share: float, tuned: tuple[float, float] | None = None
 
 # What is tried with the largest size alone. Without proxies there is but the network's rate.
 OTHERS = {
-    "rowwise-topk": _row_wise(HEADS["topk"], 0.05),
-    "rowwise-sampled": _row_wise(HEADS["sampled"], 0.1),
-    "rowwise-all": _row_wise(HEADS["all"], 1.0),
-    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), 1.0),
+    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001)),
+    "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,)),
+    "rowwise-all": _row_wise(HEADS["all"], (1.0,)),
+    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,)),
     "margin": _other("ProxyGML, margin", 0.1),
     "cosface": _other("CosFace", 1.0),
     "arcface": _other("ArcFace", 1.0),
@@ -273,14 +274,20 @@ def _others(of_trials: Lines, of_test: Lines) -> list[str]:
     tuning, found = [], []
     for name, head in OTHERS.items():
         settings = (f"`{setting}` {low:g} or {high:g}" for setting, (low, high) in head.settings)
-        tuning.append([head.label, *settings, *_tried(name, largest, of_trials)])
-        found += [[head.label, *_found(row, largest, of_test)] for row in tested(name, largest)]
+        tuning.append([head.label, f"{100 * head.tuning_share:g} %", *settings, *_tried(name, largest, of_trials)])
+        found += [
+            [head.label, f"{100 * share:g} %", *_found(row, largest, of_test)]
+            for share, row in zip(head.shares, tested(name, largest), strict=False)
+        ]
     parts = []
-    if any(any(row[3:]) for row in tuning):
-        header = ["method", "setting", "rate", "low, low", "low, high", "high, low", "high, high"]
+    if any(any(row[4:]) for row in tuning):
+        header = ["method", "share", "setting", "rate", "low, low", "low, high", "high, low", "high, high"]
         parts += [f"**The trials of other methods**, with {largest:,} classes", markdown(header, tuning)]
     if found:
-        parts += [f"**Recall@1 of the others** by method, of {largest:,} classes", markdown(["method", *FOUND], found)]
+        parts += [
+            f"**Recall@1 of the others** by method, of {largest:,} classes",
+            markdown(["method", "share", *FOUND], found),
+        ]
     return parts
 
 
