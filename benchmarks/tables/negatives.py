@@ -126,7 +126,7 @@ def _row_wise(head: Head, shares: tuple[float, ...], tuned: tuple[float, float] 
 
 # What is tried with the largest size alone. Without proxies there is but the network's rate.
 OTHERS = {
-    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001)),
+    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001), (16, 0.1)),
     "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,)),
     "rowwise-all": _row_wise(HEADS["all"], (1.0,)),
     "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,)),

@@ -364,11 +364,14 @@ def _choose_proxies(draft: _Draft, num_classes: int, images_per_class: int, *, i
 def _choose_many_proxies(draft: _Draft, num_classes: int) -> None:
     draft.choose(
         "the most similar proxies only, of unit length, as docs/many_classes.md explains",
-        proxies={"per_class": 1, "topk": min(1000, num_classes), "initialization": "unit", "unit_norm": True},
+        proxies={
+            **{"per_class": 1, "topk": min(1000, num_classes), "scale": 16.0},
+            **{"initialization": "unit", "unit_norm": True},
+        },
     )
     draft.choose(
-        "steps read and write only the proxies that an image kept",
-        optimizer={"proxies_name": "rowwise_adagrad", "proxies_lr": 0.01},
+        "steps read and write only the proxies that an image kept, and learn with so few of them (docs/results.md)",
+        optimizer={"proxies_name": "rowwise_adagrad", "proxies_lr": 0.1},
     )
 
 
