@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="images of at most 96 pixels; larger ones; 100,000 classes and more (default: by the shards)",
+        help="images of at most 96 pixels; larger ones; 10,000 classes and more (default: by the shards)",
     )
     add_options(parser, "--device", help="device to train on; cuda also where there is none (default: auto)")
     add_options(parser, "--set", "--overwrite")

@@ -130,8 +130,8 @@ OTHERS = {
     "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,)),
     "rowwise-all": _row_wise(HEADS["all"], (1.0,)),
     "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,)),
-    "margin": _other("ProxyGML, margin", 0.1),
-    "cosface": _other("CosFace", 1.0),
+    "margin": _other("ProxyGML, margin", 0.1, (0.3, 0.003)),
+    "cosface": _other("CosFace", 1.0, (0.3, 0.01)),
     "arcface": _other("ArcFace", 1.0),
     "softtriple": _other("SoftTriple", 1.0),
     "proxy-anchor": _other("Proxy-Anchor", 1.0),
@@ -279,6 +279,7 @@ def _others(of_trials: Lines, of_test: Lines) -> list[str]:
             [head.label, f"{100 * share:g} %", *_found(row, largest, of_test)]
             for share, row in zip(head.shares, tested(name, largest), strict=False)
         ]
+    found = [row for row in found if any(row[2:])]
     parts = []
     if any(any(row[4:]) for row in tuning):
         header = ["method", "share", "setting", "rate", "low, low", "low, high", "high, low", "high, high"]

@@ -5,7 +5,7 @@ sample of the images, and from the machine:
 
     small-images   images of at most 96 pixels, such as drawings and crops: whole images, jittered
     photos         larger ones: random crops
-    many-classes   images as above, proxies for 100,000 classes and more (docs/many_classes.md)
+    many-classes   images as above, proxies for 10,000 classes and more (docs/many_classes.md)
 
 Chosen: only what differs from the defaults is written, so that the file shows what was decided; the same shards,
 machine and weights give the same file. The number of images to train on is bounded, so that a run on CPUs takes hours.
@@ -41,7 +41,7 @@ from dist_proxygml.training.run_plan import plan_rest
 
 _NUM_SAMPLED = 64  # images whose headers are read
 _SMALL = 96  # pixels
-_MANY_CLASSES = 100_000
+_MANY_CLASSES = 10_000
 _MOST_IMAGES = {"cpu": 200_000, "cuda": 20_000_000}  # to train on, for each rank
 _MOST_EVALUATED = {"cpu": 100_000, "cuda": 10_000_000}
 _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k-means

@@ -202,7 +202,7 @@ def test_shards_without_a_test_split_hold_out_classes_or_train_on_all(tmp_path: 
 
 @pytest.mark.parametrize(
     ("num_classes", "images", "expected"),
-    [(100, 5, (1, 25)), (100, 30, (4, 28)), (1_000, 30, (1, 50)), (60_000, 12, (1, 3_000))],
+    [(100, 5, (1, 25)), (100, 30, (4, 28)), (1_000, 30, (1, 50)), (9_000, 12, (1, 450))],
 )
 def test_k_is_a_twentieth_of_the_proxies_and_at_least_24_of_others(
     num_classes: int, images: int, expected: tuple[int, int]
