@@ -32,7 +32,7 @@ from benchmarks.figures import (
     values_of,
 )
 from benchmarks.tables.parts import BATCH, CHEAP, EMOJI_IMAGES, warm_up
-from benchmarks.tables.table import BARE, Row, Table, pick
+from benchmarks.tables.table import BARE, CHARACTERS, Row, Table, pick
 
 RATIOS = (0.02, 0.05, 0.2, 1.0)
 USUAL_RATIO, USUAL_TOTAL = 0.05, 16.0
@@ -57,7 +57,7 @@ DATA = {
         (1, 2, 4, 8),
     ),
     "glyphs": Data(
-        "configs/glyphs_cpu.json",
+        CHARACTERS,
         (
             *BARE,
             *("data.train_classes=1000", "data.validation_classes=200", "data.num_workers=0"),

@@ -18,7 +18,7 @@ from benchmarks.figures import (
     spread,
     values_of,
 )
-from benchmarks.tables.table import SHORT, Row, Table
+from benchmarks.tables.table import CHARACTERS, SHORT, Row, Table
 
 SMALLEST = 32  # batch, of which rates are tuned
 # Factors on the rates of backbone and proxies for a batch that is so many times as large.
@@ -56,7 +56,7 @@ GROWN = {
         {64: SCALED_ALIKE, 128: tuple(RULES), 256: SCALED_ALIKE, 512: tuple(RULES), 1024: SCALED_ALIKE},
     ),
     "glyphs": Grown(
-        "configs/glyphs_cpu.json",
+        CHARACTERS,
         ("data.shards=shards/glyphs_small", "data.num_workers=0"),
         1610,
         [

@@ -36,7 +36,7 @@ from benchmarks.figures import (
     values_of,
 )
 from benchmarks.tables.methods import METHODS
-from benchmarks.tables.table import BARE, Row, Table
+from benchmarks.tables.table import BARE, CHARACTERS, Row, Table
 from dist_proxygml.cluster.grid import Spread
 
 NUM_STEPS = 2500
@@ -163,7 +163,7 @@ def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_
         *([f"steps-{num_steps}"] if num_steps != NUM_STEPS else []),
     ]
     seeds = (0, 1, 2) if tried == head.tuned.get(classes) else (0,)
-    return Row("_".join(parts), labels, overrides, "configs/glyphs_cpu.json", seeds)
+    return Row("_".join(parts), labels, overrides, CHARACTERS, seeds)
 
 
 def trials(name: str, classes: int) -> list[Row]:

@@ -37,6 +37,8 @@ class Table(NamedTuple):
     show: Callable[["Table", Mapping[tuple[str, int], dict[str, Any]]], figures.Shown] = figures.plain
 
 
+# Of what trains on characters: the recipe (configs/glyphs_cpu.json) has moved on with what the tables found.
+CHARACTERS = "benchmarks/tables/characters.json"
 # What every row leaves out, so that its time is that of training.
 BARE = (
     "evaluation.at_start=false",

@@ -128,19 +128,20 @@ class Rows(NamedTuple):
             where = f"{self.path}, annotation {number}"
             try:
                 image_id, label = annotation["image_id"], annotation["category_id"]
-            except (KeyError, TypeError) as problem:
+                image, is_known = images.get(image_id), not names or label in names
+            except (KeyError, TypeError) as problem:  # also ids that are lists
                 raise ValueError(
                     f"{where}: expected image_id and category_id, got {str(annotation)[:80]}; remove it, or add them"
                 ) from problem
-            if image_id not in images:
+            if image is None:
                 raise ValueError(
                     f"{where}: expected an id of images, got image_id {image_id!r}; add the image, or remove it"
                 )
-            if names and label not in names:
+            if not is_known:
                 raise ValueError(
                     f"{where}: expected an id of categories, got category_id {label!r}; add the category, or remove it"
                 )
-            yield number, {**images[image_id], "label": label, **({"class_name": names[label]} if names else {})}
+            yield number, {**image, "label": label, **({"class_name": names[label]} if names else {})}
 
 
 def plain(value: Any) -> Any:

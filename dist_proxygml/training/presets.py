@@ -365,8 +365,11 @@ def _choose_many_proxies(draft: _Draft, num_classes: int) -> None:
     draft.choose(
         "the most similar proxies only, of unit length, as docs/many_classes.md explains",
         proxies={
-            **{"per_class": 1, "topk": min(1000, num_classes), "scale": 16.0},
-            **{"initialization": "unit", "unit_norm": True},
+            "per_class": 1,
+            "topk": min(1000, num_classes),
+            "scale": 16.0,
+            "initialization": "unit",
+            "unit_norm": True,
         },
     )
     draft.choose(

@@ -104,6 +104,11 @@ def test_values_that_json_has_not_become_texts() -> None:
         ),
         (
             "t.json",
+            '{"images": [{"id": 1}], "annotations": [{"image_id": [1], "category_id": 2}]}',
+            "annotation 1: .* and category_id, got",
+        ),
+        (
+            "t.json",
             '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "category_id": 2}], '
             '"categories": [{"id": 3, "name": "owl"}]}',
             "annotation 1: expected an id of categories, got category_id 2;",
