@@ -449,8 +449,8 @@ def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
     names = sorted(stored.keys() | settings.keys())
     changed = [name for name in names if stored.get(name) != settings.get(name)]
     if changed:
-        default = "its default"  # a setting that says what went without saying before it existed is not written
-        details = "; ".join(f"{of} was {stored.get(of, default)}, is {settings.get(of, default)}" for of in changed)
+        unset = "unset"  # such as a setting that says what went without saying before it existed
+        details = "; ".join(f"{of} was {stored.get(of, unset)}, is {settings.get(of, unset)}" for of in changed)
         raise ValueError(
             f"{checkpoint} belongs to a run with other settings: {details}. Resume with the same ones, give this run "
             "another name with --set name=NAME, or start anew with --resume never"

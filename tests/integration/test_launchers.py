@@ -184,7 +184,7 @@ def test_a_finished_run_is_shown_again_and_never_continued_under_other_settings(
     configuration = (tmp_path / "demo_cpu" / "config.json").read_text()
     done = train(*command, "seed=1", "proxies.class_score=max", "proxies.ratio=0.1")
     assert done.returncode == 2
-    changed = "proxies.class_score was its default, is max; proxies.ratio was 0.05, is 0.1; seed was 0, is 1."
+    changed = "proxies.class_score was unset, is max; proxies.ratio was 0.05, is 0.1; seed was 0, is 1."
     assert f"other settings: {changed}" in done.stderr
     assert (tmp_path / "demo_cpu" / "config.json").read_text() == configuration
 
