@@ -37,8 +37,8 @@ class Shape(NamedTuple):
 
 SHAPES = (
     Shape("proxygml_5_percent", "rowwise_adagrad", "ProxyGML 5 %, row-wise", 5),
-    Shape("proxygml", "rowwise_adagrad", "ProxyGML k ≤ 1,000, row-wise", 0),
-    Shape("proxygml", "adam", "ProxyGML k ≤ 1,000, Adam", 0, dashed=True),
+    Shape("proxygml", "rowwise_adagrad", "ProxyGML, row-wise", 0),
+    Shape("proxygml", "adam", "ProxyGML, Adam", 0, dashed=True),
     Shape("sampled", "rowwise_adagrad", "a tenth, row-wise", 4),
     Shape("sampled_softmax", "adam", "a tenth as PartialFC, Adam", 4, dashed=True),
     Shape("all", "adam", "softmax, streamed, Adam", 3),

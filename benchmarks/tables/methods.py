@@ -102,7 +102,7 @@ DATA = {
         8,
         4,
         ((0.0015, 0.01), (0.003, 0.02)),
-        dict(zip(METHODS, (2, 3, 0, 2, 1, 0), strict=False)),
+        dict(zip(METHODS, (2, 3, 0, 2, 1, 0, 1, 0, 2), strict=True)),
         (0, 1, 2),
     ),
 }
