@@ -21,6 +21,7 @@ import builtins
 import datetime
 import functools
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -180,9 +181,14 @@ def _collect(processes: list[Any], connections: list[Connection], *, timeout: fl
     """Wait for one report of every rank; raise for the first failure without waiting for all."""
     deadline = time.monotonic() + timeout
     reports: dict[int, Report] = {}
+    failures: list[Report] = []
     while len(reports) < len(processes):
         waiting = [c for rank, c in enumerate(connections) if rank not in reports]
-        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        patience = max(0.0, deadline - time.monotonic())
+        # A rank that dies is missed by its peers before its own pipe is seen to close.
+        ready = wait(waiting, timeout=min(1.0, patience) if failures else patience)
+        if not ready and failures:
+            break
         if not ready:
             missing = [rank for rank in range(len(processes)) if rank not in reports]
             raise TimeoutError(f"ranks {missing} had not returned after {timeout:g} s; all ranks were killed")
@@ -190,8 +196,8 @@ def _collect(processes: list[Any], connections: list[Connection], *, timeout: fl
             rank = connections.index(connection)  # type: ignore[arg-type]
             reports[rank] = _receive(rank, processes[rank], connections[rank])
         failures = [report for report in reports.values() if report.result is None]
-        if failures:  # the earliest: the others usually report only that a peer went away
-            raise _as_error(min(failures, key=lambda report: (report.finished_at, report.rank)))
+    if failures:  # the earliest: the others usually report only that a peer went away
+        raise _as_error(min(failures, key=lambda report: (report.finished_at, report.rank)))
     return [_from_bytes(reports[rank].result) for rank in range(len(processes))]
 
 
@@ -201,7 +207,7 @@ def _receive(rank: int, process: Any, connection: Connection) -> Report:
     except EOFError:
         process.join(timeout=10.0)
         message = f"the process ended with exit code {process.exitcode} and returned nothing"
-        return Report(rank, time.monotonic(), None, "RuntimeError", message)
+        return Report(rank, -math.inf, None, "RuntimeError", message)  # no peer is the reason of that
 
 
 def _as_error(report: Report) -> BaseException:

@@ -127,8 +127,8 @@ def _row_wise(head: Head, shares: tuple[float, ...], tuned: tuple[float, float] 
 # What is tried with the largest size alone. Without proxies there is but the network's rate.
 OTHERS = {
     "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001), (16, 0.1)),
-    "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,)),
-    "rowwise-all": _row_wise(HEADS["all"], (1.0,)),
+    "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), (16, 0.3)),
+    "rowwise-all": _row_wise(HEADS["all"], (1.0,), (16, 0.1)),
     "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,)),
     "margin": _other("ProxyGML, margin", 0.1, (0.3, 0.003)),
     "cosface": _other("CosFace", 1.0, (0.3, 0.01)),
