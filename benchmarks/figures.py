@@ -53,6 +53,14 @@ class Curve(NamedTuple):
     dashed: bool = False
 
 
+class Priced(NamedTuple):
+    """A point of a picture of what is found against what it costs."""
+
+    name: str  # may be empty
+    cost: float
+    found: Spread
+
+
 class Difference(NamedTuple):
     """Paired differences of two settings, seed by seed."""
 
@@ -94,7 +102,8 @@ def say_seeds(rows: Sequence["Row"], lines: Lines) -> str:
     counts = sorted({count for row in rows if (count := sum((row.name, seed) in lines for seed in row.seeds))})
     if counts in ([], [1]):
         return "one seed"
-    return f"mean ± standard deviation of {' or '.join(map(str, counts))} seeds"
+    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"mean ± standard deviation of {number} seeds"
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
@@ -324,6 +333,59 @@ def growth(title: str, subtitle: str, series: Sequence[Curve], *, x_label: str) 
 
     spoken = "; ".join(f"{c.name}: " + ", ".join(f"{x:,} {y:.3g}" for x, y in c.points) for c in shown)
     return _picture(title, subtitle, f"{title}. {spoken}", paint)
+
+
+def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *, x_label: str) -> str:
+    """What is found, in percent and with error bars, by what it costs, on a logarithmic axis, as an SVG document; empty
+    without points. Those of a series are joined, with their names beside them, and that of the series at the right.
+
+    Args:
+        title: what is found, with the unit.
+        subtitle: of what.
+        series: by name; one without points is left out.
+        x_label: meaning of the cost.
+    """
+    shown = {name: points for name, points in series.items() if points}
+    if not shown:
+        return ""
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT))
+        style_axes(axes)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        for colour, points in zip(SERIES, shown.values(), strict=False):
+            axes.errorbar(
+                [point.cost for point in points],
+                [100 * point.found.mean for point in points],
+                yerr=[100 * (point.found.deviation or 0.0) for point in points],
+                color=colour,
+                fmt="o-",
+                markersize=6,
+                linewidth=1.8,
+                elinewidth=1.2,
+                capsize=3,
+                clip_on=False,
+            )
+            for point in points:
+                place = (point.cost, 100 * point.found.mean)
+                axes.annotate(
+                    point.name, place, (0, 9), textcoords="offset pixels", ha="center", color=colour, fontsize=11
+                )
+        costs = [point.cost for points in shown.values() for point in points]
+        ticks = [digit * 10.0**power for power in range(-2, 6) for digit in (1, 2, 5)]
+        axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+        inside = [tick for tick in ticks if min(costs) / 1.3 <= tick <= max(costs) * 1.3]
+        axes.set_xticks(inside, [f"{tick:g}" for tick in inside], color=TEXT, fontsize=12)
+        axes.set_xlabel(x_label, color=QUIET, fontsize=12)
+        ends = zip(SERIES, shown.items(), strict=False)
+        _name_ends(axes, [(100 * points[-1].found.mean, name, colour) for colour, (name, points) in ends])
+
+    spoken = "; ".join(
+        f"{name}: " + ", ".join(f"{p.name} {format_spread(p.found)} at {p.cost:.3g}".strip() for p in points)
+        for name, points in shown.items()
+    )
+    return _picture(title, subtitle, f"{title}, by {x_label}. {spoken}", paint)
 
 
 def _name_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]]) -> None:

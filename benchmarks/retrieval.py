@@ -4,6 +4,7 @@
     python -m benchmarks.retrieval --table learning_rates --minutes 30
     python -m benchmarks.retrieval --table learning_rates --row batch-64_linear --seed 1
     python -m benchmarks.retrieval --figures                          tables and pictures of docs/, from the results
+    python -m benchmarks.retrieval --table negatives --head-costs     what heads take, when nothing else runs
 
 benchmarks/tables/ declares the tables: rows of a configuration and overrides, each with several seeds. A row trains
 by launchers/train.py, which also evaluates; one at a time, in forked processes (one per rank) that have torch loaded.
@@ -20,8 +21,9 @@ counts. Its numbers:
     hits                right first answers of each test class (packed, see hits_of), of which intervals are drawn
     loss                mean of the last five logged steps
     seconds             of all starts of the run, by phase; the machine may have been shared
-    head_ms             of the loss, its gradients and the update of the proxies: the fastest of 30 repeats after the
-                        run, with random unit embeddings and labels
+    head_ms, head_mib   of the loss, its gradients and the update of the proxies, with random unit embeddings and
+                        labels, in a process of its own after the run: the fastest of 30 repeats, and the most that
+                        torch's allocator holds of it, proxies and the optimizer's state included
     memory_mib          peak of the training process, with all that is preloaded in it
 
 Settings are picked by `validation` alone; `test` is for what was picked.
@@ -45,9 +47,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -60,7 +63,7 @@ from benchmarks import efficiency
 from benchmarks.figures import pack_hits, write_pages
 from benchmarks.tables import TABLES, Row, Table
 from dist_proxygml.cluster.grid import is_same_run, last_evaluation, trained_settings
-from dist_proxygml.config import Config, load_config, load_run_config
+from dist_proxygml.config import Config, load_config
 from dist_proxygml.evaluation.compare import open_result, query_scores
 from dist_proxygml.storage.files import publish_text, read_document, read_log, remove
 from dist_proxygml.storage.lock import FolderLock
@@ -161,8 +164,8 @@ def runs_of(table: Table, runs: Path) -> list[Run]:
     return [Run(table, row, seed, runs) for row in table.rows for seed in row.seeds]
 
 
-def line_of(run: Run, head_ms: float) -> Line:
-    """The line of a finished run, from its folder.
+def line_of(run: Run) -> Line:
+    """The line of a finished run, from its folder: all but what its head takes.
 
     Raises:
         ValueError: it has no evaluation, or logged no step.
@@ -192,7 +195,6 @@ def line_of(run: Run, head_ms: float) -> Line:
         "loss": round(statistics.fmean(line["loss"] for line in logged[-NUM_LOSSES:]), 9),
         "steps": max(last),
         "seconds": {name: round(value, 1) for name, value in facts["seconds"].items()},
-        "head_ms": round(head_ms, 3),
         "memory_mib": round(max(1024 * line.get("gpu_memory_gib", line["memory_gib"]) for line in logged)),
         "commit": _commit(),
         "device": _device(facts["device"]),
@@ -315,10 +317,8 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def head_milliseconds(
-    run_directory: Path, imports: Sequence[str] = (), *, num_repeats: int = 30, warm_up: int = 5
-) -> float:
-    """Milliseconds of a step's head under the settings of a run: loss, its gradients, the update of the proxies."""
+def head_cost(config: Config, imports: Sequence[str] = (), *, num_repeats: int = 30, warm_up: int = 5) -> Line:
+    """Milliseconds and MiB of a step's head: loss, its gradients, the update of the proxies."""
     for module in imports:
         importlib.import_module(module)
     import torch
@@ -326,33 +326,58 @@ def head_milliseconds(
 
     from dist_proxygml.distributed.parallel import single_process
     from dist_proxygml.head.loss import ProxyLoss
+    from dist_proxygml.training.data import count_classes
     from dist_proxygml.training.optim import build_bank_optimizer
     from dist_proxygml.training.step import build_loss
 
-    config: Config = load_run_config(run_directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loss = build_loss(config, single_process(device))
-    parameters = [loss.proxies] if isinstance(loss, ProxyLoss) else list(loss.parameters())
-    scale = loss.log_scale if isinstance(loss, ProxyLoss) else None
-    optimizer = build_bank_optimizer(config.optimizer, parameters, scale)
-    generator = torch.Generator().manual_seed(0)
+    config = count_classes(config)
     size = config.training.batch_size // config.accumulation
-    taken = []
-    for number in range(warm_up + num_repeats):
-        rows_BD = F.normalize(torch.randn(size, config.backbone.embedding_dim, generator=generator), dim=1)
-        labels_B = torch.randint(config.num_trained_classes, (size,), generator=generator).to(device)
-        embeddings_BD = rows_BD.to(device).requires_grad_()
-        loss.draw = number
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        loss(embeddings_BD, labels_B).total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return 1000 * min(taken[warm_up:])
+
+    def steps(count: int) -> list[float]:
+        loss = build_loss(config, single_process(device))
+        parameters = [loss.proxies] if isinstance(loss, ProxyLoss) else list(loss.parameters())
+        scale = loss.log_scale if isinstance(loss, ProxyLoss) else None
+        optimizer = build_bank_optimizer(config.optimizer, parameters, scale)
+        generator = torch.Generator().manual_seed(0)
+        taken = []
+        for number in range(count):
+            rows_BD = F.normalize(torch.randn(size, config.backbone.embedding_dim, generator=generator), dim=1)
+            labels_B = torch.randint(config.num_trained_classes, (size,), generator=generator).to(device)
+            embeddings_BD = rows_BD.to(device).requires_grad_()
+            loss.draw = number
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss(embeddings_BD, labels_B).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    taken = steps(warm_up + num_repeats)[warm_up:]
+    num_bytes = peak_allocation(lambda: steps(2))  # the second finds the optimizer's state
+    return {"head_ms": round(1000 * min(taken), 3), "head_mib": round(num_bytes / 2**20, 1)}
+
+
+def peak_allocation(function: Callable[[], object]) -> int:
+    """Most bytes that torch's allocator holds of what a function allocates; exact, and the function is slower."""
+    import torch
+
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))
+    events = [event["args"] for event in trace["traceEvents"] if event["name"] == "[memory]"]
+    return max(event["Total Allocated"] for event in events)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -373,8 +398,7 @@ def make(
         ValueError: a run failed, or another process is at it.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED_MODULES)
+    context = forks()
     runs.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(runs / "tables", elsewhere="name another folder with --runs")
     for run in to_do(tables, runs=runs, results=results, rows=rows, seeds=seeds):
@@ -386,15 +410,42 @@ def make(
         if not train(run, context, deadline=deadline):
             print(f"{run.table.name} {run.name}: stopped, the same command goes on with it", flush=True)
             return False
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            head_ms = pool.submit(head_milliseconds, run.folder, run.row.imports).result()
-        line = line_of(run, head_ms)
+        line = line_of(run) | in_a_process(context, head_cost, run.config, run.row.imports)
         append(run.table, line, results)
         remove(RunFolder(run.folder).checkpoints)  # what else there is stays, for `report compare`
         said = "" if earlier is None else f"; {'the same' if _is_same(line, earlier) else 'NOT the same'} as before"
         print(f"{run.table.name} {run.name}: {shown(line)}{said}", flush=True)
     lock.release(is_done=True)
     return True
+
+
+def measure_heads(tables: Sequence[Table], *, results: Path = RESULTS, rows: Sequence[str] = ()) -> None:
+    """Measure again what the heads of finished rows take, once for all seeds of a row."""
+    context = forks()
+    for table in tables:
+        for row in table.rows:
+            of_row = [line for (name, _), line in finished(table, results).items() if name == row.name]
+            if not of_row or (rows and row.name not in rows):
+                continue
+            run = Run(table, row, of_row[0]["seed"], Path())
+            cost = in_a_process(context, head_cost, run.config, row.imports)
+            path = results_file(table, results)
+            lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+            publish_text(path, "".join(f"{json.dumps(line | cost if line in of_row else line)}\n" for line in lines))
+            print(f"{table.name} {row.name}: {cost['head_ms']:.1f} ms, {cost['head_mib']:.0f} MiB", flush=True)
+
+
+def forks() -> ForkServerContext:
+    """Where processes come from that have torch loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED_MODULES)
+    return context
+
+
+def in_a_process(context: ForkServerContext, function: Callable[..., Line], *arguments: Any) -> Line:
+    """What a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def to_do(
@@ -447,6 +498,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show tables, rows and results, start nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of what is to do, start nothing")
     parser.add_argument("--figures", action="store_true", help="write tables and pictures of docs/, start nothing")
+    parser.add_argument("--head-costs", action="store_true", help="measure heads of finished rows again, start no run")
     arguments = parser.parse_args(given)
     tables = [TABLES[name] for name in arguments.table]
     runs = arguments.runs.absolute()
@@ -457,6 +509,9 @@ def main(given: Sequence[str] | None = None) -> int:
     elif arguments.dry_run:
         for run in to_do(tables, **chosen):
             print(shlex.join(run.command))
+    elif arguments.head_costs:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        measure_heads(tables, rows=arguments.row)
     elif arguments.figures:
         for table in tables:
             for path in write_pages(table, finished(table), ROOT):

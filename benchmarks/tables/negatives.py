@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.figures import (
     Lines,
+    Priced,
     Shown,
+    against,
     cell,
     curves,
     markdown,
@@ -42,7 +44,7 @@ from dist_proxygml.cluster.grid import Spread
 
 NUM_STEPS = 2500
 SIZES = (1000, 3000, 10000, 20000)
-FOUND = ("Recall@1", "above the nearest 10 %", "head, ms")
+FOUND = ("Recall@1", "above the nearest 10 %", "head, ms", "head, MiB")
 
 
 class Head(NamedTuple):
@@ -138,6 +140,7 @@ OTHERS = {
     "proxy-anchor": _other("Proxy-Anchor", 1.0),
     "multi-similarity": _other("multi-similarity", 1.0, rate="optimizer.backbone_lr", rates=(0.002, 0.004)),
 }
+COMPARED = ("rowwise-topk", "topk", "rowwise-all", "all", "sampled", "rowwise-cosface")  # in the pictures of cost
 
 
 def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_steps: int = NUM_STEPS) -> Row:
@@ -198,7 +201,7 @@ def every_other(line: Mapping[str, Any], start: int) -> dict[str, Any]:
 
 
 def show(table: Table, lines: Lines) -> Shown:
-    """The trials; Recall@1 by number of classes, steps, share and method, with what a step costs; two pictures."""
+    """The trials; Recall@1 by number of classes, steps, share and method, with what a step costs; four pictures."""
     of_trials = {key: every_other(line, 0) for key, line in lines.items() if key[1] == 0}
     of_test = {key: every_other(line, 1) for key, line in lines.items()}
     by_share = _by_share(of_test)
@@ -207,6 +210,7 @@ def show(table: Table, lines: Lines) -> Shown:
     pictures = {"negatives_by_classes.svg": _picture_of_classes(of_test)}
     if by_share:
         pictures["negatives_by_share.svg"] = _picture_of_shares(of_test)
+    pictures |= _pictures_of_cost(of_test)
     return Shown("\n\n".join(parts), pictures)
 
 
@@ -306,10 +310,18 @@ def _found(row: Row | None, classes: int, lines: Lines) -> list[str]:
     """Recall@1, what it is above the nearest's, and milliseconds of a step's head; empty without numbers."""
     nearest = _tuned("topk", classes)
     if row is None or nearest is None:
-        return ["", "", ""]
-    taken = values_of(row, lines, lambda line: line["head_ms"])
+        return [""] * len(FOUND)
     above = "" if row.name == nearest.name else say_interval(row, nearest, lines)
-    return [cell(values_of(row, lines, metric("recall@1"))), above, f"{min(taken.values()):.0f}" if taken else ""]
+    costs = [_cost(row, lines, name) for name in ("head_ms", "head_mib")]
+    said = ["" if cost is None else f"{cost:.0f}" for cost in costs]
+    return [cell(values_of(row, lines, metric("recall@1"))), above, *said]
+
+
+def _cost(row: Row, lines: Lines, name: str) -> float | None:
+    """The least of all seeds, of which some may have shared the machine; None before it is measured."""
+    return min(
+        (lines[row.name, seed][name] for seed in row.seeds if name in lines.get((row.name, seed), {})), default=None
+    )
 
 
 def _tried(name: str, classes: int, lines: Lines) -> list[str]:
@@ -349,6 +361,35 @@ def _picture_of_shares(lines: Lines) -> str:
         {label: [_spread(row, lines) for row in of_head] for label, of_head in rows.items()},
         x_label="share of all proxies",
     )
+
+
+def _pictures_of_cost(lines: Lines) -> dict[str, str]:
+    """What the shares of a head find with the largest size, by time and by memory."""
+    rows = {name: tested(name, SIZES[-1]) for name in COMPARED}
+    seeds = _say_seeds(itertools.chain(*rows.values()), lines)
+
+    def picture(cost: str, of: str, x_label: str) -> str:
+        return against(
+            f"Recall@1 of unseen characters, percent, with {SIZES[-1]:,} classes",
+            f"by the {of} of a step's head; {seeds}",
+            {(HEADS | OTHERS)[name].label: _priced(of_head, lines, cost) for name, of_head in rows.items()},
+            x_label=x_label,
+        )
+
+    return {
+        "negatives_by_time.svg": picture("head_ms", "time", "milliseconds of a step's head, one CPU core"),
+        "negatives_by_memory.svg": picture("head_mib", "memory", "MiB of the head at its peak"),
+    }
+
+
+def _priced(rows: Iterable[Row], lines: Lines, cost: str) -> list[Priced]:
+    """What rows find and cost, as far as both are known; named by share."""
+    known = [(row.labels["share"], _cost(row, lines, cost), _spread(row, lines)) for row in rows]
+    return [
+        Priced(f"{100 * share:g} %" if share < 1 else "", price, found)
+        for share, price, found in known
+        if price is not None and found is not None
+    ]
 
 
 def _spread(row: Row | None, lines: Lines) -> Spread | None:

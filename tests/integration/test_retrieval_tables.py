@@ -63,6 +63,7 @@ def test_rows_are_made_once_continued_where_they_were_stopped_and_repeated_with_
     assert second["test"].keys() == second["validation"].keys()
     assert second["versions"]["torch"] == evaluation.protocol["versions"]["torch"]
     assert 0 < second["head_ms"] < 1000
+    assert second["head_mib"] < 100
     assert second["memory_mib"] > 100
     assert "backbone.embedding_dim=16 seed=0" in second["trains"]
     assert second["command"].endswith("--table tiny --row dim-16 --seed 0")
@@ -84,6 +85,32 @@ def test_rows_are_made_once_continued_where_they_were_stopped_and_repeated_with_
     other.rows[0] = other.rows[0]._replace(overrides=(*other.rows[0].overrides, "optimizer.proxies_lr=0.5"))
     assert set(retrieval.finished(other, results)) == {("dim-16", 0)}
     assert [run.name for run in retrieval.to_do([other], **places)] == ["dim-8_seed-0"]
+
+
+def test_what_heads_take_is_measured_again_for_all_seeds_of_a_row(tmp_path: Path) -> None:
+    # 100,000 x 64 float32 are 24.4 MiB: proxies, gradient and two moments of AdamW, or proxies and a number for each
+    rows = [
+        Row(name, {}, (*TINY, "data.num_classes=100000", "backbone.embedding_dim=64", *more.split()), seeds=(0, 1))
+        for name, more in {
+            "adam": "proxies.ratio=null proxies.negatives=all",
+            "rowwise": "proxies.ratio=null proxies.topk=10 optimizer.proxies_name=rowwise_adagrad "
+            "optimizer.proxies_weight_decay=0",
+            "unfinished": "",
+        }.items()
+    ]
+    table = Table("tiny", "How much?", "docs/tiny.md", rows)
+    for run in retrieval.runs_of(table, tmp_path)[:4]:
+        line = {"row": run.row.name, "seed": run.seed, "settings": run.settings, "loss": run.seed, "head_ms": 1e6}
+        retrieval.append(table, line, tmp_path)
+    retrieval.append(table, {"row": "adam", "seed": 0, "settings": "others", "head_ms": 1e6}, tmp_path)
+    retrieval.measure_heads([table], results=tmp_path, rows=["adam"])
+    assert [line["head_ms"] < 1e6 for line in lines_of(tmp_path)] == [True, True, False, False, False]
+    retrieval.measure_heads([table], results=tmp_path)
+    adam, same, rowwise, *_, other = lines_of(tmp_path)
+    assert adam == same | {name: adam[name] for name in ("seed", "settings", "loss")}
+    assert 4 * 24.4 < adam["head_mib"] < 5.5 * 24.4
+    assert 24.4 < rowwise["head_mib"] < 2 * 24.4
+    assert other["head_ms"] == 1e6
 
 
 def test_a_run_that_fails_says_why_and_is_no_result(tmp_path: Path) -> None:

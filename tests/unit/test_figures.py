@@ -14,6 +14,7 @@ from benchmarks.tables import TABLES, Row
 from dist_proxygml.cluster.grid import Spread
 
 ROOT = Path(__file__).parents[2]
+COSTS = [("1 %", 3.0, 0.5), ("10 %", 30.0, 0.7), ("", 300.0, 0.6)]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -55,6 +56,22 @@ def test_curves_pass_over_what_has_no_number_and_their_names_do_not_cover_each_o
         if element.text in places | {"c": 0}:
             heights[element.text] = float(str(element.get("y") or str(element.get("transform")).split()[1].strip(")")))
     assert abs(heights["b"] - heights["c"]) >= 12, heights
+
+
+def test_what_is_found_stands_above_what_it_costs() -> None:
+    points = [figures.Priced(name, cost, Spread(found, None, (found,))) for name, cost, found in COSTS]
+    text = figures.against("Recall", "all", {"cheap": points[:2], "none": [], "dear": points[2:]}, x_label="ms")
+    root = ElementTree.fromstring(text)
+    assert root.get("aria-label") == (
+        "Recall, by ms. cheap: 1 % 50.00 ± n/a at 3, 10 % 70.00 ± n/a at 30; dear: 60.00 ± n/a at 300"
+    )
+    elements = [element for element in root.iter("{http://www.w3.org/2000/svg}text") if element.get("x")]
+    places = {element.text: (float(element.attrib["x"]), float(element.attrib["y"])) for element in elements}
+    (x_one, y_one), (x_ten, y_ten) = places["1 %"], places["10 %"]
+    assert y_ten < y_one  # upwards
+    assert x_ten - x_one == pytest.approx(places["200"][0] - places["20"][0])  # a factor of ten
+    assert "none" not in places
+    assert figures.against("Recall", "all", {"none": []}, x_label="ms") == ""
 
 
 def test_intervals_over_classes_are_those_of_paired_classes() -> None:

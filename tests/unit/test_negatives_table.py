@@ -38,7 +38,7 @@ def test_trials_and_test_share_no_character() -> None:
 
 def result(recall: float) -> dict[str, Any]:
     hits = pack_hits(np.stack([np.ones(200), np.arange(200) // 2 < 100 * recall]))
-    return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4}
+    return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4, "head_mib": 39.6}
 
 
 def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monk
     ]
     (row,) = (line for line in by_share if line.startswith("| all | 100 % |"))
     assert "| 55.00 ± 7.07 | -25.00 [" in row
-    assert row.endswith("tie | 12 |")  # over seeds: 30 and 20 points
+    assert row.endswith("tie | 12 | 40 |")  # over seeds: 30 and 20 points
     assert f"| {largest:,} {row}" in by_classes
     assert not any(line.startswith("| random") for line in by_share)
     assert by_steps[2:4] == [
@@ -69,4 +69,9 @@ def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monk
         "nearest: 5 % 70.00 ± n/a, 10 % 80.00 ± 0.00, 20 % 70.00 ± n/a, 100 % 55.00"
         in made.pictures["negatives_by_share.svg"]
     )
+    for picture, cost in (("time", "12.4"), ("memory", "39.6")):
+        assert (
+            f"nearest: 5 % 70.00 ± n/a at {cost}, 10 % 80.00 ± 0.00 at {cost}, 20 % 70.00 ± n/a at {cost}; "
+            f"all: 55.00 ± 7.07 at {cost}"
+        ) in made.pictures[f"negatives_by_{picture}.svg"]
     assert made.pictures["negatives_by_classes.svg"] == ""  # one size makes no curve
