@@ -1,5 +1,7 @@
 """Exact and random negatives: settings are those that the trials find, and unfinished rows leave gaps."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,9 @@ from benchmarks.figures import pack_hits, unpack_hits
 from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES, negatives
 from benchmarks.tables.negatives import HEADS, OTHERS, SIZES, every_other, trials
+from dist_proxygml.training import presets
 
+ROOT = Path(__file__).parents[2]
 ALL_HEADS = HEADS | OTHERS
 
 
@@ -24,6 +28,26 @@ def test_what_is_tuned_is_what_the_trials_find(head: str, classes: int) -> None:
 def test_a_size_is_tuned_for_all_heads_or_for_none() -> None:
     (sizes,) = {frozenset(head.tuned) for head in HEADS.values()}
     assert sizes <= set(SIZES)
+
+
+def test_the_preset_and_the_recipe_take_what_wins_with_many_classes() -> None:
+    lines, largest = finished(TABLES["negatives"]), SIZES[-1]
+    found = {
+        (name, row.labels["value"], row.labels["rate"]): every_other(lines[row.name, 0], 0)["test"]["recall@1"]
+        for name in ALL_HEADS
+        for row in trials(name, largest)
+        if (row.name, 0) in lines
+    }
+    draft = presets._Draft("mine", "shards/mine")
+    presets._choose_many_proxies(draft, largest)
+    recipe = json.loads((ROOT / "configs" / "glyphs_cpu.json").read_text())
+    for raw in (draft.raw, recipe):
+        assert (raw["proxies"]["unit_norm"], raw["optimizer"]["proxies_name"]) == (True, "rowwise_adagrad")
+        assert ("rowwise-topk", raw["proxies"]["scale"], raw["optimizer"]["proxies_lr"]) == max(
+            found, key=lambda key: found[key]
+        )
+    share = ALL_HEADS["rowwise-topk"].tuning_share
+    assert (draft.raw["proxies"]["topk"], recipe["proxies"]["ratio"]) == (share * largest, share)
 
 
 def test_trials_and_test_share_no_character() -> None:
