@@ -44,7 +44,7 @@ from dist_proxygml.cluster.grid import Spread
 
 NUM_STEPS = 2500
 SIZES = (1000, 3000, 10000, 20000)
-FOUND = ("Recall@1", "above the nearest 10 %", "head, ms", "head, MiB")
+COSTS = ("head, ms", "head, MiB")
 
 
 class Head(NamedTuple):
@@ -60,6 +60,7 @@ class Head(NamedTuple):
     values: tuple[float, float] = (4, 16)
     rate: str = "optimizer.proxies_lr"
     rates: tuple[float, float] = (0.003, 0.01)
+    num_seeds: int = 3  # of the tuning share; more where heads are close
 
     @property
     def settings(self) -> list[tuple[str, tuple[float, float]]]:
@@ -100,7 +101,8 @@ HEADS = {
 }
 
 
-ROW_WISE = "optimizer.proxies_name=rowwise_adagrad optimizer.proxies_weight_decay=0 proxies.unit_norm=true"
+ROW_WISE = "optimizer.proxies_name=rowwise_adagrad optimizer.proxies_weight_decay=0"
+UNIT_LENGTH = "proxies.unit_norm=true"
 
 
 def _other(method: str, share: float, tuned: tuple[float, float] | None = None, **more: Any) -> Head:
@@ -110,12 +112,14 @@ def _other(method: str, share: float, tuned: tuple[float, float] | None = None, 
     return head._replace(setting=of.tuned, values=of.values)
 
 
-def _row_wise(head: Head, shares: tuple[float, ...], tuned: tuple[float, float] | None = None) -> Head:
+def _row_wise(
+    head: Head, shares: tuple[float, ...], tuned: tuple[float, float] | None = None, num_seeds: int = 3
+) -> Head:
     """A head whose proxies move by row-wise Adagrad, which leaves those alone that no image was compared with; of the
     shares the first is tuned.
     """
     found = {} if tuned is None else {SIZES[-1]: tuned}
-    overrides = f"{head.overrides} {ROW_WISE}"
+    overrides = f"{head.overrides} {ROW_WISE} {UNIT_LENGTH}"
     return head._replace(
         label=f"{head.label}, row-wise",
         overrides=overrides,
@@ -124,15 +128,28 @@ def _row_wise(head: Head, shares: tuple[float, ...], tuned: tuple[float, float] 
         tuned=found,
         more_steps={},
         rates=(0.1, 0.3),
+        num_seeds=num_seeds,
     )
 
 
-# What is tried with the largest size alone. Without proxies there is but the network's rate.
+def _nearest(label: str, overrides: str, rates: tuple[float, float]) -> Head:
+    """The nearest 5 % with other settings of the proxies."""
+    head = HEADS["topk"]
+    overrides = f"{head.overrides} {overrides}"
+    return head._replace(
+        label=label, overrides=overrides, shares=(0.05,), tuning_share=0.05, tuned={}, more_steps={}, rates=rates
+    )
+
+
+# What is tried with the largest size alone, among it row-wise Adagrad and unit length, which go together elsewhere, one
+# without the other. Without proxies there is but the network's rate.
 OTHERS = {
-    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001), (16, 0.1)),
+    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001), (16, 0.1), num_seeds=5),
     "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), (16, 0.3)),
-    "rowwise-all": _row_wise(HEADS["all"], (1.0,), (16, 0.1)),
-    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,)),
+    "rowwise-all": _row_wise(HEADS["all"], (1.0,), (16, 0.1), num_seeds=5),
+    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,), (0.3, 0.1), num_seeds=5),
+    "rowwise-any-length": _nearest("nearest, row-wise, any length", ROW_WISE, (0.1, 0.3)),
+    "unit-length": _nearest("nearest, unit length", UNIT_LENGTH, (0.003, 0.01)),
     "margin": _other("ProxyGML, margin", 0.1, (0.3, 0.003)),
     "cosface": _other("CosFace", 1.0, (0.3, 0.01)),
     "arcface": _other("ArcFace", 1.0),
@@ -144,7 +161,7 @@ COMPARED = ("rowwise-topk", "topk", "rowwise-all", "all", "sampled", "rowwise-co
 
 
 def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_steps: int = NUM_STEPS) -> Row:
-    """A row of one head, of three seeds if it is tested."""
+    """A row of one head, of one seed unless it is tested."""
     head, (value, rate) = (HEADS | OTHERS)[name], tried
     overrides = [
         *BARE,
@@ -166,7 +183,8 @@ def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_
         f"rate-{rate:g}",
         *([f"steps-{num_steps}"] if num_steps != NUM_STEPS else []),
     ]
-    seeds = (0, 1, 2) if tried == head.tuned.get(classes) else (0,)
+    num_seeds = head.num_seeds if share == head.tuning_share and num_steps == NUM_STEPS else 3
+    seeds = range(num_seeds) if tried == head.tuned.get(classes) else (0,)
     return Row("_".join(parts), labels, overrides, CHARACTERS, seeds)
 
 
@@ -226,13 +244,15 @@ def _trials(lines: Lines) -> list[str]:
 
 def _by_classes(lines: Lines) -> list[str]:
     body = [
-        [f"{classes:,}", head.label, f"{100 * head.tuning_share:g} %", *_found(_tuned(name, classes), classes, lines)]
+        [f"{classes:,}", head.label, f"{100 * head.tuning_share:g} %", *_found(row, _tuned("topk", classes), lines)]
         for classes in SIZES
         for name, head in HEADS.items()
+        if (row := _tuned(name, classes)) is not None
     ]
+    header = ["classes", "negatives", "share", "Recall@1", "above the nearest 10 %", *COSTS]
     return [
         "**Recall@1 of the others** by the number of classes that train",
-        markdown(["classes", "negatives", "share", *FOUND], [row for row in body if any(row[3:])]),
+        markdown(header, [row for row in body if any(row[3:])]),
     ]
 
 
@@ -260,30 +280,32 @@ def _by_share(lines: Lines) -> list[str]:
     """Nothing before there are more shares than those that are tuned."""
     largest = SIZES[-1]
     body = [
-        [HEADS[name].label, f"{100 * share:g} %", *_found(row, largest, lines)]
+        [HEADS[name].label, f"{100 * share:g} %", *_found(row, _tuned("topk", largest), lines)]
         for name, head in HEADS.items()
         for share, row in zip(head.shares, tested(name, largest), strict=False)
     ]
     body = [row for row in body if any(row[2:])]
     if len(body) <= len(HEADS):
         return []
+    header = ["negatives", "share", "Recall@1", "above the nearest 10 %", *COSTS]
     return [
         f"**Recall@1 of the others** by the share that an image is compared with, of {largest:,} classes",
-        markdown(["negatives", "share", *FOUND], body),
+        markdown(header, body),
     ]
 
 
 def _others(of_trials: Lines, of_test: Lines) -> list[str]:
     """The trials of other methods, and what they find beside the nearest; nothing before the first trial."""
     largest = SIZES[-1]
-    tuning, found = [], []
+    best = next(iter(tested("rowwise-topk", largest)), None)
+    tuning = []
     for name, head in OTHERS.items():
         settings = (f"`{setting}` {low:g} or {high:g}" for setting, (low, high) in head.settings)
         tuning.append([head.label, f"{100 * head.tuning_share:g} %", *settings, *_tried(name, largest, of_trials)])
-        found += [
-            [head.label, f"{100 * share:g} %", *_found(row, largest, of_test)]
-            for share, row in zip(head.shares, tested(name, largest), strict=False)
-        ]
+    rows = [(head, row) for name, head in OTHERS.items() for row in tested(name, largest)]
+    if any(_spread(row, of_test) for _, row in rows):
+        rows += [(head, row) for name, head in HEADS.items() if (row := _tuned(name, largest)) is not None]
+    found = [[head.label, f"{100 * row.labels['share']:g} %", *_found(row, best, of_test)] for head, row in rows]
     found = [row for row in found if any(row[2:])]
     parts = []
     if any(any(row[4:]) for row in tuning):
@@ -292,7 +314,7 @@ def _others(of_trials: Lines, of_test: Lines) -> list[str]:
     if found:
         parts += [
             f"**Recall@1 of the others** by method, of {largest:,} classes",
-            markdown(["method", "share", *FOUND], found),
+            markdown(["method", "share", "Recall@1", "above the first", *COSTS], found),
         ]
     return parts
 
@@ -306,12 +328,9 @@ def _tested(name: str, share: float, classes: int) -> Row | None:
     return next((row for row in tested(name, classes) if row.labels["share"] == share), None)
 
 
-def _found(row: Row | None, classes: int, lines: Lines) -> list[str]:
-    """Recall@1, what it is above the nearest's, and milliseconds of a step's head; empty without numbers."""
-    nearest = _tuned("topk", classes)
-    if row is None or nearest is None:
-        return [""] * len(FOUND)
-    above = "" if row.name == nearest.name else say_interval(row, nearest, lines)
+def _found(row: Row, reference: Row | None, lines: Lines) -> list[str]:
+    """Recall@1, what it is above another row's, and what a step's head takes; empty without numbers."""
+    above = "" if reference is None or row.name == reference.name else say_interval(row, reference, lines)
     costs = [_cost(row, lines, name) for name in ("head_ms", "head_mib")]
     said = ["" if cost is None else f"{cost:.0f}" for cost in costs]
     return [cell(values_of(row, lines, metric("recall@1"))), above, *said]
