@@ -354,7 +354,7 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
         style_axes(axes)
         axes.set_xscale("log")
         axes.minorticks_off()
-        for colour, points in zip(SERIES, shown.values(), strict=False):
+        for number, (colour, points) in enumerate(zip(SERIES, shown.values(), strict=False)):
             axes.errorbar(
                 [point.cost for point in points],
                 [100 * point.found.mean for point in points],
@@ -367,10 +367,16 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
                 capsize=3,
                 clip_on=False,
             )
-            for point in points:
-                place = (point.cost, 100 * point.found.mean)
+            for place, point in enumerate(points):
+                side = "right" if place == 0 else "left" if place == len(points) - 1 else "center"  # away from the next
                 axes.annotate(
-                    point.name, place, (0, 9), textcoords="offset pixels", ha="center", color=colour, fontsize=11
+                    point.name,
+                    (point.cost, 100 * point.found.mean),
+                    (0, 9 if number % 2 == 0 else -18),  # above or below: lines may lie close together
+                    textcoords="offset pixels",
+                    ha=side,
+                    color=colour,
+                    fontsize=11,
                 )
         costs = [point.cost for points in shown.values() for point in points]
         ticks = [digit * 10.0**power for power in range(-2, 6) for digit in (1, 2, 5)]

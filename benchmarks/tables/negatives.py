@@ -402,8 +402,8 @@ def _pictures_of_cost(lines: Lines) -> dict[str, str]:
 
 
 def _priced(rows: Iterable[Row], lines: Lines, cost: str) -> list[Priced]:
-    """What rows find and cost, as far as both are known; named by share."""
-    known = [(row.labels["share"], _cost(row, lines, cost), _spread(row, lines)) for row in rows]
+    """What rows find and cost, as far as both are known; named by share, in its order."""
+    known = sorted((row.labels["share"], _cost(row, lines, cost), _spread(row, lines)) for row in rows)
     return [
         Priced(f"{100 * share:g} %" if share < 1 else "", price, found)
         for share, price, found in known
