@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Lines = Mapping[tuple[str, int], dict[str, Any]]  # results by row and seed
 IMAGES = "docs/images"
 WIDTH, HEIGHT, HEADER = 680, 330, 62
+PLACE = (52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT)  # of axes: left, bottom, width, height
 
 
 class Shown(NamedTuple):
@@ -272,24 +273,13 @@ def curves(
         return ""
 
     def paint(figure: "Figure") -> None:
-        axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT))
+        axes = figure.add_axes(PLACE)
         style_axes(axes)
         ends = []
         for number, (name, spreads) in enumerate(series.items()):
             shift = 0.06 * (number - (len(series) - 1) / 2)  # or error bars would hide each other
             known = [(x + shift, value) for x, value in enumerate(spreads) if value is not None]
-            axes.errorbar(
-                [x for x, _ in known],
-                [100 * value.mean for _, value in known],
-                yerr=[100 * (value.deviation or 0.0) for _, value in known],
-                color=SERIES[number],
-                fmt="o-",
-                markersize=6,
-                linewidth=1.8,
-                elinewidth=1.2,
-                capsize=3,
-                clip_on=False,
-            )
+            _with_bars(axes, [x for x, _ in known], [value for _, value in known], SERIES[number])
             if known:
                 ends.append((100 * known[-1][1].mean, name, SERIES[number]))
         axes.set_xlim(-0.2, len(places) - 0.8)
@@ -316,7 +306,7 @@ def growth(title: str, subtitle: str, series: Sequence[Curve], *, x_label: str) 
     shown = [curve for curve in series if curve.points]
 
     def paint(figure: "Figure") -> None:
-        axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT))
+        axes = figure.add_axes(PLACE)
         style_axes(axes, logarithmic=True)
         axes.set_xscale("log")
         axes.minorticks_off()
@@ -350,23 +340,12 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
         return ""
 
     def paint(figure: "Figure") -> None:
-        axes = figure.add_axes((52 / WIDTH, 54 / HEIGHT, (WIDTH - 260) / WIDTH, (HEIGHT - 70) / HEIGHT))
+        axes = figure.add_axes(PLACE)
         style_axes(axes)
         axes.set_xscale("log")
         axes.minorticks_off()
         for number, (colour, points) in enumerate(zip(SERIES, shown.values(), strict=False)):
-            axes.errorbar(
-                [point.cost for point in points],
-                [100 * point.found.mean for point in points],
-                yerr=[100 * (point.found.deviation or 0.0) for point in points],
-                color=colour,
-                fmt="o-",
-                markersize=6,
-                linewidth=1.8,
-                elinewidth=1.2,
-                capsize=3,
-                clip_on=False,
-            )
+            _with_bars(axes, [point.cost for point in points], [point.found for point in points], colour)
             for place, point in enumerate(points):
                 side = "right" if place == 0 else "left" if place == len(points) - 1 else "center"  # away from the next
                 axes.annotate(
@@ -392,6 +371,22 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
         for name, points in shown.items()
     )
     return _picture(title, subtitle, f"{title}, by {x_label}. {spoken}", paint)
+
+
+def _with_bars(axes: "Axes", xs: Sequence[float], spreads: Sequence[Spread], colour: str) -> None:
+    """Draw a line of means, in percent, with their deviations."""
+    axes.errorbar(
+        xs,
+        [100 * spread.mean for spread in spreads],
+        yerr=[100 * (spread.deviation or 0.0) for spread in spreads],
+        color=colour,
+        fmt="o-",
+        markersize=6,
+        linewidth=1.8,
+        elinewidth=1.2,
+        capsize=3,
+        clip_on=False,
+    )
 
 
 def _name_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]]) -> None:

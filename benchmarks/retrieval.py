@@ -419,8 +419,15 @@ def make(
     return True
 
 
-def measure_heads(tables: Sequence[Table], *, results: Path = RESULTS, rows: Sequence[str] = ()) -> None:
-    """Measure again what the heads of finished rows take, once for all seeds of a row."""
+def measure_heads(tables: Sequence[Table], *, runs: Path, results: Path = RESULTS, rows: Sequence[str] = ()) -> None:
+    """Measure again what the heads of finished rows take, once for all seeds of a row.
+
+    Raises:
+        ValueError: there is no such row, or another process is at it.
+    """
+    check_rows(tables, rows)
+    runs.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(runs / "tables", elsewhere="name another folder with --runs")  # it rewrites what runs append to
     context = forks()
     for table in tables:
         for row in table.rows:
@@ -433,6 +440,7 @@ def measure_heads(tables: Sequence[Table], *, results: Path = RESULTS, rows: Seq
             lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
             publish_text(path, "".join(f"{json.dumps(line | cost if line in of_row else line)}\n" for line in lines))
             print(f"{table.name} {row.name}: {cost['head_ms']:.1f} ms, {cost['head_mib']:.0f} MiB", flush=True)
+    lock.release(is_done=True)
 
 
 def forks() -> ForkServerContext:
@@ -448,6 +456,13 @@ def in_a_process(context: ForkServerContext, function: Callable[..., Line], *arg
         return pool.submit(function, *arguments).result()
 
 
+def check_rows(tables: Sequence[Table], rows: Sequence[str]) -> None:
+    """Raise a ValueError where a row is in none of the tables."""
+    known = {row.name for table in tables for row in table.rows}
+    if unknown := [name for name in rows if name not in known]:
+        raise ValueError(f"expected --row of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+
+
 def to_do(
     tables: Sequence[Table], *, runs: Path, results: Path = RESULTS, rows: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> Iterator[Run]:
@@ -456,9 +471,7 @@ def to_do(
     Raises:
         ValueError: there is no such row.
     """
-    known = {row.name for table in tables for row in table.rows}
-    if unknown := [name for name in rows if name not in known]:
-        raise ValueError(f"expected --row of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    check_rows(tables, rows)
     for table in tables:
         done = finished(table, results)
         for run in runs_of(table, runs):
@@ -509,9 +522,6 @@ def main(given: Sequence[str] | None = None) -> int:
     elif arguments.dry_run:
         for run in to_do(tables, **chosen):
             print(shlex.join(run.command))
-    elif arguments.head_costs:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        measure_heads(tables, rows=arguments.row)
     elif arguments.figures:
         for table in tables:
             for path in write_pages(table, finished(table), ROOT):
@@ -520,8 +530,12 @@ def main(given: Sequence[str] | None = None) -> int:
             print(path.relative_to(ROOT))
     else:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server that forks starts: it counts threads but once
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory says that there is no GPU
         signal.signal(signal.SIGTERM, _interrupt)
         try:
+            if arguments.head_costs:
+                measure_heads(tables, runs=runs, rows=arguments.row)
+                return 0
             return 0 if make(tables, minutes=arguments.minutes, **chosen) else 1
         except KeyboardInterrupt:
             print("stopped; the same command goes on where the run has saved", file=sys.stderr)
