@@ -5,7 +5,6 @@ where its programs are installed and we are root. With DIST_PROXYGML_NEEDS_SLURM
 """
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from dist_proxygml.storage.files import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "tools/slurm_cluster.py"
@@ -40,10 +41,10 @@ def start_launcher(*command: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def training_losses(run_directory: Path) -> list[tuple[int, float]]:
-    """Step and loss of every line of training in a run's metrics, in their order."""
-    path = run_directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    """Step and loss of every line of training in a run's metrics, in their order; the run may be writing the last."""
+    log = read_log(run_directory / "metrics.jsonl", {"step": int, "kind": str})
+    assert not log.odd, log.odd
+    return [(line["step"], line["loss"]) for _, line in log.records if line["kind"] == "train"]
 
 
 class Slurm:
