@@ -107,13 +107,23 @@ def say_seeds(rows: Sequence["Row"], lines: Lines) -> str:
     return f"mean ± standard deviation of {number} seeds"
 
 
+def count_seeds(row: "Row", lines: Lines) -> str:
+    """How many seeds of a row have finished, and of how many if not all."""
+    num_done = len([seed for seed in row.seeds if (row.name, seed) in lines])
+    return str(num_done) if num_done == len(row.seeds) else f"{num_done} of {len(row.seeds)}"
+
+
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
     """The first minus the second, over the seeds that both have."""
     paired = [first[seed] - second[seed] for seed in first if seed in second]
     if len(paired) < 2:
         return Difference(paired[0] if paired else math.nan, math.inf)
-    error = statistics.stdev(paired) / math.sqrt(len(paired))
-    return Difference(statistics.fmean(paired), float(stats.t.ppf(0.975, len(paired) - 1)) * error)
+    return Difference(statistics.fmean(paired), half_width(statistics.stdev(paired), len(paired)))
+
+
+def half_width(deviation: float, count: int) -> float:
+    """Of the 95 % interval of a mean, from the standard deviation of `count` numbers of a sample (Student's t)."""
+    return float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
 
 
 def pack_hits(hits: np.ndarray) -> str:
@@ -137,9 +147,11 @@ def over_classes(first: "Row", second: "Row", lines: Lines, *, num_resamples: in
     ]
     if not packed:
         return None
-    counts_2SPC = np.stack([[unpack_hits(text) for text in pair] for pair in zip(*packed, strict=True)])
-    queries_C = counts_2SPC[0, 0, 0]
-    scores_2C = counts_2SPC[:, :, 1].mean(axis=1) / queries_C
+    counts = [[unpack_hits(text) for text in pair] for pair in zip(*packed, strict=True)]
+    queries_C = counts[0][0][0]
+    if not all(np.array_equal(of_seed_PC[0], queries_C) for of_row in counts for of_seed_PC in of_row):
+        raise ValueError(f"expected the same test classes for {first.name} and {second.name}, got others; repeat both")
+    scores_2C = np.array(counts)[:, :, 1].mean(axis=1) / queries_C
     scores = [{"recall@1": np.repeat(scores_C, queries_C)} for scores_C in scores_2C]
     class_Q = np.repeat(np.arange(len(queries_C)), queries_C)
     found = compare_queries(scores, class_Q, reference=1, by_class=True, num_resamples=num_resamples, seed=0)
@@ -201,13 +213,13 @@ def plain(table: "Table", lines: Lines) -> Shown:
         found = [lines[row.name, seed] for seed in row.seeds if (row.name, seed) in lines]
         taken = [
             [sum(line["seconds"].values()) for line in found],
-            [line["head_ms"] for line in found],
+            [line["head_ms"] for line in found if "head_ms" in line],
             [line["memory_mib"] for line in found],
         ]
         body.append(
             [
                 *(str(row.labels.get(column, "")) for column in columns),
-                str(len(found)) if len(found) == len(row.seeds) else f"{len(found)} of {len(row.seeds)}",
+                count_seeds(row, lines),
                 cell(values_of(row, lines, metric("recall@1"))),
                 cell(values_of(row, lines, metric("map@r"))),
                 cell(values_of(row, lines, metric("map@r", on="validation"))),
@@ -344,7 +356,10 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
         style_axes(axes)
         axes.set_xscale("log")
         axes.minorticks_off()
-        for number, (colour, points) in enumerate(zip(SERIES, shown.values(), strict=False)):
+        ends = []
+        for number, (name, points) in enumerate(shown.items()):
+            colour = SERIES[number]
+            ends.append((100 * points[-1].found.mean, name, colour))
             _with_bars(axes, [point.cost for point in points], [point.found for point in points], colour)
             for place, point in enumerate(points):
                 side = "right" if place == 0 else "left" if place == len(points) - 1 else "center"  # away from the next
@@ -363,8 +378,7 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
         inside = [tick for tick in ticks if min(costs) / 1.3 <= tick <= max(costs) * 1.3]
         axes.set_xticks(inside, [f"{tick:g}" for tick in inside], color=TEXT, fontsize=12)
         axes.set_xlabel(x_label, color=QUIET, fontsize=12)
-        ends = zip(SERIES, shown.items(), strict=False)
-        _name_ends(axes, [(100 * points[-1].found.mean, name, colour) for colour, (name, points) in ends])
+        _name_ends(axes, ends)
 
     spoken = "; ".join(
         f"{name}: " + ", ".join(f"{p.name} {format_spread(p.found)} at {p.cost:.3g}".strip() for p in points)

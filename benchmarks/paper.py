@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.figures import markdown, spread
+from benchmarks.figures import half_width, markdown, spread
 from dist_proxygml import shard, sweep
 from dist_proxygml.cli import add_options, at_least, build_parser, command, run_command, said_by
 from dist_proxygml.cluster.grid import Spread, format_spread
@@ -148,21 +148,19 @@ def metric(numbers: Mapping[str, float], name: str) -> float | None:
 
 
 def keep_results(experiment: Experiment) -> list[Outcome]:
-    """The seeds that the sweep calls finished, stored as lines of OUT/NAME.jsonl with what they were made with. A line
-    that is there already stays: it knows the commit.
+    """The seeds that the sweep calls finished, stored as lines of OUT/NAME.jsonl with what they were made with. Lines
+    of other seeds stay, and one that is there already: it knows the commit.
     """
     with (experiment.folder / "results.csv").open(encoding="utf-8", newline="") as stream:
         seeds = [int(row["seed"]) for row in csv.DictReader(stream) if row["status"] == "finished"]
     path = experiment.folder.with_suffix(".jsonl")
     outcomes: list[Outcome] = []
-    lines: list[dict[str, Any]] = []
-    earlier = {line["seed"]: line for _, line in read_log(path, {"seed": int}).records}
+    lines: dict[int, dict[str, Any]] = {line["seed"]: line for _, line in read_log(path, {"seed": int}).records}
     for seed in seeds:
         run = RunFolder(experiment.folder / f"seed-{seed}")
         outcomes.append(read_outcome(run.path, seed))
         line: dict[str, Any] = {"dataset": experiment.name, **outcomes[-1]._asdict()}
-        if line.items() <= earlier.get(seed, {}).items():
-            lines.append(earlier[seed])
+        if line.items() <= lines.get(seed, {}).items():
             continue
         line |= {name: read_document(run.facts)[name] for name in ("device", "seconds")}
         line["commit"] = (
@@ -170,8 +168,8 @@ def keep_results(experiment: Experiment) -> list[Outcome]:
         )
         line["versions"] = read_document(max(run.evaluations().items())[1])["protocol"]["versions"]
         line["trains"] = shlex.join(["python", "launchers/sweep.py", *experiment.train])
-        lines.append(line)
-    publish_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        lines[seed] = line
+    publish_text(path, "".join(json.dumps(lines[seed]) + "\n" for seed in sorted(lines)))
     return outcomes
 
 
@@ -193,7 +191,7 @@ def show(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
     epochs = ", ".join(str(outcome.best_epoch) for outcome in outcomes)
     notes = [
         f"Percent, mean ± standard deviation over {len(outcomes)} of {given.seeds} seeds (of a sample, n - 1). A "
-        "difference within the deviation is a tie.",
+        "difference within the 95 % interval of the mean (Student's t) is a tie.",
         "best is what compares with the published numbers: like them the best of several looks at the test split, so "
         f"optimistic. By Recall@1, of {outcomes[0].num_compared} epochs: {epochs}.",
         "last does not compare with them: nobody has chosen it, and none is published.",
@@ -221,7 +219,8 @@ def compare(ours: Spread | None, published: float | None) -> str:
     difference = 100 * ours.mean - published
     if ours.deviation is None:
         return f"{difference:+.2f}, of one seed"
-    return f"{difference:+.2f}{', a tie' * (abs(difference) <= 100 * ours.deviation)}"
+    is_tie = abs(difference) <= 100 * half_width(ours.deviation, len(ours.values))
+    return f"{difference:+.2f}{', a tie' * is_tie}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

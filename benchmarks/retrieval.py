@@ -22,8 +22,8 @@ counts. Its numbers:
     loss                mean of the last five logged steps
     seconds             of all starts of the run, by phase; the machine may have been shared
     head_ms, head_mib   of the loss, its gradients and the update of the proxies, with random unit embeddings and
-                        labels, in a process of its own after the run: the fastest of 30 repeats, and the most that
-                        torch's allocator holds of it, proxies and the optimizer's state included
+                        labels: the fastest of 30 repeats, and the most that torch's allocator holds of it, proxies and
+                        the optimizer's state included; measured by --head-costs alone, when nothing else runs
     memory_mib          peak of the training process, with all that is preloaded in it
 
 Settings are picked by `validation` alone; `test` is for what was picked.
@@ -52,6 +52,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import FrameType
@@ -62,17 +63,16 @@ import numpy as np
 from benchmarks import efficiency
 from benchmarks.figures import pack_hits, write_pages
 from benchmarks.tables import TABLES, Row, Table
-from dist_proxygml.cluster.grid import is_same_run, last_evaluation, trained_settings
+from dist_proxygml.cluster.grid import FREE_SECTIONS, is_same_run, last_evaluation, trained_settings
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.evaluation.compare import open_result, query_scores
 from dist_proxygml.storage.files import publish_text, read_document, read_log, remove
-from dist_proxygml.storage.lock import FolderLock
+from dist_proxygml.storage.lock import FolderLock, locked_file
 from dist_proxygml.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FREE_SECTIONS = {"name", "runs_dir", "telemetry", "checkpoint"}  # what numbers do not depend on
-STOPPED_STATUS = 75  # of a run that was asked to stop, and has saved
+STOPPED_STATUS = 75  # of distributed/parallel.py, which needs torch: the run was asked to stop, and has saved
 PRELOADED_MODULES = ["torch._dynamo", "deepspeed", "faiss", "sklearn.metrics", "dist_proxygml.training.run"]
 NUM_LOSSES = 5
 
@@ -111,13 +111,13 @@ class Run(NamedTuple):
     @property
     def command(self) -> list[str]:
         """What trains it outside of this harness, but for its folder."""
-        start = ["launchers/train.py"]
-        if self.row.imports:
-            start = [
-                "-c",
-                f"import runpy, {', '.join(self.row.imports)}; runpy.run_path('{start[0]}', run_name='__main__')",
-            ]
-        return ["python", *start, *_without_place(self.arguments)]
+        program, modules = "launchers/train.py", ", ".join(self.row.imports)
+        start = ["python", program]
+        if modules:
+            start = ["python", "-c", f"import runpy, {modules}; runpy.run_path('{program}', run_name='__main__')"]
+        if self.row.ranks > 1:
+            start = ["deepspeed", "--num_gpus", str(self.row.ranks), program]
+        return [*start, *_without_place(self.arguments)]
 
     @property
     def config(self) -> Config:
@@ -153,10 +153,17 @@ def finished(table: Table, folder: Path = RESULTS) -> dict[tuple[str, int], Line
 
 def append(table: Table, line: Line, folder: Path) -> None:
     """Add a line, whole or not at all."""
+    rewrite(table, folder, lambda lines: [*lines, line])
+
+
+def rewrite(table: Table, folder: Path, change: Callable[[list[Line]], list[Line]]) -> None:
+    """Change the lines of a table; other processes that want to wait meanwhile."""
     path = results_file(table, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    publish_text(path, before + json.dumps(line) + "\n")
+    with locked_file(path.with_name(f".{path.name}.lock"), wait=True):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = change([json.loads(line) for line in text.splitlines()])
+        publish_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def runs_of(table: Table, runs: Path) -> list[Run]:
@@ -164,8 +171,8 @@ def runs_of(table: Table, runs: Path) -> list[Run]:
     return [Run(table, row, seed, runs) for row in table.rows for seed in row.seeds]
 
 
-def line_of(run: Run) -> Line:
-    """The line of a finished run, from its folder: all but what its head takes.
+def line_of(run: Run, commit: str) -> Line:
+    """The line of a finished run, from its folder.
 
     Raises:
         ValueError: it has no evaluation, or logged no step.
@@ -196,7 +203,7 @@ def line_of(run: Run) -> Line:
         "steps": max(last),
         "seconds": {name: round(value, 1) for name, value in facts["seconds"].items()},
         "memory_mib": round(max(1024 * line.get("gpu_memory_gib", line["memory_gib"]) for line in logged)),
-        "commit": _commit(),
+        "commit": commit,
         "device": _device(facts["device"]),
         "versions": document["protocol"]["versions"] | {"python": platform.python_version()},
         "command": f"python -m benchmarks.retrieval --table {run.table.name} --row {run.row.name} --seed {run.seed}",
@@ -220,13 +227,14 @@ def _without_place(arguments: Sequence[str]) -> list[str]:
 
 
 def _commit() -> str:
-    """The commit, with a plus behind it if the package is not as committed."""
+    """The commit, with a plus behind it if what trains is not as committed."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "dist_proxygml", "launchers")
+    code = ("dist_proxygml", "launchers", ":(glob)benchmarks/*.py")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
 
 
@@ -275,7 +283,7 @@ def train(run: Run, context: ForkServerContext, *, deadline: float | None) -> bo
         for process in processes:
             process.join()
     statuses = {process.exitcode for process in processes}
-    if not statuses <= {0, STOPPED_STATUS}:
+    if not statuses <= {0, STOPPED_STATUS, -signal.SIGTERM}:  # SIGTERM before it listened
         said = log_of(run).read_text(encoding="utf-8", errors="replace")[-2000:]
         raise ValueError(f"{run.name} ended with status {statuses}; {log_of(run)} ends with:\n{said}")
     return statuses == {0}
@@ -326,6 +334,7 @@ def head_cost(config: Config, imports: Sequence[str] = (), *, num_repeats: int =
 
     from dist_proxygml.distributed.parallel import single_process
     from dist_proxygml.head.loss import ProxyLoss
+    from dist_proxygml.head.optim import bring_to_unit_length_
     from dist_proxygml.training.data import count_classes
     from dist_proxygml.training.optim import build_bank_optimizer
     from dist_proxygml.training.step import build_loss
@@ -351,6 +360,10 @@ def head_cost(config: Config, imports: Sequence[str] = (), *, num_repeats: int =
             start = time.perf_counter()
             loss(embeddings_BD, labels_B).total.backward()
             optimizer.step()
+            if isinstance(loss, ProxyLoss) and config.proxies.unit_norm:
+                gradient = loss.proxies.grad
+                kept_classes = gradient.indices()[0] if gradient is not None and gradient.is_sparse else None
+                bring_to_unit_length_(loss.proxies.detach(), classes_u=kept_classes)
             optimizer.zero_grad()
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -398,19 +411,20 @@ def make(
         ValueError: a run failed, or another process is at it.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    context = forks()
+    commit, context = _commit(), forks()  # which load what is there now
     runs.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(runs / "tables", elsewhere="name another folder with --runs")
     for run in to_do(tables, runs=runs, results=results, rows=rows, seeds=seeds):
         if deadline is not None and time.monotonic() > deadline:
             return False
         earlier, trained = finished(run.table, results).get((run.row.name, run.seed)), trained_settings(run.folder)
-        if earlier is not None or (trained is not None and not is_same_run(trained, run.config)):
+        is_ended = earlier is not None and not RunFolder(run.folder).checkpoints.exists()
+        if is_ended or (trained is not None and not is_same_run(trained, run.config)):
             remove(run.folder)
         if not train(run, context, deadline=deadline):
             print(f"{run.table.name} {run.name}: stopped, the same command goes on with it", flush=True)
             return False
-        line = line_of(run) | in_a_process(context, head_cost, run.config, run.row.imports)
+        line = line_of(run, commit)
         append(run.table, line, results)
         remove(RunFolder(run.folder).checkpoints)  # what else there is stays, for `report compare`
         said = "" if earlier is None else f"; {'the same' if _is_same(line, earlier) else 'NOT the same'} as before"
@@ -427,7 +441,7 @@ def measure_heads(tables: Sequence[Table], *, runs: Path, results: Path = RESULT
     """
     check_rows(tables, rows)
     runs.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(runs / "tables", elsewhere="name another folder with --runs")  # it rewrites what runs append to
+    lock = FolderLock(runs / "tables", elsewhere="name another folder with --runs")  # of what runs beside it, no time
     context = forks()
     for table in tables:
         for row in table.rows:
@@ -436,11 +450,13 @@ def measure_heads(tables: Sequence[Table], *, runs: Path, results: Path = RESULT
                 continue
             run = Run(table, row, of_row[0]["seed"], Path())
             cost = in_a_process(context, head_cost, run.config, row.imports)
-            path = results_file(table, results)
-            lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-            publish_text(path, "".join(f"{json.dumps(line | cost if line in of_row else line)}\n" for line in lines))
+            rewrite(table, results, partial(_with_cost, of_row=of_row, cost=cost))
             print(f"{table.name} {row.name}: {cost['head_ms']:.1f} ms, {cost['head_mib']:.0f} MiB", flush=True)
     lock.release(is_done=True)
+
+
+def _with_cost(lines: list[Line], of_row: list[Line], cost: Line) -> list[Line]:
+    return [line | cost if line in of_row else line for line in lines]
 
 
 def forks() -> ForkServerContext:
@@ -456,11 +472,14 @@ def in_a_process(context: ForkServerContext, function: Callable[..., Line], *arg
         return pool.submit(function, *arguments).result()
 
 
-def check_rows(tables: Sequence[Table], rows: Sequence[str]) -> None:
-    """Raise a ValueError where a row is in none of the tables."""
-    known = {row.name for table in tables for row in table.rows}
+def check_rows(tables: Sequence[Table], rows: Sequence[str], seeds: Sequence[int] = ()) -> None:
+    """Raise a ValueError where a row is in none of the tables, or a seed of none of these rows."""
+    known = {row.name: row.seeds for table in tables for row in table.rows}
     if unknown := [name for name in rows if name not in known]:
         raise ValueError(f"expected --row of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    wanted = {seed for name in rows or known for seed in known[name]}
+    if others := [str(seed) for seed in seeds if seed not in wanted]:
+        raise ValueError(f"expected --seed of {', '.join(map(str, sorted(wanted)))}, got {', '.join(others)}")
 
 
 def to_do(
@@ -469,9 +488,9 @@ def to_do(
     """The runs that have no result, or, of named rows, all.
 
     Raises:
-        ValueError: there is no such row.
+        ValueError: there is no such row or seed.
     """
-    check_rows(tables, rows)
+    check_rows(tables, rows, seeds)
     for table in tables:
         done = finished(table, results)
         for run in runs_of(table, runs):
@@ -511,38 +530,37 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show tables, rows and results, start nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of what is to do, start nothing")
     parser.add_argument("--figures", action="store_true", help="write tables and pictures of docs/, start nothing")
-    parser.add_argument("--head-costs", action="store_true", help="measure heads of finished rows again, start no run")
+    parser.add_argument("--head-costs", action="store_true", help="measure heads of finished rows, start no run")
     arguments = parser.parse_args(given)
+    if arguments.head_costs and arguments.seed:
+        parser.error("expected --head-costs without --seed: a row's head takes as much with every seed")
     tables = [TABLES[name] for name in arguments.table]
     runs = arguments.runs.absolute()
     chosen: dict[str, Any] = {"runs": runs, "rows": arguments.row, "seeds": arguments.seed}
-    if arguments.list:
-        for table in tables:
-            _list(table)
-    elif arguments.dry_run:
-        for run in to_do(tables, **chosen):
-            print(shlex.join(run.command))
-    elif arguments.figures:
-        for table in tables:
-            for path in write_pages(table, finished(table), ROOT):
+    try:
+        if arguments.list:
+            for table in tables:
+                _list(table)
+        elif arguments.dry_run:
+            for run in to_do(tables, **chosen):
+                print(shlex.join(run.command))
+        elif arguments.figures:
+            changed = [path for table in tables for path in write_pages(table, finished(table), ROOT)]
+            for path in [*changed, *efficiency.write(ROOT)]:
                 print(path.relative_to(ROOT))
-        for path in efficiency.write(ROOT):
-            print(path.relative_to(ROOT))
-    else:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server that forks starts: it counts threads but once
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory says that there is no GPU
-        signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            if arguments.head_costs:
-                measure_heads(tables, runs=runs, rows=arguments.row)
-                return 0
-            return 0 if make(tables, minutes=arguments.minutes, **chosen) else 1
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on where the run has saved", file=sys.stderr)
-            return 130
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        else:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server that forks: it counts threads but once
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of memory says that there is no GPU
+            signal.signal(signal.SIGTERM, _interrupt)
+            if not arguments.head_costs:
+                return 0 if make(tables, minutes=arguments.minutes, **chosen) else 1
+            measure_heads(tables, runs=runs, rows=arguments.row)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where the run has saved", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.figures import Difference, Lines, Shown, difference, markdown, metric, values_of
+from benchmarks.figures import Difference, Lines, Shown, count_seeds, difference, markdown, metric, values_of
 from benchmarks.tables.table import SHORT, Row, Table
 
 _STEPS_PER_EPOCH = 38  # of 64 images
@@ -60,7 +60,11 @@ def show(table: Table, lines: Lines) -> Shown:
     base, *others = table.rows
     found = {name: values_of(base, lines, number) for name, (_, number) in _NUMBERS.items()}
     body = [
-        [base.labels["row"], _seeds(base, lines), *(_mean(found[n], factor) for n, (factor, _) in _NUMBERS.items())],
+        [
+            base.labels["row"],
+            count_seeds(base, lines),
+            *(_mean(found[n], factor) for n, (factor, _) in _NUMBERS.items()),
+        ],
         ["**the same, seed to seed**", "", *(_deviation(found[n], factor) for n, (factor, _) in _NUMBERS.items())],
     ]
     for row in others:
@@ -68,7 +72,7 @@ def show(table: Table, lines: Lines) -> Shown:
             say(difference(values_of(row, lines, number), found[name]), factor)
             for name, (factor, number) in _NUMBERS.items()
         ]
-        body.append([f"{row.labels['row']}, less the first", _seeds(row, lines), *apart])
+        body.append([f"{row.labels['row']}, less the first", count_seeds(row, lines), *apart])
     return Shown(markdown(["row", "seeds", *_NUMBERS], body))
 
 
@@ -78,11 +82,6 @@ def say(found: Difference, factor: float) -> str:
         return ""
     interval = "" if math.isinf(found.half_width) else f" ± {factor * found.half_width:.2g}"
     return ("0" if found.mean == 0 else f"{factor * found.mean:+.2g}") + interval
-
-
-def _seeds(row: Row, lines: Lines) -> str:
-    num_done = sum((row.name, seed) in lines for seed in row.seeds)
-    return str(num_done) if num_done == len(row.seeds) else f"{num_done} of {len(row.seeds)}"
 
 
 def _mean(values: dict[int, float], factor: float) -> str:

@@ -15,6 +15,7 @@ from benchmarks.figures import (
     markdown,
     metric,
     say_difference,
+    say_seeds,
     spread,
     values_of,
 )
@@ -116,6 +117,8 @@ def show(table: Table, lines: Lines) -> Shown:
         rules, cells = by_rule([row for row in rows if "batch" in row.labels])
         on_validation, on_test = metric("map@r", on="validation"), metric("recall@1")
         picked = pick_rule(cells, lines)
+        if picked is None:
+            continue
         others = [rule for rule in rules if rule != picked]
         grown = [batch for batch, of_rule in cells.items() if len({row.name for row in of_rule.values()}) > 1]
         test, validation = (
@@ -143,7 +146,7 @@ def show(table: Table, lines: Lines) -> Shown:
         ]
         pictures[f"{table.name}_{data}.svg"] = curves(
             "Recall@1 of unseen classes, percent",
-            f"{data}, equal epochs; mean ± standard deviation of 3 seeds",
+            f"{data}, equal epochs; {say_seeds([row for of in cells.values() for row in of.values()], lines)}",
             [str(batch) for batch in cells],
             {
                 rule: [spread(list(found.values())) if found else None for found in test[rule].values()]
@@ -170,8 +173,10 @@ def by_rule(rows: Sequence[Row]) -> tuple[list[str], dict[int, dict[str, Row]]]:
     return rules, cells
 
 
-def pick_rule(cells: Mapping[int, Mapping[str, Row]], lines: Lines) -> str:
-    """The rule with the highest MAP@R on validation classes, over seeds and the batches that all rules have."""
+def pick_rule(cells: Mapping[int, Mapping[str, Row]], lines: Lines) -> str | None:
+    """The rule with the highest MAP@R on validation classes, over seeds and the batches that all rules have; None
+    before there is one.
+    """
     means: dict[str, list[float]] = {}
     all_rules = {rule for of_batch in cells.values() for rule in of_batch}
     for of_batch in cells.values():
@@ -179,14 +184,7 @@ def pick_rule(cells: Mapping[int, Mapping[str, Row]], lines: Lines) -> str:
         if len(found) == len(all_rules) and all(found.values()):
             for rule, values in found.items():
                 means.setdefault(rule, []).append(statistics.fmean(values.values()))
-    return max(means, key=lambda rule: statistics.fmean(means[rule]))
-
-
-def pick_tuned(rows: Sequence[Row], lines: Lines) -> tuple[float, float]:
-    """The rates of backbone and proxies with the highest MAP@R on validation classes, averaged over seeds."""
-    found = {row.name: values_of(row, lines, metric("map@r", on="validation")) for row in rows}
-    best = max((row for row in rows if found[row.name]), key=lambda row: statistics.fmean(found[row.name].values()))
-    return best.labels["backbone"], best.labels["proxies"]
+    return max(means, key=lambda rule: statistics.fmean(means[rule]), default=None)
 
 
 def tuning_grid(rows: Sequence[Row], lines: Lines) -> str:

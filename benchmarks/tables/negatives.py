@@ -113,24 +113,13 @@ def _other(method: str, share: float, tuned: tuple[float, float] | None = None, 
     return head._replace(setting=of.tuned, values=of.values)
 
 
-def _row_wise(
-    head: Head, shares: tuple[float, ...], tuned: tuple[float, float] | None = None, num_seeds: int = 3
-) -> Head:
+def _row_wise(head: Head, shares: tuple[float, ...], tuned: tuple[float, float], **more: Any) -> Head:
     """A head whose proxies move by row-wise Adagrad, which leaves those alone that no image was compared with; of the
     shares the first is tuned.
     """
-    found = {} if tuned is None else {SIZES[-1]: tuned}
-    overrides = f"{head.overrides} {ROW_WISE} {UNIT_LENGTH}"
-    return head._replace(
-        label=f"{head.label}, row-wise",
-        overrides=overrides,
-        shares=shares,
-        tuning_share=shares[0],
-        tuned=found,
-        more_steps={},
-        rates=(0.1, 0.3),
-        num_seeds=num_seeds,
-    )
+    label, overrides = f"{head.label}, row-wise", f"{head.overrides} {ROW_WISE} {UNIT_LENGTH}"
+    head = head._replace(label=label, overrides=overrides, shares=shares, tuning_share=shares[0])
+    return head._replace(**{"tuned": {SIZES[-1]: tuned}, "more_steps": {}, "rates": (0.1, 0.3), **more})
 
 
 def _nearest(label: str, overrides: str, rates: tuple[float, float]) -> Head:
@@ -145,15 +134,15 @@ def _nearest(label: str, overrides: str, rates: tuple[float, float]) -> Head:
 # What is tried with the largest size alone, among it row-wise Adagrad and unit length, which go together elsewhere, one
 # without the other. Without proxies there is but the network's rate.
 OTHERS = {
-    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001), (16, 0.1), num_seeds=5),
+    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001), (16, 0.1), more_steps={0.05: (6500,)}, num_seeds=5),
     "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), (16, 0.3)),
-    "rowwise-all": _row_wise(HEADS["all"], (1.0,), (16, 0.1), num_seeds=5),
-    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,), (0.3, 0.1), num_seeds=5),
+    "rowwise-all": _row_wise(HEADS["all"], (1.0,), (16, 0.1), more_steps={1.0: (6500,)}, num_seeds=5),
+    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,), (0.3, 0.1), more_steps={1.0: (6500,)}, num_seeds=5),
     "rowwise-any-length": _nearest("nearest, row-wise, any length", ROW_WISE, (0.1, 0.3)),
     "unit-length": _nearest("nearest, unit length", UNIT_LENGTH, (0.003, 0.01)),
     "margin": _other("ProxyGML, margin", 0.1, (0.3, 0.003)),
     "cosface": _other("CosFace", 1.0, (0.3, 0.01)),
-    "arcface": _other("ArcFace", 1.0),
+    "arcface": _other("ArcFace", 1.0, (0.3, 0.01)),
     "softtriple": _other("SoftTriple", 1.0),
     "proxy-anchor": _other("Proxy-Anchor", 1.0),
     "multi-similarity": _other("multi-similarity", 1.0, rate="optimizer.backbone_lr", rates=(0.002, 0.004)),
@@ -206,7 +195,7 @@ def tested(name: str, classes: int) -> list[Row]:
 
 def longer(name: str, share: float) -> dict[int, Row]:
     """A head with the largest size and more steps, at what its trials have found; nothing before."""
-    head, largest = HEADS[name], SIZES[-1]
+    head, largest = (HEADS | OTHERS)[name], SIZES[-1]
     if largest not in head.tuned:
         return {}
     return {steps: _row(name, largest, share, head.tuned[largest], steps) for steps in head.more_steps.get(share, ())}
@@ -258,19 +247,20 @@ def _by_classes(lines: Lines) -> list[str]:
 
 
 def _by_steps(lines: Lines) -> list[str]:
-    """Of the shares that have been trained for longer, too."""
+    """Of the heads and shares that have been trained for longer, too."""
     largest = SIZES[-1]
-    numbers = sorted({NUM_STEPS, *(n for head in HEADS.values() for more in head.more_steps.values() for n in more)})
-    nearest = longer("topk", HEADS["topk"].tuning_share).get(numbers[-1])
+    heads = {name: head for name, head in (OTHERS | HEADS).items() if head.more_steps}
+    numbers = sorted({NUM_STEPS, *(n for head in heads.values() for more in head.more_steps.values() for n in more)})
+    first = longer("rowwise-topk", OTHERS["rowwise-topk"].tuning_share).get(numbers[-1])
     body = []
-    for name, head in HEADS.items():
+    for name, head in heads.items():
         for share in head.more_steps:
             rows = {NUM_STEPS: _tested(name, share, largest), **longer(name, share)}
             said = [cell(values_of(row, lines, metric("recall@1"))) if (row := rows.get(n)) else "" for n in numbers]
             last = rows.get(numbers[-1])
-            above = say_interval(last, nearest, lines) if last and nearest and last.name != nearest.name else ""
+            above = say_interval(last, first, lines) if last and first and last.name != first.name else ""
             body.append([head.label, f"{100 * share:g} %", *said, above])
-    header = ["negatives", "share", *(f"{steps:,} steps" for steps in numbers), "above the nearest 10 %"]
+    header = ["negatives", "share", *(f"{steps:,} steps" for steps in numbers), "above the first"]
     return [
         f"**Recall@1 of the others** by the number of steps, of {largest:,} classes",
         markdown(header, [row for row in body if any(row[2:])]),
@@ -425,8 +415,8 @@ def _rows() -> list[Row]:
     for classes in SIZES:
         for name in HEADS:
             rows |= {row.name: row for row in (*trials(name, classes), *tested(name, classes))}
-    for name in HEADS:
-        for share in HEADS[name].more_steps:
+    for name in HEADS | OTHERS:
+        for share in (HEADS | OTHERS)[name].more_steps:
             rows |= {row.name: row for row in longer(name, share).values()}
     for name in OTHERS:
         rows |= {row.name: row for row in (*trials(name, SIZES[-1]), *tested(name, SIZES[-1]))}

@@ -53,7 +53,7 @@ SHORT = (TUNING, *BARE)
 
 
 def pick(rows: Sequence[Row], lines: figures.Lines) -> Row | None:
-    """The row with the highest MAP@R on validation classes, averaged over seeds; None before all have finished."""
+    """The row with the highest MAP@R on validation classes, averaged over seeds; None before each has a seed."""
     found = [figures.values_of(row, lines, figures.metric("map@r", on="validation")) for row in rows]
     if not all(found):
         return None

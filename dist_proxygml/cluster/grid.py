@@ -33,7 +33,7 @@ Status = Literal["finished", "running", "failed", "open"]
 """open: not started, or stopped on purpose; calling the sweep again resumes it."""
 
 # What the numbers of a run do not depend on.
-_FREE_SECTIONS = {"name", "runs_dir", "telemetry", "checkpoint"}
+FREE_SECTIONS = {"name", "runs_dir", "telemetry", "checkpoint"}
 _TAKEN_KEYS = {
     "seed": "seeds are varied by --seeds",
     "name": "runs are named by their values; --set name=NAME names the sweep",
@@ -160,7 +160,7 @@ def is_same_run(one: Config, other: Config) -> bool:
     """Whether two configurations ask for the same numbers. A number of classes that one of them leaves to the shards
     is that of the other: a run stores what its shards said.
     """
-    settings, others = (config.model_dump(exclude=_FREE_SECTIONS) for config in (one, other))
+    settings, others = (config.model_dump(exclude=FREE_SECTIONS) for config in (one, other))
     if None in (one.data.num_classes, other.data.num_classes):
         settings["data"]["num_classes"] = others["data"]["num_classes"] = None
     return settings == others

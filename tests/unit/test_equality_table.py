@@ -35,6 +35,8 @@ def test_rows_train_the_same_on_other_ranks_stages_and_number_types() -> None:
     base = runs[0].config
     found = {}
     for run in runs:
+        started = ["deepspeed", "--num_gpus", str(run.row.ranks)] if run.row.ranks > 1 else ["python"]
+        assert run.command[: len(started) + 1] == [*started, "launchers/train.py"]
         engine = run.config.deepspeed
         found[run.row.ranks, engine["zero_optimization"]["stage"], engine.get("bf16", {}).get("enabled", False)] = run
         same = {"deepspeed", "name", "runs_dir"}

@@ -90,3 +90,6 @@ def test_intervals_over_classes_are_those_of_paired_classes() -> None:
     assert found.difference == pytest.approx((0.5 + 1.5 + 0.5 + 1.5) / 10)
     assert 0.25 <= found.low < found.difference < found.high <= 0.5  # of a class: 0.25, 0.375, 0.5, 0.5
     assert over_classes(rows["a"], Row("c", {}, ()), lines) is None
+    of_other_classes = lines | {("b", 0): {"hits": pack_hits(np.array([[3] * 40, [1] * 40]))}}
+    with pytest.raises(ValueError, match="the same test classes for a and b"):
+        over_classes(rows["a"], rows["b"], of_other_classes)

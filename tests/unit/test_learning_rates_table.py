@@ -8,6 +8,7 @@ import pytest
 from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES, Row, Table, learning_rates
 from benchmarks.tables.learning_rates import GROWN, RULES
+from benchmarks.tables.table import pick
 
 
 def result(validation: float, test: float) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def test_settings_are_picked_by_validation_classes_alone() -> None:
     lines |= {("base", seed): result(0.5, 0.5) for seed in (0, 1, 2)}
     lines |= {("fixed", seed): result(0.4, 0.8 + 0.01 * seed) for seed in (0, 1, 2)}
     lines |= {("linear", seed): result(0.6, 0.3) for seed in (0, 1, 2)}
-    assert learning_rates.pick_tuned(tuning, lines) == (0.1, 1.0)
+    assert pick(tuning, lines) == tuning[0]
     rules, cells = learning_rates.by_rule([base, *grown])
     assert rules == ["fixed", "linear"]
     assert cells == {1: {"fixed": base, "linear": base}, 2: {"fixed": grown[0], "linear": grown[1]}}
@@ -35,6 +36,7 @@ def test_settings_are_picked_by_validation_classes_alone() -> None:
     assert "| 2 | 81.00 ± 1.00 | 30.00 ± 0.00 |" in made.markdown
     assert "| 2 | +51.00 ± 2.48 |" in made.markdown
     assert "| mean | +51.00 ± 2.48 |" in made.markdown
+    assert table.show(table, {}).markdown == "", "nothing before there are results"
     picture = ElementTree.fromstring(made.pictures["t_x.svg"])
     assert "fixed: 1 50.00 ± 0.00, 2 81.00 ± 1.00" in str(picture.get("aria-label"))
 
@@ -44,7 +46,9 @@ def test_the_rates_that_rules_begin_with_are_the_best_of_those_tried_on_validati
     table = TABLES["learning_rates"]
     lines = finished(table)
     tuning = [row for row in table.rows if "backbone" in row.labels and row.labels["data"] == data]
-    assert learning_rates.pick_tuned(tuning, lines) == GROWN[data].tuned
+    best = pick(tuning, lines)
+    assert best is not None
+    assert (best.labels["backbone"], best.labels["proxies"]) == GROWN[data].tuned
 
 
 def test_rules_are_what_they_are_called() -> None:
