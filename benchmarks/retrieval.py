@@ -434,7 +434,7 @@ def make(
 
 
 def measure_heads(tables: Sequence[Table], *, runs: Path, results: Path = RESULTS, rows: Sequence[str] = ()) -> None:
-    """Measure again what the heads of finished rows take, once for all seeds of a row.
+    """Measure what the heads of finished rows take, once for all seeds of a row.
 
     Raises:
         ValueError: there is no such row, or another process is at it.

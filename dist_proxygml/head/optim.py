@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from dist_proxygml.head.bank import NORM_FLOOR
 
-# Elements of a block: on a CPU 1 MiB in float32, which stays in its cache with its copies, and is less than what malloc
-# maps anew each time; on a GPU 256 MiB, for few launches.
+# Elements of a block: on a CPU 1 MiB in float32, which stays in its cache with its copies; on a GPU 256 MiB, for few
+# launches.
 _NUMBERS_PER_BLOCK = 1 << 18
 _NUMBERS_PER_BLOCK_ON_GPU = 1 << 26
 
