@@ -3,6 +3,7 @@
 `section` is what a configuration puts before a setting's name ("proxies."); a call puts nothing there.
 """
 
+import warnings
 from collections.abc import Sequence
 
 
@@ -46,6 +47,21 @@ def check_search(negatives: str, *, selection: str, fused: bool, section: str = 
         raise ValueError(
             f'expected {section}fused false and {section}selection "auto" with {section}negatives "{negatives}", got '
             f'{fused} and "{selection}", which are for "topk"; remove them'
+        )
+
+
+def check_classes(num_classes: int, *, share: float | None) -> None:
+    """Raise ValueError where a class has no other one to be told from; warn where drawn classes are hardly ever any."""
+    if num_classes == 1:
+        raise ValueError(
+            "expected at least two classes, got 1: without another class there are no negatives, and every loss and "
+            "gradient is 0; add classes"
+        )
+    if share is not None and share * num_classes < 1:
+        warnings.warn(
+            f"a share of {share:g} of {num_classes:,} classes draws fewer than one: most steps compare images with the "
+            f"classes of their batch alone; raise it to at least {2 / num_classes:.2g}",
+            stacklevel=3,
         )
 
 

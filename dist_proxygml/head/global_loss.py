@@ -75,13 +75,23 @@ class GlobalLoss(nn.Module):
             if name in own:
                 own[name].copy_(value)
             else:
-                owner, _, key = name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")
-                states.setdefault(owner or "proxies", {})[key] = value if value.ndim else value.cpu()
+                owner, key = self.owner_of(name) or name, name.rpartition(".")[2]
+                states.setdefault(owner, {})[key] = value if value.ndim else value.cpu()
         if optimizer is not None:
             order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
             before = optimizer.state_dict()
             loaded = {order.index(id(parameters[name])): state for name, state in states.items()}
             optimizer.load_state_dict(before | {"state": before["state"] | loaded})
+
+    def owner_of(self, name: str) -> str | None:
+        """Return the parameter or buffer that a stored tensor is, or that it is the optimizer's state of; None where
+        this loss has none such.
+        """
+        own = dict([*self.named_parameters(), *self.named_buffers()])
+        owner = name
+        if name.startswith(OPTIMIZER_PREFIX):
+            owner = name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] or "proxies"
+        return owner if owner in own else None
 
     def agree_on_rows(self, embeddings: Tensor, labels: Tensor) -> list[int]:
         """Return the number of rows on every rank, once every rank's batch has been validated."""

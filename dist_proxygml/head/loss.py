@@ -79,6 +79,7 @@ from dist_proxygml.head.selection import num_kept_proxies
 from dist_proxygml.head.similarity import default_memory_budget
 from dist_proxygml.head.traffic import cheapest_selection
 from dist_proxygml.rules import (
+    check_classes,
     check_margin,
     check_matryoshka,
     check_ratio_or_topk,
@@ -190,6 +191,7 @@ class ProxyLoss(GlobalLoss):
         margin = None if head.margin is None else head.margin.name
         check_margin(margin, class_score=head.class_score, proxies_per_class=proxies_per_class)
         check_search(head.negatives, selection=selection, fused=fused)
+        check_classes(num_classes, share=head.share)
         check_matryoshka(matryoshka_dims, embedding_dim=embedding_dim, setting="matryoshka_dims")
         if head.margin is not None and head.margin.needs_lengths and not normalize:
             raise ValueError(
@@ -317,18 +319,22 @@ class ProxyLoss(GlobalLoss):
 
         Raises:
             ValueError: on every rank; there are no proxies, or those of other numbers of classes, proxies per class or
-                dimensions, or no state of the optimizer.
+                dimensions, or what a loss with another head has, or no state of the optimizer.
         """
         num_classes, rank = self.partition.num_classes, self.partition.rank
         shape = (num_classes, *self.proxies.shape[1:])
         is_all = optimizer is not None
         wanted = {name: v for name, v in state.items() if is_all or not name.startswith(OPTIMIZER_PREFIX)}
         missing = [name for name in self.stored_tensors() if name not in wanted]
+        strange = sorted(name for name in wanted if self.owner_of(name) is None)
         problem, kinds = None, {name: (tuple(v.shape), v.dtype) for name, v in wanted.items()}
         if missing:
             problem = (
                 f"expected {', '.join(map(repr, missing))} in the state of rank 0, got {sorted(state) or 'nothing'}"
             )
+        elif strange:
+            problem = f"expected {', '.join(map(repr, self.stored_tensors()))} alone in the state of rank 0, got "
+            problem += f"{', '.join(map(repr, strange))} too; build the loss with the head that was saved"
         elif (found := kinds["proxies"][0]) != shape:
             problem = f"expected proxies {list(shape)} (classes, per class, dimension) in the state, got {list(found)}"
             problem += f"; build the loss with num_classes={found[0]}" if found[1:] == shape[1:] else ""
@@ -465,7 +471,7 @@ class ProxyLoss(GlobalLoss):
         if self.matryoshka_dims:
             unseen = settings._replace(subgraph=None if subgraph is None else subgraph._replace(observer=None))
             for dim in self.matryoshka_dims:
-                prefixes = (_UnitRows.apply(embeddings_RD[:, :dim]), _Prefix.apply(proxies_cND, dim))
+                prefixes = (_UnitRows.apply(embeddings_RD[:, :dim]), _Prefix.apply(proxies_cND, dim, self.fused))
                 nll_R = nll_R + negative_log_likelihood(*prefixes, scale, own_class_R, quality_R, unseen)[0]
             nll_R = nll_R / (1 + len(self.matryoshka_dims))
         sums_2 = torch.stack([nll_R, competing_R]).sum(dim=1)
@@ -583,11 +589,6 @@ def checked_topk(
             raise ValueError(f"expected {section}ratio above 0 and at most 1, got {ratio}; change it")
         topk = min(num_kept_proxies(num_classes, proxies_per_class, ratio), num_classes * proxies_per_class)
     num_proxies = num_classes * proxies_per_class
-    if num_classes == 1:
-        raise ValueError(
-            "expected at least two classes, got 1: without another class there are no negatives, and every loss and "
-            "gradient is 0; add classes"
-        )
     if not proxies_per_class < topk <= num_proxies:
         remedy = f"lower {section}topk to at most {num_proxies}"
         if topk <= proxies_per_class:
@@ -631,23 +632,28 @@ class _UnitRows(torch.autograd.Function):
 
 
 class _Prefix(torch.autograd.Function):
-    """The first coordinates of the proxies; unlike slicing, its gradient may be sparse."""
+    """The first coordinates of the proxies, where kernels read them as a copy; unlike slicing, its gradient may be
+    sparse.
+    """
 
     @staticmethod
-    def forward(ctx, proxies_cND, dim):  # type: ignore[no-untyped-def]
+    def forward(ctx, proxies_cND, dim, is_copied):  # type: ignore[no-untyped-def]
         ctx.shape = proxies_cND.shape
-        return proxies_cND[..., :dim]
+        prefix_cNd = proxies_cND[..., :dim]
+        return prefix_cNd.contiguous() if is_copied else prefix_cNd
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         rest = (0, ctx.shape[-1] - gradient.shape[-1])
         if not gradient.is_sparse:
-            return F.pad(gradient, rest), None
+            return F.pad(gradient, rest), None, None
         gradient = gradient.coalesce()
         values = F.pad(gradient.values(), rest)
-        return torch.sparse_coo_tensor(
-            gradient.indices(), values, ctx.shape, is_coalesced=True, check_invariants=False
-        ), None
+        return (
+            torch.sparse_coo_tensor(gradient.indices(), values, ctx.shape, is_coalesced=True, check_invariants=False),
+            None,
+            None,
+        )
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -25,6 +25,7 @@ from dist_proxygml.head.regularizer import regularizer_anchors
 from dist_proxygml.head.selection import BYTES_PER_ENTRY, candidate_bytes_per_row, rows_per_block
 from dist_proxygml.head.similarity import chunk_width, default_memory_budget, sampled_bytes_per_row
 from dist_proxygml.head.traffic import bytes_per_step, cheapest_selection, regularizer_bytes
+from dist_proxygml.rules import check_classes
 from dist_proxygml.training.optim import wants_sparse_gradient
 
 _FLOAT = 4  # of the bank and the similarities, which are float32
@@ -116,6 +117,7 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         return _plan_pml(config, config.loss, world_size=world_size, device=device)
     proxies, dim, num_classes = config.proxies, config.backbone.embedding_dim, config.num_trained_classes
     num_proxies = num_classes * proxies.per_class
+    check_classes(num_classes, share=proxies.share)
     topk = None
     if proxies.negatives == "topk":
         topk = checked_topk(num_classes, proxies.per_class, ratio=proxies.ratio, topk=proxies.topk, section="proxies.")
@@ -183,9 +185,10 @@ def plan_head(config: Config, *, world_size: int, device: str = "cpu") -> HeadPl
         working = rows * proxies_at_hand * BYTES_PER_ENTRY + (3 * rows * dim + proxies_at_hand) * _FLOAT
     if proxies.share is not None:  # the drawn classes' proxies and their gradient
         working += 2 * competing * dim * _FLOAT
-    if num_prefixes:  # their kept pairs and rows until backward; a copy of one, or its gradient, and that padded
+    if num_prefixes:  # their kept pairs and rows until backward; copies, or a gradient, and that padded
         working += num_prefixes * num_kept * _BYTES_PER_KEPT_PAIR + 3 * rows * prefix_dims * _FLOAT
-        working += competing * (max(config.backbone.matryoshka_dims) + (0 if sparse else dim)) * _FLOAT
+        copied = prefix_dims if proxies.fused else max(config.backbone.matryoshka_dims)
+        working += competing * (copied + (0 if sparse else dim)) * _FLOAT
     if gathers_bank and world_size > 1:  # the gathered bank, padded and concatenated, and its gradient
         working += 3 * num_proxies * dim * _FLOAT
     anchors = None

@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 from dist_proxygml import ProxyGMLLoss
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
+from dist_proxygml.head.choices import Head
+from dist_proxygml.head.loss import ProxyLoss
 from dist_proxygml.head.optim import RowwiseAdagrad
 from tests.harness import run_ranks
 from tests.problems import assert_agrees_with_the_oracle, outcomes, random_problem
@@ -105,12 +107,15 @@ def refused_states(context: ParallelContext) -> list[str]:
         loss_of(context, num_classes=7).full_state_dict(),
         loss_of(context, per_class=1).full_state_dict(),
     )
+    group = "world" if context.group else None
+    scaled = ProxyLoss(4, 5, Head(topk=5, learn_scale=True), proxies_per_class=2, group=group)
     messages = []
     for state, optimizer in [
         (other, None),
         (narrow, None),
         ({}, None),
         (loss.full_state_dict(), torch.optim.Adam(loss.parameters())),
+        (scaled.full_state_dict(), None),
     ]:
         before = loss.proxies.detach().clone()
         with pytest.raises(ValueError, match="expected") as raised:
@@ -122,12 +127,14 @@ def refused_states(context: ParallelContext) -> list[str]:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_state_of_another_bank_is_refused_by_all_ranks_with_both_shapes(world_size: int) -> None:
-    for other, narrow, nothing, bare in run_ranks(refused_states, world_size):
+    for other, narrow, nothing, bare, scaled in run_ranks(refused_states, world_size):
         assert "proxies [4, 2, 5]" in other
         assert "got [7, 2, 5]; build the loss with num_classes=7" in other
         assert "got [4, 1, 5]" in narrow
         assert "got nothing" in nothing
         assert "optimizer's state" in bare
+        assert "'proxies' alone" in scaled
+        assert "'log_scale' too" in scaled
 
 
 def test_the_whole_state_is_a_copy() -> None:

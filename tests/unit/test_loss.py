@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_proxygml import ProxyGMLLoss
+from dist_proxygml.head.choices import Head
+from dist_proxygml.head.loss import ProxyLoss
 from dist_proxygml.head.reference import proxygml_loss
 from tests.problems import (
     ROUNDING,
@@ -159,9 +161,15 @@ def test_k_of_at_most_n_or_beyond_all_proxies_is_refused_with_the_numbers_and_th
         ProxyGMLLoss(6, 4, proxies_per_class=3, topk=topk)
 
 
-def test_one_class_has_nothing_to_be_told_from() -> None:
+@pytest.mark.parametrize("head", [Head(ratio=0.5), Head("all"), Head("sampled", share=0.5)])
+def test_one_class_has_nothing_to_be_told_from(head: Head) -> None:
     with pytest.raises(ValueError, match=r"two classes.*1"):
-        ProxyGMLLoss(1, 4, ratio=0.5)
+        ProxyLoss(1, 4, head)
+
+
+def test_a_share_that_draws_hardly_a_class_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match=r"0\.01 of 20 .*0\.1"):
+        ProxyLoss(20, 4, Head("sampled", share=0.01))
 
 
 def test_a_ratio_that_keeps_no_negative_is_refused() -> None:
