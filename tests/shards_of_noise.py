@@ -1,6 +1,7 @@
 """A folder of shards small enough for any test: each class has a random pattern, each image is it with noise."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +49,20 @@ def write_noise_shards(
     return open_index(root, "test")
 
 
-def write_query_and_gallery(root: Path, class_sizes: list[int], *, every: int = 3) -> tuple[ShardIndex, ShardIndex]:
-    """The images of `write_noise_shards` as the splits "query", one in `every` of them, and "gallery", the others."""
-    whole = write_noise_shards(root / "whole", class_sizes)
-    samples: dict[str, list[ShardSample]] = {"query": [], "gallery": []}
-    for sample_id, row in enumerate(whole.samples):
-        with open(whole.shard_paths[row["shard"]], "rb") as shard:
+def write_query_and_gallery(
+    root: Path, class_sizes: list[int], *, every: int = 3, whole: Sequence[str] = ()
+) -> tuple[ShardIndex, ShardIndex]:
+    """The images of `write_noise_shards` as the splits "query", one in `every` of them, and "gallery", the others; and
+    all of them as each of `whole`.
+    """
+    images = write_noise_shards(root / "whole", class_sizes)
+    samples: dict[str, list[ShardSample]] = {split: [] for split in ("query", "gallery", *whole)}
+    for sample_id, row in enumerate(images.samples):
+        with open(images.shard_paths[row["shard"]], "rb") as shard:
             shard.seek(int(row["offset"]))
             image = shard.read(int(row["nbytes"]))
-        of_split = samples["gallery" if sample_id % every else "query"]
-        of_split.append(ShardSample(sample_key("test", sample_id), "png", image, int(row["label"]), {}))
+        for split in ("gallery" if sample_id % every else "query", *whole):
+            samples[split].append(ShardSample(sample_key("test", sample_id), "png", image, int(row["label"]), {}))
     shards = {}
     for split, of_split in samples.items():
         write_shard(root / shard_name(split, 0), of_split)

@@ -42,6 +42,7 @@ from dist_proxygml.training.run_plan import plan_rest
 _NUM_SAMPLED = 64  # images whose headers are read
 _SMALL = 96  # pixels
 _MANY_CLASSES = 10_000
+SCALE = 4.0  # of fewer classes, with one proxy each
 _MOST_IMAGES = {"cpu": 200_000, "cuda": 20_000_000}  # to train on, for each rank
 _MOST_EVALUATED = {"cpu": 100_000, "cuda": 10_000_000}
 _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k-means
@@ -147,6 +148,8 @@ def suggest(
     short_side, image_bytes, num_read = _sample_sizes(train)
     held_out = given["data"].get("validation_classes", draft.raw["data"].get("validation_classes")) or 0
     num_trained = train.num_classes - (round(held_out * train.num_classes) if held_out < 1 else held_out)
+    num_trained = given["data"].get("train_classes") or num_trained
+    num_images = round(train.num_samples * min(1, num_trained / train.num_classes))
     if preset is None:
         is_many = num_trained >= _MANY_CLASSES
         preset = "many-classes" if is_many else "small-images" if short_side <= _SMALL else "photos"
@@ -180,8 +183,8 @@ def suggest(
         _choose_proxies(draft, num_trained, int(np.median(counts)), is_small=is_small)
 
     # 4. Steps.
-    num_ranks = machine.num_devices if train.num_samples >= 5_000 * machine.num_devices else 1
-    _choose_steps(draft, machine, train.num_samples, side, num_ranks=num_ranks, is_pretrained=is_pretrained)
+    num_ranks = machine.num_devices if num_images >= 5_000 * machine.num_devices else 1
+    _choose_steps(draft, machine, num_images, side, num_ranks=num_ranks, is_pretrained=is_pretrained)
     cacheable = _MOST_CACHED if machine.device == "cuda" else min(_MOST_CACHED, machine.memory // 8)
     if train.num_samples * image_bytes * num_ranks <= cacheable:
         draft.choose("all images, decoded, fit into memory", data={"num_workers": 0, "cache_images": True})
@@ -234,7 +237,8 @@ def _choose_splits(draft: _Draft, given: Mapping[str, Any]) -> tuple[ShardIndex,
     draft.choose("from the index", data={"num_classes": index.num_classes})
     if train != "train":
         draft.choose("the only split", data={"train_split": train})
-    wanted: str | None = next((name for name in ("test", "query") if name in names and name != train), None)
+    usual = ("query", "test") if "gallery" in names else ("test", "query")
+    wanted: str | None = next((name for name in usual if name in names and name != train), None)
     others = [open_index(shards, name, is_typed=True) for name in names if name not in (train, "gallery")]
     if wanted is None and len(others) == 1 and others[0].num_classes < others[0].num_samples:  # no verification set
         wanted = others[0].split
@@ -355,6 +359,8 @@ def _choose_proxies(draft: _Draft, num_classes: int, images_per_class: int, *, i
     per_class = 4 if num_classes < 500 and images_per_class >= 10 else 1
     reason = "many images in few classes" if per_class > 1 else "few images a class, or classes enough"
     draft.choose(reason, proxies={"per_class": per_class})
+    why = "4 by the number of proxies a class: what held-out classes picked (docs/results.md)"
+    draft.choose(why, proxies={"scale": SCALE / per_class})
     topk = min(num_classes * per_class, max(per_class + 24, math.ceil(0.05 * num_classes * per_class)))
     others = "all" if topk == num_classes * per_class else f"the {topk - per_class:,} most similar"
     draft.choose(f"an image is compared with its own proxies and {others} of other classes", proxies={"topk": topk})

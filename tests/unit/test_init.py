@@ -202,14 +202,15 @@ def test_shards_without_a_test_split_hold_out_classes_or_train_on_all(tmp_path: 
 
 @pytest.mark.parametrize(
     ("num_classes", "images", "expected"),
-    [(100, 5, (1, 25)), (100, 30, (4, 28)), (1_000, 30, (1, 50)), (9_000, 12, (1, 450))],
+    [(100, 5, (1, 25, 4)), (100, 30, (4, 28, 1)), (1_000, 30, (1, 50, 4)), (9_000, 12, (1, 450, 4))],
 )
-def test_k_is_a_twentieth_of_the_proxies_and_at_least_24_of_others(
-    num_classes: int, images: int, expected: tuple[int, int]
+def test_k_is_a_twentieth_of_the_proxies_and_at_least_24_of_others_and_scores_of_classes_grow_as_four(
+    num_classes: int, images: int, expected: tuple[int, int, float]
 ) -> None:
     draft = presets._Draft("mine", "shards/mine")
     presets._choose_proxies(draft, num_classes, images, is_small=True)
-    assert (draft.raw["proxies"]["per_class"], draft.raw["proxies"]["topk"]) == expected
+    proxies = draft.raw["proxies"]
+    assert (proxies["per_class"], proxies["topk"], proxies["scale"]) == expected
 
 
 def test_so_few_test_images_lower_k(tmp_path: Path) -> None:
@@ -224,6 +225,17 @@ def test_a_gallery_beside_the_queries_is_searched(tmp_path: Path) -> None:
     write_query_and_gallery(tmp_path / "shards", [4] * 6)
     made = suggest(str(tmp_path / "shards"), "mine", LAPTOP, overrides=["data.train_split=gallery"])
     assert (made.config.data.test_split, made.config.evaluation.gallery_split) == ("query", "gallery")
+
+    write_query_and_gallery(tmp_path / "more", [4] * 6, whole=("test", "train"))
+    made = suggest(str(tmp_path / "more"), "mine", LAPTOP, overrides=["evaluation.allow_seen_classes=true"])
+    data, evaluation = made.config.data, made.config.evaluation
+    assert (data.train_split, data.test_split, evaluation.gallery_split) == ("train", "query", "gallery")
+
+
+def test_some_of_the_classes_get_the_settings_of_so_few() -> None:
+    whole, part = (suggest(DEMO, "mine", LAPTOP, overrides=o).config for o in ([], ["data.train_classes=100"]))
+    assert (whole.proxies.topk, part.proxies.topk) == (28, 25)
+    assert part.training.epochs > whole.training.epochs
 
 
 def rates_of(suggestion: Any) -> tuple[float, float | None, float]:

@@ -10,6 +10,7 @@ from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES, methods
 from benchmarks.tables.methods import DATA, METHODS, finals, trials
 from benchmarks.tables.table import pick
+from dist_proxygml.training import presets
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -18,6 +19,12 @@ def test_what_is_tested_is_the_best_trial_on_validation_classes(data: str) -> No
     for method, number in DATA[data].picked.items():
         best = pick(trials(data, method), lines)
         assert best is None or best.labels["trial"] == number, method  # None: some are not finished
+
+
+def test_first_configurations_have_the_scale_that_the_trials_pick() -> None:
+    for data in DATA:
+        picked = trials(data, "ProxyGML")[DATA[data].picked["ProxyGML"]]
+        assert f"proxies.scale={presets.SCALE:g}" in picked.overrides, data
 
 
 def test_every_method_has_as_many_trials_and_no_two_are_the_same() -> None:
