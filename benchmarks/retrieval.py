@@ -326,7 +326,10 @@ def _end_with_parent() -> None:
 
 
 def head_cost(config: Config, imports: Sequence[str] = (), *, num_repeats: int = 30, warm_up: int = 5) -> Line:
-    """Milliseconds and MiB of a step's head: loss, its gradients, the update of the proxies."""
+    """Milliseconds and MiB of a step's head: loss, its gradients, the update of the proxies.
+
+    As many images of a class come in a step as the run draws: a loss of pairs has nothing to do without.
+    """
     for module in imports:
         importlib.import_module(module)
     import torch
@@ -341,7 +344,7 @@ def head_cost(config: Config, imports: Sequence[str] = (), *, num_repeats: int =
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = count_classes(config)
-    size = config.training.batch_size // config.accumulation
+    size, of_class = config.training.batch_size // config.accumulation, config.data.images_per_class or 1
 
     def steps(count: int) -> list[float]:
         loss = build_loss(config, single_process(device))
@@ -352,7 +355,8 @@ def head_cost(config: Config, imports: Sequence[str] = (), *, num_repeats: int =
         taken = []
         for number in range(count):
             rows_BD = F.normalize(torch.randn(size, config.backbone.embedding_dim, generator=generator), dim=1)
-            labels_B = torch.randint(config.num_trained_classes, (size,), generator=generator).to(device)
+            labels_B = torch.randint(config.num_trained_classes, (size // of_class,), generator=generator)
+            labels_B = labels_B.repeat_interleave(of_class).to(device)
             embeddings_BD = rows_BD.to(device).requires_grad_()
             loss.draw = number
             if device == "cuda":

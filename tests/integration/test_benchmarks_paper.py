@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import paper
-from benchmarks.paper import Experiment, Outcome, compare, main, read_outcome, show
+from benchmarks.paper import PAPER, PUBLISHED, Experiment, Outcome, compare, main, read_outcome, show
 from dist_proxygml.cluster import sweep
 from dist_proxygml.cluster.grid import Spread
 from dist_proxygml.cluster.status import finished_mark
@@ -111,6 +112,14 @@ def test_our_numbers_stand_beside_the_published_ones_and_a_difference_within_the
 )
 def test_a_difference_says_what_it_is_worth(ours: Spread | None, published: float | None, said: str) -> None:
     assert compare(ours, published) == said
+
+
+def test_the_page_lists_what_is_published() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "paper.md").read_text()
+    for method in (PAPER, "SoftTriple", "multi-similarity"):
+        (line,) = re.findall(rf"^\| {method} \| (.*) \|$", page, flags=re.MULTILINE)
+        published = [PUBLISHED[dataset, method] for dataset in ("cub", "cars", "sop")]
+        assert line == " | ".join(f"{recall}, {'none' if nmi is None else nmi}" for nmi, recall, *_ in published)
 
 
 def test_the_best_is_chosen_among_the_published_epochs_by_what_they_published_and_the_last_by_nobody(

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import figures, retrieval
 from benchmarks.tables import Row, Table
+from benchmarks.tables.methods import METHODS
 from benchmarks.tables.table import SHORT
 from dist_proxygml.evaluation.compare import open_result
 from dist_proxygml.faults import VARIABLE
@@ -135,6 +136,22 @@ def test_what_a_head_takes_has_all_of_an_update(monkeypatch: pytest.MonkeyPatch)
         row = Row("row", {}, (*TINY, *overrides))
         retrieval.head_cost(retrieval.Run(tiny(), row, 0, Path()).config, num_repeats=1, warm_up=0)
         assert [classes_u is not None for classes_u in brought] == expected
+
+
+def test_what_a_head_takes_is_of_batches_that_a_loss_of_pairs_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = importlib.import_module("dist_proxygml.training.step")
+    totals: list[float] = []
+    build = step.build_loss
+
+    def build_watched(*arguments: Any) -> torch.nn.Module:
+        loss = build(*arguments)
+        loss.register_forward_hook(lambda module, inputs, output: totals.append(output.total.item()))
+        return loss
+
+    monkeypatch.setattr(step, "build_loss", build_watched)
+    row = Row("row", {}, (*TINY, *METHODS["multi-similarity"].overrides.split()))
+    retrieval.head_cost(retrieval.Run(tiny(), row, 0, Path()).config, num_repeats=4, warm_up=0)
+    assert min(totals) > 0
 
 
 def test_a_run_that_fails_says_why_and_is_no_result(tmp_path: Path) -> None:
