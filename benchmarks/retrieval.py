@@ -63,6 +63,7 @@ import numpy as np
 from benchmarks import efficiency
 from benchmarks.figures import pack_hits, write_pages
 from benchmarks.tables import TABLES, Row, Table
+from dist_proxygml.backbones.from_weights import fill_from_weights
 from dist_proxygml.cluster.grid import FREE_SECTIONS, is_same_run, last_evaluation, trained_settings
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.evaluation.compare import open_result, query_scores
@@ -423,7 +424,7 @@ def make(
             return False
         earlier, trained = finished(run.table, results).get((run.row.name, run.seed)), trained_settings(run.folder)
         is_ended = earlier is not None and not RunFolder(run.folder).checkpoints.exists()
-        if is_ended or (trained is not None and not is_same_run(trained, run.config)):
+        if is_ended or (trained is not None and not is_same_run(trained, fill_from_weights(run.config))):
             remove(run.folder)
         if not train(run, context, deadline=deadline):
             print(f"{run.table.name} {run.name}: stopped, the same command goes on with it", flush=True)

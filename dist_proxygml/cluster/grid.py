@@ -157,8 +157,8 @@ def trained_settings(run_directory: Path) -> Config | None:
 
 
 def is_same_run(one: Config, other: Config) -> bool:
-    """Whether two configurations ask for the same numbers. A number of classes that one of them leaves to the shards
-    is that of the other: a run stores what its shards said.
+    """Whether two configurations ask for the same numbers, both as `fill_from_weights` leaves them: a run stores what
+    its weights said. A number of classes that one of them leaves to the shards is that of the other.
     """
     settings, others = (config.model_dump(exclude=FREE_SECTIONS) for config in (one, other))
     if None in (one.data.num_classes, other.data.num_classes):

@@ -161,6 +161,7 @@ class StartedJobs:
         self._path = sweep.folder / "jobs.json"
         self._jobs: dict[str, dict[str, str]] = read_document(self._path) if self._path.exists() else {}
         self._queue: Collection[str] | None = None
+        self._filled: dict[str, Config] = {}
 
     def add(self, cluster: str, job_ids: dict[str, str]) -> None:
         """Keep the numbers of new jobs, by point."""
@@ -199,7 +200,7 @@ class StartedJobs:
         if status == 0:
             directory = self._sweep.folder / run.point.name
             evaluation, trained = last_evaluation(directory), trained_settings(directory)
-            if (evaluation or not run.config.is_evaluated) and trained and is_same_run(trained, run.config):
+            if (evaluation or not run.config.is_evaluated) and trained and is_same_run(trained, self._fill(run)):
                 return Result(run.point, "finished", evaluation, log=self._seen_from_sweep(log))
             return Result(run.point, "open", reason="trained under other settings, or its folder has changed")
         reason, failed_log = failure_in_logs(sorted(folder.glob(f"{job['job']}_*_log.out"), key=rank_of))
@@ -225,6 +226,15 @@ class StartedJobs:
         job_ids = [self._jobs[run.point.name]["job"] for run in runs if self.is_alive(run.point)]
         state = ask(job_ids[0]) if job_ids else None
         return hopeless_message(job_ids[0].partition("_")[0], state) if state and state.is_hopeless else None
+
+    def _fill(self, run: Run) -> Config:
+        """The run's configuration as it trains; asked once, since a Hub may have to answer."""
+        from dist_proxygml.backbones.from_weights import fill_from_weights  # torch comes with it
+
+        name = run.point.name
+        if name not in self._filled:
+            self._filled[name] = fill_from_weights(run.config)
+        return self._filled[name]
 
     def _folder(self, point: Point, job: dict[str, str]) -> Path:
         return self._sweep.jobs_folder / point.name if job["cluster"] == "local" else self._sweep.jobs_folder

@@ -14,6 +14,7 @@ from benchmarks import figures, retrieval
 from benchmarks.tables import Row, Table
 from benchmarks.tables.methods import METHODS
 from benchmarks.tables.table import SHORT
+from dist_proxygml.backbones.from_weights import fill_from_weights
 from dist_proxygml.evaluation.compare import open_result
 from dist_proxygml.faults import VARIABLE
 from dist_proxygml.head import optim
@@ -152,6 +153,26 @@ def test_what_a_head_takes_is_of_batches_that_a_loss_of_pairs_can_use(monkeypatc
     row = Row("row", {}, (*TINY, *METHODS["multi-similarity"].overrides.split()))
     retrieval.head_cost(retrieval.Run(tiny(), row, 0, Path()).config, num_repeats=4, warm_up=0)
     assert min(totals) > 0
+
+
+def test_a_stopped_run_whose_colours_came_with_its_weights_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = json.dumps({"name": "timm/test_resnet", "embedding_dim": 8})
+    table = Table(
+        "tiny", "Does it go on?", "docs/tiny.md", [Row("timm", {}, (*SHORT, f"backbone={backbone}"), seeds=(0,))]
+    )
+    places = {"runs": tmp_path / "runs", "results": tmp_path / "results"}
+    run = next(retrieval.to_do([table], **places))
+    run.folder.mkdir(parents=True)
+    stored = run.folder / "config.json"
+    stored.write_text(json.dumps(fill_from_weights(run.config).model_dump()))
+    monkeypatch.setattr(retrieval, "train", lambda *_, **__: False)
+    assert not retrieval.make([table], **places)
+    assert stored.exists()
+    table.rows[0] = table.rows[0]._replace(overrides=(*table.rows[0].overrides, "training.batch_size=16"))
+    assert not retrieval.make([table], **places)
+    assert not stored.exists()
 
 
 def test_a_run_that_fails_says_why_and_is_no_result(tmp_path: Path) -> None:

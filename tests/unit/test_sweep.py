@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dist_proxygml.backbones.from_weights import fill_from_weights
 from dist_proxygml.cluster import submit, sweep
 from dist_proxygml.cluster.grid import (
     Cell,
@@ -323,6 +324,24 @@ def test_a_number_of_classes_that_is_left_to_the_shards_is_the_one_that_they_sai
     stored.write_text(json.dumps(settings))
     assert folder.result("ratio-0.05_seed-0").status == "finished"
     other = Folder(tmp_path, "--set", "data.num_classes=548")
+    assert other.result("ratio-0.05_seed-0").status == "open"
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/resnet18", "timm/local-dir:{}"])
+def test_what_is_left_to_the_weights_is_what_they_said(name: str, tmp_path: Path, queue: Callable[..., None]) -> None:
+    about = {"architecture": "test_vit", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    backbone = json.dumps({"name": name.format(tmp_path), "embedding_dim": 8})
+    images = ["data.test_transform=" + json.dumps({"name": "center_crop", "size": 32, "resize": None})]
+    asked = ["--set", f"backbone={backbone}", *images]
+    folder = Folder(tmp_path, *asked)
+    folder.end("ratio-0.05_seed-0", "12_0")
+    run = folder.run("ratio-0.05_seed-0")
+    trained = fill_from_weights(run.config)  # as a run stores it
+    assert trained != run.config
+    (run.config.run_directory / "config.json").write_text(json.dumps(trained.model_dump()))
+    assert folder.result("ratio-0.05_seed-0").status == "finished"
+    other = Folder(tmp_path, *asked, "backbone.mean=[0.1,0.2,0.4]", "backbone.std=[0.4,0.5,0.6]")
     assert other.result("ratio-0.05_seed-0").status == "open"
 
 
