@@ -207,6 +207,10 @@ class StartedJobs:
         where = self._seen_from_sweep(failed_log or log)
         return Result(run.point, "open" if status == _STOPPED_STATUS else "failed", reason=reason, log=where)
 
+    def to_do(self) -> list[Run]:
+        """The runs that have to be started."""
+        return [run for run in self._sweep.runs if self.result(run).status in ("open", "failed")]
+
     def is_alive(self, point: Point) -> bool:
         """Whether the point's job is in the queue or running, as far as can be known from this machine."""
         job = self._jobs.get(point.name)
@@ -453,11 +457,11 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     jobs.look()
     if arguments.report:
         return report(planned, jobs, arguments.metric)
-    to_do = [run for run in planned.runs if jobs.result(run).status in ("open", "failed")]
+    to_do = jobs.to_do()
     check_starts(to_do, arguments)
     if arguments.dry_run:
         return show_plan(planned, jobs, to_do, arguments)
-    return train(planned, jobs, to_do, arguments)
+    return train(planned, arguments)
 
 
 def show_plan(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argparse.Namespace) -> int:
@@ -473,9 +477,12 @@ def show_plan(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: 
     return 0
 
 
-def train(sweep: Sweep, jobs: StartedJobs, to_do: Sequence[Run], arguments: argparse.Namespace) -> int:
+def train(sweep: Sweep, arguments: argparse.Namespace) -> int:
     """Start what is to do and report when it is done, or say how to ask for that."""
     lock = FolderLock(sweep.folder)
+    jobs = StartedJobs(sweep)  # read under the lock: another call may have started some until now
+    jobs.look()
+    to_do = jobs.to_do()
     if arguments.cluster == "local":
         alive = [jobs.end_command(run.point) for run in sweep.runs if jobs.is_alive(run.point)]
         if alive:

@@ -460,6 +460,23 @@ def test_what_is_finished_or_queued_is_not_submitted_again(
     assert [job.settings["name"] for job in submitted[1][1]] == ["ratio-0.1_seed-1"]
 
 
+def test_what_another_call_submits_meanwhile_is_not_submitted_again(
+    tmp_path: Path, queue: Callable[..., None], submitted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(tmp_path)
+    check_starts, stored = sweep.check_starts, folder.plan.folder / "jobs.json"
+
+    def slow_check(*given: Any) -> None:  # both calls have seen that nothing is started
+        monkeypatch.setattr(sweep, "check_starts", check_starts)
+        assert main(folder.command) == 0
+        queue(*(f"31_{number}" for number in range(4)))
+
+    monkeypatch.setattr(sweep, "check_starts", slow_check)
+    assert main(folder.command) == 1
+    assert len(submitted) == 1
+    assert [job["job"] for job in json.loads(stored.read_text()).values()] == ["31_0", "31_1", "31_2", "31_3"]
+
+
 def test_nothing_is_submitted_while_nobody_knows_the_queue(
     tmp_path: Path, queue: Callable[..., None], submitted: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
