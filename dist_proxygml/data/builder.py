@@ -29,7 +29,7 @@ import signal
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -136,8 +136,9 @@ def build_shards(
 
     With `overwrite` all images are checked before a finished build is deleted.
 
-    Raises ValueError if `out` cannot be written to, holds another finished build without `overwrite`, or is in use by
-    another build, or if images cannot be used (it names them); ChildProcessError if a worker was killed.
+    Raises ValueError if `out` cannot be written to, holds another finished build or shards of others without
+    `overwrite`, or is in use by another build, or if images cannot be used (it names them); ChildProcessError if a
+    worker was killed.
     """
     if samples_per_shard < 1 or workers < 1 or (resize is not None and resize < 1):
         raise ValueError(
@@ -155,7 +156,7 @@ def build_shards(
         return there
 
     # 2. Check the images, clear the folder, write the shards, write the index.
-    with _Journal(out) as journal:
+    with _Journal(out, overwrite=overwrite) as journal:
         # Another build may have finished before this one held the lock, or was killed between index and journal.
         there = None if overwrite else _already_there(out, dataset.name, settings, source=source, on_bad=on_bad)
         if there is not None:
@@ -295,7 +296,7 @@ class _Journal:
     under another build that waits for it. Removed on exit if the folder has its index.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, overwrite: bool) -> None:
         self.path = out / JOURNAL_FILE
         other = next((name for name in _OF_OTHERS if (out / name).exists()), None)
         if other is not None:
@@ -304,6 +305,10 @@ class _Journal:
             )
         try:
             out.mkdir(parents=True, exist_ok=True)
+            # In this order: a build that finishes meanwhile has its index before its journal goes.
+            is_of_a_build = self.path.exists() or (out / INDEX_FILE).exists()
+            if not (is_of_a_build or overwrite):
+                _refuse_strangers(out, _tars(out))
             self._stream = open(self.path, "a+b")
         except OSError as problem:
             raise _no_folder(out, problem) from problem
@@ -360,16 +365,24 @@ def _clear_folder(
         journal.forget()
     num_images = Counter(image.split for image in dataset.images)
     planned = {shard_name(s, i) for s, n in num_images.items() for i in range(-(-n // samples_per_shard))}
-    tars = {path.name for path in out.iterdir() if path.is_file() and _SHARD.fullmatch(path.name)}
-    strangers = sorted(tars - planned - journal.lines.keys())
-    if strangers and not (finished or overwrite):
-        raise ValueError(
-            f"{out} holds {len(strangers)} tars that are not of this build, first {strangers[0]}; "
-            "pass --overwrite to delete them, or name another folder"
-        )
+    tars = _tars(out)
+    if not (finished or overwrite):
+        _refuse_strangers(out, tars - planned - journal.lines.keys())
     _remove(out, _TABLE)
     for file in tars - (planned & journal.lines.keys()):
         (out / file).unlink()
+
+
+def _tars(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir() if path.is_file() and _SHARD.fullmatch(path.name)}
+
+
+def _refuse_strangers(out: Path, tars: Collection[str]) -> None:
+    if tars:
+        raise ValueError(
+            f"expected no shards of others in {out}, found {len(tars)} tars that are not of this build, first "
+            f"{min(tars)}; pass --overwrite to delete them, or name another folder"
+        )
 
 
 def _remove(out: Path, names: re.Pattern[str]) -> None:

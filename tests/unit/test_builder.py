@@ -464,9 +464,9 @@ def interrupted(raw: Path, tmp_path: Path) -> Path:
         (lambda raw, out: (raw / "class 1").rename(raw / "class 0b"), 3),
         (lambda raw, out: cut_last_line(out / JOURNAL_FILE), 5),
         (lambda raw, out: (out / JOURNAL_FILE).write_bytes(b"\x00garbage\n" + (out / JOURNAL_FILE).read_bytes()), 6),
-        (lambda raw, out: (out / JOURNAL_FILE).unlink(), 0),
+        (lambda raw, out: (out / JOURNAL_FILE).write_bytes(b""), 0),
     ],
-    ids="missing cut flipped pixels time renamed class torn garbled no_journal".split(),
+    ids="missing cut flipped pixels time renamed class torn garbled empty_journal".split(),
 )
 def test_only_what_still_fits_is_kept(
     change: Callable[[Path, Path], None], num_kept: int, raw: Path, interrupted: Path, tmp_path: Path
@@ -706,14 +706,24 @@ def test_what_is_replaced_loses_its_index_first(raw: Path, tmp_path: Path, monke
     assert "train-000001.tar" in removed
 
 
-def test_tars_of_another_origin_are_not_deleted(raw: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "photos-000000.tar").write_bytes(b"theirs")
-    with pytest.raises(ValueError, match=r"\b1 tars.*photos-000000\.tar"):
-        build(raw, tmp_path / "out")
-    assert (tmp_path / "out" / "photos-000000.tar").read_bytes() == b"theirs"
+@pytest.mark.parametrize("name", ["photos-000000.tar", "train-000000.tar"])
+def test_tars_of_another_origin_are_not_deleted(name: str, raw: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"theirs")
+    for _ in range(2):  # a refused build is not one that goes on
+        with pytest.raises(ValueError, match=rf"\b1 tars.*{name}.*--overwrite"):
+            build(raw, tmp_path / "out")
+    assert [path.name for path in theirs.parent.iterdir()] == [name]
     build(raw, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "photos-000000.tar").exists()
+    assert not theirs.exists() or theirs.read_bytes() != b"theirs"
+
+
+def test_a_tar_of_another_origin_beside_an_unfinished_build_is_not_deleted(raw: Path, interrupted: Path) -> None:
+    (interrupted / "photos-000000.tar").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=r"\b1 tars.*photos-000000\.tar.*--overwrite"):
+        build(raw, interrupted)
+    assert (interrupted / "photos-000000.tar").read_bytes() == b"theirs"
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "export.json", "config.json"])
