@@ -78,16 +78,16 @@ class Trackers:
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Send the numbers of a step, by TensorBoard's names. Never waits; a tracker that lags behind loses them."""
-        line = json.dumps({"step": step, "numbers": {n: v for n, v in numbers.items() if math.isfinite(v)}})
+        lines = _lines(step, {name: number for name, number in numbers.items() if math.isfinite(number)})
         for name, process in list(self._processes.items()):
             with self._survived(name):
-                self._send(name, process, line)
+                self._num_dropped[name] += not all(self._send(process, line) for line in lines)
 
     def close(self) -> None:
         """End the trackers. Waits for at most 15 seconds; one that is still uploading then does so by itself."""
         for name, process in list(self._processes.items()):
             with self._survived(name):
-                self._send(name, process, "{}")  # the pipe itself may be open in data loading processes
+                self._send(process, "{}")  # the pipe itself may be open in data loading processes
                 assert process.stdin is not None
                 process.stdin.close()
         deadline = time.monotonic() + _SECONDS_TO_END
@@ -98,7 +98,7 @@ class Trackers:
             except subprocess.TimeoutExpired:
                 self._say(f"{name} is still sending, see {self._log(name)}; it ends by itself")
             if self._num_dropped[name]:
-                self._say(f"{name} lagged behind: it got no numbers of {self._num_dropped[name]} logged steps")
+                self._say(f"{name} lagged behind: it lacks numbers of {self._num_dropped[name]} logged steps")
         self._processes.clear()
 
     def _start(self, name: str, first_line: str) -> None:
@@ -120,11 +120,11 @@ class Trackers:
         process.stdin.write(first_line.encode() + b"\n")
         os.set_blocking(process.stdin.fileno(), False)
 
-    def _send(self, name: str, process: subprocess.Popen[bytes], line: str) -> None:
+    def _send(self, process: subprocess.Popen[bytes], line: str) -> bool:
+        """Write a line, unless the pipe is full; whether it was written."""
         assert process.stdin is not None
         data = line.encode() + b"\n"
-        if len(data) > _MOST_BYTES or process.stdin.write(data) is None:  # None: the pipe is full
-            self._num_dropped[name] += 1
+        return len(data) <= _MOST_BYTES and process.stdin.write(data) is not None
 
     @contextlib.contextmanager
     def _survived(self, name: str) -> Any:
@@ -146,6 +146,16 @@ class Trackers:
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
+
+
+def _lines(step: int, numbers: dict[str, float]) -> list[str]:
+    """The numbers of a step in as many lines as a pipe needs to take each whole."""
+    line = json.dumps({"step": step, "numbers": numbers})
+    if len(line) < _MOST_BYTES or len(numbers) == 1:
+        return [line]
+    items = list(numbers.items())
+    middle = len(items) // 2
+    return [*_lines(step, dict(items[:middle])), *_lines(step, dict(items[middle:]))]
 
 
 # ---- the process of a tracker ----------------------------------------------------------------------------------------

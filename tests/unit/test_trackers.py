@@ -17,6 +17,8 @@ from dist_proxygml.reporting.trackers import Trackers, check_trackers
 from dist_proxygml.training.checks import check_run
 
 SETTINGS: dict[str, object] = {"seed": 3, "optimizer.name": "adam", "proxies.topk": None}
+MANY = {f"recall@{k}": 1 / k for k in range(2, 122)}
+"""More than a pipe takes in one piece."""
 Points = dict[str, list[tuple[int, float]]]
 
 
@@ -26,7 +28,7 @@ def write(run: Path, name: str, steps: list[int], *, start: int, say: Callable[[
     telemetry.trackers = Trackers([name], run, project="birds", settings=SETTINGS, say=say)
     for step in steps:
         telemetry.log_training(step, 1, {"loss": 10.0 * start + step, "norm": float("inf")})
-    telemetry.log_evaluation(steps[-1], 1, {"recall@1": 0.5 + start})
+    telemetry.log_evaluation(steps[-1], 1, {"recall@1": 0.5 + start, **MANY})
     telemetry.log_number("proxies/dead_share", 0.25, steps[-1])
     telemetry.close()
 
@@ -114,6 +116,7 @@ def test_a_run_that_continues_is_one_run_of_the_tracker_with_each_step_once(tmp_
     run_id, points, settings = READERS[name](run)
     assert points["train/loss"] == [(2, 2), (4, 4), (6, 6), (8, 18)]
     assert points["evaluation/recall@1"] == [(6, 0.5), (8, 1.5)]
+    assert {tag: points[f"evaluation/{tag}"] for tag in MANY} == {tag: [(6, v), (8, v)] for tag, v in MANY.items()}
     assert points["proxies/dead_share"] == [(6, 0.25), (8, 0.25)]
     assert "train/images_per_second" in points
     assert "train/norm" not in points  # infinite
