@@ -8,7 +8,7 @@ anything else.
 import argparse
 from collections.abc import Sequence
 
-from dist_proxygml.cli import build_parser
+from dist_proxygml.cli import at_least, build_parser
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.distributed.parallel import join_world, parse_arguments, run_launcher
 from dist_proxygml.distributed.preemption import StopSignals
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         nargs="?",
-        type=int,
+        type=at_least(1),
         const=0,
         metavar="RANKS",
         help="print the resolved configuration and the plan for so many ranks (default: those started)",

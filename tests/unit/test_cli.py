@@ -56,6 +56,16 @@ def test_a_mistake_is_told_in_one_line_with_status_2_and_writes_nothing(
         assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("ranks", ["-1", "0", "two"])
+def test_a_plan_for_no_rank_is_refused_by_the_name_of_its_option(
+    ranks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        PARSERS["train"].parse_args(["--config", "demo_cpu", "--dry-run", ranks])
+    assert f"--dry-run: expected a whole number of at least 1, got '{ranks}'" in capsys.readouterr().err
+    assert PARSERS["train"].parse_args(["--config", "demo_cpu", "--dry-run"]).dry_run == 0  # those started
+
+
 def test_ctrl_c_is_told_in_one_line_with_status_130(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(given: argparse.Namespace) -> int:
         raise KeyboardInterrupt
