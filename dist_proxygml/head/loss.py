@@ -206,7 +206,7 @@ class ProxyLoss(GlobalLoss):
                 wanted_by="sparse=True",
                 instead="use sparse=False",
             )
-        if not regularization_weight >= 0 or (regularization_anchors or 1) < 1:
+        if not regularization_weight >= 0 or (regularization_anchors is not None and regularization_anchors < 1):
             raise ValueError(
                 "regularization_weight must be at least 0 and regularization_anchors at least 1, got "
                 f"{regularization_weight} and {regularization_anchors}"

@@ -197,6 +197,7 @@ def test_k_above_twice_n_is_silent() -> None:
         ({"ratio": 0.5, "topk": 4}, "ratio=0.5 and topk=4"),
         ({"proxies_per_class": 0}, "proxies_per_class"),
         ({"regularization_weight": -0.1}, "regularization_weight"),
+        ({"regularization_anchors": 0}, "regularization_anchors.* and 0"),
         ({"scale": 0.0}, "scale"),
         ({"scale": float("nan")}, "scale"),
         ({"gradient_reduction": "average"}, "gradient_reduction.*'average'"),
