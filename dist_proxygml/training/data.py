@@ -39,13 +39,13 @@ class TrainingData:
     @property
     def epoch_size(self) -> int:
         """Number of images per epoch: all of the index, as many that all have their copies, full class-balanced
-        batches, or as configured for a stream.
+        batches, or as configured for a stream, whatever the batch size: a position must lie in it for any.
         """
-        batch_size = self.config.training.batch_size
         if self.index is None:
             assert self.config.data.stream is not None
-            return self.config.data.stream.samples_per_epoch // batch_size * batch_size
+            return self.config.data.stream.samples_per_epoch
         if self.config.data.images_per_class is not None:
+            batch_size = self.config.training.batch_size
             return max(1, self.index.num_samples // batch_size) * batch_size
         num_copies = self.config.data.repeated_augmentation or 1
         return self.index.num_samples // num_copies * num_copies
@@ -64,11 +64,11 @@ class TrainingData:
         )
 
     def count_steps(self, consumed: int = 0) -> int:
-        """Count the optimizer steps from the `consumed`-th image to the end of an epoch."""
+        """Count the optimizer steps from the `consumed`-th image to the end of an epoch; of a stream full ones only."""
         return count_steps(
             self.epoch_size - consumed,
             batch_size=self.config.training.batch_size,
-            drop_last=self.config.data.drop_last,
+            drop_last=self.config.data.drop_last or self.index is None,
         )
 
     def loader(
@@ -135,8 +135,8 @@ class TrainingData:
 
     def __str__(self) -> str:
         if self.index is None:
-            assert self.config.data.stream is not None
-            return f"a stream of {self.config.num_classes:,} classes, {self.epoch_size:,} images an epoch"
+            num_images = self.count_steps() * self.config.training.batch_size
+            return f"a stream of {self.config.num_classes:,} classes, {num_images:,} images an epoch"
         text = f"{self.index.num_samples:,} images of {self.index.num_classes:,} classes"
         if self.validation is not None:
             text += f" (without {self.validation.num_classes:,} validation classes)"

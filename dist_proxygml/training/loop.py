@@ -293,7 +293,10 @@ def _next_step(data: TrainingData, batches: Iterator[Batch], context: ParallelCo
     """
 
     def read() -> list[Batch]:
-        return list(itertools.islice(batches, data.config.accumulation))
+        micro_batches = list(itertools.islice(batches, data.config.accumulation))
+        found, expected = len(micro_batches), data.config.accumulation
+        assert found == expected, f"expected {expected} micro-batches of a step, got {found}: the loader ended too soon"
+        return micro_batches
 
     if data.index is None:
         return run_together(context, read)

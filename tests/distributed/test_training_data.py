@@ -89,6 +89,33 @@ def test_a_stopped_run_goes_on_at_its_image_and_its_place_in_the_schedule(
     assert left == 3 * data.count_steps() - schedule_step if consumed else left == data.count_steps()
 
 
+# Of a stream of 23 images an epoch, stopped likewise after 12 of the third.
+@pytest.mark.parametrize(
+    ("batch_size", "schedule_step", "consumed"),
+    [
+        (6, 2 * 3 + 2, 12),
+        (4, 2 * 5 + 3, 12),  # 11 images are left: 2 full steps
+        (9, 2 * 2 + 1, 12),  # more than half of a third step is no step
+        (12, 2 * 1 + 1, 0),  # too few are left: the fourth epoch begins
+        (23, 2 * 1 + 1, 0),
+    ],
+)
+def test_a_stopped_stream_goes_on_with_full_steps_of_any_batch_size(
+    tmp_path: Path, batch_size: int, schedule_step: int, consumed: int
+) -> None:
+    write_noise_shards(tmp_path, CLASS_SIZES)
+    stream = {"urls": f"{tmp_path}/test-000000.tar", "samples_per_epoch": 23, "shuffle_buffer": 2}
+    config = configuration(tmp_path, batch_size=batch_size, mode="stream", stream=stream)
+    data, context = open_training_data(config), single_process()
+    assert run_ranks(continued, 1, config) == [(10, schedule_step, consumed)]
+    epoch, steps_done = divmod(schedule_step, data.count_steps())
+    batches = iter(data.loader(context, epoch=epoch, start=consumed))
+    for _ in range(steps_done, data.count_steps()):
+        assert [len(batch.labels) for batch in _next_step(data, batches, context)] == [batch_size]
+    with pytest.raises(AssertionError, match="expected 1 micro-batches of a step, got 0"):
+        _next_step(data, batches, context)
+
+
 def continued(context: ParallelContext, config: Config) -> tuple[int, int, int]:
     data = open_training_data(config)
     state = build_train_state(config, context, steps_per_epoch=data.count_steps())
