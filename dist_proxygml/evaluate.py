@@ -22,6 +22,7 @@ from dist_proxygml.distributed.parallel import (
     parse_arguments,
     run_launcher,
     run_on_rank_zero,
+    run_on_rank_zero_for_long,
     run_together,
 )
 from dist_proxygml.protocols import LEGACY_PROTOCOLS, PROTOCOLS, shown_far
@@ -88,9 +89,9 @@ def main(given: Sequence[str] | None = None) -> None:
 
     checkpoints = RunFolder(arguments.run).checkpoints
     wanted = str(checkpoints / arguments.checkpoint) if arguments.checkpoint else "auto"
-    checkpoint = run_on_rank_zero(context, find_checkpoint, checkpoints, wanted)
+    checkpoint = run_on_rank_zero_for_long(context, find_checkpoint, checkpoints, wanted)
     if checkpoint is None:
-        instead = run_on_rank_zero(context, found_instead, checkpoints)
+        instead = run_on_rank_zero_for_long(context, found_instead, checkpoints)
         raise AgreedError(f"expected a whole checkpoint in {checkpoints}, {instead}")
     if arguments.validation:
         index = run_together(context, open_validation, config, checkpoint)

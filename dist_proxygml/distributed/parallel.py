@@ -242,7 +242,9 @@ def all_gather_object(context: ParallelContext, value: T) -> list[T]:
 
 
 def run_on_rank_zero_for_long(context: ParallelContext, function: Callable[..., T], *args: object) -> T:
-    """Run as `run_on_rank_zero` does, for work that may take longer than a collective's time-out."""
+    """Run as `run_on_rank_zero` does, for work that may take longer than a collective's time-out, such as hashing a
+    checkpoint.
+    """
     result = run_long(context, lambda: function(*args) if context.is_main else None)
     return all_gather_object(context, result)[0]  # type: ignore[return-value]
 

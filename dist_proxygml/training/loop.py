@@ -21,6 +21,7 @@ from dist_proxygml.distributed.parallel import (
     ParallelContext,
     all_gather_object,
     run_on_rank_zero,
+    run_on_rank_zero_for_long,
     run_together,
 )
 from dist_proxygml.distributed.preemption import StopRequested, StopSignals
@@ -193,7 +194,7 @@ class Loop:
             return
         with self.watchdog.paused():
             self._report_saved(self.writer.wait())
-            checkpoint = run_on_rank_zero(
+            checkpoint = run_on_rank_zero_for_long(
                 self.context, find_checkpoint, RunFolder(self.run_directory).checkpoints, "auto"
             )
             message = self.skipped_steps.roll_back(state.step, checkpoint)

@@ -30,7 +30,13 @@ from dist_proxygml.checkpoint.writer import load_backbone
 from dist_proxygml.config import OF_TRAINING, BackboneConfig, Config, flattened
 from dist_proxygml.data.index import ClassEntry, ShardIndex
 from dist_proxygml.distributed.collectives import all_reduce_sum
-from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero, run_together
+from dist_proxygml.distributed.parallel import (
+    ParallelContext,
+    run_long,
+    run_on_rank_zero,
+    run_on_rank_zero_for_long,
+    run_together,
+)
 from dist_proxygml.head.optim import bring_to_unit_length_
 from dist_proxygml.head.partition import ClassPartition
 
@@ -148,14 +154,14 @@ def open_transfer(config: Config, index: ShardIndex | None, context: ParallelCon
     if config.checkpoint.init_from is None:
         return None
     path = Path(config.checkpoint.init_from)
-    model = run_on_rank_zero(context, _open, path, config)
+    model = run_on_rank_zero_for_long(context, _open, path, config)
     num_classes = config.num_trained_classes
     if not config.checkpoint.init_proxies:
         return Transfer(model, None, num_classes, num_kept=0, num_dropped=0)
     assert index is not None  # Config refuses a stream
     num_stored = run_on_rank_zero(context, _check_shape, model, config)
     no_rows = np.zeros(num_classes, np.int64)  # the remaining ranks' part
-    rows_C = run_together(context, lambda: _rows_by_name(model, index) if context.is_main else no_rows)
+    rows_C = run_long(context, lambda: _rows_by_name(model, index) if context.is_main else no_rows)
     rows_C = all_reduce_sum(torch.from_numpy(rows_C).to(context.device), group=context.group).cpu().numpy()
     partition = ClassPartition(config.num_trained_classes, context.world_size, context.rank)
     rows_c = rows_C[partition.start : partition.stop].copy()

@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 
+from dist_proxygml import faults
+from dist_proxygml.config import parse_config
 from dist_proxygml.data.pipeline import Batch
 from dist_proxygml.distributed.collectives import NonFiniteError
 from dist_proxygml.distributed.parallel import ParallelContext, single_process
 from dist_proxygml.training.nonfinite import NonFiniteLog
 from tests.harness import run_ranks
+from tests.long_work import lasting
+from tests.shards_of_noise import write_noise_shards
 from tests.small_training import NUM_CLASSES, configuration, same
 
 NUM_STEPS, BAD_STEPS = 6, (2, 3)
@@ -49,7 +53,6 @@ def train_with_faults(
     context: ParallelContext, point: str, accumulation: int, zero_stage: int, bf16: bool
 ) -> dict[str, Any]:
     """Run NUM_STEPS steps, with NaN injected on the last rank in BAD_STEPS; and again without these steps."""
-    from dist_proxygml import faults
     from dist_proxygml.training.step import build_train_state, train_step
 
     config = configuration(
@@ -189,3 +192,23 @@ def test_a_log_goes_back_after_so_many_steps_in_a_row_and_ends_after_so_many_tim
     assert [line["step"] for line in lines] == [7, 9, 10, 10, 11, 12]
     assert lines[0]["images"] == {"0": ["a", "b", "c", "d"]}
     assert lines[3]["back_to"] == "step-000005"
+
+
+def train_with_one_bad_step(context: ParallelContext, root: Path) -> None:
+    from dist_proxygml.training import loop
+    from dist_proxygml.training.run import train
+
+    whole = configuration(training={"epochs": 1, "batch_size": 12, "max_left_out": 1}).model_dump(mode="json")
+    whole |= {"runs_dir": str(root / "runs"), "checkpoint": {"every_steps": 1}}
+    whole["data"] |= {"shards": str(root / "shards"), "train_split": "test", "test_split": None, "num_workers": 0}
+    faults.own_faults = lambda: (faults.Fault("step.loss", context.rank, 2, "nan"),)
+    with lasting((loop, "find_checkpoint")):
+        train(parse_config(whole, source="the test"), context)
+
+
+def test_a_run_goes_back_to_its_checkpoint_however_long_that_takes_to_verify(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path / "shards", [6] * NUM_CLASSES)  # 4 steps
+    run_ranks(train_with_one_bad_step, 1, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs/parity/nonfinite.jsonl").read_text().splitlines()]
+    assert [line.get("back_to") for line in lines] == [None, "step-000001"]
+    assert (tmp_path / "runs/parity/checkpoints/step-000004").is_dir()

@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from dist_proxygml.backbones.build import build_backbone
+from dist_proxygml.checkpoint import folder
 from dist_proxygml.checkpoint.folder import find_checkpoint
 from dist_proxygml.checkpoint.model import open_trained
 from dist_proxygml.config import BackboneConfig, parse_config
@@ -20,10 +21,12 @@ from dist_proxygml.distributed.parallel import ParallelContext, run_on_rank_zero
 from dist_proxygml.head.loss import ProxyLoss
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies
+from dist_proxygml.training import transfer as transferring
 from dist_proxygml.training.run import train
 from dist_proxygml.training.step import build_loss
 from dist_proxygml.training.transfer import copy_rows_, match_classes, open_transfer
 from tests.harness import run_ranks
+from tests.long_work import lasting
 from tests.shards_of_noise import write_noise_shards
 from tests.trained_runs import STEP, configuration, read_class_names, write_class_names, write_run
 
@@ -124,6 +127,17 @@ def test_classes_of_the_same_name_keep_their_proxies_bit_by_bit(trained: tuple[P
     assert {rank[0][2] for rank in ranks} == {
         f"from {where}, step 30: its backbone, and proxies of 5 of 8 classes (3 new, 2 dropped)"
     }
+
+
+def take_over_slowly(context: ParallelContext, root: Path) -> str:
+    with lasting((folder, "verify_checkpoint"), (transferring, "_rows_by_name")):
+        return take_over(context, root, [("seven", "other order")])[0][2]
+
+
+def test_a_model_that_takes_long_to_verify_and_to_match_is_waited_for(trained: tuple[Path, Runs]) -> None:
+    root, _ = trained
+    for told in run_ranks(take_over_slowly, 2, root):
+        assert "proxies of 5 of 8 classes" in told
 
 
 @pytest.mark.parametrize(("run", "head"), [("seven", "softmax"), ("seven", "sampled"), ("softmax", "top-k")])

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from dist_proxygml import evaluate
+from dist_proxygml.checkpoint import folder
+from dist_proxygml.checkpoint.model import BACKBONE_FILE
 from dist_proxygml.config import load_config
+from dist_proxygml.distributed.collectives import AgreedError
 from dist_proxygml.distributed.parallel import single_process
 from dist_proxygml.evaluate import _parser, legacy_lines, overrides, pair_lines, ties_line
 from dist_proxygml.evaluation import run as evaluation_run
@@ -19,9 +23,11 @@ from dist_proxygml.evaluation.embedding_pass import EmbeddingTable, load_table
 from dist_proxygml.evaluation.evaluator import EvaluationResult, PairSettings
 from dist_proxygml.evaluation.run import measured, result_settings, result_suffix
 from dist_proxygml.evaluation.verification import Histogram, OperatingPoint, Verification
+from dist_proxygml.storage.run_folder import step_name
 from dist_proxygml.training import evaluate as training
 from tests.harness import run_command
-from tests.trained_runs import write_finished_run
+from tests.long_work import lasting
+from tests.trained_runs import STEP, write_finished_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +42,20 @@ def test_no_command_runs_that_the_folder_of_a_run_names(tmp_path: Path) -> None:
     assert "error: expected a location that runs no command" in ended.stderr
     assert "\x1b" not in ended.stderr
     assert not list(tmp_path.glob("pwned*"))
+
+
+def test_a_checkpoint_that_takes_long_to_verify_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged one, which is verified once more to say what is wrong with it."""
+    run = write_finished_run(tmp_path)
+    (run / "checkpoints" / step_name(STEP) / BACKBONE_FILE).write_bytes(b"damage")
+    monkeypatch.setattr(evaluate, "join_world", lambda **_: single_process())
+    monkeypatch.setattr(evaluate, "set_arithmetic", lambda *_: None)  # which would stay
+    with (
+        lasting((folder, "verify_checkpoint")),
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(AgreedError, match="found damaged ones only"),
+    ):
+        evaluate.main(["--run", str(run)])
 
 
 def evaluated_with(folder: Path, config: str, *arguments: str) -> tuple[str, str | None, str, list[int], bool]:
