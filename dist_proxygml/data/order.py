@@ -108,13 +108,13 @@ def class_share_order(label_n: np.ndarray, *, power: float, seed: int, epoch: in
     assert 0 <= power <= 1
     classes, label_n = np.unique(label_n, return_inverse=True)
     draws = np.random.Philox(np.random.SeedSequence([seed, epoch, _SHARES_STREAM]))
-    offset = int(draws.random_raw()) >> 48  # of 2^16, so that the sums below are exact
+    offset = int(draws.random_raw()) >> 48  # in units of 2^-16
     weight_c = np.rint(np.bincount(label_n).astype(np.float64) ** power * _WEIGHT_UNIT).astype(np.int64)
-    weight_c //= max(1, np.gcd.reduce(weight_c))  # so that with power 1 the products below are exact
-    due_c = (
-        np.cumsum(weight_c) * float(len(label_n)) / max(1, int(weight_c.sum()))
-    )  # draws of this class and those before
+    weight_c //= max(1, np.gcd.reduce(weight_c))  # so that with power 1, up to 9e7 images, the products below are exact
+    # Draws that are due to this class and those before. Products above 2^53 are rounded, so that of all may miss n.
+    due_c = np.cumsum(weight_c) * float(len(label_n)) / max(1, int(weight_c.sum()))
     done_c = np.floor(due_c + offset * 2.0**-16).astype(np.int64)
+    done_c[-1:] = len(label_n)
     num_draws_c = done_c - np.concatenate([[0], done_c[:-1]])
     class_n = np.repeat(np.arange(len(classes)), num_draws_c)[_argsort(draws.random_raw(len(label_n)))]
     return _images_in_turn(class_n, label_n, images_per_use=1, draws=draws)

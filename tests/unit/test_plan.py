@@ -195,6 +195,13 @@ def test_a_class_has_its_share_of_an_epoch_and_uses_its_images_in_turn(
         assert sorted(order) == list(range(len(labels)))
 
 
+def test_no_draw_of_an_epoch_is_missing_where_shares_are_rounded() -> None:
+    class_sizes = np.arange(342_046) % 3 + 1  # the sum of weights times the number of images is 1.2 * 2^53
+    labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
+    order = class_share_order(labels, power=0.5, seed=0, epoch=87_476)  # whose shares are all rounded down
+    assert len(order) == len(labels)
+
+
 def test_shares_are_right_on_average_over_epochs_and_mix_the_classes() -> None:
     class_sizes = np.array([900, 100, 9, 1])
     labels = np.repeat(np.arange(4), class_sizes)
