@@ -992,6 +992,12 @@ _DEEPSPEED_KEYS: dict[str, str] = {
     "gradient_predivide_factor": "a number above 0",
     "communication_data_type": "a string",
 }
+# Of these, what changes no number of a run: what DeepSpeed prints and measures, and a rank's part of a batch, which
+# follows from the number of ranks.
+_NEUTRAL_DEEPSPEED_KEYS = (
+    *("comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print"),
+    *("train_micro_batch_size_per_gpu", "wall_clock_breakdown"),
+)
 # DeepSpeed's keys that are owned by another setting here, or break what the loss relies on: what to use instead.
 _OWNED_DEEPSPEED_KEYS = {
     "optimizer": "the section optimizer",
@@ -1378,6 +1384,12 @@ def flattened(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flattened(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def without_neutral_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of flat settings those of DeepSpeed that change no number of a run, and its section if it is empty."""
+    neutral = {"deepspeed", *(f"deepspeed.{key}" for key in _NEUTRAL_DEEPSPEED_KEYS)}
+    return {name: value for name, value in settings.items() if ".".join(name.split(".")[:2]) not in neutral}
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:

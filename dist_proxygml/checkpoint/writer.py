@@ -55,6 +55,7 @@ from dist_proxygml.checkpoint.folder import (
     tidy_up,
     write_checkpoint_manifest,
 )
+from dist_proxygml.config import without_neutral_keys
 from dist_proxygml.distributed.collectives import AgreedError, NonFiniteError
 from dist_proxygml.distributed.engine import Engine
 from dist_proxygml.distributed.gpus import start_thread
@@ -445,7 +446,7 @@ def _load_bank(loss: GlobalLoss, optimizer: torch.optim.Optimizer, directory: Pa
 
 def _check_state(checkpoint: Path, settings: dict[str, Any]) -> RunState:
     state = read_state(checkpoint)
-    stored, settings = with_colours(state.settings), with_colours(settings)
+    stored, settings = (without_neutral_keys(with_colours(of)) for of in (state.settings, settings))
     names = sorted(stored.keys() | settings.keys())
     changed = [name for name in names if stored.get(name) != settings.get(name)]
     if changed:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_proxygml.checkpoint.folder import Continuation, checkpoint_to_continue
 from dist_proxygml.checkpoint.model import write_class_table
-from dist_proxygml.config import Config, flattened
+from dist_proxygml.config import Config, flattened, without_neutral_keys
 from dist_proxygml.data.damage import DAMAGE_FIELDS, DAMAGE_FILE
 from dist_proxygml.data.index import ShardIndex
 from dist_proxygml.distributed.parallel import (
@@ -142,7 +142,7 @@ def _keep_unfinished_embeddings(directory: Path, aside: Path | None, step: int |
 def comparable_settings(config: Config) -> dict[str, Any]:
     """Return the settings that the numbers of a run depend on, flat: a run resumes only if they are unchanged."""
     whole = config.model_dump(mode="json", exclude={"name", "runs_dir", "evaluation", "checkpoint", "telemetry"})
-    free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images", "deepspeed.steps_per_print"}
+    free = {"data.shards", "data.test_split", "data.num_workers", "data.cache_images"}
     free |= {"data.damaged_images", "data.max_damaged", "data.cache_directory", "data.cache_limit"}
     free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
     free |= {"training.cudnn_benchmark", "training.deterministic"}  # the same sums in another order
@@ -158,4 +158,4 @@ def comparable_settings(config: Config) -> dict[str, Any]:
         free |= {"training.epochs", "training.max_steps"}
     if config.proxies.class_score != "softmax":
         free.add("proxies.class_score_gamma")
-    return {name: value for name, value in flattened(whole) if name not in free}
+    return without_neutral_keys({name: value for name, value in flattened(whole) if name not in free})

@@ -4,16 +4,20 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from dist_proxygml.checkpoint.folder import read_state
 from dist_proxygml.checkpoint.model import TrainedModel
+from dist_proxygml.checkpoint.writer import _check_state
 from dist_proxygml.config import Config, load_config
 from dist_proxygml.evaluation.evaluator import EvaluationResult
+from dist_proxygml.storage.run_folder import step_name
 from dist_proxygml.training.prepare import comparable_settings, find_continuation, prepare_run_directory
 from tests.closed_folders import closed
-from tests.trained_runs import configuration
+from tests.trained_runs import STEP, configuration, write_finished_run
 
 FOLDERS = ("checkpoints", "evaluation", "embeddings", "proxies", "tensorboard")
 LOGS = ("metrics.jsonl", "damaged.jsonl", "nonfinite.jsonl")
@@ -169,6 +173,32 @@ def test_a_run_is_what_its_checkpoint_was_trained_with_however_it_was_trained(tm
             edited = config.model_copy(update={"backbone": config.backbone.model_copy(update={name: value})})
             with pytest.raises(ValueError, match=rf"expected backbone\.{name} .*restore that file"):
                 model.check_config(edited, source=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"train_micro_batch_size_per_gpu": 3},  # on two ranks
+        {"wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True, "steps_per_print": 5},
+        {"comms_logger": {"enabled": True}, "flops_profiler": {"enabled": True, "module_depth": 1}},
+    ],
+)
+def test_a_run_goes_on_whatever_deepspeed_prints_and_on_how_many_ranks(
+    tmp_path: Path, changed: dict[str, object]
+) -> None:
+    stated: dict[str, object] = {"train_micro_batch_size_per_gpu": 6}
+
+    def compared(deepspeed: dict[str, object]) -> dict[str, object]:
+        return comparable_settings(configuration("small", tmp_path, 3, deepspeed=deepspeed))
+
+    assert compared(stated) == compared(changed) == compared({})
+    checkpoint = write_finished_run(tmp_path, deepspeed=stated) / "checkpoints" / step_name(STEP)
+    stored = read_state(checkpoint)
+    settings = compared(stated) | {"deepspeed.train_micro_batch_size_per_gpu": 6}  # as earlier versions recorded them
+    (checkpoint / "state.json").write_text(json.dumps(asdict(replace(stored, settings=settings))))
+    _check_state(checkpoint, compared(changed))
+    with pytest.raises(ValueError, match=r"deepspeed\.gradient_clipping was unset, is 1"):
+        _check_state(checkpoint, compared({**changed, "gradient_clipping": 1}))
 
 
 def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_used(tmp_path: Path) -> None:
