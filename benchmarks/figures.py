@@ -337,15 +337,17 @@ def growth(title: str, subtitle: str, series: Sequence[Curve], *, x_label: str) 
     return _picture(title, subtitle, f"{title}. {spoken}", paint)
 
 
-def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *, x_label: str) -> str:
+def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *, x_label: str, lowest: float) -> str:
     """What is found, in percent and with error bars, by what it costs, on a logarithmic axis, as an SVG document; empty
     without points. Those of a series are joined, with their names beside them, and that of the series at the right.
+    Points below the axis stand at its foot, with their numbers.
 
     Args:
         title: what is found, with the unit.
         subtitle: of what.
         series: by name; one without points is left out.
         x_label: meaning of the cost.
+        lowest: percent at the foot of the axis.
     """
     shown = {name: points for name, points in series.items() if points}
     if not shown:
@@ -359,14 +361,19 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
         ends = []
         for number, (name, points) in enumerate(shown.items()):
             colour = SERIES[number]
-            ends.append((100 * points[-1].found.mean, name, colour))
-            _with_bars(axes, [point.cost for point in points], [point.found for point in points], colour)
+            ends.append((max(lowest, 100 * points[-1].found.mean), name, colour))
+            drawn = [point for point in points if 100 * point.found.mean >= lowest]
+            _with_bars(axes, [point.cost for point in drawn], [point.found for point in drawn], colour)
             for place, point in enumerate(points):
                 side = "right" if place == 0 else "left" if place == len(points) - 1 else "center"  # away from the next
+                said = point.name
+                if point not in drawn:
+                    said, side = f"{said}: {100 * point.found.mean:.0f}", side.replace("center", "left")
+                    axes.plot(point.cost, lowest, "v", color=colour, markersize=7, clip_on=False)
                 axes.annotate(
-                    point.name,
-                    (point.cost, 100 * point.found.mean),
-                    (0, 9 if number % 2 == 0 else -18),  # above or below: lines may lie close together
+                    said,
+                    (point.cost, max(lowest, 100 * point.found.mean)),
+                    (0, -18 if number % 2 and point in drawn else 9),  # above or below: lines may lie close together
                     textcoords="offset pixels",
                     ha=side,
                     color=colour,
@@ -378,6 +385,7 @@ def against(title: str, subtitle: str, series: Mapping[str, Sequence[Priced]], *
         inside = [tick for tick in ticks if min(costs) / 1.3 <= tick <= max(costs) * 1.3]
         axes.set_xticks(inside, [f"{tick:g}" for tick in inside], color=TEXT, fontsize=12)
         axes.set_xlabel(x_label, color=QUIET, fontsize=12)
+        axes.set_ylim(bottom=lowest)
         _name_ends(axes, ends)
 
     spoken = "; ".join(

@@ -165,7 +165,7 @@ def show(table: Table, lines: Lines) -> Shown:
                     f"{max(line['memory_mib'] for line in found):,}" if found else "",
                 ]
             )
-        header = ["method", "seeds", "Recall@1", "above ProxyGML", "MAP@R", "head, ms", "peak, MiB"]
+        header = ["method", "seeds", "Recall@1", "difference to ProxyGML", "MAP@R", "head, ms", "peak, MiB"]
         if rows:
             parts += [f"**{data}: Recall@1 and MAP@R of test classes**", markdown(header, body)]
             pictures[f"methods_{_in_names(data)}.svg"] = _picture(data, rows, lines)

@@ -12,14 +12,16 @@ otherwise: there most typefaces of a character look alike.
 
 Which classes train depends on the seed, so seeds differ by them, too. A size is tested once `tuned` says what its
 trials have found; other shares than the one that is tuned are tried with the largest size alone, and so are other
-methods and row-wise Adagrad for the proxies, which otherwise move by AdamW. Rows have three seeds, or five where heads
-are close.
+methods and row-wise Adagrad for the proxies, which otherwise move by AdamW; the one that finds most there is tried with
+10,000, too. Where four trials have their best at the edge of what was tried, and heads are close, more go past it. Rows
+have three seeds, or five where heads are close.
 
 Budget: a run takes 80 s (1,000 classes) to 4 minutes (20,000) of one core, with more steps up to 14; the trials of the
-four sizes take 90 minutes, the other seeds, shares and steps four hours, other methods and Adagrad six.
+four sizes take 90 minutes, the other seeds, shares and steps five hours, other methods and Adagrad eight.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from benchmarks.figures import (
     Shown,
     against,
     cell,
+    count_seeds,
     curves,
     markdown,
     metric,
@@ -46,6 +49,7 @@ from dist_proxygml.cluster.grid import Spread
 NUM_STEPS = 2500
 SIZES = (1000, 3000, 10000, 20000)
 COSTS = ("head, ms", "head, MiB")
+ON_TEST = "Recall@1 on the test half of the characters"
 
 
 class Head(NamedTuple):
@@ -56,22 +60,18 @@ class Head(NamedTuple):
     shares: tuple[float, ...]
     tuning_share: float
     tuned: Mapping[int, tuple[float, float]]  # by number of classes, the best of `tried`
+    sizes: tuple[int, ...] = SIZES
     more_steps: Mapping[float, tuple[int, ...]] = {}  # by share, with the largest size alone
     setting: str = "proxies.scale"
-    values: tuple[float, float] = (4, 16)
+    values: tuple[float, ...] = (4, 16)
     rate: str = "optimizer.proxies_lr"
-    rates: tuple[float, float] = (0.003, 0.01)
-    num_seeds: int = 3  # of the tuning share; more where heads are close
+    rates: tuple[float, ...] = (0.003, 0.01)
+    beyond: tuple[tuple[float, float], ...] = ()  # tried as well with the largest size, past the edge of the four
+    num_seeds: int = 3  # of the tuning share with the largest size; more where heads are close
 
-    @property
-    def settings(self) -> list[tuple[str, tuple[float, float]]]:
-        """What is tried of each setting."""
-        return [(self.setting, self.values), (self.rate, self.rates)]
-
-    @property
-    def tried(self) -> list[tuple[float, float]]:
+    def tried(self, classes: int) -> list[tuple[float, float]]:
         """Values of the setting and of the rate."""
-        return list(itertools.product(self.values, self.rates))
+        return [*itertools.product(self.values, self.rates), *(self.beyond if classes == SIZES[-1] else ())]
 
 
 HEADS = {
@@ -81,7 +81,7 @@ HEADS = {
         (0.01, 0.025, 0.05, 0.1, 0.2, 0.5),
         0.1,
         {1000: (4, 0.01), 3000: (16, 0.01), 10000: (16, 0.01), 20000: (16, 0.003)},
-        {0.01: (6500,), 0.05: (6500,), 0.1: (6500,)},
+        more_steps={0.01: (6500,), 0.05: (6500,), 0.1: (6500,)},
     ),
     "sampled": Head(
         "random",
@@ -89,7 +89,7 @@ HEADS = {
         (0.01, 0.1, 0.25, 0.5),
         0.1,
         {1000: (16, 0.003), 3000: (16, 0.003), 10000: (16, 0.003), 20000: (16, 0.003)},
-        {0.1: (5000, 6500)},  # 5,000 take the time that 2,500 of the nearest take on one core
+        more_steps={0.1: (5000, 6500)},
     ),
     "all": Head(
         "all",
@@ -97,7 +97,7 @@ HEADS = {
         (1.0,),
         1.0,
         {1000: (16, 0.01), 3000: (16, 0.003), 10000: (16, 0.01), 20000: (16, 0.01)},
-        {1.0: (6500,)},
+        more_steps={1.0: (6500,)},
     ),
 }
 
@@ -106,52 +106,89 @@ ROW_WISE = "optimizer.proxies_name=rowwise_adagrad optimizer.proxies_weight_deca
 UNIT_LENGTH = "proxies.unit_norm=true"
 
 
-def _other(method: str, share: float, tuned: tuple[float, float] | None = None, **more: Any) -> Head:
-    """A method of the table of methods, with the same values of its own setting."""
+def _other(method: str, share: float, tuned: Mapping[int, tuple[float, float]], **more: Any) -> Head:
+    """A method of the table of methods, with the same values of its own setting; with the largest size alone, unless
+    said otherwise.
+    """
     of = METHODS[method]
-    head = Head(method, of.overrides, (share,), share, {} if tuned is None else {SIZES[-1]: tuned}, **more)
-    return head._replace(setting=of.tuned, values=of.values)
+    settings = {"sizes": SIZES[-1:], "setting": of.tuned, "values": of.values, **more}
+    return Head(method, of.overrides, (share,), share, tuned, **settings)
 
 
-def _row_wise(head: Head, shares: tuple[float, ...], tuned: tuple[float, float], **more: Any) -> Head:
+def _cosface(scale: int) -> Head:
+    head = _other("CosFace", 1.0, {})
+    return head._replace(label=f"CosFace, scale {scale}", overrides=f"{head.overrides} proxies.scale={scale}")
+
+
+def _row_wise(head: Head, shares: tuple[float, ...], tuned: Mapping[int, tuple[float, float]], **more: Any) -> Head:
     """A head whose proxies move by row-wise Adagrad, which leaves those alone that no image was compared with; of the
     shares the first is tuned.
     """
-    label, overrides = f"{head.label}, row-wise", f"{head.overrides} {ROW_WISE} {UNIT_LENGTH}"
-    head = head._replace(label=label, overrides=overrides, shares=shares, tuning_share=shares[0])
-    return head._replace(**{"tuned": {SIZES[-1]: tuned}, "more_steps": {}, "rates": (0.1, 0.3), **more})
+    return _with(head, "row-wise", f"{ROW_WISE} {UNIT_LENGTH}", shares, tuned, **{"rates": (0.1, 0.3), **more})
 
 
-def _nearest(label: str, overrides: str, rates: tuple[float, float]) -> Head:
-    """The nearest 5 % with other settings of the proxies."""
-    head = HEADS["topk"]
-    overrides = f"{head.overrides} {overrides}"
-    return head._replace(
-        label=label, overrides=overrides, shares=(0.05,), tuning_share=0.05, tuned={}, more_steps={}, rates=rates
-    )
+def _with(
+    head: Head,
+    label: str,
+    overrides: str,
+    shares: tuple[float, ...],
+    tuned: Mapping[int, tuple[float, float]],
+    **more: Any,
+) -> Head:
+    """A head with other settings of its proxies; with the largest size alone, unless said otherwise."""
+    label, overrides = f"{head.label}, {label}", f"{head.overrides} {overrides}"
+    head = head._replace(label=label, overrides=overrides, shares=shares, tuning_share=shares[0], tuned=tuned)
+    return head._replace(**{"sizes": SIZES[-1:], "more_steps": {}, "beyond": (), **more})
 
 
-# What is tried with the largest size alone, among it row-wise Adagrad and unit length, which go together elsewhere, one
-# without the other. Without proxies there is but the network's rate.
+# What is tried beside them: with the largest size alone, but for the one that finds most there. Row-wise Adagrad and
+# unit length, which go together elsewhere, are among it one without the other. Without proxies there is but the
+# network's rate.
 OTHERS = {
-    "rowwise-topk": _row_wise(HEADS["topk"], (0.05, 0.01, 0.001), (16, 0.1), more_steps={0.05: (6500,)}, num_seeds=5),
-    "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), (16, 0.3)),
-    "rowwise-all": _row_wise(HEADS["all"], (1.0,), (16, 0.1), more_steps={1.0: (6500,)}, num_seeds=5),
-    "rowwise-cosface": _row_wise(_other("CosFace", 1.0), (1.0,), (0.3, 0.1), more_steps={1.0: (6500,)}, num_seeds=5),
-    "rowwise-any-length": _nearest("nearest, row-wise, any length", ROW_WISE, (0.1, 0.3)),
-    "unit-length": _nearest("nearest, unit length", UNIT_LENGTH, (0.003, 0.01)),
-    "margin": _other("ProxyGML, margin", 0.1, (0.3, 0.003)),
-    "cosface": _other("CosFace", 1.0, (0.3, 0.01)),
-    "arcface": _other("ArcFace", 1.0, (0.3, 0.01)),
-    "softtriple": _other("SoftTriple", 1.0, (20, 0.003)),
-    "proxy-anchor": _other("Proxy-Anchor", 1.0),
+    "rowwise-topk": _row_wise(
+        HEADS["topk"],
+        (0.05, 0.01, 0.001),
+        {10000: (16, 0.1), 20000: (16, 0.1)},
+        sizes=(10000, 20000),
+        more_steps={0.05: (6500,)},
+        beyond=((16, 0.03), (32, 0.1), (32, 0.3)),
+        num_seeds=5,
+    ),
+    "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), {20000: (32, 0.1)}, beyond=((32, 0.1), (32, 0.3))),
+    "rowwise-all": _row_wise(
+        HEADS["all"],
+        (1.0,),
+        {20000: (32, 0.1)},
+        more_steps={1.0: (6500,)},
+        beyond=((16, 0.03), (32, 0.1), (32, 0.3), (64, 0.1)),
+        num_seeds=5,
+    ),
+    "rowwise-cosface": _row_wise(_cosface(16), (1.0,), {}, beyond=((0.3, 0.03), (0.5, 0.1))),
+    "rowwise-cosface-32": _row_wise(
+        _cosface(32),
+        (1.0,),
+        {20000: (0.5, 0.1)},
+        rates=(0.1,),
+        more_steps={1.0: (6500,)},
+        beyond=((0.5, 0.1), (0.3, 0.3)),
+        num_seeds=5,
+    ),
+    "rowwise-cosface-64": _row_wise(_cosface(64), (1.0,), {}, values=(0.3,), rates=(0.1,)),
+    "rowwise-any-length": _with(HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, rates=(0.1, 0.3)),
+    "unit-length": _with(HEADS["topk"], "unit length", UNIT_LENGTH, (0.05,), {}),
+    "margin": _other("ProxyGML, margin", 0.1, {20000: (0.3, 0.003)}),
+    "cosface": _other("CosFace", 1.0, {20000: (0.3, 0.01)}),
+    "arcface": _other("ArcFace", 1.0, {20000: (0.3, 0.01)}),
+    "softtriple": _other("SoftTriple", 1.0, {20000: (20, 0.003)}),
+    "proxy-anchor": _other("Proxy-Anchor", 1.0, {20000: (16, 0.01)}),
     "multi-similarity": _other(
         "multi-similarity",
         1.0,
-        (0.5, 0.004),
+        {20000: (0.3, 0.004)},
         rate="optimizer.backbone_lr",
         rates=(0.002, 0.004),
         more_steps={1.0: (6500,)},
+        beyond=((0.5, 0.008), (0.3, 0.004)),
         num_seeds=5,
     ),
 }
@@ -181,7 +218,7 @@ def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_
         f"rate-{rate:g}",
         *([f"steps-{num_steps}"] if num_steps != NUM_STEPS else []),
     ]
-    num_seeds = head.num_seeds if share == head.tuning_share and num_steps == NUM_STEPS else 3
+    num_seeds = head.num_seeds if classes == SIZES[-1] and share == head.tuning_share else 3
     seeds = range(num_seeds) if tried == head.tuned.get(classes) else (0,)
     return Row("_".join(parts), labels, overrides, CHARACTERS, seeds)
 
@@ -189,7 +226,7 @@ def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_
 def trials(name: str, classes: int) -> list[Row]:
     """What is tried of a head; the first seed of what is tested among them."""
     head = (HEADS | OTHERS)[name]
-    return [_row(name, classes, head.tuning_share, tried) for tried in head.tried]
+    return [_row(name, classes, head.tuning_share, tried) for tried in head.tried(classes)]
 
 
 def tested(name: str, classes: int) -> list[Row]:
@@ -231,48 +268,69 @@ def show(table: Table, lines: Lines) -> Shown:
 
 
 def _trials(lines: Lines) -> list[str]:
-    tried = [f"scale {scale}, rate {rate}" for scale, rate in HEADS["topk"].tried]
+    tried = HEADS["topk"].tried(SIZES[-1])
     body = [[f"{classes:,}", HEADS[name].label, *_tried(name, classes, lines)] for classes in SIZES for name in HEADS]
-    header = ["classes", "negatives", *tried]
+    header = ["classes", "negatives", *(f"scale {scale}, rate {rate}" for scale, rate in tried)]
     return [
-        "**The trials**: Recall@1 of the characters that trials ask for",
+        "**The trials**: Recall@1 on the other half",
         markdown(header, [row for row in body if any(row[2:])]),
     ]
 
 
 def _by_classes(lines: Lines) -> list[str]:
+    heads = {name: head for name, head in (HEADS | OTHERS).items() if len(head.sizes) > 1}
     body = [
         [f"{classes:,}", head.label, f"{100 * head.tuning_share:g} %", *_found(row, _tuned("topk", classes), lines)]
         for classes in SIZES
-        for name, head in HEADS.items()
+        for name, head in heads.items()
         if (row := _tuned(name, classes)) is not None
     ]
-    header = ["classes", "negatives", "share", "Recall@1", "above the nearest 10 %", *COSTS]
+    header = ["classes", "negatives", "share", "seeds", "Recall@1", "difference to the nearest 10 %", *COSTS]
     return [
-        "**Recall@1 of the others** by the number of classes that train",
+        f"**{ON_TEST}** by the number of classes that train",
         markdown(header, [row for row in body if any(row[3:])]),
     ]
 
 
 def _by_steps(lines: Lines) -> list[str]:
-    """Of the heads and shares that have been trained for longer, too."""
+    """Of the heads and shares that have been trained for longer, too: at equal steps, and in equal time."""
     largest = SIZES[-1]
-    heads = {name: head for name, head in (OTHERS | HEADS).items() if head.more_steps}
-    numbers = sorted({NUM_STEPS, *(n for head in heads.values() for more in head.more_steps.values() for n in more)})
-    first = longer("rowwise-topk", OTHERS["rowwise-topk"].tuning_share).get(numbers[-1])
+    name, share = "rowwise-topk", OTHERS["rowwise-topk"].tuning_share
+    firsts = {NUM_STEPS: _tested(name, share, largest), **longer(name, share)}
     body = []
-    for name, head in heads.items():
+    for name, head in (OTHERS | HEADS).items():
         for share in head.more_steps:
-            rows = {NUM_STEPS: _tested(name, share, largest), **longer(name, share)}
-            said = [cell(values_of(row, lines, metric("recall@1"))) if (row := rows.get(n)) else "" for n in numbers]
-            last = rows.get(numbers[-1])
-            above = say_interval(last, first, lines) if last and first and last.name != first.name else ""
-            body.append([head.label, f"{100 * share:g} %", *said, above])
-    header = ["negatives", "share", *(f"{steps:,} steps" for steps in numbers), "above the first"]
-    return [
-        f"**Recall@1 of the others** by the number of steps, of {largest:,} classes",
-        markdown(header, [row for row in body if any(row[2:])]),
+            for steps, row in {NUM_STEPS: _tested(name, share, largest), **longer(name, share)}.items():
+                if row is None or not (found := cell(values_of(row, lines, metric("recall@1")))):
+                    continue
+                same, first = firsts.get(steps), firsts[NUM_STEPS]
+                seconds, most = _seconds(row, lines), _seconds(first, lines)
+                body.append(
+                    [
+                        head.label,
+                        f"{100 * share:g} %",
+                        f"{steps:,}",
+                        count_seeds(row, lines),
+                        found,
+                        say_interval(row, same, lines) if same and row.name != same.name else "",
+                        "" if math.isinf(seconds) else f"{seconds:.0f}",
+                        say_interval(row, first, lines) if first and steps > NUM_STEPS and seconds <= most else "",
+                    ]
+                )
+    reference = f"the {HEADS['topk'].label} {100 * OTHERS['rowwise-topk'].tuning_share:g} %, row-wise"
+    header = [
+        *("negatives", "share", "steps", "seeds", "Recall@1"),
+        f"difference to {reference}, at as many steps",
+        "a run, s",
+        f"difference to its {NUM_STEPS:,} steps, if it takes no longer",
     ]
+    return [f"**{ON_TEST}** by the number of steps, of {largest:,} classes", markdown(header, body)]
+
+
+def _seconds(row: Row | None, lines: Lines) -> float:
+    """What training took with the first seed; infinite before."""
+    line = None if row is None else lines.get((row.name, 0))
+    return math.inf if line is None or "seconds" not in line else line["seconds"]["training"] + line["seconds"]["data"]
 
 
 def _by_share(lines: Lines) -> list[str]:
@@ -286,9 +344,9 @@ def _by_share(lines: Lines) -> list[str]:
     body = [row for row in body if any(row[2:])]
     if len(body) <= len(HEADS):
         return []
-    header = ["negatives", "share", "Recall@1", "above the nearest 10 %", *COSTS]
+    header = ["negatives", "share", "seeds", "Recall@1", "difference to the nearest 10 %", *COSTS]
     return [
-        f"**Recall@1 of the others** by the share that an image is compared with, of {largest:,} classes",
+        f"**{ON_TEST}** by the share that an image is compared with, of {largest:,} classes",
         markdown(header, body),
     ]
 
@@ -299,28 +357,32 @@ def _others(of_trials: Lines, of_test: Lines) -> list[str]:
     best = next(iter(tested("rowwise-topk", largest)), None)
     tuning = []
     for name, head in OTHERS.items():
-        settings = (f"`{setting}` {low:g} or {high:g}" for setting, (low, high) in head.settings)
-        tuning.append([head.label, f"{100 * head.tuning_share:g} %", *settings, *_tried(name, largest, of_trials)])
+        for classes in head.sizes:
+            found = _tried(name, classes, of_trials)
+            pairs = zip(head.tried(classes), found, strict=True)
+            if said := "; ".join(f"{value:g}, {rate:g}: {recall}" for (value, rate), recall in pairs if recall):
+                label = [f"{classes:,}", head.label, f"{100 * head.tuning_share:g} %"]
+                tuning.append([*label, f"`{head.setting}`, `{head.rate}`", said])
     rows = [(head, row) for name, head in OTHERS.items() for row in tested(name, largest)]
     if any(_spread(row, of_test) for _, row in rows):
         rows += [(head, row) for name, head in HEADS.items() if (row := _tuned(name, largest)) is not None]
     found = [[head.label, f"{100 * row.labels['share']:g} %", *_found(row, best, of_test)] for head, row in rows]
     found = [row for row in found if any(row[2:])]
     parts = []
-    if any(any(row[4:]) for row in tuning):
-        header = ["method", "share", "setting", "rate", "low, low", "low, high", "high, low", "high, high"]
-        parts += [f"**The trials of other methods**, with {largest:,} classes", markdown(header, tuning)]
+    if tuning:
+        header = ["classes", "method", "share", "what is tried", "its values, and what they find"]
+        parts += ["**The trials of other methods**", markdown(header, tuning)]
     if found:
         parts += [
-            f"**Recall@1 of the others** by method, of {largest:,} classes",
-            markdown(["method", "share", "Recall@1", "above the first", *COSTS], found),
+            f"**{ON_TEST}** by method, of {largest:,} classes",
+            markdown(["method", "share", "seeds", "Recall@1", "difference to the first", *COSTS], found),
         ]
     return parts
 
 
 def _tuned(name: str, classes: int) -> Row | None:
     """A head with the share that was tuned; None before."""
-    return _tested(name, HEADS[name].tuning_share, classes)
+    return _tested(name, (HEADS | OTHERS)[name].tuning_share, classes)
 
 
 def _tested(name: str, share: float, classes: int) -> Row | None:
@@ -328,11 +390,13 @@ def _tested(name: str, share: float, classes: int) -> Row | None:
 
 
 def _found(row: Row, reference: Row | None, lines: Lines) -> list[str]:
-    """Recall@1, what it is above another row's, and what a step's head takes; empty without numbers."""
+    """Seeds, Recall@1, its difference to another row's, and what a step's head takes; empty without numbers."""
+    if not (found := cell(values_of(row, lines, metric("recall@1")))):
+        return [""] * (3 + len(COSTS))
     above = "" if reference is None or row.name == reference.name else say_interval(row, reference, lines)
     costs = [_cost(row, lines, name) for name in ("head_ms", "head_mib")]
     said = ["" if cost is None else f"{cost:.0f}" for cost in costs]
-    return [cell(values_of(row, lines, metric("recall@1"))), above, *said]
+    return [count_seeds(row, lines), found, above, *said]
 
 
 def _cost(row: Row, lines: Lines, name: str) -> float | None:
@@ -352,15 +416,13 @@ def _tried(name: str, classes: int, lines: Lines) -> list[str]:
 
 
 def _picture_of_classes(lines: Lines) -> str:
-    rows = {name: [_tuned(name, classes) for classes in SIZES] for name in ("topk", "all", "sampled")}
+    heads = {name: head for name, head in (OTHERS | HEADS).items() if len(head.sizes) > 1}
+    rows = {name: [_tuned(name, classes) for classes in SIZES] for name in heads}
     return curves(
         "Recall@1 of unseen characters, percent",
         f"as classes grow, at equal steps; {_say_seeds(itertools.chain(*rows.values()), lines)}",
         [f"{classes:,}" for classes in SIZES],
-        {
-            HEADS[name].label + (" 10 %" if name != "all" else ""): [_spread(row, lines) for row in of_head]
-            for name, of_head in rows.items()
-        },
+        {_with_optimizer(name): [_spread(row, lines) for row in of_head] for name, of_head in rows.items()},
         x_label="classes that train",
     )
 
@@ -381,6 +443,11 @@ def _picture_of_shares(lines: Lines) -> str:
     )
 
 
+def _with_optimizer(name: str) -> str:
+    """A head's name in pictures that have row-wise Adagrad beside AdamW."""
+    return f"{HEADS[name].label}, AdamW" if name in HEADS else OTHERS[name].label
+
+
 def _pictures_of_cost(lines: Lines) -> dict[str, str]:
     """What the shares of a head find with the largest size, by time and by memory."""
     rows = {name: tested(name, SIZES[-1]) for name in COMPARED}
@@ -390,8 +457,9 @@ def _pictures_of_cost(lines: Lines) -> dict[str, str]:
         return against(
             f"Recall@1 of unseen characters, percent, with {SIZES[-1]:,} classes",
             f"by the {of} of a step's head; {seeds}",
-            {(HEADS | OTHERS)[name].label: _priced(of_head, lines, cost) for name, of_head in rows.items()},
+            {_with_optimizer(name): _priced(of_head, lines, cost) for name, of_head in rows.items()},
             x_label=x_label,
+            lowest=70,
         )
 
     return {
@@ -419,16 +487,16 @@ def _say_seeds(rows: Iterable[Row | None], lines: Lines) -> str:
 
 
 def _rows() -> list[Row]:
-    rows = {}
-    for classes in SIZES:
-        for name in HEADS:
-            rows |= {row.name: row for row in (*trials(name, classes), *tested(name, classes))}
-    for name in HEADS | OTHERS:
-        for share in (HEADS | OTHERS)[name].more_steps:
-            rows |= {row.name: row for row in longer(name, share).values()}
-    for name in OTHERS:
-        rows |= {row.name: row for row in (*trials(name, SIZES[-1]), *tested(name, SIZES[-1]))}
-    return list(rows.values())
+    heads = HEADS | OTHERS
+    rows = [
+        row
+        for classes in SIZES
+        for name, head in heads.items()
+        if classes in head.sizes
+        for row in (*trials(name, classes), *tested(name, classes))
+    ]
+    rows += [row for name, head in heads.items() for share in head.more_steps for row in longer(name, share).values()]
+    return list({row.name: row for row in rows}.values())
 
 
 TABLE = Table(

@@ -138,7 +138,7 @@ def show(table: Table, lines: Lines) -> Shown:
         numbers = [values_of(row, lines, on_validation) for row in rows]
         tuning.append([*name, *(cell(found) for found in numbers)])
     header = ["forced positives", "masked softmax", "regulariser"]
-    shown_columns = ["runs", "scale", "Recall@1", "MAP@R", "Recall@1 above all parts, by seed", "by class"]
+    shown_columns = ["runs", "scale", "Recall@1", "MAP@R", "difference to all parts by seed", "by class"]
     parts_shown = [
         "**Recall@1 of test classes**, each setting at the scale that its validation classes pick",
         markdown([*header, *shown_columns, "paper: Cars196"], body),

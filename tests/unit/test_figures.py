@@ -60,7 +60,8 @@ def test_curves_pass_over_what_has_no_number_and_their_names_do_not_cover_each_o
 
 def test_what_is_found_stands_above_what_it_costs() -> None:
     points = [figures.Priced(name, cost, Spread(found, None, (found,))) for name, cost, found in COSTS]
-    text = figures.against("Recall", "all", {"cheap": points[:2], "none": [], "dear": points[2:]}, x_label="ms")
+    series = {"cheap": points[:2], "none": [], "dear": points[2:]}
+    text = figures.against("Recall", "all", series, x_label="ms", lowest=45)
     root = ElementTree.fromstring(text)
     assert root.get("aria-label") == (
         "Recall, by ms. cheap: 1 % 50.00 ± n/a at 3, 10 % 70.00 ± n/a at 30; dear: 60.00 ± n/a at 300"
@@ -71,7 +72,8 @@ def test_what_is_found_stands_above_what_it_costs() -> None:
     assert y_ten < y_one  # upwards
     assert x_ten - x_one == pytest.approx(places["200"][0] - places["20"][0])  # a factor of ten
     assert "none" not in places
-    assert figures.against("Recall", "all", {"none": []}, x_label="ms") == ""
+    assert figures.against("Recall", "all", {"none": []}, x_label="ms", lowest=0) == ""
+    assert ">1 %: 50<" in figures.against("Recall", "all", series, x_label="ms", lowest=55)
 
 
 def test_intervals_over_classes_are_those_of_paired_classes() -> None:
