@@ -31,7 +31,8 @@ def test_the_trial_of_each_number_of_proxies_is_picked_by_validation_classes_alo
     apart = "+20.00 ± 24.84, tie | +20.00 [+20.00, +20.00], tie"
     assert f"| 4 | 8 of 18, unfinished | 0.05 | 64 | 70.00 ± 10.00 | 35.00 ± 5.00 | {apart} |" in made.markdown
     assert "| 8 | 0 of 18, unfinished |  |  | unfinished |  |  |  |" in made.markdown
-    assert "| 0.2 | 90.00 ± n/a |  | 100.00 ± n/a |  |" in made.markdown
+    of_one = "+10.00 [+10.00, +10.00], one seed"
+    assert f"| 0.2 | 16 | 90.00 ± n/a |  | 100.00 ± n/a |  | {of_one} |" in made.markdown
     assert "| 0.05 | 64 | 10.00 ± n/a |  | 40.00 ± 0.00 |  |" in made.markdown
     spoken = str(ElementTree.fromstring(made.pictures["fewer_proxies_joined_emoji.svg"]).get("aria-label"))
     assert "N = 1: 0.02 90.00 ± 0.00, 0.05 50.00 ± 0.00, 0.2 90.00" in spoken
