@@ -314,6 +314,7 @@ def _transfer(url: str, path: Path, *, max_bytes: int, stall_seconds: float) -> 
     """Write what a URL gives to `path`. Raises _TransferError unless all of it came, OSError when the disk is full."""
 
     async def transfer() -> None:
+        _keep_waking(asyncio.get_running_loop())
         async with asyncio.timeout(stall_seconds) as limit:
             progress = _Progress(max_bytes, stall_seconds, limit)
             await (_run if _scheme(url) == "pipe" else _download)(url, path, progress)
@@ -339,6 +340,11 @@ def _transfer(url: str, path: Path, *, max_bytes: int, stall_seconds: float) -> 
             or (isinstance(status, int) and 300 <= status < 500 and status not in (408, 425, 429))
         )
         raise _TransferError(_shown(reason), permanent=bool(permanent)) from problem
+
+
+def _keep_waking(loop: asyncio.AbstractEventLoop) -> None:
+    """Wake the loop each second: it acts on a signal that came just before it began to wait only when it wakes."""
+    loop.call_later(1.0, _keep_waking, loop)
 
 
 async def _download(url: str, path: Path, progress: _Progress) -> None:

@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import select
+import selectors
 import shlex
 import signal
 import stat
@@ -670,6 +671,44 @@ def test_an_interrupt_ends_a_transfer_at_once(server: Server, cache: ShardCache,
     process, _ = start(processes, cache_of(cache.location, cache.directory, stall_seconds=1000))
     assert server.stalled.wait(SECONDS)
     os.kill(process.pid, signal.SIGINT)
+    process.join(SECONDS)
+    assert process.exitcode == 1
+    assert cached(cache) == set()
+
+
+def open_until_interrupted(cache: ShardCache, interrupt: Any) -> None:
+    """Open the shard; while the loop waits, the interrupt comes to another thread. As one that comes just before the
+    loop begins to wait, it does not end that wait.
+    """
+    waits = threading.Event()
+
+    class Selector(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> Any:
+            if timeout != 0:
+                waits.set()
+            found = super().select(timeout)
+            waits.clear()
+            return found
+
+    def send() -> None:
+        interrupt.wait()
+        waits.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selectors, "DefaultSelector", Selector)
+        cache.open_shard(**FIRST)
+
+
+def test_an_interrupt_that_does_not_end_a_wait_is_noticed(server: Server, cache: ShardCache, processes: Any) -> None:
+    server.replies = [Reply(num_sent=100_000, stalls=True)]
+    interrupt = processes.Event()
+    stalling = cache_of(cache.location, cache.directory, stall_seconds=1000)
+    process = processes.Process(target=open_until_interrupted, args=(stalling, interrupt), daemon=True)
+    process.start()
+    assert server.stalled.wait(SECONDS)
+    interrupt.set()
     process.join(SECONDS)
     assert process.exitcode == 1
     assert cached(cache) == set()
