@@ -67,13 +67,14 @@ class NonFiniteError(AgreedError):
 
 
 def group_named(group: dist.ProcessGroup | Literal["world"] | None) -> dist.ProcessGroup | None:
-    """Return the default process group for "world"; anything else is returned as it is.
+    """Return the default process group for "world", another group as it is, and None for one that has but this rank:
+    there is nobody to agree with.
 
     Raises:
         ValueError: another string, or no process group has been initialised.
     """
     if not isinstance(group, str):
-        return group
+        return None if world_size_of(group) == 1 else group
     if group != "world":
         raise ValueError(f'expected group to be a process group, "world" or None, got {group!r}')
     if not dist.is_initialized():
@@ -81,7 +82,7 @@ def group_named(group: dist.ProcessGroup | Literal["world"] | None) -> dist.Proc
             'expected a default process group for group="world", got none; call '
             "torch.distributed.init_process_group() before, or use group=None for this process alone"
         )
-    return dist.group.WORLD
+    return group_named(dist.group.WORLD)
 
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:

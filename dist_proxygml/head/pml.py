@@ -26,7 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_proxygml.distributed.collectives import NonFiniteError, all_reduce_sum, gather_rows, world_size_of
+from dist_proxygml.distributed.collectives import (
+    NonFiniteError,
+    all_reduce_sum,
+    gather_rows,
+    group_named,
+    world_size_of,
+)
 from dist_proxygml.head.global_loss import GlobalLoss
 from dist_proxygml.head.reference import LossTerms
 
@@ -97,7 +103,7 @@ class PmlLoss(GlobalLoss):
         super().__init__()
         self.name, self.num_classes, self.embedding_dim = name, num_classes, embedding_dim
         self.memory_size, self.memory_after = memory_size, memory_after
-        self.group, self.seed, self.draw = group, seed, 0
+        self.group, self.seed, self.draw = group_named(group), seed, 0
         self._dtype = dtype
         self._options, self._miner_options = dict(options or {}), miner
         known = {"num_classes": num_classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim}

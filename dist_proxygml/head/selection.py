@@ -40,6 +40,7 @@ from dist_proxygml.head.similarity import (
     expected_pairs,
     joined,
     kth_largest,
+    largest,
     padded,
 )
 
@@ -231,7 +232,9 @@ def _agree_by_candidates(
     own_rank = rank_in(group)
     num_own = row_counts[own_rank]
     # 1. to the owners: each rank's best negatives
-    best_Rq = _largest(similarity_Rn, min(num_negatives, proxy_counts[own_rank]))
+    num_best = min(num_negatives, proxy_counts[own_rank])
+    best_Rq = largest(similarity_Rn, min(num_best, similarity_Rn.shape[1]))
+    best_Rq = torch.nn.functional.pad(best_Rq, (0, num_best - best_Rq.shape[1]), value=-math.inf)
     candidates = exchange_rows(
         best_Rq,
         send_counts=row_counts,
@@ -252,19 +255,13 @@ def _agree_by_candidates(
     return threshold_R.to(best_Rq.dtype), quota_R.long()
 
 
-def _largest(similarity_Rn: Tensor, count: int) -> Tensor:
-    """Return the `count` largest values of each row, padded with -inf."""
-    largest_Rq = similarity_Rn.topk(min(count, similarity_Rn.shape[1]), dim=1).values
-    return torch.nn.functional.pad(largest_Rq, (0, count - largest_Rq.shape[1]), value=-math.inf)
-
-
 def _threshold_and_quotas(candidates: Sequence[Tensor], num_negatives: int) -> tuple[Tensor, Tensor]:
     """Find the m-th largest of all ranks' candidates [b], and each rank's quota of values equal to it [b, W].
 
     Lower ranks hold lower global indices, so they are served first.
     """
     all_bq = torch.cat(list(candidates), dim=1)
-    threshold_b = all_bq.topk(num_negatives, dim=1).values[:, -1]
+    threshold_b = kth_largest(all_bq, num_negatives)
     num_ties_b = num_negatives - (all_bq > threshold_b[:, None]).sum(dim=1)
     equal_bW = torch.stack([(block == threshold_b[:, None]).sum(dim=1) for block in candidates], dim=1)
     served_before_bW = equal_bW.cumsum(dim=1) - equal_bW

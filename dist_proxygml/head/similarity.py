@@ -94,6 +94,14 @@ def kth_largest(value_Rn: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(value_Rn.detach().contiguous().numpy(), place, axis=1)[:, place].copy())
 
 
+def largest(value_Rn: Tensor, count: int) -> Tensor:
+    """Find the `count` largest numbers of each row, [R, count], in any order; NaN counts as the largest."""
+    place = value_Rn.shape[1] - count
+    if value_Rn.is_cuda or place == 0:
+        return value_Rn if place == 0 else value_Rn.topk(count, dim=1, sorted=False).values
+    return torch.from_numpy(np.partition(value_Rn.detach().contiguous().numpy(), place, axis=1)[:, place:])
+
+
 def counts_of(index_n: Tensor, num: int) -> Tensor:
     """Count how often each of 0 .. num-1 occurs, int64 [num]; unlike torch.bincount without waiting for a GPU."""
     if index_n.is_cuda:

@@ -17,6 +17,7 @@ from dist_proxygml.head.similarity import (
     chunk_width,
     embedding_gradient,
     kth_largest,
+    largest,
     pair_similarities,
     proxy_gradient,
 )
@@ -232,13 +233,14 @@ def test_the_sample_meets_every_proxy_of_a_class(proxies_per_class: int) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 3, 40])
-def test_the_kth_largest_is_that_of_a_sort_with_ties_infinities_and_nan(dtype: torch.dtype, k: int) -> None:
+def test_the_largest_are_those_of_a_sort_with_ties_infinities_and_nan(dtype: torch.dtype, k: int) -> None:
     values_nR = torch.randint(-3, 4, (40, 6), generator=torch.Generator().manual_seed(0)).to(dtype)
     values_nR[7:9, 1] = -math.inf
     values_nR[3, 2] = math.inf
     values_nR[30, 3] = math.nan
-    found_R = kth_largest(values_nR.T, k)  # whose rows are not adjacent in memory
-    torch.testing.assert_close(
-        found_R, values_nR.sort(dim=0, descending=True).values[k - 1], rtol=0, atol=0, equal_nan=True
-    )
-    assert found_R.dtype == dtype
+    sorted_nR = values_nR.sort(dim=0, descending=True).values
+    found_R, found_Rk = kth_largest(values_nR.T, k), largest(values_nR.T, k)  # whose rows are not adjacent in memory
+    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(found_R, sorted_nR[k - 1], **exactly)
+    torch.testing.assert_close(found_Rk.sort(dim=1, descending=True).values, sorted_nR[:k].T, **exactly)
+    assert found_R.dtype == found_Rk.dtype == dtype
