@@ -5,6 +5,7 @@
     python -m benchmarks.retrieval --table learning_rates --row batch-64_linear --seed 1
     python -m benchmarks.retrieval --figures                          tables and pictures of docs/, from the results
     python -m benchmarks.retrieval --table negatives --head-costs     what heads take, when nothing else runs
+    python -m benchmarks.retrieval --table negatives --step-times     and whole steps
 
 benchmarks/tables/ declares the tables: rows of a configuration and overrides, each with several seeds. A row trains
 by launchers/train.py, which also evaluates; one at a time, in forked processes (one per rank) that have torch loaded.
@@ -24,6 +25,7 @@ counts. Its numbers:
     head_ms, head_mib   of the loss, its gradients and the update of the proxies, with random unit embeddings and
                         labels: the fastest of 30 repeats, and the most that torch's allocator holds of it, proxies and
                         the optimizer's state included; measured by --head-costs alone, when nothing else runs
+    step_ms             of a whole step, images included: the fastest 50 of 200; by --step-times alone, likewise
     memory_mib          peak of the training process, with all that is preloaded in it
 
 Settings are picked by `validation` alone; `test` is for what was picked.
@@ -438,8 +440,15 @@ def make(
     return True
 
 
-def measure_heads(tables: Sequence[Table], *, runs: Path, results: Path = RESULTS, rows: Sequence[str] = ()) -> None:
-    """Measure what the heads of finished rows take, once for all seeds of a row.
+def measure(
+    tables: Sequence[Table],
+    cost_of: Callable[[Run, ForkServerContext], Line],
+    *,
+    runs: Path,
+    results: Path = RESULTS,
+    rows: Sequence[str] = (),
+) -> None:
+    """Measure what finished rows take, once for all seeds of a row.
 
     Raises:
         ValueError: there is no such row, or another process is at it.
@@ -453,15 +462,31 @@ def measure_heads(tables: Sequence[Table], *, runs: Path, results: Path = RESULT
             of_row = [line for (name, _), line in finished(table, results).items() if name == row.name]
             if not of_row or (rows and row.name not in rows):
                 continue
-            run = Run(table, row, of_row[0]["seed"], Path())
-            cost = in_a_process(context, head_cost, run.config, row.imports)
+            cost = cost_of(Run(table, row, of_row[0]["seed"], runs), context)
             rewrite(table, results, partial(_with_cost, of_row=of_row, cost=cost))
-            print(f"{table.name} {row.name}: {cost['head_ms']:.1f} ms, {cost['head_mib']:.0f} MiB", flush=True)
+            print(f"{table.name} {row.name}: {', '.join(f'{name} {cost[name]:.1f}' for name in cost)}", flush=True)
     lock.release(is_done=True)
 
 
 def _with_cost(lines: list[Line], of_row: list[Line], cost: Line) -> list[Line]:
     return [line | cost if line in of_row else line for line in lines]
+
+
+def cost_of_head(run: Run, context: ForkServerContext) -> Line:
+    """What its head takes."""
+    return in_a_process(context, head_cost, run.config, run.row.imports)
+
+
+def cost_of_step(run: Run, context: ForkServerContext) -> Line:
+    """Milliseconds of a step, of a short run of its own."""
+    short = ("training.max_steps=200", "telemetry.log_every_steps=50")
+    run = run._replace(row=run.row._replace(name=f"{run.row.name}_short", overrides=(*run.row.overrides, *short)))
+    remove(run.folder)
+    train(run, context, deadline=None)
+    log = read_log(RunFolder(run.folder).metrics, {"step": int, "kind": str})
+    fastest = max(line["images_per_second"] for _, line in log.records if "images_per_second" in line)
+    remove(run.folder)
+    return {"step_ms": round(1000 * run.config.training.batch_size / fastest, 1)}
 
 
 def forks() -> ForkServerContext:
@@ -535,10 +560,12 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show tables, rows and results, start nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of what is to do, start nothing")
     parser.add_argument("--figures", action="store_true", help="write tables and pictures of docs/, start nothing")
-    parser.add_argument("--head-costs", action="store_true", help="measure heads of finished rows, start no run")
+    parser.add_argument("--head-costs", action="store_true", help="measure heads of finished rows, train nothing")
+    parser.add_argument("--step-times", action="store_true", help="measure steps of finished rows, 200 of each")
     arguments = parser.parse_args(given)
-    if arguments.head_costs and arguments.seed:
-        parser.error("expected --head-costs without --seed: a row's head takes as much with every seed")
+    costs = [*[cost_of_head] * arguments.head_costs, *[cost_of_step] * arguments.step_times]
+    if costs and arguments.seed:
+        parser.error("expected --head-costs and --step-times without --seed: a row takes as much with every seed")
     tables = [TABLES[name] for name in arguments.table]
     runs = arguments.runs.absolute()
     chosen: dict[str, Any] = {"runs": runs, "rows": arguments.row, "seeds": arguments.seed}
@@ -557,9 +584,10 @@ def main(given: Sequence[str] | None = None) -> int:
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server that forks: it counts threads but once
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of memory says that there is no GPU
             signal.signal(signal.SIGTERM, _interrupt)
-            if not arguments.head_costs:
+            if not costs:
                 return 0 if make(tables, minutes=arguments.minutes, **chosen) else 1
-            measure_heads(tables, runs=runs, rows=arguments.row)
+            for cost_of in costs:
+                measure(tables, cost_of, runs=runs, rows=arguments.row)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where the run has saved", file=sys.stderr)
         return 130

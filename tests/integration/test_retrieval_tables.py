@@ -115,15 +115,27 @@ def test_what_heads_take_is_measured_again_for_all_seeds_of_a_row(tmp_path: Path
     retrieval.append(table, {"row": "adam", "seed": 0, "settings": "others", "head_ms": 1e6}, tmp_path)
     places = {"runs": tmp_path / "runs", "results": tmp_path}
     with pytest.raises(ValueError, match="adm"):
-        retrieval.measure_heads([table], **places, rows=["adm"])
-    retrieval.measure_heads([table], **places, rows=["adam"])
+        retrieval.measure([table], retrieval.cost_of_head, **places, rows=["adm"])
+    retrieval.measure([table], retrieval.cost_of_head, **places, rows=["adam"])
     assert [line["head_ms"] < 1e6 for line in lines_of(tmp_path)] == [True, True, False, False, False]
-    retrieval.measure_heads([table], **places)
+    retrieval.measure([table], retrieval.cost_of_head, **places)
     adam, same, rowwise, *_, other = lines_of(tmp_path)
     assert adam == same | {name: adam[name] for name in ("seed", "settings", "loss")}
     assert 4 * 24.4 < adam["head_mib"] < 5.5 * 24.4
     assert 24.4 < rowwise["head_mib"] < 2 * 24.4
     assert other["head_ms"] == 1e6
+
+
+def test_what_a_step_takes_is_measured_in_a_run_of_its_own(tmp_path: Path) -> None:
+    row = Row("row", {}, TINY, seeds=(0,))
+    table = Table("tiny", "How long?", "docs/tiny.md", [row])
+    (run,) = retrieval.runs_of(table, tmp_path)
+    retrieval.append(table, {"row": "row", "seed": 0, "settings": run.settings, "loss": 2.0}, tmp_path)
+    retrieval.measure([table], retrieval.cost_of_step, runs=tmp_path / "runs", results=tmp_path)
+    (line,) = lines_of(tmp_path)
+    assert line["loss"] == 2.0
+    assert 0.1 < line["step_ms"] < 10_000
+    assert not list((tmp_path / "runs" / "tiny").glob("row*/"))
 
 
 def test_what_a_head_takes_has_all_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
