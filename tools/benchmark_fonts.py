@@ -4,8 +4,9 @@
     python -m dist_proxygml.shard build glyphs --fonts fonts/fonts-noto-cjk fonts --out shards/glyphs
 
 Each package becomes a folder with its font files and its `copyright`, which says the licences; `packages.json` beside
-them says which versions were taken. It needs `apt-get` and `dpkg-deb` of Debian or Ubuntu with package lists
-(`apt-get update`), but no rights of an administrator. What is there already is not downloaded again.
+them says which versions were taken, and the end of the output which are not those of the published results. It needs
+`apt-get` and `dpkg-deb` of Debian or Ubuntu with package lists (`apt-get update`), but no rights of an administrator.
+What is there already is not downloaded again.
 
 Chosen: one package for each of many designs of the same scripts (Han, Hangul, kana, Yi, Ethiopic, Latin), picked by how
 many images they add for their bytes. Declined: fonts of package registries for web pages, which add styles but hardly
@@ -26,32 +27,33 @@ from dist_proxygml.cli import add_options, build_parser, command, run_command
 from dist_proxygml.data.typefaces import FONT_SUFFIXES
 from dist_proxygml.storage.files import publish_text
 
-PACKAGES = (
-    "fonts-alee",
-    "fonts-arphic-ukai",
-    "fonts-arphic-uming",
-    "fonts-babelstone-han",
-    "fonts-dejavu-core",
-    "fonts-droid-fallback",
-    "fonts-ipaexfont-gothic",
-    "fonts-konatu",
-    "fonts-lexi-gulim",
-    "fonts-lexi-saebom",
-    "fonts-morisawa-bizud-mincho",
-    "fonts-motoya-l-cedar",
-    "fonts-noto-cjk",
-    "fonts-sawarabi-gothic",
-    "fonts-sawarabi-mincho",
-    "fonts-senamirmir-washra",
-    "fonts-seto",
-    "fonts-sil-abyssinica",
-    "fonts-sil-nuosusil",
-    "fonts-smiley-sans",
-    "fonts-unfonts-extra",
-    "fonts-unifont",
-    "fonts-vlgothic",
-    "fonts-wqy-zenhei",
-)
+# With the versions that the results in docs/ were made with, those of Debian 12.
+PACKAGES = {
+    "fonts-alee": "13.3",
+    "fonts-arphic-ukai": "0.2.20080216.2-5",
+    "fonts-arphic-uming": "0.2.20080216.2-11",
+    "fonts-babelstone-han": "15.0.5-2",
+    "fonts-dejavu-core": "2.37-6",
+    "fonts-droid-fallback": "1:6.0.1r16-1.1",
+    "fonts-ipaexfont-gothic": "00401-5",
+    "fonts-konatu": "20121218-11",
+    "fonts-lexi-gulim": "20090423-3",
+    "fonts-lexi-saebom": "20100129-3.1",
+    "fonts-morisawa-bizud-mincho": "1.05-2",
+    "fonts-motoya-l-cedar": "1.01-5",
+    "fonts-noto-cjk": "1:20220127+repack1-1",
+    "fonts-sawarabi-gothic": "20161015-4",
+    "fonts-sawarabi-mincho": "20220815-1",
+    "fonts-senamirmir-washra": "4.1-10",
+    "fonts-seto": "6.20-8",
+    "fonts-sil-abyssinica": "2.100-3",
+    "fonts-sil-nuosusil": "2.200-1",
+    "fonts-smiley-sans": "1.1.1-1",
+    "fonts-unfonts-extra": "1:1.0.2-080608+dfsg-11",
+    "fonts-unifont": "1:15.0.01-2",
+    "fonts-vlgothic": "20220612-1",
+    "fonts-wqy-zenhei": "0.9.45-8",
+}
 
 
 def download(package: str, folder: Path) -> tuple[str, str, int]:
@@ -118,6 +120,9 @@ def main(given: argparse.Namespace) -> None:
             version, sha256, num_bytes = download(package, given.out / package)
             known[package] = {"version": version, "sha256": sha256, "bytes": num_bytes}
             publish_text(listing, json.dumps(known, indent=2, sort_keys=True) + "\n")
+    for package, record in known.items():
+        if record["version"] != (measured := PACKAGES.get(package, record["version"])):
+            print(f"{package} {record['version']}: results in docs/ are of {measured}, and numbers may differ a little")
     total = sum(record["bytes"] for record in known.values())
     print(f"{given.out}: {len(known)} packages, {total / 1e6:.0f} MB downloaded")
 
