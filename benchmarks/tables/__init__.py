@@ -3,7 +3,7 @@
 A new one is a file here that lists its rows, and an entry below.
 """
 
-from benchmarks.tables import equality, fewer_proxies, learning_rates, methods, negatives, parts
+from benchmarks.tables import equality, fewer_proxies, learning_rates, methods, negatives, parts, recipes
 from benchmarks.tables.table import Row, Table
 
 TABLES: dict[str, Table] = {
@@ -15,6 +15,7 @@ TABLES: dict[str, Table] = {
         parts.TABLE,
         fewer_proxies.TABLE,
         equality.TABLE,
+        recipes.TABLE,
     )
 }
 

@@ -32,7 +32,7 @@ from benchmarks.figures import (
     values_of,
 )
 from benchmarks.tables.parts import BATCH, CHEAP, EMOJI_IMAGES, warm_up
-from benchmarks.tables.table import BARE, CHARACTERS, Row, Table, pick
+from benchmarks.tables.table import BARE, CHARACTERS, EMOJI, Row, Table, pick
 
 RATIOS = (0.02, 0.05, 0.2, 1.0)
 USUAL_RATIO, USUAL_TOTAL = 0.05, 16.0
@@ -51,9 +51,9 @@ class Data(NamedTuple):
 
 
 DATA = {
-    "emoji": Data("configs/demo_cpu.json", (*CHEAP, *warm_up(EMOJI_IMAGES, BATCH)), (1, 4)),
+    "emoji": Data(EMOJI, (*CHEAP, *warm_up(EMOJI_IMAGES, BATCH)), (1, 4)),
     "joined emoji": Data(
-        "configs/demo_cpu.json",
+        EMOJI,
         (*CHEAP, *warm_up(EMOJI_IMAGES, BATCH), "data.shards=shards/emoji_joined", "data.num_classes=139"),
         (1, 2, 4, 8),
     ),

@@ -19,7 +19,7 @@ from benchmarks.figures import (
     spread,
     values_of,
 )
-from benchmarks.tables.table import CHARACTERS, SHORT, Row, Table
+from benchmarks.tables.table import CHARACTERS, EMOJI, SHORT, Row, Table
 
 SMALLEST = 32  # batch, of which rates are tuned
 # Factors on the rates of backbone and proxies for a batch that is so many times as large.
@@ -46,7 +46,7 @@ class Grown(NamedTuple):
 
 GROWN = {
     "emoji": Grown(
-        "configs/demo_cpu.json",
+        EMOJI,
         (),
         2375,
         [

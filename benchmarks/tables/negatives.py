@@ -42,7 +42,7 @@ from benchmarks.figures import (
     unpack_hits,
     values_of,
 )
-from benchmarks.tables.methods import METHODS
+from benchmarks.tables.methods import COSFACE, METHODS
 from benchmarks.tables.table import BARE, CHARACTERS, Row, Table
 from dist_proxygml.cluster.grid import Spread
 
@@ -66,12 +66,12 @@ class Head(NamedTuple):
     values: tuple[float, ...] = (4, 16)
     rate: str = "optimizer.proxies_lr"
     rates: tuple[float, ...] = (0.003, 0.01)
-    beyond: tuple[tuple[float, float], ...] = ()  # tried as well with the largest size, past the edge of the four
+    beyond: Mapping[int, tuple[tuple[float, float], ...]] = {}  # by number of classes, tried past the edge of the four
     num_seeds: int = 3  # of the tuning share with the largest size; more where heads are close
 
     def tried(self, classes: int) -> list[tuple[float, float]]:
         """Values of the setting and of the rate."""
-        return [*itertools.product(self.values, self.rates), *(self.beyond if classes == SIZES[-1] else ())]
+        return [*itertools.product(self.values, self.rates), *self.beyond.get(classes, ())]
 
 
 HEADS = {
@@ -82,6 +82,12 @@ HEADS = {
         0.1,
         {1000: (4, 0.01), 3000: (16, 0.01), 10000: (16, 0.01), 20000: (16, 0.003)},
         more_steps={0.01: (6500,), 0.05: (6500,), 0.1: (6500,)},
+        beyond={
+            1000: ((1, 0.01), (4, 0.03)),
+            3000: ((32, 0.01), (16, 0.03)),
+            10000: ((32, 0.01), (16, 0.03)),
+            20000: ((32, 0.003), (16, 0.001)),
+        },
     ),
     "sampled": Head(
         "random",
@@ -89,7 +95,8 @@ HEADS = {
         (0.01, 0.1, 0.25, 0.5),
         0.1,
         {1000: (16, 0.003), 3000: (16, 0.003), 10000: (16, 0.003), 20000: (16, 0.003)},
-        more_steps={0.1: (5000, 6500)},
+        more_steps={0.1: (4000, 5000, 6500)},
+        beyond=dict.fromkeys(SIZES, ((32, 0.003), (16, 0.001))),
     ),
     "all": Head(
         "all",
@@ -98,6 +105,7 @@ HEADS = {
         1.0,
         {1000: (16, 0.01), 3000: (16, 0.003), 10000: (16, 0.01), 20000: (16, 0.01)},
         more_steps={1.0: (6500,)},
+        beyond={**dict.fromkeys(SIZES, ((32, 0.01), (16, 0.03))), 3000: ((32, 0.003), (16, 0.001))},
     ),
 }
 
@@ -115,9 +123,10 @@ def _other(method: str, share: float, tuned: Mapping[int, tuple[float, float]], 
     return Head(method, of.overrides, (share,), share, tuned, **settings)
 
 
-def _cosface(scale: int) -> Head:
-    head = _other("CosFace", 1.0, {})
-    return head._replace(label=f"CosFace, scale {scale}", overrides=f"{head.overrides} proxies.scale={scale}")
+def _scaled(method: str, scale: int) -> Head:
+    """A method with a margin, at a scale."""
+    head = _other(method, 1.0, {})
+    return head._replace(label=f"{method}, scale {scale}", overrides=f"{head.overrides} proxies.scale={scale}")
 
 
 def _row_wise(head: Head, shares: tuple[float, ...], tuned: Mapping[int, tuple[float, float]], **more: Any) -> Head:
@@ -138,7 +147,7 @@ def _with(
     """A head with other settings of its proxies; with the largest size alone, unless said otherwise."""
     label, overrides = f"{head.label}, {label}", f"{head.overrides} {overrides}"
     head = head._replace(label=label, overrides=overrides, shares=shares, tuning_share=shares[0], tuned=tuned)
-    return head._replace(**{"sizes": SIZES[-1:], "more_steps": {}, "beyond": (), **more})
+    return head._replace(**{"sizes": SIZES[-1:], "more_steps": {}, "beyond": {}, **more})
 
 
 # What is tried beside them: with the largest size alone, but for the one that finds most there. Row-wise Adagrad and
@@ -149,31 +158,55 @@ OTHERS = {
         HEADS["topk"],
         (0.05, 0.01, 0.001),
         {10000: (16, 0.1), 20000: (16, 0.1)},
-        sizes=(10000, 20000),
+        sizes=SIZES,
         more_steps={0.05: (6500,)},
-        beyond=((16, 0.03), (32, 0.1), (32, 0.3)),
+        beyond={10000: ((16, 0.03), (32, 0.1)), 20000: ((16, 0.03), (32, 0.1), (32, 0.3))},
         num_seeds=5,
     ),
-    "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), {20000: (32, 0.1)}, beyond=((32, 0.1), (32, 0.3))),
+    "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), {20000: (32, 0.1)}, beyond={20000: ((32, 0.1), (32, 0.3))}),
     "rowwise-all": _row_wise(
         HEADS["all"],
         (1.0,),
         {20000: (32, 0.1)},
         more_steps={1.0: (6500,)},
-        beyond=((16, 0.03), (32, 0.1), (32, 0.3), (64, 0.1)),
+        beyond={20000: ((16, 0.03), (32, 0.1), (32, 0.3), (64, 0.1))},
         num_seeds=5,
     ),
-    "rowwise-cosface": _row_wise(_cosface(16), (1.0,), {}, beyond=((0.3, 0.03), (0.5, 0.1))),
+    "rowwise-cosface": _row_wise(_scaled("CosFace", 16), (1.0,), {}, beyond={20000: ((0.3, 0.03), (0.5, 0.1))}),
     "rowwise-cosface-32": _row_wise(
-        _cosface(32),
+        _scaled("CosFace", 32),
         (1.0,),
         {20000: (0.5, 0.1)},
         rates=(0.1,),
         more_steps={1.0: (6500,)},
-        beyond=((0.5, 0.1), (0.3, 0.3)),
+        beyond={20000: ((0.5, 0.1), (0.3, 0.3))},
         num_seeds=5,
     ),
-    "rowwise-cosface-64": _row_wise(_cosface(64), (1.0,), {}, values=(0.3,), rates=(0.1,)),
+    "rowwise-cosface-64": _row_wise(_scaled("CosFace", 64), (1.0,), {}, values=(0.3,), rates=(0.1,)),
+    "rowwise-arcface-32": _row_wise(_scaled("ArcFace", 32), (1.0,), {}, rates=(0.1,)),
+    "rowwise-margin": _row_wise(
+        _other("ProxyGML, margin", 0.05, {})._replace(overrides=f"{HEADS['topk'].overrides} {COSFACE}"),
+        (0.05,),
+        {},
+        rates=(0.1,),
+    ),
+    "rowwise-class-means": _with(
+        HEADS["topk"],
+        "row-wise, from class means",
+        f"{ROW_WISE} {UNIT_LENGTH} proxies.initialization=class_mean",
+        (0.05,),
+        {},
+        values=(16,),
+        rates=(0.1,),
+    ),
+    "sparse-adam": _with(
+        HEADS["topk"],
+        "sparse Adam, unit length",
+        f"optimizer.proxies_name=sparse_adam optimizer.proxies_weight_decay=0 {UNIT_LENGTH}",
+        (0.05,),
+        {},
+        values=(16,),
+    ),
     "rowwise-any-length": _with(HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, rates=(0.1, 0.3)),
     "unit-length": _with(HEADS["topk"], "unit length", UNIT_LENGTH, (0.05,), {}),
     "margin": _other("ProxyGML, margin", 0.1, {20000: (0.3, 0.003)}),
@@ -187,12 +220,22 @@ OTHERS = {
         {20000: (0.3, 0.004)},
         rate="optimizer.backbone_lr",
         rates=(0.002, 0.004),
-        more_steps={1.0: (6500,)},
-        beyond=((0.5, 0.008), (0.3, 0.004)),
+        more_steps={1.0: (4500, 6500)},
+        beyond={20000: ((0.5, 0.008), (0.3, 0.004))},
         num_seeds=5,
     ),
 }
-COMPARED = ("rowwise-topk", "topk", "rowwise-all", "all", "sampled", "multi-similarity")  # in the pictures of cost
+# Names in pictures, and those in the pictures of cost.
+NAMES = {
+    "rowwise-topk": "ProxyGML, row-wise",
+    "topk": "ProxyGML, AdamW",
+    "rowwise-cosface-32": "CosFace, row-wise",
+    "rowwise-all": "softmax, row-wise",
+    "all": "softmax, AdamW",
+    "sampled": "random, AdamW",
+    "multi-similarity": "multi-similarity",
+}
+COMPARED = ("rowwise-topk", "topk", "rowwise-cosface-32", "rowwise-all", "sampled", "multi-similarity")
 
 
 def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_steps: int = NUM_STEPS) -> Row:
@@ -268,9 +311,12 @@ def show(table: Table, lines: Lines) -> Shown:
 
 
 def _trials(lines: Lines) -> list[str]:
-    tried = HEADS["topk"].tried(SIZES[-1])
-    body = [[f"{classes:,}", HEADS[name].label, *_tried(name, classes, lines)] for classes in SIZES for name in HEADS]
-    header = ["classes", "negatives", *(f"scale {scale}, rate {rate}" for scale, rate in tried)]
+    grid = list(itertools.product(HEADS["topk"].values, HEADS["topk"].rates))
+    body = []
+    for classes, name in itertools.product(SIZES, HEADS):
+        of_grid, beyond = _tried(name, classes, lines)[: len(grid)], _say_tried(name, classes, lines, start=len(grid))
+        body.append([f"{classes:,}", HEADS[name].label, *of_grid, beyond])
+    header = ["classes", "negatives", *(f"scale {scale}, rate {rate}" for scale, rate in grid), "past the edge"]
     return [
         "**The trials**: Recall@1 on the other half",
         markdown(header, [row for row in body if any(row[2:])]),
@@ -297,13 +343,15 @@ def _by_steps(lines: Lines) -> list[str]:
     best = OTHERS["rowwise-topk"]
     firsts = _over_steps("rowwise-topk", best.tuning_share)
     first = firsts[NUM_STEPS]
+    most = NUM_STEPS * _cost(first, lines, "step_ms")
     body = []
     for name, head in (OTHERS | HEADS).items():
         for share in head.more_steps:
+            of_step = _cost(_tested(name, share, SIZES[-1]), lines, "step_ms")
             for steps, row in _over_steps(name, share).items():
                 if row is None or not (found := cell(values_of(row, lines, metric("recall@1")))):
                     continue
-                same, seconds, most = firsts.get(steps), _seconds(row, lines), _seconds(first, lines)
+                same, is_no_longer = firsts.get(steps), steps * of_step <= most
                 body.append(
                     [
                         head.label,
@@ -312,14 +360,14 @@ def _by_steps(lines: Lines) -> list[str]:
                         count_seeds(row, lines),
                         found,
                         say_interval(row, same, lines) if same and row.name != same.name else "",
-                        "" if math.isinf(seconds) else f"{seconds:.0f}",
-                        say_interval(row, first, lines) if first and steps > NUM_STEPS and seconds <= most else "",
+                        "" if math.isinf(of_step) else f"{of_step:.0f}",
+                        say_interval(row, first, lines) if first and steps > NUM_STEPS and is_no_longer else "",
                     ]
                 )
     header = [
         *("negatives", "share", "steps", "seeds", "Recall@1"),
         f"difference to {best.label}, {100 * best.tuning_share:g} %, at as many steps",
-        "fastest run, s",
+        "a step, ms",
         f"difference to its {NUM_STEPS:,} steps, if it takes no longer",
     ]
     return [f"**{ON_TEST}** by the number of steps, of {SIZES[-1]:,} classes", markdown(header, body)]
@@ -328,12 +376,6 @@ def _by_steps(lines: Lines) -> list[str]:
 def _over_steps(name: str, share: float) -> dict[int, Row | None]:
     """A head and share with the largest size, by the number of steps."""
     return {NUM_STEPS: _tested(name, share, SIZES[-1]), **longer(name, share)}
-
-
-def _seconds(row: Row | None, lines: Lines) -> float:
-    """The least that training took of all seeds, most of which shared the machine; infinite before."""
-    found = [] if row is None else [lines.get((row.name, seed), {}).get("seconds") for seed in row.seeds]
-    return min((seconds["training"] + seconds["data"] for seconds in found if seconds), default=math.inf)
 
 
 def _by_share(lines: Lines) -> list[str]:
@@ -361,9 +403,7 @@ def _others(of_trials: Lines, of_test: Lines) -> list[str]:
     tuning = []
     for name, head in OTHERS.items():
         for classes in head.sizes:
-            found = _tried(name, classes, of_trials)
-            pairs = zip(head.tried(classes), found, strict=True)
-            if said := "; ".join(f"{value:g}, {rate:g}: {recall}" for (value, rate), recall in pairs if recall):
+            if said := _say_tried(name, classes, of_trials):
                 label = [f"{classes:,}", head.label, f"{100 * head.tuning_share:g} %"]
                 tuning.append([*label, f"`{head.setting}`, `{head.rate}`", said])
     rows = [(head, row) for name, head in OTHERS.items() for row in tested(name, largest)]
@@ -398,15 +438,14 @@ def _found(row: Row, reference: Row | None, lines: Lines) -> list[str]:
         return [""] * (3 + len(COSTS))
     above = "" if reference is None or row.name == reference.name else say_interval(row, reference, lines)
     costs = [_cost(row, lines, name) for name in ("head_ms", "head_mib")]
-    said = ["" if cost is None else f"{cost:.0f}" for cost in costs]
+    said = ["" if math.isinf(cost) else f"{cost:.0f}" for cost in costs]
     return [count_seeds(row, lines), found, above, *said]
 
 
-def _cost(row: Row, lines: Lines, name: str) -> float | None:
-    """The least of all seeds, of which some may have shared the machine; None before it is measured."""
-    return min(
-        (lines[row.name, seed][name] for seed in row.seeds if name in lines.get((row.name, seed), {})), default=None
-    )
+def _cost(row: Row | None, lines: Lines, name: str) -> float:
+    """The least of all seeds, of which some may have shared the machine; infinite before it is measured."""
+    found = [] if row is None else [lines.get((row.name, seed), {}).get(name, math.inf) for seed in row.seeds]
+    return min(found, default=math.inf)
 
 
 def _tried(name: str, classes: int, lines: Lines) -> list[str]:
@@ -418,6 +457,12 @@ def _tried(name: str, classes: int, lines: Lines) -> list[str]:
     return [f"**{text}**" if text and bold else text for text, bold in zip(said, is_picked, strict=True)]
 
 
+def _say_tried(name: str, classes: int, lines: Lines, *, start: int = 0) -> str:
+    """Trials from the given one on: the setting, the rate, and Recall@1."""
+    tried = zip((HEADS | OTHERS)[name].tried(classes), _tried(name, classes, lines), strict=True)
+    return "; ".join(f"{value:g}, {rate:g}: {recall}" for (value, rate), recall in list(tried)[start:] if recall)
+
+
 def _picture_of_classes(lines: Lines) -> str:
     heads = {name: head for name, head in (OTHERS | HEADS).items() if len(head.sizes) > 1}
     rows = {name: [_tuned(name, classes) for classes in SIZES] for name in heads}
@@ -425,7 +470,7 @@ def _picture_of_classes(lines: Lines) -> str:
         "Recall@1 of unseen characters, percent",
         f"as classes grow, at equal steps; {_say_seeds(itertools.chain(*rows.values()), lines)}",
         [f"{classes:,}" for classes in SIZES],
-        {_with_optimizer(name): [_spread(row, lines) for row in of_head] for name, of_head in rows.items()},
+        {NAMES[name]: [_spread(row, lines) for row in of_head] for name, of_head in rows.items()},
         x_label="classes that train",
     )
 
@@ -434,7 +479,7 @@ def _picture_of_shares(lines: Lines) -> str:
     shares = sorted({share for head in HEADS.values() for share in head.shares})
     largest = SIZES[-1]
     rows = {
-        HEADS[name].label: [_tested(name if share < 1 else "all", share, largest) for share in shares]
+        NAMES[name]: [_tested(name if share < 1 else "all", share, largest) for share in shares]
         for name in ("topk", "sampled")
     }
     return curves(
@@ -446,28 +491,41 @@ def _picture_of_shares(lines: Lines) -> str:
     )
 
 
-def _with_optimizer(name: str) -> str:
-    """A head's name in pictures that have row-wise Adagrad beside AdamW."""
-    return f"{HEADS[name].label}, AdamW" if name in HEADS else OTHERS[name].label
-
-
 def _pictures_of_cost(lines: Lines) -> dict[str, str]:
-    """What the shares of a head find with the largest size, by time and by memory."""
+    """What the shares of a head find with the largest size, by time and by memory of the head, and what the tuned one
+    finds by time of training.
+    """
     rows = {name: tested(name, SIZES[-1]) for name in COMPARED}
-    seeds = _say_seeds(itertools.chain(*rows.values()), lines)
 
-    def picture(cost: str, of: str, x_label: str) -> str:
+    def picture(by: str, priced: Mapping[str, list[Priced]], of: Iterable[Row | None], x_label: str) -> str:
         return against(
             f"Recall@1 of unseen characters, percent, with {SIZES[-1]:,} classes",
-            f"by the {of} of a step's head; {seeds}",
-            {_with_optimizer(name): _priced(of_head, lines, cost) for name, of_head in rows.items()},
+            f"by {by}; {_say_seeds(of, lines)}",
+            {NAMES[name]: of_head for name, of_head in priced.items()},
             x_label=x_label,
             lowest=70,
         )
 
+    def by_head(cost: str, of: str, x_label: str) -> str:
+        priced = {name: _priced(of_head, lines, cost) for name, of_head in rows.items()}
+        return picture(f"the {of} of a step's head", priced, itertools.chain(*rows.values()), x_label)
+
+    longer_too = {name: _over_steps(name, (HEADS | OTHERS)[name].tuning_share) for name in COMPARED}
+    trained = {
+        name: [
+            Priced(f"{steps:,}", steps * of_step / 1000, found)
+            for steps, row in of_head.items()
+            if not math.isinf(of_step := _cost(of_head[NUM_STEPS], lines, "step_ms")) and (found := _spread(row, lines))
+        ]
+        for name, of_head in longer_too.items()
+    }
+    of_trained = [row for of_head in longer_too.values() for row in of_head.values()]
     return {
-        "negatives_by_time.svg": picture("head_ms", "time", "milliseconds of a step's head, one CPU core"),
-        "negatives_by_memory.svg": picture("head_mib", "memory", "MiB of the head at its peak"),
+        "negatives_by_time.svg": by_head("head_ms", "time", "milliseconds of a step's head, one CPU core"),
+        "negatives_by_memory.svg": by_head("head_mib", "memory", "MiB of the head at its peak"),
+        "negatives_by_training.svg": picture(
+            "number of steps and their time", trained, of_trained, "seconds of training, one CPU core"
+        ),
     }
 
 
@@ -477,7 +535,7 @@ def _priced(rows: Iterable[Row], lines: Lines, cost: str) -> list[Priced]:
     return [
         Priced(f"{100 * share:g} %" if share < 1 else "", price, found)
         for share, price, found in known
-        if price is not None and found is not None
+        if not math.isinf(price) and found is not None
     ]
 
 

@@ -52,21 +52,20 @@ def test_the_preset_and_the_recipe_take_what_wins_with_many_classes() -> None:
 
 
 def test_more_steps_stand_beside_the_first_at_equal_steps_and_where_they_take_no_longer() -> None:
-    def timed(recall: float, seconds: float) -> dict[str, Any]:
-        return result(recall) | {"seconds": {"training": seconds, "data": 10.0}}
-
     first, cheap = "20000_rowwise-topk-0.05_scale-16_rate-0.1", "20000_sampled-0.1_scale-16_rate-0.003"
-    lines = {(first, seed): timed(0.6, 190) for seed in (0, 1)}
-    lines |= {(f"{first}_steps-6500", seed): timed(0.8, 590) for seed in (0, 1)}
-    for steps, seconds, recall in ((5000, 190, 0.65), (6500, 191, 0.7)):
-        lines |= {(f"{cheap}_steps-{steps}", seed): timed(recall, seconds) for seed in (0, 1)}
+    lines = {(first, seed): result(0.6) | {"step_ms": 60.0 + seed} for seed in (0, 1)}
+    lines |= {(f"{first}_steps-6500", seed): result(0.8) for seed in (0, 1)}
+    lines |= {(cheap, seed): result(0.5) | {"step_ms": 30.0} for seed in (0, 1)}
+    for steps, recall in ((5000, 0.65), (6500, 0.7)):
+        lines |= {(f"{cheap}_steps-{steps}", seed): result(recall) for seed in (0, 1)}
     made = negatives.show(TABLES["negatives"], lines).markdown
     (table,) = (part.splitlines()[2:] for part in made.split("\n\n") if part.startswith("| negatives | share | steps"))
     assert [[cell.partition(" [")[0].strip() for cell in line.split("|")[3:-1]] for line in table] == [
-        ["2,500", "2 of 5", "60.00 ± 0.00", "", "200", ""],
-        ["6,500", "2 of 5", "80.00 ± 0.00", "", "600", ""],
-        ["5,000", "2 of 3", "65.00 ± 0.00", "", "200", "+5.00"],
-        ["6,500", "2 of 3", "70.00 ± 0.00", "-10.00", "201", ""],
+        ["2,500", "2 of 5", "60.00 ± 0.00", "", "60", ""],
+        ["6,500", "2 of 5", "80.00 ± 0.00", "", "60", ""],
+        ["2,500", "2 of 3", "50.00 ± 0.00", "-10.00", "30", ""],
+        ["5,000", "2 of 3", "65.00 ± 0.00", "", "30", "+5.00"],
+        ["6,500", "2 of 3", "70.00 ± 0.00", "-10.00", "30", ""],
     ]
 
 
@@ -82,7 +81,7 @@ def test_trials_and_test_share_no_character() -> None:
 
 def result(recall: float) -> dict[str, Any]:
     hits = pack_hits(np.stack([np.ones(200), np.arange(200) // 2 < 100 * recall]))
-    return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4, "head_mib": 39.6}
+    return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4, "head_mib": 39.6, "step_ms": 30.0}
 
 
 def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +96,8 @@ def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monk
     made = negatives.show(TABLES["negatives"], lines)
     tuning, by_classes, by_steps, by_share = (part.splitlines() for part in made.markdown.split("\n\n")[1::2])
     assert tuning[2:] == [
-        f"| {largest:,} | nearest | **80.00** |  |  |  |",
-        f"| {largest:,} | all | **50.00** |  |  |  |",
+        f"| {largest:,} | nearest | **80.00** |  |  |  |  |",
+        f"| {largest:,} | all | **50.00** |  |  |  |  |",
     ]
     (row,) = (line for line in by_share if line.startswith("| all | 100 % | 2 of 3 |"))
     assert "| 55.00 ± 7.07 | -25.00 [" in row
@@ -106,16 +105,16 @@ def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monk
     assert f"| {largest:,} {row}" in by_classes
     assert not any(line.startswith("| random") for line in by_share)
     assert by_steps[2:4] == [
-        "| nearest | 5 % | 2,500 | 1 of 3 | 70.00 ± n/a |  |  |  |",
-        "| nearest | 10 % | 2,500 | 2 of 3 | 80.00 ± 0.00 |  |  |  |",
+        "| nearest | 5 % | 2,500 | 1 of 3 | 70.00 ± n/a |  | 30 |  |",
+        "| nearest | 10 % | 2,500 | 2 of 3 | 80.00 ± 0.00 |  | 30 |  |",
     ]
     assert (
-        "nearest: 5 % 70.00 ± n/a, 10 % 80.00 ± 0.00, 20 % 70.00 ± n/a, 100 % 55.00"
+        "ProxyGML, AdamW: 5 % 70.00 ± n/a, 10 % 80.00 ± 0.00, 20 % 70.00 ± n/a, 100 % 55.00"
         in made.pictures["negatives_by_share.svg"]
     )
     for picture, cost in (("time", "12.4"), ("memory", "39.6")):
         assert (
-            f"nearest, AdamW: 5 % 70.00 ± n/a at {cost}, 10 % 80.00 ± 0.00 at {cost}, 20 % 70.00 ± n/a at {cost}; "
-            f"all, AdamW: 55.00 ± 7.07 at {cost}"
+            f"ProxyGML, AdamW: 5 % 70.00 ± n/a at {cost}, 10 % 80.00 ± 0.00 at {cost}, 20 % 70.00 ± n/a at {cost}"
         ) in made.pictures[f"negatives_by_{picture}.svg"]
+    assert "ProxyGML, AdamW: 2,500 80.00 ± 0.00 at 75" in made.pictures["negatives_by_training.svg"]
     assert made.pictures["negatives_by_classes.svg"] == ""  # one size makes no curve

@@ -1,0 +1,44 @@
+"""The recipes for a CPU have what their trials pick, and README quotes what they find."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.figures import cell, metric, values_of
+from benchmarks.retrieval import finished
+from benchmarks.tables import TABLES
+from benchmarks.tables.recipes import RECIPES, final, trials, untrained
+from benchmarks.tables.table import pick
+from dist_proxygml.config import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def lines() -> dict:
+    return finished(TABLES["recipes"])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].rates])
+def test_a_recipe_has_what_its_trials_pick(name: str, lines: dict) -> None:
+    picked = pick(trials(name), lines)
+    assert picked is not None
+    config = load_config(ROOT / RECIPES[name].config)
+    rates = (config.optimizer.backbone_lr, config.optimizer.proxies_lr)
+    assert (config.proxies.scale, rates) == (picked.labels["scale"], picked.labels["rates"])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].rates])
+def test_the_readme_quotes_what_a_recipe_finds(name: str, lines: dict) -> None:
+    row = final(name)
+    (quoted,) = re.findall(rf"\| \[{name}\]\(configs/{name}\.json\).*", (ROOT / "README.md").read_text())
+    before = [100 * value for value in untrained(row, lines).values()]
+    recall, map_at_r = (
+        "{} ± {}".format(
+            *(round(float(number), 1) for number in cell(values_of(row, lines, metric(name))).split(" ± "))
+        )
+        for name in ("recall@1", "map@r")
+    )
+    assert len(before) == len(row.seeds)
+    assert quoted.endswith(f"| {min(before):.0f} to {max(before):.0f} | **{recall}** | {map_at_r} |")
