@@ -1,6 +1,8 @@
 """Exact and random negatives: settings are those that the trials find, and unfinished rows leave gaps."""
 
 import json
+import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,23 @@ def test_trials_and_test_share_no_character() -> None:
 
 
 def result(recall: float) -> dict[str, Any]:
-    hits = pack_hits(np.stack([np.ones(200), np.arange(200) // 2 < 100 * recall]))
-    return {"test": {"recall@1": recall}, "validation": {}, "hits": hits, "head_ms": 12.4, "head_mib": 39.6, "step_ms": 30.0}
+    """A line with this Recall@1 on the characters of the test, and 20 points less on those of the trials."""
+    of_trials, of_test = (np.arange(100) < round(100 * share) for share in (recall - 0.2, recall))
+    hits = pack_hits(np.stack([np.ones(200), np.stack([of_trials, of_test], axis=1).ravel()]))
+    costs = {"head_ms": 12.4, "head_mib": 39.6, "step_ms": 30.0}
+    return {"test": {"recall@1": recall - 0.1}, "validation": {}, "hits": hits} | costs
+
+
+def test_trials_are_shown_on_their_half_of_the_characters_and_tests_on_the_other() -> None:
+    lines = {(row.name, seed): result(0.8) for row in TABLES["negatives"].rows for seed in row.seeds}
+    made = negatives.show(TABLES["negatives"], lines)
+    *parts, _ = made.markdown.split("\n\n")
+    for title, table in zip(parts[::2], parts[1::2], strict=True):
+        shown = "60.00" if title.startswith("**The trials") else "80.00"
+        assert set(re.findall(r"\b\d\d\.\d\d\b", table)) == {shown}, title
+    for file, picture in made.pictures.items():
+        spoken = str(ElementTree.fromstring(picture).get("aria-label"))
+        assert set(re.findall(r"\b\d\d\.\d\d\b", spoken)) == {"80.00"}, file
 
 
 def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +113,8 @@ def test_a_page_shows_the_differences_to_the_nearest_and_pictures_with_gaps(monk
     made = negatives.show(TABLES["negatives"], lines)
     tuning, by_classes, by_steps, by_share = (part.splitlines() for part in made.markdown.split("\n\n")[1::2])
     assert tuning[2:] == [
-        f"| {largest:,} | nearest | **80.00** |  |  |  |  |",
-        f"| {largest:,} | all | **50.00** |  |  |  |  |",
+        f"| {largest:,} | nearest | **60.00** |  |  |  |  |",
+        f"| {largest:,} | all | **30.00** |  |  |  |  |",
     ]
     (row,) = (line for line in by_share if line.startswith("| all | 100 % | 2 of 3 |"))
     assert "| 55.00 ± 7.07 | -25.00 [" in row
