@@ -18,7 +18,8 @@ def test_what_is_tested_is_the_best_trial_on_validation_classes(data: str) -> No
     lines = finished(TABLES["methods"])
     for method, number in DATA[data].picked.items():
         best = pick(trials(data, method), lines)
-        assert best is None or best.labels["trial"] == number, method  # None: some are not finished
+        assert best is not None, f"{method} has unfinished trials"
+        assert best.labels["trial"] == number, method
 
 
 def test_first_configurations_have_the_scale_that_the_trials_pick() -> None:
