@@ -180,7 +180,8 @@ def suggest(
     if preset == "many-classes":
         _choose_many_proxies(draft, num_trained)
     else:
-        _choose_proxies(draft, num_trained, int(np.median(counts)), is_small=is_small)
+        rate = 0.02 if is_small and not is_pretrained else 0.01
+        _choose_proxies(draft, num_trained, int(np.median(counts)), rate=rate)
 
     # 4. Steps.
     num_ranks = machine.num_devices if num_images >= 5_000 * machine.num_devices else 1
@@ -312,7 +313,7 @@ def _choose_network(draft: _Draft, machine: Machine, given: Mapping[str, Any], *
         draft.choose("TF32 and timed convolutions in the network; the head's products are exact", training=quick)
         if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
             draft.choose("what the GPU's tensor cores are for", deepspeed={"bf16": {"enabled": True}})
-    lr = 0.001 if not weights else 0.003 if is_small and name == lite else 1e-4
+    lr = 0.001 if not weights else 0.0015 if is_small and name == lite else 1e-4
     rates = {"name": "adamw", "backbone_lr": lr, "embedding_lr": max(lr, 0.001), "weight_decay": 1e-4}
     pace = "slow, to keep what the weights know" if weights else "as random weights bear"
     draft.choose(f"{pace}, {_ANY_BATCH}", optimizer=rates)
@@ -355,16 +356,21 @@ def _choose_transforms(
     return side
 
 
-def _choose_proxies(draft: _Draft, num_classes: int, images_per_class: int, *, is_small: bool) -> None:
+def _choose_proxies(draft: _Draft, num_classes: int, images_per_class: int, *, rate: float) -> None:
     per_class = 4 if num_classes < 500 and images_per_class >= 10 else 1
     reason = "many images in few classes" if per_class > 1 else "few images a class, or classes enough"
     draft.choose(reason, proxies={"per_class": per_class})
     why = "4 divided by the number of proxies a class: what held-out classes picked (docs/results.md)"
     draft.choose(why, proxies={"scale": SCALE / per_class})
-    topk = min(num_classes * per_class, max(per_class + 24, math.ceil(0.05 * num_classes * per_class)))
+    topk = _twentieth(num_classes, per_class)
     others = "all" if topk == num_classes * per_class else f"the {topk - per_class:,} most similar"
     draft.choose(f"an image is compared with its own proxies and {others} of other classes", proxies={"topk": topk})
-    draft.choose("proxies move faster than the network", optimizer={"proxies_lr": 0.02 if is_small else 0.01})
+    draft.choose("proxies move faster than the network", optimizer={"proxies_lr": rate})
+
+
+def _twentieth(num_classes: int, per_class: int) -> int:
+    """Return a k of 5 % of the proxies, with at least 24 of other classes where there are so many."""
+    return min(num_classes * per_class, max(per_class + 24, math.ceil(0.05 * num_classes * per_class)))
 
 
 def _choose_many_proxies(draft: _Draft, num_classes: int) -> None:
@@ -372,7 +378,7 @@ def _choose_many_proxies(draft: _Draft, num_classes: int) -> None:
         "the most similar proxies only, of unit length: measured up to 20,000 classes (docs/many_classes.md)",
         proxies={
             "per_class": 1,
-            "topk": min(1000, num_classes),
+            "topk": min(1000, _twentieth(num_classes, 1)),
             "scale": 16.0,
             "initialization": "unit",
             "unit_norm": True,
