@@ -236,8 +236,8 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    code = ("dist_proxygml", "launchers", ":(glob)benchmarks/*.py")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    code = ("dist_proxygml", "launchers", "configs", "benchmarks", ":(exclude)benchmarks/results")
+    changed = git("status", "--porcelain", "--", *code)
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
 
 
@@ -458,8 +458,9 @@ def measure(
     lock = FolderLock(runs / "tables", elsewhere="name another folder with --runs")  # of what runs beside it, no time
     context = forks()
     for table in tables:
+        done = finished(table, results)
         for row in table.rows:
-            of_row = [line for (name, _), line in finished(table, results).items() if name == row.name]
+            of_row = [line for (name, _), line in done.items() if name == row.name]
             if not of_row or (rows and row.name not in rows):
                 continue
             cost = cost_of(Run(table, row, of_row[0]["seed"], runs), context)
@@ -482,11 +483,14 @@ def cost_of_step(run: Run, context: ForkServerContext) -> Line:
     short = ("training.max_steps=200", "telemetry.log_every_steps=50")
     run = run._replace(row=run.row._replace(name=f"{run.row.name}_short", overrides=(*run.row.overrides, *short)))
     remove(run.folder)
-    train(run, context, deadline=None)
+    is_done = train(run, context, deadline=None)
     log = read_log(RunFolder(run.folder).metrics, {"step": int, "kind": str})
-    fastest = max(line["images_per_second"] for _, line in log.records if "images_per_second" in line)
+    rates = [line["images_per_second"] for _, line in log.records if "images_per_second" in line]
+    if not is_done or not rates:
+        raise ValueError(f"expected logged steps of {run.row.name}, got none; name rows of 200 steps with --row")
     remove(run.folder)
-    return {"step_ms": round(1000 * run.config.training.batch_size / fastest, 1)}
+    log_of(run).unlink()
+    return {"step_ms": round(1000 * run.config.training.batch_size / max(rates), 1)}
 
 
 def forks() -> ForkServerContext:

@@ -217,9 +217,10 @@ def _say_tried(data: str, method: str, lines: Lines) -> list[str]:
     """The picked trial is bold."""
     how, found = METHODS[method], []
     for trial, row in zip(tried(data, method), trials(data, method), strict=True):
-        said = "".join(f"{100 * v:.2f}" for v in values_of(row, lines, metric("map@r", on="validation")).values())
-        is_picked = said and row.labels["trial"] == DATA[data].picked[method]
-        found.append((trial, f"**{said}**" if is_picked else said))
+        values = values_of(row, lines, metric("map@r", on="validation"))
+        said = f"{100 * values[0]:.2f}" if values else ""
+        is_picked = row.labels["trial"] == DATA[data].picked[method]
+        found.append((trial, f"**{said}**" if said and is_picked else said))
     four, further = found[:4], found[4:]
     names = (
         f"{trial.overrides.partition('.')[2].replace('=', ' ') or f'{trial.value:g}'}, "

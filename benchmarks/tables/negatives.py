@@ -4,20 +4,19 @@ Characters (docs/glyphs.md) of which 1,000 to 20,000 train, the same number of s
 picture of each of 22,000 other characters is searched for among those of another typeface. A head compares each image
 with the nearest share of all proxies, with as large a share of the classes drawn at random, or with all.
 
-Scale and learning rate of the proxies are tuned for each head and number of classes, four trials each with one seed:
-what is best with 3,000 classes fails with 20,000 (docs/log.md). Trials and test ask the same question of different
-characters: of the characters outside of training, every other one is searched for in a trial, and the rest in the
-test, among the pictures of all. MAP@R within held-out training classes, as other tables pick by, ranks scales
-otherwise: there most typefaces of a character look alike.
+Scale and learning rate of the proxies are tuned for each head and number of classes, with one seed: two scales by two
+rates, and past the edge where the best of these lies. Trials and test ask the same question of different characters: of
+the characters outside of training, every other one is searched for in a trial, and the rest in the test, among the
+pictures of all. MAP@R within held-out training classes, as other tables pick by, ranks scales otherwise: there most
+typefaces of a character look alike.
 
-Which classes train depends on the seed, so seeds differ by them, too. A size is tested once `tuned` says what its
-trials have found; other shares than the one that is tuned are tried with the largest size alone, and so are other
-methods and row-wise Adagrad for the proxies, which otherwise move by AdamW; the one that finds most there is tried with
-10,000, too. Where four trials have their best at the edge of what was tried, and heads are close, more go past it. Rows
-have three seeds, or five where heads are close.
+Which classes train depends on the seed, so seeds differ by them, too. Proxies move by AdamW, or by row-wise Adagrad
+with unit length, which the nearest get with every number of classes. Other shares than the one that is tuned, other
+methods and other optimizers are tried with the largest size alone. Rows have three seeds; five where they are close;
+one where they are points behind.
 
-Budget: a run takes 80 s (1,000 classes) to 4 minutes (20,000) of one core, with more steps up to 14; the trials of the
-four sizes take 90 minutes, the other seeds, shares and steps five hours, other methods and Adagrad eight.
+Budget: a run takes 80 s (1,000 classes) to 4 minutes (20,000) of one core, with more steps up to 10; all of them some
+17 hours.
 """
 
 import itertools
@@ -52,6 +51,14 @@ COSTS = ("head, ms", "head, MiB")
 ON_TEST = "Recall@1 on the test half of the characters"
 
 
+class Seeds(NamedTuple):
+    """How many a head has with the largest size: one where it is points behind, five where it is close."""
+
+    tuned: int = 3  # with the share that is tuned
+    shares: int = 3  # with each other share
+    longer: int = 3  # with more steps
+
+
 class Head(NamedTuple):
     """Which proxies an image is compared with, at which shares, and what was tuned."""
 
@@ -67,7 +74,7 @@ class Head(NamedTuple):
     rate: str = "optimizer.proxies_lr"
     rates: tuple[float, ...] = (0.003, 0.01)
     beyond: Mapping[int, tuple[tuple[float, float], ...]] = {}  # by number of classes, tried past the edge of the four
-    num_seeds: int = 3  # of the tuning share with the largest size; more where heads are close
+    seeds: Seeds = Seeds()
 
     def tried(self, classes: int) -> list[tuple[float, float]]:
         """Values of the setting and of the rate."""
@@ -80,8 +87,9 @@ HEADS = {
         "proxies.ratio={share}",
         (0.01, 0.025, 0.05, 0.1, 0.2, 0.5),
         0.1,
-        {1000: (4, 0.01), 3000: (16, 0.01), 10000: (16, 0.01), 20000: (16, 0.003)},
+        {1000: (4, 0.01), 3000: (16, 0.03), 10000: (16, 0.01), 20000: (16, 0.003)},
         more_steps={0.01: (6500,), 0.05: (6500,), 0.1: (6500,)},
+        seeds=Seeds(shares=1, longer=1),
         beyond={
             1000: ((1, 0.01), (4, 0.03)),
             3000: ((32, 0.01), (16, 0.03)),
@@ -96,6 +104,7 @@ HEADS = {
         0.1,
         {1000: (16, 0.003), 3000: (16, 0.003), 10000: (16, 0.003), 20000: (16, 0.003)},
         more_steps={0.1: (4000, 5000, 6500)},
+        seeds=Seeds(shares=1),
         beyond=dict.fromkeys(SIZES, ((32, 0.003), (16, 0.001))),
     ),
     "all": Head(
@@ -105,6 +114,7 @@ HEADS = {
         1.0,
         {1000: (16, 0.01), 3000: (16, 0.003), 10000: (16, 0.01), 20000: (16, 0.01)},
         more_steps={1.0: (6500,)},
+        seeds=Seeds(longer=1),
         beyond={**dict.fromkeys(SIZES, ((32, 0.01), (16, 0.03))), 3000: ((32, 0.003), (16, 0.001))},
     ),
 }
@@ -150,18 +160,17 @@ def _with(
     return head._replace(**{"sizes": SIZES[-1:], "more_steps": {}, "beyond": {}, **more})
 
 
-# What is tried beside them: with the largest size alone, but for the one that finds most there. Row-wise Adagrad and
-# unit length, which go together elsewhere, are among it one without the other. Without proxies there is but the
-# network's rate.
+# What is tried beside them, but for the first with the largest size alone. Row-wise Adagrad and unit length, which go
+# together elsewhere, are among it one without the other. Without proxies there is but the network's rate.
 OTHERS = {
     "rowwise-topk": _row_wise(
         HEADS["topk"],
         (0.05, 0.01, 0.001),
-        {10000: (16, 0.1), 20000: (16, 0.1)},
+        {1000: (4, 0.3), 3000: (16, 0.3), 10000: (16, 0.1), 20000: (16, 0.1)},
         sizes=SIZES,
         more_steps={0.05: (6500,)},
         beyond={10000: ((16, 0.03), (32, 0.1)), 20000: ((16, 0.03), (32, 0.1), (32, 0.3))},
-        num_seeds=5,
+        seeds=Seeds(5, longer=5),
     ),
     "rowwise-sampled": _row_wise(HEADS["sampled"], (0.1,), {20000: (32, 0.1)}, beyond={20000: ((32, 0.1), (32, 0.3))}),
     "rowwise-all": _row_wise(
@@ -170,7 +179,7 @@ OTHERS = {
         {20000: (32, 0.1)},
         more_steps={1.0: (6500,)},
         beyond={20000: ((16, 0.03), (32, 0.1), (32, 0.3), (64, 0.1))},
-        num_seeds=5,
+        seeds=Seeds(5, longer=5),
     ),
     "rowwise-cosface": _row_wise(_scaled("CosFace", 16), (1.0,), {}, beyond={20000: ((0.3, 0.03), (0.5, 0.1))}),
     "rowwise-cosface-32": _row_wise(
@@ -180,10 +189,10 @@ OTHERS = {
         rates=(0.1,),
         more_steps={1.0: (6500,)},
         beyond={20000: ((0.5, 0.1), (0.3, 0.3))},
-        num_seeds=5,
+        seeds=Seeds(5, longer=5),
     ),
     "rowwise-cosface-64": _row_wise(_scaled("CosFace", 64), (1.0,), {}, values=(0.3,), rates=(0.1,)),
-    "rowwise-arcface-32": _row_wise(_scaled("ArcFace", 32), (1.0,), {}, rates=(0.1,)),
+    "rowwise-arcface-32": _row_wise(_scaled("ArcFace", 32), (1.0,), {}, values=(0.3,), rates=(0.1,)),
     "rowwise-margin": _row_wise(
         _other("ProxyGML, margin", 0.05, {})._replace(overrides=f"{HEADS['topk'].overrides} {COSFACE}"),
         (0.05,),
@@ -206,14 +215,17 @@ OTHERS = {
         (0.05,),
         {},
         values=(16,),
+        rates=(0.003,),
     ),
-    "rowwise-any-length": _with(HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, rates=(0.1, 0.3)),
-    "unit-length": _with(HEADS["topk"], "unit length", UNIT_LENGTH, (0.05,), {}),
-    "margin": _other("ProxyGML, margin", 0.1, {20000: (0.3, 0.003)}),
+    "rowwise-any-length": _with(
+        HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, values=(16,), rates=(0.1, 0.3)
+    ),
+    "unit-length": _with(HEADS["topk"], "unit length", UNIT_LENGTH, (0.05,), {}, values=(16,)),
+    "margin": _other("ProxyGML, margin", 0.1, {20000: (0.3, 0.003)}, seeds=Seeds(1)),
     "cosface": _other("CosFace", 1.0, {20000: (0.3, 0.01)}),
     "arcface": _other("ArcFace", 1.0, {20000: (0.3, 0.01)}),
-    "softtriple": _other("SoftTriple", 1.0, {20000: (20, 0.003)}),
-    "proxy-anchor": _other("Proxy-Anchor", 1.0, {20000: (16, 0.01)}),
+    "softtriple": _other("SoftTriple", 1.0, {20000: (20, 0.003)}, seeds=Seeds(1)),
+    "proxy-anchor": _other("Proxy-Anchor", 1.0, {20000: (16, 0.01)}, seeds=Seeds(1)),
     "multi-similarity": _other(
         "multi-similarity",
         1.0,
@@ -222,7 +234,7 @@ OTHERS = {
         rates=(0.002, 0.004),
         more_steps={1.0: (4500, 6500)},
         beyond={20000: ((0.5, 0.008), (0.3, 0.004))},
-        num_seeds=5,
+        seeds=Seeds(5),
     ),
 }
 # Names in pictures, and those in the pictures of cost.
@@ -261,9 +273,13 @@ def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_
         f"rate-{rate:g}",
         *([f"steps-{num_steps}"] if num_steps != NUM_STEPS else []),
     ]
-    num_seeds = head.num_seeds if classes == SIZES[-1] and share == head.tuning_share else 3
-    seeds = range(num_seeds) if tried == head.tuned.get(classes) else (0,)
-    return Row("_".join(parts), labels, overrides, CHARACTERS, seeds)
+    seeds = head.seeds if classes == SIZES[-1] else Seeds()
+    num_seeds = seeds.tuned if share == head.tuning_share else seeds.shares
+    if num_steps != NUM_STEPS:
+        num_seeds = seeds.longer
+    if tried != head.tuned.get(classes):  # a trial
+        num_seeds = 1
+    return Row("_".join(parts), labels, overrides, CHARACTERS, range(num_seeds))
 
 
 def trials(name: str, classes: int) -> list[Row]:
@@ -297,7 +313,7 @@ def every_other(line: Mapping[str, Any], start: int) -> dict[str, Any]:
 
 
 def show(table: Table, lines: Lines) -> Shown:
-    """The trials; Recall@1 by number of classes, steps, share and method, with what a step costs; four pictures."""
+    """The trials; Recall@1 by number of classes, steps, share and method, with what a step costs; five pictures."""
     of_trials = {key: every_other(line, 0) for key, line in lines.items() if key[1] == 0}
     of_test = {key: every_other(line, 1) for key, line in lines.items()}
     by_share = _by_share(of_test)
@@ -351,7 +367,7 @@ def _by_steps(lines: Lines) -> list[str]:
             for steps, row in _over_steps(name, share).items():
                 if row is None or not (found := cell(values_of(row, lines, metric("recall@1")))):
                     continue
-                same, is_no_longer = firsts.get(steps), steps * of_step <= most
+                same, is_no_longer = firsts.get(steps), steps * of_step <= most < math.inf
                 body.append(
                     [
                         head.label,

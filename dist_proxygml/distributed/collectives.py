@@ -73,16 +73,16 @@ def group_named(group: dist.ProcessGroup | Literal["world"] | None) -> dist.Proc
     Raises:
         ValueError: another string, or no process group has been initialised.
     """
-    if not isinstance(group, str):
-        return None if world_size_of(group) == 1 else group
-    if group != "world":
-        raise ValueError(f'expected group to be a process group, "world" or None, got {group!r}')
-    if not dist.is_initialized():
-        raise ValueError(
-            'expected a default process group for group="world", got none; call '
-            "torch.distributed.init_process_group() before, or use group=None for this process alone"
-        )
-    return group_named(dist.group.WORLD)
+    if isinstance(group, str):
+        if group != "world":
+            raise ValueError(f'expected group to be a process group, "world" or None, got {group!r}')
+        if not dist.is_initialized():
+            raise ValueError(
+                'expected a default process group for group="world", got none; call '
+                "torch.distributed.init_process_group() before, or use group=None for this process alone"
+            )
+        group = dist.group.WORLD
+    return None if world_size_of(group) == 1 else group
 
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:

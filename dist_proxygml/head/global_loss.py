@@ -31,6 +31,7 @@ class GlobalLoss(nn.Module):
     log_scale: nn.Parameter | None
     """The logarithm of a learned scale, a scalar; the same on every rank, as is its gradient."""
     group: dist.ProcessGroup | None
+    """The ranks; None for one, also where a group of one was given."""
     num_classes: int
     embedding_dim: int
     draw: int

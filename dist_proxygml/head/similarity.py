@@ -95,10 +95,14 @@ def kth_largest(value_Rn: Tensor, k: int) -> Tensor:
 
 
 def largest(value_Rn: Tensor, count: int) -> Tensor:
-    """Find the `count` largest numbers of each row, [R, count], in any order; NaN counts as the largest."""
+    """Find the `count` largest numbers of each row, [R, count], in any order; NaN counts as the largest. All of them
+    are returned as they are.
+    """
     place = value_Rn.shape[1] - count
-    if value_Rn.is_cuda or place == 0:
-        return value_Rn if place == 0 else value_Rn.topk(count, dim=1, sorted=False).values
+    if place == 0:
+        return value_Rn
+    if value_Rn.is_cuda:
+        return value_Rn.topk(count, dim=1, sorted=False).values
     return torch.from_numpy(np.partition(value_Rn.detach().contiguous().numpy(), place, axis=1)[:, place:])
 
 

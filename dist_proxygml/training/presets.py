@@ -358,9 +358,10 @@ def _choose_transforms(
 
 def _choose_proxies(draft: _Draft, num_classes: int, images_per_class: int, *, rate: float) -> None:
     per_class = 4 if num_classes < 500 and images_per_class >= 10 else 1
-    reason = "many images in few classes" if per_class > 1 else "few images a class, or classes enough"
+    many = "many images in few classes; where there were fewer images it was a tie with 1 (docs/results.md)"
+    reason = many if per_class > 1 else "few images a class, or classes enough"
     draft.choose(reason, proxies={"per_class": per_class})
-    why = "4 divided by the number of proxies a class: what held-out classes picked (docs/results.md)"
+    why = "4 divided by the number of proxies a class: what held-out classes picked, 1 is close (docs/results.md)"
     draft.choose(why, proxies={"scale": SCALE / per_class})
     topk = _twentieth(num_classes, per_class)
     others = "all" if topk == num_classes * per_class else f"the {topk - per_class:,} most similar"

@@ -113,7 +113,7 @@ def losses_alone(context: ParallelContext) -> list[bool]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_loss_of_one_rank_has_nobody_to_agree_with(num_ranks: int) -> None:
-    """What it computes without a group, such as the selection, takes half the time."""
+    """What it computes without a group, such as the selection for a sparse gradient, takes half the time."""
     assert run_ranks(losses_alone, num_ranks) == [[num_ranks == 1] * 3] * num_ranks
 
 

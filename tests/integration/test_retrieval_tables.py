@@ -126,16 +126,31 @@ def test_what_heads_take_is_measured_again_for_all_seeds_of_a_row(tmp_path: Path
     assert other["head_ms"] == 1e6
 
 
-def test_what_a_step_takes_is_measured_in_a_run_of_its_own(tmp_path: Path) -> None:
-    row = Row("row", {}, TINY, seeds=(0,))
-    table = Table("tiny", "How long?", "docs/tiny.md", [row])
+def test_what_a_step_takes_is_the_fastest_of_a_short_run_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [100.0, 400.0, 200.0]
+
+    def train(run: retrieval.Run, *_: Any, **__: Any) -> bool:
+        assert run.config.training.max_steps == 200
+        run.folder.mkdir(parents=True)
+        retrieval.log_of(run).touch()
+        lines = [{"step": 50, "kind": "train", "images_per_second": rate} for rate in rates]
+        (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return True
+
+    monkeypatch.setattr(retrieval, "train", train)
+    table = Table("tiny", "How long?", "docs/tiny.md", [Row("row", {}, TINY, seeds=(0,))])
     (run,) = retrieval.runs_of(table, tmp_path)
     retrieval.append(table, {"row": "row", "seed": 0, "settings": run.settings, "loss": 2.0}, tmp_path)
-    retrieval.measure([table], retrieval.cost_of_step, runs=tmp_path / "runs", results=tmp_path)
+    places = {"runs": tmp_path / "runs", "results": tmp_path}
+    retrieval.measure([table], retrieval.cost_of_step, **places)
     (line,) = lines_of(tmp_path)
-    assert line["loss"] == 2.0
-    assert 0.1 < line["step_ms"] < 10_000
-    assert not list((tmp_path / "runs" / "tiny").glob("row*/"))
+    assert (line["loss"], line["step_ms"]) == (2.0, 1000 * 16 / 400)
+    assert not list((tmp_path / "runs" / "tiny").iterdir())
+    rates.clear()
+    with pytest.raises(ValueError, match="row_short"):
+        retrieval.measure([table], retrieval.cost_of_step, **places)
 
 
 def test_what_a_head_takes_has_all_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,13 @@ def test_k_is_a_twentieth_of_the_proxies_and_at_least_24_of_others_and_scores_of
     assert (proxies["per_class"], proxies["topk"], proxies["scale"]) == expected
 
 
+@pytest.mark.parametrize(("num_classes", "topk"), [(12, 12), (10_000, 500), (20_000, 1000), (1_000_000, 1000)])
+def test_k_of_many_classes_is_a_twentieth_and_at_most_a_thousand(num_classes: int, topk: int) -> None:
+    draft = presets._Draft("mine", "shards/mine")
+    presets._choose_many_proxies(draft, num_classes)
+    assert draft.raw["proxies"]["topk"] == topk
+
+
 def test_so_few_test_images_lower_k(tmp_path: Path) -> None:
     write_noise_shards(tmp_path / "shards", [2, 2, 3])
     made = suggest(
@@ -244,13 +251,14 @@ def rates_of(suggestion: Any) -> tuple[float, float | None, float]:
 
 
 def test_learning_rates_are_the_same_whatever_the_batch_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = load_config(ROOT / "configs" / "emoji_cpu.json").optimizer  # by trials: tests/unit/test_recipes_table.py
     for overrides in ([], ["training.batch_size=1024"]):
         made = suggest(DEMO, "mine", LAPTOP, overrides=overrides)
-        assert rates_of(made) == (0.0015, 0.0015, 0.01)  # what trials pick: tests/unit/test_recipes_table.py
+        assert rates_of(made) == (tuned.backbone_lr, tuned.backbone_lr, tuned.proxies_lr)
         said = [
             settings for settings, reason in made.choices if "whatever the batch (docs/learning_rates.md)" in reason
         ]
-        assert [settings.split()[1] for settings in said] == ["optimizer.backbone_lr=0.0015"]
+        assert [settings.split()[1] for settings in said] == [f"optimizer.backbone_lr={tuned.backbone_lr}"]
     without_weights(monkeypatch)
     small = suggest(DEMO, "mine", LAPTOP)
     assert rates_of(small) == (0.002, None, 0.02)

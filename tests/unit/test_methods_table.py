@@ -20,6 +20,9 @@ def test_what_is_tested_is_the_best_trial_on_validation_classes(data: str) -> No
         best = pick(trials(data, method), lines)
         assert best is not None, f"{method} has unfinished trials"
         assert best.labels["trial"] == number, method
+        first = pick(trials(data, method)[:4], lines)
+        assert first is not None
+        assert first.labels["trial"] == DATA[data].first[method], method
 
 
 def test_first_configurations_have_the_scale_that_the_trials_pick() -> None:
@@ -28,10 +31,11 @@ def test_first_configurations_have_the_scale_that_the_trials_pick() -> None:
         assert f"proxies.scale={presets.SCALE:g}" in picked.overrides, data
 
 
-def test_every_method_has_as_many_trials_and_no_two_are_the_same() -> None:
+def test_a_method_has_six_trials_or_with_a_margin_eight_and_no_two_are_the_same() -> None:
     for data in DATA:
         rows = [row for method in METHODS for row in trials(data, method)]
-        assert len({tuple(sorted(row.overrides)) for row in rows}) == len(rows) == 4 * len(METHODS)
+        assert len({tuple(sorted(row.overrides)) for row in rows}) == len(rows)
+        assert len(rows) == 6 * 6 + 3 * 8
         assert all("data.validation_classes=0.2" in row.overrides for row in rows)
         assert not any("validation" in text for row in finals(data).values() for text in row.overrides)
 

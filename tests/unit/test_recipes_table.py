@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
-from benchmarks.figures import cell, metric, values_of
+from benchmarks.figures import metric, values_of
 from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES
 from benchmarks.tables.recipes import RECIPES, final, trials, untrained
@@ -35,10 +36,10 @@ def test_the_readme_quotes_what_a_recipe_finds(name: str, lines: dict) -> None:
     (quoted,) = re.findall(rf"\| \[{name}\]\(configs/{name}\.json\).*", (ROOT / "README.md").read_text())
     before = [100 * value for value in untrained(row, lines).values()]
     recall, map_at_r = (
-        "{} ± {}".format(
-            *(round(float(number), 1) for number in cell(values_of(row, lines, metric(name))).split(" ± "))
-        )
-        for name in ("recall@1", "map@r")
+        [100 * value for value in values_of(row, lines, metric(number)).values()] for number in ("recall@1", "map@r")
     )
     assert len(before) == len(row.seeds)
-    assert quoted.endswith(f"| {min(before):.0f} to {max(before):.0f} | **{recall}** | {map_at_r} |")
+    assert quoted.endswith(
+        f"| {min(before):.0f} to {max(before):.0f} | **{fmean(recall):.1f} ± {stdev(recall):.1f}** | "
+        f"{fmean(map_at_r):.1f} ± {stdev(map_at_r):.1f} |"
+    )
