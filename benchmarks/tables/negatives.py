@@ -179,7 +179,7 @@ OTHERS = {
         {20000: (32, 0.1)},
         more_steps={1.0: (6500,)},
         beyond={20000: ((16, 0.03), (32, 0.1), (32, 0.3), (64, 0.1))},
-        seeds=Seeds(5, longer=5),
+        seeds=Seeds(5),
     ),
     "rowwise-cosface": _row_wise(_scaled("CosFace", 16), (1.0,), {}, beyond={20000: ((0.3, 0.03), (0.5, 0.1))}),
     "rowwise-cosface-32": _row_wise(
@@ -189,7 +189,7 @@ OTHERS = {
         rates=(0.1,),
         more_steps={1.0: (6500,)},
         beyond={20000: ((0.5, 0.1), (0.3, 0.3))},
-        seeds=Seeds(5, longer=5),
+        seeds=Seeds(5),
     ),
     "rowwise-cosface-64": _row_wise(_scaled("CosFace", 64), (1.0,), {}, values=(0.3,), rates=(0.1,)),
     "rowwise-arcface-32": _row_wise(_scaled("ArcFace", 32), (1.0,), {}, values=(0.3,), rates=(0.1,)),
