@@ -504,13 +504,15 @@ def _pictures_of_cost(lines: Lines) -> dict[str, str]:
     """
     rows = {name: tested(name, SIZES[-1]) for name in COMPARED}
 
-    def picture(by: str, priced: Mapping[str, list[Priced]], of: Iterable[Row | None], x_label: str) -> str:
+    def picture(
+        by: str, priced: Mapping[str, list[Priced]], of: Iterable[Row | None], x_label: str, lowest: float = 70
+    ) -> str:
         return against(
             f"Recall@1 of unseen characters, percent, with {SIZES[-1]:,} classes",
             f"by {by}; {_say_seeds(of, lines)}",
             {NAMES[name]: of_head for name, of_head in priced.items()},
             x_label=x_label,
-            lowest=70,
+            lowest=lowest,
         )
 
     def by_head(cost: str, of: str, x_label: str) -> str:
@@ -531,7 +533,7 @@ def _pictures_of_cost(lines: Lines) -> dict[str, str]:
         "negatives_by_time.svg": by_head("head_ms", "time", "milliseconds of a step's head, one CPU core"),
         "negatives_by_memory.svg": by_head("head_mib", "memory", "MiB of the head at its peak"),
         "negatives_by_training.svg": picture(
-            "number of steps and their time", trained, of_trained, "seconds of training, one CPU core"
+            "number of steps and their time", trained, of_trained, "seconds of training, one CPU core", 78
         ),
     }
 

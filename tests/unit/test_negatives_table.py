@@ -34,10 +34,13 @@ def test_a_size_is_tuned_for_all_heads_or_for_none() -> None:
 
 
 def test_the_preset_and_the_recipe_take_what_wins_with_many_classes() -> None:
+    """But for what comes on top: a margin, which is a tie, and a start from class means, which reads all images."""
     lines, largest = finished(TABLES["negatives"]), SIZES[-1]
+    on_top = [name for name in ALL_HEADS if name.endswith(("-margin", "-class-means"))]
     found = {
         (name, row.labels["value"], row.labels["rate"]): every_other(lines[row.name, 0], 0)["test"]["recall@1"]
         for name in ALL_HEADS
+        if name not in on_top
         for row in trials(name, largest)
         if (row.name, 0) in lines
     }
