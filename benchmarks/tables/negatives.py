@@ -200,13 +200,24 @@ OTHERS = {
         rates=(0.1,),
     ),
     "rowwise-class-means": _with(
-        HEADS["topk"], "row-wise, from class means", FROM_MEANS, (0.05,), {20000: (16, 0.1)}, values=(16,), rates=(0.1,)
-    ),
-    "rowwise-all-class-means": _with(
-        HEADS["all"], "row-wise, from class means", FROM_MEANS, (1.0,), {}, values=(32,), rates=(0.1,)
+        HEADS["topk"],
+        "row-wise, from class means",
+        FROM_MEANS,
+        (0.05,),
+        {20000: (16, 0.1)},
+        values=(16,),
+        rates=(0.1,),
+        seeds=Seeds(2),
     ),
     "rowwise-cosface-32-class-means": _with(
-        _scaled("CosFace", 32), "row-wise, from class means", FROM_MEANS, (1.0,), {}, values=(0.5,), rates=(0.1,)
+        _scaled("CosFace", 32),
+        "row-wise, from class means",
+        FROM_MEANS,
+        (1.0,),
+        {20000: (0.5, 0.1)},
+        values=(0.5,),
+        rates=(0.1,),
+        seeds=Seeds(1),
     ),
     "rowwise-any-length": _with(
         HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, values=(16,), rates=(0.1, 0.3)
