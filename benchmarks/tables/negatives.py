@@ -122,7 +122,6 @@ HEADS = {
 
 ROW_WISE = "optimizer.proxies_name=rowwise_adagrad optimizer.proxies_weight_decay=0"
 UNIT_LENGTH = "proxies.unit_norm=true"
-FROM_MEANS = f"{ROW_WISE} {UNIT_LENGTH} proxies.initialization=class_mean"
 
 
 def _other(method: str, share: float, tuned: Mapping[int, tuple[float, float]], **more: Any) -> Head:
@@ -145,6 +144,13 @@ def _row_wise(head: Head, shares: tuple[float, ...], tuned: Mapping[int, tuple[f
     shares the first is tuned.
     """
     return _with(head, "row-wise", f"{ROW_WISE} {UNIT_LENGTH}", shares, tuned, **{"rates": (0.1, 0.3), **more})
+
+
+def _from_means(head: Head, share: float, tried: tuple[float, float], *, num_seeds: int) -> Head:
+    """A head with row-wise Adagrad whose proxies begin as class means, at what its trials have found without."""
+    overrides = f"{ROW_WISE} {UNIT_LENGTH} proxies.initialization=class_mean"
+    more = {"values": tried[:1], "rates": tried[1:], "seeds": Seeds(num_seeds)}
+    return _with(head, "row-wise, from class means", overrides, (share,), {SIZES[-1]: tried}, **more)
 
 
 def _with(
@@ -199,26 +205,8 @@ OTHERS = {
         {20000: (0.3, 0.1)},
         rates=(0.1,),
     ),
-    "rowwise-class-means": _with(
-        HEADS["topk"],
-        "row-wise, from class means",
-        FROM_MEANS,
-        (0.05,),
-        {20000: (16, 0.1)},
-        values=(16,),
-        rates=(0.1,),
-        seeds=Seeds(2),
-    ),
-    "rowwise-cosface-32-class-means": _with(
-        _scaled("CosFace", 32),
-        "row-wise, from class means",
-        FROM_MEANS,
-        (1.0,),
-        {20000: (0.5, 0.1)},
-        values=(0.5,),
-        rates=(0.1,),
-        seeds=Seeds(1),
-    ),
+    "rowwise-class-means": _from_means(HEADS["topk"], 0.05, (16, 0.1), num_seeds=2),
+    "rowwise-cosface-32-class-means": _from_means(_scaled("CosFace", 32), 1.0, (0.5, 0.1), num_seeds=1),
     "rowwise-any-length": _with(
         HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, values=(16,), rates=(0.1, 0.3)
     ),
