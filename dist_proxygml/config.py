@@ -538,6 +538,9 @@ class ProxiesConfig(_Section):
         description="published: uniform in +-1/sqrt(C*N); unit: random unit vectors; class_mean: mean embedding of "
         "each class's images under the initial backbone.",
     )
+    class_mean_images: int = Field(
+        4, ge=1, description="Images of each class, drawn at random, that class_mean takes the mean of."
+    )
     unit_norm: bool = Field(
         False, description="Normalise updated proxies after each step, for a constant effective step size."
     )

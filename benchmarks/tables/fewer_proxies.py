@@ -8,8 +8,8 @@ best on validation classes. With r = 1 nothing is left out, which is the head th
     joined emoji    four neighbours in Unicode a class (python -m benchmarks.joined_emoji): classes of several modes
     glyphs          1,000 characters of shards/glyphs (docs/glyphs.md), each by some 15 typefaces
 
-Budget: 36 runs of about 17 s on emoji, 72 of 16 s on joined emoji and 36 of 30 s on glyphs (estimated for one quiet
-core): 47 minutes.
+Budget: 60 runs of about 17 s on emoji, 120 of 16 s on joined emoji and 60 of 30 s on glyphs (estimated for one quiet
+core): 79 minutes.
 """
 
 import itertools
@@ -83,7 +83,7 @@ def _rows(data: str, of: Data) -> list[Row]:
             *chosen,
         )
         name = f"{data.replace(' ', '-')}_n-{per_class}_r-{ratio:g}_total-{total:g}"
-        rows.append(Row(name, {"data": data, "N": per_class, "r": ratio, "s*N": total}, overrides, of.config))
+        rows.append(Row(name, {"data": data, "N": per_class, "r": ratio, "s*N": total}, overrides, of.config, range(5)))
     return rows
 
 

@@ -420,14 +420,18 @@ def build_evaluation_loader(
     pin_memory: bool = False,
     skip_damaged: bool = False,
     done: Collection[int] = (),
+    only_ids: np.ndarray | None = None,
 ) -> BatchLoader:
     """Build a loader of all images of a split in the order of their ids, each on exactly one rank, except the batches
-    whose numbers are in `done`.
+    whose numbers are in `done`; of `only_ids` (int64, ascending) if given.
 
     Batches start at multiples of `batch_size`; a rank may have none. `num_steps` is the number of this rank's batches.
     With `skip_damaged` a damaged image is dropped from its batch, which may leave it empty.
     """
-    own = evaluation_batches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, done=done)
+    num_images = index.num_samples if only_ids is None else len(only_ids)
+    own = evaluation_batches(num_images, batch_size=batch_size, rank=rank, world_size=world_size, done=done)
+    if only_ids is not None:
+        own = [only_ids[positions] for positions in own]
     batches = [MicroBatch(ids, len(ids), len(ids)) for ids in own]
     dataset = ShardImages(index, transform, damaged="leave_out" if skip_damaged else "fail")
     return BatchLoader(dataset, batches, num_workers=num_workers, num_steps=len(batches), pin_memory=pin_memory)

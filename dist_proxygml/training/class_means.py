@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,15 +23,17 @@ def start_from_class_means(
 ) -> None:
     """Set each class's proxies to the mean embedding of its images under the state's backbone. Called on all ranks.
 
-    One pass over the split with the test transform, in evaluation mode; see `replace_by_class_means_`. Damaged images
-    are skipped, and counted in `damage` if given.
+    One pass over `proxies.class_mean_images` random images of each class with the test transform, in evaluation mode;
+    see `replace_by_class_means_`. Damaged images are skipped, and counted in `damage` if given.
 
     Raises:
         ValueError: on every rank, if an image is damaged, or too many are, or an embedding is not finite.
     """
     config, context = state.config, state.context
+    ids = some_of_each_class(index.labels, config.proxies.class_mean_images, seed=config.seed)
     telemetry.say(
-        f"class means: {index.num_samples:,} images of {index.num_classes:,} classes through the initial backbone"
+        f"class means: {len(ids):,} of {index.num_samples:,} images of {index.num_classes:,} classes through the "
+        "initial backbone"
     )
     loader = build_evaluation_loader(
         index,
@@ -41,6 +44,7 @@ def start_from_class_means(
         num_workers=config.data.num_workers,
         pin_memory=context.device.type == "cuda",
         skip_damaged=damage is not None,
+        only_ids=ids,
     )
     model = backbone_of_one_rank(state)
     left_out: list[Damage] = []
@@ -72,6 +76,15 @@ def start_from_class_means(
     model.train(was_training)
     if damage is not None:
         damage.add(left_out)
+
+
+def some_of_each_class(labels_n: np.ndarray, most: int, *, seed: int) -> np.ndarray:
+    """Return the ids of up to `most` images of each class, drawn at random: positions in the labels, ascending."""
+    drawn_n = np.random.default_rng(seed).permutation(len(labels_n))
+    by_class_n = drawn_n[np.argsort(labels_n[drawn_n], kind="stable")]
+    sorted_labels_n = labels_n[by_class_n]
+    place_in_class_n = np.arange(len(labels_n)) - np.searchsorted(sorted_labels_n, sorted_labels_n)
+    return np.sort(by_class_n[place_in_class_n < most])
 
 
 @torch.no_grad()

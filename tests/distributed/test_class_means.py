@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from dist_proxygml.config import Config, parse_config
 from dist_proxygml.distributed.parallel import ParallelContext
 from dist_proxygml.head.partition import ClassPartition
 from dist_proxygml.head.proxies import initial_proxies, replace_by_class_means_
+from dist_proxygml.training.class_means import some_of_each_class
 from tests.harness import run_ranks
 from tests.shards_of_noise import write_noise_shards
 
@@ -124,6 +126,19 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(problem: str, message: str
 CLASS_SIZES = [3, 1, 4, 0, 2, 5, 2]
 
 
+def test_class_means_are_taken_of_some_images_of_each_class_drawn_at_random() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), [20, 1, 4, 0, 2, 5, 2]))
+    ids = [some_of_each_class(labels, 4, seed=seed) for seed in range(200)]
+    assert np.array_equal(ids[0], some_of_each_class(labels, 4, seed=0))
+    for drawn in ids:
+        assert (np.diff(drawn) > 0).all()
+        assert np.bincount(labels[drawn], minlength=7).tolist() == [4, 1, 4, 0, 2, 4, 2]
+    counts = np.bincount(np.concatenate(ids), minlength=len(labels))
+    assert (counts[np.isin(labels, [1, 2, 4, 6])] == 200).all()
+    assert (np.abs(counts[labels == 0] - 40) < 4 * np.sqrt(200 * 0.2 * 0.8)).all()
+    assert (np.abs(counts[labels == 5] - 160) < 4 * np.sqrt(200 * 0.2 * 0.8)).all()
+
+
 def configuration(root: Path, **changes: Any) -> Config:
     raw = {
         "name": "means",
@@ -137,7 +152,7 @@ def configuration(root: Path, **changes: Any) -> Config:
             "test_transform": {"name": "resize", "size": 16},
         },
         "backbone": {"name": "small_cnn", "embedding_dim": 6, "options": {"width": 4}},
-        "proxies": {"per_class": 2, "topk": 5, "initialization": "class_mean"},
+        "proxies": {"per_class": 2, "topk": 5, "initialization": "class_mean", "class_mean_images": 3},
         "optimizer": {"backbone_lr": 1e-3, "proxies_lr": 0.05, "proxies_name": "rowwise_adagrad"},
         "training": {"epochs": 1, "batch_size": 6, "max_steps": 1},
         "evaluation": {
@@ -191,7 +206,8 @@ def class_means_of_a_run(context: ParallelContext, root: Path, zero_stage: int) 
     with torch.no_grad():
         embeddings = model(whole.images)
     unit = initial_proxies(ClassPartition(len(CLASS_SIZES)), 2, 6, seed=config.seed, initialization="unit")
-    return state.loss.proxies.detach(), looped(embeddings, whole.labels, unit), told.said
+    ids = some_of_each_class(index.labels, 3, seed=config.seed)
+    return state.loss.proxies.detach(), looped(embeddings[ids], whole.labels[ids], unit), told.said
 
 
 @pytest.mark.timeout(240)
@@ -199,11 +215,11 @@ def class_means_of_a_run(context: ParallelContext, root: Path, zero_stage: int) 
 def test_a_run_starts_from_the_class_means_of_its_training_images(
     tmp_path: Path, world_size: int, zero_stage: int
 ) -> None:
-    write_noise_shards(tmp_path / "shards", CLASS_SIZES)  # 17 images, 9 batches: uneven over 2 ranks
+    write_noise_shards(tmp_path / "shards", CLASS_SIZES)  # 14 images, 7 batches: uneven over 2 ranks
     results = run_ranks(class_means_of_a_run, world_size, tmp_path, zero_stage, timeout=180)
     got, (_, expected, said) = torch.cat([proxies for proxies, _, _ in results]), results[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-    assert said == ["class means: 17 images of 7 classes through the initial backbone"]
+    assert said == ["class means: 14 of 17 images of 7 classes through the initial backbone"]
 
 
 def train_and_continue(context: ParallelContext, root: Path) -> list[int]:

@@ -28,10 +28,10 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
     table = TABLES["parts"]
     name = {on: f"{parts.name_of(on)}_scale-" for on in parts.SETTINGS}
     lines: Lines = {
-        **{(name[ALL] + "1", seed): result(0.3, 0.9) for seed in range(3)},
-        **{(name[ALL] + "4", seed): result(0.4, 0.5 + 0.1 * seed) for seed in range(3)},
-        **{(name[ALL] + "16", seed): result(0.2, 0.9) for seed in range(3)},
-        **{(name[True, True, False] + "16", seed): result(0.2, 0.3 + 0.1 * seed) for seed in range(2)},
+        **{(name[ALL] + "1", seed): result(0.3, 0.9) for seed in range(5)},
+        **{(name[ALL] + "4", seed): result(0.4, 0.4 + 0.1 * seed) for seed in range(5)},
+        **{(name[ALL] + "16", seed): result(0.2, 0.9) for seed in range(5)},
+        **{(name[True, True, False] + "16", seed): result(0.2, 0.2 + 0.1 * seed) for seed in range(2)},
         **{(name[True, True, False] + scale, 0): result(0.1, 0.9) for scale in "14"},
         **{(name[False, True, True] + scale, 0): result(0.1, 0.25) for scale in ("1", "4", "16")},
         ("product_scale-4", 0): result(0.1, 0.6),  # at the scale of all parts, whatever its own trials say
@@ -39,24 +39,25 @@ def test_a_scale_is_picked_by_validation_classes_alone_and_what_is_missing_is_ca
     }
     made = parts.show(table, lines)
     assert shown_row(made.markdown, "| yes | yes | yes |")[3:] == [
-        *"94",
-        "60.00 ± 10.00",
-        "30.00 ± 5.00",
+        "15",
+        "4",
+        "60.00 ± 15.81",
+        "30.00 ± 7.91",
         "",
         "",
         "85.5",
     ]
     product = shown_row(made.markdown, "| yes (the product's head)")
     assert product[3:6] == ["1 of 3, unfinished", "4", "60.00 ± n/a"]
-    assert product[7:9] == ["+10.00, one seed", "+10.00 [+10.00, +10.00], one seed"]
+    assert product[7:9] == ["+20.00, one seed", "+20.00 [+20.00, +20.00], one seed"]
     without = shown_row(made.markdown, "| yes | yes |  |")
-    assert without[3:6] == ["4 of 9, unfinished", "16", "35.00 ± 7.07"]
+    assert without[3:6] == ["4 of 15, unfinished", "16", "25.00 ± 7.07"]
     assert without[7:] == ["-20.00 ± 0.00", "-20.00 [-20.00, -20.00]", "84.0"]
-    assert shown_row(made.markdown, "|  |  |  |")[3:6] == ["1 of 9, unfinished", "", "unfinished"]
+    assert shown_row(made.markdown, "|  |  |  |")[3:6] == ["1 of 15, unfinished", "", "unfinished"]
     assert "| yes | yes | yes | 30.00 ± 0.00 | 40.00 ± 0.00 | 20.00 ± 0.00 |" in made.markdown
     spoken = str(ElementTree.fromstring(made.pictures["parts.svg"]).get("aria-label"))
     assert (
-        "with regulariser: masked softmax 25.00 ± n/a, both 60.00 ± 10.00; without regulariser: both 35.00 ± 7.07"
+        "with regulariser: masked softmax 25.00 ± n/a, both 60.00 ± 15.81; without regulariser: both 25.00 ± 7.07"
         in spoken
     )
 
