@@ -146,13 +146,13 @@ def _row_wise(head: Head, shares: tuple[float, ...], tuned: Mapping[int, tuple[f
     return _with(head, "row-wise", f"{ROW_WISE} {UNIT_LENGTH}", shares, tuned, **{"rates": (0.1, 0.3), **more})
 
 
-def _from_means(head: Head, share: float, settings: str, **more: Any) -> Head:
+def _from_means(head: Head, share: float, settings: str, label: str = "from class means", **more: Any) -> Head:
     """A head with row-wise Adagrad whose proxies begin as class means, at what its trials have found without; what is
     tried is how many images of a class they are taken of.
     """
     overrides = f"{settings} {ROW_WISE} {UNIT_LENGTH} proxies.initialization=class_mean"
-    more = {"setting": "proxies.class_mean_images", "values": (1, 4, 100), "rates": (0.1,), **more}
-    return _with(head, "row-wise, from class means", overrides, (share,), **more)
+    more = {"setting": "proxies.class_mean_images", "values": (4,), "rates": (0.1,), **more}
+    return _with(head, f"row-wise, {label}", overrides, (share,), **more)
 
 
 def _with(
@@ -207,11 +207,28 @@ OTHERS = {
         {20000: (0.3, 0.1)},
         rates=(0.1,),
     ),
-    "rowwise-class-means": _from_means(HEADS["topk"], 0.05, "proxies.scale=16", tuned={}),
-    "rowwise-cosface-32-class-means": _from_means(
-        _scaled("CosFace", 32), 1.0, "proxies.margin.margin=0.5", tuned={}, values=(4,)
+    "rowwise-class-means": _from_means(
+        HEADS["topk"],
+        0.05,
+        "proxies.scale=16",
+        tuned={20000: (4, 0.1)},
+        sizes=SIZES[-2:],
+        values=(1, 4),
+        more_steps={0.05: (6500,)},
+        seeds=Seeds(5),
     ),
-    "rowwise-all-class-means": _from_means(HEADS["all"], 1.0, "proxies.scale=32", tuned={}, values=(4,)),
+    "rowwise-class-means-all-images": _from_means(
+        HEADS["topk"], 0.05, "proxies.scale=16", "from class means of all images", tuned={}, values=(100,)
+    ),
+    "rowwise-cosface-32-class-means": _from_means(
+        _scaled("CosFace", 32),
+        1.0,
+        "proxies.margin.margin=0.5",
+        tuned={20000: (4, 0.1)},
+        more_steps={1.0: (6500,)},
+        seeds=Seeds(5),
+    ),
+    "rowwise-all-class-means": _from_means(HEADS["all"], 1.0, "proxies.scale=32", tuned={20000: (4, 0.1)}),
     "rowwise-any-length": _with(
         HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, values=(16,), rates=(0.1, 0.3)
     ),
