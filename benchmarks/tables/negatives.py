@@ -252,6 +252,7 @@ OTHERS = {
 # Names in pictures, and those in the pictures of cost.
 NAMES = {
     "rowwise-topk": "ProxyGML, row-wise",
+    "rowwise-class-means": "ProxyGML, row-wise, from class means",
     "topk": "ProxyGML, AdamW",
     "rowwise-cosface-32": "CosFace, row-wise",
     "rowwise-all": "softmax, row-wise",

@@ -26,7 +26,14 @@ import torch
 from dist_proxygml.backbones.build import build_backbone, can_fetch_weights
 from dist_proxygml.backbones.from_weights import input_facts, resolve_backbone
 from dist_proxygml.backbones.image_size import size_rule
-from dist_proxygml.config import BackboneConfig, Config, EvaluationConfig, apply_override, parse_config
+from dist_proxygml.config import (
+    BackboneConfig,
+    Config,
+    EvaluationConfig,
+    ProxiesConfig,
+    apply_override,
+    parse_config,
+)
 from dist_proxygml.data.audit import shared_classes
 from dist_proxygml.data.images import opened
 from dist_proxygml.data.index import ShardIndex, list_splits, open_index
@@ -47,6 +54,7 @@ _MOST_IMAGES = {"cpu": 200_000, "cuda": 20_000_000}  # to train on, for each ran
 _MOST_EVALUATED = {"cpu": 100_000, "cuda": 10_000_000}
 _MOST_KMEANS = {"cpu": 5e12, "cuda": 5e14}  # multiply-adds of an evaluation's k-means
 _MOST_CACHED = 1 << 30  # bytes of decoded images in memory
+_CLASS_MEAN_IMAGES = ProxiesConfig.model_fields["class_mean_images"].default
 _RECALL_AT = EvaluationConfig().recall_at
 _GPU_MEMORY = 24 << 30  # of a GPU that is not here
 _ANY_BATCH = "the same whatever the batch (docs/learning_rates.md)"  # said of learning rates
@@ -186,6 +194,8 @@ def suggest(
     # 4. Steps.
     num_ranks = machine.num_devices if num_images >= 5_000 * machine.num_devices else 1
     _choose_steps(draft, machine, num_images, side, num_ranks=num_ranks, is_pretrained=is_pretrained)
+    if draft.raw["proxies"]["per_class"] == 1 and (preset == "many-classes" or not is_pretrained):
+        _choose_class_means(draft, num_trained, num_images)
     cacheable = _MOST_CACHED if machine.device == "cuda" else min(_MOST_CACHED, machine.memory // 8)
     if train.num_samples * image_bytes * num_ranks <= cacheable:
         draft.choose("all images, decoded, fit into memory", data={"num_workers": 0, "cache_images": True})
@@ -223,7 +233,8 @@ def estimate_seconds(config: Config, *, num_ranks: int, device: str) -> float:
     seconds = (time.perf_counter() - start) / len(images)
     trained = (rest.num_steps or 0) * config.training.batch_size
     evaluated = (rest.num_evaluations or 0) * (rest.num_test_images or 0)
-    return (trained + evaluated / 3) * seconds / num_ranks  # a forward pass is a third of both
+    only_embedded = evaluated + rest.num_class_mean_images
+    return (trained + only_embedded / 3) * seconds / num_ranks  # a forward pass is a third of both
 
 
 # ---- choices ---------------------------------------------------------------------------------------------------------
@@ -422,6 +433,19 @@ def _choose_steps(
     if steps_per_epoch < 100:
         draft.choose("steps; its epochs are short", checkpoint={"every_steps": 200})
     draft.choose("about four times, and at the start", evaluation={"every_epochs": max(1, epochs // 4)})
+
+
+def _choose_class_means(draft: _Draft, num_classes: int, num_images: int) -> None:
+    """Let proxies begin as class means, unless that would embed more than half as many images as are trained on."""
+    training = draft.raw["training"]
+    num_steps = training.get("max_steps", math.ceil(training["epochs"] * num_images / training["batch_size"]))
+    of_class = min(_CLASS_MEAN_IMAGES, num_steps * training["batch_size"] // (2 * num_classes))
+    if of_class == 0:
+        return
+    draft.choose(
+        "proxies begin as the mean embedding of some images of their class (docs/results.md)",
+        proxies={"initialization": "class_mean", "class_mean_images": of_class},
+    )
 
 
 def _choose_evaluation(draft: _Draft, machine: Machine, test: ShardIndex) -> None:

@@ -68,7 +68,8 @@ class Rehearsal:
         ]
         if plan.steps_per_epoch is not None:
             rows.append(("an epoch", format_seconds(plan.steps_per_epoch * self.seconds_per_step)))
-        whole = None if plan.num_steps is None else plan.num_steps * self.seconds_per_step
+        before = plan.num_class_mean_images * self.seconds_per_test_image
+        whole = None if plan.num_steps is None else before + plan.num_steps * self.seconds_per_step
         if plan.num_test_images:
             evaluation = self.evaluation_seconds(config, num_images=plan.num_test_images)
             rows.append(("an evaluation, about", format_seconds(evaluation)))

@@ -19,6 +19,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dist_proxygml.backbones.build import build_backbone
@@ -59,6 +60,8 @@ class RunPlan:
     num_steps: int | None
     num_evaluations: int | None
     num_test_images: int | None
+    num_class_mean_images: int
+    """Images that class means are taken of before the first step, or an upper bound; 0 without."""
     gallery_bytes: int | None
     """Embeddings of the test images, float32."""
     num_parameters: int
@@ -99,6 +102,7 @@ class RunPlan:
                 ("steps", number(self.num_steps)),
                 ("evaluations", number(self.num_evaluations)),
                 ("evaluated images", number(self.num_test_images)),
+                *([("images of class means", number(self.num_class_mean_images))] * (self.num_class_mean_images > 0)),
                 ("backbone parameters", number(self.num_parameters)),
                 *([("trained of them", number(self.num_trained))] if self.num_trained < self.num_parameters else []),
             ],
@@ -136,7 +140,7 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
     Raises:
         ValueError: the shards exist but are unusable, or the backbone cannot be built.
     """
-    source, steps_per_epoch, num_test = _counts(config)
+    source, steps_per_epoch, num_test, num_class_mean = _counts(config)
     training, evaluation, keep = config.training, config.evaluation, config.checkpoint
     num_steps = training.max_steps if steps_per_epoch is None else steps_per_epoch * training.epochs
     if num_steps is not None and training.max_steps is not None:
@@ -161,6 +165,7 @@ def plan_run(config: Config, *, world_size: int, bank_bytes: int) -> RunPlan:
         num_steps=num_steps,
         num_evaluations=num_evaluations,
         num_test_images=num_test,
+        num_class_mean_images=num_class_mean,
         gallery_bytes=None if num_test is None else num_test * config.backbone.embedding_dim * 4,
         num_parameters=num_parameters,
         num_trained=num_trained,
@@ -206,9 +211,11 @@ def has_index(config: Config) -> bool:
     return is_remote(config.data.shards) or (Path(config.data.shards) / INDEX_FILE).is_file()
 
 
-def _counts(config: Config) -> tuple[str, int | None, int | None]:
-    """Return the source of the counts, steps per epoch, images that an evaluation embeds."""
-    shards = config.data.shards
+def _counts(config: Config) -> tuple[str, int | None, int | None, int]:
+    """Return the source of the counts, steps per epoch, images that an evaluation embeds, images of class means."""
+    shards, proxies = config.data.shards, config.proxies
+    of_class = proxies.class_mean_images if proxies.initialization == "class_mean" else 0
+    num_means = of_class * config.num_classes  # at most
     if has_index(config):
         train = None if config.data.stream is not None else open_split(config, config.data.train_split)
         if train is None or train.num_classes == config.num_classes:
@@ -218,19 +225,21 @@ def _counts(config: Config) -> tuple[str, int | None, int | None]:
         splits = [config.data.test_split, config.evaluation.gallery_split]
         num_test = sum(open_split(config, split).num_samples for split in splits if split is not None)
         num_test += 0 if data.validation is None else data.validation.num_samples
-        return f"counts of {shards}", data.count_steps(), num_test
+        if data.index is not None and data.index.num_classes == config.num_classes:
+            num_means = int(np.bincount(data.index.labels).clip(max=of_class).sum())
+        return f"counts of {shards}", data.count_steps(), num_test, num_means
     missing = f"{shards}/{INDEX_FILE} is not there"
     published = PUBLISHED_COUNTS.get(Path(shards).name, {})
     num_train, num_classes = published.get("train", (0, 0))
     if config.data.stream is not None:
-        return f"{missing}: no test images", TrainingData(config, None).count_steps(), None
+        return f"{missing}: no test images", TrainingData(config, None).count_steps(), None, num_means
     if num_classes != config.data.num_classes or "test" not in published:
-        return f"{missing}: build the shards for numbers of steps and test images", None, None
+        return f"{missing}: build the shards for numbers of steps and test images", None, None, num_means
     batch_size = config.training.batch_size
     is_dropped = config.data.drop_last or config.data.images_per_class is not None
     steps = num_train // batch_size if is_dropped else -(-num_train // batch_size)
     num_test = published["test"][0] if config.data.test_split else 0
-    return f"{missing}: published counts of {Path(shards).name}", max(1, steps), num_test
+    return f"{missing}: published counts of {Path(shards).name}", max(1, steps), num_test, num_means
 
 
 def _existing(folder: Path) -> Path:

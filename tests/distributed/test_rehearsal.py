@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def test_an_evaluation_is_embedding_search_and_clustering() -> None:
     assert format_seconds(373 * 0.5) in table
     evaluation = measured.evaluation_seconds(config, num_images=2981)
     assert format_seconds(373 * 40 * 0.5 + 2 * evaluation) in table  # at the start and at the end
+    with_means = measured.describe(config, replace(plan, num_class_mean_images=100_000))
+    assert format_seconds(100_000 * 0.01 + 373 * 40 * 0.5 + 2 * evaluation) in with_means
 
 
 @pytest.mark.ci

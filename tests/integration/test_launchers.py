@@ -362,6 +362,7 @@ def test_a_stream_of_plain_shards_trains(tmp_path: Path) -> None:
     changes = [f"runs_dir={tmp_path}", *SHORT, "training.max_steps=3", "evaluation.at_start=false"]
     changes += ["data.mode=stream", "data.stream.urls=shards/demo/train-{000000..000005}.tar"]
     changes += ["data.stream.samples_per_epoch=2977", "data.cache_images=false", "data.num_workers=1"]
+    changes += ["proxies.initialization=published"]  # class means need an index
     done = train("--set", *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a stream of 549 classes, 2,976 images an epoch" in done.stdout

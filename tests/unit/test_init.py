@@ -135,7 +135,7 @@ def settings_of(suggestion: Any) -> dict[str, Any]:
     [
         ("small-images", {"transform": "affine_jitter", "proxies": "published"}),
         ("photos", {"transform": "random_resized_crop", "proxies": "published"}),
-        ("many-classes", {"transform": "affine_jitter", "proxies": "unit"}),
+        ("many-classes", {"transform": "affine_jitter", "proxies": "class_mean"}),
     ],
 )
 def test_every_preset_gives_a_run_that_can_start(preset: str, expected: dict[str, str]) -> None:
@@ -220,6 +220,25 @@ def test_k_of_many_classes_is_a_twentieth_and_at_most_a_thousand(num_classes: in
     assert draft.raw["proxies"]["topk"] == topk
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "training", "expected"),
+    [
+        (549, {"epochs": 40, "batch_size": 64}, ("class_mean", 4)),
+        (10_000, {"epochs": 1, "batch_size": 64}, ("class_mean", 2)),  # 50,000 images train: 25,000 may be embedded
+        (10_000, {"epochs": 20, "batch_size": 100, "max_steps": 300}, ("class_mean", 1)),
+        (10_000, {"epochs": 20, "batch_size": 100, "max_steps": 199}, ("unit", None)),
+    ],
+)
+def test_class_means_are_taken_of_at_most_half_as_many_images_as_train(
+    num_classes: int, training: dict[str, int], expected: tuple[str, int | None]
+) -> None:
+    draft = presets._Draft("mine", "shards/mine")
+    draft.choose("", proxies={"initialization": "unit"}, training=training)
+    presets._choose_class_means(draft, num_classes, 5 * num_classes)
+    proxies = draft.raw["proxies"]
+    assert (proxies["initialization"], proxies.get("class_mean_images")) == expected
+
+
 def test_so_few_test_images_lower_k(tmp_path: Path) -> None:
     write_noise_shards(tmp_path / "shards", [2, 2, 3])
     made = suggest(
@@ -262,4 +281,5 @@ def test_learning_rates_are_the_same_whatever_the_batch_and_that_is_said(monkeyp
     without_weights(monkeypatch)
     small = suggest(DEMO, "mine", LAPTOP)
     assert rates_of(small) == (0.002, None, 0.02)
+    assert small.config.proxies.initialization == "class_mean"
     assert any("whatever the batch" in reason for _, reason in small.choices)

@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.figures import pack_hits, unpack_hits
 from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES, negatives
 from benchmarks.tables.negatives import HEADS, OTHERS, SIZES, every_other, trials
+from dist_proxygml.config import ProxiesConfig
 from dist_proxygml.training import presets
 
 ROOT = Path(__file__).parents[2]
@@ -34,24 +36,31 @@ def test_a_size_is_tuned_for_all_heads_or_for_none() -> None:
 
 
 def test_the_preset_and_the_recipe_take_what_wins_with_many_classes() -> None:
-    """But for what comes on top: a margin, which is a tie, and class means of all images, which take a pass over them."""
+    """But for a margin on top, which is a tie, and for class means of all images, which take a pass over them."""
     lines, largest = finished(TABLES["negatives"]), SIZES[-1]
     on_top = [name for name in ALL_HEADS if name.endswith(("-margin", "-class-means", "-all-images"))]
-    found = {
-        (name, row.labels["value"], row.labels["rate"]): every_other(lines[row.name, 0], 0)["test"]["recall@1"]
-        for name in ALL_HEADS
-        if name not in on_top
-        for row in trials(name, largest)
-        if (row.name, 0) in lines
-    }
+
+    def found(names: Iterable[str]) -> dict[tuple[str, float, float], float]:
+        return {
+            (name, row.labels["value"], row.labels["rate"]): every_other(lines[row.name, 0], 0)["test"]["recall@1"]
+            for name in names
+            for row in trials(name, largest)
+            if (row.name, 0) in lines
+        }
+
+    plain, means = found(name for name in ALL_HEADS if name not in on_top), found(["rowwise-class-means"])
     draft = presets._Draft("mine", "shards/mine")
+    draft.choose("", training={"epochs": 1, "batch_size": 128})
     presets._choose_many_proxies(draft, largest)
+    presets._choose_class_means(draft, largest, 15 * largest)
     recipe = json.loads((ROOT / "configs" / "glyphs_cpu.json").read_text())
     for raw in (draft.raw, recipe):
-        assert (raw["proxies"]["unit_norm"], raw["optimizer"]["proxies_name"]) == (True, "rowwise_adagrad")
-        assert ("rowwise-topk", raw["proxies"]["scale"], raw["optimizer"]["proxies_lr"]) == max(
-            found, key=lambda key: found[key]
-        )
+        proxies, optimizer = ProxiesConfig(**raw["proxies"]), raw["optimizer"]
+        assert (proxies.unit_norm, optimizer["proxies_name"]) == (True, "rowwise_adagrad")
+        assert ("rowwise-topk", proxies.scale, optimizer["proxies_lr"]) == max(plain, key=lambda key: plain[key])
+        assert proxies.initialization == "class_mean"
+        of_best = ("rowwise-class-means", proxies.class_mean_images, optimizer["proxies_lr"])
+        assert means[of_best] == max([*means.values(), *plain.values()])
     share = ALL_HEADS["rowwise-topk"].tuning_share
     assert (draft.raw["proxies"]["topk"], recipe["proxies"]["ratio"]) == (share * largest, share)
 

@@ -10,7 +10,7 @@ from benchmarks.figures import metric, values_of
 from benchmarks.retrieval import finished
 from benchmarks.tables import TABLES
 from benchmarks.tables.recipes import RECIPES, Trial, final, trials, untrained
-from benchmarks.tables.table import pick
+from benchmarks.tables.table import SHORT, pick
 from dist_proxygml.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,8 @@ def test_a_recipe_has_what_its_trials_pick(name: str, lines: dict) -> None:
     config = load_config(ROOT / RECIPES[name].config)
     rates = (config.optimizer.backbone_lr, config.optimizer.proxies_lr)
     assert Trial(config.proxies.scale, rates, config.proxies.initialization == "class_mean") == best.labels["trial"]
+    of_trial = load_config(ROOT / RECIPES[name].tried_from, [text for text in best.overrides if text not in SHORT])
+    assert of_trial.model_copy(update={"name": config.name}) == config
 
 
 @pytest.mark.parametrize("name", OF_EMOJI)

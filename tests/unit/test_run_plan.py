@@ -1,5 +1,6 @@
 """The plan of a run against numbers worked out by hand."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from dist_proxygml.distributed.parallel import status_of
 from dist_proxygml.plan import main
 from dist_proxygml.training import run_plan
 from dist_proxygml.training.run_plan import BackboneMemory, plan_backbone, plan_run
+from tests.shards_of_noise import write_noise_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo_cpu.json"
@@ -38,6 +40,21 @@ def test_steps_and_evaluations_follow_from_the_index() -> None:
     assert often.num_evaluations == 13 + 1  # after epochs 3, 6, ... 39, and after the last
     short = plan_run(demo("training.max_steps=94", "evaluation.every_epochs=1"), world_size=1, bank_bytes=0)
     assert (short.num_steps, short.num_evaluations) == (94, 1 + 2)  # epoch 2 is the last
+
+
+def test_images_of_class_means_are_counted(tmp_path: Path) -> None:
+    write_noise_shards(tmp_path / "shards", [5, 1, 4, 2])
+    changes = [f"data.shards={tmp_path}/shards", "data.train_split=test", "data.num_classes=4"]
+    plain = plan_run(demo(*changes, "proxies.initialization=unit"), world_size=1, bank_bytes=0)
+    assert plain.num_class_mean_images == 0
+    assert "class means" not in str(plain)
+    means = [*changes, "proxies.initialization=class_mean", "proxies.class_mean_images=3"]
+    plan = plan_run(demo(*means), world_size=1, bank_bytes=0)
+    assert plan.num_class_mean_images == 3 + 1 + 3 + 2
+    assert re.search(r"images of class means +9\n", str(plan))
+    for unknown in ("data.num_classes=1000", f"data.shards={tmp_path}/others"):  # as many as there may be
+        config = demo(*means, unknown)
+        assert plan_run(config, world_size=1, bank_bytes=0).num_class_mean_images == 3 * config.num_classes
 
 
 def test_without_shards_the_published_counts_are_taken_and_named(tmp_path: Path) -> None:
