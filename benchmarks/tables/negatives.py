@@ -212,7 +212,7 @@ OTHERS = {
         HEADS["topk"],
         0.05,
         "proxies.scale=16",
-        tuned={20000: (4, 0.1)},
+        tuned={10000: (1, 0.1), 20000: (4, 0.1)},
         sizes=SIZES[-2:],
         values=(1, 4),
         more_steps={0.05: (6500, TEN_EPOCHS)},

@@ -94,7 +94,8 @@ def test_an_evaluation_is_embedding_search_and_clustering() -> None:
     assert seconds == pytest.approx(1000 * 0.01 + multiplications * 1e-9)
     plan = plan_run(tiny(f"data.shards={ROOT}/shards/demo", "evaluation.every_epochs=0"), world_size=2, bank_bytes=0)
     assert plan.steps_per_epoch == 373  # 2,977 images in batches of 8: 372, and one image, which shares the last batch
-    table = measured.describe(config, plan)
+    assert plan.num_class_mean_images == 549 * 4
+    table = measured.describe(config, replace(plan, num_class_mean_images=0))
     assert format_seconds(373 * 0.5) in table
     evaluation = measured.evaluation_seconds(config, num_images=2981)
     assert format_seconds(373 * 40 * 0.5 + 2 * evaluation) in table  # at the start and at the end
