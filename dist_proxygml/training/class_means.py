@@ -80,11 +80,12 @@ def start_from_class_means(
 
 def some_of_each_class(labels_n: np.ndarray, most: int, *, seed: int) -> np.ndarray:
     """Return the ids of up to `most` images of each class, drawn at random: positions in the labels, ascending."""
-    drawn_n = np.random.default_rng(seed).permutation(len(labels_n))
-    by_class_n = drawn_n[np.argsort(labels_n[drawn_n], kind="stable")]
-    sorted_labels_n = labels_n[by_class_n]
-    place_in_class_n = np.arange(len(labels_n)) - np.searchsorted(sorted_labels_n, sorted_labels_n)
-    return np.sort(by_class_n[place_in_class_n < most])
+    ids_n = np.random.default_rng(seed).permutation(len(labels_n))
+    ids_n = ids_n[np.argsort(labels_n[ids_n], kind="stable")]  # class by class
+    count_c = np.bincount(labels_n)
+    taken_c = count_c.clip(max=most)
+    first_c, first_taken_c = count_c.cumsum() - count_c, taken_c.cumsum() - taken_c
+    return np.sort(ids_n[np.arange(taken_c.sum()) + np.repeat(first_c - first_taken_c, taken_c)])
 
 
 @torch.no_grad()
