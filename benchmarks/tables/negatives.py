@@ -202,6 +202,7 @@ OTHERS = {
         seeds=Seeds(5),
     ),
     "rowwise-cosface-64": _row_wise(_scaled("CosFace", 64), (1.0,), {}, values=(0.3,), rates=(0.1,)),
+    "rowwise-arcface-32": _row_wise(_scaled("ArcFace", 32), (1.0,), {}, rates=(0.1,)),
     "rowwise-margin": _row_wise(
         _other("ProxyGML, margin", 0.05, {})._replace(overrides=f"{HEADS['topk'].overrides} {COSFACE}"),
         (0.05,),
@@ -232,6 +233,14 @@ OTHERS = {
     "rowwise-all-class-means": _from_means(HEADS["all"], 1.0, "proxies.scale=32", tuned={20000: (4, 0.1)}),
     "rowwise-any-length": _with(
         HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, values=(16,), rates=(0.1, 0.3)
+    ),
+    "sparse-adam": _with(
+        HEADS["topk"],
+        "sparse Adam, unit length",
+        f"optimizer.proxies_name=sparse_adam optimizer.proxies_weight_decay=0 {UNIT_LENGTH}",
+        (0.05,),
+        {},
+        values=(16,),
     ),
     "unit-length": _with(HEADS["topk"], "unit length", UNIT_LENGTH, (0.05,), {}, values=(16,)),
     "margin": _other("ProxyGML, margin", 0.1, {20000: (0.3, 0.003)}, seeds=Seeds(1)),
