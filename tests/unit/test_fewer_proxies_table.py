@@ -27,10 +27,10 @@ def test_the_trial_of_each_number_of_proxies_is_picked_by_validation_classes_alo
         **{("joined-emoji_n-4_r-0.2_total-16", 0): result(0.3, 1.0)},
     }
     made = fewer_proxies.show(TABLES["fewer_proxies"], lines)
-    assert "| 1 | 10 of 30, unfinished | 0.05 | 16 | 50.00 ± 0.00 | 25.00 ± 0.00 |  |  |" in made.markdown
+    assert "| 1 | 10 of 20, unfinished | 0.05 | 16 | 50.00 ± 0.00 | 25.00 ± 0.00 |  |  |" in made.markdown
     apart = "+20.00 ± 24.84, tie | +20.00 [+20.00, +20.00], tie"
-    assert f"| 4 | 8 of 30, unfinished | 0.05 | 64 | 70.00 ± 10.00 | 35.00 ± 5.00 | {apart} |" in made.markdown
-    assert "| 8 | 0 of 30, unfinished |  |  | unfinished |  |  |  |" in made.markdown
+    assert f"| 4 | 8 of 20, unfinished | 0.05 | 64 | 70.00 ± 10.00 | 35.00 ± 5.00 | {apart} |" in made.markdown
+    assert "| 8 | 0 of 20, unfinished |  |  | unfinished |  |  |  |" in made.markdown
     of_one = "+10.00 [+10.00, +10.00], one seed"
     assert f"| 0.2 | 16 | 90.00 ± n/a |  | 100.00 ± n/a |  | {of_one} |" in made.markdown
     assert "| 0.05 | 64 | 10.00 ± n/a |  | 40.00 ± 0.00 |  |" in made.markdown
