@@ -1,8 +1,9 @@
 """Where more proxies a class help: their number N and the share r that an image is compared with, on three data sets.
 
 A class's score is a sum over its kept proxies, so that N multiplies the scale: s*N is kept at 16 where r changes, and
-tried at 4 and 64 with the published r. So every N gets the same trials, with all seeds, and the one that counts is the
-best on validation classes. With r = 1 nothing is left out, which is the head that compares with all.
+tried at 4 and 64 with the published r. So every N gets the same trials, with three seeds, and the best of them on
+validation classes, which gets five, is the one that counts. With r = 1 nothing is left out, which is the head that
+compares with all.
 
     emoji           one emoji a class, drawn by up to six artists
     joined emoji    four neighbours in Unicode a class (python -m benchmarks.joined_emoji): classes of several modes

@@ -54,9 +54,12 @@ SHORT = (TUNING, *BARE)
 
 
 def pick(rows: Sequence[Row], lines: figures.Lines) -> Row | None:
-    """The row with the highest MAP@R on validation classes, averaged over seeds; None before each has a seed."""
+    """The row with the highest MAP@R on validation classes, averaged over the seeds that all rows have, since they
+    differ in the classes they hold out; None before there is one.
+    """
     found = [figures.values_of(row, lines, figures.metric("map@r", on="validation")) for row in rows]
-    if not all(found):
+    seeds = set.intersection(*(set(values) for values in found))
+    if not seeds:
         return None
-    means = [statistics.fmean(values.values()) for values in found]
+    means = [statistics.fmean(values[seed] for seed in sorted(seeds)) for values in found]
     return rows[means.index(max(means))]

@@ -369,7 +369,7 @@ def _choose_transforms(
 
 def _choose_proxies(draft: _Draft, num_classes: int, images_per_class: int, *, rate: float) -> None:
     per_class = 4 if num_classes < 500 and images_per_class >= 10 else 1
-    many = "many images in few classes; where there were fewer images it was a tie with 1 (docs/results.md)"
+    many = "many images in few classes; with fewer, and the same scale, it was a tie with 1 (docs/results.md)"
     reason = many if per_class > 1 else "few images a class, or classes enough"
     draft.choose(reason, proxies={"per_class": per_class})
     why = "4 divided by the number of proxies a class: what held-out classes picked, 1 is close (docs/results.md)"

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import Lines, pack_hits
-from benchmarks.retrieval import Run
+from benchmarks.retrieval import Run, finished
 from benchmarks.tables import TABLES, fewer_proxies
 from benchmarks.tables.fewer_proxies import TRIALS
+from benchmarks.tables.table import pick
 from dist_proxygml.head.selection import num_kept_proxies
 
 
@@ -25,9 +26,11 @@ def test_the_trial_of_each_number_of_proxies_is_picked_by_validation_classes_alo
         **{("joined-emoji_n-1_r-0.02_total-16", seed): result(0.2, 0.9) for seed in range(3)},
         **{("joined-emoji_n-4_r-0.05_total-64", seed): result(0.4, 0.6 + 0.1 * seed) for seed in range(3)},
         **{("joined-emoji_n-4_r-0.2_total-16", 0): result(0.3, 1.0)},
+        # Seeds that other trials lack, with classes that are found more easily, pick nothing.
+        **{("joined-emoji_n-1_r-1_total-16", seed): result(0.9, 0.9) for seed in (3, 4)},
     }
     made = fewer_proxies.show(TABLES["fewer_proxies"], lines)
-    assert "| 1 | 10 of 20, unfinished | 0.05 | 16 | 50.00 ± 0.00 | 25.00 ± 0.00 |  |  |" in made.markdown
+    assert "| 1 | 12 of 20, unfinished | 0.05 | 16 | 50.00 ± 0.00 | 25.00 ± 0.00 |  |  |" in made.markdown
     apart = "+20.00 ± 24.84, tie | +20.00 [+20.00, +20.00], tie"
     assert f"| 4 | 8 of 20, unfinished | 0.05 | 64 | 70.00 ± 10.00 | 35.00 ± 5.00 | {apart} |" in made.markdown
     assert "| 8 | 0 of 20, unfinished |  |  | unfinished |  |  |  |" in made.markdown
@@ -57,3 +60,13 @@ def test_every_number_of_proxies_gets_the_same_trials_and_keeps_negatives() -> N
                 assert row.labels["r"] == 1.0
         assert set(trials) == set(of.per_class)
         assert all(found == list(TRIALS) for found in trials.values())
+
+
+def test_five_seeds_have_what_three_pick() -> None:
+    table = TABLES["fewer_proxies"]
+    lines = finished(table)
+    for (data, number), picked in fewer_proxies.PICKED.items():
+        best = pick([row for row in table.rows if (row.labels["data"], row.labels["N"]) == (data, number)], lines)
+        assert best is not None
+        assert (best.labels["r"], best.labels["s*N"]) == picked
+        assert len(best.seeds) == 5
