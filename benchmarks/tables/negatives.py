@@ -75,6 +75,7 @@ class Head(NamedTuple):
     rates: tuple[float, ...] = (0.003, 0.01)
     beyond: Mapping[int, tuple[tuple[float, float], ...]] = {}  # by number of classes, tried past the edge of the four
     seeds: Seeds = Seeds()
+    step_of: str = ""  # the head whose steps these are, and so what they take
 
     def tried(self, classes: int) -> list[tuple[float, float]]:
         """Values of the setting and of the rate."""
@@ -148,7 +149,7 @@ def _row_wise(head: Head, shares: tuple[float, ...], tuned: Mapping[int, tuple[f
 
 def _from_means(head: Head, share: float, settings: str, label: str = "from class means", **more: Any) -> Head:
     """A head with row-wise Adagrad whose proxies begin as class means, at what its trials have found without; what is
-    tried is how many images of a class they are taken of.
+    tried is how many images of a class they are taken of. `step_of` is the head without.
     """
     overrides = f"{settings} {ROW_WISE} {UNIT_LENGTH} proxies.initialization=class_mean"
     more = {"setting": "proxies.class_mean_images", "values": (4,), "rates": (0.1,), **more}
@@ -181,6 +182,7 @@ OTHERS = {
         values=(1, 4),
         more_steps={0.05: (6500,)},
         seeds=Seeds(5),
+        step_of="rowwise-topk",
     ),
     "rowwise-topk": _row_wise(
         HEADS["topk"],
@@ -211,7 +213,6 @@ OTHERS = {
         seeds=Seeds(5),
     ),
     "rowwise-cosface-64": _row_wise(_scaled("CosFace", 64), (1.0,), {}, values=(0.3,), rates=(0.1,)),
-    "rowwise-arcface-32": _row_wise(_scaled("ArcFace", 32), (1.0,), {}, rates=(0.1,)),
     "rowwise-margin": _row_wise(
         _other("ProxyGML, margin", 0.05, {})._replace(overrides=f"{HEADS['topk'].overrides} {COSFACE}"),
         (0.05,),
@@ -228,18 +229,13 @@ OTHERS = {
         tuned={20000: (4, 0.1)},
         more_steps={1.0: (6500,)},
         seeds=Seeds(5),
+        step_of="rowwise-cosface-32",
     ),
-    "rowwise-all-class-means": _from_means(HEADS["all"], 1.0, "proxies.scale=32", tuned={20000: (4, 0.1)}),
+    "rowwise-all-class-means": _from_means(
+        HEADS["all"], 1.0, "proxies.scale=32", tuned={20000: (4, 0.1)}, step_of="rowwise-all"
+    ),
     "rowwise-any-length": _with(
         HEADS["topk"], "row-wise, any length", ROW_WISE, (0.05,), {}, values=(16,), rates=(0.1, 0.3)
-    ),
-    "sparse-adam": _with(
-        HEADS["topk"],
-        "sparse Adam, unit length",
-        f"optimizer.proxies_name=sparse_adam optimizer.proxies_weight_decay=0 {UNIT_LENGTH}",
-        (0.05,),
-        {},
-        values=(16,),
     ),
     "unit-length": _with(HEADS["topk"], "unit length", UNIT_LENGTH, (0.05,), {}, values=(16,)),
     "margin": _other("ProxyGML, margin", 0.1, {20000: (0.3, 0.003)}, seeds=Seeds(1)),
@@ -295,7 +291,7 @@ def _row(name: str, classes: int, share: float, tried: tuple[float, float], num_
         f"training.max_steps={num_steps}",
         "telemetry.log_every_steps=50",
     ]
-    labels = {"classes": classes, "negatives": head.label, "share": share, "value": value, "rate": rate}
+    labels = {"classes": classes, "head": name, "negatives": head.label, "share": share, "value": value, "rate": rate}
     parts = [
         str(classes),
         f"{name}-{share:g}" if share < 1 else name,
@@ -489,7 +485,11 @@ def _found(row: Row, reference: Row | None, lines: Lines) -> list[str]:
 
 
 def _cost(row: Row | None, lines: Lines, name: str) -> float:
-    """The least of all seeds, of which some may have shared the machine; infinite before it is measured."""
+    """The least of all seeds, of which some may have shared the machine; infinite before it is measured. What takes
+    the steps of another row costs as much.
+    """
+    if row is not None and (head := (HEADS | OTHERS)[row.labels["head"]]).step_of:
+        row = _tested(head.step_of, row.labels["share"], row.labels["classes"])
     found = [] if row is None else [lines.get((row.name, seed), {}).get(name, math.inf) for seed in row.seeds]
     return min(found, default=math.inf)
 

@@ -67,7 +67,9 @@ def test_the_preset_and_the_recipe_take_what_wins_with_many_classes() -> None:
 
 def test_more_steps_stand_beside_the_first_at_equal_steps_and_where_they_take_no_longer() -> None:
     first, cheap = negatives.tested(negatives.BEST, SIZES[-1])[0].name, "20000_sampled-0.1_scale-16_rate-0.003"
-    lines = {(first, seed): result(0.6) | {"step_ms": 60.0 + seed} for seed in (0, 1)}
+    lines = {(first, seed): result(0.6) for seed in (0, 1)}
+    same_steps = negatives.tested("rowwise-topk", SIZES[-1])[0].name  # but for what the proxies begin as
+    lines |= {(same_steps, seed): result(0.55) | {"step_ms": 60.0 + seed} for seed in (0, 1)}
     lines |= {(f"{first}_steps-6500", seed): result(0.8) for seed in (0, 1)}
     lines |= {(cheap, seed): result(0.5) | {"step_ms": 30.0} for seed in (0, 1)}
     for steps, recall in ((5000, 0.65), (6500, 0.7)):
@@ -82,6 +84,7 @@ def test_more_steps_stand_beside_the_first_at_equal_steps_and_where_they_take_no
     assert [[cell.partition(" [")[0].strip() for cell in line.split("|")[3:-1]] for line in table] == [
         ["2,500", "2 of 5", "60.00 ± 0.00", "", "60", ""],
         ["6,500", "2 of 3", "80.00 ± 0.00", "", "60", ""],
+        ["2,500", "2 of 5", "55.00 ± 0.00", "-5.00", "60", ""],
         ["2,500", "2 of 3", "50.00 ± 0.00", "-10.00", "30", ""],
         ["5,000", "2 of 3", "65.00 ± 0.00", "", "30", "+5.00"],
         ["6,500", "2 of 3", "70.00 ± 0.00", "-10.00", "30", ""],
