@@ -49,13 +49,13 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "demo_cpu": Recipe("configs/demo_cpu.json", EMOJI, ((0.002, 0.02), (0.004, 0.04)), Trial(4.0, (0.002, 0.02))),
-    "emoji_cpu": Recipe(
-        "configs/emoji_cpu.json", "configs/emoji_cpu.json", ((0.0015, 0.01), (0.003, 0.02)), Trial(1.0, (0.0015, 0.01))
-    ),
     "glyphs_cpu": Recipe(
         "configs/glyphs_cpu.json",
         ranks=1,
         overrides=("evaluation.raw_pixels=true", "evaluation.at_start=true", "data.num_workers=0"),
+    ),
+    "emoji_cpu": Recipe(
+        "configs/emoji_cpu.json", "configs/emoji_cpu.json", ((0.0015, 0.01), (0.003, 0.02)), Trial(1.0, (0.0015, 0.01))
     ),
 }
 
