@@ -147,6 +147,7 @@ def comparable_settings(config: Config) -> dict[str, Any]:
     free |= {"training.max_left_out", "training.max_rollbacks", "training.start_timeout", "training.step_timeout"}
     free |= {"training.cudnn_benchmark", "training.deterministic"}  # the same sums in another order
     free |= {"proxies.selection", "proxies.fused"}  # the same numbers by another route
+    free.add("proxies.class_mean_images")  # of a start that is over
     free |= {"backbone.gradient_checkpointing", "training.compile"}
     if config.data.images_per_class is None and config.loss is None:  # the position in the data is a number of images
         free |= {"training.batch_size", "deepspeed.gradient_accumulation_steps", "deepspeed.train_batch_size"}

@@ -217,10 +217,11 @@ def test_new_ways_to_draw_and_augment_images_are_compared_only_where_they_are_us
 
 
 def test_a_checkpoint_of_an_earlier_version_has_the_settings_that_a_run_has_now() -> None:
-    then = ["proxies.regularization_weight=0.3", "proxies.scale=1"]
+    then = ["proxies.regularization_weight=0.3", "proxies.scale=1", "proxies.initialization=published"]
     assert comparable_settings(load_config("configs/demo_cpu.json", then)) == EARLIER_SETTINGS
     used = ["proxies.negatives=sampled", "proxies.share=0.5", "proxies.ratio=null", "proxies.learn_scale=true"]
     used += ["proxies.regularization_weight=0", "training.ema_decay=0.9", "training.float32_matmul=high"]
+    used.append("proxies.class_mean_images=1")  # those of a start that is over
     found = comparable_settings(load_config("configs/demo_cpu.json", used))
     assert {name: value for name, value in found.items() if name not in EARLIER_SETTINGS} == {
         **{"proxies.negatives": "sampled", "proxies.share": 0.5, "proxies.learn_scale": True},
