@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed
 
 SECONDS_TO_LEAVE = 120
 NOBODY = 65534
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores, and children would, too
 
 
 @pytest.fixture(autouse=True, scope="session")
