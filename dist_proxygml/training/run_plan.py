@@ -220,13 +220,13 @@ def _counts(config: Config) -> tuple[str, int | None, int | None, int]:
         train = None if config.data.stream is not None else open_split(config, config.data.train_split)
         if train is None or train.num_classes == config.num_classes:
             data = open_training_data(config)
+            if data.index is not None:
+                num_means = int(np.bincount(data.index.labels).clip(max=of_class).sum())
         else:  # a plan may explore a larger number of classes
             data = TrainingData(config, train)
         splits = [config.data.test_split, config.evaluation.gallery_split]
         num_test = sum(open_split(config, split).num_samples for split in splits if split is not None)
         num_test += 0 if data.validation is None else data.validation.num_samples
-        if data.index is not None and data.index.num_classes == config.num_classes:
-            num_means = int(np.bincount(data.index.labels).clip(max=of_class).sum())
         return f"counts of {shards}", data.count_steps(), num_test, num_means
     missing = f"{shards}/{INDEX_FILE} is not there"
     published = PUBLISHED_COUNTS.get(Path(shards).name, {})

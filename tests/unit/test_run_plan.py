@@ -52,6 +52,8 @@ def test_images_of_class_means_are_counted(tmp_path: Path) -> None:
     plan = plan_run(demo(*means), world_size=1, bank_bytes=0)
     assert plan.num_class_mean_images == 3 + 1 + 3 + 2
     assert re.search(r"images of class means +9\n", str(plan))
+    some = plan_run(demo("proxies.initialization=class_mean", "data.train_classes=100"), world_size=1, bank_bytes=0)
+    assert some.num_class_mean_images <= 4 * 100
     for unknown in ("data.num_classes=1000", f"data.shards={tmp_path}/others"):  # as many as there may be
         config = demo(*means, unknown)
         assert plan_run(config, world_size=1, bank_bytes=0).num_class_mean_images == 3 * config.num_classes
